@@ -1,0 +1,33 @@
+"""Exceptions for what the user can put right.
+
+Every message says, in this order: what must hold, what came, what to do. Each class is also a built-in exception, so
+that callers need not know this package to handle it.
+"""
+
+
+class MSFPError(ValueError):
+    """Base of all errors raised by `diffusers_msfp`."""
+
+
+class FormatError(MSFPError):
+    """A number format that does not exist or contradicts its own name."""
+
+
+class NonFiniteError(MSFPError):
+    """NaN or infinity where a finite number is needed."""
+
+
+class ShapeError(MSFPError):
+    """Tensors whose shapes do not fit together."""
+
+
+class ConfigError(MSFPError):
+    """A configuration that cannot be honoured."""
+
+
+class CheckpointError(MSFPError):
+    """A checkpoint that is damaged, foreign, or newer than this package."""
+
+
+class UnsupportedError(MSFPError, NotImplementedError):
+    """Something that a quantized model cannot do, with the way out."""

@@ -1,0 +1,136 @@
+"""A quantized pipeline against its full-precision original.
+
+Both see the same noise. The denoiser's error is taken on the *reference's* trajectory: whatever the reference denoiser
+is called with, the candidate is called with too, in every stock pipeline. Pictures come from each pipeline's own run.
+"""
+
+import inspect
+import math
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..workflow.calibrate import _arguments, _quiet
+
+MAX_PSNR_DB = 100.0
+BATCH_SIZE = 16
+
+
+def with_ddim(pipe, eta: float = 0.0):
+    """The same pipeline on a DDIM scheduler; one whose model predicts a flow keeps its own.
+
+    Args:
+        pipe (`DiffusionPipeline`): not changed.
+        eta (`float`): 0 is deterministic, 1 as noisy as DDPM.
+    """
+    config = pipe.scheduler.config
+    if "beta_schedule" not in config or config.get("prediction_type") not in ("epsilon", "v_prediction", "sample"):
+        return pipe
+    scheduler = DDIMScheduler.from_config(config)
+    if eta:
+        step = scheduler.step
+        scheduler.step = lambda *args, **kwargs: step(*args, **{**kwargs, "eta": eta})
+    return type(pipe)(**{**pipe.components, "scheduler": scheduler})
+
+
+def denoiser_of(pipe) -> nn.Module:
+    """The network that predicts noise."""
+    for name in ("unet", "transformer", "prior"):
+        if getattr(pipe, name, None) is not None:
+            return getattr(pipe, name)
+    raise ConfigError(f"A pipeline needs a `unet`, `transformer` or `prior` to be compared; {type(pipe).__name__} has none.")
+
+
+def psnr_db(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image in decibels, at most 100; images `(N, …)` in [0, 1] → `(N,)`."""
+    error = (a.double() - b.double()).flatten(1).square().mean(1)
+    return (-10 * torch.log10(error)).clamp_max(MAX_PSNR_DB)
+
+
+def compare_pipelines(
+    reference,
+    candidate,
+    *,
+    num_samples: int = 16,
+    num_inference_steps: int = 20,
+    seed: int = 0,
+    eta: float = 0.0,
+    prompts: list[str] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    **call_arguments,
+) -> dict:
+    """Error of the denoiser and of the pictures for equal noise, on DDIM.
+
+    Args:
+        reference, candidate (`DiffusionPipeline`): of the same architecture; neither is changed.
+        num_samples, num_inference_steps, seed, eta: of both runs.
+        prompts (`list[str]`, *optional*): taken in turn where the pipeline takes prompts.
+        on_step (`Callable[[int, int], None]`, *optional*): called after each step of the reference with (done, total).
+        **call_arguments: passed on to both pipelines.
+
+    Returns:
+        `dict`: `eps_mse` (mean squared difference of the outputs), `eps_rel_l2` (`sqrt(Σ‖Δ‖² / Σ‖reference‖²)`), both
+        pooled over samples and timesteps; `eps_rel_l2_by_timestep` (timestep → value); `image_psnr_db` (mean over
+        images of [0, 1]).
+
+    Raises:
+        ConfigError: the denoisers give outputs of different shapes, or numbers below 1.
+    """
+    for name, value in (("num_samples", num_samples), ("num_inference_steps", num_inference_steps)):
+        if value < 1:
+            raise ConfigError(f"`{name}` must be at least 1, but {value} came.")
+    reference, candidate = with_ddim(reference, eta), with_ddim(candidate, eta)
+    student = denoiser_of(candidate)
+    error, energy, count = defaultdict(float), defaultdict(float), 0
+    done = 0
+    total = math.ceil(num_samples / BATCH_SIZE) * num_inference_steps
+
+    def watch(_module, args, kwargs, output) -> None:
+        nonlocal count, done
+        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        expected, came = _sample(output).double(), _sample(student(*args, **kwargs)).double()
+        if expected.shape != came.shape:
+            raise ConfigError(
+                f"Both denoisers must give the same shape, but {tuple(expected.shape)} and {tuple(came.shape)} came: "
+                f"the candidate is not a quantized version of the reference."
+            )
+        key = float(torch.as_tensor(timestep).flatten()[0])
+        error[key] += (came - expected).square().sum().item()
+        energy[key] += expected.square().sum().item()
+        count += expected.numel()
+        done += 1
+        if on_step is not None:
+            on_step(done, max(done, total))
+
+    make_arguments = _arguments(reference, prompts, num_inference_steps, {"output_type": "np"} | call_arguments)
+    ratios = []
+    with _quiet(reference), _quiet(candidate), torch.no_grad():
+        for start in range(0, num_samples, BATCH_SIZE):
+            size = min(BATCH_SIZE, num_samples - start)
+
+            def run(pipe, start=start, size=size) -> Tensor:
+                images = pipe(**make_arguments(start, size, torch.Generator().manual_seed(seed + start))).images
+                return torch.from_numpy(images)
+
+            handle = denoiser_of(reference).register_forward_hook(watch, with_kwargs=True)
+            try:
+                expected = run(reference)
+            finally:
+                handle.remove()
+            ratios.append(psnr_db(expected, run(candidate)))
+    by_timestep = {f"{t:g}": math.sqrt(error[t] / energy[t]) for t in sorted(error, reverse=True)}
+    return {
+        "eps_mse": sum(error.values()) / count,
+        "eps_rel_l2": math.sqrt(sum(error.values()) / sum(energy.values())),
+        "eps_rel_l2_by_timestep": by_timestep,
+        "image_psnr_db": torch.cat(ratios).mean().item(),
+    }
+
+
+
+def _sample(output) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output.sample

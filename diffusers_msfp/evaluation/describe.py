@@ -1,0 +1,122 @@
+"""What a quantized checkpoint holds, read from its files alone."""
+
+import json
+from pathlib import Path
+
+from safetensors import safe_open
+
+from ..errors import CheckpointError
+from ..formats import FORMATS
+
+WEIGHTS = "diffusion_pytorch_model"
+
+
+def component_dirs(path: Path) -> dict[str, Path]:
+    """Folders of a checkpoint that hold a quantized model: name → folder; a component's own folder is called `.`."""
+    folders = {".": path} | {p.name: p for p in sorted(path.iterdir()) if p.is_dir()} if path.is_dir() else {}
+    found = {}
+    for name, folder in folders.items():
+        config = read_config(folder)
+        if config.get("quantization_config", {}).get("quant_method") == "msfp":
+            found[name] = folder
+    if not found:
+        raise CheckpointError(
+            f"{path} must be a pipeline's or model's folder saved with MSFP quantization, but no config.json in it says "
+            f"`quant_method: msfp`. Make one with `diffusers-msfp quantize`."
+        )
+    return found
+
+
+def read_config(folder: Path) -> dict:
+    """A component's `config.json`; empty if there is none."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} must be JSON, but it is not ({error}).") from error
+    return config if isinstance(config, dict) else {}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files that a plain load of this component reads: one file, or its shards."""
+    for suffix in ("safetensors", "bin"):
+        single = folder / f"{WEIGHTS}.{suffix}"
+        shards = sorted(folder.glob(f"{WEIGHTS}-?????-of-?????.{suffix}"))
+        if single.is_file() or shards:
+            return [single] if single.is_file() else shards
+    return sorted(folder.glob(f"{WEIGHTS}*.safetensors"))  # variants only
+
+
+def file_bytes(folder: Path) -> int:
+    """Size of a component's weights on disk."""
+    return sum(file.stat().st_size for file in weight_files(folder))
+
+
+def describe_checkpoint(path: str | Path) -> dict:
+    """Layers of a quantized checkpoint with formats, scales and errors.
+
+    Args:
+        path (`str` or `Path`): folder of a pipeline or of one of its components.
+
+    Returns:
+        `dict`: component → `scheme`, `calibration_state`, `format_version`, `bytes`, and `layers`: a list of `name`,
+        `weight_format`, `weight_bits`, `weight_scale_min`, `weight_scale_max`, `weight_rel_mse`, `input_format` (None
+        if float, `"observing"` before calibration), `input_signed`, `input_scale`, `input_zero_point`,
+        `input_rel_mse`, `parameters`.
+
+    Raises:
+        CheckpointError: no such checkpoint, or a damaged one.
+    """
+    return {name: _describe_component(folder) for name, folder in component_dirs(Path(path)).items()}
+
+
+def _describe_component(folder: Path) -> dict:
+    record = read_config(folder)["quantization_config"]
+    tensors, shapes = _small_tensors(folder)
+    layers = []
+    for group in record.get("layers") or ():
+        for name in group["modules"]:
+            fmt, state = FORMATS[group["weight"]], group["input"]
+            if f"{name}.weight_scale" not in tensors:
+                raise CheckpointError(f"{folder} must hold `{name}.weight_scale`, but it does not: damaged file.")
+            scale = tensors[f"{name}.weight_scale"]
+            quantized = state not in (None, "observing")
+            rows, *_, row_bytes = shapes[f"{name}.weight"]
+            layers.append(
+                {
+                    "name": name,
+                    "weight_format": fmt.name,
+                    "weight_bits": fmt.bits,
+                    "weight_scale_min": scale.min().item() if scale.numel() else None,
+                    "weight_scale_max": scale.max().item() if scale.numel() else None,
+                    "weight_rel_mse": tensors[f"{name}.weight_error"].item(),
+                    "input_format": state,
+                    "input_signed": FORMATS[state].signed if quantized else None,
+                    "input_scale": tensors[f"{name}.input_scale"].item() if quantized else None,
+                    "input_zero_point": tensors[f"{name}.input_zero_point"].item() if quantized else None,
+                    "input_rel_mse": tensors[f"{name}.input_error"].item() if quantized else None,
+                    "weight_bytes": rows * row_bytes,
+                }
+            )
+    return {
+        "scheme": record.get("scheme"),
+        "calibration_state": (record.get("calibration") or {}).get("state"),
+        "format_version": record.get("format_version"),
+        "bytes": file_bytes(folder),
+        "layers": layers,
+    }
+
+
+def _small_tensors(folder: Path) -> tuple[dict, dict]:
+    """Scales, zero points and errors, and the shapes of the packed weights; packed weights are not read."""
+    tensors, shapes = {}, {}
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as handle:
+            for key in handle.keys():  # noqa: SIM118
+                if key.endswith(".weight"):
+                    shapes[key] = handle.get_slice(key).get_shape()
+                elif key.rpartition(".")[2].startswith(("weight_", "input_")):
+                    tensors[key] = handle.get_tensor(key)
+    return tensors, shapes

@@ -1,0 +1,39 @@
+"""Pictures as people look at them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+MARGIN = 4
+LABEL_HEIGHT = 20
+
+
+def image_grid(
+    images: np.ndarray, *, columns: int, scale: int = 1, labels: Sequence[str] | None = None
+) -> Image.Image:
+    """Images side by side, with a title above each row if there are labels.
+
+    Args:
+        images (`np.ndarray`, `(N, H, W, 1 or 3)`, float in [0, 1]).
+        columns (`int`): images per row.
+        scale (`int`): enlargement by whole pixels.
+        labels (`Sequence[str]`, *optional*): one per row.
+    """
+    pixels = (np.clip(images, 0, 1) * 255).round().astype(np.uint8)
+    if pixels.shape[-1] == 1:
+        pixels = pixels.repeat(3, axis=-1)
+    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+    number, height, width, _ = pixels.shape
+    rows = -(-number // columns)
+    title = LABEL_HEIGHT if labels else 0
+    row_height = title + height + MARGIN
+    sheet = Image.new("RGB", (MARGIN + columns * (width + MARGIN), MARGIN + rows * row_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, label in enumerate(labels or ()):
+        draw.text((MARGIN, MARGIN + row * row_height + 2), label, fill="black", font_size=13)
+    for index, picture in enumerate(pixels):
+        row, column = divmod(index, columns)
+        place = (MARGIN + column * (width + MARGIN), MARGIN + row * row_height + title)
+        sheet.paste(Image.fromarray(picture), place)
+    return sheet

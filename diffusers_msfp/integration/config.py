@@ -1,0 +1,170 @@
+"""`MSFPConfig`: what the user asks for, and what a checkpoint's `config.json` says."""
+
+import copy
+import inspect
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from enum import Enum
+
+from diffusers.quantizers import PipelineQuantizationConfig
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+
+from ..errors import CheckpointError, ConfigError
+from ..schemes import DEFAULT_SCHEME, SCHEMES
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+DEFAULT_COMPONENTS = ("unet", "transformer", "prior", "controlnet")
+
+
+class MSFPMethod(str, Enum):
+    """The name of the method; diffusers reads `.value`."""
+
+    MSFP = "msfp"
+
+
+class MSFPConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
+    """Quantize a diffusion model with mixup-sign floating point, at pipeline or at model level.
+
+    Args:
+        scheme (`str`): a name in `SCHEMES`: bits of weights and activations, e.g. `"w4a8"` or `"w4a4"`.
+        modules_to_not_convert (`Sequence[str]`, *optional*): patterns of modules that stay float. A plain name
+            matches as a substring of a module's name, one with `*` as a glob over the whole name.
+        scheme_overrides (`Mapping[str, str]`, *optional*): pattern → scheme for single layers; the last match wins.
+        components_to_quantize (`Sequence[str]`, *optional*): components of a pipeline; by default those of `unet`,
+            `transformer`, `prior` and `controlnet` that it has.
+
+    The remaining arguments are the record that a checkpoint carries; they are written by the package, not by hand:
+
+        layers (`list[dict]`): `{"weight": format, "input": format | None | "observing", "modules": [names]}`.
+        calibration (`dict`): `state` (`"observing"` or `"frozen"`), and while observing the run's last timestep.
+        adapters (`dict`, *optional*): the place of adapter banks and the router's table; None where there are none.
+        format_version (`int`): of the checkpoint, 1.
+
+    Raises:
+        ConfigError: an unknown scheme, or arguments of the wrong kind.
+        CheckpointError: a newer format version.
+
+    Example:
+        >>> MSFPConfig(scheme="w4a4", modules_to_not_convert=["conv_out"]).scheme
+        'w4a4'
+    """
+
+    quant_mapping = None
+
+    def __init__(
+        self,
+        scheme: str = DEFAULT_SCHEME,
+        modules_to_not_convert: Sequence[str] | None = None,
+        scheme_overrides: Mapping[str, str] | None = None,
+        components_to_quantize: Sequence[str] | None = None,
+        layers: list[dict] | None = None,
+        calibration: dict | None = None,
+        adapters: dict | None = None,
+        format_version: int = FORMAT_VERSION,
+        quant_method: str = MSFPMethod.MSFP.value,
+    ) -> None:
+        # PipelineQuantizationConfig.__init__ is left out on purpose: it wants a backend's name or a mapping.
+        if quant_method != MSFPMethod.MSFP.value:
+            raise CheckpointError(f"`quant_method` must be 'msfp', but {quant_method!r} came: not a checkpoint of ours.")
+        self.quant_method = MSFPMethod.MSFP
+        if not isinstance(format_version, int) or isinstance(format_version, bool) or format_version < 1:
+            raise CheckpointError(f"`format_version` must be a whole number ≥ 1, but {format_version!r} came.")
+        if format_version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"This package reads checkpoints up to format version {FORMAT_VERSION}, but {format_version} came. "
+                f"Upgrade it: `pip install -U diffusers-msfp`."
+            )
+        if adapters is not None:
+            raise CheckpointError("This checkpoint has adapters, which this version of the package cannot route. Upgrade.")
+        self.format_version = format_version
+        SCHEMES[scheme]
+        self.scheme = scheme
+        self.modules_to_not_convert = _names(modules_to_not_convert, "modules_to_not_convert")
+        if not isinstance(scheme_overrides or {}, Mapping):
+            raise ConfigError(f"`scheme_overrides` must map patterns to schemes, but {scheme_overrides!r} came.")
+        self.scheme_overrides = dict(scheme_overrides or {})
+        for override in self.scheme_overrides.values():
+            SCHEMES[override]
+        self.components_to_quantize = _names(components_to_quantize, "components_to_quantize") or None
+        self.layers = layers
+        self.calibration = calibration
+        self.adapters = adapters
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs):
+        """Read a record: unknown keys are left out with a warning, a newer version is refused."""
+        known = set(inspect.signature(cls.__init__).parameters) - {"self"}
+        version = config_dict.get("format_version", FORMAT_VERSION)
+        unknown = sorted(set(config_dict) - known)
+        config = cls(**{key: value for key, value in config_dict.items() if key in known}, **kwargs)
+        if unknown:
+            logger.warning("Unknown keys in an MSFP config of version %s are ignored: %s.", version, ", ".join(unknown))
+        return (config, {}) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict:
+        """Everything, in types that JSON knows."""
+        return {
+            "quant_method": self.quant_method.value,
+            "format_version": self.format_version,
+            "scheme": self.scheme,
+            "modules_to_not_convert": list(self.modules_to_not_convert),
+            "scheme_overrides": dict(self.scheme_overrides),
+            "components_to_quantize": self.components_to_quantize,
+            "layers": copy.deepcopy(self.layers),
+            "calibration": copy.deepcopy(self.calibration),
+            "adapters": copy.deepcopy(self.adapters),
+        }
+
+    def to_diff_dict(self) -> dict:
+        """What differs from a default config; the method's name and version always."""
+        default = MSFPConfig().to_dict()
+        always = ("quant_method", "format_version", "scheme")
+        return {key: value for key, value in self.to_dict().items() if key in always or value != default[key]}
+
+    def for_one_model(self) -> "MSFPConfig":
+        """A copy that one model may write its record into."""
+        return copy.deepcopy(self)
+
+    def _resolve_quant_config(self, is_diffusers: bool = True, module_name: str | None = None):
+        """Called by diffusers for each component of a pipeline: this config or None."""
+        wanted = self.components_to_quantize or DEFAULT_COMPONENTS
+        _require_component(wanted)
+        if module_name not in wanted:
+            return None
+        if not is_diffusers:
+            raise ConfigError(
+                f"`components_to_quantize` may name diffusers models only, but `{module_name}` is a transformers model. "
+                f"Leave it out."
+            )
+        return self.for_one_model()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {json.dumps(self.to_diff_dict(), indent=2)}"
+
+
+def _names(value: Sequence[str] | None, what: str) -> list[str]:
+    """A list of strings; one string stands for a list of one."""
+    names = [value] if isinstance(value, str) else list(value or ())
+    if not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"`{what}` must be a list of non-empty strings, but {value!r} came.")
+    return names
+
+
+def _require_component(wanted: Sequence[str]) -> None:
+    """Refuse a pipeline without any of the wanted components.
+
+    diffusers asks component by component and never says which there are; its loader's own frame knows. Where that
+    frame looks different (another version of diffusers) the check does not happen.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "from_pretrained":
+        frame = frame.f_back
+    components = frame.f_locals.get("init_dict") if frame is not None else None
+    if isinstance(components, Mapping) and not set(wanted) & set(components):
+        raise ConfigError(
+            f"A pipeline must have a component to quantize ({', '.join(wanted)}), but this one has "
+            f"{', '.join(components)}. Name one with `components_to_quantize=[…]`."
+        )

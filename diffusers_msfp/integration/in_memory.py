@@ -1,0 +1,79 @@
+"""Quantize a pipeline that is already in memory."""
+
+from collections.abc import Callable
+
+from diffusers import ModelMixin
+
+from ..errors import ConfigError
+from ..schemes import DEFAULT_SCHEME
+from ..workflow import Conversion, calibrate, calibration_state, convert
+from .config import DEFAULT_COMPONENTS, MSFPConfig
+from .quantizer import MSFPQuantizer
+
+
+def quantize_model(model: ModelMixin, config: MSFPConfig, on_layer: Callable[[str], None] | None = None) -> None:
+    """Quantize the weights of a float model in place; its activations are observed from now on.
+
+    Args:
+        model (`ModelMixin`): any diffusers model.
+        config (`MSFPConfig`): not changed; the model gets a copy with its record.
+        on_layer (`Callable[[str], None]`, *optional*): called with the name of each finished layer.
+    """
+    config = config.for_one_model()
+    plan = Conversion.plan(model, config.scheme, config.modules_to_not_convert, config.scheme_overrides)
+    dtype = model.dtype
+    convert(model, plan, on_layer)
+    MSFPQuantizer(config, pre_quantized=True).attach(model)
+    model.register_to_config(_pre_quantization_dtype=dtype)
+    plan.report(model)
+
+
+def quantize_pipeline(pipe, scheme: str | MSFPConfig = DEFAULT_SCHEME, **calibration):
+    """Quantize a float pipeline in place: weights, then activation ranges from its own samples.
+
+    Args:
+        pipe (`DiffusionPipeline`): float.
+        scheme (`str` or `MSFPConfig`): a name in `SCHEMES`, or a config for more say.
+        **calibration: arguments of `calibrate`.
+
+    Returns:
+        `pipe`, quantized and frozen, ready to be saved.
+
+    Raises:
+        ConfigError: no component to quantize, or an unknown scheme.
+
+    Example:
+        ```py
+        pipe = quantize_pipeline(DDPMPipeline.from_pretrained("user/model"), "w4a4", num_samples=64)
+        pipe.save_pretrained("model-w4a4")
+        ```
+    """
+    config = scheme if isinstance(scheme, MSFPConfig) else MSFPConfig(scheme=scheme)
+    models = components_of(pipe, config)
+    for model in models:
+        quantize_model(model, config)
+    if any(calibration_state(model) == "observing" for model in models):
+        calibrate(pipe, **calibration)
+    return pipe
+
+
+def components_of(pipe, config: MSFPConfig) -> list[ModelMixin]:
+    """The components that a config selects.
+
+    Raises:
+        ConfigError: there are none, or one that was named is not a diffusers model.
+    """
+    wanted = config.components_to_quantize or DEFAULT_COMPONENTS
+    components = getattr(pipe, "components", {})
+    found = {name: components[name] for name in wanted if components.get(name) is not None}
+    if not found:
+        raise ConfigError(
+            f"A pipeline must have a component to quantize ({', '.join(wanted)}), but {type(pipe).__name__} has "
+            f"{', '.join(components) or 'none'}. Name one with `components_to_quantize=[…]`."
+        )
+    for name, component in found.items():
+        if not isinstance(component, ModelMixin):
+            raise ConfigError(
+                f"`components_to_quantize` may name diffusers models only, but `{name}` is {type(component).__name__}."
+            )
+    return list(found.values())

@@ -1,0 +1,71 @@
+"""What a quantized model answers differently from a float one, set on the model object and removed by `dequantize`.
+
+The class of the model stays the stock one, so that its name in a checkpoint is one that plain diffusers can open.
+"""
+
+import functools
+
+import torch
+from torch import nn
+
+from ..errors import UnsupportedError
+from ..workflow.convert import quant_layers
+
+_REFUSED = {
+    "fuse_lora": "A float adapter cannot be merged into packed 4-bit codes. Keep it beside them (that is what loading "
+    "it does), or call `model.dequantize()`, fuse, and quantize again.",
+    "enable_layerwise_casting": "The weights are already stored in {bits} bits, and casting would damage their scales. "
+    "There is nothing to gain: leave it out.",
+    "fuse_qkv_projections": "Packed projections of different formats cannot be joined. Call `model.dequantize()`, fuse, "
+    "and quantize again, or leave them apart.",
+    "half": "The packed weights have no dtype to cast. Load the model with `torch_dtype=torch.float16` instead.",
+    "float": "The packed weights have no dtype to cast. Load the model with `torch_dtype=torch.float32` instead.",
+}
+
+
+def _refuse(model: nn.Module, method: str, *_, **__):
+    bits = sorted({layer.weight_format.bits for _, layer in quant_layers(model)})
+    reason = _REFUSED[method].format(bits=" and ".join(map(str, bits)))
+    raise UnsupportedError(f"`{method}` is not possible for the MSFP-quantized {type(model).__name__}. {reason}")
+
+
+def _num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """As `ModelMixin.num_parameters`, with packed weights counted as the weights they stand for."""
+    count = type(model).num_parameters(model, only_trainable=only_trainable, exclude_embeddings=exclude_embeddings)
+    if only_trainable:  # packed weights are not trainable, so none of them was counted
+        return count
+    layers = {id(layer): layer for _, layer in quant_layers(model)}
+    for layer in layers.values():
+        rows, length = layer.matrix_shape
+        count += rows * length - layer.weight.numel()
+    return count
+
+
+def _to(model: nn.Module, *args, **kwargs) -> nn.Module:
+    """As `ModelMixin.to`; asking for the dtype that the model has is fine, another one is refused."""
+    dtype = kwargs.get("dtype") or next((arg for arg in args if isinstance(arg, torch.dtype)), None)
+    if dtype is not None and dtype != model.dtype:
+        raise UnsupportedError(
+            f"A quantized {type(model).__name__} cannot be cast: it was loaded as {model.dtype}, but {dtype} came. "
+            f"Load it with `torch_dtype={dtype}`; for `from_pipe` pass `torch_dtype={model.dtype}`."
+        )
+    kwargs.pop("dtype", None)
+    args = tuple(arg for arg in args if not isinstance(arg, torch.dtype) and arg is not None)
+    if not args and not {key: value for key, value in kwargs.items() if value is not None}:
+        return model
+    return type(model).to(model, *args, **kwargs)
+
+
+def install(model: nn.Module) -> None:
+    """Set the answers on the model object."""
+    for method in _REFUSED:
+        if hasattr(model, method):
+            setattr(model, method, functools.partial(_refuse, model, method))
+    model.num_parameters = functools.partial(_num_parameters, model)
+    model.to = functools.partial(_to, model)
+
+
+def remove(model: nn.Module) -> None:
+    """Let the model answer like any other."""
+    for method in (*_REFUSED, "num_parameters", "to"):
+        model.__dict__.pop(method, None)

@@ -1,0 +1,202 @@
+"""diffusers' hooks for loading and saving, and nothing else.
+
+Loading a float checkpoint quantizes each weight as it arrives, so memory holds one float shard and the packed layers.
+Loading a packed checkpoint makes room from `config.json` first; every tensor then loads alone, in any order.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from accelerate.utils import CustomDtype
+from diffusers.quantizers.base import DiffusersQuantizer
+from torch import nn
+
+from ..errors import CheckpointError, ConfigError, UnsupportedError
+from ..nn import QUANT_LAYERS, QuantLayer
+from ..nn.quant_layer import INPUT_TENSORS, OBSERVED, WEIGHT_TENSORS
+from ..workflow.convert import Conversion, convert_skeleton, plain_name, replace_module, revert
+from ..workflow.state import _remove_tracker, calibration_state, track
+from . import overrides
+from .config import MSFPConfig
+
+logger = logging.getLogger(__name__)
+
+STORED_TENSORS = ("weight", *WEIGHT_TENSORS, *INPUT_TENSORS, *OBSERVED)
+
+
+class MSFPQuantizer(DiffusersQuantizer):
+    """Connects `MSFPConfig` with `ModelMixin.from_pretrained` and `save_pretrained`."""
+
+    use_keep_in_fp32_modules = True
+    requires_calibration = False
+
+    def __init__(self, quantization_config: MSFPConfig, **kwargs) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._plan: Conversion | None = None
+
+    # ── loading ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
+        """float32 where nothing is asked for."""
+        return torch.float32 if torch_dtype is None else torch_dtype
+
+    def adjust_target_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:  # noqa: ARG002
+        """Size of a weight when devices are shared out."""
+        return CustomDtype.INT4
+
+    def get_cuda_warm_up_factor(self) -> int:
+        """Four-bit weights take an eighth of the allocation that float weights would."""
+        return 8
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
+        if "state_dict" in kwargs:
+            raise UnsupportedError(
+                "A single file cannot be loaded and quantized in one call. Load the float pipeline with "
+                "`from_single_file`, then call `quantize_pipeline(pipe, scheme)`."
+            )
+        config = self.quantization_config
+        if self.pre_quantized and config.layers is None:
+            raise CheckpointError("config.json of a quantized model must have `layers`, but it has none: damaged file.")
+        self._plan = Conversion.plan(
+            model, config.scheme, config.modules_to_not_convert, config.scheme_overrides
+        )
+        if self.pre_quantized:
+            convert_skeleton(model, config.layers, self._plan.layers)
+
+    def check_if_quantized_param(self, model, param_value, param_name: str, state_dict, **kwargs) -> bool:  # noqa: ARG002
+        """Whether a tensor is ours to place."""
+        place, _, tensor = param_name.rpartition(".")
+        if self.pre_quantized:
+            return tensor in STORED_TENSORS and isinstance(model.get_submodule(place), QuantLayer)
+        return tensor == "weight" and place in self._plan.layers
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: torch.Tensor,
+        param_name: str,
+        target_device: torch.device,
+        state_dict: dict[str, Any],
+        unexpected_keys: list[str] | None = None,  # noqa: ARG002
+        **kwargs,  # noqa: ARG002
+    ) -> None:
+        """Place a packed tensor, or quantize a float weight; read from `state_dict`, where nothing is cast yet."""
+        place, _, tensor = param_name.rpartition(".")
+        module = model.get_submodule(place)
+        value = state_dict.get(param_name, param_value)
+        if not self.pre_quantized:
+            if isinstance(module, QuantLayer):
+                return  # the same module under a second name
+            layer = QUANT_LAYERS[type(module)].from_float(module, place, self._plan.layers[place], value)
+            replace_module(model, place, layer.to(target_device) if layer.bias is None or not layer.bias.is_meta else layer)
+            _move_stored(layer, target_device)
+            return
+        expected = module.weight if tensor == "weight" else module._buffers[tensor]
+        if value.dtype != expected.dtype or value.shape != expected.shape:
+            raise CheckpointError(
+                f"`{param_name}` must be {expected.dtype} of shape {tuple(expected.shape)}, but {value.dtype} of shape "
+                f"{tuple(value.shape)} came: damaged file, or not this model's."
+            )
+        value = value.to(target_device)
+        if tensor == "weight":
+            module.weight = nn.Parameter(value, requires_grad=False)
+        else:
+            module._buffers[tensor] = value
+
+    def check_quantized_param_shape(self, param_name: str, current_param, loaded_param) -> None:
+        """Refuse a shape that the skeleton does not expect."""
+        raise CheckpointError(
+            f"`{param_name}` must have shape {tuple(current_param.shape)}, but {tuple(loaded_param.shape)} came: damaged "
+            f"file, or not this model's."
+        )
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:  # noqa: ARG002
+        """Refuse a packed checkpoint that lacks tensors; a float one has none of the packed names."""
+        if not self.pre_quantized:
+            return missing_keys
+        for key in missing_keys:
+            place, _, tensor = key.rpartition(".")
+            if isinstance(model.get_submodule(place), QuantLayer):
+                raise CheckpointError(f"A checkpoint must hold `{key}`, but it does not: damaged or incomplete file.")
+        return missing_keys
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:  # noqa: ARG002
+        for module in model.modules():
+            if isinstance(module, QuantLayer) and not module.weight_scale.is_meta:
+                module.check_stored()
+        self.attach(model)
+        if not self.pre_quantized:
+            self._plan.report(model)
+            if calibration_state(model) == "observing":
+                logger.warning(
+                    "%s: activations stay float during the first complete denoising run, which sets their ranges; or "
+                    "call `diffusers_msfp.calibrate(pipe)` now.",
+                    type(model).__name__,
+                )
+
+    def attach(self, model: nn.Module) -> None:
+        """Make a model with quantized layers know that it is one."""
+        self.pre_quantized = True
+        model.is_quantized = True
+        model.hf_quantizer = self
+        model.quantization_method = self.quantization_config.quant_method
+        model.register_to_config(quantization_config=self.quantization_config)
+        overrides.install(model)
+        run = self.quantization_config.calibration or {}
+        track(model, run.get("last_timestep"), run.get("has_fallen", False))
+
+    # ── saving, and back to float ────────────────────────────────────────────────────────────────────────────
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False  # noqa: ARG002
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The model alone, under its own names, also while adapters are attached."""
+        own = {plain_name(key): value for key, value in state_dict.items() if ".lora_" not in key}
+        meta = [key for key, value in own.items() if value.is_meta]
+        if meta:
+            raise ConfigError(
+                f"All tensors must be in memory to be saved, but {len(meta)} are offloaded ({meta[0]}, …). Load the "
+                f"model without `device_map` and offloading, then save it."
+            )
+        return own, {"quant_method": "msfp", "format_version": str(self.quantization_config.format_version)}
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        overrides.remove(model)
+        _remove_tracker(model)
+        revert(model, model.dtype)
+        config = dict(model._internal_dict)
+        for key in ("quantization_config", "_pre_quantization_dtype"):
+            config.pop(key, None)
+        model._internal_dict = type(model._internal_dict)(config)
+        del model.quantization_method
+        return model
+
+    # ── what it can do ───────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def supports_parallel_loading(self) -> bool:
+        """Every tensor loads alone."""
+        return True
+
+    @property
+    def is_serializable(self) -> bool:
+        """Packed tensors are plain uint8."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Gradients pass through to adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Frozen models compile without graph breaks."""
+        return True
+
+
+def _move_stored(layer: QuantLayer, device: torch.device) -> None:
+    """Move all but the bias, which diffusers places itself."""
+    layer.weight.data = layer.weight.data.to(device)
+    for name, tensor in layer._buffers.items():
+        layer._buffers[name] = tensor.to(device)

@@ -1,0 +1,20 @@
+"""Make diffusers know the method `"msfp"`."""
+
+from diffusers.quantizers import auto
+
+from ..errors import ConfigError
+from .config import MSFPConfig, MSFPMethod
+from .quantizer import MSFPQuantizer
+
+
+def register() -> None:
+    """Enter config and quantizer in diffusers' two tables; calling it again changes nothing.
+
+    Raises:
+        ConfigError: something else is registered under this name.
+    """
+    tables = ((auto.AUTO_QUANTIZER_MAPPING, MSFPQuantizer), (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, MSFPConfig))
+    for table, cls in tables:
+        present = table.setdefault(MSFPMethod.MSFP.value, cls)
+        if present is not cls:
+            raise ConfigError(f"'msfp' is already registered with diffusers by {present.__module__}.{present.__name__}.")

@@ -1,0 +1,127 @@
+"""Rounding to the lattice, and codes: the definition that every engine reproduces bit for bit.
+
+In float32: `y = x * (1/unit) + k`, clamped to the lattice's range; `step = 2^max(0, floor(log2|y|) - M)`;
+`q = round_half_even(y / step) * step`. The result is a lattice integer; -0 becomes 0.
+"""
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError, ShapeError
+from ..formats import FPFormat
+from .qparams import QParams
+
+
+def round_to_lattice(y: Tensor, fmt: FPFormat) -> Tensor:
+    """Nearest lattice integer of values that already lie in the lattice's range; ties to the even multiple.
+
+    Args:
+        y (`Tensor`, any shape, float32): values in lattice steps, within the format's range.
+
+    Returns:
+        `Tensor`, float32, shape of `y`: whole numbers of `fmt.lattice`.
+    """
+    # The exponent field of a float32 is floor(log2|y|) + 127; powers of two are built from the field directly.
+    exponent = ((y.view(torch.int32) >> 23) & 0xFF) - (127 + fmt.mantissa_bits)
+    exponent = exponent.clamp_min(0)
+    step = ((exponent + 127) << 23).view(torch.float32)
+    inverse = ((127 - exponent) << 23).view(torch.float32)
+    return torch.round(y * inverse) * step + 0.0  # + 0.0 turns -0 into 0
+
+
+def lattice_range(fmt: FPFormat) -> tuple[float, float]:
+    """Smallest and largest lattice integer."""
+    return float(fmt.lattice[0]), float(fmt.lattice_max)
+
+
+def zero_point_steps(qparams: QParams) -> Tensor:
+    """The zero point as a lattice integer: `k` with `zero_point = -k * unit`; float32, shape of `zero_point`."""
+    fmt = qparams.format
+    if fmt.signed:
+        return torch.zeros_like(qparams.zero_point)
+    k = (-qparams.zero_point.detach() * (1 / qparams.unit.detach())).clamp(*lattice_range(fmt))
+    return round_to_lattice(k, fmt)
+
+
+def check_finite(x: Tensor, where: str) -> None:
+    """Refuse NaN and infinity, naming the place they came from; one pass over `x`."""
+    if x.numel() == 0:
+        return
+    low, high = torch.aminmax(x.detach())
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        kind = "NaN" if torch.isnan(low) else "infinity"
+        raise NonFiniteError(
+            f"{where} must be finite, but {kind} came (shape {tuple(x.shape)}, {x.dtype}). Look for an overflow before "
+            f"this place; float16 overflows at 65504, bfloat16 and float32 do not."
+        )
+
+
+def quantize_to_lattice(x: Tensor, qparams: QParams) -> tuple[Tensor, Tensor]:
+    """Lattice integers `q` of `x` and the zero point `k`, both float32; `x ≈ (q - k) * unit`."""
+    check_broadcast(x, qparams)
+    k = zero_point_steps(qparams)
+    y = x.to(torch.float32) * (1 / qparams.unit) + k
+    return round_to_lattice(y.clamp(*lattice_range(qparams.format)), qparams.format), k
+
+
+def encode(x: Tensor, qparams: QParams) -> Tensor:
+    """Codes of the nearest representable values; values outside the range are saturated.
+
+    Args:
+        x (`Tensor`, any shape, float32/bfloat16/float16): finite values.
+        qparams (`QParams`): broadcastable to `x`.
+
+    Returns:
+        `Tensor`, uint8, shape of `x`: sign, exponent and mantissa bits from the top; -0 is written as code 0.
+
+    Raises:
+        NonFiniteError: `x` holds NaN or infinity.
+        ShapeError: `qparams` does not broadcast to `x`.
+
+    Example:
+        >>> encode(torch.tensor([0.3, -9.0]), QParams("fp4_e2m1", scale=1.0)).tolist()
+        [1, 15]
+    """
+    fmt = qparams.format
+    check_finite(x, "Values to encode")
+    q, _ = quantize_to_lattice(x, qparams)
+    magnitude = q.abs()
+    # index = exponent field * 2^M + mantissa: subtract from the float's own exponent, keep its top M mantissa bits.
+    bits = magnitude.view(torch.int32)
+    m = fmt.mantissa_bits
+    normal = (bits >> (23 - m)) - ((127 + m - 1) << m)
+    code = torch.where(magnitude < 2**m, magnitude.to(torch.int32), normal)
+    if fmt.signed:
+        code = code + ((q < 0).to(torch.int32) << (fmt.bits - 1))
+    return code.to(torch.uint8)
+
+
+def decode(codes: Tensor, qparams: QParams, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Real values of codes: `(q - k) * unit` in float32, cast to `dtype`.
+
+    Args:
+        codes (`Tensor`, any shape, uint8): each below `2**bits`.
+        qparams (`QParams`): broadcastable to `codes`.
+
+    Raises:
+        ShapeError: `qparams` does not broadcast to `codes`.
+    """
+    check_broadcast(codes, qparams)
+    table = torch.tensor(qparams.format.code_values, dtype=torch.float32, device=codes.device)
+    q = table[codes.to(torch.int32)]
+    return ((q - zero_point_steps(qparams)) * qparams.unit).to(dtype)
+
+
+def check_broadcast(x: Tensor, qparams: QParams) -> None:
+    """Refuse a scale that would change the shape of `x`."""
+    if qparams.scale.ndim == 0 and qparams.zero_point.ndim == 0:
+        return
+    try:
+        shape = torch.broadcast_shapes(x.shape, qparams.scale.shape, qparams.zero_point.shape)
+    except RuntimeError:
+        shape = None
+    if shape != x.shape:
+        raise ShapeError(
+            f"`scale` must broadcast to the tensor, but scale {tuple(qparams.scale.shape)} came with a tensor of shape "
+            f"{tuple(x.shape)}. Per output channel of a convolution it is (C, 1, 1, 1)."
+        )

@@ -1,0 +1,142 @@
+"""Schemes as data: which formats may be tried in which place of a network.
+
+A scheme names *candidates*; the search picks one weight format and one activation format per layer. Papers keep the
+first and last layers and the time embedding at 8 bit (EfficientDM's modules 0, 1, 2 and -1), and so do all schemes
+here. The activation of the input convolution stays float: near the end of sampling the noise still to be predicted is
+smaller than an 8-bit step of the image (on the embedded model an 8-bit input alone would cost 12 % error there).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from .errors import ConfigError
+from .formats import FORMATS
+from .registry import Registry
+
+
+def candidates(bits: int, *, signed: bool) -> tuple[str, ...]:
+    """Formats of one width worth trying: all but those with so many exponent bits that they never won a search."""
+    return tuple(
+        name
+        for name, fmt in FORMATS.items()
+        if fmt.bits == bits and fmt.signed == signed and fmt.exponent_bits <= (4 if bits == 8 else 3)
+    )
+
+
+@dataclass(frozen=True)
+class LayerScheme:
+    """Candidate formats of one layer.
+
+    Args:
+        weight (`tuple[str, ...]`): names of signed formats, one scale per output channel.
+        activation (`tuple[str, ...]`): names of signed and unsigned formats, one scale per tensor; empty leaves the
+            input float. Unsigned ones are tried with a zero point, where the data allow it.
+    """
+
+    weight: tuple[str, ...]
+    activation: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.weight:
+            raise ConfigError("A scheme needs at least one weight format, but none came.")
+        for name in self.weight + self.activation:
+            fmt = FORMATS[name]
+            if name in self.weight and not fmt.signed:
+                raise ConfigError(f"Weights need signed formats, but `{name}` is unsigned. Use it for activations.")
+        if self.activation and not any(FORMATS[name].signed for name in self.activation):
+            raise ConfigError("Activations need at least one signed format, since any layer may see both signs.")
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """Candidates for every place of a network.
+
+    Args:
+        inner (`LayerScheme`): all layers but those below.
+        edge (`LayerScheme`): output convolution and time-embedding linears.
+        input (`LayerScheme`): the layer that reads the noisy sample.
+    """
+
+    inner: LayerScheme
+    edge: LayerScheme
+    input: LayerScheme
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether ranges have to be calibrated."""
+        return bool(self.inner.activation or self.edge.activation or self.input.activation)
+
+
+def _scheme(weight_bits: int, activation_bits: int | None, *, mixup: bool = True) -> QuantScheme:
+    def layer(w: int, a: int | None) -> LayerScheme:
+        activation = candidates(a, signed=True) + (candidates(a, signed=False) if mixup else ()) if a else ()
+        return LayerScheme(candidates(w, signed=True), activation)
+
+    edge = layer(8, 8 if activation_bits else None)
+    return QuantScheme(layer(weight_bits, activation_bits), edge, replace(edge, activation=()))
+
+
+SCHEMES: Registry[QuantScheme] = Registry("scheme")
+"""Presets by name: `w{weight bits}a{activation bits}`; `a16` leaves activations float."""
+
+for _w, _a in ((4, 4), (4, 6), (4, 8), (6, 6), (8, 8), (4, None)):
+    SCHEMES.add(f"w{_w}a{_a or 16}", _scheme(_w, _a))
+SCHEMES.add("w4a4-signed", _scheme(4, 4, mixup=False))
+SCHEMES.add(
+    "int-w4a4", replace(SCHEMES["w4a4"], inner=LayerScheme(weight=("fp4_e1m2",), activation=("fp4_e1m2", "fp4_ue1m3")))
+)
+BASELINES = ("w4a4-signed", "int-w4a4")
+"""Schemes to compare with: signed formats only (as LLM-FP4), and uniform 4-bit grids with the same search."""
+
+DEFAULT_SCHEME = "w4a8"
+
+INPUT_PATTERNS = ("conv_in", "encoder.conv_in", "decoder.conv_in", "pos_embed.proj", "x_embedder", "patch_embed.proj")
+EDGE_PATTERNS = (
+    "conv_out",
+    "encoder.conv_out",
+    "decoder.conv_out",
+    "proj_out",
+    "proj_out_1",
+    "proj_out_2",
+    "time_embedding.linear_*",
+    "time_proj.linear_*",
+    "add_embedding.linear_*",
+    "time_text_embed.*",
+    "*timestep_embedder.linear_*",
+)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a module's name fits: a plain pattern as a substring, one with `*` as a glob over the whole name."""
+    return fnmatchcase(name, pattern) if "*" in pattern else pattern in name
+
+
+def resolve(name: str, scheme: str, overrides: Mapping[str, str]) -> LayerScheme:
+    """The candidates of one layer.
+
+    Args:
+        name (`str`): the layer's full name in the model.
+        scheme (`str`): name in `SCHEMES`.
+        overrides (`Mapping[str, str]`): pattern → scheme; the last one that matches wins and is taken at its word,
+            also for edge and input layers.
+    """
+    for pattern, override in reversed(overrides.items()):
+        if matches(pattern, name):
+            return SCHEMES[override].inner
+    if any(fnmatchcase(name, pattern) for pattern in INPUT_PATTERNS):
+        return SCHEMES[scheme].input
+    if any(fnmatchcase(name, pattern) for pattern in EDGE_PATTERNS):
+        return SCHEMES[scheme].edge
+    return SCHEMES[scheme].inner
+
+
+def check_patterns(patterns: Sequence[str], names: Sequence[str], what: str) -> None:
+    """Refuse a pattern that fits no module: a typing error would otherwise quantize what was to be left alone."""
+    for pattern in patterns:
+        if not any(matches(pattern, name) for name in names):
+            some = ", ".join(names[:4])
+            raise ConfigError(
+                f"Every pattern in `{what}` must match a layer, but {pattern!r} matches none of {len(names)}. Layers "
+                f"are called {some}, …; a plain name matches as a substring, with `*` as a glob over the whole name."
+            )

@@ -1,0 +1,137 @@
+"""Calibration state of a model: `"observing"` its inputs or `"frozen"`.
+
+While a model observes, its activations are float and each layer watches its input. A denoising run ends when the
+timestep rises again after having fallen; the ranges then freeze before the new run's first step. The only thing that
+knows the timestep is `RunTracker`, a forward pre-hook on the model.
+"""
+
+import logging
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+from ..nn import QuantLayer
+from .convert import describe_layers, quant_layers
+
+logger = logging.getLogger(__name__)
+
+
+class RunTracker:
+    """Forward pre-hook that freezes a model when its first denoising run is over.
+
+    Args:
+        last_timestep (`float`, *optional*): of the previous call; None before the first.
+        has_fallen (`bool`): whether the timestep has fallen since observation began.
+    """
+
+    def __init__(self, last_timestep: float | None = None, has_fallen: bool = False) -> None:
+        self.last_timestep = last_timestep
+        self.has_fallen = has_fallen
+        self.paused = False
+
+    @torch.compiler.disable
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Look at the timestep of the coming call."""
+        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        if self.paused or not isinstance(timestep, (int, float, torch.Tensor)):
+            return
+        now = float(torch.as_tensor(timestep).max())
+        if self.last_timestep is not None:
+            if now > self.last_timestep and self.has_fallen:
+                freeze(model)
+                return
+            self.has_fallen |= now < self.last_timestep
+        self.last_timestep = now
+        write_record(model)
+
+
+def tracker(model: nn.Module) -> RunTracker | None:
+    """The model's tracker, if it is observing."""
+    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, RunTracker)), None)
+
+
+def _remove_tracker(model: nn.Module) -> None:
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, RunTracker):
+            del model._forward_pre_hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def track(model: nn.Module, last_timestep: float | None = None, has_fallen: bool = False) -> None:
+    """Watch for the end of a denoising run, if any layer of the model is observing."""
+    _remove_tracker(model)
+    if calibration_state(model) == "observing":
+        model.register_forward_pre_hook(RunTracker(last_timestep, has_fallen), with_kwargs=True)
+    write_record(model)
+
+
+def write_record(model: nn.Module) -> None:
+    """Bring the model's quantization config up to date with its layers, so that saving writes what is there."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is None:
+        return
+    config.layers = describe_layers(model)
+    config.calibration = {"state": calibration_state(model)}
+    if (hook := tracker(model)) is not None:
+        config.calibration |= {"last_timestep": hook.last_timestep, "has_fallen": hook.has_fallen}
+
+
+def quantized_models(model_or_pipe: object) -> Iterator[nn.Module]:
+    """The model itself, or the components of a pipeline that have quantized layers."""
+    components = getattr(model_or_pipe, "components", None)
+    candidates = components.values() if isinstance(components, dict) else [model_or_pipe]
+    for model in candidates:
+        if isinstance(model, nn.Module) and any(isinstance(m, QuantLayer) for m in model.modules()):
+            yield model
+
+
+def _require_quantized(model_or_pipe: object) -> list[nn.Module]:
+    models = list(quantized_models(model_or_pipe))
+    if not models:
+        raise ConfigError(
+            f"A model with quantized layers is needed, but {type(model_or_pipe).__name__} has none. Load it with "
+            f"`quantization_config=MSFPConfig()` or call `quantize_pipeline(pipe, scheme)`."
+        )
+    return models
+
+
+def calibration_state(model: nn.Module) -> str:
+    """`"observing"` while activation ranges are being observed, `"frozen"` afterwards or where there are none.
+
+    Args:
+        model (`nn.Module` or pipeline): with quantized layers.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    models = _require_quantized(model)
+    observing = any(layer.observing for m in models for _, layer in quant_layers(m))
+    return "observing" if observing else "frozen"
+
+
+def freeze(model: nn.Module) -> None:
+    """End the observation now: choose every input's format, scale and zero point from what was seen.
+
+    Args:
+        model (`nn.Module` or pipeline): with quantized layers; nothing happens if it is already frozen.
+
+    Raises:
+        ConfigError: it has no quantized layers, or no input was ever seen.
+    """
+    for m in _require_quantized(model):
+        observing = [(name, layer) for name, layer in quant_layers(m) if layer.observing]
+        if not observing:
+            continue
+        if not any(int(layer.observed_count) for _, layer in observing):
+            raise ConfigError(
+                f"Ranges need data, but no input of {type(m).__name__} has been seen. Run the pipeline once, or call "
+                f"`calibrate(pipe)`."
+            )
+        unseen = [name for name, layer in observing if not layer.freeze()]
+        if unseen:
+            logger.warning("%d layers were never used and keep a float input: %s.", len(unseen), ", ".join(unseen))
+        _remove_tracker(m)
+        write_record(m)
+        logger.info("%s: activation ranges of %d layers are frozen.", type(m).__name__, len(observing) - len(unseen))
