@@ -3,11 +3,11 @@
 Importing this package registers the quantization method `"msfp"` with diffusers.
 """
 
+from .calibration import search_qparams
 from .errors import MSFPError
 from .formats import FORMATS, FPFormat
 from .integration import MSFPConfig, MSFPQuantizer, quantize_pipeline, register
 from .numerics import QParams, decode, encode, fake_quantize
-from .calibration import search_qparams
 from .schemes import SCHEMES
 from .workflow import calibrate, calibration_state, freeze
 

@@ -3,4 +3,12 @@
 from .observer import Observation, observe
 from .search import SearchResult, is_anomalous, search_activation, search_qparams, search_weight
 
-__all__ = ["Observation", "SearchResult", "is_anomalous", "observe", "search_activation", "search_qparams", "search_weight"]
+__all__ = [
+    "Observation",
+    "SearchResult",
+    "is_anomalous",
+    "observe",
+    "search_activation",
+    "search_qparams",
+    "search_weight",
+]

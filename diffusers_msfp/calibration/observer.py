@@ -19,10 +19,10 @@ DRAWN_PER_CALL = 2**13
 
 @dataclass(frozen=True)
 class Observation:
-    """What has been seen at one place; its tensors are updated in place.
+    """What has been seen at one place.
 
     Args:
-        sample (`Tensor`, `(CAPACITY,)`, float32): the first `min(count, CAPACITY)` entries are valid.
+        sample (`Tensor`, `(min(count, CAPACITY),)`, float32): drawn uniformly from the values offered.
         count (`Tensor`, `()`, int64): values offered to the sample.
         range (`Tensor`, `(2,)`, float32): smallest and largest of *all* values.
     """
@@ -35,46 +35,47 @@ class Observation:
     def empty(cls, device: torch.device | str | None = None) -> "Observation":
         """Nothing seen yet."""
         return cls(
-            torch.zeros(CAPACITY, device=device),
+            torch.zeros(0, device=device),
             torch.zeros((), dtype=torch.int64, device=device),
             torch.tensor([torch.inf, -torch.inf], device=device),
         )
 
     def values(self) -> Tensor:
         """The sample together with both ends of the range, float32."""
-        if not int(self.count):
-            return self.sample[:0]
-        return torch.cat([self.sample[: min(int(self.count), CAPACITY)], self.range])
+        return torch.cat([self.sample, self.range]) if len(self.sample) else self.sample
 
 
 @torch.compiler.disable
-def observe(observation: Observation, x: Tensor, place: str) -> None:
-    """Take the values of one call into the observation.
+def observe(observation: Observation, x: Tensor, place: str) -> Observation:
+    """The observation after one more call.
 
     Args:
         x (`Tensor`, any shape, float32/bfloat16/float16): finite values; an empty tensor changes nothing.
         place (`str`): name of the layer, for messages and as part of the seed.
 
+    Returns:
+        `Observation`: may share tensors with the one given, which is used up.
+
     Raises:
         NonFiniteError: `x` holds NaN or infinity.
     """
     if x.numel() == 0:
-        return
+        return observation
     x = x.detach().flatten()
     check_finite(x, f"The input of layer `{place}`")
     low, high = torch.aminmax(x)
-    observation.range[0] = torch.minimum(observation.range[0], low)
-    observation.range[1] = torch.maximum(observation.range[1], high)
+    seen_low, seen_high = observation.range
+    new_range = torch.stack([torch.minimum(seen_low, low.float()), torch.maximum(seen_high, high.float())])
 
     seen = int(observation.count)
     generator = torch.Generator().manual_seed(zlib.crc32(f"{place}:{seen}".encode()))
     drawn = min(x.numel(), DRAWN_PER_CALL)
     index = torch.randint(x.numel(), (drawn,), generator=generator)
-    new = x[index.to(x.device)].to(observation.sample)
-    position = torch.arange(seen, seen + drawn)  # each of the drawn values in the stream of all drawn so far
-    slot = torch.where(
-        position < CAPACITY, position, (torch.rand(drawn, generator=generator, dtype=torch.float64) * position).long()
-    )
+    new = x[index.to(x.device)].to(torch.float32)
+    fits = max(0, min(CAPACITY - seen, drawn))
+    sample = torch.cat([observation.sample, new[:fits]])
+    position = torch.arange(seen + fits, seen + drawn, dtype=torch.float64)  # of the rest in the stream of all drawn
+    slot = (torch.rand(drawn - fits, generator=generator, dtype=torch.float64) * (position + 1)).long()
     kept = slot < CAPACITY
-    observation.sample[slot[kept].to(x.device)] = new[kept.to(x.device)]
-    observation.count.add_(drawn)
+    sample[slot[kept].to(x.device)] = new[fits:][kept.to(x.device)]
+    return Observation(sample, observation.count + drawn, new_range)

@@ -4,7 +4,6 @@ Both see the same noise. The denoiser's error is taken on the *reference's* traj
 is called with, the candidate is called with too, in every stock pipeline. Pictures come from each pipeline's own run.
 """
 
-import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -14,10 +13,9 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..workflow.calibrate import _arguments, _quiet
+from ..workflow.sampling import batch_size_for, call_arguments, quiet
 
 MAX_PSNR_DB = 100.0
-BATCH_SIZE = 16
 
 
 def with_ddim(pipe, eta: float = 0.0):
@@ -42,7 +40,7 @@ def denoiser_of(pipe) -> nn.Module:
     for name in ("unet", "transformer", "prior"):
         if getattr(pipe, name, None) is not None:
             return getattr(pipe, name)
-    raise ConfigError(f"A pipeline needs a `unet`, `transformer` or `prior` to be compared; {type(pipe).__name__} has none.")
+    raise ConfigError(f"Comparing needs a `unet`, `transformer` or `prior`, but {type(pipe).__name__} has none.")
 
 
 def psnr_db(a: Tensor, b: Tensor) -> Tensor:
@@ -61,7 +59,7 @@ def compare_pipelines(
     eta: float = 0.0,
     prompts: list[str] | None = None,
     on_step: Callable[[int, int], None] | None = None,
-    **call_arguments,
+    **arguments,
 ) -> dict:
     """Error of the denoiser and of the pictures for equal noise, on DDIM.
 
@@ -70,7 +68,7 @@ def compare_pipelines(
         num_samples, num_inference_steps, seed, eta: of both runs.
         prompts (`list[str]`, *optional*): taken in turn where the pipeline takes prompts.
         on_step (`Callable[[int, int], None]`, *optional*): called after each step of the reference with (done, total).
-        **call_arguments: passed on to both pipelines.
+        **arguments: passed on to both pipelines.
 
     Returns:
         `dict`: `eps_mse` (mean squared difference of the outputs), `eps_rel_l2` (`sqrt(Σ‖Δ‖² / Σ‖reference‖²)`), both
@@ -85,14 +83,20 @@ def compare_pipelines(
             raise ConfigError(f"`{name}` must be at least 1, but {value} came.")
     reference, candidate = with_ddim(reference, eta), with_ddim(candidate, eta)
     student = denoiser_of(candidate)
+    batch_size = batch_size_for([student], num_samples)
     error, energy, count = defaultdict(float), defaultdict(float), 0
     done = 0
-    total = math.ceil(num_samples / BATCH_SIZE) * num_inference_steps
+    asking = False  # the candidate may be the reference itself
+    total = math.ceil(num_samples / batch_size) * num_inference_steps
 
     def watch(_module, args, kwargs, output) -> None:
-        nonlocal count, done
+        nonlocal count, done, asking
+        if asking:
+            return
         timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        asking = True
         expected, came = _sample(output).double(), _sample(student(*args, **kwargs)).double()
+        asking = False
         if expected.shape != came.shape:
             raise ConfigError(
                 f"Both denoisers must give the same shape, but {tuple(expected.shape)} and {tuple(came.shape)} came: "
@@ -106,11 +110,11 @@ def compare_pipelines(
         if on_step is not None:
             on_step(done, max(done, total))
 
-    make_arguments = _arguments(reference, prompts, num_inference_steps, {"output_type": "np"} | call_arguments)
+    make_arguments = call_arguments(reference, prompts, num_inference_steps, {"output_type": "np"} | arguments)
     ratios = []
-    with _quiet(reference), _quiet(candidate), torch.no_grad():
-        for start in range(0, num_samples, BATCH_SIZE):
-            size = min(BATCH_SIZE, num_samples - start)
+    with quiet(reference), quiet(candidate), torch.no_grad():
+        for start in range(0, num_samples, batch_size):
+            size = min(batch_size, num_samples - start)
 
             def run(pipe, start=start, size=size) -> Tensor:
                 images = pipe(**make_arguments(start, size, torch.Generator().manual_seed(seed + start))).images
@@ -129,7 +133,6 @@ def compare_pipelines(
         "eps_rel_l2_by_timestep": by_timestep,
         "image_psnr_db": torch.cat(ratios).mean().item(),
     }
-
 
 
 def _sample(output) -> Tensor:

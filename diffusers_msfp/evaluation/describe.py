@@ -21,7 +21,7 @@ def component_dirs(path: Path) -> dict[str, Path]:
             found[name] = folder
     if not found:
         raise CheckpointError(
-            f"{path} must be a pipeline's or model's folder saved with MSFP quantization, but no config.json in it says "
+            f"{path} must be the folder of an MSFP-quantized pipeline or model, but no config.json in it says "
             f"`quant_method: msfp`. Make one with `diffusers-msfp quantize`."
         )
     return found

@@ -9,9 +9,7 @@ MARGIN = 4
 LABEL_HEIGHT = 20
 
 
-def image_grid(
-    images: np.ndarray, *, columns: int, scale: int = 1, labels: Sequence[str] | None = None
-) -> Image.Image:
+def image_grid(images: np.ndarray, *, columns: int, scale: int = 1, labels: Sequence[str] | None = None) -> Image.Image:
     """Images side by side, with a title above each row if there are labels.
 
     Args:

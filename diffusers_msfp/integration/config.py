@@ -68,7 +68,7 @@ class MSFPConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
     ) -> None:
         # PipelineQuantizationConfig.__init__ is left out on purpose: it wants a backend's name or a mapping.
         if quant_method != MSFPMethod.MSFP.value:
-            raise CheckpointError(f"`quant_method` must be 'msfp', but {quant_method!r} came: not a checkpoint of ours.")
+            raise CheckpointError(f"`quant_method` must be 'msfp', but {quant_method!r} came: another method's config.")
         self.quant_method = MSFPMethod.MSFP
         if not isinstance(format_version, int) or isinstance(format_version, bool) or format_version < 1:
             raise CheckpointError(f"`format_version` must be a whole number ≥ 1, but {format_version!r} came.")
@@ -78,7 +78,9 @@ class MSFPConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
                 f"Upgrade it: `pip install -U diffusers-msfp`."
             )
         if adapters is not None:
-            raise CheckpointError("This checkpoint has adapters, which this version of the package cannot route. Upgrade.")
+            raise CheckpointError(
+                "`adapters` must be null for this version of the package, but there are some: upgrade."
+            )
         self.format_version = format_version
         SCHEMES[scheme]
         self.scheme = scheme
@@ -136,7 +138,7 @@ class MSFPConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
             return None
         if not is_diffusers:
             raise ConfigError(
-                f"`components_to_quantize` may name diffusers models only, but `{module_name}` is a transformers model. "
+                f"`components_to_quantize` may name diffusers models only, but `{module_name}` is one of transformers. "
                 f"Leave it out."
             )
         return self.for_one_model()

@@ -16,8 +16,8 @@ _REFUSED = {
     "it does), or call `model.dequantize()`, fuse, and quantize again.",
     "enable_layerwise_casting": "The weights are already stored in {bits} bits, and casting would damage their scales. "
     "There is nothing to gain: leave it out.",
-    "fuse_qkv_projections": "Packed projections of different formats cannot be joined. Call `model.dequantize()`, fuse, "
-    "and quantize again, or leave them apart.",
+    "fuse_qkv_projections": "Packed projections of different formats cannot be joined. Leave them apart, or call "
+    "`model.dequantize()`, fuse, and quantize again.",
     "half": "The packed weights have no dtype to cast. Load the model with `torch_dtype=torch.float16` instead.",
     "float": "The packed weights have no dtype to cast. Load the model with `torch_dtype=torch.float32` instead.",
 }

@@ -12,6 +12,7 @@ from accelerate.utils import CustomDtype
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 
+from ..calibration.observer import CAPACITY
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..nn import QUANT_LAYERS, QuantLayer
 from ..nn.quant_layer import INPUT_TENSORS, OBSERVED, WEIGHT_TENSORS
@@ -34,12 +35,27 @@ class MSFPQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: MSFPConfig, **kwargs) -> None:
         super().__init__(quantization_config, **kwargs)
         self._plan: Conversion | None = None
+        self._dtype = torch.float32
 
     # ── loading ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         """float32 where nothing is asked for."""
-        return torch.float32 if torch_dtype is None else torch_dtype
+        self._dtype = torch.float32 if torch_dtype is None else torch_dtype
+        return self._dtype
+
+    def validate_environment(self, *args, device_map=None, **kwargs) -> None:  # noqa: ARG002
+        """Refuse what diffusers would do behind our back: tensors on disk are cast and never shown to us.
+
+        Raises:
+            UnsupportedError: disk offload in another dtype than float32.
+        """
+        places = device_map.values() if isinstance(device_map, dict) else ()
+        if "disk" in places and self._dtype != torch.float32:
+            raise UnsupportedError(
+                f"Disk offload keeps scales exact only in float32, but `torch_dtype={self._dtype}` came. Leave "
+                f"`torch_dtype` out, or offload to the CPU."
+            )
 
     def adjust_target_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:  # noqa: ARG002
         """Size of a weight when devices are shared out."""
@@ -58,9 +74,7 @@ class MSFPQuantizer(DiffusersQuantizer):
         config = self.quantization_config
         if self.pre_quantized and config.layers is None:
             raise CheckpointError("config.json of a quantized model must have `layers`, but it has none: damaged file.")
-        self._plan = Conversion.plan(
-            model, config.scheme, config.modules_to_not_convert, config.scheme_overrides
-        )
+        self._plan = Conversion.plan(model, config.scheme, config.modules_to_not_convert, config.scheme_overrides)
         if self.pre_quantized:
             convert_skeleton(model, config.layers, self._plan.layers)
 
@@ -89,11 +103,14 @@ class MSFPQuantizer(DiffusersQuantizer):
             if isinstance(module, QuantLayer):
                 return  # the same module under a second name
             layer = QUANT_LAYERS[type(module)].from_float(module, place, self._plan.layers[place], value)
-            replace_module(model, place, layer.to(target_device) if layer.bias is None or not layer.bias.is_meta else layer)
-            _move_stored(layer, target_device)
+            layer.weight.data = layer.weight.data.to(target_device)
+            for name, stored in layer._buffers.items():
+                layer._buffers[name] = stored.to(target_device)
+            replace_module(model, place, layer)
             return
         expected = module.weight if tensor == "weight" else module._buffers[tensor]
-        if value.dtype != expected.dtype or value.shape != expected.shape:
+        fits = value.shape == expected.shape or (tensor == OBSERVED[0] and value.ndim == 1 and len(value) <= CAPACITY)
+        if value.dtype != expected.dtype or not fits:
             raise CheckpointError(
                 f"`{param_name}` must be {expected.dtype} of shape {tuple(expected.shape)}, but {value.dtype} of shape "
                 f"{tuple(value.shape)} came: damaged file, or not this model's."
@@ -105,10 +122,12 @@ class MSFPQuantizer(DiffusersQuantizer):
             module._buffers[tensor] = value
 
     def check_quantized_param_shape(self, param_name: str, current_param, loaded_param) -> None:
-        """Refuse a shape that the skeleton does not expect."""
+        """Refuse a shape that the skeleton does not expect; an observer's sample has any length up to its capacity."""
+        if param_name.endswith(OBSERVED[0]) and loaded_param.ndim == 1 and len(loaded_param) <= CAPACITY:
+            return
         raise CheckpointError(
-            f"`{param_name}` must have shape {tuple(current_param.shape)}, but {tuple(loaded_param.shape)} came: damaged "
-            f"file, or not this model's."
+            f"`{param_name}` must have shape {tuple(current_param.shape)}, but {tuple(loaded_param.shape)} came: "
+            f"damaged file, or not this model's."
         )
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:  # noqa: ARG002
@@ -125,8 +144,9 @@ class MSFPQuantizer(DiffusersQuantizer):
         for module in model.modules():
             if isinstance(module, QuantLayer) and not module.weight_scale.is_meta:
                 module.check_stored()
+        on_the_fly = not self.pre_quantized
         self.attach(model)
-        if not self.pre_quantized:
+        if on_the_fly:
             self._plan.report(model)
             if calibration_state(model) == "observing":
                 logger.warning(
@@ -149,7 +169,9 @@ class MSFPQuantizer(DiffusersQuantizer):
     # ── saving, and back to float ────────────────────────────────────────────────────────────────────────────
 
     def get_state_dict_and_metadata(
-        self, state_dict: dict[str, Any], safe_serialization: bool = False  # noqa: ARG002
+        self,
+        state_dict: dict[str, Any],
+        safe_serialization: bool = False,  # noqa: ARG002
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The model alone, under its own names, also while adapters are attached."""
         own = {plain_name(key): value for key, value in state_dict.items() if ".lora_" not in key}
@@ -193,10 +215,3 @@ class MSFPQuantizer(DiffusersQuantizer):
     def is_compileable(self) -> bool:
         """Frozen models compile without graph breaks."""
         return True
-
-
-def _move_stored(layer: QuantLayer, device: torch.device) -> None:
-    """Move all but the bias, which diffusers places itself."""
-    layer.weight.data = layer.weight.data.to(device)
-    for name, tensor in layer._buffers.items():
-        layer._buffers[name] = tensor.to(device)

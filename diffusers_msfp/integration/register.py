@@ -17,4 +17,4 @@ def register() -> None:
     for table, cls in tables:
         present = table.setdefault(MSFPMethod.MSFP.value, cls)
         if present is not cls:
-            raise ConfigError(f"'msfp' is already registered with diffusers by {present.__module__}.{present.__name__}.")
+            raise ConfigError(f"'msfp' must be free in diffusers, but {present.__module__}.{present.__name__} has it.")

@@ -16,13 +16,14 @@ The bytes stand in the *last* axis, where no float weight of more than one input
 adapter merged by force fails instead of corrupting codes.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..calibration import Observation, observe, search_activation, search_weight
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import CheckpointError
 from ..formats import FPFormat
 from ..numerics import QParams, decode, encode, fake_quantize, pack, packed_size, unpack
 from ..numerics.rounding import check_finite
@@ -44,7 +45,7 @@ def _transplant(source: nn.Module, cls: type[nn.Module]) -> nn.Module:
     return module
 
 
-class QuantLayer(nn.Module):
+class QuantLayer(nn.Module, ABC):
     """Abstract base of the quantized layers. Made by `from_float` or `skeleton`, never by its constructor.
 
     Calling the class like its float original returns a *float* layer of that kind: PEFT builds a convolution's
@@ -120,9 +121,9 @@ class QuantLayer(nn.Module):
     # ── shapes ───────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
+    @abstractmethod
     def logical_shape(self) -> tuple[int, ...]:
         """Shape of the float weight; output channels first."""
-        raise UnsupportedError("`QuantLayer` is abstract; use one of `QUANT_LAYERS`.")
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -143,11 +144,19 @@ class QuantLayer(nn.Module):
     def start_observing(self, candidates: Sequence[str], device: torch.device | str | None = None) -> None:
         """Leave the input float and watch it, until `freeze`."""
         self.input_candidates, self.input_format = tuple(candidates), None
-        observation = Observation.empty(device or self.weight.device)
-        for name, tensor in zip(OBSERVED, (observation.sample, observation.count, observation.range), strict=True):
-            self.register_buffer(name, tensor)
         for name in INPUT_TENSORS:
             self._buffers.pop(name, None)
+        self.observation = Observation.empty(device or self.weight.device)
+
+    @property
+    def observation(self) -> Observation:
+        """What the input has shown so far; only while observing."""
+        return Observation(*(self._buffers[name] for name in OBSERVED))
+
+    @observation.setter
+    def observation(self, observation: Observation) -> None:
+        for name, tensor in zip(OBSERVED, (observation.sample, observation.count, observation.range), strict=True):
+            self.register_buffer(name, tensor)
 
     def freeze(self) -> bool:
         """Choose the input's format, scale and zero point from what was seen.
@@ -155,7 +164,7 @@ class QuantLayer(nn.Module):
         Returns:
             `bool`: False if nothing was seen; the input then stays float for good.
         """
-        values = Observation(*(getattr(self, name) for name in OBSERVED)).values()
+        values = self.observation.values()
         if len(values):
             result = search_activation(values, self.input_candidates)
             self.expect_input(result.qparams.format, self.weight.device)
@@ -193,7 +202,7 @@ class QuantLayer(nn.Module):
     def quantize_input(self, x: Tensor) -> Tensor:
         """The input as the layer uses it, float32: observed, fake-quantized, or as it is."""
         if self.observing:
-            observe(Observation(*(getattr(self, name) for name in OBSERVED)), x, self.place)
+            self.observation = observe(self.observation, x, self.place)
         elif self.input_format is not None:
             if not torch.compiler.is_compiling():
                 check_finite(x, f"The input of layer `{self.place}`")
@@ -205,9 +214,9 @@ class QuantLayer(nn.Module):
         bias = None if self.bias is None else self.bias.to(torch.float32)
         return self.compute(self.quantize_input(x), self.dequantize_weight(), bias).to(x.dtype)
 
+    @abstractmethod
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The float operation of this kind of layer."""
-        raise UnsupportedError("`QuantLayer` is abstract; use one of `QUANT_LAYERS`.")
 
     # ── integrity ────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -38,9 +38,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         raise ShapeError(f"Codes must have shape (rows, length), but {tuple(codes.shape)} came.")
     if codes.numel() and int(codes.max()) >= 2**bits:
         raise ShapeError(f"Codes must be below {2**bits} for {bits} bits, but {int(codes.max())} came.")
-    rows, length = codes.shape
+    length = codes.shape[1]
     num_codes, num_bytes = _GROUP[bits]
-    groups = torch.nn.functional.pad(codes, (0, -length % num_codes)).view(rows, -1, num_codes).to(torch.int32)
+    groups = _groups(codes, num_codes)
     word = sum(groups[..., i] << (i * bits) for i in range(num_codes))  # (rows, groups)
     parts = [(word >> (8 * i)) & 0xFF for i in range(num_bytes)]
     packed = torch.stack(parts, dim=-1).to(torch.uint8).flatten(1)
@@ -68,12 +68,17 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
         )
     if bits == 8:
         return packed
-    rows = packed.shape[0]
     if bits == 4:
-        return torch.stack((packed & 0xF, packed >> 4), dim=-1).view(rows, -1)[:, :length]
+        return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(1)[:, :length]
     num_codes, num_bytes = _GROUP[bits]
-    groups = torch.nn.functional.pad(packed, (0, -packed.shape[1] % num_bytes)).view(rows, -1, num_bytes)
-    groups = groups.to(torch.int32)
+    groups = _groups(packed, num_bytes)
     word = sum(groups[..., i] << (8 * i) for i in range(num_bytes))
     parts = [(word >> (i * bits)) & (2**bits - 1) for i in range(num_codes)]
-    return torch.stack(parts, dim=-1).to(torch.uint8).view(rows, -1)[:, :length]
+    return torch.stack(parts, dim=-1).to(torch.uint8).flatten(1)[:, :length]
+
+
+def _groups(rows: Tensor, size: int) -> Tensor:
+    """`(R, n)` uint8 → `(R, ceil(n / size), size)` int32, padded with zeros."""
+    number = -(-rows.shape[1] // size)
+    padded = torch.nn.functional.pad(rows, (0, number * size - rows.shape[1]))
+    return padded.view(rows.shape[0], number, size).to(torch.int32)

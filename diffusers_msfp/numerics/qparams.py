@@ -75,7 +75,7 @@ class QParams:
 
     @property
     def unit(self) -> Tensor:
-        """`Tensor`, float32, shape of `scale`: real size of one lattice step; never subnormal, so `1/unit` is finite."""
+        """`Tensor`, float32, shape of `scale`: real size of one lattice step; never subnormal."""
         return (self.scale * self.format.step).clamp_min(TINY)
 
     @property

@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import CheckpointError, ConfigError
 from ..formats import FORMATS
 from ..nn import QUANT_LAYERS, QuantLayer
+from ..numerics.rounding import check_finite
 from ..schemes import SCHEMES, LayerScheme, check_patterns, matches, resolve
 
 logger = logging.getLogger(__name__)
@@ -109,8 +110,6 @@ def convert(model: nn.Module, plan: Conversion, on_layer: Callable[[str], None] 
     Raises:
         NonFiniteError: a weight holds NaN or infinity; checked for all layers before the first is changed.
     """
-    from ..numerics.rounding import check_finite
-
     for name in plan.layers:
         check_finite(model.get_submodule(name).weight, f"The weight of layer `{name}`")
     for name, scheme in plan.layers.items():

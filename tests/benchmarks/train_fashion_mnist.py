@@ -31,7 +31,7 @@ def load_images(data: Path) -> torch.Tensor:
 
 
 def draw_batch(images: torch.Tensor, step: int, batch_size: int, seed: int, num_timesteps: int):
-    """Clean images, noise and timesteps of one step: a function of `(seed, step)` alone, so a resumed run is the same."""
+    """Clean images, noise and timesteps: a function of `(seed, step)` alone, so a resumed run is the same."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     index = torch.randint(len(images), (batch_size,), generator=generator)
     clean = images[index].float() / 127.5 - 1

@@ -1,0 +1,5 @@
+"""`python -m diffusers_msfp`."""
+
+from .cli.app import main
+
+main()

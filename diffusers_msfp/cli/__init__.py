@@ -1,0 +1,9 @@
+"""The command line: one verb per file, each a plain Python function that returns what `--json` prints."""
+
+from .compare import compare
+from .demo import demo
+from .inspect import inspect
+from .quantize import quantize
+from .sample import sample
+
+__all__ = ["compare", "demo", "inspect", "quantize", "sample"]

@@ -1,0 +1,44 @@
+"""`compare`: what a quantized pipeline lost."""
+
+from ..evaluation import compare_pipelines
+from ..evaluation.compare import denoiser_of
+from .load import load_pipeline, model_bytes
+from .terminal import progress
+
+
+def compare(
+    ref: str,
+    cand: str,
+    *,
+    num: int = 16,
+    steps: int = 20,
+    seed: int = 0,
+    eta: float = 0.0,
+    prompts: list[str] | None = None,
+) -> dict:
+    """Error of a candidate pipeline against a reference for equal noise.
+
+    Args:
+        ref, cand (`str`): folders, Hub ids or single files of pipelines of the same architecture.
+        num, steps, seed, eta, prompts: see `compare_pipelines`.
+
+    Returns:
+        `dict`: as `compare_pipelines`, with `bytes_ref` and `bytes_cand` (weight files of the denoiser).
+    """
+    reference, candidate = load_pipeline(ref), load_pipeline(cand)
+    with progress("comparing") as report:
+        result = compare_pipelines(
+            reference,
+            candidate,
+            num_samples=num,
+            num_inference_steps=steps,
+            seed=seed,
+            eta=eta,
+            prompts=prompts,
+            on_step=report,
+        )
+    for key, source, pipe in (("bytes_ref", ref, reference), ("bytes_cand", cand, candidate)):
+        denoiser = denoiser_of(pipe)
+        name = next(name for name, component in pipe.components.items() if component is denoiser)
+        result[key] = model_bytes(source, denoiser, name)
+    return result

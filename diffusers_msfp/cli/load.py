@@ -1,0 +1,112 @@
+"""Find and load what a user names: a pipeline's folder, a component's folder, a Hub id, a single file."""
+
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+
+from ..errors import MSFPError
+from ..evaluation.describe import file_bytes, read_config
+
+
+class SourceError(MSFPError):
+    """Something named on the command line that cannot be loaded."""
+
+
+def load_pipeline(source: str, *, config: str | None = None, **arguments) -> DiffusionPipeline:
+    """A pipeline from a folder, a Hub id or a single file.
+
+    Args:
+        source (`str`): where it is.
+        config (`str`, *optional*): folder or Hub id with the configs for a single file; found by diffusers if absent.
+        **arguments: for `from_pretrained`.
+
+    Raises:
+        SourceError: there is no pipeline, or it cannot be read.
+    """
+    path = Path(source)
+    if path.is_file():
+        return _from_single_file(path, config)
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise SourceError(f"A pipeline's folder must hold model_index.json, but {source} has none.")
+    if not path.exists() and source.count("/") != 1:
+        raise SourceError(f"{source} must be a folder, a file or a Hub id like `user/model`, but it is none of them.")
+    try:
+        return DiffusionPipeline.from_pretrained(source, **arguments)
+    except MSFPError:
+        raise
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{source} cannot be loaded: {_first_line(error)}") from error
+
+
+def load_component(folder: Path, **arguments) -> ModelMixin:
+    """A single model from its folder.
+
+    Raises:
+        SourceError: its config names no diffusers model, or it cannot be read.
+    """
+    name = read_config(folder).get("_class_name")
+    cls = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
+        raise SourceError(
+            f"{folder} must be a pipeline's folder (with model_index.json) or a diffusers model's (with config.json), "
+            f"but config.json names {name!r}."
+        )
+    try:
+        return cls.from_pretrained(folder, **arguments)
+    except MSFPError:
+        raise
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+
+
+def _from_single_file(path: Path, config: str | None) -> DiffusionPipeline:
+    """The float pipeline in a single file; its class is the one that its configs name."""
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
+
+    if path.suffix not in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
+        raise SourceError(f"A single-file checkpoint must end in .safetensors or .ckpt, but {path} came.")
+    try:
+        where = config
+        if where is None:
+            where = fetch_diffusers_config(load_single_file_checkpoint(str(path)))["pretrained_model_name_or_path"]
+        index = DiffusionPipeline.load_config(where)
+        name = index.get("_class_name")
+        cls = getattr(diffusers, str(name), None)
+        if not hasattr(cls, "from_single_file"):
+            raise SourceError(f"{where} must name a pipeline that loads single files, but {name} came.")
+        return cls.from_single_file(str(path), config=where, torch_dtype=torch.float32)
+    except MSFPError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise SourceError(
+            f"{path} cannot be loaded as a single-file checkpoint: {_first_line(error)} If its configs are not found, "
+            f"name a folder with them: `--config DIR`."
+        ) from error
+
+
+def components_on_disk(folder: Path) -> list[Path]:
+    """Folders of a pipeline's models."""
+    return [p for p in sorted(folder.iterdir()) if p.is_dir() and read_config(p).get("_class_name")]
+
+
+def model_bytes(source: str, model: ModelMixin, name: str) -> int:
+    """Size of a component's weights: its files where they are at hand, else its tensors in memory."""
+    folder = Path(source) / name if name != "." else Path(source)
+    on_disk = file_bytes(folder) if folder.is_dir() else 0
+    return on_disk or model.get_memory_footprint()
+
+
+def refuse_quantized(source: str) -> None:
+    """Refuse what is already quantized; only folders can be looked at before loading."""
+    folder = Path(source)
+    for part in [folder, *(components_on_disk(folder) if folder.is_dir() else ())]:
+        method = (read_config(part).get("quantization_config") or {}).get("quant_method")
+        if method:
+            raise SourceError(f"A float checkpoint is needed, but {part} is already quantized ({method}).")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]

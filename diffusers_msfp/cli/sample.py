@@ -1,0 +1,59 @@
+"""`sample`: pictures from a pipeline."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+
+from ..errors import ConfigError
+from ..evaluation import image_grid, with_ddim
+from ..evaluation.compare import denoiser_of
+from ..workflow.sampling import batch_size_for, call_arguments, counting_steps, quiet
+from .load import load_pipeline
+from .terminal import progress
+
+
+def sample_images(
+    pipe, *, num: int, steps: int, seed: int = 0, prompts: list[str] | None = None, on_step=None
+) -> np.ndarray:
+    """Pictures `(num, H, W, channels)` in [0, 1]; ancestral DDPM, which needs all its steps, is replaced by DDIM."""
+    for name, value in (("num", num), ("steps", steps)):
+        if value < 1:
+            raise ConfigError(f"`{name}` must be at least 1, but {value} came.")
+    if isinstance(pipe.scheduler, DDPMScheduler):
+        pipe = with_ddim(pipe)
+    make_arguments = call_arguments(pipe, prompts, steps, {"output_type": "np"})
+    parts = []
+    batch_size = batch_size_for([denoiser_of(pipe)], num)
+    with quiet(pipe), torch.no_grad(), counting_steps(denoiser_of(pipe), -(-num // batch_size) * steps, on_step):
+        for start in range(0, num, batch_size):
+            size = min(batch_size, num - start)
+            parts.append(pipe(**make_arguments(start, size, torch.Generator().manual_seed(seed + start))).images)
+    return np.concatenate(parts)
+
+
+def sample(
+    source: str, out: str | Path, *, num: int = 16, steps: int = 50, seed: int = 0, prompts: list[str] | None = None
+) -> dict:
+    """Draw pictures and write them as one grid.
+
+    Args:
+        source (`str`): folder, Hub id or single file of a pipeline, quantized or not.
+        out (`str` or `Path`): PNG to write.
+        num, steps, seed (`int`): pictures, denoising steps, seed of the noise.
+        prompts (`list[str]`, *optional*): for pipelines that take prompts.
+
+    Returns:
+        `dict`: `out`, `num`, `steps`, `seed`.
+    """
+    out = Path(out)
+    if out.suffix.lower() != ".png":
+        raise ConfigError(f"`out` must end in .png, but {out} came.")
+    pipe = load_pipeline(source)
+    with progress("sampling") as report:
+        images = sample_images(pipe, num=num, steps=steps, seed=seed, prompts=prompts, on_step=report)
+    grid = image_grid(images, columns=min(num, 8), scale=max(1, 96 // images.shape[1]))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    grid.save(out)
+    return {"out": str(out), "num": num, "steps": steps, "seed": seed}

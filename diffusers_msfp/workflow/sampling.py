@@ -1,0 +1,105 @@
+"""How to call any stock pipeline: what it needs, how many samples at once, quietly, counting its steps."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+from .state import quantized_models
+
+DEFAULT_PROMPTS = (
+    "a photograph of an old fisherman mending a net",
+    "a bowl of fruit on a wooden table, oil painting",
+    "a busy street in Tokyo at night, neon signs",
+    "a watercolour of snowy mountains above a lake",
+    "a red fox in tall grass, close-up",
+    "a detailed blueprint of a steam engine",
+    "an astronaut riding a bicycle, flat illustration",
+    "a cosy living room with plants and a fireplace",
+)
+"""Used where a pipeline needs prompts and none are given; own prompts fit own data better."""
+
+PIXELS_PER_BATCH = 2**14
+
+
+def batch_size_for(models: Sequence[nn.Module], num_samples: int) -> int:
+    """As many samples at once as keep the latents near 16 000 positions."""
+    for model in models:
+        size = getattr(model.config, "sample_size", None)
+        if size:
+            height, width = size if isinstance(size, Sequence) else (size, size)
+            return max(1, min(16, num_samples, PIXELS_PER_BATCH // (height * width)))
+    return 1
+
+
+def call_arguments(
+    pipe, prompts: Sequence[str] | None, num_inference_steps: int, given: dict
+) -> Callable[[int, int, torch.Generator], dict]:
+    """How to call this pipeline: a function of (index of the first sample, batch size, generator)."""
+    parameters = inspect.signature(pipe.__call__).parameters
+    prompts = list(prompts) if prompts is not None else list(DEFAULT_PROMPTS)
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ConfigError(f"`prompts` must be a non-empty list of strings, but {prompts!r} came.")
+    models = [m for m in pipe.components.values() if isinstance(m, nn.Module) and hasattr(m, "config")]
+    num_classes = next((n for m in models if (n := getattr(m.config, "num_embeds_ada_norm", None))), None)
+    known = {"prompt", "class_labels", "batch_size", "generator", "num_inference_steps", "output_type"}
+    needed = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and name not in known | set(given)
+    ]
+    if needed:
+        raise ConfigError(
+            f"{type(pipe).__name__} cannot run without {', '.join(f'`{name}`' for name in needed)}. Pass them on: "
+            f"`{needed[0]}=…`."
+        )
+    decoder = getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
+    skip_decoding = decoder is not None and decoder not in list(quantized_models(pipe))
+
+    def make(start: int, size: int, generator: torch.Generator) -> dict:
+        arguments = {"generator": generator, "num_inference_steps": num_inference_steps}
+        arguments["output_type"] = "latent" if skip_decoding else "np"
+        if "prompt" in parameters:
+            arguments["prompt"] = [prompts[(start + i) % len(prompts)] for i in range(size)]
+        elif "class_labels" in parameters and num_classes:
+            drawer = torch.Generator().manual_seed(generator.initial_seed())
+            arguments["class_labels"] = torch.randint(num_classes, (size,), generator=drawer).tolist()
+        else:
+            arguments["batch_size"] = size
+        return {key: value for key, value in arguments.items() if key in parameters} | given
+
+    return make
+
+
+@contextmanager
+def quiet(pipe):
+    """Without the pipeline's own progress bars."""
+    before = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**before | {"disable": True})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)
+
+
+@contextmanager
+def counting_steps(model: nn.Module, total: int, on_step: Callable[[int, int], None] | None):
+    """Report each call of the model."""
+    done = 0
+
+    def count(*_) -> None:
+        nonlocal done
+        done += 1
+        if on_step is not None:
+            on_step(done, max(total, done))
+
+    handle = model.register_forward_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()

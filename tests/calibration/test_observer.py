@@ -1,0 +1,48 @@
+"""The observer's sample: bounded, uniform, deterministic, and able to go on."""
+
+import pytest
+import torch
+
+from diffusers_msfp.calibration import Observation, observe
+from diffusers_msfp.calibration.observer import CAPACITY, DRAWN_PER_CALL
+from diffusers_msfp.errors import NonFiniteError
+
+
+def test_memory_is_bounded_and_the_range_exact():
+    observation = Observation.empty()
+    calls = CAPACITY // DRAWN_PER_CALL + 5
+    for i in range(calls):
+        observation = observe(observation, torch.full((DRAWN_PER_CALL * 2,), float(i)), "a")
+    assert observation.sample.shape == (CAPACITY,)
+    assert int(observation.count) == calls * DRAWN_PER_CALL
+    assert observation.range.tolist() == [0.0, calls - 1]
+    counts = torch.bincount(observation.sample.long(), minlength=calls).float()
+    expected = CAPACITY / calls
+    assert ((counts - expected).abs() < 6 * expected**0.5).all()  # uniform over calls
+
+
+def test_small_inputs_are_kept_whole_and_empty_ones_ignored():
+    observation = Observation.empty()
+    observation = observe(observation, torch.zeros(0), "a")
+    assert len(observation.values()) == 0
+    observation = observe(observation, torch.tensor([1.0, 2.0]), "a")
+    assert set(observation.values().tolist()) <= {1.0, 2.0}
+    assert observation.range.tolist() == [1.0, 2.0]
+
+
+def test_same_data_same_sample_and_copies_go_on_alike():
+    data = [torch.randn(50000, generator=torch.Generator().manual_seed(i)) for i in range(20)]
+    one = resumed = Observation.empty()
+    for x in data:
+        one = observe(one, x, "a")
+    for x in data[:9]:
+        resumed = observe(resumed, x, "a")
+    resumed = Observation(resumed.sample.clone(), resumed.count.clone(), resumed.range.clone())
+    for x in data[9:]:
+        resumed = observe(resumed, x, "a")
+    assert torch.equal(one.sample, resumed.sample)
+
+
+def test_non_finite_inputs_name_the_layer():
+    with pytest.raises(NonFiniteError, match="The input of layer `mid.conv` must be finite, but infinity came"):
+        observe(Observation.empty(), torch.tensor([float("inf")]), "mid.conv")

@@ -1,0 +1,185 @@
+"""The command line as a user meets it: results, exit codes, nothing half-written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from diffusers_msfp import cli
+from diffusers_msfp.assets import EMBEDDED_MODEL
+from diffusers_msfp.errors import MSFPError
+
+FAST = ["--calibration-samples", "2", "--steps", "2"]
+
+
+def program(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "diffusers_msfp", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_quantize_compare_inspect_sample(tiny_dir, tmp_path):
+    out = tmp_path / "deep" / "packed"
+    made = program("quantize", tiny_dir, "--scheme", "w4a4", "--out", out, "--json", *FAST)
+    assert made.returncode == 0, made.stderr
+    result = json.loads(made.stdout)
+    assert result["scheme"] == "w4a4"
+    assert result["layers"] > 20
+    assert 4 < result["weight_bits_per_param"] < 5
+    assert result["bytes_after"] < 0.35 * result["bytes_before"]
+    assert result["bytes_after"] == (out / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+    assert result["calibration_state"] == "frozen"
+    assert result["peak_rss_bytes"] > 1e8
+    assert result["seconds"] >= result["seconds_search"] + result["seconds_calibration"] > 0
+    assert sorted(p.name for p in out.parent.iterdir()) == ["packed"]
+
+    compared = program("compare", tiny_dir, out, "--num", 2, "--steps", 2, "--json")
+    figures = json.loads(compared.stdout)
+    assert 0 < figures["eps_rel_l2"] < 1
+    assert set(figures) == {
+        "eps_mse",
+        "eps_rel_l2",
+        "eps_rel_l2_by_timestep",
+        "image_psnr_db",
+        "bytes_ref",
+        "bytes_cand",
+    }
+    assert figures["bytes_cand"] == result["bytes_after"]
+    assert figures["bytes_ref"] == result["bytes_before"]
+
+    table = program("inspect", out)
+    assert table.returncode == 0
+    layers = json.loads(program("inspect", out, "--json").stdout)["unet"]["layers"]
+    assert len(layers) == result["layers"]
+    for layer in layers:
+        assert layer["name"] in table.stdout
+        assert layer["weight_format"] in table.stdout
+    assert any(layer["input_signed"] is False and layer["input_zero_point"] < 0 for layer in layers)
+
+    drawn = program("sample", out, "--num", 3, "--steps", 2, "--out", tmp_path / "grid.png")
+    assert drawn.returncode == 0
+    assert Image.open(tmp_path / "grid.png").width > 3 * 8
+
+
+def test_single_model_folder(tiny_dir, tmp_path):
+    out = tmp_path / "unet"
+    made = program("quantize", Path(tiny_dir) / "unet", "--scheme", "w4a4", "--out", out, "--json")
+    result = json.loads(made.stdout)
+    assert result["calibration_state"] == "observing"
+    assert "could not be calibrated" in made.stderr
+    assert result["bytes_after"] < 0.35 * result["bytes_before"]
+    weights_only = program("quantize", Path(tiny_dir) / "unet", "--scheme", "w4a16", "--out", tmp_path / "w", "--json")
+    assert json.loads(weights_only.stdout)["calibration_state"] == "frozen"
+
+
+def test_single_file(tmp_path, monkeypatch):
+    """A float single file loads with the configs of a folder; conversion of other layouts is diffusers' own."""
+    source = tmp_path / "model.safetensors"
+    source.write_bytes(b"not a checkpoint")
+    with pytest.raises(MSFPError, match="cannot be loaded as a single-file checkpoint"):
+        cli.quantize(str(source), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+    seen = {}
+
+    class Loadable:
+        @classmethod
+        def from_single_file(cls, path, **arguments):
+            seen["path"], seen["config"] = path, arguments["config"]
+            return DiffusionPipeline.from_pretrained(EMBEDDED_MODEL)
+
+    import diffusers
+
+    monkeypatch.setattr(diffusers, "DDPMPipeline", Loadable)
+    result = cli.quantize(
+        str(source), tmp_path / "out", config=str(EMBEDDED_MODEL), scheme="w4a16", calibration_samples=1, steps=1
+    )
+    assert seen == {"path": str(source), "config": str(EMBEDDED_MODEL)}
+    assert result["calibration_state"] == "frozen"
+
+
+BAD = {
+    "unknown scheme": (["quantize", "{tiny}", "--scheme", "w5a5", "--out", "{out}"], "Unknown scheme 'w5a5'"),
+    "no such source": (["quantize", "{out}/nothing", "--out", "{out}"], "must be a folder, a file or a Hub id"),
+    "empty folder": (["quantize", "{empty}", "--out", "{out}"], "config.json names None"),
+    "already quantized": (["quantize", "{packed}", "--out", "{out}"], "is already quantized \\(msfp\\)"),
+    "existing target": (["quantize", "{tiny}", "--out", "{packed}"], "must not exist yet"),
+    "foreign target": (["quantize", "{tiny}", "--out", "{full}", "--overwrite"], "holds something else"),
+    "bad override": (["quantize", "{tiny}", "--out", "{out}", "--override", "conv"], "PATTERN=SCHEME"),
+    "bad pattern": (["quantize", "{tiny}", "--out", "{out}", "--keep", "zzz"], "'zzz' matches none"),
+    "bad component": (["quantize", "{tiny}", "--out", "{out}", "--component", "vae"], "must have a component"),
+    "zero samples": (["quantize", "{tiny}", "--out", "{out}", "--calibration-samples", "0"], "0"),
+    "inspect a float one": (["inspect", "{tiny}"], "no config.json in it says"),
+    "not a picture": (["sample", "{tiny}", "--out", "{out}.txt", "--num", "1"], "must end in .png"),
+    "no pipeline": (["sample", "{tiny}/unet", "--out", "{out}.png"], "must hold model_index.json"),
+    "unknown verb": (["fly"], "No such command"),
+    "missing option": (["quantize", "{tiny}"], "--out"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "reason"), BAD.values(), ids=BAD)
+def test_bad_input_gives_one_line_and_exit_code_2(arguments, reason, tiny_dir, packed_dir, tmp_path):
+    import re
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years of work")
+    names = {"tiny": tiny_dir, "packed": packed_dir, "out": tmp_path / "out"}
+    names |= {"empty": tmp_path / "empty", "full": tmp_path / "full"}
+    done = program(*[a.format(**names) for a in arguments])
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert re.search(reason, done.stderr), done.stderr
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "years of work"
+    if "error:" in done.stderr:
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_overwrite_replaces_only_on_success(tiny_dir, tmp_path):
+    out = tmp_path / "packed"
+    quantize = ("quantize", tiny_dir, "--out", out, *FAST)
+    assert program(*quantize, "--scheme", "w8a8").returncode == 0
+    assert program(*quantize, "--scheme", "w4a4", "--keep", "zzz", "--overwrite").returncode == 2
+    assert json.loads(program("inspect", out, "--json").stdout)["unet"]["scheme"] == "w8a8"
+    assert program(*quantize, "--scheme", "w4a4", "--overwrite").returncode == 0
+    assert json.loads(program("inspect", out, "--json").stdout)["unet"]["scheme"] == "w4a4"
+    assert [p.name for p in tmp_path.iterdir()] == ["packed"]
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_leaves_nothing_that_looks_like_a_checkpoint(tmp_path, sign):
+    out = tmp_path / "packed"
+    command = [sys.executable, "-m", "diffusers_msfp", "quantize", EMBEDDED_MODEL, "--out", out]
+    process = subprocess.Popen([*command, "--calibration-samples", "100000"], stderr=subprocess.DEVNULL)
+    time.sleep(12)
+    assert process.poll() is None
+    os.kill(process.pid, sign)
+    assert process.wait(timeout=30) != 0
+    assert not out.exists()
+
+
+def test_version_and_help():
+    assert program("--version").stdout.strip()
+    shown = program("--help").stdout
+    for verb in ("quantize", "sample", "compare", "inspect", "demo"):
+        assert verb in shown
+
+
+def test_demo(tmp_path):
+    result = cli.demo(tmp_path, steps=2)
+    picture = np.asarray(Image.open(result["picture"]))
+    assert picture.std() > 10
+    assert list(result["schemes"]) == ["w8a8", "w4a8", "w4a4"]
+    for figures in result["schemes"].values():
+        assert figures["bytes_after"] < figures["bytes_before"]
+        assert 0 < figures["eps_rel_l2"] < 0.3
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "w4a4")).__name__ == "DDPMPipeline"

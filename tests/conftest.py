@@ -1,0 +1,121 @@
+"""Small networks made from code, the embedded model, and nothing from the network."""
+
+import copy
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers.utils import logging
+
+from diffusers_msfp import quantize_pipeline
+from diffusers_msfp.assets import EMBEDDED_MODEL
+
+logging.disable_progress_bar()
+logging.set_verbosity_error()
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def make_unet(**changes) -> UNet2DModel:
+    torch.manual_seed(0)
+    arguments = {
+        "sample_size": 8,
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 32,
+        "norm_num_groups": 8,
+    }
+    return UNet2DModel(**arguments | changes).eval()
+
+
+def make_condition_unet() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    ).eval()
+
+
+@pytest.fixture
+def unet() -> UNet2DModel:
+    return make_unet()
+
+
+@pytest.fixture
+def condition_unet() -> UNet2DConditionModel:
+    return make_condition_unet()
+
+
+@pytest.fixture
+def tiny_pipe() -> DDPMPipeline:
+    return DDPMPipeline(make_unet(), DDPMScheduler())
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory) -> str:
+    """A float pipeline's folder."""
+    path = tmp_path_factory.mktemp("tiny")
+    DDPMPipeline(make_unet(), DDPMScheduler()).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def _packed() -> DDPMPipeline:
+    pipe = DDPMPipeline(make_unet(), DDIMScheduler())
+    return quantize_pipeline(pipe, "w4a4", num_samples=4, num_inference_steps=3)
+
+
+@pytest.fixture
+def packed_pipe(_packed) -> DDPMPipeline:
+    """A calibrated w4a4 pipeline of one's own."""
+    return copy.deepcopy(_packed)
+
+
+@pytest.fixture(scope="session")
+def packed_dir(_packed, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("packed")
+    _packed.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def embedded() -> DDPMPipeline:
+    """The embedded model in float32; not to be changed."""
+    return DiffusionPipeline.from_pretrained(EMBEDDED_MODEL)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def run(model, x: torch.Tensor, timestep: float = 10) -> torch.Tensor:
+    with torch.no_grad():
+        return model(x, timestep).sample
+
+
+def equal_state(a, b) -> bool:
+    """Same tensors under the same names, bit for bit."""
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(
+        left[k].dtype == right[k].dtype and torch.equal(left[k], right[k]) for k in left
+    )

@@ -1,0 +1,37 @@
+"""How the golden checkpoint was made. It is never made again: `test_golden.py` proves that version 1 still reads.
+
+python tests/golden/make.py
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DModel
+from safetensors.torch import save_file
+
+from diffusers_msfp import MSFPConfig, freeze
+from diffusers_msfp.integration.in_memory import quantize_model
+
+if __name__ == "__main__":
+    here = Path(__file__).parent
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 12),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+        norm_num_groups=4,
+    ).eval()
+    quantize_model(unet, MSFPConfig(scheme="w4a4", scheme_overrides={"mid_block": "w6a6", "to_q": "w4a16"}))
+    x = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        for timestep in (900, 500, 100):
+            unet(x, timestep)
+        freeze(unet)
+        y = unet(x, 500).sample
+    unet.save_pretrained(here / "v1")
+    save_file({"x": x, "y": y}, here / "expected.safetensors")

@@ -1,0 +1,116 @@
+"""A latent diffusion pipeline with prompts and classifier-free guidance, made from code."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_condition_unet
+from diffusers import AutoencoderKL, DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from diffusers_msfp import MSFPConfig, calibration_state, quantize_pipeline
+from diffusers_msfp.errors import ConfigError
+from diffusers_msfp.evaluation import compare_pipelines
+from diffusers_msfp.nn import QuantLayer
+
+PROMPTS = ["a red fox", "a boat", "a hat"]
+
+
+def make_pipe() -> StableDiffusionPipeline:
+    torch.manual_seed(0)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokens = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=77)
+    config = CLIPTextConfig(
+        vocab_size=len(tokens),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=len(tokens) - 2,
+        eos_token_id=len(tokens) - 1,
+    )
+    return StableDiffusionPipeline(
+        vae=AutoencoderKL(block_out_channels=(32,), norm_num_groups=8).eval(),
+        text_encoder=CLIPTextModel(config).eval(),
+        tokenizer=tokenizer,
+        unet=make_condition_unet(),
+        scheduler=PNDMScheduler(skip_prk_steps=True),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[str, str]:
+    """Float and quantized."""
+    path = tmp_path_factory.mktemp("sd")
+    pipe = make_pipe()
+    pipe.save_pretrained(path / "float")
+    quantize_pipeline(pipe, "w4a8", num_samples=2, num_inference_steps=3, prompts=PROMPTS)
+    pipe.save_pretrained(path / "packed")
+    return str(path / "float"), str(path / "packed")
+
+
+def sample(pipe) -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipe("a red fox", num_inference_steps=3, generator=generator, output_type="np").images
+
+
+def test_stays_a_stock_pipeline_and_reloads_bit_identical(folders):
+    pipe, again = (DiffusionPipeline.from_pretrained(folders[1]) for _ in range(2))
+    assert type(pipe) is StableDiffusionPipeline
+    assert calibration_state(pipe) == "frozen"
+    assert not any(isinstance(m, QuantLayer) for m in pipe.vae.modules())
+    assert (sample(pipe) == sample(again)).all()
+
+
+def test_compare_with_guidance(folders):
+    reference, candidate = (DiffusionPipeline.from_pretrained(folder) for folder in folders)
+    result = compare_pipelines(reference, candidate, num_samples=2, num_inference_steps=3, prompts=PROMPTS)
+    assert 0 < result["eps_rel_l2"] < 0.3
+    assert len(result["eps_rel_l2_by_timestep"]) == 3
+    same = compare_pipelines(reference, reference, num_samples=1, num_inference_steps=2)
+    assert same["eps_mse"] == 0
+    assert same["image_psnr_db"] == 100
+
+
+def test_style_lora_through_the_pipeline(folders, tmp_path):
+    teacher = DiffusionPipeline.from_pretrained(folders[0])
+    teacher.unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "conv1"]), adapter_name="style")
+    for name, parameter in teacher.unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    layers = get_peft_model_state_dict(teacher.unet, adapter_name="style")
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers)
+
+    pipe = DiffusionPipeline.from_pretrained(folders[1])
+    before = sample(pipe)
+    weights = {"weight_name": "pytorch_lora_weights.safetensors"}
+    pipe.load_lora_weights(str(tmp_path), adapter_name="style", **weights)
+    styled = sample(pipe)
+    assert not np.allclose(styled, before, atol=1e-3)
+    pipe.set_adapters("style", 0.5)
+    assert not np.allclose(sample(pipe), styled, atol=1e-3)
+    with pytest.raises(NotImplementedError, match="`fuse_lora` is not possible"):
+        pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert (sample(pipe) == before).all()
+
+
+def test_transformers_components_are_refused(folders):
+    with pytest.raises(ConfigError, match="`text_encoder` is one of transformers"):
+        DiffusionPipeline.from_pretrained(
+            folders[0], quantization_config=MSFPConfig(components_to_quantize=["unet", "text_encoder"])
+        )
+    with pytest.raises(ConfigError, match="`text_encoder` is CLIPTextModel"):
+        quantize_pipeline(make_pipe(), MSFPConfig(components_to_quantize=["text_encoder"]))
+
+
+def test_prompts_must_be_strings(folders):
+    pipe = DiffusionPipeline.from_pretrained(folders[1])
+    with pytest.raises(ConfigError, match="non-empty list of strings"):
+        compare_pipelines(pipe, pipe, prompts=[])
