@@ -1,4 +1,4 @@
-"""The embedded model: a real DDPM trained on Fashion-MNIST, fp16, 1.8 M parameters. Recipe in its `README.md`."""
+"""The embedded model: a real DDPM trained on Fashion-MNIST, fp16, 1.8 M parameters. Recipe and figures in `model_cards/`."""
 
 from pathlib import Path
 

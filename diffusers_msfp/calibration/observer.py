@@ -6,7 +6,7 @@ seen so far. So the result depends on the data alone, memory does not grow, and 
 """
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,65 +17,65 @@ CAPACITY = 2**17
 DRAWN_PER_CALL = 2**13
 
 
-@dataclass(frozen=True)
+@dataclass
 class Observation:
-    """What has been seen at one place.
+    """What has been seen at one place; its tensors live on the CPU and are updated in place.
 
     Args:
-        sample (`Tensor`, `(min(count, CAPACITY),)`, float32): drawn uniformly from the values offered.
+        sample (`Tensor`, `(CAPACITY,)`, float32): the first `min(count, CAPACITY)` are drawn uniformly.
         count (`Tensor`, `()`, int64): values offered to the sample.
         range (`Tensor`, `(2,)`, float32): smallest and largest of *all* values.
     """
 
-    sample: Tensor
-    count: Tensor
-    range: Tensor
+    sample: Tensor = field(default_factory=lambda: torch.zeros(CAPACITY))
+    count: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+    range: Tensor = field(default_factory=lambda: torch.tensor([torch.inf, -torch.inf]))
 
-    @classmethod
-    def empty(cls, device: torch.device | str | None = None) -> "Observation":
-        """Nothing seen yet."""
-        return cls(
-            torch.zeros(0, device=device),
-            torch.zeros((), dtype=torch.int64, device=device),
-            torch.tensor([torch.inf, -torch.inf], device=device),
-        )
+    def drawn(self) -> Tensor:
+        """The valid part of the sample, float32."""
+        return self.sample[: min(int(self.count), CAPACITY)]
 
     def values(self) -> Tensor:
-        """The sample together with both ends of the range, float32."""
-        return torch.cat([self.sample, self.range]) if len(self.sample) else self.sample
+        """What a range is searched for: the sample and both ends of the range, float32; empty if nothing was seen."""
+        return torch.cat([self.drawn(), self.range]) if int(self.count) else self.sample[:0]
 
 
-@torch.compiler.disable
-def observe(observation: Observation, x: Tensor, place: str) -> Observation:
-    """The observation after one more call.
+def observe(observation: Observation, x: Tensor, place: str) -> None:
+    """Take the values of one call into the observation; also inside compiled models.
 
     Args:
         x (`Tensor`, any shape, float32/bfloat16/float16): finite values; an empty tensor changes nothing.
         place (`str`): name of the layer, for messages and as part of the seed.
 
-    Returns:
-        `Observation`: may share tensors with the one given, which is used up.
-
     Raises:
         NonFiniteError: `x` holds NaN or infinity.
     """
-    if x.numel() == 0:
-        return observation
-    x = x.detach().flatten()
-    check_finite(x, f"The input of layer `{place}`")
-    low, high = torch.aminmax(x)
-    seen_low, seen_high = observation.range
-    new_range = torch.stack([torch.minimum(seen_low, low.float()), torch.maximum(seen_high, high.float())])
+    _observe(x.detach(), observation.sample, observation.count, observation.range, place)
 
-    seen = int(observation.count)
+
+@torch.library.custom_op("msfp::observe", mutates_args=("sample", "count", "seen_range"))
+def _observe(x: Tensor, sample: Tensor, count: Tensor, seen_range: Tensor, place: str) -> None:
+    if x.numel() == 0:
+        return
+    check_finite(x, f"The input of layer `{place}`")
+    low, high = (end.float().cpu() for end in torch.aminmax(x))
+    seen_range[0] = torch.minimum(seen_range[0], low)
+    seen_range[1] = torch.maximum(seen_range[1], high)
+
+    seen = int(count)
     generator = torch.Generator().manual_seed(zlib.crc32(f"{place}:{seen}".encode()))
     drawn = min(x.numel(), DRAWN_PER_CALL)
     index = torch.randint(x.numel(), (drawn,), generator=generator)
-    new = x[index.to(x.device)].to(torch.float32)
+    new = x.flatten()[index.to(x.device)].to("cpu", torch.float32)
     fits = max(0, min(CAPACITY - seen, drawn))
-    sample = torch.cat([observation.sample, new[:fits]])
+    sample[seen : seen + fits] = new[:fits]
     position = torch.arange(seen + fits, seen + drawn, dtype=torch.float64)  # of the rest in the stream of all drawn
     slot = (torch.rand(drawn - fits, generator=generator, dtype=torch.float64) * (position + 1)).long()
     kept = slot < CAPACITY
-    sample[slot[kept].to(x.device)] = new[fits:][kept.to(x.device)]
-    return Observation(sample, observation.count + drawn, new_range)
+    sample.numpy()[slot[kept].numpy()] = new[fits:][kept].numpy()  # of two in one slot the later wins, unlike in torch
+    count.add_(drawn)
+
+
+@_observe.register_fake
+def _(x: Tensor, sample: Tensor, count: Tensor, seen_range: Tensor, place: str) -> None:  # noqa: ARG001
+    return None

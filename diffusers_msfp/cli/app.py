@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 from diffusers.utils import logging as diffusers_logging
+from rich.console import Console
 from rich.table import Table
 
 from .. import __version__, cli
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-INSPECT_WIDTH = 132
+INSPECT_WIDTH = 105
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise.")]
@@ -153,7 +154,8 @@ def inspect(
         table = Table(*columns, title=title)
         for layer in part["layers"]:
             table.add_row(*_layer_row(layer))
-        stdout.print(table, width=max(stdout.width, INSPECT_WIDTH), soft_wrap=True)
+        longest = max(len(layer["name"]) for layer in part["layers"])
+        Console(width=max(stdout.width, longest + INSPECT_WIDTH), soft_wrap=True).print(table)
 
 
 def _layer_row(layer: dict) -> tuple[str, ...]:

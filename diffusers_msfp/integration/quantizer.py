@@ -12,7 +12,6 @@ from accelerate.utils import CustomDtype
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 
-from ..calibration.observer import CAPACITY
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..nn import QUANT_LAYERS, QuantLayer
 from ..nn.quant_layer import INPUT_TENSORS, OBSERVED, WEIGHT_TENSORS
@@ -108,9 +107,11 @@ class MSFPQuantizer(DiffusersQuantizer):
                 layer._buffers[name] = stored.to(target_device)
             replace_module(model, place, layer)
             return
+        if tensor in OBSERVED:
+            module.load_observed(tensor, value)
+            return
         expected = module.weight if tensor == "weight" else module._buffers[tensor]
-        fits = value.shape == expected.shape or (tensor == OBSERVED[0] and value.ndim == 1 and len(value) <= CAPACITY)
-        if value.dtype != expected.dtype or not fits:
+        if value.dtype != expected.dtype or value.shape != expected.shape:
             raise CheckpointError(
                 f"`{param_name}` must be {expected.dtype} of shape {tuple(expected.shape)}, but {value.dtype} of shape "
                 f"{tuple(value.shape)} came: damaged file, or not this model's."
@@ -122,9 +123,9 @@ class MSFPQuantizer(DiffusersQuantizer):
             module._buffers[tensor] = value
 
     def check_quantized_param_shape(self, param_name: str, current_param, loaded_param) -> None:
-        """Refuse a shape that the skeleton does not expect; an observer's sample has any length up to its capacity."""
-        if param_name.endswith(OBSERVED[0]) and loaded_param.ndim == 1 and len(loaded_param) <= CAPACITY:
-            return
+        """Refuse a shape that the skeleton does not expect; an observer's sample has no fixed length."""
+        if param_name.endswith(OBSERVED):
+            return  # checked when it is placed
         raise CheckpointError(
             f"`{param_name}` must have shape {tuple(current_param.shape)}, but {tuple(loaded_param.shape)} came: "
             f"damaged file, or not this model's."

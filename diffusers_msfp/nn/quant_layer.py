@@ -38,7 +38,7 @@ def _transplant(source: nn.Module, cls: type[nn.Module]) -> nn.Module:
     """An empty module of another class with the plain attributes (sizes, strides, …) and the bias of `source`."""
     module = object.__new__(cls)
     nn.Module.__init__(module)
-    own = set(module.__dict__) | {"place", "weight_format", "input_format", "input_candidates"}
+    own = set(module.__dict__) | set(QuantLayer.__annotations__)
     module.__dict__.update({key: value for key, value in vars(source).items() if key not in own})
     module.train(source.training)
     module.register_parameter("bias", source.bias)
@@ -57,6 +57,7 @@ class QuantLayer(nn.Module, ABC):
     weight_format: FPFormat
     input_format: FPFormat | None
     input_candidates: tuple[str, ...]
+    observation: Observation | None
 
     def __new__(cls, *args, **kwargs):
         """A float layer for the public constructor; an empty object for `copy` and `pickle`."""
@@ -76,7 +77,7 @@ class QuantLayer(nn.Module, ABC):
         """
         layer = _transplant(module, cls)
         layer.place, layer.weight_format = place, weight_format
-        layer.input_format, layer.input_candidates = None, ()
+        layer.input_format, layer.input_candidates, layer.observation = None, (), None
         rows, length = layer.matrix_shape
         axes = max(len(layer.logical_shape), 3)
         shape = (rows,) + (1,) * (axes - 2) + (packed_size(length, weight_format.bits),)
@@ -113,8 +114,6 @@ class QuantLayer(nn.Module, ABC):
     def to_float(self, dtype: torch.dtype) -> nn.Module:
         """A float layer with the decoded weight."""
         module = _transplant(self, self.float_class)
-        for name in ("place", "weight_format", "input_format", "input_candidates"):
-            module.__dict__.pop(name, None)
         module.weight = nn.Parameter(self.dequantize_weight().to(dtype))
         return module
 
@@ -141,22 +140,27 @@ class QuantLayer(nn.Module, ABC):
         """Whether the input stays float for now and is watched."""
         return bool(self.input_candidates)
 
-    def start_observing(self, candidates: Sequence[str], device: torch.device | str | None = None) -> None:
+    @property
+    def observed(self) -> dict[str, Tensor]:
+        """What was seen so far, by the names it is stored under; the sample is as long as it is full."""
+        if self.observation is None:
+            return {}
+        return dict(
+            zip(OBSERVED, (self.observation.drawn(), self.observation.count, self.observation.range), strict=True)
+        )
+
+    def __getattr__(self, name: str):
+        """Make `OBSERVED` tensors look like stored ones; diffusers looks a name up before it loads it."""
+        if name in OBSERVED and name in self.observed:
+            return self.observed[name]
+        return super().__getattr__(name)
+
+    def start_observing(self, candidates: Sequence[str], observation: Observation | None = None) -> None:
         """Leave the input float and watch it, until `freeze`."""
         self.input_candidates, self.input_format = tuple(candidates), None
+        self.observation = observation or Observation()
         for name in INPUT_TENSORS:
             self._buffers.pop(name, None)
-        self.observation = Observation.empty(device or self.weight.device)
-
-    @property
-    def observation(self) -> Observation:
-        """What the input has shown so far; only while observing."""
-        return Observation(*(self._buffers[name] for name in OBSERVED))
-
-    @observation.setter
-    def observation(self, observation: Observation) -> None:
-        for name, tensor in zip(OBSERVED, (observation.sample, observation.count, observation.range), strict=True):
-            self.register_buffer(name, tensor)
 
     def freeze(self) -> bool:
         """Choose the input's format, scale and zero point from what was seen.
@@ -171,9 +175,7 @@ class QuantLayer(nn.Module, ABC):
             stored = (result.qparams.scale, result.qparams.zero_point, result.error)
             for name, value in zip(INPUT_TENSORS, stored, strict=True):
                 getattr(self, name).copy_(value)
-        self.input_candidates = ()
-        for name in OBSERVED:
-            delattr(self, name)
+        self.input_candidates, self.observation = (), None
         return bool(len(values))
 
     def expect_input(self, fmt: FPFormat, device: torch.device | str = "meta") -> None:
@@ -202,7 +204,7 @@ class QuantLayer(nn.Module, ABC):
     def quantize_input(self, x: Tensor) -> Tensor:
         """The input as the layer uses it, float32: observed, fake-quantized, or as it is."""
         if self.observing:
-            self.observation = observe(self.observation, x, self.place)
+            observe(self.observation, x, self.place)
         elif self.input_format is not None:
             if not torch.compiler.is_compiling():
                 check_finite(x, f"The input of layer `{self.place}`")
@@ -222,9 +224,29 @@ class QuantLayer(nn.Module, ABC):
 
     def exact_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Buffers that must stay float32 whatever the model is cast to."""
-        for name in (*WEIGHT_TENSORS, *INPUT_TENSORS, *OBSERVED):
-            if (tensor := self._buffers.get(name)) is not None and tensor.is_floating_point():
+        for name in (*WEIGHT_TENSORS, *INPUT_TENSORS):
+            if (tensor := self._buffers.get(name)) is not None:
                 yield name, tensor
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        """Stored tensors, and while observing what was seen; the sample is as long as it is full."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: tensor for name, tensor in self.observed.items()})
+
+    def load_observed(self, name: str, value: Tensor) -> None:
+        """Take one of the `OBSERVED` tensors from a checkpoint, in any order.
+
+        Raises:
+            CheckpointError: a shape or dtype that no observation has.
+        """
+        target = getattr(self.observation, name.removeprefix("observed_"))
+        fits = value.ndim == 1 and len(value) <= len(target) if name == OBSERVED[0] else value.shape == target.shape
+        if not fits or value.dtype != target.dtype:
+            raise CheckpointError(
+                f"`{self.place}.{name}` must be {target.dtype} of shape {tuple(target.shape)}, but {value.dtype} of "
+                f"shape {tuple(value.shape)} came: damaged file."
+            )
+        (target[: len(value)] if name == OBSERVED[0] else target).copy_(value)
 
     def _apply(self, fn, recurse=True):
         """Move with the model, but keep scales exact when it is cast."""

@@ -60,7 +60,9 @@ class Conversion:
         layers, skipped = {}, {}
         for name, module in weighted.items():
             pattern = next((p for p in keep if matches(p, name)), None)
-            if pattern is not None:
+            if set(getattr(model, "_keep_in_fp32_modules", None) or ()) & set(name.split(".")):
+                skipped[name] = f"{type(model).__name__} keeps it in float32"
+            elif pattern is not None:
                 skipped[name] = f"matches {pattern!r} in modules_to_not_convert"
             elif type(module) not in QUANT_LAYERS:
                 skipped[name] = f"no quantized counterpart for {type(module).__name__}"
@@ -154,7 +156,7 @@ def convert_skeleton(model: nn.Module, groups: Sequence[Mapping], plan: Mapping[
                 candidates = plan[name].activation if name in plan else ()
                 if not candidates:
                     raise CheckpointError(f"config.json says `{name}` is observing, but its scheme has nothing to try.")
-                layer.start_observing(candidates, device="meta")
+                layer.start_observing(candidates)
             elif input_format is not None:
                 layer.expect_input(input_format)
             replace_module(model, name, layer)

@@ -31,9 +31,10 @@ class RunTracker:
         self.has_fallen = has_fallen
         self.paused = False
 
-    @torch.compiler.disable
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Look at the timestep of the coming call."""
+        """Look at the timestep of the coming call; a compiled model cannot change itself and is left alone."""
+        if torch.compiler.is_compiling():
+            return
         timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
         if self.paused or not isinstance(timestep, (int, float, torch.Tensor)):
             return
@@ -124,7 +125,7 @@ def freeze(model: nn.Module) -> None:
         observing = [(name, layer) for name, layer in quant_layers(m) if layer.observing]
         if not observing:
             continue
-        if not any(int(layer.observed_count) for _, layer in observing):
+        if not any(int(layer.observation.count) for _, layer in observing):
             raise ConfigError(
                 f"Ranges need data, but no input of {type(m).__name__} has been seen. Run the pipeline once, or call "
                 f"`calibrate(pipe)`."

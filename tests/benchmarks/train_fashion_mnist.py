@@ -62,13 +62,13 @@ def main(
     data: Annotated[Path, typer.Option(help="fashion_mnist.npz with x_train (60000, 28, 28) uint8")],
     init: Annotated[Path, typer.Option(help="pipeline directory to start from")],
     out: Annotated[Path, typer.Option(help="pipeline directory to write; holds the run's state too")],
-    steps: int = 8000,
+    steps: int = 3000,
     batch_size: int = 64,
-    peak_lr: float = 5e-4,
-    ema_decay: float = 0.9995,
+    peak_lr: float = 3e-4,
+    ema_decay: float = 0.999,
     seed: int = 1,
     save_every: int = 500,
-    compile: bool = True,
+    bf16: bool = False,
 ) -> None:
     """Train for `steps` steps and write the averaged weights as a stock `DDPMPipeline`."""
     torch.manual_seed(seed)
@@ -87,15 +87,14 @@ def main(
         optimizer.load_state_dict(state["optimizer"])
         first, losses, seconds = state["step"], state["losses"], state["seconds"]
 
-    forward = torch.compile(unet) if compile else unet
     started = time.monotonic() - seconds
     for step in range(first, steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak_lr)
         clean, noise, timesteps = draw_batch(images, step, batch_size, seed, scheduler.config.num_train_timesteps)
         noisy = scheduler.add_noise(clean, noise, timesteps).to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            predicted = forward(noisy, timesteps).sample
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            predicted = unet(noisy, timesteps).sample
         loss = (predicted.float() - noise).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
@@ -117,7 +116,14 @@ def main(
             save_grid(average, scheduler, out / "samples.png")
 
     DDPMPipeline(average, scheduler).save_pretrained(out)
-    recipe = {"steps": steps, "batch_size": batch_size, "peak_lr": peak_lr, "ema_decay": ema_decay, "seed": seed}
+    recipe = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "peak_lr": peak_lr,
+        "ema_decay": ema_decay,
+        "seed": seed,
+        "bf16": bf16,
+    }
     final = sum(losses[-500:]) / len(losses[-500:])
     recipe |= {"minutes": round(seconds / 60, 1), "loss_last_500_steps": round(final, 5), "torch": torch.__version__}
     (out / "training.json").write_text(json.dumps(recipe, indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 
 from diffusers_msfp import cli
 from diffusers_msfp.assets import EMBEDDED_MODEL
+from diffusers_msfp.cli.app import main
 from diffusers_msfp.errors import MSFPError
 
 FAST = ["--calibration-samples", "2", "--steps", "2"]
@@ -89,19 +91,18 @@ def test_single_file(tmp_path, monkeypatch):
 
     seen = {}
 
-    class Loadable:
-        @classmethod
-        def from_single_file(cls, path, **arguments):
-            seen["path"], seen["config"] = path, arguments["config"]
-            return DiffusionPipeline.from_pretrained(EMBEDDED_MODEL)
+    def from_single_file(path, **arguments):
+        seen["path"], seen["config"] = path, arguments["config"]
+        return DiffusionPipeline.from_pretrained(EMBEDDED_MODEL)
 
-    import diffusers
-
-    monkeypatch.setattr(diffusers, "DDPMPipeline", Loadable)
+    monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", from_single_file)
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    (configs / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     result = cli.quantize(
-        str(source), tmp_path / "out", config=str(EMBEDDED_MODEL), scheme="w4a16", calibration_samples=1, steps=1
+        str(source), tmp_path / "out", config=str(configs), scheme="w4a16", calibration_samples=1, steps=1
     )
-    assert seen == {"path": str(source), "config": str(EMBEDDED_MODEL)}
+    assert seen == {"path": str(source), "config": str(configs)}
     assert result["calibration_state"] == "frozen"
 
 
@@ -115,7 +116,7 @@ BAD = {
     "bad override": (["quantize", "{tiny}", "--out", "{out}", "--override", "conv"], "PATTERN=SCHEME"),
     "bad pattern": (["quantize", "{tiny}", "--out", "{out}", "--keep", "zzz"], "'zzz' matches none"),
     "bad component": (["quantize", "{tiny}", "--out", "{out}", "--component", "vae"], "must have a component"),
-    "zero samples": (["quantize", "{tiny}", "--out", "{out}", "--calibration-samples", "0"], "0"),
+    "zero samples": (["quantize", "{tiny}", "--out", "{out}", "--calibration-samples", "0"], "greater than or"),
     "inspect a float one": (["inspect", "{tiny}"], "no config.json in it says"),
     "not a picture": (["sample", "{tiny}", "--out", "{out}.txt", "--num", "1"], "must end in .png"),
     "no pipeline": (["sample", "{tiny}/unet", "--out", "{out}.png"], "must hold model_index.json"),
@@ -125,23 +126,34 @@ BAD = {
 
 
 @pytest.mark.parametrize(("arguments", "reason"), BAD.values(), ids=BAD)
-def test_bad_input_gives_one_line_and_exit_code_2(arguments, reason, tiny_dir, packed_dir, tmp_path):
-    import re
-
+def test_bad_input_gives_one_line_and_exit_code_2(
+    arguments, reason, tiny_dir, packed_dir, tmp_path, monkeypatch, capfd
+):
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("years of work")
     names = {"tiny": tiny_dir, "packed": packed_dir, "out": tmp_path / "out"}
     names |= {"empty": tmp_path / "empty", "full": tmp_path / "full"}
-    done = program(*[a.format(**names) for a in arguments])
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    assert re.search(reason, done.stderr), done.stderr
+    monkeypatch.setattr(sys, "argv", ["diffusers-msfp", *[a.format(**names) for a in arguments]])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    shown = capfd.readouterr()
+    assert exit_.value.code == 2
+    assert shown.out == ""
+    assert "Traceback" not in shown.err
+    assert re.search(reason, " ".join(shown.err.split())), shown.err
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "full" / "thesis.txt").read_text() == "years of work"
-    if "error:" in done.stderr:
-        assert len(done.stderr.strip().splitlines()) == 1
+    if "error:" in shown.err:
+        assert len(shown.err.strip().splitlines()) == 1
+
+
+def test_bad_input_in_a_process_of_its_own(tmp_path):
+    done = program("quantize", tmp_path / "nothing", "--out", tmp_path / "out", "--json")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error:")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_overwrite_replaces_only_on_success(tiny_dir, tmp_path):

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 import diffusers_msfp
 from diffusers_msfp import MSFPConfig, calibration_state, freeze
 from diffusers_msfp.errors import CheckpointError, ConfigError, MSFPError, UnsupportedError
+from diffusers_msfp.integration.in_memory import quantize_model
 from diffusers_msfp.nn import QuantLayer
 
 
@@ -63,8 +64,6 @@ def test_inside_a_quant_mapping(tiny_dir):
 
 
 def test_equals_quantizing_in_memory(float_dir, unet):
-    from diffusers_msfp.integration.in_memory import quantize_model
-
     quantize_model(unet, MSFPConfig(scheme="w4a4"))
     loaded = load(float_dir, quantization_config=MSFPConfig(scheme="w4a4"))
     assert equal_state(loaded, unet)
@@ -314,8 +313,6 @@ def test_layerwise_casting_and_fusing_are_refused_before_anything_changes(packed
 
 
 def make_quantized_condition_unet():
-    from diffusers_msfp.integration.in_memory import quantize_model
-
     model = make_condition_unet()
     quantize_model(model, MSFPConfig(scheme="w4a16"))
     return model
@@ -363,6 +360,16 @@ def compiled(model, backend, images):
 def test_compiles_without_graph_breaks(packed_pipe, images):
     expected = run(packed_pipe.unet, images, torch.tensor(10))
     assert torch.allclose(compiled(packed_pipe.unet, "aot_eager", images), expected, atol=1e-5)
+
+
+def test_an_observing_model_compiles_too_and_observes(images):
+    unet = make_unet()
+    quantize_model(unet, MSFPConfig(scheme="w4a4"))
+    compiled(unet, "aot_eager", images)
+    assert calibration_state(unet) == "observing"
+    assert all(int(m.observation.count) for m in unet.modules() if isinstance(m, QuantLayer) and m.observing)
+    freeze(unet)
+    assert torch.allclose(compiled(unet, "aot_eager", images), run(unet, images, torch.tensor(10)), atol=1e-5)
 
 
 @pytest.mark.slow

@@ -100,7 +100,7 @@ def test_observing_leaves_the_input_float():
     assert layer.observing
     expected = nn.functional.linear(x, layer.dequantize_weight(), module.bias)
     assert torch.equal(layer(x), expected)
-    assert int(layer.observed_count) == x.numel()
+    assert int(layer.observation.count) == x.numel()
     assert layer.freeze()
     assert not layer.observing
     assert not torch.equal(layer(x), expected)

@@ -127,7 +127,7 @@ def test_observation_holds_bounded_memory(images):
     sizes = []
     for _ in range(300):
         layer(torch.randn(64, layer.in_channels, 4, 4))
-        sizes.append(len(layer.observed_sample))
+        sizes.append(len(layer.state_dict()["observed_sample"]))
     assert max(sizes) == sizes[-1] == CAPACITY
 
 

@@ -1,0 +1,99 @@
+"""Write the tables of README and model cards from the registry and the results files.
+
+    python tests/benchmarks/tables.py
+
+Each table stands between `<!-- name -->` and `<!-- /name -->`; a test compares them with what is generated here.
+"""
+
+import re
+from statistics import mean
+
+from harness import ROOT, read_results
+
+from diffusers_msfp import FORMATS
+
+PAGES = (ROOT / "README.md", ROOT / "model_cards" / "ddpm-fashion-mnist-32.md")
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table; the first column is text, the others are numbers."""
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+
+
+def formats() -> str:
+    """All formats, from the registry."""
+    rows = []
+    for fmt in FORMATS.values():
+        sign = "signed" if fmt.signed else "unsigned"
+        fits = "yes" if fmt.lattice_max <= (127 if fmt.signed else 255) else "no"
+        numbers = [fmt.bits, fmt.exponent_bits, fmt.mantissa_bits, len(fmt.grid), f"{fmt.max:g}", fmt.lattice_max]
+        rows.append([f"`{fmt.name}`", sign, *map(str, numbers), fits])
+    header = [
+        "format",
+        "sign",
+        "bits",
+        "exponent",
+        "mantissa",
+        "values",
+        "max",
+        "largest integer",
+        "fits 8-bit integers",
+    ]
+    return markdown(header, rows)
+
+
+def schemes() -> str:
+    """Every scheme on the embedded model, mean over seeds."""
+    rows = read_results("ddpm-fashion-mnist-32")["rows"]
+    lines = []
+    for name in dict.fromkeys(row["scheme"] for row in rows):
+        cells = [row for row in rows if row["scheme"] == name]
+        errors = [row["eps_rel_l2_20"] for row in cells]
+        lines.append(
+            [
+                f"`{name}`",
+                f"{mean(errors):.4f}",
+                f"{min(errors):.4f} – {max(errors):.4f}",
+                f"{mean(row['image_psnr_db_20'] for row in cells):.1f}",
+                f"{mean(row['image_psnr_db_50'] for row in cells):.1f}",
+            ]
+        )
+    header = ["scheme", "`eps_rel_l2`", "over seeds", "image PSNR, 20 steps (dB)", "50 steps (dB)"]
+    return markdown(header, lines)
+
+
+def shapes() -> str:
+    """Size, time and memory on the architectures people use."""
+    lines = []
+    for row in read_results("shapes")["rows"]:
+        lines.append(
+            [
+                f"{row['shape']}, {row['parameters'] / 1e6:.1f} M, `{row['scheme']}`",
+                f"{row['bytes_bf16'] / 1e6:.1f} MB",
+                f"{row['bytes_after'] / 1e6:.1f} MB",
+                f"{row['weight_bits_per_param']:.2f}",
+                f"{row['seconds_search']:.1f} s",
+                f"{row['peak_rss_bytes'] / 1e9:.2f} GB",
+            ]
+        )
+    header = ["architecture", "bf16", "packed", "bits per quantized weight", "search and packing", "peak memory"]
+    return markdown(header, lines)
+
+
+TABLES = {"formats": formats, "schemes": schemes, "shapes": shapes}
+
+
+def filled(page: str) -> str:
+    """A page's text with its tables made anew."""
+    for name, make in TABLES.items():
+        block = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        if block.search(page):
+            table = make()
+            page = block.sub(lambda found, table=table: found[1] + table + found[2], page)
+    return page
+
+
+if __name__ == "__main__":
+    for path in PAGES:
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
