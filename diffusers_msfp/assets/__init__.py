@@ -1,4 +1,4 @@
-"""The embedded model: a real DDPM trained on Fashion-MNIST, fp16, 1.8 M parameters. Recipe and figures in `model_cards/`."""
+"""The embedded model: a real DDPM trained on Fashion-MNIST, fp16, 1.8 M parameters; its card is in `model_cards/`."""
 
 from pathlib import Path
 

@@ -103,19 +103,19 @@ def search_weight(weight: Tensor, formats: Sequence[str]) -> SearchResult:
     signed = [FORMATS[name] for name in formats]
     if not signed or not all(fmt.signed for fmt in signed):
         raise ConfigError(f"Weights need at least one format, all of them signed, but {list(formats)} came.")
-    magnitudes = weight.detach().abs().flatten(1)  # (C, n)
-    channels = magnitudes.shape[0]
+    matrix = weight.detach().flatten(1)  # (C, n)
+    channels = matrix.shape[0]
     shape = (channels,) + (1,) * (weight.ndim - 1)
-    if magnitudes.numel() == 0:
+    if matrix.numel() == 0:
         return SearchResult(QParams(signed[0], torch.ones(shape, device=weight.device)), weight.new_zeros(()).float())
 
-    errors = [magnitudes.new_zeros(channels, dtype=torch.float64) for _ in signed]
-    scales = [magnitudes.new_ones(channels, dtype=torch.float32) for _ in signed]
+    errors = [matrix.new_zeros(channels, dtype=torch.float64) for _ in signed]
+    scales = [matrix.new_ones(channels, dtype=torch.float32) for _ in signed]
     energy = 0.0
     largest = NUM_SCALES * max(len(fmt.magnitudes) for fmt in signed)
-    step = max(1, _CHUNK // max(largest, magnitudes.shape[1]))
+    step = max(1, _CHUNK // max(largest, matrix.shape[1]))
     for start in range(0, channels, step):
-        rows = _SortedRows(magnitudes[start : start + step])
+        rows = _SortedRows(matrix[start : start + step].abs())
         energy += rows.energy.sum()
         amax = rows.values[:, -1]
         for i, fmt in enumerate(signed):

@@ -31,6 +31,7 @@ from ..schemes import LayerScheme
 
 OBSERVED = ("observed_sample", "observed_count", "observed_range")
 INPUT_TENSORS = ("input_scale", "input_zero_point", "input_error")
+_CHUNK = 2**21  # weights encoded at once
 WEIGHT_TENSORS = ("weight_scale", "weight_error")
 
 
@@ -103,13 +104,22 @@ class QuantLayer(nn.Module, ABC):
         check_finite(weight, f"The weight of layer `{place}`")
         result = search_weight(weight, scheme.weight)
         layer = cls.skeleton(module, place, result.qparams.format, device=weight.device)
-        codes = encode(weight, result.qparams).flatten(1) if weight.numel() else weight.to(torch.uint8).flatten(1)
-        layer.weight.data.copy_(pack(codes, layer.weight_format.bits).view(layer.weight.shape))
         layer.weight_scale.copy_(result.qparams.scale.flatten())
         layer.weight_error.copy_(result.error)
+        layer._store(weight)
         if scheme.activation:
             layer.start_observing(scheme.activation)
         return layer
+
+    def _store(self, weight: Tensor) -> None:
+        """Encode and pack, some rows at a time: the temporaries of a large layer would outweigh it many times."""
+        rows, length = self.matrix_shape
+        matrix, packed = weight.reshape(rows, length), self.weight.data.view(rows, -1)
+        step = max(1, _CHUNK // max(1, length))
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            codes = encode(matrix[part], QParams(self.weight_format, self.weight_scale[part, None]))
+            packed[part] = pack(codes, self.weight_format.bits)
 
     def to_float(self, dtype: torch.dtype) -> nn.Module:
         """A float layer with the decoded weight."""

@@ -17,7 +17,7 @@ import typer
 from diffusers import UNet2DConditionModel, UNet2DModel
 from harness import write_results
 
-SCHEMES = ("w4a4", "w8a8")
+SCHEMES = ("w4a4",)
 
 
 def ddpm_cifar10() -> UNet2DModel:
