@@ -77,6 +77,13 @@ class MSFPQuantizer(DiffusersQuantizer):
         if self.pre_quantized:
             convert_skeleton(model, config.layers, self._plan.layers)
 
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Cut what stays float loose from the file: a bias that is a view would keep a whole float shard mapped."""
+        if self.pre_quantized or self._plan is None:
+            return state_dict
+        ours = {f"{name}.weight" for name in self._plan.layers}
+        return {key: value if key in ours else value.clone() for key, value in state_dict.items()}
+
     def check_if_quantized_param(self, model, param_value, param_name: str, state_dict, **kwargs) -> bool:  # noqa: ARG002
         """Whether a tensor is ours to place."""
         place, _, tensor = param_name.rpartition(".")

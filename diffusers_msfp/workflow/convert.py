@@ -55,6 +55,11 @@ class Conversion:
                 f"A model can be quantized once, but {len(already)} layers already are ({already[0]}, …). "
                 f"Call `model.dequantize()` first."
             )
+        if any(name.endswith(".base_layer") for name in weighted):
+            raise ConfigError(
+                "A model must be quantized before adapters are attached, but this one has some. Fuse them "
+                "(`fuse_lora`, then `unload_lora`) or unload them first."
+            )
         check_patterns([*overrides], list(weighted), "scheme_overrides")
         check_patterns(list(keep), [name for name, _ in model.named_modules() if name], "modules_to_not_convert")
         layers, skipped = {}, {}

@@ -10,7 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 
 from diffusers_msfp import MSFPConfig, freeze
-from diffusers_msfp.errors import UnsupportedError
+from diffusers_msfp.errors import ConfigError, UnsupportedError
 from diffusers_msfp.integration.in_memory import quantize_model
 from diffusers_msfp.nn import QuantConv2d, QuantLinear
 
@@ -189,6 +189,13 @@ def test_the_way_out_of_fusing_works(model):
     assert torch.allclose(output(model), expected, atol=1e-4)
     quantize_model(model, MSFPConfig(scheme="w4a16"))
     assert torch.isfinite(output(model)).all()
+
+
+def test_quantizing_under_adapters_is_refused():
+    model = make_condition_unet()
+    model.add_adapter(LoraConfig(r=4, target_modules=["to_q", "conv1"]))
+    with pytest.raises(ConfigError, match="before adapters are attached"):
+        quantize_model(model, MSFPConfig())
 
 
 def test_unconditional_models_take_adapters_through_peft(images):
