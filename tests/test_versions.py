@@ -18,6 +18,7 @@ def test_lifecycle_with_an_older_diffusers(version, tmp_path):
     for packages in (["torch==2.13.0"], [f"{ROOT}[test]", f"diffusers=={version}"]):
         subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
     tests = ["tests/integration", "tests/workflow", "tests/golden"]
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not readme", *tests]
+    # diffusers 0.40 cannot offload groups from a CPU to a CPU, quantized or not
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not group_offload", *tests]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]

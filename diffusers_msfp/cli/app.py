@@ -195,14 +195,14 @@ def _print_json(result: dict) -> None:
 
 
 def main() -> None:
-    """Entry point: errors that the user can put right become one line and exit code 2."""
+    """Entry point: errors that the user can put right, a full disk too, become one line and exit code 2."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     diffusers_logging.disable_progress_bar()
     diffusers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
     try:
         app()
-    except MSFPError as error:
+    except (MSFPError, OSError) as error:
         stderr.print(f"[red]error:[/] {' '.join(str(error).split())}", soft_wrap=True, highlight=False)
         sys.exit(2)
     except KeyboardInterrupt:

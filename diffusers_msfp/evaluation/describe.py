@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
 from ..formats import FORMATS
@@ -69,7 +69,13 @@ def describe_checkpoint(path: str | Path) -> dict:
     Raises:
         CheckpointError: no such checkpoint, or a damaged one.
     """
-    return {name: _describe_component(folder) for name, folder in component_dirs(Path(path)).items()}
+    described = {}
+    for name, folder in component_dirs(Path(path)).items():
+        try:
+            described[name] = _describe_component(folder)
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder} is no complete checkpoint: {error} is missing or malformed.") from error
+    return described
 
 
 def _describe_component(folder: Path) -> dict:
@@ -79,8 +85,6 @@ def _describe_component(folder: Path) -> dict:
     for group in record.get("layers") or ():
         for name in group["modules"]:
             fmt, state = FORMATS[group["weight"]], group["input"]
-            if f"{name}.weight_scale" not in tensors:
-                raise CheckpointError(f"{folder} must hold `{name}.weight_scale`, but it does not: damaged file.")
             scale = tensors[f"{name}.weight_scale"]
             quantized = state not in (None, "observing")
             rows, *_, row_bytes = shapes[f"{name}.weight"]
@@ -113,10 +117,13 @@ def _small_tensors(folder: Path) -> tuple[dict, dict]:
     """Scales, zero points and errors, and the shapes of the packed weights; packed weights are not read."""
     tensors, shapes = {}, {}
     for file in weight_files(folder):
-        with safe_open(file, framework="pt") as handle:
-            for key in handle.keys():  # noqa: SIM118
-                if key.endswith(".weight"):
-                    shapes[key] = handle.get_slice(key).get_shape()
-                elif key.rpartition(".")[2].startswith(("weight_", "input_")):
-                    tensors[key] = handle.get_tensor(key)
+        try:
+            with safe_open(file, framework="pt") as handle:
+                for key in handle.keys():  # noqa: SIM118
+                    if key.endswith(".weight"):
+                        shapes[key] = handle.get_slice(key).get_shape()
+                    elif key.rpartition(".")[2].startswith(("weight_", "input_")):
+                        tensors[key] = handle.get_tensor(key)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} must be a safetensors file, but it is not ({error}).") from error
     return tensors, shapes

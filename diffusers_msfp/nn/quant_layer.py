@@ -216,7 +216,9 @@ class QuantLayer(nn.Module, ABC):
         if self.observing:
             observe(self.observation, x, self.place)
         elif self.input_format is not None:
-            if not torch.compiler.is_compiling():
+            if torch.compiler.is_compiling():
+                torch._assert_async(torch.isfinite(x).all(), f"The input of layer `{self.place}` must be finite.")
+            else:
                 check_finite(x, f"The input of layer `{self.place}`")
             return fake_quantize(x.to(torch.float32), self.input_qparams())
         return x.to(torch.float32)

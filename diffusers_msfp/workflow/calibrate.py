@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -26,7 +27,8 @@ def calibrate(
     """Set the activation ranges of a quantized pipeline from its own samples, then freeze them.
 
     The pipeline's sampler runs from noise, with its own scheduler, over the whole trajectory; during these runs
-    activations are float. Memory does not grow with `num_samples`, and equal arguments give equal ranges.
+    activations are float. Memory does not grow with `num_samples`, and equal arguments give equal ranges. Progress is
+    shown by the pipeline's own progress bar, as its `set_progress_bar_config` says.
 
     Args:
         pipe (`DiffusionPipeline`): with at least one MSFP-quantized component; frozen ones are calibrated anew.
@@ -34,7 +36,8 @@ def calibrate(
         num_inference_steps (`int`): denoising steps of each.
         prompts (`Sequence[str]`, *optional*): taken in turn where the pipeline takes prompts.
         seed (`int`): of noise and class labels.
-        on_step (`Callable[[int, int], None]`, *optional*): called after each denoising step with (done, total).
+        on_step (`Callable[[int, int], None]`, *optional*): called after each denoising step with (done, total),
+            instead of the progress bar.
         **arguments: passed on to the pipeline, e.g. `image=…` for image-to-image or `guidance_scale=…`.
 
     Raises:
@@ -57,7 +60,13 @@ def calibrate(
     make_arguments = call_arguments(pipe, prompts, num_inference_steps, arguments)
     denoiser = observing[0]
     total = math.ceil(num_samples / batch_size) * num_inference_steps
-    with quiet(pipe), counting_steps(denoiser, total, on_step), torch.no_grad():
+    with ExitStack() as stack:
+        if on_step is None:
+            bar = stack.enter_context(pipe.progress_bar(total=total))
+            bar.set_description("calibrating")
+        stack.enter_context(quiet(pipe))
+        stack.enter_context(counting_steps(denoiser, total, on_step or (lambda *_: bar.update())))
+        stack.enter_context(torch.no_grad())
         for start in range(0, num_samples, batch_size):
             generator = torch.Generator().manual_seed(seed + start)
             pipe(**make_arguments(start, min(batch_size, num_samples - start), generator))

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,6 +155,38 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
     assert done.stdout == ""
     assert done.stderr.startswith("error:")
     assert len(done.stderr.splitlines()) == 1
+
+
+def damaged(packed_dir: str, tmp_path: Path, file: str, content: bytes) -> Path:
+    target = tmp_path / "damaged"
+    shutil.copytree(packed_dir, target)
+    (target / file).write_bytes(content)
+    return target
+
+
+@pytest.mark.parametrize("verb", ["inspect", "sample"])
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("unet/diffusion_pytorch_model.safetensors", b"\x10\x00\x00\x00\x00\x00\x00\x00{}"),
+        ("unet/diffusion_pytorch_model.safetensors", b""),
+        ("unet/config.json", b"{"),
+        ("unet/config.json", b'{"quantization_config": {"quant_method": "msfp", "layers": [{}]}}'),
+        ("model_index.json", b"not json"),
+    ],
+)
+def test_damaged_checkpoints_give_one_line(verb, file, content, packed_dir, tmp_path, monkeypatch, capfd):
+    if (verb, file) == ("inspect", "model_index.json"):
+        return  # not read
+    target = damaged(packed_dir, tmp_path, file, content)
+    arguments = [verb, str(target)] + (["--out", str(tmp_path / "a.png"), "--num", "1"] if verb == "sample" else [])
+    monkeypatch.setattr(sys, "argv", ["diffusers-msfp", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    shown = capfd.readouterr()
+    assert exit_.value.code == 2, shown.err
+    assert len(shown.err.strip().splitlines()) == 1
+    assert not (tmp_path / "a.png").exists()
 
 
 def test_overwrite_replaces_only_on_success(tiny_dir, tmp_path):

@@ -360,6 +360,8 @@ def compiled(model, backend, images):
 def test_compiles_without_graph_breaks(packed_pipe, images):
     expected = run(packed_pipe.unet, images, torch.tensor(10))
     assert torch.allclose(compiled(packed_pipe.unet, "aot_eager", images), expected, atol=1e-5)
+    with pytest.raises(RuntimeError, match="The input of layer `.*` must be finite"):
+        compiled(packed_pipe.unet, "aot_eager", torch.full_like(images, float("inf")))
 
 
 def test_an_observing_model_compiles_too_and_observes(images):

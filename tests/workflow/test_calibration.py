@@ -140,6 +140,14 @@ def test_calibrate_sees_the_whole_trajectory_and_reports_progress(tiny_pipe):
     assert steps == [(i, 10) for i in range(1, 11)]
 
 
+def test_the_pipeline_s_own_progress_bar_is_shown_and_can_be_silenced(packed_pipe, capfd):
+    calibrate(packed_pipe, num_samples=1, num_inference_steps=2)
+    assert "calibrating: 100%" in capfd.readouterr().err
+    packed_pipe.set_progress_bar_config(disable=True)
+    calibrate(packed_pipe, num_samples=1, num_inference_steps=2)
+    assert capfd.readouterr().err == ""
+
+
 def test_frozen_pipelines_are_calibrated_anew(packed_pipe):
     before = copy.deepcopy(packed_pipe.unet)
     calibrate(packed_pipe, num_samples=4, num_inference_steps=3, seed=7)
