@@ -4,7 +4,8 @@
 
     python tests/benchmarks/bench_schemes.py --cases "w4a4,w6a6"
 
-With `--cases` only these rows are made anew. The seed is that of calibration and of the noise compared on. Writes `model_cards/results/<name>.json`.
+With `--cases` only these rows are made anew. The seed is that of calibration and of the noise compared on. Writes
+`model_cards/results/<name>.json`.
 """
 
 import copy
