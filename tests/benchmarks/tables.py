@@ -87,10 +87,10 @@ TABLES = {"formats": formats, "schemes": schemes, "shapes": shapes}
 def filled(page: str) -> str:
     """A page's text with its tables made anew."""
     for name, make in TABLES.items():
-        block = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if block.search(page):
             table = make()
-            page = block.sub(lambda found, table=table: found[1] + table + found[2], page)
+            page = block.sub(lambda found, table=table: found[1] + table + "\n" + found[2], page)
     return page
 
 
