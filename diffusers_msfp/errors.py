@@ -29,5 +29,5 @@ class CheckpointError(MSFPError):
     """A checkpoint that is damaged, foreign, or newer than this package."""
 
 
-class UnsupportedError(MSFPError, NotImplementedError):
+class UnsupportedError(MSFPError):
     """Something that a quantized model cannot do, with the way out."""

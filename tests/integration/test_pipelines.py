@@ -10,7 +10,7 @@ from peft.utils import get_peft_model_state_dict
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusers_msfp import MSFPConfig, calibration_state, quantize_pipeline
-from diffusers_msfp.errors import ConfigError
+from diffusers_msfp.errors import ConfigError, UnsupportedError
 from diffusers_msfp.evaluation import compare_pipelines
 from diffusers_msfp.nn import QuantLayer
 
@@ -95,7 +95,7 @@ def test_style_lora_through_the_pipeline(folders, tmp_path):
     assert not np.allclose(styled, before, atol=1e-3)
     pipe.set_adapters("style", 0.5)
     assert not np.allclose(sample(pipe), styled, atol=1e-3)
-    with pytest.raises(NotImplementedError, match="`fuse_lora` is not possible"):
+    with pytest.raises(UnsupportedError, match="`fuse_lora` is not possible"):
         pipe.fuse_lora()
     pipe.unload_lora_weights()
     assert (sample(pipe) == before).all()
