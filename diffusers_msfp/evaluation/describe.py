@@ -64,7 +64,7 @@ def describe_checkpoint(path: str | Path) -> dict:
         `dict`: component → `scheme`, `calibration_state`, `format_version`, `bytes`, and `layers`: a list of `name`,
         `weight_format`, `weight_bits`, `weight_scale_min`, `weight_scale_max`, `weight_rel_mse`, `input_format` (None
         if float, `"observing"` before calibration), `input_signed`, `input_scale`, `input_zero_point`,
-        `input_rel_mse`, `parameters`.
+        `input_rel_mse`, `weight_bytes`.
 
     Raises:
         CheckpointError: no such checkpoint, or a damaged one.
