@@ -62,11 +62,6 @@ class QuantScheme:
     edge: LayerScheme
     input: LayerScheme
 
-    @property
-    def quantizes_activations(self) -> bool:
-        """Whether ranges have to be calibrated."""
-        return bool(self.inner.activation or self.edge.activation or self.input.activation)
-
 
 def _scheme(weight_bits: int, activation_bits: int | None, *, mixup: bool = True) -> QuantScheme:
     def layer(w: int, a: int | None) -> LayerScheme:
@@ -82,13 +77,11 @@ SCHEMES: Registry[QuantScheme] = Registry("scheme")
 
 for _w, _a in ((4, 4), (4, 6), (4, 8), (6, 6), (8, 8), (4, None)):
     SCHEMES.add(f"w{_w}a{_a or 16}", _scheme(_w, _a))
+# Baselines to compare with: signed formats only (as LLM-FP4), and uniform 4-bit grids with the same search.
 SCHEMES.add("w4a4-signed", _scheme(4, 4, mixup=False))
 SCHEMES.add(
     "int-w4a4", replace(SCHEMES["w4a4"], inner=LayerScheme(weight=("fp4_e1m2",), activation=("fp4_e1m2", "fp4_ue1m3")))
 )
-BASELINES = ("w4a4-signed", "int-w4a4")
-"""Schemes to compare with: signed formats only (as LLM-FP4), and uniform 4-bit grids with the same search."""
-
 DEFAULT_SCHEME = "w4a8"
 
 INPUT_PATTERNS = ("conv_in", "encoder.conv_in", "decoder.conv_in", "pos_embed.proj", "x_embedder", "patch_embed.proj")

@@ -19,7 +19,6 @@ def test_widths_are_what_the_name_says(name):
     assert {FORMATS[f].bits for f in scheme.inner.activation} == ({activation} if activation != 16 else set())
     assert {FORMATS[f].bits for f in scheme.edge.weight + scheme.input.weight} == {8}
     assert scheme.input.activation == ()
-    assert scheme.quantizes_activations == (activation != 16)
 
 
 def test_edges_of_a_unet():

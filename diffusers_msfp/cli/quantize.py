@@ -6,10 +6,9 @@ import time
 from pathlib import Path
 
 import psutil
-from diffusers import DiffusionPipeline
 
 from ..errors import ConfigError
-from ..integration.config import DEFAULT_COMPONENTS, MSFPConfig
+from ..integration.config import MSFPConfig
 from ..integration.in_memory import components_of, quantize_model
 from ..schemes import DEFAULT_SCHEME
 from ..workflow import calibrate, calibration_state
@@ -84,20 +83,12 @@ def quantize(
 
     with stderr.status(f"loading {source}"):
         loaded = load_component(path) if alone else load_pipeline(source, config=config)
-    models = {".": loaded} if alone else _named(loaded, request)
+    models = {".": loaded} if alone else components_of(loaded, request)
     bytes_before = sum(model_bytes(source, model, name) for name, model in models.items())
     search_started = time.perf_counter()
     with progress("searching and packing weights") as report:
-        total = sum(1 for model in models.values() for _ in model.modules())
-        done = 0
-
-        def on_layer(_name: str) -> None:
-            nonlocal done
-            done += 1
-            report(done, max(total, done))
-
         for model in models.values():
-            quantize_model(model, request, on_layer)
+            quantize_model(model, request, on_layer=report)
     seconds_search = time.perf_counter() - search_started
 
     calibration_started = time.perf_counter()
@@ -136,12 +127,6 @@ def quantize(
         "calibration_state": state,
         "out": str(out),
     }
-
-
-def _named(pipe: DiffusionPipeline, request: MSFPConfig) -> dict:
-    models = components_of(pipe, request)
-    wanted = request.components_to_quantize or DEFAULT_COMPONENTS
-    return {name: pipe.components[name] for name in wanted if any(pipe.components.get(name) is m for m in models)}
 
 
 def _write(loaded, out: Path) -> None:

@@ -11,13 +11,13 @@ from .config import DEFAULT_COMPONENTS, MSFPConfig
 from .quantizer import MSFPQuantizer
 
 
-def quantize_model(model: ModelMixin, config: MSFPConfig, on_layer: Callable[[str], None] | None = None) -> None:
+def quantize_model(model: ModelMixin, config: MSFPConfig, on_layer: Callable[[int, int], None] | None = None) -> None:
     """Quantize the weights of a float model in place; its activations are observed from now on.
 
     Args:
         model (`ModelMixin`): any diffusers model.
         config (`MSFPConfig`): not changed; the model gets a copy with its record.
-        on_layer (`Callable[[str], None]`, *optional*): called with the name of each finished layer.
+        on_layer (`Callable[[int, int], None]`, *optional*): called after each layer with (done, total).
     """
     config = config.for_one_model()
     plan = Conversion.plan(model, config.scheme, config.modules_to_not_convert, config.scheme_overrides)
@@ -49,7 +49,7 @@ def quantize_pipeline(pipe, scheme: str | MSFPConfig = DEFAULT_SCHEME, **calibra
         ```
     """
     config = scheme if isinstance(scheme, MSFPConfig) else MSFPConfig(scheme=scheme)
-    models = components_of(pipe, config)
+    models = components_of(pipe, config).values()
     for model in models:
         quantize_model(model, config)
     if any(calibration_state(model) == "observing" for model in models):
@@ -57,8 +57,8 @@ def quantize_pipeline(pipe, scheme: str | MSFPConfig = DEFAULT_SCHEME, **calibra
     return pipe
 
 
-def components_of(pipe, config: MSFPConfig) -> list[ModelMixin]:
-    """The components that a config selects.
+def components_of(pipe, config: MSFPConfig) -> dict[str, ModelMixin]:
+    """The components that a config selects, by name.
 
     Raises:
         ConfigError: there are none, or one that was named is not a diffusers model.
@@ -76,4 +76,4 @@ def components_of(pipe, config: MSFPConfig) -> list[ModelMixin]:
             raise ConfigError(
                 f"`components_to_quantize` may name diffusers models only, but `{name}` is {type(component).__name__}."
             )
-    return list(found.values())
+    return found

@@ -16,7 +16,7 @@ from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..nn import QUANT_LAYERS, QuantLayer
 from ..nn.quant_layer import INPUT_TENSORS, OBSERVED, WEIGHT_TENSORS
 from ..workflow.convert import Conversion, convert_skeleton, plain_name, replace_module, revert
-from ..workflow.state import _remove_tracker, calibration_state, track
+from ..workflow.state import calibration_state, track, untrack
 from . import overrides
 from .config import MSFPConfig
 
@@ -193,7 +193,7 @@ class MSFPQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         overrides.remove(model)
-        _remove_tracker(model)
+        untrack(model)
         revert(model, model.dtype)
         config = dict(model._internal_dict)
         for key in ("quantization_config", "_pre_quantization_dtype"):

@@ -108,22 +108,22 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
                 parent._modules[attribute] = new
 
 
-def convert(model: nn.Module, plan: Conversion, on_layer: Callable[[str], None] | None = None) -> None:
+def convert(model: nn.Module, plan: Conversion, on_layer: Callable[[int, int], None] | None = None) -> None:
     """Quantize the weights of a float model in place, layer by layer, each float weight freed before the next.
 
     Args:
-        on_layer (`Callable[[str], None]`, *optional*): called with the name of each finished layer.
+        on_layer (`Callable[[int, int], None]`, *optional*): called after each layer with (done, total).
 
     Raises:
         NonFiniteError: a weight holds NaN or infinity; checked for all layers before the first is changed.
     """
     for name in plan.layers:
         check_finite(model.get_submodule(name).weight, f"The weight of layer `{name}`")
-    for name, scheme in plan.layers.items():
+    for done, (name, scheme) in enumerate(plan.layers.items(), start=1):
         module = model.get_submodule(name)
         replace_module(model, name, QUANT_LAYERS[type(module)].from_float(module, name, scheme))
         if on_layer is not None:
-            on_layer(name)
+            on_layer(done, len(plan.layers))
 
 
 def convert_skeleton(model: nn.Module, groups: Sequence[Mapping], plan: Mapping[str, LayerScheme]) -> None:

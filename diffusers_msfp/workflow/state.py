@@ -53,7 +53,8 @@ def tracker(model: nn.Module) -> RunTracker | None:
     return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, RunTracker)), None)
 
 
-def _remove_tracker(model: nn.Module) -> None:
+def untrack(model: nn.Module) -> None:
+    """Stop watching for the end of a run."""
     for key, hook in list(model._forward_pre_hooks.items()):
         if isinstance(hook, RunTracker):
             del model._forward_pre_hooks[key]
@@ -62,7 +63,7 @@ def _remove_tracker(model: nn.Module) -> None:
 
 def track(model: nn.Module, last_timestep: float | None = None, has_fallen: bool = False) -> None:
     """Watch for the end of a denoising run, if any layer of the model is observing."""
-    _remove_tracker(model)
+    untrack(model)
     if calibration_state(model) == "observing":
         model.register_forward_pre_hook(RunTracker(last_timestep, has_fallen), with_kwargs=True)
     write_record(model)
@@ -133,6 +134,6 @@ def freeze(model: nn.Module) -> None:
         unseen = [name for name, layer in observing if not layer.freeze()]
         if unseen:
             logger.warning("%d layers were never used and keep a float input: %s.", len(unseen), ", ".join(unseen))
-        _remove_tracker(m)
+        untrack(m)
         write_record(m)
         logger.info("%s: activation ranges of %d layers are frozen.", type(m).__name__, len(observing) - len(unseen))
