@@ -13,6 +13,7 @@ from ..integration.in_memory import components_of, quantize_model
 from ..schemes import DEFAULT_SCHEME
 from ..workflow import calibrate, calibration_state
 from ..workflow.convert import quant_layers
+from ..workflow.sampling import require_positive
 from .load import SourceError, load_component, load_pipeline, model_bytes, refuse_quantized
 from .terminal import progress, stderr
 
@@ -34,7 +35,7 @@ def quantize(
 ) -> dict:
     """Quantize a checkpoint and write the packed one.
 
-    Weights are quantized as they are read; then the pipeline's own sampler sets the activation ranges. A component on
+    Weights are quantized layer by layer; then the pipeline's own sampler sets the activation ranges. A component on
     its own cannot be sampled, so its activations go on observing: they freeze after its first denoising run.
 
     Args:
@@ -67,8 +68,7 @@ def quantize(
         and any(out.iterdir() if out.is_dir() else [out])
     ):
         raise ConfigError(f"`--overwrite` replaces checkpoints only, but {out} holds something else.")
-    if calibration_samples < 1 or steps < 1:
-        raise ConfigError(f"Samples and steps must be at least 1, but {calibration_samples} and {steps} came.")
+    require_positive(calibration_samples=calibration_samples, steps=steps)
     request = MSFPConfig(
         scheme=scheme,
         modules_to_not_convert=modules_to_not_convert,

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 from ..errors import ConfigError
 from ..evaluation import image_grid, with_ddim
 from ..evaluation.compare import denoiser_of
-from ..workflow.sampling import batch_size_for, call_arguments, counting_steps, quiet
+from ..workflow.sampling import batch_size_for, call_arguments, counting_steps, quiet, require_positive
 from .load import load_pipeline
 from .terminal import progress
 
@@ -18,9 +18,7 @@ def sample_images(
     pipe, *, num: int, steps: int, seed: int = 0, prompts: list[str] | None = None, on_step=None
 ) -> np.ndarray:
     """Pictures `(num, H, W, channels)` in [0, 1]; ancestral DDPM, which needs all its steps, is replaced by DDIM."""
-    for name, value in (("num", num), ("steps", steps)):
-        if value < 1:
-            raise ConfigError(f"`{name}` must be at least 1, but {value} came.")
+    require_positive(num=num, steps=steps)
     if isinstance(pipe.scheduler, DDPMScheduler):
         pipe = with_ddim(pipe)
     make_arguments = call_arguments(pipe, prompts, steps, {"output_type": "np"})

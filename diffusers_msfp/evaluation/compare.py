@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..workflow.sampling import batch_size_for, call_arguments, quiet
+from ..workflow.sampling import batch_size_for, call_arguments, quiet, require_positive
 
 MAX_PSNR_DB = 100.0
 
@@ -78,9 +78,7 @@ def compare_pipelines(
     Raises:
         ConfigError: the denoisers give outputs of different shapes, or numbers below 1.
     """
-    for name, value in (("num_samples", num_samples), ("num_inference_steps", num_inference_steps)):
-        if value < 1:
-            raise ConfigError(f"`{name}` must be at least 1, but {value} came.")
+    require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
     reference, candidate = with_ddim(reference, eta), with_ddim(candidate, eta)
     student = denoiser_of(candidate)
     batch_size = batch_size_for([student], num_samples)

@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..schemes import resolve
 from .convert import quant_layers
-from .sampling import batch_size_for, call_arguments, counting_steps, quiet
+from .sampling import batch_size_for, call_arguments, counting_steps, quiet, require_positive
 from .state import freeze, quantized_models, track, tracker, write_record
 
 
@@ -43,24 +43,24 @@ def calibrate(
     Raises:
         ConfigError: nothing to calibrate, numbers below 1, or a pipeline that needs an argument that is not given.
     """
-    for name, value in (("num_samples", num_samples), ("num_inference_steps", num_inference_steps)):
-        if value < 1:
-            raise ConfigError(f"`{name}` must be at least 1, but {value} came.")
+    require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
     models = list(quantized_models(pipe))
     if not models or not callable(pipe) or isinstance(pipe, nn.Module):
         raise ConfigError(
             f"Calibration needs a pipeline with quantized components, but {type(pipe).__name__} has none. Load it with "
             f"`quantization_config=MSFPConfig()` or call `quantize_pipeline(pipe, scheme)`."
         )
+    make_arguments = call_arguments(pipe, prompts, num_inference_steps, arguments)
     observing = [model for model in models if restart_observation(model)]
     if not observing:
         raise ConfigError("Nothing to calibrate: no layer of this pipeline has a quantized activation (weights only).")
 
     batch_size = batch_size_for(models, num_samples)
-    make_arguments = call_arguments(pipe, prompts, num_inference_steps, arguments)
     denoiser = observing[0]
     total = math.ceil(num_samples / batch_size) * num_inference_steps
     with ExitStack() as stack:
+        for model in observing:
+            stack.callback(setattr, tracker(model), "paused", False)
         if on_step is None:
             bar = stack.enter_context(pipe.progress_bar(total=total))
             bar.set_description("calibrating")

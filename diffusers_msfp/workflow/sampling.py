@@ -25,6 +25,13 @@ DEFAULT_PROMPTS = (
 PIXELS_PER_BATCH = 2**14
 
 
+def require_positive(**numbers: int) -> None:
+    """Refuse counts below 1, by name."""
+    for name, value in numbers.items():
+        if value < 1:
+            raise ConfigError(f"`{name}` must be at least 1, but {value} came.")
+
+
 def batch_size_for(models: Sequence[nn.Module], num_samples: int) -> int:
     """As many samples at once as keep the latents near 16 000 positions."""
     for model in models:

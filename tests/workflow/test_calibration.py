@@ -215,6 +215,19 @@ def test_class_labels():
     assert calibration_state(pipe.vae) == "frozen"
 
 
+def test_a_refused_or_failed_calibration_does_not_stick(packed_pipe, monkeypatch):
+    before = copy.deepcopy(packed_pipe.unet)
+    with pytest.raises(ConfigError, match="non-empty list of strings"):
+        calibrate(packed_pipe, prompts=[])
+    assert equal_state(before, packed_pipe.unet)
+    monkeypatch.setattr(packed_pipe.scheduler, "step", None)
+    with pytest.raises(TypeError):
+        calibrate(packed_pipe, num_samples=1, num_inference_steps=2)
+    for timestep in (900, 100, 900):
+        run(packed_pipe.unet, torch.randn(1, 3, 8, 8), timestep)
+    assert calibration_state(packed_pipe) == "frozen"
+
+
 def test_bad_requests_are_refused(tiny_pipe, packed_pipe):
     with pytest.raises(ConfigError, match="DDPMPipeline has none. Load it with"):
         calibrate(tiny_pipe)
