@@ -1,7 +1,7 @@
 """`compare`: what a quantized pipeline lost."""
 
 from ..evaluation import compare_pipelines
-from ..evaluation.compare import denoiser_of
+from ..workflow.sampling import denoiser_of
 from .load import load_pipeline, model_bytes
 from .terminal import progress
 

@@ -1,6 +1,7 @@
 """What quantization costs, in figures and pictures; what a checkpoint holds."""
 
-from .compare import compare_pipelines, with_ddim
+from ..workflow.sampling import with_ddim
+from .compare import compare_pipelines
 from .describe import describe_checkpoint
 from .pictures import image_grid
 

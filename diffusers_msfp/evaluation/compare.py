@@ -9,38 +9,21 @@ from collections import defaultdict
 from collections.abc import Callable
 
 import torch
-from diffusers import DDIMScheduler
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ConfigError
-from ..workflow.sampling import batch_size_for, call_arguments, quiet, require_positive
+from ..workflow.sampling import (
+    batch_size_for,
+    call_arguments,
+    denoiser_of,
+    model_output,
+    quiet,
+    require_positive,
+    with_ddim,
+)
+from ..workflow.timestep import timestep_of, timestep_position
 
 MAX_PSNR_DB = 100.0
-
-
-def with_ddim(pipe, eta: float = 0.0):
-    """The same pipeline on a DDIM scheduler; one whose model predicts a flow keeps its own.
-
-    Args:
-        pipe (`DiffusionPipeline`): not changed.
-        eta (`float`): 0 is deterministic, 1 as noisy as DDPM.
-    """
-    config = pipe.scheduler.config
-    if "beta_schedule" not in config or config.get("prediction_type") not in ("epsilon", "v_prediction", "sample"):
-        return pipe
-    scheduler = DDIMScheduler.from_config(config)
-    if eta:
-        step = scheduler.step
-        scheduler.step = lambda *args, **kwargs: step(*args, **{**kwargs, "eta": eta})
-    return type(pipe)(**{**pipe.components, "scheduler": scheduler})
-
-
-def denoiser_of(pipe) -> nn.Module:
-    """The network that predicts noise."""
-    for name in ("unet", "transformer", "prior"):
-        if getattr(pipe, name, None) is not None:
-            return getattr(pipe, name)
-    raise ConfigError(f"Comparing needs a `unet`, `transformer` or `prior`, but {type(pipe).__name__} has none.")
 
 
 def psnr_db(a: Tensor, b: Tensor) -> Tensor:
@@ -87,13 +70,13 @@ def compare_pipelines(
     asking = False  # the candidate may be the reference itself
     total = math.ceil(num_samples / batch_size) * num_inference_steps
 
-    def watch(_module, args, kwargs, output) -> None:
+    def watch(module, args, kwargs, output) -> None:
         nonlocal count, done, asking
         if asking:
             return
-        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        timestep = timestep_of(timestep_position(module), args, kwargs)
         asking = True
-        expected, came = _sample(output).double(), _sample(student(*args, **kwargs)).double()
+        expected, came = model_output(output).double(), model_output(student(*args, **kwargs)).double()
         asking = False
         if expected.shape != came.shape:
             raise ConfigError(
@@ -131,7 +114,3 @@ def compare_pipelines(
         "eps_rel_l2_by_timestep": by_timestep,
         "image_psnr_db": torch.cat(ratios).mean().item(),
     }
-
-
-def _sample(output) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output.sample

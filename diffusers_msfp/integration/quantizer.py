@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..nn import QUANT_LAYERS, QuantLayer
-from ..nn.quant_layer import INPUT_TENSORS, OBSERVED, WEIGHT_TENSORS
+from ..nn.stored import INPUT_TENSORS, OBSERVED, WEIGHT_TENSORS
 from ..workflow.convert import Conversion, convert_skeleton, plain_name, replace_module, revert
 from ..workflow.state import calibration_state, track, untrack
 from . import overrides

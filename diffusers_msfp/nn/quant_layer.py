@@ -5,34 +5,36 @@ PEFT finds it, and the original's attributes. Stored tensors:
 
 | name | shape | dtype | meaning |
 |---|---|---|---|
-| `weight` | `(C, 1, …, bytes)`, as many axes as the convolution's weight, 3 for a linear | uint8 | packed codes |
+| `weight` | `(K * C, 1, …, bytes)`, as many axes as the convolution's weight, 3 for a linear | uint8 | packed codes |
 | `weight_scale` | `(C,)` | float32 | scale of each output channel |
 | `weight_error` | `()` | float32 | squared error of the weight divided by its sum of squares |
 | `input_scale`, `input_zero_point`, `input_error` | `()` | float32 | the input's parameters; absent if it stays float |
 | `observed_sample`, `observed_count`, `observed_range` | see `Observation` | | only while observing |
 | `bias` | as the original | as the model | untouched |
+| `adapters.down`, `adapters.up` | see `talora.AdapterBank` | float16 | only with adapters beside the weight |
+
+C is the number of output channels, K that of weight banks: 1, or one per adapter where adapters are merged into the
+weights; all banks share `weight_scale`. Which bank or adapter a call uses is asked of `routing`.
 
 The bytes stand in the *last* axis, where no float weight of more than one input feature can broadcast onto them: an
 adapter merged by force fails instead of corrupting codes.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..calibration import Observation, observe, search_activation, search_weight
-from ..errors import CheckpointError
 from ..formats import FPFormat
 from ..numerics import QParams, decode, encode, fake_quantize, pack, packed_size, unpack
 from ..numerics.rounding import check_finite
 from ..schemes import LayerScheme
+from .stored import INPUT_TENSORS, StoredTensors
 
-OBSERVED = ("observed_sample", "observed_count", "observed_range")
-INPUT_TENSORS = ("input_scale", "input_zero_point", "input_error")
 _CHUNK = 2**21  # weights encoded at once
-WEIGHT_TENSORS = ("weight_scale", "weight_error")
 
 
 def _transplant(source: nn.Module, cls: type[nn.Module]) -> nn.Module:
@@ -46,7 +48,17 @@ def _transplant(source: nn.Module, cls: type[nn.Module]) -> nn.Module:
     return module
 
 
-class QuantLayer(nn.Module, ABC):
+class Routing(Protocol):
+    """What a layer with adapters asks which one to use; `talora.RoutingTable` is one."""
+
+    num_adapters: int
+    strength: float
+
+    def route(self, group: int):
+        """The running call's choice, with `apply(function, x, num_adapters)`."""
+
+
+class QuantLayer(StoredTensors, ABC):
     """Abstract base of the quantized layers. Made by `from_float` or `skeleton`, never by its constructor.
 
     Calling the class like its float original returns a *float* layer of that kind: PEFT builds a convolution's
@@ -59,6 +71,9 @@ class QuantLayer(nn.Module, ABC):
     input_format: FPFormat | None
     input_candidates: tuple[str, ...]
     observation: Observation | None
+    routing: Routing | None
+    group: int
+    adapters: nn.Module | None
 
     def __new__(cls, *args, **kwargs):
         """A float layer for the public constructor; an empty object for `copy` and `pickle`."""
@@ -69,20 +84,27 @@ class QuantLayer(nn.Module, ABC):
     # ── making one ───────────────────────────────────────────────────────────────────────────────────────────
 
     @classmethod
-    def skeleton(cls, module: nn.Module, place: str, weight_format: FPFormat, device: torch.device | str = "meta"):
+    def skeleton(
+        cls,
+        module: nn.Module,
+        place: str,
+        weight_format: FPFormat,
+        device: torch.device | str = "meta",
+        num_banks: int = 1,
+    ):
         """An empty quantized layer for a float one, with a float input.
 
         Args:
             module (`nn.Module`): the float original; its weight is not read.
             place (`str`): its full name in the model, used in messages and as a seed.
+            num_banks (`int`): weights to make room for.
         """
         layer = _transplant(module, cls)
         layer.place, layer.weight_format = place, weight_format
         layer.input_format, layer.input_candidates, layer.observation = None, (), None
-        rows, length = layer.matrix_shape
-        axes = max(len(layer.logical_shape), 3)
-        shape = (rows,) + (1,) * (axes - 2) + (packed_size(length, weight_format.bits),)
-        layer.weight = nn.Parameter(torch.empty(shape, dtype=torch.uint8, device=device), requires_grad=False)
+        layer.routing, layer.group, layer.adapters = None, 0, None
+        layer.make_room(num_banks, device)
+        rows, _ = layer.matrix_shape
         layer.register_buffer("weight_scale", torch.ones(rows, device=device))
         layer.register_buffer("weight_error", torch.zeros((), device=device))
         return layer
@@ -111,15 +133,42 @@ class QuantLayer(nn.Module, ABC):
             layer.start_observing(scheme.activation)
         return layer
 
-    def _store(self, weight: Tensor) -> None:
+    def make_room(self, num_banks: int, device: torch.device | str = "meta") -> None:
+        """Empty packed weights for this many banks."""
+        rows, length = self.matrix_shape
+        axes = max(len(self.logical_shape), 3)
+        shape = (num_banks * rows,) + (1,) * (axes - 2) + (packed_size(length, self.weight_format.bits),)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.uint8, device=device), requires_grad=False)
+
+    def _store(self, weight: Tensor, bank: int = 0) -> None:
         """Encode and pack, some rows at a time: the temporaries of a large layer would outweigh it many times."""
         rows, length = self.matrix_shape
-        matrix, packed = weight.reshape(rows, length), self.weight.data.view(rows, -1)
+        matrix, packed = weight.reshape(rows, length), self._banks()[bank]
         step = max(1, _CHUNK // max(1, length))
         for start in range(0, rows, step):
             part = slice(start, start + step)
             codes = encode(matrix[part], QParams(self.weight_format, self.weight_scale[part, None]))
             packed[part] = pack(codes, self.weight_format.bits)
+
+    def _banks(self) -> Tensor:
+        """Packed weights `(K, C, bytes)`."""
+        rows, _ = self.matrix_shape
+        return self.weight.view(self.num_banks, rows, self.weight.shape[-1])
+
+    @torch.no_grad()
+    def store_banks(self, weights: Sequence[Tensor]) -> None:
+        """Encode and pack one weight per bank, with the scales that the layer has.
+
+        Args:
+            weights (`Sequence[Tensor]`): float, each of `logical_shape`.
+        """
+        self.make_room(len(weights), self.weight.device)
+        error = energy = 0.0
+        for bank, weight in enumerate(weights):
+            self._store(weight, bank)
+            error += (self.dequantize_weight(bank) - weight).square().sum().item()
+            energy += weight.square().sum().item()
+        self.weight_error.fill_(error / energy if energy else 0.0)
 
     def to_float(self, dtype: torch.dtype) -> nn.Module:
         """A float layer with the decoded weight."""
@@ -133,6 +182,11 @@ class QuantLayer(nn.Module, ABC):
     @abstractmethod
     def logical_shape(self) -> tuple[int, ...]:
         """Shape of the float weight; output channels first."""
+
+    @property
+    def num_banks(self) -> int:
+        """K, packed weights that the layer holds."""
+        return max(1, self.weight.shape[0] // max(1, self.logical_shape[0]))
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -149,21 +203,6 @@ class QuantLayer(nn.Module, ABC):
     def observing(self) -> bool:
         """Whether the input stays float for now and is watched."""
         return bool(self.input_candidates)
-
-    @property
-    def observed(self) -> dict[str, Tensor]:
-        """What was seen so far, by the names it is stored under; the sample is as long as it is full."""
-        if self.observation is None:
-            return {}
-        return dict(
-            zip(OBSERVED, (self.observation.drawn(), self.observation.count, self.observation.range), strict=True)
-        )
-
-    def __getattr__(self, name: str):
-        """Make `OBSERVED` tensors look like stored ones; diffusers looks a name up before it loads it."""
-        if name in OBSERVED and name in self.observed:
-            return self.observed[name]
-        return super().__getattr__(name)
 
     def start_observing(self, candidates: Sequence[str], observation: Observation | None = None) -> None:
         """Leave the input float and watch it, until `freeze`."""
@@ -202,13 +241,16 @@ class QuantLayer(nn.Module, ABC):
         return QParams.unchecked(self.weight_format, scale, torch.zeros_like(scale))
 
     def input_qparams(self) -> QParams:
-        """Scale and zero point of shape `()`."""
-        return QParams.unchecked(self.input_format, self.input_scale, self.input_zero_point)
+        """Scale and zero point of shape `()`; those of the adapters while adapters beside the weight are in use."""
+        owner = self.adapters if self.adapters is not None and self.routing.strength else self
+        return QParams.unchecked(self.input_format, owner.input_scale, owner.input_zero_point)
 
-    def dequantize_weight(self) -> Tensor:
-        """The weight as the layer uses it: float32, `logical_shape`."""
+    def dequantize_weight(self, bank: int | Tensor = 0) -> Tensor:
+        """One bank's weight as the layer uses it: float32, `logical_shape`."""
         rows, length = self.matrix_shape
-        codes = unpack(self.weight.view(rows, -1), self.weight_format.bits, length)
+        banks = self._banks()
+        packed = banks[bank] if isinstance(bank, int) else banks.index_select(0, bank.reshape(1))[0]
+        codes = unpack(packed, self.weight_format.bits, length)
         return decode(codes, self.weight_qparams()).view(self.logical_shape)
 
     def quantize_input(self, x: Tensor) -> Tensor:
@@ -226,70 +268,28 @@ class QuantLayer(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Quantize the input, decode the weight, compute in float32, return the dtype of `x`."""
         bias = None if self.bias is None else self.bias.to(torch.float32)
-        return self.compute(self.quantize_input(x), self.dequantize_weight(), bias).to(x.dtype)
+        quantized = self.quantize_input(x)
+        if self.routing is None:
+            return self.compute(quantized, self.dequantize_weight(), bias).to(x.dtype)
+        route, number = self.routing.route(self.group), self.routing.num_adapters
+
+        def base(rows: Tensor, bank: int | Tensor) -> Tensor:
+            return self.compute(rows, self.dequantize_weight(bank), bias)
+
+        def correction(rows: Tensor, adapter: int | Tensor) -> Tensor:
+            return self.adapters.correct(self, rows, adapter) * self.routing.strength
+
+        output = route.apply(base, quantized, number) if self.num_banks > 1 else base(quantized, 0)
+        if self.adapters is not None and self.routing.strength:
+            output = output + route.apply(correction, x.to(torch.float32), number)
+        return output.to(x.dtype)
 
     @abstractmethod
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The float operation of this kind of layer."""
 
-    # ── integrity ────────────────────────────────────────────────────────────────────────────────────────────
-
-    def exact_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Buffers that must stay float32 whatever the model is cast to."""
-        for name in (*WEIGHT_TENSORS, *INPUT_TENSORS):
-            if (tensor := self._buffers.get(name)) is not None:
-                yield name, tensor
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        """Stored tensors, and while observing what was seen; the sample is as long as it is full."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({prefix + name: tensor for name, tensor in self.observed.items()})
-
-    def load_observed(self, name: str, value: Tensor) -> None:
-        """Take one of the `OBSERVED` tensors from a checkpoint, in any order.
-
-        Raises:
-            CheckpointError: a shape or dtype that no observation has.
-        """
-        target = getattr(self.observation, name.removeprefix("observed_"))
-        fits = value.ndim == 1 and len(value) <= len(target) if name == OBSERVED[0] else value.shape == target.shape
-        if not fits or value.dtype != target.dtype:
-            raise CheckpointError(
-                f"`{self.place}.{name}` must be {target.dtype} of shape {tuple(target.shape)}, but {value.dtype} of "
-                f"shape {tuple(value.shape)} came: damaged file."
-            )
-        (target[: len(value)] if name == OBSERVED[0] else target).copy_(value)
-
-    def _apply(self, fn, recurse=True):
-        """Move with the model, but keep scales exact when it is cast."""
-        exact = dict(self.exact_tensors())
-        super()._apply(fn, recurse)
-        for name, tensor in exact.items():
-            moved = self._buffers[name]
-            if moved.dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(moved.device)
-        return self
-
-    def check_stored(self) -> None:
-        """Refuse tensors that no quantization could have written.
-
-        Raises:
-            CheckpointError: a scale that is not finite and positive, or a positive zero point.
-        """
-        for name in ("weight_scale", "input_scale"):
-            scale = self._buffers.get(name)
-            if scale is not None and not (torch.isfinite(scale).all() and (scale > 0).all()):
-                raise CheckpointError(f"`{self.place}.{name}` must be finite and > 0, but it is not: damaged file.")
-        zero_point = self._buffers.get("input_zero_point")
-        if zero_point is not None:
-            value = float(zero_point)
-            if not -float("inf") < value <= 0 or (self.input_format.signed and value != 0):
-                raise CheckpointError(
-                    f"`{self.place}.input_zero_point` must be finite and ≤ 0, and 0 for a signed format, but {value} "
-                    f"came for `{self.input_format}`: damaged file."
-                )
-
     def extra_repr(self) -> str:
         """Formats beside the original's sizes."""
         state = "observing" if self.observing else (self.input_format or "float")
-        return f"{super().extra_repr()}, weight={self.weight_format}, input={state}"
+        banks = f", banks={self.num_banks}" if self.num_banks > 1 else ""
+        return f"{super().extra_repr()}, weight={self.weight_format}, input={state}{banks}"

@@ -3,20 +3,50 @@
 import torch
 from torch import Tensor
 
+from ..formats import FPFormat
 from .qparams import QParams
 from .rounding import check_broadcast, lattice_range, round_to_lattice, zero_point_steps
 
 
-class _Straight(torch.autograd.Function):
-    """The value of the second argument with the gradient of the first (straight-through estimator)."""
+class _FakeQuantize(torch.autograd.Function):
+    """One node instead of a dozen: training keeps the input and the result, and nothing in between."""
 
     @staticmethod
-    def forward(ctx, exact: Tensor, rounded: Tensor) -> Tensor:  # noqa: ARG004
-        return rounded.view_as(rounded)
+    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, fmt: FPFormat) -> Tensor:
+        qparams = QParams.unchecked(fmt, scale, zero_point)
+        values = _values(x, qparams)
+        ctx.save_for_backward(x, values, scale, zero_point)
+        ctx.format = fmt
+        return values
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
-        return grad, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, values, scale, zero_point = ctx.saved_tensors
+        qparams = QParams.unchecked(ctx.format, scale, zero_point)
+        low, high = lattice_range(ctx.format)
+        k = zero_point_steps(qparams)
+        y = _lattice_position(x, qparams, k)
+        inside = grad * ((y >= low) & (y <= high))
+        for_scale = for_zero_point = None
+        moves = ctx.needs_input_grad[2] and not ctx.format.signed
+        if moves:
+            for_zero_point = (grad - inside).sum_to_size(zero_point.shape)
+        if ctx.needs_input_grad[1]:
+            terms = grad * values - inside * x
+            if moves:  # the border lies at (q - k) * unit, and k * unit stays where it is
+                terms = terms + (grad - inside) * (k * qparams.unit)
+            for_scale = terms.sum_to_size(scale.shape) / scale
+        return inside.to(x.dtype), for_scale, for_zero_point, None
+
+
+def _lattice_position(x: Tensor, qparams: QParams, k: Tensor) -> Tensor:
+    return x.to(torch.float32) * (1 / qparams.unit) + k
+
+
+def _values(x: Tensor, qparams: QParams) -> Tensor:
+    k = zero_point_steps(qparams)
+    y = _lattice_position(x, qparams, k).clamp(*lattice_range(qparams.format))
+    return (round_to_lattice(y, qparams.format) - k) * qparams.unit
 
 
 def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
@@ -44,16 +74,11 @@ def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
         tensor([0.5000, 6.0000])
     """
     check_broadcast(x, qparams)
-    fmt, unit = qparams.format, qparams.unit
-    k = zero_point_steps(qparams)
-    if qparams.zero_point.requires_grad and not fmt.signed:
-        k = _Straight.apply(-qparams.zero_point / unit, k)
-    y = x.to(torch.float32) * (1 / unit) + k
-    clamped = y.clamp(*lattice_range(fmt))
-    q = round_to_lattice(clamped.detach(), fmt)
-    if clamped.requires_grad:
-        q = _Straight.apply(clamped, q)
-    values = (q - k) * unit
+    inputs = (x, qparams.scale, qparams.zero_point)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        values = _FakeQuantize.apply(*inputs, qparams.format)
+    else:
+        values = _values(x, qparams)
     if x.dtype == torch.float16:
         values = values.clamp(-65504.0, 65504.0)
     return values.to(x.dtype)

@@ -1,7 +1,20 @@
-"""Verbs on a whole model: convert its layers, calibrate and freeze their inputs, describe them for a checkpoint."""
+"""Verbs on a whole model: convert its layers, calibrate and freeze their inputs, fine-tune, describe for a checkpoint."""
 
 from .calibrate import calibrate
 from .convert import Conversion, convert
+from .denoising_factor import denoising_factors
+from .finetune import Finetuner, finetune
+from .finetune_config import FinetuneConfig
 from .state import calibration_state, freeze
 
-__all__ = ["Conversion", "calibrate", "calibration_state", "convert", "freeze"]
+__all__ = [
+    "Conversion",
+    "FinetuneConfig",
+    "Finetuner",
+    "calibrate",
+    "calibration_state",
+    "convert",
+    "denoising_factors",
+    "finetune",
+    "freeze",
+]

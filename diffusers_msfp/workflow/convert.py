@@ -102,7 +102,7 @@ def plain_name(name: str) -> str:
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` wherever the module called `name` stands in the model, also where it stands twice."""
     old = model.get_submodule(name)
-    for parent in model.modules():
+    for parent in list(model.modules()):  # as it is now: `new` may hold `old`
         for attribute, child in parent._modules.items():
             if child is old:
                 parent._modules[attribute] = new

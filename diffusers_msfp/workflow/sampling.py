@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .state import quantized_models
@@ -42,10 +43,13 @@ def batch_size_for(models: Sequence[nn.Module], num_samples: int) -> int:
     return 1
 
 
+Generators = torch.Generator | list[torch.Generator]
+
+
 def call_arguments(
     pipe, prompts: Sequence[str] | None, num_inference_steps: int, given: dict
-) -> Callable[[int, int, torch.Generator], dict]:
-    """How to call this pipeline: a function of (index of the first sample, batch size, generator)."""
+) -> Callable[[int, int, Generators], dict]:
+    """How to call this pipeline: a function of (index of the first sample, batch size, generator or one a sample)."""
     parameters = inspect.signature(pipe.__call__).parameters
     prompts = list(prompts) if prompts is not None else list(DEFAULT_PROMPTS)
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
@@ -68,19 +72,54 @@ def call_arguments(
     decoder = getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
     skip_decoding = decoder is not None and decoder not in list(quantized_models(pipe))
 
-    def make(start: int, size: int, generator: torch.Generator) -> dict:
+    def draw_labels(size: int, generator: Generators) -> list[int]:
+        if isinstance(generator, list):
+            return [label for one in generator for label in draw_labels(1, one)]
+        drawer = torch.Generator().manual_seed(generator.initial_seed())
+        return torch.randint(num_classes, (size,), generator=drawer).tolist()
+
+    def make(start: int, size: int, generator: Generators) -> dict:
         arguments = {"generator": generator, "num_inference_steps": num_inference_steps}
         arguments["output_type"] = "latent" if skip_decoding else "np"
         if "prompt" in parameters:
             arguments["prompt"] = [prompts[(start + i) % len(prompts)] for i in range(size)]
         elif "class_labels" in parameters and num_classes:
-            drawer = torch.Generator().manual_seed(generator.initial_seed())
-            arguments["class_labels"] = torch.randint(num_classes, (size,), generator=drawer).tolist()
+            arguments["class_labels"] = draw_labels(size, generator)
         else:
             arguments["batch_size"] = size
         return {key: value for key, value in arguments.items() if key in parameters} | given
 
     return make
+
+
+def with_ddim(pipe, eta: float = 0.0):
+    """The same pipeline on a DDIM scheduler; one whose model predicts a flow keeps its own.
+
+    Args:
+        pipe (`DiffusionPipeline`): not changed.
+        eta (`float`): 0 is deterministic, 1 as noisy as DDPM.
+    """
+    config = pipe.scheduler.config
+    if "beta_schedule" not in config or config.get("prediction_type") not in ("epsilon", "v_prediction", "sample"):
+        return pipe
+    scheduler = DDIMScheduler.from_config(config)
+    if eta:
+        step = scheduler.step
+        scheduler.step = lambda *args, **kwargs: step(*args, **{**kwargs, "eta": eta})
+    return type(pipe)(**{**pipe.components, "scheduler": scheduler})
+
+
+def denoiser_of(pipe) -> nn.Module:
+    """The network that predicts noise."""
+    for name in ("unet", "transformer", "prior"):
+        if getattr(pipe, name, None) is not None:
+            return getattr(pipe, name)
+    raise ConfigError(f"A pipeline must have a `unet`, `transformer` or `prior`, but {type(pipe).__name__} has none.")
+
+
+def model_output(output) -> Tensor:
+    """What a denoiser predicts, whether it returns a tuple or an output object."""
+    return output[0] if isinstance(output, tuple) else output.sample
 
 
 @contextmanager

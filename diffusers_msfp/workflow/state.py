@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..nn import QuantLayer
 from .convert import describe_layers, quant_layers
+from .timestep import timestep_of, timestep_position
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +36,8 @@ class RunTracker:
         """Look at the timestep of the coming call; a compiled model cannot change itself and is left alone."""
         if torch.compiler.is_compiling():
             return
-        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
-        if self.paused or not isinstance(timestep, (int, float, torch.Tensor)):
+        timestep = timestep_of(timestep_position(model), args, kwargs)
+        if self.paused or timestep is None:
             return
         now = float(torch.as_tensor(timestep).max())
         if self.last_timestep is not None:

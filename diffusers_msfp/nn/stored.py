@@ -1,0 +1,88 @@
+"""The tensors that a quantized layer keeps: exact under casts, checked when they are loaded."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+
+OBSERVED = ("observed_sample", "observed_count", "observed_range")
+INPUT_TENSORS = ("input_scale", "input_zero_point", "input_error")
+WEIGHT_TENSORS = ("weight_scale", "weight_error")
+
+
+class StoredTensors(nn.Module):
+    """Abstract base of `QuantLayer`: what concerns its tensors as a checkpoint's, not as numbers to compute with."""
+
+    @property
+    def observed(self) -> dict[str, Tensor]:
+        """What was seen so far, by the names it is stored under; the sample is as long as it is full."""
+        if self.observation is None:
+            return {}
+        return dict(
+            zip(OBSERVED, (self.observation.drawn(), self.observation.count, self.observation.range), strict=True)
+        )
+
+    def __getattr__(self, name: str):
+        """Make `OBSERVED` tensors look like stored ones; diffusers looks a name up before it loads it."""
+        if name in OBSERVED and name in self.observed:
+            return self.observed[name]
+        return super().__getattr__(name)
+
+    def exact_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Buffers that must stay float32 whatever the model is cast to."""
+        for name in (*WEIGHT_TENSORS, *INPUT_TENSORS):
+            if (tensor := self._buffers.get(name)) is not None:
+                yield name, tensor
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        """Stored tensors, and while observing what was seen; the sample is as long as it is full."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: tensor for name, tensor in self.observed.items()})
+
+    def load_observed(self, name: str, value: Tensor) -> None:
+        """Take one of the `OBSERVED` tensors from a checkpoint, in any order.
+
+        Raises:
+            CheckpointError: a shape or dtype that no observation has.
+        """
+        target = getattr(self.observation, name.removeprefix("observed_"))
+        fits = value.ndim == 1 and len(value) <= len(target) if name == OBSERVED[0] else value.shape == target.shape
+        if not fits or value.dtype != target.dtype:
+            raise CheckpointError(
+                f"`{self.place}.{name}` must be {target.dtype} of shape {tuple(target.shape)}, but {value.dtype} of "
+                f"shape {tuple(value.shape)} came: damaged file."
+            )
+        (target[: len(value)] if name == OBSERVED[0] else target).copy_(value)
+
+    def _apply(self, fn, recurse=True):
+        """Move with the model, but keep scales exact when it is cast."""
+        exact = dict(self.exact_tensors())
+        super()._apply(fn, recurse)
+        for name, tensor in exact.items():
+            moved = self._buffers[name]
+            if moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
+        return self
+
+    def check_stored(self) -> None:
+        """Refuse tensors that no quantization could have written.
+
+        Raises:
+            CheckpointError: a scale that is not finite and positive, or a positive zero point.
+        """
+        for name in ("weight_scale", "input_scale"):
+            scale = self._buffers.get(name)
+            if scale is not None and not (torch.isfinite(scale).all() and (scale > 0).all()):
+                raise CheckpointError(f"`{self.place}.{name}` must be finite and > 0, but it is not: damaged file.")
+        zero_point = self._buffers.get("input_zero_point")
+        if zero_point is not None:
+            value = float(zero_point)
+            if not -float("inf") < value <= 0 or (self.input_format.signed and value != 0):
+                raise CheckpointError(
+                    f"`{self.place}.input_zero_point` must be finite and ≤ 0, and 0 for a signed format, but {value} "
+                    f"came for `{self.input_format}`: damaged file."
+                )
+        if self.adapters is not None:
+            self.adapters.check(self.place)

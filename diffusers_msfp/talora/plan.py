@@ -1,0 +1,95 @@
+"""What a checkpoint's config says of its adapters."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+
+from ..errors import CheckpointError
+from .trainee import PLACEMENTS
+
+MAX_ADAPTERS = 256  # the table's entries are bytes
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """The place of adapters and of the router's table; `adapters` in `quantization_config`.
+
+    Args:
+        placement (`str`): `"merged"` (one packed weight per adapter) or `"side"` (float adapters beside one weight).
+        num_adapters (`int`): h.
+        num_timesteps (`int`): T, length of the router's table.
+        ranks (`Mapping[str, list[str]]`): rank → names of the layers that have adapters of it.
+        router_groups (`tuple[str, ...]`): patterns of layer groups that choose on their own; what matches none is the
+            last group.
+        training (`Mapping`): how it was made; for people, not read.
+
+    Raises:
+        CheckpointError: anything that no training could have written.
+    """
+
+    placement: str
+    num_adapters: int
+    num_timesteps: int
+    ranks: Mapping[str, list[str]]
+    router_groups: tuple[str, ...] = ()
+    training: Mapping = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "router_groups", tuple(self.router_groups))
+        problem = None
+        if self.placement not in PLACEMENTS:
+            problem = f"`placement` must be one of {', '.join(PLACEMENTS)}, but {self.placement!r} came"
+        elif not _whole(self.num_adapters) or self.num_adapters > MAX_ADAPTERS:
+            problem = f"`num_adapters` must lie in 1 … {MAX_ADAPTERS}, but {self.num_adapters!r} came"
+        elif not _whole(self.num_timesteps) or self.num_timesteps > 2**20:
+            problem = f"`num_timesteps` must lie in 1 … {2**20}, but {self.num_timesteps!r} came"
+        elif not (isinstance(self.ranks, Mapping) and all(_is_rank_entry(*item) for item in self.ranks.items())):
+            problem = "`ranks` must map ranks to lists of layer names, but it does not"
+        if problem:
+            raise CheckpointError(f"In `adapters` of config.json {problem}: damaged file.")
+
+    @classmethod
+    def from_dict(cls, record: Mapping) -> "AdapterPlan":
+        """Read a record.
+
+        Raises:
+            CheckpointError: fields are missing or unknown.
+        """
+        try:
+            return cls(**record)
+        except TypeError as error:
+            raise CheckpointError(f"`adapters` in config.json is malformed ({error}): damaged file.") from error
+
+    def to_dict(self) -> dict:
+        """In types that JSON knows."""
+        return asdict(self) | {"router_groups": list(self.router_groups)}
+
+    @property
+    def groups(self) -> int:
+        """Number of layer groups."""
+        return len(self.router_groups) + 1 if self.router_groups else 1
+
+    def group_of(self, name: str) -> int:
+        """The group of a layer."""
+        for index, pattern in enumerate(self.router_groups):
+            if fnmatchcase(name, pattern):
+                return index
+        return len(self.router_groups)
+
+    def rank_of(self) -> dict[str, int]:
+        """Layer name → rank."""
+        return {name: int(rank) for rank, names in self.ranks.items() for name in names}
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_rank_entry(rank: object, names: object) -> bool:
+    return (
+        isinstance(rank, str)
+        and rank.isdecimal()
+        and int(rank) >= 1
+        and isinstance(names, list | tuple)
+        and all(isinstance(name, str) for name in names)
+    )

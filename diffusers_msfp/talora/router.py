@@ -1,0 +1,88 @@
+"""The trainable router: timestep embedding → small MLP → one adapter per timestep and layer group.
+
+As reconstructed from summaries of arXiv 2505.21591; sizes, warm start, noise and load balance are our choice. Without
+a warm start one adapter takes nearly all timesteps on the package's model.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+EMBEDDING = 64
+HIDDEN = 64
+WARM_UP_STEPS = 300
+WARM_LOGIT = 2.0  # distance between first and second choice that the warm start aims at
+
+
+class TimestepRouter(nn.Module):
+    """Chooses one of `num_adapters` for every timestep.
+
+    Args:
+        num_timesteps (`int`): T, training timesteps of the scheduler.
+        num_adapters (`int`): h.
+        groups (`int`): layer groups that choose on their own.
+        seed (`int`): of the initial weights.
+    """
+
+    def __init__(self, num_timesteps: int, num_adapters: int, groups: int = 1, seed: int = 0) -> None:
+        super().__init__()
+        self.num_timesteps, self.num_adapters, self.groups = num_timesteps, num_adapters, groups
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.mlp = nn.Sequential(nn.Linear(EMBEDDING, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, groups * num_adapters))
+
+    def embed(self, timestep: Tensor) -> Tensor:
+        """Sinusoids of the relative timestep; `(B,)` → `(B, EMBEDDING)`."""
+        frequency = torch.arange(EMBEDDING // 2, device=timestep.device, dtype=torch.float32)
+        frequency = math.pi * 2.0 ** (frequency * (6 / (EMBEDDING // 2)))  # from half a period over all T to 32 periods
+        angle = timestep.to(torch.float32)[:, None] / self.num_timesteps * frequency
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    def logits(self, timestep: Tensor) -> Tensor:
+        """`(B,)` → `(B, groups, num_adapters)`."""
+        return self.mlp(self.embed(timestep)).unflatten(1, (self.groups, self.num_adapters))
+
+    def forward(self, timestep: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Hard choice with a straight-through gradient.
+
+        Args:
+            timestep (`Tensor`, `(B,)`).
+            noise (`Tensor`, `(B, groups, num_adapters)`, *optional*): added to the logits, for exploration.
+
+        Returns:
+            `tuple[Tensor, Tensor]`: the gate, one-hot with the gradient of the probabilities, and the probabilities;
+            both `(B, groups, num_adapters)`.
+        """
+        logits = self.logits(timestep)
+        probability = (logits if noise is None else logits + noise).softmax(-1)
+        hard = F.one_hot(probability.argmax(-1), self.num_adapters).to(probability.dtype)
+        return hard + (probability - probability.detach()), logits.softmax(-1)
+
+    def warm_start(self) -> None:
+        """Begin with an equal, contiguous share of the timesteps for each adapter."""
+        timestep = torch.arange(self.num_timesteps)
+        share = timestep * self.num_adapters // self.num_timesteps
+        target = F.one_hot(share, self.num_adapters).float()[:, None].expand(-1, self.groups, -1) * WARM_LOGIT
+        optimizer = torch.optim.Adam(self.mlp.parameters(), lr=1e-2)
+        for _ in range(WARM_UP_STEPS):
+            optimizer.zero_grad()
+            F.mse_loss(self.logits(timestep), target).backward()
+            optimizer.step()
+        optimizer.zero_grad()
+
+    def balance_loss(self, timesteps: Tensor) -> Tensor:
+        """1 where all adapters are used equally, up to `num_adapters` where one takes all.
+
+        Source:
+            Switch Transformer, arXiv 2101.03961, eq. 4.
+        """
+        gate, probability = self(timesteps)
+        return self.num_adapters * (gate.detach().mean(0) * probability.mean(0)).sum(-1).mean()
+
+    @torch.no_grad()
+    def table(self) -> Tensor:
+        """What is deployed: `(groups, T)`, uint8."""
+        timestep = torch.arange(self.num_timesteps, device=self.mlp[0].weight.device)
+        return self.logits(timestep).argmax(-1).T.to(torch.uint8).contiguous()

@@ -1,0 +1,119 @@
+"""A quantized layer while its adapters are trained.
+
+It stands in the quantized layer's place and hands its result back to it. Placements:
+
+- `merged`: `Q(W + B_k A_k)`, with the full-precision weight `W` (EfficientDM's QALoRA); deployed as packed weights.
+- `side`: `Q(W) x + B_k A_k x`, with the packed weight; deployed as float adapters beside it.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ShapeError
+from ..numerics import QParams, fake_quantize
+from ..numerics.rounding import zero_point_steps
+from .adapters import AdapterBank
+
+PLACEMENTS = ("merged", "side")
+
+
+class Gate:
+    """The choice of the running micro-batch, shared by all layers; `value` is `(B, groups, num_adapters)`, one-hot."""
+
+    value: Tensor
+
+
+class Trainee(nn.Module):
+    """Trainable adapters, activation scale and zero point around a frozen quantized layer.
+
+    Args:
+        layer (`QuantLayer`): frozen; not changed until `finish`.
+        weight (`Tensor`): the full-precision weight, kept by reference.
+        bank (`AdapterBank`): to be trained.
+        placement (`str`): one of `PLACEMENTS`.
+        gate (`Gate`), group (`int`): where the choice comes from.
+
+    Raises:
+        ShapeError: `weight` is not of the layer's shape.
+    """
+
+    def __init__(
+        self, layer: nn.Module, weight: Tensor, bank: AdapterBank, placement: str, gate: Gate, group: int
+    ) -> None:
+        super().__init__()
+        if tuple(weight.shape) != tuple(layer.logical_shape):
+            raise ShapeError(
+                f"The teacher's `{layer.place}` must have shape {tuple(layer.logical_shape)}, but "
+                f"{tuple(weight.shape)} came: not the model that was quantized."
+            )
+        self.layer, self.adapters = layer.requires_grad_(False), bank.requires_grad_(True)
+        self.placement, self.group = placement, group
+        self.__dict__.update(gate=gate, source=weight)
+        self.log_scale = self.relative_zero_point = None
+        if layer.input_format is not None:
+            self.log_scale = nn.Parameter(layer.input_scale.log())
+            if not layer.input_format.signed:
+                self.relative_zero_point = nn.Parameter(layer.input_zero_point / layer.input_scale)
+
+    def input_qparams(self) -> QParams:
+        """Scale and zero point as they are now, with gradients; the zero point is in units of the initial scale."""
+        scale = self.log_scale.exp()
+        if self.relative_zero_point is None:
+            return QParams.unchecked(self.layer.input_format, scale, torch.zeros_like(scale))
+        zero_point = (self.relative_zero_point * self.layer.input_scale).clamp_max(0)
+        return QParams.unchecked(self.layer.input_format, scale, zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the deployed layer will compute, with gradients; every sample with its own adapter."""
+        layer, gate = self.layer, self.gate.value[:, self.group]  # (B, h)
+        exact = x.to(torch.float32)
+        quantized = exact if self.log_scale is None else fake_quantize(exact, self.input_qparams())
+        bias = None if layer.bias is None else layer.bias.to(torch.float32)
+        gate = gate.repeat_interleave(x.shape[0] // gate.shape[0], dim=0)
+        if self.placement == "side":
+            output = layer.compute(quantized, layer.dequantize_weight(), bias)
+            down, up = self.adapters.stacked()
+            return (output + self.adapters.low_rank(layer, exact, down, up, gate)).to(x.dtype)
+        choice = gate.detach().argmax(1)
+        used = choice.unique().tolist()
+        if len(used) == 1:
+            return layer.compute(quantized, self.merged(gate.mean(0)), bias).to(x.dtype)
+        rows = [(choice == adapter).nonzero().flatten() for adapter in used]
+        parts = [layer.compute(quantized[own], self.merged(gate[own].mean(0)), bias) for own in rows]
+        return torch.cat(parts)[torch.cat(rows).argsort()].to(x.dtype)
+
+    def merged(self, gate: Tensor) -> Tensor:
+        """The fake-quantized weight that a gate `(h,)` makes; `logical_shape`, float32."""
+        weight = self.source.to(torch.float32) + self.adapters.update(gate)
+        rows, length = self.layer.matrix_shape
+        quantized = fake_quantize(weight.reshape(rows, length), self.layer.weight_qparams())
+        return quantized.view(self.layer.logical_shape)
+
+    @torch.no_grad()
+    def merged_weight(self, adapter: int) -> Tensor:
+        """The float weight that one adapter makes of the teacher's; `logical_shape`, float32."""
+        gate = torch.zeros(self.adapters.num_adapters, device=self.adapters.up.device)
+        gate[adapter] = 1
+        return self.source.to(torch.float32) + self.adapters.update(gate)
+
+    @torch.no_grad()
+    def finish(self, dtype: torch.dtype) -> nn.Module:
+        """Write what was learned into the quantized layer and return it.
+
+        Args:
+            dtype (`torch.dtype`): of stored `side` adapters.
+        """
+        layer, kept = self.layer, None
+        if self.log_scale is not None:
+            qparams = self.input_qparams()
+            kept = (qparams.scale, -zero_point_steps(qparams) * qparams.unit)
+        if self.placement == "side":
+            layer.adapters = self.adapters.to(dtype).requires_grad_(False)
+            if kept is not None:
+                layer.adapters.keep_input(*kept)
+            return layer
+        if kept is not None:
+            layer.input_scale.copy_(kept[0])
+            layer.input_zero_point.copy_(kept[1])
+        layer.store_banks([self.merged_weight(k) for k in range(self.adapters.num_adapters)])
+        return layer

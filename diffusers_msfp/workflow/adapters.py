@@ -1,0 +1,138 @@
+"""Put timestep-aware adapters on a quantized model, and take them off.
+
+The model gets a submodule `timestep_router` with the table, and a forward pre-hook, the only place that looks at the
+timestep; its layers get banks or adapters and ask the table's running route.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, ConfigError, UnsupportedError
+from ..nn import QuantLayer
+from ..talora import AdapterBank, AdapterPlan, RoutingTable
+from .convert import plain_name, quant_layers
+from .timestep import UNKNOWN, timestep_of, timestep_position
+
+ROUTER = "timestep_router"
+
+
+class RouteHook:
+    """Forward pre-hook that looks up the adapters of the coming call.
+
+    Args:
+        position (`int`): of the timestep among the positional arguments.
+    """
+
+    def __init__(self, position: int) -> None:
+        self.position = position
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Enter the call's timestep."""
+        timestep = timestep_of(self.position, args, kwargs)
+        if timestep is None:
+            raise ConfigError(
+                f"{type(model).__name__} has timestep-aware adapters, so each call must have a `timestep`, but none "
+                f"came."
+            )
+        getattr(model, ROUTER).enter(timestep)
+
+
+def routing_of(model: nn.Module) -> RoutingTable | None:
+    """The model's routing table; None without adapters."""
+    return getattr(model, ROUTER, None)
+
+
+def layers_by_name(model: nn.Module) -> dict[str, QuantLayer]:
+    """Quantized layers by their plain names."""
+    return dict(quant_layers(model))
+
+
+def require_timesteps(model: nn.Module) -> int:
+    """Where the model takes its timestep.
+
+    Raises:
+        UnsupportedError: it takes none.
+    """
+    position = timestep_position(model)
+    if position == UNKNOWN:
+        raise UnsupportedError(
+            f"Timestep-aware adapters need a model that takes a `timestep`, but {type(model).__name__} takes none."
+        )
+    return position
+
+
+def connect(model: nn.Module, plan: AdapterPlan, table: Tensor) -> None:
+    """Put the table on the model and point every layer with adapters to it.
+
+    Args:
+        table (`Tensor`, `(groups, T)`, uint8): see `RoutingTable`.
+    """
+    position = require_timesteps(model)
+    routing = RoutingTable(table, plan.num_adapters)
+    layers = layers_by_name(model)
+    for name in plan.rank_of():
+        layers[name].routing, layers[name].group = routing, plan.group_of(name)
+    setattr(model, ROUTER, routing)
+    model.register_forward_pre_hook(RouteHook(position), with_kwargs=True)
+
+
+def prepare_skeleton(model: nn.Module, plan: AdapterPlan, dtype: torch.dtype = torch.float16) -> None:
+    """Make room for a checkpoint's banks, adapters and table in a model without weights.
+
+    Raises:
+        CheckpointError: a layer that is not quantized.
+    """
+    layers = layers_by_name(model)
+    for name, rank in plan.rank_of().items():
+        layer = layers.get(name)
+        if layer is None:
+            raise CheckpointError(
+                f"config.json says that `{name}` has adapters, but {type(model).__name__} has no quantized layer "
+                f"there: not its checkpoint."
+            )
+        if plan.placement == "merged":
+            layer.make_room(plan.num_adapters)
+        else:
+            quantized = layer.input_format is not None
+            layer.adapters = AdapterBank(layer.logical_shape, plan.num_adapters, rank, quantized, dtype)
+    connect(model, plan, torch.empty(plan.groups, plan.num_timesteps, dtype=torch.uint8, device="meta"))
+
+
+def disconnect(model: nn.Module) -> None:
+    """Take adapters beside the weights off; the model is what it was without them.
+
+    Raises:
+        UnsupportedError: they are merged into the weights.
+    """
+    refuse_merged(model, "Unloading")
+    for layer in model.modules():
+        if isinstance(layer, QuantLayer):
+            layer.routing, layer.adapters = None, None
+    if routing_of(model) is not None:
+        delattr(model, ROUTER)
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, RouteHook):
+            del model._forward_pre_hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def refuse_merged(model: nn.Module, what: str) -> None:
+    """Refuse what needs a base to fall back to.
+
+    Raises:
+        UnsupportedError: the adapters are merged into the weights.
+    """
+    if any(layer.num_banks > 1 for layer in layers_by_name(model).values()) or (
+        routing_of(model) is not None and all(layer.adapters is None for layer in layers_by_name(model).values())
+    ):
+        raise UnsupportedError(
+            f"{what} is not possible for merged adapters: each is a packed weight of its own, and there is no base "
+            f"without them. Use a checkpoint that was fine-tuned with `placement='side'`."
+        )
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Adapters beside the weights, and the table, by the names they have in the model's state dict."""
+    wanted = {f"{ROUTER}.table"}
+    own = {plain_name(key): value for key, value in model.state_dict().items()}
+    return {key: value for key, value in own.items() if key in wanted or ".adapters." in key}

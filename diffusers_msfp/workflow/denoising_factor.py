@@ -1,0 +1,79 @@
+"""The denoising factor of any diffusers scheduler, asked of the scheduler itself."""
+
+import copy
+import inspect
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+
+from ..errors import ConfigError
+
+# What makes a step non-linear in the model's output.
+NONLINEAR = ("clip_sample", "thresholding", "use_dynamic_thresholding")
+SHAPE = (1, 1, 8, 8)
+
+
+def denoising_factors(scheduler, num_inference_steps: int, **step_arguments) -> dict[float, float]:
+    """`gamma_t` of each step: the coefficient with which the model's output enters the next sample.
+
+    A copy of the scheduler makes every step twice, with outputs that differ by one, from the same sample, noise and
+    history; clipping and thresholding are off. Exact for samplers that are linear in the output, whatever it predicts
+    (epsilon, v, sample or flow). Samples count in the unit in which the model sees them, so that Euler's unscaled
+    samples give the same factors as DDIM's.
+
+    Args:
+        scheduler (`SchedulerMixin`): not changed.
+        num_inference_steps (`int`): steps of the sampler.
+        **step_arguments: for its `step`, e.g. `eta=1.0`.
+
+    Returns:
+        `dict[float, float]`: timestep → factor ≥ 0; the mean where a sampler visits a timestep more than once.
+
+    Raises:
+        ConfigError: the scheduler cannot be probed.
+
+    Source:
+        arXiv 2505.21591 (DFA), as reconstructed; this way of obtaining the coefficient is ours.
+    """
+    changes = {key: False for key in NONLINEAR if key in scheduler.config}
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        probe = type(scheduler).from_config(scheduler.config, **changes)
+        probe.set_timesteps(num_inference_steps)
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
+    if "generator" in inspect.signature(probe.step).parameters:
+        step_arguments = {"generator": 0} | step_arguments
+    sample = torch.zeros(SHAPE)
+    found: dict[float, list[float]] = {}
+    timesteps = list(probe.timesteps)
+    for timestep, following in zip(timesteps, [*timesteps[1:], None], strict=True):
+        try:
+            _as_input(probe, sample, timestep)
+            before = copy.deepcopy(probe)
+            low = _step(probe, torch.zeros(SHAPE), timestep, sample, step_arguments)
+            high = _step(before, torch.ones(SHAPE), timestep, sample, step_arguments)
+            difference = high - low
+            if following is not None:
+                difference = _as_input(copy.deepcopy(probe), difference, following)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"{type(scheduler).__name__} must make a step from a sample, a timestep and an output, but it fails: "
+                f"{error}. Turn the denoising factor off (exponent 0)."
+            ) from error
+        found.setdefault(float(timestep), []).append(difference.double().mean().abs().item())
+    return {timestep: sum(values) / len(values) for timestep, values in found.items()}
+
+
+def _as_input(scheduler, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """A sample as the model sees it; flow-matching schedulers scale nothing."""
+    scale = getattr(scheduler, "scale_model_input", None)
+    return sample if scale is None else scale(sample, timestep)
+
+
+def _step(scheduler, output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, given: dict) -> torch.Tensor:
+    arguments = dict(given)
+    if arguments.get("generator") == 0:
+        arguments["generator"] = torch.Generator().manual_seed(0)
+    return scheduler.step(output, timestep, sample, **arguments).prev_sample

@@ -1,0 +1,328 @@
+"""Fine-tuning: the quantized model learns to answer as the full-precision one along its own trajectories.
+
+EfficientDM's data-free distillation (arXiv 2310.03270) with several adapters and a router (TALoRA) and the loss of
+`losses.py` (DFA); as reconstructed from summaries of arXiv 2505.21591. Processes are accelerate's.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from ..errors import ConfigError, NonFiniteError, ShapeError
+from ..losses import loss_weights
+from .blocks import block_outputs, trainable_blocks
+from .denoising_factor import denoising_factors
+from .finetune_config import (
+    DEFAULT_UPDATES,
+    FinetuneConfig,
+    block_at,
+    example_seed,
+    exploration_factor,
+    learning_rate_factor,
+)
+from .sampling import call_arguments, denoiser_of, quiet
+from .student import Student
+from .training_state import Progress, TrainingFolder
+from .trajectory import DenoisingStep, Trajectories
+
+TIMED_UPDATES = 6  # before the length of a run of so many minutes is set; the first is not counted
+PREVIEWS = 8
+
+
+class Finetuner:
+    """One fine-tuning run; `finetune` is the short form.
+
+    Args:
+        pipe (`DiffusionPipeline`): quantized and calibrated; changed in place by `run`.
+        teacher (`DiffusionPipeline`): the full-precision original; its scheduler is the sampler trained for.
+        config (`FinetuneConfig`, *optional*): settings.
+        work_dir (`str` or `Path`, *optional*): for checkpoints and TensorBoard's logs; a run found there is resumed.
+        prompts (`list[str]`, *optional*): taken in turn where the pipeline takes prompts.
+        on_update (`Callable[[int, int, float], None]`, *optional*): called with (done, total, loss); total is 0 while
+            it is not known.
+        on_preview (`Callable[[int, np.ndarray], None]`, *optional*): called with (done, pictures `(N, H, W, C)`).
+        **arguments: passed on to the pipelines, e.g. `guidance_scale=…`.
+
+    Raises:
+        ConfigError: settings or pipelines that do not fit.
+    """
+
+    def __init__(
+        self,
+        pipe,
+        teacher,
+        config: FinetuneConfig | None = None,
+        *,
+        work_dir: str | Path | None = None,
+        prompts: list[str] | None = None,
+        on_update: Callable[[int, int, float], None] | None = None,
+        on_preview: Callable[[int, np.ndarray], None] | None = None,
+        **arguments,
+    ) -> None:
+        self.pipe, self.teacher, self.config = pipe, teacher, config or FinetuneConfig()
+        self.on_update, self.on_preview = on_update, on_preview
+        config, work_dir = self.config, Path(work_dir) if work_dir else None
+        model, original = denoiser_of(pipe), denoiser_of(teacher)
+        _require_same_task(model, original)
+        self.accelerator = Accelerator(
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            mixed_precision=config.mixed_precision,
+            cpu=model.device.type == "cpu",
+            log_with="tensorboard" if work_dir else None,
+            project_dir=work_dir,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
+        )
+        make_arguments = call_arguments(teacher, prompts, config.num_inference_steps, arguments)
+        self.preview_arguments = call_arguments(
+            pipe, prompts, config.num_inference_steps, {"output_type": "np"} | arguments
+        )
+        world = self.accelerator.num_processes
+        self.trajectories = Trajectories(
+            teacher, make_arguments, config.batch_size, config.seed, self.accelerator.process_index, world
+        )
+        timesteps = self.trajectories.timesteps()
+        self.weights = loss_weights(
+            denoising_factors(teacher.scheduler, config.num_inference_steps)
+            if config.denoising_factor_exponent
+            else dict.fromkeys(timesteps, 1.0),
+            config.denoising_factor_exponent,
+            config.denoising_factor_floor,
+        )
+        num_timesteps = int(teacher.scheduler.config.num_train_timesteps)
+        self.student = Student(
+            model,
+            original,
+            num_timesteps=num_timesteps,
+            num_adapters=config.num_adapters,
+            rank=config.rank,
+            placement=config.placement,
+            router_groups=config.router_groups,
+            seed=config.seed,
+        )
+        self.student.watch_timesteps(timesteps)
+        if config.num_adapters > 1:
+            self.student.router.warm_start()
+        if config.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        self.blocks = trainable_blocks(model) if config.blockwise else {}
+        self.trainable = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        self.ema = EMAModel(self.trainable, decay=config.ema_decay) if config.ema_decay else None
+        self.progress = Progress(self.student, self.ema)
+        settings = config.to_dict() | {"processes": world, "layers": len(self.student.plan.rank_of())}
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.student, _optimizer(self.student, config))
+        try:
+            self.folder = TrainingFolder(work_dir, self.accelerator, self.progress, settings)
+            self.folder.resume()
+        except ConfigError:
+            self.student.abandon()
+            raise
+        if work_dir:
+            self.accelerator.init_trackers("finetune")
+
+    def run(self) -> dict:
+        """Train to the end and turn the student into a deployed model.
+
+        Returns:
+            `dict`: `updates`, `seconds` (of training, over all sessions), `losses` (per update), `usage`
+            (`[group][adapter]`, share of the table's timesteps), `collapsed` (one adapter serves all timesteps).
+        """
+        try:
+            while not self.progress.total or self.progress.update < self.progress.total:
+                self.update()
+        except BaseException:
+            self.student.abandon()
+            raise
+        finally:
+            self.accelerator.end_training()
+        if self.ema is not None:
+            self.ema.copy_to(self.trainable)
+        if self.config.gradient_checkpointing:
+            self.student.model.disable_gradient_checkpointing()
+        progress = self.progress
+        record = {
+            **self.config.to_dict(),
+            "updates": progress.update,
+            "scheduler": type(self.teacher.scheduler).__name__,
+            "timesteps": [self.trajectories.timesteps()[i] for i in (0, -1)],
+        }
+        model = self.student.finish(record)
+        usage = model.timestep_router.usage()
+        return {
+            "updates": progress.update,
+            "seconds": progress.seconds,
+            "losses": progress.losses,
+            "usage": usage,
+            "collapsed": self.config.num_adapters > 1 and any(max(shares) == 1 for shares in usage),
+        }
+
+    def update(self) -> None:
+        """One optimizer step, with what belongs to it."""
+        progress, config, started = self.progress, self.config, time.perf_counter()
+        if not progress.total and config.minutes is None:
+            progress.total = config.train_steps or DEFAULT_UPDATES
+        expected = progress.total or DEFAULT_UPDATES
+        factor = learning_rate_factor(progress.update, expected)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        number = config.gradient_accumulation_steps
+        losses = []
+        for micro in range(number):
+            with self.accelerator.accumulate(self.wrapped):
+                losses.append(self._backward(progress.update * number + micro, expected))
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.step(self.trainable)
+        loss = self.accelerator.gather(torch.stack(losses).mean()[None]).mean().item()
+        if not np.isfinite(loss):
+            raise NonFiniteError(
+                f"The loss must be finite, but {loss} came at update {progress.update}. Lower the learning rates; the "
+                f"quantized model is as it was."
+            )
+        progress.update += 1
+        progress.seconds += time.perf_counter() - started
+        progress.losses.append(loss)
+        self._set_length()
+        self._report(loss, factor)
+
+    def _backward(self, number: int, expected: int) -> Tensor:
+        """Forward and backward of one batch; returns its loss."""
+        config, step = self.config, self.trajectories[number]
+        block = block_at(self.blocks, self.progress.update, expected) if self.blocks else None
+        with self.accelerator.autocast():
+            outputs, balance = self.wrapped(step, self._noise(number, step, expected), block)
+        if block is None:
+            targets = [step.output]
+        else:
+            targets = block_outputs(denoiser_of(self.teacher), block, step, gradients=False)
+        weight = torch.tensor([self._weight(t) for t in step.timesteps.tolist()], device=step.output.device)
+        loss = sum(
+            (weight * _squared_error(output, target, relative=block is not None)).mean()
+            for output, target in zip(outputs, targets, strict=True)
+        )
+        self.accelerator.backward(loss + config.balance * balance)
+        return loss.detach()
+
+    def _noise(self, number: int, step: DenoisingStep, expected: int) -> Tensor | None:
+        """Gumbel noise for the router, equal for equal samples whatever the number of processes."""
+        scale = self.config.exploration * exploration_factor(self.progress.update, expected)
+        if not scale or self.config.num_adapters == 1:
+            return None
+        router, first = self.student.router, self.trajectories.rank * self.trajectories.share
+        generator = torch.Generator().manual_seed(example_seed(self.config.seed, number))
+        shape = (self.config.batch_size, router.groups, router.num_adapters)
+        uniform = torch.rand(shape, generator=generator).clamp(1e-6, 1 - 1e-6)
+        own = (-(-uniform.log()).log() * scale)[first : first + self.trajectories.share]
+        return own.repeat(len(step.timesteps) // len(own), 1, 1).to(step.output.device)
+
+    def _weight(self, timestep: float) -> float:
+        """The loss weight of the sampler's nearest timestep."""
+        return self.weights[min(self.weights, key=lambda known: abs(known - timestep))]
+
+    def _set_length(self) -> None:
+        """Fix the number of updates that fit into the minutes asked for, once their speed is known."""
+        progress, config = self.progress, self.config
+        if progress.update == 1:
+            self._first = progress.seconds
+        if progress.total or progress.update < TIMED_UPDATES:
+            return
+        spent = progress.seconds - getattr(self, "_first", 0.0)
+        rollouts = 1 + 1 / max(1, progress.update)  # the timed updates hold one of the rollouts, and then some
+        rate = spent / (progress.update - 1) * rollouts
+        more = torch.tensor((60 * config.minutes - progress.seconds) / rate, device=self.accelerator.device)
+        more = int(self.accelerator.gather(more[None]).min())
+        progress.total = progress.update + max(0, more)
+
+    def _report(self, loss: float, factor: float) -> None:
+        progress, config = self.progress, self.config
+        if self.folder.path is not None:
+            self.accelerator.log({"loss": loss, "learning_rate_factor": factor}, step=progress.update)
+        if self.on_update is not None:
+            self.on_update(progress.update, progress.total, loss)
+        last = progress.update == progress.total
+        if progress.total and (progress.update % config.checkpoint_every == 0 or last):
+            self.folder.save()
+        if config.preview_every and progress.update % config.preview_every == 0 and self.on_preview is not None:
+            if self.accelerator.is_main_process:
+                self.on_preview(progress.update, self.preview())
+            self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def preview(self, num: int = PREVIEWS) -> np.ndarray:
+        """Pictures of the student as it is, on the teacher's sampler; `(num, H, W, C)` in [0, 1]."""
+        pipe = type(self.pipe)(**{**self.pipe.components, "scheduler": self.teacher.scheduler})
+
+        def choose(_model: nn.Module, args: tuple, kwargs: dict) -> None:
+            from .timestep import timestep_of, timestep_position
+
+            timestep = timestep_of(timestep_position(self.student.model), args, kwargs)
+            self.student.choose(torch.as_tensor(timestep).reshape(-1)[:1])
+
+        handle = self.student.model.register_forward_pre_hook(choose, with_kwargs=True)
+        generators = [torch.Generator().manual_seed(self.config.seed + i) for i in range(num)]
+        try:
+            with quiet(pipe):
+                return np.asarray(pipe(**self.preview_arguments(0, num, generators)).images)
+        finally:
+            handle.remove()
+
+
+def finetune(pipe, teacher, config: FinetuneConfig | None = None, **arguments) -> dict:
+    """Fine-tune a quantized pipeline in place, with timestep-aware adapters (TALoRA) and an aligned loss (DFA).
+
+    Args:
+        pipe (`DiffusionPipeline`): quantized and calibrated.
+        teacher (`DiffusionPipeline`): the full-precision original.
+        config (`FinetuneConfig`, *optional*): settings.
+        **arguments: see `Finetuner`.
+
+    Returns:
+        `dict`: see `Finetuner.run`.
+
+    Raises:
+        MSFPError: settings or pipelines that do not fit; nothing is changed then.
+
+    Example:
+        ```py
+        pipe = DiffusionPipeline.from_pretrained("model-w4a4")
+        finetune(pipe, DiffusionPipeline.from_pretrained("model"), FinetuneConfig(minutes=30))
+        pipe.save_pretrained("model-w4a4-talora")
+        ```
+    """
+    return Finetuner(pipe, teacher, config, **arguments).run()
+
+
+def _require_same_task(model: nn.Module, original: nn.Module) -> None:
+    if type(model) is not type(original):
+        raise ShapeError(
+            f"The teacher must be the model that was quantized, a {type(model).__name__}, but "
+            f"{type(original).__name__} came."
+        )
+
+
+def _squared_error(output: Tensor, target: Tensor, *, relative: bool) -> Tensor:
+    """Mean squared error of each sample, `(B,)`, float32; relative to the target's mean square where asked for."""
+    target = target.to(torch.float32)
+    error = (output.to(torch.float32) - target).square().flatten(1).mean(1)
+    return error / target.square().mean().clamp_min(1e-12) if relative else error
+
+
+def _optimizer(student: Student, config: FinetuneConfig) -> torch.optim.Optimizer:
+    """AdamW with three groups; `peak` is the learning rate that the schedule scales."""
+    adapters, ranges = [], []
+    for trainee in student.trainees():
+        adapters += list(trainee.adapters.parameters())
+        ranges += [p for p in (trainee.log_scale, trainee.relative_zero_point) if p is not None]
+    groups = [
+        {"params": adapters, "peak": config.learning_rate, "weight_decay": config.weight_decay},
+        {"params": ranges, "peak": config.activation_learning_rate, "weight_decay": 0.0},
+        {"params": list(student.router.parameters()), "peak": config.router_learning_rate, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0)

@@ -1,0 +1,154 @@
+"""The quantized model while it learns: trainable layers in place of the quantized ones, and the router."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..numerics.rounding import check_finite
+from ..talora import AdapterBank, AdapterPlan, Gate, TimestepRouter, Trainee, adapter_rank
+from .adapters import connect, layers_by_name, require_timesteps, routing_of
+from .blocks import block_outputs
+from .convert import replace_module
+from .sampling import model_output
+from .state import calibration_state, write_record
+from .trajectory import DenoisingStep
+
+
+class Student(nn.Module):
+    """A frozen quantized model with trainable adapters, activation ranges and router around it.
+
+    Args:
+        model (`ModelMixin`): quantized, frozen, without adapters; changed in place until `finish` or `abandon`.
+        teacher (`nn.Module`): the float model it was quantized from.
+        num_timesteps (`int`): T of the router's table.
+        num_adapters, rank (`int`): h, and the largest rank.
+        placement (`str`): `"merged"` or `"side"`.
+        router_groups (`tuple[str, ...]`): see `AdapterPlan`.
+        seed (`int`): of the initial weights.
+
+    Raises:
+        ConfigError: the model is still observing, or has adapters already.
+        ShapeError: the teacher is another model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module,
+        *,
+        num_timesteps: int,
+        num_adapters: int,
+        rank: int,
+        placement: str,
+        router_groups: tuple[str, ...] = (),
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        require_timesteps(model)
+        if calibration_state(model) == "observing":
+            raise ConfigError(
+                "Only a calibrated model can be fine-tuned, but this one observes: call `calibrate(pipe)`."
+            )
+        if routing_of(model) is not None:
+            raise ConfigError("This model has adapters already. Start from the checkpoint that `quantize` wrote.")
+        if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
+            raise ConfigError("Users' adapters must be unloaded before fine-tuning, but this model has some.")
+        layers = layers_by_name(model)
+        ranks: dict[str, list[str]] = {}
+        for name, layer in layers.items():
+            ranks.setdefault(str(adapter_rank(layer.logical_shape, rank)), []).append(name)
+        self.plan = AdapterPlan(placement, num_adapters, num_timesteps, ranks, router_groups)
+        self.gate = Gate()
+        generator = torch.Generator().manual_seed(seed)
+        trainees = {}
+        for name, layer_rank in self.plan.rank_of().items():
+            layer, original = layers[name], _original(teacher, name)
+            bank = AdapterBank(layer.logical_shape, num_adapters, layer_rank, device=layer.weight.device)
+            bank.initialise(generator)
+            trainees[name] = Trainee(layer, original, bank, placement, self.gate, self.plan.group_of(name))
+        model.requires_grad_(False)
+        for name, trainee in trainees.items():  # only now is the model changed
+            replace_module(model, name, trainee)
+        self.model = model
+        self.router = TimestepRouter(num_timesteps, num_adapters, self.plan.groups, seed).to(model.device)
+
+    def choose(self, timesteps: Tensor, noise: Tensor | None = None) -> None:
+        """Set the adapters of the coming calls, `(B,)` timesteps, with the router's gradient."""
+        self.gate.value, _ = self.router(timesteps.to(self.router.mlp[0].weight.device), noise)
+
+    def forward(
+        self, step: DenoisingStep, noise: Tensor | None = None, block: str | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """Answer one of the teacher's calls.
+
+        Args:
+            step (`DenoisingStep`): the call.
+            noise (`Tensor`, `(B, groups, num_adapters)`, *optional*): lets the router explore.
+            block (`str`, *optional*): compute gradients in this part of the model only, see `block_outputs`.
+
+        Returns:
+            `tuple[list[Tensor], Tensor]`: what the model, or the block, puts out, and the router's balance loss over
+            the timesteps set by `watch_timesteps`.
+        """
+        self.choose(step.timesteps, noise)
+        if block is None:
+            outputs = [model_output(self.model(*step.args, **step.kwargs))]
+        else:
+            outputs = block_outputs(self.model, block, step, gradients=True)
+        return outputs, self.router.balance_loss(self.watched)
+
+    def watch_timesteps(self, timesteps: list[float]) -> None:
+        """Over which timesteps the load of the adapters is to be balanced."""
+        self.watched = torch.tensor(timesteps, device=self.router.mlp[0].weight.device)
+
+    def trainees(self) -> Iterator[Trainee]:
+        """Layers with adapters."""
+        return (module for module in self.model.modules() if isinstance(module, Trainee))
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """What training changes, by name."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    @torch.no_grad()
+    def load_trainable_state(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `trainable_state`."""
+        own = self.trainable_state()
+        if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
+            raise ConfigError("The saved training state belongs to another model or other settings.")
+        for name, value in state.items():
+            own[name].copy_(value)
+
+    def abandon(self) -> nn.Module:
+        """Put the quantized layers back as they were."""
+        for trainee in list(self.trainees()):
+            replace_module(self.model, trainee.layer.place, trainee.layer)
+        return self.model
+
+    def finish(self, training: dict | None = None, dtype: torch.dtype = torch.float16) -> nn.Module:
+        """The quantized model with what was learned; the router becomes a table.
+
+        Args:
+            training (`dict`, *optional*): how it was made, for the checkpoint's config.
+            dtype (`torch.dtype`): of adapters beside the weights.
+        """
+        for name, value in self.trainable_state().items():
+            check_finite(value, f"The trained `{name}`")
+        finished = [(trainee.layer.place, trainee.finish(dtype)) for trainee in list(self.trainees())]
+        for place, layer in finished:
+            replace_module(self.model, place, layer)
+        plan = AdapterPlan(**{**vars(self.plan), "training": training or {}})
+        connect(self.model, plan, self.router.table())
+        self.model.config.quantization_config.adapters = plan.to_dict()
+        write_record(self.model)
+        return self.model
+
+
+def _original(teacher: nn.Module, name: str) -> Tensor:
+    try:
+        return teacher.get_submodule(name).weight.detach()
+    except AttributeError as error:
+        raise ConfigError(
+            f"The teacher must be the model that was quantized, but {type(teacher).__name__} has no layer `{name}`."
+        ) from error

@@ -1,0 +1,125 @@
+"""Checkpoints of a training run: complete or absent, and refused where the settings differ."""
+
+import json
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from ..errors import ConfigError
+from .student import Student
+
+SETTINGS = "settings.json"
+PREFIX = "checkpoint-"
+
+
+class Progress:
+    """How far a run is; saved and loaded by accelerate together with optimizer and random states.
+
+    Args:
+        student (`Student`): its trainable tensors are part of the state; the frozen ones are not.
+        ema (`EMAModel`, *optional*): as well.
+    """
+
+    def __init__(self, student: Student, ema=None) -> None:
+        self.student, self.ema = student, ema
+        self.update = 0
+        self.total = 0  # 0: not known yet
+        self.seconds = 0.0
+        self.losses: list[float] = []
+
+    def state_dict(self) -> dict:
+        """Tensors and plain numbers."""
+        return {
+            "update": self.update,
+            "total": self.total,
+            "seconds": self.seconds,
+            "losses": list(self.losses),
+            "trainable": self.student.trainable_state(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Inverse of `state_dict`."""
+        self.student.load_trainable_state(state["trainable"])
+        self.update, self.total = state["update"], state["total"]
+        self.seconds, self.losses = state["seconds"], list(state["losses"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+
+
+class TrainingFolder:
+    """Where a run keeps its checkpoints; `None` keeps nothing.
+
+    Args:
+        path (`Path`, *optional*): the folder.
+        accelerator (`Accelerator`): whose state is kept.
+        progress (`Progress`): registered with it.
+        settings (`dict`): what must be equal for a run to go on.
+
+    Raises:
+        ConfigError: the folder holds a run with other settings.
+    """
+
+    def __init__(self, path: Path | None, accelerator: Accelerator, progress: Progress, settings: dict) -> None:
+        self.path, self.accelerator, self.progress = path, accelerator, progress
+        if path is None:
+            return
+        settings = json.loads(json.dumps(settings))
+        file = path / SETTINGS
+        if file.is_file():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            differ = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))
+            if differ:
+                raise ConfigError(
+                    f"{path} holds a training run with other settings ({', '.join(differ)}). Give the same settings to "
+                    f"go on with it, or delete the folder to begin anew."
+                )
+        elif accelerator.is_main_process:
+            path.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        accelerator.register_for_checkpointing(progress)
+        # The model itself is frozen and comes from its checkpoint.
+        accelerator.register_save_state_pre_hook(lambda _models, weights, _folder: weights.clear())
+        accelerator.register_load_state_pre_hook(lambda models, _folder: models.clear())
+
+    def checkpoints(self) -> list[Path]:
+        """Complete ones, the oldest first."""
+        if self.path is None or not self.path.is_dir():
+            return []
+        found = [p for p in self.path.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdecimal()]
+        return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
+
+    def resume(self) -> bool:
+        """Load the newest checkpoint; False if there is none."""
+        found = self.checkpoints()
+        if found:
+            self.accelerator.load_state(str(found[-1]))
+        return bool(found)
+
+    def save(self) -> None:
+        """Write a checkpoint beside its place, move it there in one step, and drop older ones."""
+        if self.path is None:
+            return
+        target = self.path / f"{PREFIX}{self.progress.update}"
+        part = self.path / f"{target.name}.part"
+        if self.accelerator.is_main_process and part.exists():
+            shutil.rmtree(part)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(part))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            if target.exists():
+                shutil.rmtree(target)
+            part.rename(target)
+            for old in self.checkpoints()[:-1]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def clear(self) -> None:
+        """Remove checkpoints and settings; logs and pictures stay."""
+        if self.path is None or not self.accelerator.is_main_process:
+            return
+        for checkpoint in self.checkpoints():
+            shutil.rmtree(checkpoint)
+        (self.path / SETTINGS).unlink(missing_ok=True)

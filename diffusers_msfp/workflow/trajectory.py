@@ -1,0 +1,149 @@
+"""The teacher's own trajectories: what the full-precision denoiser is called with, and what it answers.
+
+No data are needed: a pipeline samples from noise, and each call of its denoiser becomes a training example. So prompts,
+labels, guidance and any sampler are those of the pipeline. Each sample has a generator of its own, seeded by its number:
+how samples are shared out among processes changes nothing.
+
+A training batch holds all samples of a rollout, each at another step of its trajectory: on the package's model that
+lowers the error clearly more per update than one timestep for the whole batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..errors import ConfigError
+from .sampling import denoiser_of, model_output, quiet
+from .timestep import timestep_of, timestep_position
+
+
+@dataclass(frozen=True)
+class DenoisingStep:
+    """One call of the teacher, R rows.
+
+    Args:
+        timesteps (`Tensor`, `(R,)`): of its rows.
+        args (`tuple`), kwargs (`dict`): of the call.
+        output (`Tensor`, `(R, …)`): what the teacher predicts.
+    """
+
+    timesteps: Tensor
+    args: tuple
+    kwargs: dict[str, Any]
+    output: Tensor
+
+
+def rollout(pipe, make_arguments: Callable, first: int, size: int, seed: int) -> list[DenoisingStep]:
+    """Sample `size` trajectories and keep every call of the denoiser.
+
+    Args:
+        pipe (`DiffusionPipeline`): the teacher.
+        make_arguments (`Callable`): see `call_arguments`.
+        first (`int`): number of the first sample.
+        size (`int`): samples at once.
+        seed (`int`): sample i is drawn with seed + i.
+    """
+    denoiser = denoiser_of(pipe)
+    position = timestep_position(denoiser)
+    steps: list[DenoisingStep] = []
+
+    def keep(_module, args, kwargs, output) -> None:
+        predicted = model_output(output)
+        timesteps = torch.as_tensor(timestep_of(position, args, kwargs)).flatten().expand(len(predicted))
+        steps.append(DenoisingStep(timesteps, args, kwargs, predicted))
+
+    generators = [torch.Generator().manual_seed(seed + first + i) for i in range(size)]
+    handle = denoiser.register_forward_hook(keep, with_kwargs=True)
+    try:
+        with quiet(pipe), torch.no_grad():
+            pipe(**make_arguments(first, size, generators if size > 1 else generators[0]))
+    finally:
+        handle.remove()
+    return steps
+
+
+def mix(steps: list[DenoisingStep], choice: list[int], position: int) -> DenoisingStep:
+    """One call in which each row comes from a step of its own.
+
+    Args:
+        steps (`list[DenoisingStep]`): of one rollout, equal in everything that has no rows.
+        choice (`list[int]`): for each row, which step.
+        position (`int`): of the timestep among the positional arguments.
+    """
+    rows = len(choice)
+
+    def pick(parts: list) -> Any:
+        if not (isinstance(parts[0], Tensor) and parts[0].ndim and parts[0].shape[0] == rows):
+            return parts[0]
+        if all(part is parts[0] for part in parts):
+            return parts[0]
+        return torch.stack([parts[step][row] for row, step in enumerate(choice)])
+
+    leaves = [tree_flatten((step.args, step.kwargs)) for step in steps]
+    args, kwargs = tree_unflatten(
+        [pick(list(parts)) for parts in zip(*(leaf for leaf, _ in leaves), strict=True)], leaves[0][1]
+    )
+    timesteps = torch.stack([steps[step].timesteps[row] for row, step in enumerate(choice)])
+    if kwargs.get("timestep") is not None:
+        kwargs["timestep"] = timesteps
+    else:
+        args = (*args[:position], timesteps, *args[position + 1 :])
+    return DenoisingStep(timesteps, tuple(args), kwargs, pick([step.output for step in steps]))
+
+
+class Trajectories:
+    """Training batches in a fixed order; batch n is a function of the seed and n alone, so a run can go on anywhere.
+
+    Args:
+        pipe (`DiffusionPipeline`): the teacher.
+        make_arguments (`Callable`): see `call_arguments`.
+        batch_size (`int`): samples of a batch, over all processes.
+        seed (`int`): of noise and order.
+        rank, world (`int`): this process, and how many there are.
+
+    Raises:
+        ConfigError: the batch cannot be shared out evenly.
+    """
+
+    def __init__(self, pipe, make_arguments: Callable, batch_size: int, seed: int, rank: int = 0, world: int = 1):
+        if batch_size % world:
+            raise ConfigError(f"`batch_size` must be a multiple of the {world} processes, but {batch_size} came.")
+        self.pipe, self.make_arguments = pipe, make_arguments
+        self.batch_size, self.seed, self.rank, self.share = batch_size, seed, rank, batch_size // world
+        self._number, self._steps = -1, []
+
+    def __getitem__(self, number: int) -> DenoisingStep:
+        """Batch `number`: every sample of the rollout once, at a step drawn for it; rollouts last one pass."""
+        if not self._steps:
+            self._roll(0)
+        length = len(self._steps)
+        rollout_number, place = divmod(number, length)
+        if rollout_number != self._number:
+            self._roll(rollout_number)
+        order = [
+            torch.randperm(length, generator=torch.Generator().manual_seed(self.seed + self._first + i))[place].item()
+            for i in range(self.share)
+        ]
+        rows = len(self._steps[0].output)  # guidance calls the denoiser with every sample twice
+        choice = [order[row % self.share] for row in range(rows)]
+        return mix(self._steps, choice, timestep_position(denoiser_of(self.pipe)))
+
+    def _roll(self, number: int) -> None:
+        self._number, self._first = number, number * self.batch_size + self.rank * self.share
+        self._steps = rollout(self.pipe, self.make_arguments, self._first, self.share, self.seed)
+        rows = {len(step.output) for step in self._steps}
+        if len(rows) != 1 or rows.pop() % self.share:
+            raise ConfigError(
+                f"Every step of {type(self.pipe).__name__} must call the denoiser once with all samples, but it does "
+                f"not: it cannot be a teacher."
+            )
+
+    def timesteps(self) -> list[float]:
+        """Timesteps of a rollout in the sampler's order, as its denoiser sees them."""
+        if not self._steps:
+            self._roll(0)
+        return [float(step.timesteps[0]) for step in self._steps]
