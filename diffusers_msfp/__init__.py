@@ -6,10 +6,18 @@ Importing this package registers the quantization method `"msfp"` with diffusers
 from .calibration import search_qparams
 from .errors import MSFPError
 from .formats import FORMATS, FPFormat
-from .integration import MSFPConfig, MSFPQuantizer, quantize_pipeline, register
+from .integration import (
+    MSFPConfig,
+    MSFPPipelineMixin,
+    MSFPQuantizer,
+    export_adapter,
+    import_adapter,
+    quantize_pipeline,
+    register,
+)
 from .numerics import QParams, decode, encode, fake_quantize
 from .schemes import SCHEMES
-from .workflow import calibrate, calibration_state, freeze
+from .workflow import FinetuneConfig, calibrate, calibration_state, denoising_factors, finetune, freeze
 
 __version__ = "0.1.0"
 
@@ -17,16 +25,22 @@ __all__ = [
     "FORMATS",
     "SCHEMES",
     "FPFormat",
+    "FinetuneConfig",
     "MSFPConfig",
     "MSFPError",
+    "MSFPPipelineMixin",
     "MSFPQuantizer",
     "QParams",
     "calibrate",
     "calibration_state",
     "decode",
+    "denoising_factors",
     "encode",
+    "export_adapter",
     "fake_quantize",
+    "finetune",
     "freeze",
+    "import_adapter",
     "quantize_pipeline",
     "search_qparams",
 ]

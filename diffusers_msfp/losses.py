@@ -54,3 +54,14 @@ def loss_weights(factors: Mapping[float, float], exponent: float = 1.0, floor: f
         raise ConfigError(f"Denoising factors must be finite and positive somewhere, but {dict(factors)} came.")
     weights = (values / values.mean()).clamp_min(floor) ** exponent
     return dict(zip(factors, (weights / weights.mean()).tolist(), strict=True))
+
+
+def squared_error(output: Tensor, target: Tensor, *, relative: bool = False) -> Tensor:
+    """Mean squared error of each sample in float32, `(B, …)` → `(B,)`.
+
+    Args:
+        relative (`bool`): divide by the mean square of the whole target.
+    """
+    target = target.to(torch.float32)
+    error = (output.to(torch.float32) - target).square().flatten(1).mean(1)
+    return error / target.square().mean().clamp_min(1e-12) if relative else error

@@ -8,8 +8,7 @@ from diffusers import DDPMScheduler
 
 from ..errors import ConfigError
 from ..evaluation import image_grid, with_ddim
-from ..workflow.sampling import denoiser_of
-from ..workflow.sampling import batch_size_for, call_arguments, counting_steps, quiet, require_positive
+from ..workflow.sampling import batch_size_for, call_arguments, counting_steps, denoiser_of, quiet, require_positive
 from .load import load_pipeline
 from .terminal import progress
 

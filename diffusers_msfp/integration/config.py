@@ -12,6 +12,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError, ConfigError
 from ..schemes import DEFAULT_SCHEME, SCHEMES
+from ..talora import AdapterPlan
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class MSFPConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
 
         layers (`list[dict]`): `{"weight": format, "input": format | None | "observing", "modules": [names]}`.
         calibration (`dict`): `state` (`"observing"` or `"frozen"`), and while observing the run's last timestep.
-        adapters (`dict`, *optional*): the place of adapter banks and the router's table; None where there are none.
+        adapters (`dict`, *optional*): see `talora.AdapterPlan`; None where there are none.
         format_version (`int`): of the checkpoint, 1.
 
     Raises:
@@ -78,9 +79,7 @@ class MSFPConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
                 f"Upgrade it: `pip install -U diffusers-msfp`."
             )
         if adapters is not None:
-            raise CheckpointError(
-                "`adapters` must be null for this version of the package, but there are some: upgrade."
-            )
+            AdapterPlan.from_dict(adapters)
         self.format_version = format_version
         SCHEMES[scheme]
         self.scheme = scheme

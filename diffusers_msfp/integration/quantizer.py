@@ -15,6 +15,9 @@ from torch import nn
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..nn import QUANT_LAYERS, QuantLayer
 from ..nn.stored import INPUT_TENSORS, OBSERVED, WEIGHT_TENSORS
+from ..talora import AdapterBank, AdapterPlan, RoutingTable
+from ..talora.adapters import ADAPTER_TENSORS
+from ..workflow.adapters import prepare_skeleton, routing_of
 from ..workflow.convert import Conversion, convert_skeleton, plain_name, replace_module, revert
 from ..workflow.state import calibration_state, track, untrack
 from . import overrides
@@ -22,7 +25,16 @@ from .config import MSFPConfig
 
 logger = logging.getLogger(__name__)
 
-STORED_TENSORS = ("weight", *WEIGHT_TENSORS, *INPUT_TENSORS, *OBSERVED)
+STORED_TENSORS = {
+    QuantLayer: ("weight", *WEIGHT_TENSORS, *INPUT_TENSORS, *OBSERVED),
+    AdapterBank: ADAPTER_TENSORS,
+    RoutingTable: ("table",),
+}
+"""What a checkpoint keeps beside float tensors, by the kind of module that keeps it."""
+
+
+def _stored(module: nn.Module) -> tuple[str, ...]:
+    return next((names for cls, names in STORED_TENSORS.items() if isinstance(module, cls)), ())
 
 
 class MSFPQuantizer(DiffusersQuantizer):
@@ -76,6 +88,8 @@ class MSFPQuantizer(DiffusersQuantizer):
         self._plan = Conversion.plan(model, config.scheme, config.modules_to_not_convert, config.scheme_overrides)
         if self.pre_quantized:
             convert_skeleton(model, config.layers, self._plan.layers)
+            if config.adapters is not None:
+                prepare_skeleton(model, AdapterPlan.from_dict(config.adapters))
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Cut what stays float loose from the file: a bias that is a view would keep a whole float shard mapped."""
@@ -88,7 +102,7 @@ class MSFPQuantizer(DiffusersQuantizer):
         """Whether a tensor is ours to place."""
         place, _, tensor = param_name.rpartition(".")
         if self.pre_quantized:
-            return tensor in STORED_TENSORS and isinstance(model.get_submodule(place), QuantLayer)
+            return tensor in _stored(model.get_submodule(place))
         return tensor == "weight" and place in self._plan.layers
 
     def create_quantized_param(
@@ -117,15 +131,16 @@ class MSFPQuantizer(DiffusersQuantizer):
         if tensor in OBSERVED:
             module.load_observed(tensor, value)
             return
-        expected = module.weight if tensor == "weight" else module._buffers[tensor]
+        trained = tensor in module._parameters
+        expected = module._parameters[tensor] if trained else module._buffers[tensor]
         if value.dtype != expected.dtype or value.shape != expected.shape:
             raise CheckpointError(
                 f"`{param_name}` must be {expected.dtype} of shape {tuple(expected.shape)}, but {value.dtype} of shape "
                 f"{tuple(value.shape)} came: damaged file, or not this model's."
             )
         value = value.to(target_device)
-        if tensor == "weight":
-            module.weight = nn.Parameter(value, requires_grad=False)
+        if trained:
+            module._parameters[tensor] = nn.Parameter(value, requires_grad=False)
         else:
             module._buffers[tensor] = value
 
@@ -144,7 +159,7 @@ class MSFPQuantizer(DiffusersQuantizer):
             return missing_keys
         for key in missing_keys:
             place, _, tensor = key.rpartition(".")
-            if isinstance(model.get_submodule(place), QuantLayer):
+            if _stored(model.get_submodule(place)):
                 raise CheckpointError(f"A checkpoint must hold `{key}`, but it does not: damaged or incomplete file.")
         return missing_keys
 
@@ -152,6 +167,8 @@ class MSFPQuantizer(DiffusersQuantizer):
         for module in model.modules():
             if isinstance(module, QuantLayer) and not module.weight_scale.is_meta:
                 module.check_stored()
+            elif isinstance(module, RoutingTable):
+                module.check()
         on_the_fly = not self.pre_quantized
         self.attach(model)
         if on_the_fly:
@@ -192,6 +209,11 @@ class MSFPQuantizer(DiffusersQuantizer):
         return own, {"quant_method": "msfp", "format_version": str(self.quantization_config.format_version)}
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
+        if routing_of(model) is not None:
+            raise UnsupportedError(
+                "A model with timestep-aware adapters has no single float weight per layer. Unload adapters that stand "
+                "beside the weights (`unload_talora`) and call `dequantize` again; merged ones cannot be undone."
+            )
         overrides.remove(model)
         untrack(model)
         revert(model, model.dtype)

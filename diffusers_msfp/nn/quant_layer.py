@@ -233,6 +233,10 @@ class QuantLayer(StoredTensors, ABC):
         for name in INPUT_TENSORS:
             self.register_buffer(name, torch.ones((), device=device))
 
+    def route_by(self, routing: Routing | None, group: int = 0) -> None:
+        """Ask `routing` which bank or adapter to use; it belongs to the model, not to the layer's own modules."""
+        self.__dict__.update(routing=routing, group=group)
+
     # ── use ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def weight_qparams(self) -> QParams:

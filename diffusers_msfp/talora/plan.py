@@ -21,6 +21,7 @@ class AdapterPlan:
         ranks (`Mapping[str, list[str]]`): rank → names of the layers that have adapters of it.
         router_groups (`tuple[str, ...]`): patterns of layer groups that choose on their own; what matches none is the
             last group.
+        base (`str`, *optional*): fingerprint of the packed weights that adapters beside them were trained for.
         training (`Mapping`): how it was made; for people, not read.
 
     Raises:
@@ -32,6 +33,7 @@ class AdapterPlan:
     num_timesteps: int
     ranks: Mapping[str, list[str]]
     router_groups: tuple[str, ...] = ()
+    base: str | None = None
     training: Mapping = field(default_factory=dict)
 
     def __post_init__(self) -> None:

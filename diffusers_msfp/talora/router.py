@@ -5,13 +5,15 @@ a warm start one adapter takes nearly all timesteps on the package's model.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-EMBEDDING = 64
+EMBEDDING = 16
 HIDDEN = 64
+PERIODS = 4.0  # of the fastest sinusoid over all timesteps: neighbours choose alike
 WARM_UP_STEPS = 300
 WARM_LOGIT = 2.0  # distance between first and second choice that the warm start aims at
 
@@ -35,8 +37,7 @@ class TimestepRouter(nn.Module):
 
     def embed(self, timestep: Tensor) -> Tensor:
         """Sinusoids of the relative timestep; `(B,)` → `(B, EMBEDDING)`."""
-        frequency = torch.arange(EMBEDDING // 2, device=timestep.device, dtype=torch.float32)
-        frequency = math.pi * 2.0 ** (frequency * (6 / (EMBEDDING // 2)))  # from half a period over all T to 32 periods
+        frequency = 2 * math.pi * torch.linspace(0.5, PERIODS, EMBEDDING // 2, device=timestep.device)
         angle = timestep.to(torch.float32)[:, None] / self.num_timesteps * frequency
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
@@ -60,6 +61,11 @@ class TimestepRouter(nn.Module):
         hard = F.one_hot(probability.argmax(-1), self.num_adapters).to(probability.dtype)
         return hard + (probability - probability.detach()), logits.softmax(-1)
 
+    def gumbel(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        """Noise that turns the most likely choice into a draw; `(batch_size, groups, num_adapters)`."""
+        uniform = torch.rand(batch_size, self.groups, self.num_adapters, generator=generator).clamp(1e-6, 1 - 1e-6)
+        return -(-uniform.log()).log()
+
     def warm_start(self) -> None:
         """Begin with an equal, contiguous share of the timesteps for each adapter."""
         timestep = torch.arange(self.num_timesteps)
@@ -82,7 +88,13 @@ class TimestepRouter(nn.Module):
         return self.num_adapters * (gate.detach().mean(0) * probability.mean(0)).sum(-1).mean()
 
     @torch.no_grad()
-    def table(self) -> Tensor:
-        """What is deployed: `(groups, T)`, uint8."""
-        timestep = torch.arange(self.num_timesteps, device=self.mlp[0].weight.device)
-        return self.logits(timestep).argmax(-1).T.to(torch.uint8).contiguous()
+    def table(self, trained: Sequence[float]) -> Tensor:
+        """What is deployed: `(groups, T)`, uint8.
+
+        Args:
+            trained (`Sequence[float]`): timesteps of training; each other one takes the choice of the nearest of them.
+        """
+        device = self.mlp[0].weight.device
+        trained = torch.tensor(sorted(set(trained)), device=device)
+        distance = (torch.arange(self.num_timesteps, device=device)[:, None] - trained).abs()
+        return self.logits(trained).argmax(-1)[distance.argmin(1)].T.to(torch.uint8).contiguous()

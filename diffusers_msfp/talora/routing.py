@@ -79,7 +79,7 @@ class RoutingTable(nn.Module):
 
     def __init__(self, table: Tensor, num_adapters: int) -> None:
         super().__init__()
-        self.num_adapters, self.strength = num_adapters, 1.0
+        self.num_adapters, self.scale, self.enabled = num_adapters, 1.0, True
         self.register_buffer("table", table)
         self._running = threading.local()
         self.check()
@@ -97,6 +97,11 @@ class RoutingTable(nn.Module):
                 f"A router's table must name adapters below {self.num_adapters}, but {int(table.max())} came: damaged "
                 f"file."
             )
+
+    @property
+    def strength(self) -> float:
+        """Factor of what adapters beside the weights add; 0 while they are disabled."""
+        return self.scale if self.enabled else 0.0
 
     @property
     def num_timesteps(self) -> int:

@@ -79,8 +79,8 @@ class Trainee(nn.Module):
         if len(used) == 1:
             return layer.compute(quantized, self.merged(gate.mean(0)), bias).to(x.dtype)
         rows = [(choice == adapter).nonzero().flatten() for adapter in used]
-        parts = [layer.compute(quantized[own], self.merged(gate[own].mean(0)), bias) for own in rows]
-        return torch.cat(parts)[torch.cat(rows).argsort()].to(x.dtype)
+        parts = [layer.compute(quantized.index_select(0, i), self.merged(gate[i].mean(0)), bias) for i in rows]
+        return torch.cat(parts).index_select(0, torch.cat(rows).argsort()).to(x.dtype)
 
     def merged(self, gate: Tensor) -> Tensor:
         """The fake-quantized weight that a gate `(h,)` makes; `logical_shape`, float32."""

@@ -1,4 +1,4 @@
-"""Verbs on a whole model: convert its layers, calibrate and freeze their inputs, fine-tune, describe for a checkpoint."""
+"""Verbs on a whole model: convert its layers, calibrate and freeze their inputs, fine-tune, describe."""
 
 from .calibrate import calibrate
 from .convert import Conversion, convert

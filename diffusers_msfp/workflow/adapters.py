@@ -4,6 +4,8 @@ The model gets a submodule `timestep_router` with the table, and a forward pre-h
 timestep; its layers get banks or adapters and ask the table's running route.
 """
 
+import hashlib
+
 import torch
 from torch import Tensor, nn
 
@@ -71,7 +73,7 @@ def connect(model: nn.Module, plan: AdapterPlan, table: Tensor) -> None:
     routing = RoutingTable(table, plan.num_adapters)
     layers = layers_by_name(model)
     for name in plan.rank_of():
-        layers[name].routing, layers[name].group = routing, plan.group_of(name)
+        layers[name].route_by(routing, plan.group_of(name))
     setattr(model, ROUTER, routing)
     model.register_forward_pre_hook(RouteHook(position), with_kwargs=True)
 
@@ -107,7 +109,8 @@ def disconnect(model: nn.Module) -> None:
     refuse_merged(model, "Unloading")
     for layer in model.modules():
         if isinstance(layer, QuantLayer):
-            layer.routing, layer.adapters = None, None
+            layer.route_by(None)
+            layer.adapters = None
     if routing_of(model) is not None:
         delattr(model, ROUTER)
     for key, hook in list(model._forward_pre_hooks.items()):
@@ -129,6 +132,16 @@ def refuse_merged(model: nn.Module, what: str) -> None:
             f"{what} is not possible for merged adapters: each is a packed weight of its own, and there is no base "
             f"without them. Use a checkpoint that was fine-tuned with `placement='side'`."
         )
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """What tells one quantized model from another: SHA-256 of names, packed weights and their scales."""
+    digest = hashlib.sha256()
+    for name, layer in sorted(layers_by_name(model).items()):
+        digest.update(name.encode())
+        for tensor in (layer.weight, layer.weight_scale):
+            digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:

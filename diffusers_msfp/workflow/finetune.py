@@ -15,8 +15,8 @@ from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from ..errors import ConfigError, NonFiniteError, ShapeError
-from ..losses import loss_weights
+from ..errors import ConfigError, NonFiniteError
+from ..losses import loss_weights, squared_error
 from .blocks import block_outputs, trainable_blocks
 from .denoising_factor import denoising_factors
 from .finetune_config import (
@@ -29,7 +29,8 @@ from .finetune_config import (
 )
 from .sampling import call_arguments, denoiser_of, quiet
 from .student import Student
-from .training_state import Progress, TrainingFolder
+from .timestep import timestep_of, timestep_position
+from .training_state import Progress, TrainingFolder, optimizer_for
 from .trajectory import DenoisingStep, Trajectories
 
 TIMED_UPDATES = 6  # before the length of a run of so many minutes is set; the first is not counted
@@ -70,7 +71,6 @@ class Finetuner:
         self.on_update, self.on_preview = on_update, on_preview
         config, work_dir = self.config, Path(work_dir) if work_dir else None
         model, original = denoiser_of(pipe), denoiser_of(teacher)
-        _require_same_task(model, original)
         self.accelerator = Accelerator(
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             mixed_precision=config.mixed_precision,
@@ -116,7 +116,7 @@ class Finetuner:
         self.ema = EMAModel(self.trainable, decay=config.ema_decay) if config.ema_decay else None
         self.progress = Progress(self.student, self.ema)
         settings = config.to_dict() | {"processes": world, "layers": len(self.student.plan.rank_of())}
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.student, _optimizer(self.student, config))
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.student, optimizer_for(self.student, config))
         try:
             self.folder = TrainingFolder(work_dir, self.accelerator, self.progress, settings)
             self.folder.resume()
@@ -197,29 +197,26 @@ class Finetuner:
         config, step = self.config, self.trajectories[number]
         block = block_at(self.blocks, self.progress.update, expected) if self.blocks else None
         with self.accelerator.autocast():
-            outputs, balance = self.wrapped(step, self._noise(number, step, expected), block)
+            outputs, balance = self.wrapped(step, self._exploration(number, step, expected), block)
         if block is None:
             targets = [step.output]
         else:
             targets = block_outputs(denoiser_of(self.teacher), block, step, gradients=False)
         weight = torch.tensor([self._weight(t) for t in step.timesteps.tolist()], device=step.output.device)
         loss = sum(
-            (weight * _squared_error(output, target, relative=block is not None)).mean()
+            (weight * squared_error(output, target, relative=block is not None)).mean()
             for output, target in zip(outputs, targets, strict=True)
         )
         self.accelerator.backward(loss + config.balance * balance)
         return loss.detach()
 
-    def _noise(self, number: int, step: DenoisingStep, expected: int) -> Tensor | None:
-        """Gumbel noise for the router, equal for equal samples whatever the number of processes."""
+    def _exploration(self, number: int, step: DenoisingStep, expected: int) -> Tensor | None:
+        """Noise on the router's choice, equal for equal samples whatever the number of processes."""
         scale = self.config.exploration * exploration_factor(self.progress.update, expected)
         if not scale or self.config.num_adapters == 1:
             return None
-        router, first = self.student.router, self.trajectories.rank * self.trajectories.share
         generator = torch.Generator().manual_seed(example_seed(self.config.seed, number))
-        shape = (self.config.batch_size, router.groups, router.num_adapters)
-        uniform = torch.rand(shape, generator=generator).clamp(1e-6, 1 - 1e-6)
-        own = (-(-uniform.log()).log() * scale)[first : first + self.trajectories.share]
+        own = self.trajectories.own(self.student.router.gumbel(self.config.batch_size, generator)) * scale
         return own.repeat(len(step.timesteps) // len(own), 1, 1).to(step.output.device)
 
     def _weight(self, timestep: float) -> float:
@@ -260,8 +257,6 @@ class Finetuner:
         pipe = type(self.pipe)(**{**self.pipe.components, "scheduler": self.teacher.scheduler})
 
         def choose(_model: nn.Module, args: tuple, kwargs: dict) -> None:
-            from .timestep import timestep_of, timestep_position
-
             timestep = timestep_of(timestep_position(self.student.model), args, kwargs)
             self.student.choose(torch.as_tensor(timestep).reshape(-1)[:1])
 
@@ -297,32 +292,3 @@ def finetune(pipe, teacher, config: FinetuneConfig | None = None, **arguments) -
         ```
     """
     return Finetuner(pipe, teacher, config, **arguments).run()
-
-
-def _require_same_task(model: nn.Module, original: nn.Module) -> None:
-    if type(model) is not type(original):
-        raise ShapeError(
-            f"The teacher must be the model that was quantized, a {type(model).__name__}, but "
-            f"{type(original).__name__} came."
-        )
-
-
-def _squared_error(output: Tensor, target: Tensor, *, relative: bool) -> Tensor:
-    """Mean squared error of each sample, `(B,)`, float32; relative to the target's mean square where asked for."""
-    target = target.to(torch.float32)
-    error = (output.to(torch.float32) - target).square().flatten(1).mean(1)
-    return error / target.square().mean().clamp_min(1e-12) if relative else error
-
-
-def _optimizer(student: Student, config: FinetuneConfig) -> torch.optim.Optimizer:
-    """AdamW with three groups; `peak` is the learning rate that the schedule scales."""
-    adapters, ranges = [], []
-    for trainee in student.trainees():
-        adapters += list(trainee.adapters.parameters())
-        ranges += [p for p in (trainee.log_scale, trainee.relative_zero_point) if p is not None]
-    groups = [
-        {"params": adapters, "peak": config.learning_rate, "weight_decay": config.weight_decay},
-        {"params": ranges, "peak": config.activation_learning_rate, "weight_decay": 0.0},
-        {"params": list(student.router.parameters()), "peak": config.router_learning_rate, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0)

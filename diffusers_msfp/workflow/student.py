@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ShapeError
 from ..numerics.rounding import check_finite
 from ..talora import AdapterBank, AdapterPlan, Gate, TimestepRouter, Trainee, adapter_rank
-from .adapters import connect, layers_by_name, require_timesteps, routing_of
+from .adapters import base_fingerprint, connect, layers_by_name, require_timesteps, routing_of
 from .blocks import block_outputs
 from .convert import replace_module
 from .sampling import model_output
@@ -46,6 +46,11 @@ class Student(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if type(model) is not type(teacher):
+            raise ShapeError(
+                f"The teacher must be the model that was quantized, a {type(model).__name__}, but "
+                f"{type(teacher).__name__} came."
+            )
         require_timesteps(model)
         if calibration_state(model) == "observing":
             raise ConfigError(
@@ -138,8 +143,9 @@ class Student(nn.Module):
         finished = [(trainee.layer.place, trainee.finish(dtype)) for trainee in list(self.trainees())]
         for place, layer in finished:
             replace_module(self.model, place, layer)
-        plan = AdapterPlan(**{**vars(self.plan), "training": training or {}})
-        connect(self.model, plan, self.router.table())
+        base = base_fingerprint(self.model) if self.plan.placement == "side" else None
+        plan = AdapterPlan(**{**vars(self.plan), "training": training or {}, "base": base})
+        connect(self.model, plan, self.router.table(self.watched.tolist()))
         self.model.config.quantization_config.adapters = plan.to_dict()
         write_record(self.model)
         return self.model

@@ -4,9 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 
 from ..errors import ConfigError
+from .finetune_config import FinetuneConfig
 from .student import Student
 
 SETTINGS = "settings.json"
@@ -123,3 +125,17 @@ class TrainingFolder:
         for checkpoint in self.checkpoints():
             shutil.rmtree(checkpoint)
         (self.path / SETTINGS).unlink(missing_ok=True)
+
+
+def optimizer_for(student: Student, config: FinetuneConfig) -> torch.optim.Optimizer:
+    """AdamW with three groups; `peak` is the learning rate that the schedule scales."""
+    adapters, ranges = [], []
+    for trainee in student.trainees():
+        adapters += list(trainee.adapters.parameters())
+        ranges += [p for p in (trainee.log_scale, trainee.relative_zero_point) if p is not None]
+    groups = [
+        {"params": adapters, "peak": config.learning_rate, "weight_decay": config.weight_decay},
+        {"params": ranges, "peak": config.activation_learning_rate, "weight_decay": 0.0},
+        {"params": list(student.router.parameters()), "peak": config.router_learning_rate, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0)

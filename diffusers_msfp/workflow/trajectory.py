@@ -1,8 +1,8 @@
 """The teacher's own trajectories: what the full-precision denoiser is called with, and what it answers.
 
 No data are needed: a pipeline samples from noise, and each call of its denoiser becomes a training example. So prompts,
-labels, guidance and any sampler are those of the pipeline. Each sample has a generator of its own, seeded by its number:
-how samples are shared out among processes changes nothing.
+labels, guidance and any sampler are those of the pipeline. Each sample has a generator of its own, seeded by its
+number: how samples are shared out among processes changes nothing.
 
 A training batch holds all samples of a rollout, each at another step of its trajectory: on the package's model that
 lowers the error clearly more per update than one timestep for the whole batch.
@@ -141,6 +141,10 @@ class Trajectories:
                 f"Every step of {type(self.pipe).__name__} must call the denoiser once with all samples, but it does "
                 f"not: it cannot be a teacher."
             )
+
+    def own(self, batch: Tensor) -> Tensor:
+        """This process's part of something that has a row for every sample of the batch."""
+        return batch[self.rank * self.share : (self.rank + 1) * self.share]
 
     def timesteps(self) -> list[float]:
         """Timesteps of a rollout in the sampler's order, as its denoiser sees them."""
