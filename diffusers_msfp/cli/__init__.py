@@ -2,8 +2,9 @@
 
 from .compare import compare
 from .demo import demo
+from .finetune import finetune
 from .inspect import inspect
 from .quantize import quantize
 from .sample import sample
 
-__all__ = ["compare", "demo", "inspect", "quantize", "sample"]
+__all__ = ["compare", "demo", "finetune", "inspect", "quantize", "sample"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from accelerate import PartialState
 from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +20,8 @@ from rich.table import Table
 from .. import __version__, cli
 from ..errors import MSFPError
 from ..schemes import DEFAULT_SCHEME, SCHEMES
+from ..talora import PLACEMENTS
+from ..workflow import FinetuneConfig
 from .terminal import megabytes, stderr, stdout
 
 app = typer.Typer(
@@ -95,6 +98,79 @@ def quantize(
         f"{result['seconds']:.1f} s (weights {result['seconds_search']:.1f} s, calibration "
         f"{result['seconds_calibration']:.1f} s), ranges {result['calibration_state']}."
     )
+
+
+@app.command()
+def finetune(
+    source: Annotated[str, typer.Argument(metavar="DIR", help="Folder or Hub id of a quantized pipeline.")],
+    teacher: Annotated[str, typer.Option(help="The full-precision pipeline that it was made from.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; `<out>-training` keeps checkpoints, logs, previews.")],
+    minutes: Annotated[float | None, typer.Option(help="Train as many updates as fit.")] = None,
+    train_steps: Annotated[int | None, typer.Option(help="Train so many updates; 2000 if nothing is given.")] = None,
+    num_adapters: Annotated[int, typer.Option(help="Adapters per layer; 1 is a single LoRA.")] = 2,
+    rank: Annotated[int, typer.Option(help="Largest rank; narrow layers get less.")] = 32,
+    placement: Annotated[str, typer.Option(help=f"One of {', '.join(PLACEMENTS)}.")] = "merged",
+    router_group: Annotated[
+        list[str] | None, typer.Option(help="Pattern of layers that choose on their own; repeatable.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps of the trajectories.")] = 20,
+    batch_size: Annotated[int, typer.Option(help="Samples per batch, over all processes.")] = 16,
+    gradient_accumulation_steps: Annotated[int, typer.Option(help="Batches per update.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Peak, in steps of the weight grid per update.")] = 0.1,
+    dfa_exponent: Annotated[float, typer.Option(help="Of the denoising factor in the loss; 0 turns it off.")] = 1.0,
+    ema_decay: Annotated[float, typer.Option(help="Of a moving average of the adapters; 0 is none.")] = 0.0,
+    mixed_precision: Annotated[str, typer.Option(help="`no` or `bf16`.")] = "no",
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute activations to save memory.")] = False,
+    blockwise: Annotated[bool, typer.Option(help="Train block after block to save memory.")] = False,
+    checkpoint_every: Annotated[int, typer.Option(help="Updates between checkpoints.")] = 100,
+    preview_every: Annotated[int, typer.Option(help="Updates between preview pictures; 0 is none.")] = 200,
+    seed: Seed = 0,
+    prompts: Prompts = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing checkpoint.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a quantized checkpoint with timestep-aware adapters (TALoRA, DFA)."""
+    config = FinetuneConfig(
+        num_adapters=num_adapters,
+        rank=rank,
+        placement=placement,
+        router_groups=tuple(router_group or ()),
+        num_inference_steps=steps,
+        batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        train_steps=train_steps,
+        minutes=minutes,
+        learning_rate=learning_rate,
+        denoising_factor_exponent=dfa_exponent,
+        ema_decay=ema_decay,
+        mixed_precision=mixed_precision,
+        gradient_checkpointing=gradient_checkpointing,
+        blockwise=blockwise,
+        checkpoint_every=checkpoint_every,
+        preview_every=preview_every,
+        seed=seed,
+    )
+    result = cli.finetune(source, teacher, out, config, prompts=prompts, overwrite=overwrite)
+    if not PartialState().is_main_process:
+        return None
+    if as_json:
+        return _print_json(result)
+    stdout.print(
+        f"[bold]{result['out']}[/]: {result['updates']} updates in {result['seconds'] / 60:.1f} min, loss "
+        f"{result['loss_first']:.5f} → {result['loss_last']:.5f}, {megabytes(result['bytes_before'])} → "
+        f"{megabytes(result['bytes_after'])}; logs and previews in {result['training_dir']}."
+    )
+    for group, (intervals, usage) in enumerate(zip(result["intervals"], result["usage"], strict=True)):
+        table = Table(
+            "timesteps", "adapter", title=f"router, layer group {group}" if len(result["usage"]) > 1 else "router"
+        )
+        for first, last, adapter in intervals:
+            table.add_row(f"{first} … {last}", f"{adapter}")
+        stdout.print(table)
+        stdout.print("share of the timesteps: " + ", ".join(f"{k}: {share:.0%}" for k, share in enumerate(usage)))
+    if result["collapsed"]:
+        stderr.print("[yellow]One adapter serves all timesteps[/] (the router has collapsed): try more updates.")
+    return None
 
 
 @app.command()

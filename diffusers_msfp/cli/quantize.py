@@ -1,11 +1,7 @@
 """`quantize`: from a float checkpoint to a packed one."""
 
-import shutil
-import tempfile
 import time
 from pathlib import Path
-
-import psutil
 
 from ..errors import ConfigError
 from ..integration.config import MSFPConfig
@@ -14,7 +10,8 @@ from ..schemes import DEFAULT_SCHEME
 from ..workflow import calibrate, calibration_state
 from ..workflow.convert import quant_layers
 from ..workflow.sampling import require_positive
-from .load import SourceError, load_component, load_pipeline, model_bytes, refuse_quantized
+from .load import load_component, load_pipeline, model_bytes, refuse_quantized
+from .store import check_target, peak_rss_bytes, write_checkpoint
 from .terminal import progress, stderr
 
 
@@ -58,16 +55,7 @@ def quantize(
         MSFPError: `out` exists, or `source` cannot be quantized.
     """
     started = time.perf_counter()
-    out = Path(out)
-    if out.exists() and not overwrite:
-        raise ConfigError(f"{out} must not exist yet, but it does. Choose another folder, or pass `--overwrite`.")
-    if (
-        out.exists()
-        and not (out / "model_index.json").is_file()
-        and not (out / "config.json").is_file()
-        and any(out.iterdir() if out.is_dir() else [out])
-    ):
-        raise ConfigError(f"`--overwrite` replaces checkpoints only, but {out} holds something else.")
+    out = check_target(out, overwrite)
     require_positive(calibration_samples=calibration_samples, steps=steps)
     request = MSFPConfig(
         scheme=scheme,
@@ -112,7 +100,7 @@ def quantize(
     layers = [layer for model in models.values() for _, layer in quant_layers(model)]
     bits = 8 * sum(layer.weight.numel() + 4 * layer.weight_scale.numel() for layer in layers)
     parameters = sum(rows * length for rows, length in (layer.matrix_shape for layer in layers))
-    _write(loaded, out)
+    write_checkpoint(loaded, out)
     return {
         "scheme": scheme,
         "components": list(models),
@@ -127,32 +115,3 @@ def quantize(
         "calibration_state": state,
         "out": str(out),
     }
-
-
-def _write(loaded, out: Path) -> None:
-    """Save beside `out` and move into place in one step, so that nothing half-written looks like a checkpoint."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if not out.parent.is_dir():
-        raise SourceError(f"{out.parent} must be a folder.")
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-", suffix=".part") as scratch:
-        made = Path(scratch) / "made"
-        loaded.save_pretrained(made)
-        if out.exists():
-            old = Path(scratch) / "old"
-            out.rename(old)
-            made.rename(out)
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-        else:
-            made.rename(out)
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return psutil.Process().memory_info().peak_wset
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

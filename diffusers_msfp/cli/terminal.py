@@ -11,12 +11,14 @@ stdout = Console()
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error; yields a function of (done, total)."""
+def progress(title: str) -> Iterator[Callable[..., None]]:
+    """A progress bar on standard error; yields a function of (done, total, note=""), total 0 where it is not known."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda done, total, note="": bar.update(
+            task, completed=done, total=total or None, description=f"{title} {note}".rstrip()
+        )
 
 
 def megabytes(size: float) -> str:

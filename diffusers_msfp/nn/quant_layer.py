@@ -143,17 +143,17 @@ class QuantLayer(StoredTensors, ABC):
     def _store(self, weight: Tensor, bank: int = 0) -> None:
         """Encode and pack, some rows at a time: the temporaries of a large layer would outweigh it many times."""
         rows, length = self.matrix_shape
-        matrix, packed = weight.reshape(rows, length), self._banks()[bank]
+        matrix, packed = weight.reshape(rows, length), self.packed_bank(bank)
         step = max(1, _CHUNK // max(1, length))
         for start in range(0, rows, step):
             part = slice(start, start + step)
             codes = encode(matrix[part], QParams(self.weight_format, self.weight_scale[part, None]))
             packed[part] = pack(codes, self.weight_format.bits)
 
-    def _banks(self) -> Tensor:
-        """Packed weights `(K, C, bytes)`."""
-        rows, _ = self.matrix_shape
-        return self.weight.view(self.num_banks, rows, self.weight.shape[-1])
+    def packed_bank(self, bank: int | Tensor) -> Tensor:
+        """One bank's codes, `(C, bytes)`; a view where `bank` is a number."""
+        banks = self.weight.view(self.num_banks, self.matrix_shape[0], self.weight.shape[-1])
+        return banks[bank] if isinstance(bank, int) else banks.index_select(0, bank.reshape(1))[0]
 
     @torch.no_grad()
     def store_banks(self, weights: Sequence[Tensor]) -> None:
@@ -251,10 +251,7 @@ class QuantLayer(StoredTensors, ABC):
 
     def dequantize_weight(self, bank: int | Tensor = 0) -> Tensor:
         """One bank's weight as the layer uses it: float32, `logical_shape`."""
-        rows, length = self.matrix_shape
-        banks = self._banks()
-        packed = banks[bank] if isinstance(bank, int) else banks.index_select(0, bank.reshape(1))[0]
-        codes = unpack(packed, self.weight_format.bits, length)
+        codes = unpack(self.packed_bank(bank), self.weight_format.bits, self.matrix_shape[1])
         return decode(codes, self.weight_qparams()).view(self.logical_shape)
 
     def quantize_input(self, x: Tensor) -> Tensor:

@@ -79,8 +79,8 @@ class AdapterBank(nn.Module):
 
     def update(self, gate: Tensor) -> Tensor:
         """The weight's update `sum_k gate[k] * up[k] @ down[k]`; gate `(h,)` → `weight_shape`, float32."""
-        down, up = self.stacked()
-        return ((up * gate.repeat_interleave(self.rank)) @ down.flatten(1)).view(self.weight_shape)
+        up = (self.up.float().transpose(0, 1) * gate[:, None]).flatten(1)  # (out, h * r)
+        return (up @ self.down.float().flatten(0, 1).flatten(1)).view(self.weight_shape)
 
     def pair(self, adapter: int | Tensor) -> tuple[Tensor, Tensor]:
         """`(r, in / groups, *kernel)` and `(out, r)` of one adapter, float32; views where `adapter` is a number."""
@@ -106,7 +106,7 @@ class AdapterBank(nn.Module):
             gate (`Tensor`, `(B, h)`, *optional*): weight of each adapter for each sample, for a stacked pair.
         """
         if gate is not None:
-            gate = gate.repeat_interleave(down.shape[0] // gate.shape[1], dim=1)  # (B, h * r)
+            gate = gate[..., None].expand(-1, -1, down.shape[0] // gate.shape[1]).flatten(1)  # (B, h * r)
         if down.ndim == 2:
             hidden = F.linear(x, down)
             if gate is not None:

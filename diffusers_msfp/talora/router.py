@@ -5,7 +5,7 @@ a warm start one adapter takes nearly all timesteps on the package's model.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -66,15 +66,23 @@ class TimestepRouter(nn.Module):
         uniform = torch.rand(batch_size, self.groups, self.num_adapters, generator=generator).clamp(1e-6, 1 - 1e-6)
         return -(-uniform.log()).log()
 
-    def warm_start(self) -> None:
-        """Begin with an equal, contiguous share of the timesteps for each adapter."""
-        timestep = torch.arange(self.num_timesteps)
-        share = timestep * self.num_adapters // self.num_timesteps
+    def warm_start(self, loads: Mapping[float, float]) -> None:
+        """Begin with contiguous ranges of timesteps that carry equal loads.
+
+        Args:
+            loads (`Mapping[float, float]`): timestep → load ≥ 0.
+        """
+        timesteps = sorted(loads, reverse=True)
+        load = torch.tensor([loads[t] for t in timesteps], dtype=torch.float64)
+        middle = (load.cumsum(0) - load / 2) / load.sum().clamp_min(1e-30)
+        share = (middle * self.num_adapters).long().clamp(0, self.num_adapters - 1)
+        device = self.mlp[0].weight.device
+        wanted = torch.tensor(timesteps, device=device)
         target = F.one_hot(share, self.num_adapters).float()[:, None].expand(-1, self.groups, -1) * WARM_LOGIT
         optimizer = torch.optim.Adam(self.mlp.parameters(), lr=1e-2)
         for _ in range(WARM_UP_STEPS):
             optimizer.zero_grad()
-            F.mse_loss(self.logits(timestep), target).backward()
+            F.mse_loss(self.logits(wanted), target.to(device)).backward()
             optimizer.step()
         optimizer.zero_grad()
 

@@ -55,6 +55,11 @@ class Trainee(nn.Module):
             if not layer.input_format.signed:
                 self.relative_zero_point = nn.Parameter(layer.input_zero_point / layer.input_scale)
 
+    def weight_step(self) -> float:
+        """Mean distance of neighbours on the weight's grid, `maxval / (2 ** (bits - 1) - 1)`, units of the weight."""
+        fmt = self.layer.weight_format
+        return (self.layer.weight_scale.mean() * fmt.max / (2 ** (fmt.bits - 1) - 1)).item()
+
     def input_qparams(self) -> QParams:
         """Scale and zero point as they are now, with gradients; the zero point is in units of the initial scale."""
         scale = self.log_scale.exp()
@@ -69,15 +74,18 @@ class Trainee(nn.Module):
         exact = x.to(torch.float32)
         quantized = exact if self.log_scale is None else fake_quantize(exact, self.input_qparams())
         bias = None if layer.bias is None else layer.bias.to(torch.float32)
-        gate = gate.repeat_interleave(x.shape[0] // gate.shape[0], dim=0)
+        gate = gate[:, None].expand(-1, x.shape[0] // gate.shape[0], -1).flatten(0, 1)  # (rows of x, h)
         if self.placement == "side":
             output = layer.compute(quantized, layer.dequantize_weight(), bias)
             down, up = self.adapters.stacked()
             return (output + self.adapters.low_rank(layer, exact, down, up, gate)).to(x.dtype)
         choice = gate.detach().argmax(1)
-        used = choice.unique().tolist()
+        used, counts = choice.unique(return_counts=True)
         if len(used) == 1:
             return layer.compute(quantized, self.merged(gate.mean(0)), bias).to(x.dtype)
+        if bool((choice.diff() >= 0).all()):  # samples in the adapters' order need no copies
+            parts = zip(quantized.split(counts.tolist()), gate.split(counts.tolist()), strict=True)
+            return torch.cat([layer.compute(part, self.merged(own.mean(0)), bias) for part, own in parts]).to(x.dtype)
         rows = [(choice == adapter).nonzero().flatten() for adapter in used]
         parts = [layer.compute(quantized.index_select(0, i), self.merged(gate[i].mean(0)), bias) for i in rows]
         return torch.cat(parts).index_select(0, torch.cat(rows).argsort()).to(x.dtype)

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, is_tensorboard_available
 from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ConfigError, NonFiniteError
 from ..losses import loss_weights, squared_error
@@ -29,7 +29,6 @@ from .finetune_config import (
 )
 from .sampling import call_arguments, denoiser_of, quiet
 from .student import Student
-from .timestep import timestep_of, timestep_position
 from .training_state import Progress, TrainingFolder, optimizer_for
 from .trajectory import DenoisingStep, Trajectories
 
@@ -44,7 +43,8 @@ class Finetuner:
         pipe (`DiffusionPipeline`): quantized and calibrated; changed in place by `run`.
         teacher (`DiffusionPipeline`): the full-precision original; its scheduler is the sampler trained for.
         config (`FinetuneConfig`, *optional*): settings.
-        work_dir (`str` or `Path`, *optional*): for checkpoints and TensorBoard's logs; a run found there is resumed.
+        work_dir (`str` or `Path`, *optional*): for checkpoints and, where it is installed, TensorBoard's logs; a run
+            found there is resumed.
         prompts (`list[str]`, *optional*): taken in turn where the pipeline takes prompts.
         on_update (`Callable[[int, int, float], None]`, *optional*): called with (done, total, loss); total is 0 while
             it is not known.
@@ -75,7 +75,7 @@ class Finetuner:
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             mixed_precision=config.mixed_precision,
             cpu=model.device.type == "cpu",
-            log_with="tensorboard" if work_dir else None,
+            log_with="tensorboard" if work_dir and is_tensorboard_available() else None,
             project_dir=work_dir,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
         )
@@ -108,7 +108,7 @@ class Finetuner:
         )
         self.student.watch_timesteps(timesteps)
         if config.num_adapters > 1:
-            self.student.router.warm_start()
+            self.student.router.warm_start(self._loads(len(timesteps)))
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         self.blocks = trainable_blocks(model) if config.blockwise else {}
@@ -125,6 +125,20 @@ class Finetuner:
             raise
         if work_dir:
             self.accelerator.init_trackers("finetune")
+
+    @torch.no_grad()
+    def _loads(self, steps: int) -> dict[float, float]:
+        """Timestep → root of the weighted squared error before training, over one rollout and all processes."""
+        errors: dict[float, list[float]] = {timestep: [0.0, 0.0] for timestep in self.trajectories.timesteps()}
+        for number in range(steps):
+            step = self.trajectories[number]
+            (output,), _ = self.student(step)
+            for timestep, error in zip(step.timesteps.tolist(), squared_error(output, step.output), strict=True):
+                errors[timestep][0] += error.item()
+                errors[timestep][1] += 1
+        sums = self.accelerator.reduce(torch.tensor(list(errors.values()), device=self.accelerator.device), "sum")
+        means = (sums[:, 0] / sums[:, 1].clamp_min(1)).tolist()
+        return {timestep: (self._weight(timestep) * mean) ** 0.5 for timestep, mean in zip(errors, means, strict=True)}
 
     def run(self) -> dict:
         """Train to the end and turn the student into a deployed model.
@@ -255,18 +269,9 @@ class Finetuner:
     def preview(self, num: int = PREVIEWS) -> np.ndarray:
         """Pictures of the student as it is, on the teacher's sampler; `(num, H, W, C)` in [0, 1]."""
         pipe = type(self.pipe)(**{**self.pipe.components, "scheduler": self.teacher.scheduler})
-
-        def choose(_model: nn.Module, args: tuple, kwargs: dict) -> None:
-            timestep = timestep_of(timestep_position(self.student.model), args, kwargs)
-            self.student.choose(torch.as_tensor(timestep).reshape(-1)[:1])
-
-        handle = self.student.model.register_forward_pre_hook(choose, with_kwargs=True)
         generators = [torch.Generator().manual_seed(self.config.seed + i) for i in range(num)]
-        try:
-            with quiet(pipe):
-                return np.asarray(pipe(**self.preview_arguments(0, num, generators)).images)
-        finally:
-            handle.remove()
+        with quiet(pipe), self.student.routed():
+            return np.asarray(pipe(**self.preview_arguments(0, num, generators)).images)
 
 
 def finetune(pipe, teacher, config: FinetuneConfig | None = None, **arguments) -> dict:

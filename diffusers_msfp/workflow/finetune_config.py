@@ -26,8 +26,10 @@ class FinetuneConfig:
         gradient_accumulation_steps (`int`): timesteps per update.
         train_steps (`int`, *optional*): updates; 2000 if `minutes` is not given either.
         minutes (`float`, *optional*): instead, as many updates as fit, measured over the first ones.
-        learning_rate, activation_learning_rate, router_learning_rate (`float`): peaks of adapters, of the logarithm of
-            activation scales (and zero points relative to them), and of the router; AdamW, linear decay.
+        learning_rate (`float`): peak of the adapters, in steps of their layer's weight grid per update.
+        activation_learning_rate (`float`): peak of the logarithm of activation scales, and of zero points relative to
+            them.
+        router_learning_rate (`float`): peak of the router. All with AdamW and linear decay.
         weight_decay (`float`): of the adapters.
         denoising_factor_exponent (`float`): 1 weighs the loss by the denoising factor (DFA), 0 does not.
         denoising_factor_floor (`float`): smallest factor as a share of the mean.
@@ -54,7 +56,7 @@ class FinetuneConfig:
     gradient_accumulation_steps: int = 1
     train_steps: int | None = None
     minutes: float | None = None
-    learning_rate: float = 1e-3
+    learning_rate: float = 0.1
     activation_learning_rate: float = 5e-3
     router_learning_rate: float = 1e-3
     weight_decay: float = 0.0

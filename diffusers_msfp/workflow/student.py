@@ -1,6 +1,7 @@
 """The quantized model while it learns: trainable layers in place of the quantized ones, and the router."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from .blocks import block_outputs
 from .convert import replace_module
 from .sampling import model_output
 from .state import calibration_state, write_record
+from .timestep import timestep_of, timestep_position
 from .trajectory import DenoisingStep
 
 
@@ -98,11 +100,28 @@ class Student(nn.Module):
             the timesteps set by `watch_timesteps`.
         """
         self.choose(step.timesteps, noise)
+        order = self.gate.value[:, 0].argmax(1).argsort(stable=True)  # so that a layer's adapters see adjoining rows
+        self.gate.value, step = self.gate.value[order], step.rows(order)
         if block is None:
             outputs = [model_output(self.model(*step.args, **step.kwargs))]
         else:
             outputs = block_outputs(self.model, block, step, gradients=True)
-        return outputs, self.router.balance_loss(self.watched)
+        back = order.argsort()
+        return [output.index_select(0, back) for output in outputs], self.router.balance_loss(self.watched)
+
+    @contextmanager
+    def routed(self) -> Iterator[None]:
+        """Let the model be called by a pipeline, whose timesteps the router sees."""
+        position = timestep_position(self.model)
+
+        def choose(_model: nn.Module, args: tuple, kwargs: dict) -> None:
+            self.choose(torch.as_tensor(timestep_of(position, args, kwargs)).reshape(-1)[:1])
+
+        handle = self.model.register_forward_pre_hook(choose, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def watch_timesteps(self, timesteps: list[float]) -> None:
         """Over which timesteps the load of the adapters is to be balanced."""

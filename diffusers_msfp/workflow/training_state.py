@@ -128,14 +128,23 @@ class TrainingFolder:
 
 
 def optimizer_for(student: Student, config: FinetuneConfig) -> torch.optim.Optimizer:
-    """AdamW with three groups; `peak` is the learning rate that the schedule scales."""
-    adapters, ranges = [], []
+    """AdamW; `peak` of a group is the learning rate that the schedule scales.
+
+    Adapters learn in steps of their layer's weight grid (EfficientDM's scale-aware learning rate): groups of equal rate
+    are joined, in steps of a tenth.
+    """
+    ranges, adapters = [], {}
     for trainee in student.trainees():
-        adapters += list(trainee.adapters.parameters())
         ranges += [p for p in (trainee.log_scale, trainee.relative_zero_point) if p is not None]
+        peak = float(f"{config.learning_rate * trainee.weight_step():.1e}")
+        adapters.setdefault(peak, []).extend(trainee.adapters.parameters())
     groups = [
-        {"params": adapters, "peak": config.learning_rate, "weight_decay": config.weight_decay},
-        {"params": ranges, "peak": config.activation_learning_rate, "weight_decay": 0.0},
-        {"params": list(student.router.parameters()), "peak": config.router_learning_rate, "weight_decay": 0.0},
+        {"params": params, "peak": peak, "weight_decay": config.weight_decay} for peak, params in adapters.items()
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0)
+    for params, peak in (
+        (ranges, config.activation_learning_rate),
+        (list(student.router.parameters()), config.router_learning_rate),
+    ):
+        if params:
+            groups.append({"params": params, "peak": peak, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, lr=0.0)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..errors import ConfigError
 from .sampling import denoiser_of, model_output, quiet
@@ -35,6 +35,16 @@ class DenoisingStep:
     args: tuple
     kwargs: dict[str, Any]
     output: Tensor
+
+    def rows(self, order: Tensor) -> "DenoisingStep":
+        """The same call with its rows in another order."""
+        number = len(order)
+
+        def arrange(leaf: Any) -> Any:
+            has_rows = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == number
+            return leaf[order] if has_rows else leaf
+
+        return DenoisingStep(*tree_map(arrange, (self.timesteps, self.args, self.kwargs, self.output)))
 
 
 def rollout(pipe, make_arguments: Callable, first: int, size: int, seed: int) -> list[DenoisingStep]:

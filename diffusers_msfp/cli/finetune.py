@@ -1,0 +1,114 @@
+"""`finetune`: timestep-aware adapters for a quantized pipeline."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+from diffusers import DDPMScheduler
+
+from ..errors import ConfigError
+from ..evaluation import image_grid, with_ddim
+from ..workflow import FinetuneConfig, Finetuner
+from ..workflow.finetune import PREVIEWS
+from ..workflow.sampling import denoiser_of
+from ..workflow.state import quantized_models
+from .load import SourceError, load_pipeline, model_bytes
+from .sample import sample_images
+from .store import check_target, peak_rss_bytes, write_checkpoint
+from .terminal import progress, stderr
+
+
+def finetune(
+    source: str,
+    teacher: str,
+    out: str | Path,
+    config: FinetuneConfig | None = None,
+    *,
+    prompts: list[str] | None = None,
+    overwrite: bool = False,
+) -> dict:
+    """Fine-tune a quantized checkpoint and write the result.
+
+    The run keeps its checkpoints, logs and preview pictures in `<out>-training` and goes on from there when it is
+    started again with the same settings; at its end the checkpoints are removed. Under `accelerate launch` each
+    process runs this function, and the first one writes.
+
+    Args:
+        source (`str`): folder or Hub id of a quantized pipeline.
+        teacher (`str`): the full-precision pipeline that it was made from.
+        out (`str` or `Path`): folder to write; appears only when everything has succeeded.
+        config (`FinetuneConfig`, *optional*): settings.
+        prompts (`list[str]`, *optional*): for pipelines that take prompts.
+        overwrite (`bool`): replace `out` if it exists.
+
+    Returns:
+        `dict`: `updates`, `seconds` (of training), `seconds_total`, `loss_first` and `loss_last` (means of a tenth of
+        the updates), `usage`, `collapsed`, `intervals`, `bytes_before`, `bytes_after`, `peak_rss_bytes`,
+        `training_dir`, `out`.
+
+    Raises:
+        MSFPError: `out` exists, or the two pipelines do not fit together.
+    """
+    started, main = time.perf_counter(), PartialState().is_main_process
+    out, config = check_target(out, overwrite), config or FinetuneConfig()
+    training = out.parent / f"{out.name}-training"
+    pipe, original = load_pipeline(source), load_pipeline(teacher)
+    if not list(quantized_models(pipe)):
+        raise SourceError(f"{source} must be quantized, but it is not: run `diffusers-msfp quantize` first.")
+    if list(quantized_models(original)):
+        raise ConfigError(f"The teacher must be the full-precision pipeline, but {teacher} is quantized.")
+    if isinstance(original.scheduler, DDPMScheduler):  # ancestral sampling needs all its steps
+        original = with_ddim(original)
+
+    rows: list[np.ndarray] = []
+
+    def keep_preview(update: int, pictures: np.ndarray) -> None:
+        if not rows:
+            rows.append(sample_images(original, num=PREVIEWS, steps=config.num_inference_steps, seed=config.seed))
+        grid = image_grid(
+            np.concatenate([rows[0], pictures]),
+            columns=PREVIEWS,
+            scale=max(1, 64 // pictures.shape[1]),
+            labels=["full precision", f"after {update} updates"],
+        )
+        grid.save(training / f"preview-{update:06}.png")
+
+    with progress("fine-tuning") as report:
+
+        def tell(done: int, total: int, loss: float) -> None:
+            report(done, total, f"loss {loss:.5f}")
+            if main and not stderr.is_terminal and done % config.checkpoint_every == 0:
+                stderr.print(f"update {done} of {total or '?'}, loss {loss:.5f}")
+
+        run = Finetuner(
+            pipe,
+            original,
+            config,
+            work_dir=training,
+            prompts=prompts,
+            on_update=tell if main else None,
+            on_preview=keep_preview,
+        )
+        if run.progress.update and main:
+            stderr.print(f"going on after update {run.progress.update}, found in {training}")
+        result = run.run()
+    losses = result.pop("losses")
+    tenth = max(1, len(losses) // 10)
+    if main:
+        write_checkpoint(pipe, out)
+        run.folder.clear()
+    run.accelerator.wait_for_everyone()
+    denoiser = denoiser_of(pipe)
+    name = next(name for name, component in pipe.components.items() if component is denoiser)
+    return result | {
+        "seconds_total": time.perf_counter() - started,
+        "loss_first": float(np.mean(losses[:tenth])),
+        "loss_last": float(np.mean(losses[-tenth:])),
+        "intervals": denoiser.timestep_router.intervals(),
+        "bytes_before": model_bytes(source, denoiser, name),
+        "bytes_after": model_bytes(str(out), denoiser, name),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "training_dir": str(training),
+        "out": str(out),
+    }

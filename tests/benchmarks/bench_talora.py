@@ -1,0 +1,119 @@
+"""Fine-tuning at `w4a4` on a real model: signs, one LoRA, TALoRA, DFA, placements; three seeds each.
+
+    python tests/benchmarks/bench_talora.py --data fashion_mnist.npz [--cells "ptq,talora" --seeds "0"]
+
+Every cell of a kind gets the same number of updates. Each row is written as soon as it is measured; with `--cells` or
+`--seeds` only these rows are made anew. Distances are between features of `fashion_features.py`, on pictures of 20 DDIM
+steps. Writes `model_cards/results/<name>.json`.
+"""
+
+import copy
+import time
+from typing import Annotated
+
+import torch
+import typer
+from diffusers import DiffusionPipeline
+from fashion_features import frechet_distance, load_images
+from harness import RESULTS, read_results, write_results
+
+from diffusers_msfp import FinetuneConfig, finetune, quantize_pipeline
+from diffusers_msfp.assets import EMBEDDED_MODEL
+from diffusers_msfp.cli.sample import sample_images
+from diffusers_msfp.cli.store import peak_rss_bytes
+from diffusers_msfp.evaluation import compare_pipelines, with_ddim
+from diffusers_msfp.integration.config import MSFPConfig
+from diffusers_msfp.integration.in_memory import components_of
+
+COMMAND = "python tests/benchmarks/bench_talora.py --data fashion_mnist.npz"
+SHORT, LONG = 400, 2000  # updates
+FIGURES = ("eps_mse", "eps_rel_l2", "image_psnr_db")
+
+
+def cell(updates: int = SHORT, scheme: str = "w4a4", **settings) -> tuple[str, FinetuneConfig | None]:
+    """A scheme and how it is fine-tuned."""
+    return scheme, FinetuneConfig(train_steps=updates, **settings) if settings else None
+
+
+# Equal parameters: one adapter of rank 16, two of rank 8, four of rank 4.
+CELLS = {
+    "ptq-signed": cell(scheme="w4a4-signed"),
+    "ptq": cell(),
+    "one-lora": cell(num_adapters=1, rank=16, denoising_factor_exponent=0),
+    "talora": cell(num_adapters=2, rank=8, denoising_factor_exponent=0),
+    "talora-dfa": cell(num_adapters=2, rank=8),
+    "talora-dfa-squared": cell(num_adapters=2, rank=8, denoising_factor_exponent=2),
+    "talora-4": cell(num_adapters=4, rank=4, denoising_factor_exponent=0),
+    "one-lora-32": cell(num_adapters=1, rank=32, denoising_factor_exponent=0),
+    "talora-32": cell(num_adapters=2, rank=32, denoising_factor_exponent=0),
+    "side": cell(num_adapters=2, rank=7, denoising_factor_exponent=0, placement="side"),
+    "long": cell(LONG, rank=32, denoising_factor_exponent=0),
+    "long-dfa": cell(LONG, rank=32),
+}
+
+
+def main(
+    data: Annotated[str, typer.Option(help="fashion_mnist.npz, for real test images")],
+    cells: Annotated[str, typer.Option(help="comma-separated; all if left out")] = "",
+    seeds: Annotated[str, typer.Option(help="comma-separated")] = "0,1,2",
+    pictures: Annotated[int, typer.Option(help="for the Fréchet distances")] = 512,
+    name: Annotated[str, typer.Option(help="of the results file")] = "talora",
+) -> None:
+    """Quantize, fine-tune, compare, sample, write rows."""
+    reference = with_ddim(DiffusionPipeline.from_pretrained(EMBEDDED_MODEL))
+    reference.set_progress_bar_config(disable=True)
+    real = load_images(data, "test")[0]
+    real = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))]
+    for seed in map(int, seeds.split(",")):
+        own = pictures_of(reference, pictures, seed)
+        keep(name, {"cell": "full precision", "seed": seed, "frechet_real": frechet_distance(real, own)})
+        for key in cells.split(",") if cells else CELLS:
+            scheme, config = CELLS[key]
+            pipe = copy.deepcopy(reference)
+            quantize_pipeline(pipe, scheme, seed=seed)
+            row = {"cell": key, "scheme": scheme, "seed": seed}
+            if config is not None:
+                config = FinetuneConfig(**config.to_dict() | {"seed": seed})
+                started = time.perf_counter()
+                result = finetune(pipe, reference, config)
+                row |= {
+                    "updates": result["updates"],
+                    "rank": config.rank,
+                    "seconds": round(time.perf_counter() - started, 1),
+                    "usage": result["usage"],
+                    "intervals": pipe.unet.timestep_router.intervals(),
+                    "peak_rss_bytes": peak_rss_bytes(),
+                }
+            row["bytes"] = sum(m.get_memory_footprint() for m in components_of(pipe, MSFPConfig()).values())
+            for steps in (20, 50):
+                compared = compare_pipelines(reference, pipe, num_inference_steps=steps, seed=1000 + seed)
+                row |= {f"{figure}_{steps}": float(f"{compared[figure]:.5g}") for figure in FIGURES}
+                if steps == 20:
+                    errors = compared["eps_rel_l2_by_timestep"].items()
+                    row["eps_rel_l2_by_timestep"] = {t: float(f"{value:.4g}") for t, value in errors}
+            made = pictures_of(pipe, pictures, seed)
+            row |= {"frechet_real": frechet_distance(real, made), "frechet_reference": frechet_distance(own, made)}
+            keep(name, row)
+            typer.echo(
+                f"{key:20} seed {seed}  eps_rel_l2 {row['eps_rel_l2_20']:.4f}  psnr {row['image_psnr_db_20']:.1f} dB  "
+                f"Fréchet {row['frechet_reference']:.3f}  {row.get('seconds', 0):.0f} s",
+                err=True,
+            )
+
+
+def pictures_of(pipe, number: int, seed: int) -> torch.Tensor:
+    """`(number, 1, 32, 32)` in [0, 1]."""
+    images = sample_images(pipe, num=number, steps=20, seed=5000 + 1000 * seed)
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def keep(name: str, row: dict) -> None:
+    """Put a row into the results file, in the order of the cells."""
+    rows = read_results(name)["rows"] if (RESULTS / f"{name}.json").exists() else []
+    rows = [r for r in rows if (r["cell"], r["seed"]) != (row["cell"], row["seed"])] + [row]
+    order = ["full precision", *CELLS]
+    write_results(name, COMMAND, sorted(rows, key=lambda r: (order.index(r["cell"]), r["seed"])))
+
+
+if __name__ == "__main__":
+    typer.run(main)
