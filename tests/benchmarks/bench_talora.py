@@ -26,7 +26,7 @@ from diffusers_msfp.integration.config import MSFPConfig
 from diffusers_msfp.integration.in_memory import components_of
 
 COMMAND = "python tests/benchmarks/bench_talora.py --data fashion_mnist.npz"
-SHORT, LONG = 400, 2000  # updates
+SHORT, LONG = 300, 1500  # updates
 FIGURES = ("eps_mse", "eps_rel_l2", "image_psnr_db")
 
 
@@ -56,7 +56,7 @@ def main(
     data: Annotated[str, typer.Option(help="fashion_mnist.npz, for real test images")],
     cells: Annotated[str, typer.Option(help="comma-separated; all if left out")] = "",
     seeds: Annotated[str, typer.Option(help="comma-separated")] = "0,1,2",
-    pictures: Annotated[int, typer.Option(help="for the Fréchet distances")] = 512,
+    pictures: Annotated[int, typer.Option(help="for the Fréchet distances")] = 384,
     name: Annotated[str, typer.Option(help="of the results file")] = "talora",
 ) -> None:
     """Quantize, fine-tune, compare, sample, write rows."""
