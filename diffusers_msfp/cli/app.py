@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from accelerate import PartialState
 from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
 from rich.table import Table
@@ -151,7 +150,7 @@ def finetune(
         seed=seed,
     )
     result = cli.finetune(source, teacher, out, config, prompts=prompts, overwrite=overwrite)
-    if not PartialState().is_main_process:
+    if result is None:  # not the first process
         return None
     if as_json:
         return _print_json(result)
@@ -160,14 +159,7 @@ def finetune(
         f"{result['loss_first']:.5f} → {result['loss_last']:.5f}, {megabytes(result['bytes_before'])} → "
         f"{megabytes(result['bytes_after'])}; logs and previews in {result['training_dir']}."
     )
-    for group, (intervals, usage) in enumerate(zip(result["intervals"], result["usage"], strict=True)):
-        table = Table(
-            "timesteps", "adapter", title=f"router, layer group {group}" if len(result["usage"]) > 1 else "router"
-        )
-        for first, last, adapter in intervals:
-            table.add_row(f"{first} … {last}", f"{adapter}")
-        stdout.print(table)
-        stdout.print("share of the timesteps: " + ", ".join(f"{k}: {share:.0%}" for k, share in enumerate(usage)))
+    _print_router(result["intervals"])
     if result["collapsed"]:
         stderr.print("[yellow]One adapter serves all timesteps[/] (the router has collapsed): try more updates.")
     return None
@@ -232,6 +224,19 @@ def inspect(
             table.add_row(*_layer_row(layer))
         longest = max(len(layer["name"]) for layer in part["layers"])
         Console(width=max(stdout.width, longest + INSPECT_WIDTH), soft_wrap=True).print(table)
+        if part["adapters"]:
+            stdout.print(f"{part['adapters']['num_adapters']} adapters per layer, {part['adapters']['placement']}")
+            _print_router(part["adapters"]["intervals"])
+
+
+def _print_router(intervals: list) -> None:
+    """Which adapter serves which timesteps."""
+    for group, runs in enumerate(intervals):
+        title = f"router, layer group {group}" if len(intervals) > 1 else "router"
+        table = Table("timesteps", "adapter", "share", title=title)
+        for first, last, adapter in runs:
+            table.add_row(f"{first} … {last}", f"{adapter}", f"{(last - first + 1) / (runs[-1][1] + 1):.0%}")
+        stdout.print(table)
 
 
 def _layer_row(layer: dict) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from diffusers import DDPMScheduler
 
@@ -27,7 +28,7 @@ def finetune(
     *,
     prompts: list[str] | None = None,
     overwrite: bool = False,
-) -> dict:
+) -> dict | None:
     """Fine-tune a quantized checkpoint and write the result.
 
     The run keeps its checkpoints, logs and preview pictures in `<out>-training` and goes on from there when it is
@@ -45,12 +46,13 @@ def finetune(
     Returns:
         `dict`: `updates`, `seconds` (of training), `seconds_total`, `loss_first` and `loss_last` (means of a tenth of
         the updates), `usage`, `collapsed`, `intervals`, `bytes_before`, `bytes_after`, `peak_rss_bytes`,
-        `training_dir`, `out`.
+        `training_dir`, `out`; None in all processes but the first.
 
     Raises:
         MSFPError: `out` exists, or the two pipelines do not fit together.
     """
-    started, main = time.perf_counter(), PartialState().is_main_process
+    started, process = time.perf_counter(), PartialState(cpu=not torch.accelerator.is_available())
+    main = process.is_main_process
     out, config = check_target(out, overwrite), config or FinetuneConfig()
     training = out.parent / f"{out.name}-training"
     pipe, original = load_pipeline(source), load_pipeline(teacher)
@@ -58,6 +60,8 @@ def finetune(
         raise SourceError(f"{source} must be quantized, but it is not: run `diffusers-msfp quantize` first.")
     if list(quantized_models(original)):
         raise ConfigError(f"The teacher must be the full-precision pipeline, but {teacher} is quantized.")
+    for part in (pipe, original):
+        part.to(process.device)
     if isinstance(original.scheduler, DDPMScheduler):  # ancestral sampling needs all its steps
         original = with_ddim(original)
 
@@ -95,10 +99,10 @@ def finetune(
         result = run.run()
     losses = result.pop("losses")
     tenth = max(1, len(losses) // 10)
-    if main:
-        write_checkpoint(pipe, out)
-        run.folder.clear()
-    run.accelerator.wait_for_everyone()
+    if not main:
+        return None
+    write_checkpoint(pipe, out)
+    run.folder.clear()
     denoiser = denoiser_of(pipe)
     name = next(name for name, component in pipe.components.items() if component is denoiser)
     return result | {

@@ -7,6 +7,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
 from ..formats import FORMATS
+from ..talora import AdapterPlan, RoutingTable
 
 WEIGHTS = "diffusion_pytorch_model"
 
@@ -64,7 +65,8 @@ def describe_checkpoint(path: str | Path) -> dict:
         `dict`: component → `scheme`, `calibration_state`, `format_version`, `bytes`, and `layers`: a list of `name`,
         `weight_format`, `weight_bits`, `weight_scale_min`, `weight_scale_max`, `weight_rel_mse`, `input_format` (None
         if float, `"observing"` before calibration), `input_signed`, `input_scale`, `input_zero_point`,
-        `input_rel_mse`, `weight_bytes`.
+        `input_rel_mse`, `weight_bytes` (of all banks); and `adapters`: None, or `placement`, `num_adapters` and the
+        router's `intervals` (`[group][(first timestep, last timestep, adapter), …]`).
 
     Raises:
         CheckpointError: no such checkpoint, or a damaged one.
@@ -110,7 +112,16 @@ def _describe_component(folder: Path) -> dict:
         "format_version": record.get("format_version"),
         "bytes": file_bytes(folder),
         "layers": layers,
+        "adapters": _describe_adapters(record, tensors),
     }
+
+
+def _describe_adapters(record: dict, tensors: dict) -> dict | None:
+    if not record.get("adapters"):
+        return None
+    plan = AdapterPlan.from_dict(record["adapters"])
+    intervals = RoutingTable(tensors["timestep_router.table"], plan.num_adapters).intervals()
+    return {"placement": plan.placement, "num_adapters": plan.num_adapters, "intervals": intervals}
 
 
 def _small_tensors(folder: Path) -> tuple[dict, dict]:
@@ -122,7 +133,7 @@ def _small_tensors(folder: Path) -> tuple[dict, dict]:
                 for key in handle.keys():  # noqa: SIM118
                     if key.endswith(".weight"):
                         shapes[key] = handle.get_slice(key).get_shape()
-                    elif key.rpartition(".")[2].startswith(("weight_", "input_")):
+                    elif key.rpartition(".")[2].startswith(("weight_", "input_", "table")):
                         tensors[key] = handle.get_tensor(key)
         except SafetensorError as error:
             raise CheckpointError(f"{file} must be a safetensors file, but it is not ({error}).") from error

@@ -15,7 +15,7 @@ from accelerate.utils import DistributedDataParallelKwargs, is_tensorboard_avail
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from ..errors import ConfigError, NonFiniteError
+from ..errors import NonFiniteError
 from ..losses import loss_weights, squared_error
 from .blocks import block_outputs, trainable_blocks
 from .denoising_factor import denoising_factors
@@ -73,7 +73,6 @@ class Finetuner:
         model, original = denoiser_of(pipe), denoiser_of(teacher)
         self.accelerator = Accelerator(
             gradient_accumulation_steps=config.gradient_accumulation_steps,
-            mixed_precision=config.mixed_precision,
             cpu=model.device.type == "cpu",
             log_with="tensorboard" if work_dir and is_tensorboard_available() else None,
             project_dir=work_dir,
@@ -106,37 +105,38 @@ class Finetuner:
             router_groups=config.router_groups,
             seed=config.seed,
         )
-        self.student.watch_timesteps(timesteps)
-        if config.num_adapters > 1:
-            self.student.router.warm_start(self._loads(len(timesteps)))
-        if config.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
-        self.blocks = trainable_blocks(model) if config.blockwise else {}
-        self.trainable = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
-        self.ema = EMAModel(self.trainable, decay=config.ema_decay) if config.ema_decay else None
-        self.progress = Progress(self.student, self.ema)
-        settings = config.to_dict() | {"processes": world, "layers": len(self.student.plan.rank_of())}
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.student, optimizer_for(self.student, config))
         try:
-            self.folder = TrainingFolder(work_dir, self.accelerator, self.progress, settings)
-            self.folder.resume()
-        except ConfigError:
+            self._prepare(timesteps, work_dir)
+        except BaseException:
             self.student.abandon()
             raise
+
+    def _prepare(self, timesteps: list[float], work_dir: Path | None) -> None:
+        """Router, optimizer and checkpoints."""
+        config, student = self.config, self.student
+        student.watch_timesteps(timesteps)
+        if config.num_adapters > 1:
+            student.router.warm_start(self._loads(len(timesteps)))
+        if config.gradient_checkpointing:
+            student.model.enable_gradient_checkpointing()
+        self.blocks = trainable_blocks(student.model) if config.blockwise else {}
+        self.trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        self.ema = EMAModel(self.trainable, decay=config.ema_decay) if config.ema_decay else None
+        self.progress = Progress(student, self.ema)
+        self.wrapped, self.optimizer = self.accelerator.prepare(student, optimizer_for(student, config))
+        layers = len(student.plan.rank_of())
+        settings = config.to_dict() | {"processes": self.accelerator.num_processes, "layers": layers}
+        self.folder = TrainingFolder(work_dir, self.accelerator, self.progress, settings)
+        self.folder.resume()
         if work_dir:
             self.accelerator.init_trackers("finetune")
 
-    @torch.no_grad()
     def _loads(self, steps: int) -> dict[float, float]:
         """Timestep → root of the weighted squared error before training, over one rollout and all processes."""
-        errors: dict[float, list[float]] = {timestep: [0.0, 0.0] for timestep in self.trajectories.timesteps()}
-        for number in range(steps):
-            step = self.trajectories[number]
-            (output,), _ = self.student(step)
-            for timestep, error in zip(step.timesteps.tolist(), squared_error(output, step.output), strict=True):
-                errors[timestep][0] += error.item()
-                errors[timestep][1] += 1
+        errors = self.student.errors_by_timestep(self.trajectories[number] for number in range(steps))
         sums = self.accelerator.reduce(torch.tensor(list(errors.values()), device=self.accelerator.device), "sum")
+        if not torch.isfinite(sums).all():
+            raise NonFiniteError("The teacher's and the student's outputs must be finite, but NaN or infinity came.")
         means = (sums[:, 0] / sums[:, 1].clamp_min(1)).tolist()
         return {timestep: (self._weight(timestep) * mean) ** 0.5 for timestep, mean in zip(errors, means, strict=True)}
 
@@ -210,7 +210,7 @@ class Finetuner:
         """Forward and backward of one batch; returns its loss."""
         config, step = self.config, self.trajectories[number]
         block = block_at(self.blocks, self.progress.update, expected) if self.blocks else None
-        with self.accelerator.autocast():
+        with torch.autocast(step.output.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
             outputs, balance = self.wrapped(step, self._exploration(number, step, expected), block)
         if block is None:
             targets = [step.output]

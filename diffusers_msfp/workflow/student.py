@@ -1,12 +1,13 @@
 """The quantized model while it learns: trainable layers in place of the quantized ones, and the router."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError
+from ..losses import squared_error
 from ..numerics.rounding import check_finite
 from ..talora import AdapterBank, AdapterPlan, Gate, TimestepRouter, Trainee, adapter_rank
 from .adapters import base_fingerprint, connect, layers_by_name, require_timesteps, routing_of
@@ -123,9 +124,20 @@ class Student(nn.Module):
         finally:
             handle.remove()
 
+    @torch.no_grad()
+    def errors_by_timestep(self, steps: Iterable[DenoisingStep]) -> dict[float, tuple[float, int]]:
+        """Sum of the samples' mean squared errors and their number, for every watched timestep."""
+        found = {timestep: (0.0, 0) for timestep in self.watched.tolist()}
+        for step in steps:
+            (output,), _ = self(step)
+            for timestep, error in zip(step.timesteps.tolist(), squared_error(output, step.output), strict=True):
+                total, number = found[timestep]
+                found[timestep] = (total + error.item(), number + 1)
+        return found
+
     def watch_timesteps(self, timesteps: list[float]) -> None:
         """Over which timesteps the load of the adapters is to be balanced."""
-        self.watched = torch.tensor(timesteps, device=self.router.mlp[0].weight.device)
+        self.watched = torch.tensor(timesteps, dtype=torch.float32, device=self.router.mlp[0].weight.device)
 
     def trainees(self) -> Iterator[Trainee]:
         """Layers with adapters."""

@@ -71,6 +71,56 @@ def test_quantize_compare_inspect_sample(tiny_dir, tmp_path):
     assert Image.open(tmp_path / "grid.png").width > 3 * 8
 
 
+def test_finetune(tiny_dir, packed_dir, tmp_path):
+    out, training = tmp_path / "tuned", tmp_path / "tuned-training"
+    options = ["--train-steps", 4, "--steps", 3, "--batch-size", 4, "--preview-every", 2, "--checkpoint-every", 2]
+    made = program("finetune", packed_dir, "--teacher", tiny_dir, "--out", out, *options, "--json")
+    assert made.returncode == 0, made.stderr
+    result = json.loads(made.stdout)
+    assert result["updates"] == 4
+    assert result["loss_first"] > 0
+    assert result["bytes_after"] > 1.4 * result["bytes_before"]
+    assert result["peak_rss_bytes"] > 1e8
+    assert result["intervals"][0][0][0] == 0
+    assert result["intervals"][0][-1][1] == 999
+    assert sorted(p.name for p in training.iterdir()) == ["finetune", "preview-000002.png", "preview-000004.png"]
+    assert Image.open(training / "preview-000004.png").width > 8 * 64
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tuned", "tuned-training"]
+
+    described = json.loads(program("inspect", out, "--json").stdout)["unet"]
+    assert described["adapters"]["intervals"] == result["intervals"]
+    assert described["adapters"]["placement"] == "merged"
+    shown = program("inspect", out).stdout
+    assert "2 adapters per layer, merged" in shown
+    assert program("sample", out, "--num", 1, "--steps", 2, "--out", tmp_path / "grid.png").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "teacher", "more", "message"),
+    [
+        ("tiny", "tiny", [], "must be quantized, but it is not: run `diffusers-msfp quantize` first"),
+        ("packed", "packed", [], "must be the full-precision pipeline, but"),
+        ("packed", "tiny", ["--minutes", "1", "--train-steps", "1"], "exclude each other"),
+        ("packed", "tiny", ["--placement", "inside"], "one of merged, side, but 'inside' came"),
+        ("packed", "nowhere", [], "must be a folder, a file or a Hub id"),
+    ],
+)
+def test_finetune_refuses_in_one_line(
+    tiny_dir, packed_dir, tmp_path, monkeypatch, capsys, source, teacher, more, message
+):
+    folders = {"tiny": tiny_dir, "packed": packed_dir, "nowhere": str(tmp_path / "nowhere")}
+    out = tmp_path / "out"
+    command = ["finetune", folders[source], "--teacher", folders[teacher], "--out", str(out), *more]
+    monkeypatch.setattr(sys, "argv", ["diffusers-msfp", *command])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not out.exists()
+
+
 def test_single_model_folder(tiny_dir, tmp_path):
     out = tmp_path / "unet"
     made = program("quantize", Path(tiny_dir) / "unet", "--scheme", "w4a4", "--out", out, "--json")

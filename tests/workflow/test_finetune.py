@@ -18,7 +18,7 @@ from diffusers import (
 
 from diffusers_msfp import FinetuneConfig, MSFPConfig, calibrate, finetune, quantize_pipeline
 from diffusers_msfp.errors import ConfigError, NonFiniteError, ShapeError, UnsupportedError
-from diffusers_msfp.evaluation import compare_pipelines
+from diffusers_msfp.evaluation import compare_pipelines, with_ddim
 from diffusers_msfp.integration.in_memory import quantize_model
 from diffusers_msfp.talora import Trainee
 from diffusers_msfp.workflow import Finetuner
@@ -45,37 +45,41 @@ def unchanged(model, state: dict) -> bool:
     return now.keys() == state.keys() and all(torch.equal(now[key], state[key]) for key in state)
 
 
+@pytest.fixture(scope="session")
+def coarse(embedded) -> DDPMPipeline:
+    """The embedded model at w4a4, calibrated on little."""
+    pipe = with_ddim(copy.deepcopy(embedded))
+    pipe.set_progress_bar_config(disable=True)
+    return quantize_pipeline(pipe, "w4a4", num_samples=8, num_inference_steps=5)
+
+
 @pytest.mark.parametrize("placement", ["merged", "side"])
-def test_it_lowers_the_error_and_the_result_saves_and_reloads_bit_identical(packed_pipe, teacher, placement, tmp_path):
-    before = compare_pipelines(teacher, packed_pipe, num_samples=4, num_inference_steps=5)["eps_mse"]
+def test_it_lowers_the_error_of_a_trained_model(coarse, embedded, placement, tmp_path):
+    teacher, pipe = with_ddim(embedded), copy.deepcopy(coarse)
+    before = compare_pipelines(teacher, pipe, num_samples=4, num_inference_steps=10)["eps_mse"]
     config = FinetuneConfig(
-        train_steps=60,
-        num_inference_steps=5,
-        batch_size=8,
-        placement=placement,
-        denoising_factor_exponent=0,
-        learning_rate=6e-3,
+        train_steps=40, num_inference_steps=10, batch_size=4, placement=placement, denoising_factor_exponent=0
     )
     seen = []
-    result = finetune(packed_pipe, teacher, config, on_update=lambda *update: seen.append(update))
-    after = compare_pipelines(teacher, packed_pipe, num_samples=4, num_inference_steps=5)["eps_mse"]
-    assert after < 0.7 * before
-    assert result["updates"] == 60 == len(result["losses"])
-    assert seen[-1] == (60, 60, result["losses"][-1])
+    result = finetune(pipe, teacher, config, on_update=lambda *update: seen.append(update))
+    after = compare_pipelines(teacher, pipe, num_samples=4, num_inference_steps=10)["eps_mse"]
+    assert after < 0.93 * before
+    assert result["updates"] == 40 == len(result["losses"])
+    assert seen[-1] == (40, 40, result["losses"][-1])
     assert not result["collapsed"]
-    assert not any(isinstance(module, Trainee) for module in packed_pipe.unet.modules())
+    assert not any(isinstance(module, Trainee) for module in pipe.unet.modules())
 
-    packed_pipe.save_pretrained(tmp_path)
+    pipe.save_pretrained(tmp_path)
     again = DiffusionPipeline.from_pretrained(tmp_path)
     assert type(again) is DDPMPipeline
     assert type(again.unet) is UNet2DModel
-    assert equal_state(again.unet, packed_pipe.unet)
-    assert again.unet.config.quantization_config.to_dict() == packed_pipe.unet.config.quantization_config.to_dict()
-    x, timesteps = torch.randn(3, 3, 8, 8), torch.tensor([10, 900, 400])
-    assert torch.equal(run(again.unet, x, timesteps), run(packed_pipe.unet, x, timesteps))
+    assert equal_state(again.unet, pipe.unet)
+    assert again.unet.config.quantization_config.to_dict() == pipe.unet.config.quantization_config.to_dict()
+    x, timesteps = torch.randn(3, 1, 32, 32), torch.tensor([10, 900, 400])
+    assert torch.equal(run(again.unet, x, timesteps), run(pipe.unet, x, timesteps))
     record = again.unet.config.quantization_config.adapters
     assert record["placement"] == placement
-    assert record["training"]["updates"] == 60
+    assert record["training"]["updates"] == 40
 
 
 def test_equal_seeds_give_equal_models(packed_pipe, teacher):
@@ -175,10 +179,13 @@ def test_the_teacher_is_not_changed_and_the_student_left_alone_by_a_failure(pack
         finetune(packed_pipe, teacher, FinetuneConfig(**SHORT), on_update=stop)
     assert unchanged(packed_pipe.unet, state)
     assert not any(isinstance(module, Trainee) for module in packed_pipe.unet.modules())
-    with pytest.raises(NonFiniteError, match="must be finite"):
-        finetune(packed_pipe, teacher, FinetuneConfig(**SHORT | {"learning_rate": 1e30, "train_steps": 30}))
-    assert unchanged(packed_pipe.unet, state)
     assert unchanged(teacher.unet, teacher_state)
+    broken = copy.deepcopy(teacher)
+    broken.unet.conv_out.bias.data[0] = float("nan")
+    for adapters in (1, 2):
+        with pytest.raises(NonFiniteError, match="must be finite"):
+            finetune(packed_pipe, broken, FinetuneConfig(**SHORT, num_adapters=adapters))
+        assert unchanged(packed_pipe.unet, state)
     finetune(packed_pipe, teacher, FinetuneConfig(**SHORT))
 
 
