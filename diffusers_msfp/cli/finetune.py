@@ -15,7 +15,6 @@ from ..workflow.finetune import PREVIEWS
 from ..workflow.sampling import denoiser_of
 from ..workflow.state import quantized_models
 from .load import SourceError, load_pipeline, model_bytes
-from .sample import sample_images
 from .store import check_target, peak_rss_bytes, write_checkpoint
 from .terminal import progress, stderr
 
@@ -69,7 +68,7 @@ def finetune(
 
     def keep_preview(update: int, pictures: np.ndarray) -> None:
         if not rows:
-            rows.append(sample_images(original, num=PREVIEWS, steps=config.num_inference_steps, seed=config.seed))
+            rows.append(run.preview(teacher=True))
         grid = image_grid(
             np.concatenate([rows[0], pictures]),
             columns=PREVIEWS,

@@ -68,9 +68,9 @@ class Finetuner:
         **arguments,
     ) -> None:
         self.pipe, self.teacher, self.config = pipe, teacher, config or FinetuneConfig()
-        self.on_update, self.on_preview = on_update, on_preview
-        config, work_dir = self.config, Path(work_dir) if work_dir else None
-        model, original = denoiser_of(pipe), denoiser_of(teacher)
+        self.on_update, self.on_preview, self._first = on_update, on_preview, 0.0
+        config, model, original = self.config, denoiser_of(pipe), denoiser_of(teacher)
+        work_dir = Path(work_dir) if work_dir else None
         self.accelerator = Accelerator(
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             cpu=model.device.type == "cpu",
@@ -144,8 +144,8 @@ class Finetuner:
         """Train to the end and turn the student into a deployed model.
 
         Returns:
-            `dict`: `updates`, `seconds` (of training, over all sessions), `losses` (per update), `usage`
-            (`[group][adapter]`, share of the table's timesteps), `collapsed` (one adapter serves all timesteps).
+            `dict`: `updates`, `seconds` (over all sessions), `losses` (per update), `usage` (`[group][adapter]`, share
+            of the table's timesteps), `collapsed` (one adapter serves all timesteps).
         """
         try:
             while not self.progress.total or self.progress.update < self.progress.total:
@@ -164,7 +164,6 @@ class Finetuner:
             **self.config.to_dict(),
             "updates": progress.update,
             "scheduler": type(self.teacher.scheduler).__name__,
-            "timesteps": [self.trajectories.timesteps()[i] for i in (0, -1)],
         }
         model = self.student.finish(record)
         usage = model.timestep_router.usage()
@@ -244,9 +243,7 @@ class Finetuner:
             self._first = progress.seconds
         if progress.total or progress.update < TIMED_UPDATES:
             return
-        spent = progress.seconds - getattr(self, "_first", 0.0)
-        rollouts = 1 + 1 / max(1, progress.update)  # the timed updates hold one of the rollouts, and then some
-        rate = spent / (progress.update - 1) * rollouts
+        rate = (progress.seconds - self._first) / (progress.update - 1)
         more = torch.tensor((60 * config.minutes - progress.seconds) / rate, device=self.accelerator.device)
         more = int(self.accelerator.gather(more[None]).min())
         progress.total = progress.update + max(0, more)
@@ -261,17 +258,21 @@ class Finetuner:
         if progress.total and (progress.update % config.checkpoint_every == 0 or last):
             self.folder.save()
         if config.preview_every and progress.update % config.preview_every == 0 and self.on_preview is not None:
-            if self.accelerator.is_main_process:
-                self.on_preview(progress.update, self.preview())
-            self.accelerator.wait_for_everyone()
+            with self.accelerator.main_process_first():
+                if self.accelerator.is_main_process:
+                    self.on_preview(progress.update, self.preview())
 
     @torch.no_grad()
-    def preview(self, num: int = PREVIEWS) -> np.ndarray:
-        """Pictures of the student as it is, on the teacher's sampler; `(num, H, W, C)` in [0, 1]."""
-        pipe = type(self.pipe)(**{**self.pipe.components, "scheduler": self.teacher.scheduler})
-        generators = [torch.Generator().manual_seed(self.config.seed + i) for i in range(num)]
+    def preview(self, *, teacher: bool = False) -> np.ndarray:
+        """Pictures of the student as it is, or of the teacher, for equal noise; `(8, H, W, C)` in [0, 1]."""
+        pipe = (
+            self.teacher
+            if teacher
+            else type(self.pipe)(**{**self.pipe.components, "scheduler": self.teacher.scheduler})
+        )
+        generators = [torch.Generator().manual_seed(self.config.seed + i) for i in range(PREVIEWS)]
         with quiet(pipe), self.student.routed():
-            return np.asarray(pipe(**self.preview_arguments(0, num, generators)).images)
+            return np.asarray(pipe(**self.preview_arguments(0, PREVIEWS, generators)).images)
 
 
 def finetune(pipe, teacher, config: FinetuneConfig | None = None, **arguments) -> dict:
