@@ -13,11 +13,15 @@ sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 from tables import PAGES, filled  # noqa: E402
 
 
-def test_the_example_runs(tmp_path, monkeypatch):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert 8 <= len([line for line in example.splitlines() if line.strip()]) <= 14
+def test_the_examples_run(tmp_path, monkeypatch):
+    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(examples) == 2
     monkeypatch.chdir(tmp_path)
-    exec(compile(example, "README.md", "exec"), {})
+    names = {}
+    for example in examples:
+        assert 6 <= len([line for line in example.splitlines() if line.strip()]) <= 14
+        exec(compile(example.replace("minutes=10", "train_steps=2"), "README.md", "exec"), names)
+    assert names["pipe"].talora_summary()["num_adapters"] == 2
     packed = tmp_path / "fashion-w4a4" / "unet" / "diffusion_pytorch_model.safetensors"
     assert packed.stat().st_size < 1.1e6
 

@@ -98,10 +98,12 @@ def finetune(
         result = run.run()
     losses = result.pop("losses")
     tenth = max(1, len(losses) // 10)
+    if main:
+        write_checkpoint(pipe, out)
+        run.folder.clear()
+    run.accelerator.end_training()
     if not main:
         return None
-    write_checkpoint(pipe, out)
-    run.folder.clear()
     denoiser = denoiser_of(pipe)
     name = next(name for name, component in pipe.components.items() if component is denoiser)
     return result | {

@@ -41,6 +41,11 @@ def denoising_factors(scheduler, num_inference_steps: int, **step_arguments) -> 
     try:
         probe = type(scheduler).from_config(scheduler.config, **changes)
         probe.set_timesteps(num_inference_steps)
+    except (TypeError, ValueError, IndexError) as error:
+        raise ConfigError(
+            f"{type(scheduler).__name__} must offer {num_inference_steps} steps, but it fails: {error}. Take another "
+            f"number of steps."
+        ) from error
     finally:
         diffusers_logging.set_verbosity(verbosity)
     if "generator" in inspect.signature(probe.step).parameters:

@@ -106,12 +106,12 @@ class Finetuner:
             seed=config.seed,
         )
         try:
-            self._prepare(timesteps, work_dir)
+            self._prepare(timesteps, work_dir, repr((prompts, arguments)))
         except BaseException:
             self.student.abandon()
             raise
 
-    def _prepare(self, timesteps: list[float], work_dir: Path | None) -> None:
+    def _prepare(self, timesteps: list[float], work_dir: Path | None, inputs: str) -> None:
         """Router, optimizer and checkpoints."""
         config, student = self.config, self.student
         student.watch_timesteps(timesteps)
@@ -124,9 +124,7 @@ class Finetuner:
         self.ema = EMAModel(self.trainable, decay=config.ema_decay) if config.ema_decay else None
         self.progress = Progress(student, self.ema)
         self.wrapped, self.optimizer = self.accelerator.prepare(student, optimizer_for(student, config))
-        layers = len(student.plan.rank_of())
-        settings = config.to_dict() | {"processes": self.accelerator.num_processes, "layers": layers}
-        self.folder = TrainingFolder(work_dir, self.accelerator, self.progress, settings)
+        self.folder = TrainingFolder(work_dir, self.accelerator, self.progress, config, inputs)
         self.folder.resume()
         if work_dir:
             self.accelerator.init_trackers("finetune")
@@ -154,7 +152,8 @@ class Finetuner:
             self.student.abandon()
             raise
         finally:
-            self.accelerator.end_training()
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
         if self.ema is not None:
             self.ema.copy_to(self.trainable)
         if self.config.gradient_checkpointing:

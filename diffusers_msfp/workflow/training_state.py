@@ -1,5 +1,6 @@
 """Checkpoints of a training run: complete or absent, and refused where the settings differ."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from ..errors import ConfigError
+from .adapters import base_fingerprint
 from .finetune_config import FinetuneConfig
 from .student import Student
 
@@ -57,17 +59,24 @@ class TrainingFolder:
         path (`Path`, *optional*): the folder.
         accelerator (`Accelerator`): whose state is kept.
         progress (`Progress`): registered with it.
-        settings (`dict`): what must be equal for a run to go on.
+        config (`FinetuneConfig`), inputs (`str`): must be equal for a run to go on, as the quantized model and the
+            number of processes.
 
     Raises:
         ConfigError: the folder holds a run with other settings.
     """
 
-    def __init__(self, path: Path | None, accelerator: Accelerator, progress: Progress, settings: dict) -> None:
+    def __init__(
+        self, path: Path | None, accelerator: Accelerator, progress: Progress, config: FinetuneConfig, inputs: str
+    ) -> None:
         self.path, self.accelerator, self.progress = path, accelerator, progress
         if path is None:
             return
-        settings = json.loads(json.dumps(settings))
+        settings = config.to_dict() | {
+            "processes": accelerator.num_processes,
+            "inputs": hashlib.sha256(inputs.encode()).hexdigest(),
+            "model": base_fingerprint(progress.student.model),
+        }
         file = path / SETTINGS
         if file.is_file():
             found = json.loads(file.read_text(encoding="utf-8"))

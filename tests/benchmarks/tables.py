@@ -81,7 +81,74 @@ def shapes() -> str:
     return markdown(header, lines)
 
 
-TABLES = {"formats": formats, "schemes": schemes, "shapes": shapes}
+CELLS = {
+    "ptq-signed": "PTQ, signed formats only",
+    "ptq": "PTQ, mixed sign",
+    "one-lora": "+ one LoRA, rank 16",
+    "talora": "+ TALoRA, 2 × rank 8",
+    "talora-dfa": "+ DFA",
+    "talora-dfa-squared": "DFA with γ²",
+    "talora-4": "TALoRA, 4 × rank 4",
+    "one-lora-32": "one LoRA, rank 32",
+    "talora-32": "TALoRA, 2 × rank 32",
+    "side": "TALoRA beside the weights, 2 × rank 7",
+    "long": "TALoRA, 2 × rank 32, longer",
+    "long-dfa": "TALoRA + DFA, 2 × rank 32, longer",
+}
+
+
+def talora() -> str:
+    """What each part of the fine-tuning brings, mean over seeds."""
+    rows = read_results("talora")["rows"]
+
+    def average(cell: str, key: str) -> float:
+        return mean(row[key] for row in rows if row["cell"] == cell)
+
+    lines = []
+    for cell, label in CELLS.items():
+        own = [row for row in rows if row["cell"] == cell]
+        if not own:
+            continue
+        errors = [row["eps_rel_l2_20"] for row in own]
+        lines.append(
+            [
+                label,
+                str(own[0].get("updates", "–")),
+                f"{mean(errors):.4f} ({min(errors):.4f} – {max(errors):.4f})",
+                f"{average(cell, 'eps_mse_20') / average('ptq', 'eps_mse_20'):.2f}",
+                f"{average(cell, 'image_psnr_db_20'):.1f}",
+                f"{average(cell, 'frechet_reference'):.2f}",
+                f"{average(cell, 'frechet_real'):.2f}",
+                f"{average(cell, 'bytes') / 1e6:.2f} MB",
+                str(len(own)),
+            ]
+        )
+    full = average("full precision", "frechet_real")
+    lines.append(["full precision", "–", "0", "0", "–", "0", f"{full:.2f}", "–", "3"])
+    header = ["", "updates", "`eps_rel_l2` (over seeds)", "`eps_mse`, share of PTQ's", "PSNR (dB)"]
+    header += ["Fréchet to full precision", "to real images", "tensors", "seeds"]
+    return markdown(header, lines)
+
+
+def routing() -> str:
+    """What adapters cost a step."""
+    lines = []
+    for row in read_results("routing")["rows"]:
+        low, high = row["ratio_quartiles"]
+        lines.append(
+            [
+                f"{row['shape']}, batch {row['batch']}, {row['adapters']}",
+                f"{1e3 * row['seconds']:.0f} ms",
+                f"{row['ratio']:.3f} ({low:.3f} – {high:.3f})",
+                f"{row['switch_microseconds']:.0f} µs",
+                f"{row['bytes'] / 1e6:.2f} MB",
+            ]
+        )
+    header = ["model, adapters", "step", "ratio (quartiles)", "switching", "tensors"]
+    return markdown(header, lines)
+
+
+TABLES = {"formats": formats, "schemes": schemes, "shapes": shapes, "talora": talora, "routing": routing}
 
 
 def filled(page: str) -> str:

@@ -4,12 +4,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_condition_unet
-from diffusers import AutoencoderKL, DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from diffusers_msfp import MSFPConfig, calibration_state, quantize_pipeline
+from diffusers_msfp import FinetuneConfig, MSFPConfig, calibration_state, finetune, quantize_pipeline
 from diffusers_msfp.errors import ConfigError, UnsupportedError
 from diffusers_msfp.evaluation import compare_pipelines
 from diffusers_msfp.nn import QuantLayer
@@ -99,6 +105,42 @@ def test_style_lora_through_the_pipeline(folders, tmp_path):
         pipe.fuse_lora()
     pipe.unload_lora_weights()
     assert (sample(pipe) == before).all()
+
+
+def test_adapters_with_prompts_guidance_style_lora_and_img2img(folders, tmp_path):
+    teacher, pipe = (DiffusionPipeline.from_pretrained(folder) for folder in folders)
+    for each in (teacher, pipe):
+        each.set_progress_bar_config(disable=True)
+    settings = {"train_steps": 3, "num_inference_steps": 4, "batch_size": 2, "rank": 4, "placement": "side"}
+    rows = []
+    handle = teacher.unet.register_forward_hook(lambda _model, _args, output: rows.append(len(output[0])))
+    result = finetune(pipe, teacher, FinetuneConfig(**settings, preview_every=3), prompts=PROMPTS, guidance_scale=5.0)
+    handle.remove()
+    assert set(rows) == {4}  # two samples, with and without prompt
+    assert result["updates"] == 3
+    pipe.unet.timestep_router.table[:, :500] = 0
+    pipe.unet.timestep_router.table[:, 500:] = 1
+    pipe.save_pretrained(tmp_path / "tuned")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "tuned")
+    assert type(again) is StableDiffusionPipeline
+    before = sample(again)
+    assert (sample(pipe) == before).all()
+
+    seen = []
+    again.unet.register_forward_hook(lambda *_: seen.append(again.unet.timestep_router.route(0).uniform))
+    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    image_to_image = StableDiffusionImg2ImgPipeline(**again.components, requires_safety_checker=False)
+    image_to_image.set_progress_bar_config(disable=True)
+    image_to_image("a hat", image=picture, strength=0.4, num_inference_steps=10)
+    assert set(seen) == {0}, "only the end of the trajectory"
+
+    again.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "conv1"]), adapter_name="style")
+    for name, parameter in again.unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    assert not np.allclose(sample(again), before, atol=1e-3)
+    again.unload_lora_weights()
+    assert (sample(again) == before).all()
 
 
 def test_transformers_components_are_refused(folders):

@@ -32,6 +32,7 @@ from diffusers_msfp import (
     quantize_pipeline,
 )
 from diffusers_msfp.errors import CheckpointError, ConfigError, MSFPError, NonFiniteError, ShapeError, UnsupportedError
+from diffusers_msfp.integration import talora_files
 from diffusers_msfp.integration.in_memory import quantize_model
 from diffusers_msfp.integration.talora_files import load_talora, save_talora, unload_talora
 from diffusers_msfp.talora import AdapterBank, AdapterPlan, RoutingTable, adapter_rank
@@ -274,6 +275,21 @@ def test_adapters_travel_as_files_of_their_own(side, packed_pipe, images, tmp_pa
             pipe.load_talora(tmp_path / source)
         pipe.unload_talora()
         assert equal_state(pipe.unet, packed_pipe.unet)
+
+
+def test_adapters_come_from_the_hub(side, packed_pipe, tmp_path, monkeypatch):
+    side.save_talora(tmp_path)
+    asked = {}
+
+    def download(repo, allow_patterns, **hub):
+        asked.update(hub, repo=repo, patterns=allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(talora_files, "snapshot_download", download)
+    load_talora(packed_pipe.unet, "user/adapters", revision="abc")
+    assert (asked["repo"], asked["revision"]) == ("user/adapters", "abc")
+    assert "talora.safetensors" in asked["patterns"]
+    assert equal_state(packed_pipe.unet, side.unet)
 
 
 def test_adapters_for_another_base_are_refused_and_change_nothing(side, tmp_path):

@@ -38,6 +38,7 @@ def main() -> None:
     if run.accelerator.is_main_process:
         state = {"gradients": gradients, "model": pipe.unet.state_dict(), "losses": result["losses"]}
         torch.save(state | {"resumed": resumed, "processes": run.accelerator.num_processes}, given["out"])
+    run.accelerator.end_training()
 
 
 if __name__ == "__main__":
