@@ -1,15 +1,16 @@
-"""How the golden checkpoint was made. It is never made again: `test_golden.py` proves that version 1 still reads.
+"""How the golden checkpoints were made. They are never made again: `test_golden.py` proves that version 1 still reads.
 
 python tests/golden/make.py
 """
 
+import copy
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from safetensors.torch import save_file
 
-from diffusers_msfp import MSFPConfig, freeze
+from diffusers_msfp import FinetuneConfig, MSFPConfig, finetune, freeze
 from diffusers_msfp.integration.in_memory import quantize_model
 
 if __name__ == "__main__":
@@ -26,6 +27,7 @@ if __name__ == "__main__":
         attention_head_dim=4,
         norm_num_groups=4,
     ).eval()
+    teacher = copy.deepcopy(unet)
     quantize_model(unet, MSFPConfig(scheme="w4a4", scheme_overrides={"mid_block": "w6a6", "to_q": "w4a16"}))
     x = torch.randn(2, 1, 8, 8)
     with torch.no_grad():
@@ -33,5 +35,15 @@ if __name__ == "__main__":
             unet(x, timestep)
         freeze(unet)
         y = unet(x, 500).sample
+    expected = {"x": x, "v1": y}
     unet.save_pretrained(here / "v1")
-    save_file({"x": x, "y": y}, here / "expected.safetensors")
+    for placement in ("merged", "side"):
+        pipe = DDPMPipeline(copy.deepcopy(unet), DDIMScheduler())
+        settings = {"train_steps": 20, "num_inference_steps": 5, "batch_size": 4, "rank": 2, "learning_rate": 1.0}
+        groups = ("down_blocks.*",)
+        config = FinetuneConfig(placement=placement, router_groups=groups, **settings)
+        finetune(pipe, DDPMPipeline(teacher, DDIMScheduler()), config)
+        pipe.unet.save_pretrained(here / f"v1-{placement}")
+        with torch.no_grad():
+            expected[f"v1-{placement}"] = pipe.unet(x, torch.tensor([900, 100])).sample
+    save_file(expected, here / "expected.safetensors")
