@@ -245,9 +245,14 @@ def _layer_row(layer: dict) -> tuple[str, ...]:
     if layer["input_signed"] is None:
         return (*row, layer["input_format"] or "float", "", "", "", "")
     sign = "signed" if layer["input_signed"] else "unsigned"
-    zero_point = "" if layer["input_signed"] else f"{layer['input_zero_point']:.4f}"
+    zero_point = "" if layer["input_signed"] else _numbers(layer["input_zero_point"], ".4f")
     error = f"{layer['input_rel_mse']:.1e}"
-    return (*row, layer["input_format"], sign, f"{layer['input_scale']:.3g}", zero_point, error)
+    return (*row, layer["input_format"], sign, _numbers(layer["input_scale"], ".3g"), zero_point, error)
+
+
+def _numbers(value: float | list[float], style: str) -> str:
+    """One number, or one for each adapter."""
+    return ", ".join(format(number, style) for number in (value if isinstance(value, list) else [value]))
 
 
 @app.command()

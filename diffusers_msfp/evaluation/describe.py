@@ -65,8 +65,9 @@ def describe_checkpoint(path: str | Path) -> dict:
         `dict`: component → `scheme`, `calibration_state`, `format_version`, `bytes`, and `layers`: a list of `name`,
         `weight_format`, `weight_bits`, `weight_scale_min`, `weight_scale_max`, `weight_rel_mse`, `input_format` (None
         if float, `"observing"` before calibration), `input_signed`, `input_scale`, `input_zero_point`,
-        `input_rel_mse`, `weight_bytes` (of all banks); and `adapters`: None, or `placement`, `num_adapters` and the
-        router's `intervals` (`[group][(first timestep, last timestep, adapter), …]`).
+        `input_rel_mse`, `weight_bytes` (of all banks; `input_scale` and `input_zero_point` are lists where there are
+        several); and `adapters`: None, or `placement`, `num_adapters` and the router's `intervals`
+        (`[group][(first timestep, last timestep, adapter), …]`).
 
     Raises:
         CheckpointError: no such checkpoint, or a damaged one.
@@ -100,8 +101,8 @@ def _describe_component(folder: Path) -> dict:
                     "weight_rel_mse": tensors[f"{name}.weight_error"].item(),
                     "input_format": state,
                     "input_signed": FORMATS[state].signed if quantized else None,
-                    "input_scale": tensors[f"{name}.input_scale"].item() if quantized else None,
-                    "input_zero_point": tensors[f"{name}.input_zero_point"].item() if quantized else None,
+                    "input_scale": tensors[f"{name}.input_scale"].tolist() if quantized else None,
+                    "input_zero_point": tensors[f"{name}.input_zero_point"].tolist() if quantized else None,
                     "input_rel_mse": tensors[f"{name}.input_error"].item() if quantized else None,
                     "weight_bytes": rows * row_bytes,
                 }

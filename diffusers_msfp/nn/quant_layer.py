@@ -8,13 +8,14 @@ PEFT finds it, and the original's attributes. Stored tensors:
 | `weight` | `(K * C, 1, …, bytes)`, as many axes as the convolution's weight, 3 for a linear | uint8 | packed codes |
 | `weight_scale` | `(C,)` | float32 | scale of each output channel |
 | `weight_error` | `()` | float32 | squared error of the weight divided by its sum of squares |
-| `input_scale`, `input_zero_point`, `input_error` | `()` | float32 | the input's parameters; absent if it stays float |
+| `input_scale`, `input_zero_point` | `()`, or `(K,)` for K > 1 | float32 | of the input; absent if it stays float |
+| `input_error` | `()` | float32 | as `weight_error` |
 | `observed_sample`, `observed_count`, `observed_range` | see `Observation` | | only while observing |
 | `bias` | as the original | as the model | untouched |
 | `adapters.down`, `adapters.up` | see `talora.AdapterBank` | float16 | only with adapters beside the weight |
 
 C is the number of output channels, K that of weight banks: 1, or one per adapter where adapters are merged into the
-weights; all banks share `weight_scale`. Which bank or adapter a call uses is asked of `routing`.
+weights; banks share `weight_scale`. Which bank or adapter a call uses is asked of `routing`.
 
 The bytes stand in the *last* axis, where no float weight of more than one input feature can broadcast onto them: an
 adapter merged by force fails instead of corrupting codes.
@@ -22,7 +23,6 @@ adapter merged by force fails instead of corrupting codes.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from ..calibration import Observation, observe, search_activation, search_weight
 from ..formats import FPFormat
 from ..numerics import QParams, decode, encode, fake_quantize, pack, packed_size, unpack
-from ..numerics.rounding import check_finite
+from ..numerics.rounding import check_finite, require_finite
 from ..schemes import LayerScheme
+from .routing import Routing
 from .stored import INPUT_TENSORS, StoredTensors
 
 _CHUNK = 2**21  # weights encoded at once
@@ -46,16 +47,6 @@ def _transplant(source: nn.Module, cls: type[nn.Module]) -> nn.Module:
     module.train(source.training)
     module.register_parameter("bias", source.bias)
     return module
-
-
-class Routing(Protocol):
-    """What a layer with adapters asks which one to use; `talora.RoutingTable` is one."""
-
-    num_adapters: int
-    strength: float
-
-    def route(self, group: int):
-        """The running call's choice, with `apply(function, x, num_adapters)`."""
 
 
 class QuantLayer(StoredTensors, ABC):
@@ -231,7 +222,15 @@ class QuantLayer(StoredTensors, ABC):
         """Make room for the parameters of an input of this format."""
         self.input_format = fmt
         for name in INPUT_TENSORS:
-            self.register_buffer(name, torch.ones((), device=device))
+            shape = (self.num_banks,) if self.num_banks > 1 and name != "input_error" else ()
+            self.register_buffer(name, torch.ones(shape, device=device))
+
+    def store_input(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Take other parameters of the input, one for each bank; the measured error stays."""
+        error = self.input_error
+        self.expect_input(self.input_format, scale.device)
+        for name, value in zip(INPUT_TENSORS, (scale, zero_point, error), strict=True):
+            getattr(self, name).copy_(value.view_as(getattr(self, name)))
 
     def route_by(self, routing: Routing | None, group: int = 0) -> None:
         """Ask `routing` which bank or adapter to use; it belongs to the model, not to the layer's own modules."""
@@ -244,46 +243,45 @@ class QuantLayer(StoredTensors, ABC):
         scale = self.weight_scale[:, None]
         return QParams.unchecked(self.weight_format, scale, torch.zeros_like(scale))
 
-    def input_qparams(self) -> QParams:
+    def input_qparams(self, adapter: int | Tensor = 0) -> QParams:
         """Scale and zero point of shape `()`; those of the adapters while adapters beside the weight are in use."""
         owner = self.adapters if self.adapters is not None and self.routing.strength else self
-        return QParams.unchecked(self.input_format, owner.input_scale, owner.input_zero_point)
+        scale, zero_point = owner.input_scale, owner.input_zero_point
+        if scale.ndim and isinstance(adapter, int):
+            scale, zero_point = scale[adapter], zero_point[adapter]
+        elif scale.ndim:
+            scale, zero_point = (t.index_select(0, adapter.reshape(1))[0] for t in (scale, zero_point))
+        return QParams.unchecked(self.input_format, scale, zero_point)
 
     def dequantize_weight(self, bank: int | Tensor = 0) -> Tensor:
         """One bank's weight as the layer uses it: float32, `logical_shape`."""
         codes = unpack(self.packed_bank(bank), self.weight_format.bits, self.matrix_shape[1])
         return decode(codes, self.weight_qparams()).view(self.logical_shape)
 
-    def quantize_input(self, x: Tensor) -> Tensor:
+    def quantize_input(self, x: Tensor, adapter: int | Tensor = 0) -> Tensor:
         """The input as the layer uses it, float32: observed, fake-quantized, or as it is."""
         if self.observing:
             observe(self.observation, x, self.place)
         elif self.input_format is not None:
-            if torch.compiler.is_compiling():
-                torch._assert_async(torch.isfinite(x).all(), f"The input of layer `{self.place}` must be finite.")
-            else:
-                check_finite(x, f"The input of layer `{self.place}`")
-            return fake_quantize(x.to(torch.float32), self.input_qparams())
+            require_finite(x, f"The input of layer `{self.place}`")
+            return fake_quantize(x.to(torch.float32), self.input_qparams(adapter))
         return x.to(torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize the input, decode the weight, compute in float32, return the dtype of `x`."""
         bias = None if self.bias is None else self.bias.to(torch.float32)
-        quantized = self.quantize_input(x)
-        if self.routing is None:
-            return self.compute(quantized, self.dequantize_weight(), bias).to(x.dtype)
-        route, number = self.routing.route(self.group), self.routing.num_adapters
+        beside = self.adapters is not None and self.routing.strength
+        if self.num_banks == 1 and not beside:
+            return self.compute(self.quantize_input(x), self.dequantize_weight(), bias).to(x.dtype)
 
-        def base(rows: Tensor, bank: int | Tensor) -> Tensor:
-            return self.compute(rows, self.dequantize_weight(bank), bias)
+        def run(rows: Tensor, adapter: int | Tensor) -> Tensor:
+            quantized = self.quantize_input(rows, adapter)
+            if not beside:
+                return self.compute(quantized, self.dequantize_weight(adapter), bias)
+            correction = self.adapters.correct(self, rows.to(torch.float32), adapter)
+            return self.compute(quantized, self.dequantize_weight(), bias) + correction * self.routing.strength
 
-        def correction(rows: Tensor, adapter: int | Tensor) -> Tensor:
-            return self.adapters.correct(self, rows, adapter) * self.routing.strength
-
-        output = route.apply(base, quantized, number) if self.num_banks > 1 else base(quantized, 0)
-        if self.adapters is not None and self.routing.strength:
-            output = output + route.apply(correction, x.to(torch.float32), number)
-        return output.to(x.dtype)
+        return self.routing.route(self.group).apply(run, x, self.routing.num_adapters).to(x.dtype)
 
     @abstractmethod
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -78,11 +78,11 @@ class StoredTensors(nn.Module):
                 raise CheckpointError(f"`{self.place}.{name}` must be finite and > 0, but it is not: damaged file.")
         zero_point = self._buffers.get("input_zero_point")
         if zero_point is not None:
-            value = float(zero_point)
-            if not -float("inf") < value <= 0 or (self.input_format.signed and value != 0):
+            fits = zero_point == 0 if self.input_format.signed else zero_point <= 0
+            if not (torch.isfinite(zero_point) & fits).all():
                 raise CheckpointError(
-                    f"`{self.place}.input_zero_point` must be finite and ≤ 0, and 0 for a signed format, but {value} "
-                    f"came for `{self.input_format}`: damaged file."
+                    f"`{self.place}.input_zero_point` must be finite and ≤ 0, and 0 for a signed format, but "
+                    f"{zero_point.tolist()} came for `{self.input_format}`: damaged file."
                 )
         if self.adapters is not None:
             self.adapters.check(self.place)

@@ -56,6 +56,14 @@ def check_finite(x: Tensor, where: str) -> None:
         )
 
 
+def require_finite(x: Tensor, where: str) -> None:
+    """`check_finite` that a compiled model can make too, with a shorter message."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(torch.isfinite(x).all(), f"{where} must be finite.")
+    else:
+        check_finite(x, where)
+
+
 def quantize_to_lattice(x: Tensor, qparams: QParams) -> tuple[Tensor, Tensor]:
     """Lattice integers `q` of `x` and the zero point `k`, both float32; `x ≈ (q - k) * unit`."""
     check_broadcast(x, qparams)

@@ -36,7 +36,7 @@ class AdapterBank(nn.Module):
             and are kept with them, so that the layer without them is what it was.
 
     Tensors: `down` `(h, r, in / groups, *kernel)` and `up` `(h, out, r)` of `dtype`; `input_scale` and
-    `input_zero_point` `()`, float32.
+    `input_zero_point` `(h,)`, float32.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class AdapterBank(nn.Module):
         self.up = nn.Parameter(torch.empty(num_adapters, out, rank, dtype=dtype, device=device))
         self.input_scale = self.input_zero_point = None
         if quantized_input:
-            self.keep_input(torch.ones((), device=device), torch.zeros((), device=device))
+            self.keep_input(torch.ones(num_adapters, device=device), torch.zeros(num_adapters, device=device))
         self.requires_grad_(False)
 
     def keep_input(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Keep the input's parameters, both `()` and float32."""
+        """Keep the input's parameters, both `(h,)` and float32."""
         for name, value in (("input_scale", scale), ("input_zero_point", zero_point)):
             if name in self.__dict__:
                 del self.__dict__[name]
@@ -128,8 +128,8 @@ class AdapterBank(nn.Module):
             CheckpointError: NaN or infinity, a scale ≤ 0, a positive zero point.
         """
         for name, tensor in self.state_dict().items():
-            bad = ~torch.isfinite(tensor).all() or (name == "input_scale" and tensor <= 0)
-            if bad or (name == "input_zero_point" and tensor > 0):
+            bad = not torch.isfinite(tensor).all() or (name == "input_scale" and (tensor <= 0).any())
+            if bad or (name == "input_zero_point" and (tensor > 0).any()):
                 raise CheckpointError(
                     f"`{place}.adapters.{name}` must be finite (a scale > 0, a zero point ≤ 0), but it is not: damaged "
                     f"file."

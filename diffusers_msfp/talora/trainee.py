@@ -24,7 +24,7 @@ class Gate:
 
 
 class Trainee(nn.Module):
-    """Trainable adapters, activation scale and zero point around a frozen quantized layer.
+    """Trainable adapters, each with an activation scale and zero point of its own, around a frozen quantized layer.
 
     Args:
         layer (`QuantLayer`): frozen; not changed until `finish`.
@@ -51,9 +51,10 @@ class Trainee(nn.Module):
         self.__dict__.update(gate=gate, source=weight)
         self.log_scale = self.relative_zero_point = None
         if layer.input_format is not None:
-            self.log_scale = nn.Parameter(layer.input_scale.log())
+            self.log_scale = nn.Parameter(layer.input_scale.log().repeat(bank.num_adapters))
             if not layer.input_format.signed:
-                self.relative_zero_point = nn.Parameter(layer.input_zero_point / layer.input_scale)
+                relative = layer.input_zero_point / layer.input_scale
+                self.relative_zero_point = nn.Parameter(relative.repeat(bank.num_adapters))
 
     def weight_step(self) -> float:
         """Mean distance of neighbours on the weight's grid, `maxval / (2 ** (bits - 1) - 1)`, units of the weight."""
@@ -61,7 +62,7 @@ class Trainee(nn.Module):
         return (self.layer.weight_scale.mean() * fmt.max / (2 ** (fmt.bits - 1) - 1)).item()
 
     def input_qparams(self) -> QParams:
-        """Scale and zero point as they are now, with gradients; the zero point is in units of the initial scale."""
+        """Scales and zero points `(h,)` as they are now, with gradients; zero points in units of the initial scale."""
         scale = self.log_scale.exp()
         if self.relative_zero_point is None:
             return QParams.unchecked(self.layer.input_format, scale, torch.zeros_like(scale))
@@ -72,22 +73,28 @@ class Trainee(nn.Module):
         """As the deployed layer will compute, with gradients; every sample with its own adapter."""
         layer, gate = self.layer, self.gate.value[:, self.group]  # (B, h)
         exact = x.to(torch.float32)
-        quantized = exact if self.log_scale is None else fake_quantize(exact, self.input_qparams())
         bias = None if layer.bias is None else layer.bias.to(torch.float32)
         gate = gate[:, None].expand(-1, x.shape[0] // gate.shape[0], -1).flatten(0, 1)  # (rows of x, h)
-        if self.placement == "side":
-            output = layer.compute(quantized, layer.dequantize_weight(), bias)
+        qparams = None if self.log_scale is None else self.input_qparams()
+        base = layer.dequantize_weight() if self.placement == "side" else None
+
+        def run(rows: Tensor, own: Tensor, adapter: int) -> Tensor:
+            quantized = rows
+            if qparams is not None:
+                one = QParams.unchecked(qparams.format, qparams.scale[adapter], qparams.zero_point[adapter])
+                quantized = fake_quantize(rows, one)
+            if base is None:
+                return layer.compute(quantized, self.merged(own.mean(0)), bias)
             down, up = self.adapters.stacked()
-            return (output + self.adapters.low_rank(layer, exact, down, up, gate)).to(x.dtype)
+            return layer.compute(quantized, base, bias) + self.adapters.low_rank(layer, rows, down, up, own)
+
         choice = gate.detach().argmax(1)
-        used, counts = choice.unique(return_counts=True)
-        if len(used) == 1:
-            return layer.compute(quantized, self.merged(gate.mean(0)), bias).to(x.dtype)
+        used, counts = (part.tolist() for part in choice.unique(return_counts=True))
         if bool((choice.diff() >= 0).all()):  # samples in the adapters' order need no copies
-            parts = zip(quantized.split(counts.tolist()), gate.split(counts.tolist()), strict=True)
-            return torch.cat([layer.compute(part, self.merged(own.mean(0)), bias) for part, own in parts]).to(x.dtype)
+            parts = zip(exact.split(counts), gate.split(counts), used, strict=True)
+            return torch.cat([run(*part) for part in parts]).to(x.dtype)
         rows = [(choice == adapter).nonzero().flatten() for adapter in used]
-        parts = [layer.compute(quantized.index_select(0, i), self.merged(gate[i].mean(0)), bias) for i in rows]
+        parts = [run(exact.index_select(0, i), gate[i], adapter) for i, adapter in zip(rows, used, strict=True)]
         return torch.cat(parts).index_select(0, torch.cat(rows).argsort()).to(x.dtype)
 
     def merged(self, gate: Tensor) -> Tensor:
@@ -120,8 +127,7 @@ class Trainee(nn.Module):
             if kept is not None:
                 layer.adapters.keep_input(*kept)
             return layer
-        if kept is not None:
-            layer.input_scale.copy_(kept[0])
-            layer.input_zero_point.copy_(kept[1])
         layer.store_banks([self.merged_weight(k) for k in range(self.adapters.num_adapters)])
+        if kept is not None:
+            layer.store_input(*kept)
         return layer

@@ -94,6 +94,8 @@ def prepare_skeleton(model: nn.Module, plan: AdapterPlan, dtype: torch.dtype = t
             )
         if plan.placement == "merged":
             layer.make_room(plan.num_adapters)
+            if layer.input_format is not None:
+                layer.expect_input(layer.input_format)
         else:
             quantized = layer.input_format is not None
             layer.adapters = AdapterBank(layer.logical_shape, plan.num_adapters, rank, quantized, dtype)

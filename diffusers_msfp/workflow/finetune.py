@@ -277,14 +277,7 @@ class Finetuner:
 def finetune(pipe, teacher, config: FinetuneConfig | None = None, **arguments) -> dict:
     """Fine-tune a quantized pipeline in place, with timestep-aware adapters (TALoRA) and an aligned loss (DFA).
 
-    Args:
-        pipe (`DiffusionPipeline`): quantized and calibrated.
-        teacher (`DiffusionPipeline`): the full-precision original.
-        config (`FinetuneConfig`, *optional*): settings.
-        **arguments: see `Finetuner`.
-
-    Returns:
-        `dict`: see `Finetuner.run`.
+    Arguments are those of `Finetuner`, the result is that of `Finetuner.run`.
 
     Raises:
         MSFPError: settings or pipelines that do not fit; nothing is changed then.

@@ -58,12 +58,12 @@ class FinetuneConfig:
     minutes: float | None = None
     learning_rate: float = 0.1
     activation_learning_rate: float = 5e-3
-    router_learning_rate: float = 1e-3
+    router_learning_rate: float = 1e-4
     weight_decay: float = 0.0
     denoising_factor_exponent: float = 1.0
     denoising_factor_floor: float = 0.25
     balance: float = 0.01
-    exploration: float = 1.0
+    exploration: float = 0.0
     ema_decay: float = 0.0
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False

@@ -109,19 +109,24 @@ def test_gradients_reach_adapters_ranges_and_router(placement):
 
 
 def test_trained_ranges_stay_on_the_lattice_and_belong_to_the_adapters_beside_the_weight():
+    routing = RoutingTable(TABLE, ADAPTERS)
     for placement in ("merged", "side"):
         trainee, x, base = made(*LAYERS["3x3"], placement)
         with torch.no_grad():
-            trainee.log_scale += 0.1
+            trainee.log_scale += torch.tensor([0.1, 0.2, 0.3])
             trainee.relative_zero_point *= 1.07
         layer = trainee.finish(torch.float16)
         owner = layer if placement == "merged" else layer.adapters
         unit = owner.input_scale * layer.input_format.step
         k = -owner.input_zero_point / unit
-        assert abs(k - k.round()) < 1e-3
-        assert round(float(k)) in layer.input_format.lattice
+        assert k.shape == (ADAPTERS,)
+        assert torch.allclose(k, k.round(), atol=1e-3)
+        assert {round(value) for value in k.tolist()} <= set(layer.input_format.lattice)
         layer.check_stored()
-        assert torch.equal(layer.input_scale, base.input_scale) == (placement == "side")
+        assert (layer.input_scale.ndim == 0) == (placement == "side")
+        assert torch.equal(layer.input_error, base.input_error)
+        scales = [layer.route_by(routing) or layer.input_qparams(i).scale.item() for i in range(ADAPTERS)]
+        assert scales == pytest.approx([base.input_scale.item() * factor for factor in (1.1052, 1.2214, 1.3499)], 1e-3)
 
 
 def test_switching_adapters_allocates_nothing():

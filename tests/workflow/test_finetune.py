@@ -102,6 +102,7 @@ def test_equal_seeds_give_equal_models(packed_pipe, teacher):
         {"gradient_checkpointing": True},
         {"blockwise": True},
         {"denoising_factor_exponent": 2.0},
+        {"exploration": 1.0},
     ],
     ids=lambda settings: next(iter(settings)),
 )
