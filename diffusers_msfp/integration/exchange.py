@@ -91,6 +91,12 @@ def import_adapter(model: nn.Module, adapter: int, folder: str | Path, prefix: s
     ranks = _require(model, adapter, "peft")
     tensors, config = _read(Path(folder), prefix)
     layers, pairs = layers_by_name(model), {}
+    foreign = sorted(key for key in tensors if not key.endswith((".lora_A.weight", ".lora_B.weight")))
+    if foreign or config.get("use_dora"):
+        raise ConfigError(
+            f"Only plain LoRA pairs can be imported, but {foreign[0] if foreign else '`use_dora`'} came: another kind "
+            f"of adapter."
+        )
     unknown = sorted({key.rpartition(".lora_")[0] for key in tensors} - set(ranks))
     if unknown:
         raise ConfigError(
@@ -103,7 +109,8 @@ def import_adapter(model: nn.Module, adapter: int, folder: str | Path, prefix: s
         if down is None and up is None:
             pairs[name] = (torch.zeros_like(bank.down[adapter]), torch.zeros_like(bank.up[adapter]))
             continue
-        if down is None or up is None or down.shape != bank.down[adapter].shape or up.shape[:2] != bank.up.shape[1:]:
+        whole = down is not None and up is not None
+        if not whole or down.shape != bank.down.shape[1:] or up.flatten(1).shape != bank.up.shape[1:]:
             came = [tuple(part.shape) if part is not None else None for part in (down, up)]
             raise ShapeError(
                 f"The adapter of `{name}` must have rank {rank} (shapes {tuple(bank.down.shape[1:])} and "
@@ -111,7 +118,7 @@ def import_adapter(model: nn.Module, adapter: int, folder: str | Path, prefix: s
             )
         alpha = _for_layer(config, "alpha", name, config.get("lora_alpha", rank))
         scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-        pairs[name] = (down, up.flatten(1) * scaling)
+        pairs[name] = (down.to(bank.down.dtype), (up.flatten(1) * scaling).to(bank.up.dtype))
         if not all(torch.isfinite(part).all() for part in pairs[name]):
             raise NonFiniteError(f"The adapter of `{name}` must be finite, but NaN or infinity came: damaged file.")
     with torch.no_grad():

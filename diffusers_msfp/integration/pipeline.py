@@ -35,7 +35,7 @@ class MSFPPipelineMixin:
 
     @staticmethod
     def attach(pipe: DiffusionPipeline) -> DiffusionPipeline:
-        """Give a pipeline object these verbs, in place; its class keeps its name.
+        """Give a pipeline object these verbs, in place; its class keeps its name. It can be copied, but not pickled.
 
         Raises:
             ConfigError: not a pipeline.
@@ -87,21 +87,7 @@ class MSFPPipelineMixin:
             `enabled`, `scale`, `intervals` (`[group][(first timestep, last timestep, adapter), …]`), `usage`
             (`[group][adapter]`, share of the timesteps), `collapsed` (groups in which one adapter serves all).
         """
-        model = self._quantized()
-        plan, routing = plan_of(model), routing_of(model)
-        usage = routing.usage()
-        return {
-            "placement": plan.placement,
-            "num_adapters": plan.num_adapters,
-            "num_timesteps": plan.num_timesteps,
-            "router_groups": list(plan.router_groups),
-            "ranks": {int(rank): len(names) for rank, names in plan.ranks.items()},
-            "enabled": routing.enabled,
-            "scale": routing.scale,
-            "intervals": routing.intervals(),
-            "usage": usage,
-            "collapsed": [i for i, shares in enumerate(usage) if plan.num_adapters > 1 and max(shares) == 1],
-        }
+        return _summary(self._quantized())
 
     def quantization_report(self) -> dict:
         """What is quantized, and how.
@@ -129,7 +115,7 @@ class MSFPPipelineMixin:
                 "unsigned_inputs": unsigned,
                 "bits_per_weight": 8 * packed / weights,
                 "bytes": model.get_memory_footprint(),
-                "adapters": self.talora_summary() if routing_of(model) is not None else None,
+                "adapters": _summary(model) if routing_of(model) is not None else None,
             }
         return report
 
@@ -172,3 +158,20 @@ def _freezing(call):
 
     wrapped._freezes = True
     return wrapped
+
+
+def _summary(model: nn.Module) -> dict:
+    plan, routing = plan_of(model), routing_of(model)
+    usage = routing.usage()
+    return {
+        "placement": plan.placement,
+        "num_adapters": plan.num_adapters,
+        "num_timesteps": plan.num_timesteps,
+        "router_groups": list(plan.router_groups),
+        "ranks": {int(rank): len(names) for rank, names in plan.ranks.items()},
+        "enabled": routing.enabled,
+        "scale": routing.scale,
+        "intervals": routing.intervals(),
+        "usage": usage,
+        "collapsed": [i for i, shares in enumerate(usage) if plan.num_adapters > 1 and max(shares) == 1],
+    }

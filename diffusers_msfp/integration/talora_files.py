@@ -28,6 +28,7 @@ from ..workflow.adapters import (
     require_timesteps,
     routing_of,
 )
+from ..workflow.state import calibration_state
 
 CONFIG, TENSORS = "talora_config.json", "talora.safetensors"
 
@@ -77,6 +78,8 @@ def load_talora(model: nn.Module, source: str | Path, **hub) -> None:
     if routing_of(model) is not None:
         raise ConfigError("This model has timestep-aware adapters already. Call `unload_talora` first.")
     require_timesteps(model)
+    if calibration_state(model) == "observing":
+        raise ConfigError("Adapters need a calibrated model, but this one observes: call `calibrate(pipe)` first.")
     plan, tensors = _read(_folder(source, **hub))
     if plan.placement != "side":
         raise ConfigError(
@@ -86,7 +89,7 @@ def load_talora(model: nn.Module, source: str | Path, **hub) -> None:
     layers = layers_by_name(model)
     unknown = sorted(set(plan.rank_of()) - set(layers))
     if unknown or plan.base != base_fingerprint(model):
-        reason = f"it has no quantized layer `{unknown[0]}`" if unknown else "its packed weights differ"
+        reason = f"it has no quantized layer `{unknown[0]}`" if unknown else "its packed weights or formats differ"
         raise ConfigError(
             f"Adapters fit only the quantized model that they were trained for, but {reason}. Load the checkpoint that "
             f"`finetune` started from."

@@ -278,7 +278,7 @@ class QuantLayer(StoredTensors, ABC):
             quantized = self.quantize_input(rows, adapter)
             if not beside:
                 return self.compute(quantized, self.dequantize_weight(adapter), bias)
-            correction = self.adapters.correct(self, rows.to(torch.float32), adapter)
+            correction = self.adapters(self, rows.to(torch.float32), adapter)
             return self.compute(quantized, self.dequantize_weight(), bias) + correction * self.routing.strength
 
         return self.routing.route(self.group).apply(run, x, self.routing.num_adapters).to(x.dtype)

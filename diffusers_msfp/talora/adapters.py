@@ -89,14 +89,30 @@ class AdapterBank(nn.Module):
         adapter = adapter.reshape(1)
         return self.down.index_select(0, adapter)[0].float(), self.up.index_select(0, adapter)[0].float()
 
-    def correct(self, layer: nn.Module, x: Tensor, adapter: int | Tensor) -> Tensor:
+    def forward(self, layer: nn.Module, x: Tensor, adapter: int | Tensor) -> Tensor:
         """What one adapter adds to the layer's output; `x` and the result float32.
 
         Args:
             layer (`nn.Module`): the quantized layer, for stride, padding and the like.
         """
-        down, up = self.pair(adapter)
-        return self.low_rank(layer, x, down, up)
+        return self.low_rank(layer, x, *self.pair(adapter))
+
+    def cast(self, dtype: torch.dtype) -> "AdapterBank":
+        """Store the pairs in another dtype, for good."""
+        for name in ("down", "up"):
+            setattr(self, name, nn.Parameter(getattr(self, name).detach().to(dtype), requires_grad=False))
+        return self
+
+    def _apply(self, fn, recurse=True):
+        """Move with the model, but keep every tensor's dtype when the model is cast."""
+        before = {name: tensor.data for name, tensor in (*self._parameters.items(), *self._buffers.items())}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                kept = tensor.to(moved.device)
+                setattr(self, name, nn.Parameter(kept, requires_grad=False) if name in self._parameters else kept)
+        return self
 
     @staticmethod
     def low_rank(layer: nn.Module, x: Tensor, down: Tensor, up: Tensor, gate: Tensor | None = None) -> Tensor:

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
 
 from ..errors import CheckpointError
+from ..schemes import matches
 from .trainee import PLACEMENTS
 
 MAX_ADAPTERS = 256  # the table's entries are bytes
@@ -74,7 +74,7 @@ class AdapterPlan:
     def group_of(self, name: str) -> int:
         """The group of a layer."""
         for index, pattern in enumerate(self.router_groups):
-            if fnmatchcase(name, pattern):
+            if matches(pattern, name):
                 return index
         return len(self.router_groups)
 

@@ -81,7 +81,7 @@ class RoutingTable(nn.Module):
         super().__init__()
         self.num_adapters, self.scale, self.enabled = num_adapters, 1.0, True
         self.register_buffer("table", table)
-        self._running = threading.local()
+        self._running, self._latest = threading.local(), None
         self.check()
 
     def check(self) -> None:
@@ -144,24 +144,28 @@ class RoutingTable(nn.Module):
     def enter(self, timestep: Timestep) -> None:
         """Use the adapters of this timestep from now on, in this thread."""
         self._running.routes = self.lookup(timestep)
+        if not torch.compiler.is_compiling():
+            self._latest = self._running.routes
 
     @contextmanager
     def at(self, timestep: Timestep) -> Iterator[None]:
         """Use the adapters of this timestep for layers that are called alone."""
-        before = getattr(self._running, "routes", None)
+        before, latest = getattr(self._running, "routes", None), self._latest
         self.enter(timestep)
         try:
             yield
         finally:
-            self._running.routes = before
+            self._running.routes, self._latest = before, latest
 
     def route(self, group: int) -> Route:
-        """The running call's route for a layer group.
+        """The route of this thread's latest call for a layer group.
+
+        A thread that has made none, such as autograd's when it recomputes activations, uses the latest of all.
 
         Raises:
-            UnsupportedError: no model call is running in this thread.
+            UnsupportedError: the model was never called.
         """
-        routes = getattr(self._running, "routes", None)
+        routes = getattr(self._running, "routes", None) or self._latest
         if routes is None:
             raise UnsupportedError(
                 "A layer with timestep-aware adapters must know the timestep. Call the whole model, or the layer "
@@ -184,8 +188,8 @@ class RoutingTable(nn.Module):
         return result
 
     def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key != "_running"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_running", "_latest")}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._running = threading.local()
+        self._running, self._latest = threading.local(), None

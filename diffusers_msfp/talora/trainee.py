@@ -18,9 +18,18 @@ PLACEMENTS = ("merged", "side")
 
 
 class Gate:
-    """The choice of the running micro-batch, shared by all layers; `value` is `(B, groups, num_adapters)`, one-hot."""
+    """The choice of the running batch, shared by all layers.
+
+    `value` is `(B, groups, num_adapters)`, one-hot, with the router's gradient; `choices[group][sample]` are the same
+    as numbers, looked up on the device once.
+    """
 
     value: Tensor
+    choices: list[list[int]]
+
+    def set(self, value: Tensor) -> None:
+        """Take the choice of the coming calls."""
+        self.value, self.choices = value, value.detach().argmax(2).T.tolist()
 
 
 class Trainee(nn.Module):
@@ -46,7 +55,7 @@ class Trainee(nn.Module):
                 f"The teacher's `{layer.place}` must have shape {tuple(layer.logical_shape)}, but "
                 f"{tuple(weight.shape)} came: not the model that was quantized."
             )
-        self.layer, self.adapters = layer.requires_grad_(False), bank.requires_grad_(True)
+        self.layer, self.adapters = layer, bank.requires_grad_(True)
         self.placement, self.group = placement, group
         self.__dict__.update(gate=gate, source=weight)
         self.log_scale = self.relative_zero_point = None
@@ -74,7 +83,8 @@ class Trainee(nn.Module):
         layer, gate = self.layer, self.gate.value[:, self.group]  # (B, h)
         exact = x.to(torch.float32)
         bias = None if layer.bias is None else layer.bias.to(torch.float32)
-        gate = gate[:, None].expand(-1, x.shape[0] // gate.shape[0], -1).flatten(0, 1)  # (rows of x, h)
+        repeats = x.shape[0] // gate.shape[0]
+        gate = gate[:, None].expand(-1, repeats, -1).flatten(0, 1)  # (rows of x, h)
         qparams = None if self.log_scale is None else self.input_qparams()
         base = layer.dequantize_weight() if self.placement == "side" else None
 
@@ -88,12 +98,13 @@ class Trainee(nn.Module):
             down, up = self.adapters.stacked()
             return layer.compute(quantized, base, bias) + self.adapters.low_rank(layer, rows, down, up, own)
 
-        choice = gate.detach().argmax(1)
-        used, counts = (part.tolist() for part in choice.unique(return_counts=True))
-        if bool((choice.diff() >= 0).all()):  # samples in the adapters' order need no copies
+        choice = [adapter for adapter in self.gate.choices[self.group] for _ in range(repeats)]
+        used = sorted(set(choice))
+        if choice == sorted(choice):  # samples in the adapters' order need no copies
+            counts = [choice.count(adapter) for adapter in used]
             parts = zip(exact.split(counts), gate.split(counts), used, strict=True)
             return torch.cat([run(*part) for part in parts]).to(x.dtype)
-        rows = [(choice == adapter).nonzero().flatten() for adapter in used]
+        rows = [torch.tensor([i for i, own in enumerate(choice) if own == k], device=x.device) for k in used]
         parts = [run(exact.index_select(0, i), gate[i], adapter) for i, adapter in zip(rows, used, strict=True)]
         return torch.cat(parts).index_select(0, torch.cat(rows).argsort()).to(x.dtype)
 
@@ -123,7 +134,7 @@ class Trainee(nn.Module):
             qparams = self.input_qparams()
             kept = (qparams.scale, -zero_point_steps(qparams) * qparams.unit)
         if self.placement == "side":
-            layer.adapters = self.adapters.to(dtype).requires_grad_(False)
+            layer.adapters = self.adapters.cast(dtype)
             if kept is not None:
                 layer.adapters.keep_input(*kept)
             return layer

@@ -137,10 +137,10 @@ def refuse_merged(model: nn.Module, what: str) -> None:
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """What tells one quantized model from another: SHA-256 of names, packed weights and their scales."""
+    """What tells one quantized model from another: SHA-256 of names, formats, weights and their scales."""
     digest = hashlib.sha256()
     for name, layer in sorted(layers_by_name(model).items()):
-        digest.update(name.encode())
+        digest.update(f"{name}:{layer.weight_format}:{layer.input_format}".encode())
         for tensor in (layer.weight, layer.weight_scale):
             digest.update(tensor.detach().cpu().contiguous().numpy())
     return digest.hexdigest()

@@ -41,7 +41,7 @@ def denoising_factors(scheduler, num_inference_steps: int, **step_arguments) -> 
     try:
         probe = type(scheduler).from_config(scheduler.config, **changes)
         probe.set_timesteps(num_inference_steps)
-    except (TypeError, ValueError, IndexError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise ConfigError(
             f"{type(scheduler).__name__} must offer {num_inference_steps} steps, but it fails: {error}. Take another "
             f"number of steps."
@@ -62,7 +62,7 @@ def denoising_factors(scheduler, num_inference_steps: int, **step_arguments) -> 
             difference = high - low
             if following is not None:
                 difference = _as_input(copy.deepcopy(probe), difference, following)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
             raise ConfigError(
                 f"{type(scheduler).__name__} must make a step from a sample, a timestep and an output, but it fails: "
                 f"{error}. Turn the denoising factor off (exponent 0)."

@@ -4,6 +4,7 @@ EfficientDM's data-free distillation (arXiv 2310.03270) with several adapters an
 `losses.py` (DFA); as reconstructed from summaries of arXiv 2505.21591. Processes are accelerate's.
 """
 
+import inspect
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +30,8 @@ from .finetune_config import (
 )
 from .sampling import call_arguments, denoiser_of, quiet
 from .student import Student
-from .training_state import Progress, TrainingFolder, optimizer_for
-from .trajectory import DenoisingStep, Trajectories
+from .training_state import Progress, TrainingFolder, inputs_digest, optimizer_for
+from .trajectory import DenoisingStep, Trajectories, check_timesteps
 
 TIMED_UPDATES = 6  # before the length of a run of so many minutes is set; the first is not counted
 PREVIEWS = 8
@@ -73,6 +74,7 @@ class Finetuner:
         work_dir = Path(work_dir) if work_dir else None
         self.accelerator = Accelerator(
             gradient_accumulation_steps=config.gradient_accumulation_steps,
+            mixed_precision="no",  # autocast is entered by hand, whatever the launcher's own setting
             cpu=model.device.type == "cpu",
             log_with="tensorboard" if work_dir and is_tensorboard_available() else None,
             project_dir=work_dir,
@@ -88,13 +90,14 @@ class Finetuner:
         )
         timesteps = self.trajectories.timesteps()
         self.weights = loss_weights(
-            denoising_factors(teacher.scheduler, config.num_inference_steps)
+            denoising_factors(teacher.scheduler, config.num_inference_steps, **_for_step(teacher.scheduler, arguments))
             if config.denoising_factor_exponent
             else dict.fromkeys(timesteps, 1.0),
             config.denoising_factor_exponent,
             config.denoising_factor_floor,
         )
         num_timesteps = int(teacher.scheduler.config.num_train_timesteps)
+        check_timesteps(timesteps, num_timesteps)
         self.student = Student(
             model,
             original,
@@ -106,7 +109,8 @@ class Finetuner:
             seed=config.seed,
         )
         try:
-            self._prepare(timesteps, work_dir, repr((prompts, arguments)))
+            inputs = inputs_digest(original, prompts, arguments, dict(teacher.scheduler.config)) if work_dir else ""
+            self._prepare(timesteps, work_dir, inputs)
         except BaseException:
             self.student.abandon()
             raise
@@ -118,7 +122,7 @@ class Finetuner:
         if config.num_adapters > 1:
             student.router.warm_start(self._loads(len(timesteps)))
         if config.gradient_checkpointing:
-            student.model.enable_gradient_checkpointing()
+            student.checkpoint_gradients()
         self.blocks = trainable_blocks(student.model) if config.blockwise else {}
         self.trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self.ema = EMAModel(self.trainable, decay=config.ema_decay) if config.ema_decay else None
@@ -145,26 +149,20 @@ class Finetuner:
             `dict`: `updates`, `seconds` (over all sessions), `losses` (per update), `usage` (`[group][adapter]`, share
             of the table's timesteps), `collapsed` (one adapter serves all timesteps).
         """
+        progress = self.progress
         try:
-            while not self.progress.total or self.progress.update < self.progress.total:
+            while not progress.total or progress.update < progress.total:
                 self.update()
+            if self.ema is not None:
+                self.ema.copy_to(self.trainable)
+            scheduler = type(self.teacher.scheduler).__name__
+            model = self.student.finish({**self.config.to_dict(), "updates": progress.update, "scheduler": scheduler})
         except BaseException:
             self.student.abandon()
             raise
         finally:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
-        if self.ema is not None:
-            self.ema.copy_to(self.trainable)
-        if self.config.gradient_checkpointing:
-            self.student.model.disable_gradient_checkpointing()
-        progress = self.progress
-        record = {
-            **self.config.to_dict(),
-            "updates": progress.update,
-            "scheduler": type(self.teacher.scheduler).__name__,
-        }
-        model = self.student.finish(record)
         usage = model.timestep_router.usage()
         return {
             "updates": progress.update,
@@ -216,8 +214,11 @@ class Finetuner:
             targets = block_outputs(denoiser_of(self.teacher), block, step, gradients=False)
         weight = torch.tensor([self._weight(t) for t in step.timesteps.tolist()], device=step.output.device)
         loss = sum(
-            (weight * squared_error(output, target, relative=block is not None)).mean()
-            for output, target in zip(outputs, targets, strict=True)
+            (
+                (weight * squared_error(output, target, relative=block is not None)).mean()
+                for output, target in zip(outputs, targets, strict=True)
+            ),
+            start=0 * balance.detach(),
         )
         self.accelerator.backward(loss + config.balance * balance)
         return loss.detach()
@@ -256,10 +257,9 @@ class Finetuner:
         last = progress.update == progress.total
         if progress.total and (progress.update % config.checkpoint_every == 0 or last):
             self.folder.save()
-        if config.preview_every and progress.update % config.preview_every == 0 and self.on_preview is not None:
-            with self.accelerator.main_process_first():
-                if self.accelerator.is_main_process:
-                    self.on_preview(progress.update, self.preview())
+        wanted = config.preview_every and progress.update % config.preview_every == 0
+        if wanted and self.on_preview is not None and self.accelerator.is_main_process:
+            self.on_preview(progress.update, self.preview())
 
     @torch.no_grad()
     def preview(self, *, teacher: bool = False) -> np.ndarray:
@@ -290,3 +290,9 @@ def finetune(pipe, teacher, config: FinetuneConfig | None = None, **arguments) -
         ```
     """
     return Finetuner(pipe, teacher, config, **arguments).run()
+
+
+def _for_step(scheduler, arguments: dict) -> dict:
+    """Those of a pipeline's arguments that its scheduler's step takes, such as `eta`."""
+    known = inspect.signature(scheduler.step).parameters
+    return {key: value for key, value in arguments.items() if key in known}

@@ -22,8 +22,8 @@ class FinetuneConfig:
         placement (`str`): `"merged"` or `"side"`.
         router_groups (`tuple[str, ...]`): glob patterns of layer groups that choose on their own.
         num_inference_steps (`int`): of the trajectories.
-        batch_size (`int`): samples of an update's timestep, over all processes.
-        gradient_accumulation_steps (`int`): timesteps per update.
+        batch_size (`int`): samples of a batch, over all processes, each at a timestep of its own.
+        gradient_accumulation_steps (`int`): batches per update.
         train_steps (`int`, *optional*): updates; 2000 if `minutes` is not given either.
         minutes (`float`, *optional*): instead, as many updates as fit, measured over the first ones.
         learning_rate (`float`): peak of the adapters, in steps of their layer's weight grid per update.

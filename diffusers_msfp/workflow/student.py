@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, ShapeError
 from ..losses import squared_error
 from ..numerics.rounding import check_finite
+from ..schemes import check_patterns
 from ..talora import AdapterBank, AdapterPlan, Gate, TimestepRouter, Trainee, adapter_rank
 from .adapters import base_fingerprint, connect, layers_by_name, require_timesteps, routing_of
 from .blocks import block_outputs
@@ -55,6 +56,11 @@ class Student(nn.Module):
                 f"{type(teacher).__name__} came."
             )
         require_timesteps(model)
+        if model.dtype == torch.float16:
+            raise ConfigError(
+                "Gradients of float16 models underflow, but this one is float16. Load it with "
+                "`torch_dtype=torch.float32` or `torch.bfloat16`."
+            )
         if calibration_state(model) == "observing":
             raise ConfigError(
                 "Only a calibrated model can be fine-tuned, but this one observes: call `calibrate(pipe)`."
@@ -64,6 +70,7 @@ class Student(nn.Module):
         if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
             raise ConfigError("Users' adapters must be unloaded before fine-tuning, but this model has some.")
         layers = layers_by_name(model)
+        check_patterns(router_groups, list(layers), "router_groups")
         ranks: dict[str, list[str]] = {}
         for name, layer in layers.items():
             ranks.setdefault(str(adapter_rank(layer.logical_shape, rank)), []).append(name)
@@ -76,6 +83,8 @@ class Student(nn.Module):
             bank = AdapterBank(layer.logical_shape, num_adapters, layer_rank, device=layer.weight.device)
             bank.initialise(generator)
             trainees[name] = Trainee(layer, original, bank, placement, self.gate, self.plan.group_of(name))
+        self._before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self._checkpointing = False
         model.requires_grad_(False)
         for name, trainee in trainees.items():  # only now is the model changed
             replace_module(model, name, trainee)
@@ -84,7 +93,8 @@ class Student(nn.Module):
 
     def choose(self, timesteps: Tensor, noise: Tensor | None = None) -> None:
         """Set the adapters of the coming calls, `(B,)` timesteps, with the router's gradient."""
-        self.gate.value, _ = self.router(timesteps.to(self.router.mlp[0].weight.device), noise)
+        gate, _ = self.router(timesteps.to(self.router.mlp[0].weight.device), noise)
+        self.gate.set(gate)
 
     def forward(
         self, step: DenoisingStep, noise: Tensor | None = None, block: str | None = None
@@ -102,7 +112,8 @@ class Student(nn.Module):
         """
         self.choose(step.timesteps, noise)
         order = self.gate.value[:, 0].argmax(1).argsort(stable=True)  # so that a layer's adapters see adjoining rows
-        self.gate.value, step = self.gate.value[order], step.rows(order)
+        self.gate.set(self.gate.value[order])
+        step = step.rows(order)
         if block is None:
             outputs = [model_output(self.model(*step.args, **step.kwargs))]
         else:
@@ -157,10 +168,22 @@ class Student(nn.Module):
             own[name].copy_(value)
 
     def abandon(self) -> nn.Module:
-        """Put the quantized layers back as they were."""
+        """Put the quantized layers back, and everything else as it was."""
         for trainee in list(self.trainees()):
             replace_module(self.model, trainee.layer.place, trainee.layer)
+        self._restore()
         return self.model
+
+    def checkpoint_gradients(self) -> None:
+        """Recompute activations in the backward pass, until the end of training."""
+        self._checkpointing = not self.model.is_gradient_checkpointing
+        self.model.enable_gradient_checkpointing()
+
+    def _restore(self) -> None:
+        for parameter, required in self._before:
+            parameter.requires_grad_(required)
+        if self._checkpointing:
+            self.model.disable_gradient_checkpointing()
 
     def finish(self, training: dict | None = None, dtype: torch.dtype = torch.float16) -> nn.Module:
         """The quantized model with what was learned; the router becomes a table.
@@ -174,6 +197,7 @@ class Student(nn.Module):
         finished = [(trainee.layer.place, trainee.finish(dtype)) for trainee in list(self.trainees())]
         for place, layer in finished:
             replace_module(self.model, place, layer)
+        self._restore()
         base = base_fingerprint(self.model) if self.plan.placement == "side" else None
         plan = AdapterPlan(**{**vars(self.plan), "training": training or {}, "base": base})
         connect(self.model, plan, self.router.table(self.watched.tolist()))

@@ -1,6 +1,7 @@
 """The timestep of a model's call, wherever the model takes it."""
 
 import inspect
+from numbers import Real
 
 import torch
 from torch import nn
@@ -19,4 +20,4 @@ def timestep_of(position: int, args: tuple, kwargs: dict) -> int | float | torch
     timestep = kwargs.get("timestep")
     if timestep is None and 0 <= position < len(args):
         timestep = args[position]
-    return timestep if isinstance(timestep, (int, float, torch.Tensor)) else None
+    return timestep if isinstance(timestep, (Real, torch.Tensor)) else None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .adapters import base_fingerprint
@@ -50,6 +51,22 @@ class Progress:
         self.seconds, self.losses = state["seconds"], list(state["losses"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
+            self.ema.to(self.student.model.device)
+
+
+def inputs_digest(teacher: nn.Module, *others: object) -> str:
+    """SHA-256 of all that training reads beside its settings; tensors count by their values, objects by their kind."""
+    digest = hashlib.sha256()
+
+    def describe(value: object) -> str:
+        if isinstance(value, Tensor):
+            return hashlib.sha256(value.detach().cpu().contiguous().view(torch.uint8).numpy()).hexdigest()
+        return type(value).__name__
+
+    for name, tensor in sorted(teacher.state_dict().items()):
+        digest.update(f"{name}:{describe(tensor.reshape(-1))}".encode())
+    digest.update(json.dumps(others, default=describe, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 class TrainingFolder:
@@ -74,21 +91,28 @@ class TrainingFolder:
             return
         settings = config.to_dict() | {
             "processes": accelerator.num_processes,
-            "inputs": hashlib.sha256(inputs.encode()).hexdigest(),
+            "inputs": inputs,
             "model": base_fingerprint(progress.student.model),
         }
         file = path / SETTINGS
-        if file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8"))
-            differ = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))
-            if differ:
-                raise ConfigError(
-                    f"{path} holds a training run with other settings ({', '.join(differ)}). Give the same settings to "
-                    f"go on with it, or delete the folder to begin anew."
-                )
-        elif accelerator.is_main_process:
+        if accelerator.is_main_process and not file.is_file():
             path.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+            new = file.with_suffix(".part")
+            new.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+            new.replace(file)
+        accelerator.wait_for_everyone()
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(
+                f"{file} must be JSON, but it is not ({error}). Delete the folder to begin anew."
+            ) from error
+        if settings != found:
+            differ = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))
+            raise ConfigError(
+                f"{path} holds a training run with other settings ({', '.join(differ)}). Give the same settings to go "
+                f"on with it, or delete the folder to begin anew."
+            )
         accelerator.register_for_checkpointing(progress)
         # The model itself is frozen and comes from its checkpoint.
         accelerator.register_save_state_pre_hook(lambda _models, weights, _folder: weights.clear())
@@ -120,8 +144,6 @@ class TrainingFolder:
         self.accelerator.save_state(str(part))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            if target.exists():
-                shutil.rmtree(target)
             part.rename(target)
             for old in self.checkpoints()[:-1]:
                 shutil.rmtree(old)

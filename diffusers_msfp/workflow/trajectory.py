@@ -63,8 +63,8 @@ def rollout(pipe, make_arguments: Callable, first: int, size: int, seed: int) ->
 
     def keep(_module, args, kwargs, output) -> None:
         predicted = model_output(output)
-        timesteps = torch.as_tensor(timestep_of(position, args, kwargs)).flatten().expand(len(predicted))
-        steps.append(DenoisingStep(timesteps, args, kwargs, predicted))
+        timesteps = torch.as_tensor(timestep_of(position, args, kwargs), device=predicted.device).flatten()
+        steps.append(DenoisingStep(timesteps.expand(len(predicted)), args, kwargs, predicted))
 
     generators = [torch.Generator().manual_seed(seed + first + i) for i in range(size)]
     handle = denoiser.register_forward_hook(keep, with_kwargs=True)
@@ -161,3 +161,18 @@ class Trajectories:
         if not self._steps:
             self._roll(0)
         return [float(step.timesteps[0]) for step in self._steps]
+
+
+def check_timesteps(timesteps: list[float], num_timesteps: int) -> None:
+    """Refuse a sampler whose timesteps a table over 0 … T - 1 cannot tell apart.
+
+    Raises:
+        ConfigError: a timestep outside the table, or two in one entry.
+    """
+    outside = [t for t in timesteps if not -1 <= t <= num_timesteps]
+    if outside or len({round(t) for t in timesteps}) < len(set(timesteps)):
+        raise ConfigError(
+            f"The router's table has one entry for each of {num_timesteps} training timesteps, but this sampler calls "
+            f"the model with {timesteps[0]:g} … {timesteps[-1]:g}, which it cannot tell apart. Use fewer steps, or a "
+            f"scheduler with discrete timesteps."
+        )

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import equal_state, make_condition_unet, make_unet, run
 from diffusers import (
     AutoencoderKL,
@@ -171,6 +172,31 @@ def test_compiled_models_route_without_recompiling(placement):
     assert torch.allclose(run(compiled, images, mixed), run(pipe.unet, images, mixed), atol=1e-5)
 
 
+def test_gradients_recomputed_in_another_thread_find_their_adapter(side, images):
+    """Autograd recomputes checkpointed activations in threads of its own on accelerators."""
+    unet = side.unet
+    unet.enable_gradient_checkpointing()
+    unet.train()
+    x = images.clone().requires_grad_()
+    loss = unet(x, HIGH).sample.square().mean()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(loss.backward).result()
+    assert x.grad.abs().sum() > 0
+
+
+def test_sequential_offloading_finds_the_adapters(tuned, images):
+    expected = run(tuned.unet, images, HIGH)
+    cpu_offload(tuned.unet, execution_device=torch.device("cpu"))
+    assert torch.equal(run(tuned.unet, images, HIGH), expected)
+
+
+def test_casting_by_force_keeps_adapters_and_their_ranges_exact(side):
+    before = {key: value.clone() for key, value in side.unet.state_dict().items() if ".adapters." in key}
+    torch.nn.ModuleList([side.unet]).to(torch.bfloat16)
+    after = side.unet.state_dict()
+    assert all(torch.equal(after[key], value) and after[key].dtype == value.dtype for key, value in before.items())
+
+
 # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -300,13 +326,17 @@ def test_adapters_for_another_base_are_refused_and_change_nothing(side, tmp_path
     pipe = DDPMPipeline(other, DDIMScheduler())
     quantize_pipeline(pipe, "w4a4", num_samples=2, num_inference_steps=2)
     before = copy.deepcopy(pipe.unet)
-    with pytest.raises(ConfigError, match="fit only the quantized model .* its packed weights differ"):
+    with pytest.raises(ConfigError, match="fit only the quantized model .* its packed weights or formats differ"):
         load_talora(pipe.unet, tmp_path)
     small = DDPMPipeline(make_unet(layers_per_block=2), DDIMScheduler())
     quantize_pipeline(small, "w4a4", num_samples=2, num_inference_steps=2)
-    with pytest.raises(ConfigError, match="its packed weights differ"):
+    with pytest.raises(ConfigError, match="its packed weights or formats differ"):
         load_talora(small.unet, tmp_path)
     assert equal_state(before, pipe.unet)
+    observing = make_unet()
+    quantize_model(observing, MSFPConfig(scheme="w4a4"))
+    with pytest.raises(ConfigError, match="need a calibrated model, but this one observes"):
+        load_talora(observing, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -520,10 +550,18 @@ def test_foreign_loras_are_refused_and_change_nothing(side, tmp_path):
     file, state = tmp_path / "adapter_model.safetensors", copy.deepcopy(side.unet)
     good = load_file(file)
     first = next(key for key in good if key.endswith("conv1.lora_A.weight"))
+    second = first.replace("lora_A", "lora_B")
     cases = [
         (good | {first: torch.zeros(3, *good[first].shape[1:])}, ShapeError, "must have rank 4"),
         (good | {"base_model.model.nowhere.lora_A.weight": torch.zeros(1)}, ConfigError, r"1 others \(nowhere, …\)"),
         (good | {first: torch.full_like(good[first], float("nan"))}, NonFiniteError, "must be finite"),
+        (good | {first: torch.full_like(good[first].float(), 1e9)}, NonFiniteError, "must be finite"),
+        (
+            good | {first.replace("lora_A", "lora_magnitude_vector"): torch.ones(1)},
+            ConfigError,
+            "another kind of adapter",
+        ),
+        (good | {second: good[second].repeat(1, 1, 3, 3)}, ShapeError, "must have rank 4"),
     ]
     for tensors, error, message in cases:
         save_file(tensors, file)

@@ -24,7 +24,7 @@ from diffusers_msfp.talora import Trainee
 from diffusers_msfp.workflow import Finetuner
 from diffusers_msfp.workflow.finetune_config import block_at, exploration_factor, learning_rate_factor
 from diffusers_msfp.workflow.sampling import call_arguments
-from diffusers_msfp.workflow.trajectory import Trajectories
+from diffusers_msfp.workflow.trajectory import Trajectories, check_timesteps
 
 SHORT = {"train_steps": 4, "num_inference_steps": 4, "batch_size": 4, "rank": 4}
 
@@ -172,6 +172,8 @@ def test_labels_and_guidance_are_the_pipeline_s(tmp_path):
 
 def test_the_teacher_is_not_changed_and_the_student_left_alone_by_a_failure(packed_pipe, teacher):
     teacher_state, state = state_of(teacher.unet), state_of(packed_pipe.unet)
+    flags = [parameter.requires_grad for parameter in packed_pipe.unet.parameters()]
+    assert any(flags)
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -180,6 +182,10 @@ def test_the_teacher_is_not_changed_and_the_student_left_alone_by_a_failure(pack
         finetune(packed_pipe, teacher, FinetuneConfig(**SHORT), on_update=stop)
     assert unchanged(packed_pipe.unet, state)
     assert not any(isinstance(module, Trainee) for module in packed_pipe.unet.modules())
+    with pytest.raises(KeyboardInterrupt):
+        finetune(packed_pipe, teacher, FinetuneConfig(**SHORT, gradient_checkpointing=True), on_update=stop)
+    assert not packed_pipe.unet.is_gradient_checkpointing
+    assert [parameter.requires_grad for parameter in packed_pipe.unet.parameters()] == flags
     assert unchanged(teacher.unet, teacher_state)
     broken = copy.deepcopy(teacher)
     broken.unet.conv_out.bias.data[0] = float("nan")
@@ -204,6 +210,19 @@ def test_bad_requests_are_refused_before_anything_is_changed(packed_pipe, teache
         finetune(observing, teacher, FinetuneConfig(**SHORT))
     with pytest.raises(ConfigError, match="with quantized layers is needed"):
         finetune(tiny_pipe, teacher, FinetuneConfig(**SHORT))
+    with pytest.raises(ConfigError, match=r"`router_groups` must match a layer, but 'nowhere' matches none"):
+        finetune(packed_pipe, teacher, FinetuneConfig(**SHORT, router_groups=("nowhere",)))
+    half = copy.deepcopy(packed_pipe)
+    half.unet.register_buffer("anchor", torch.zeros(1))
+    for parameter in half.unet.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.half()
+    with pytest.raises(ConfigError, match="float16 models underflow"):
+        finetune(half, teacher, FinetuneConfig(**SHORT))
+    with pytest.raises(ConfigError, match="which it cannot tell apart. Use fewer steps"):
+        check_timesteps([1.2, 0.9, 0.1], 1000)
+    with pytest.raises(ConfigError, match="which it cannot tell apart"):
+        check_timesteps([2000.0, 0.0], 1000)
     assert unchanged(packed_pipe.unet, state)
     finetune(packed_pipe, teacher, FinetuneConfig(**SHORT))
     with pytest.raises(ConfigError, match="has adapters already"):

@@ -82,9 +82,19 @@ def test_two_processes_see_the_data_of_one(tmp_path, tiny_dir, packed_dir, whole
 
 
 def test_a_run_with_other_settings_is_not_continued(tmp_path, packed_pipe):
-    (tmp_path / "settings.json").write_text(json.dumps({"rank": 3}))
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps({"rank": 3}))
     teacher = DDPMPipeline(make_unet(), DDIMScheduler())
     state = {key: value.clone() for key, value in packed_pipe.unet.state_dict().items()}
     with pytest.raises(ConfigError, match=r"holds a training run with other settings \(.*rank.*\). Give the same"):
         Finetuner(packed_pipe, teacher, FinetuneConfig(**CONFIG), work_dir=tmp_path)
+    assert equal(state, packed_pipe.unet.state_dict())
+    settings.write_text("")
+    with pytest.raises(ConfigError, match="must be JSON, but it is not"):
+        Finetuner(packed_pipe, teacher, FinetuneConfig(**CONFIG), work_dir=tmp_path)
+    settings.unlink()
+    Finetuner(packed_pipe, teacher, FinetuneConfig(**CONFIG), work_dir=tmp_path).student.abandon()
+    other = DDPMPipeline(make_unet(), DDIMScheduler(beta_end=0.03))
+    with pytest.raises(ConfigError, match=r"other settings \(inputs\)"):
+        Finetuner(packed_pipe, other, FinetuneConfig(**CONFIG), work_dir=tmp_path)
     assert equal(state, packed_pipe.unet.state_dict())
