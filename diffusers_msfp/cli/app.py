@@ -107,8 +107,8 @@ def finetune(
     minutes: Annotated[float | None, typer.Option(help="Train as many updates as fit.")] = None,
     train_steps: Annotated[int | None, typer.Option(help="Train so many updates; 2000 if nothing is given.")] = None,
     num_adapters: Annotated[int, typer.Option(help="Adapters per layer; 1 is a single LoRA.")] = 2,
-    rank: Annotated[int, typer.Option(help="Largest rank; narrow layers get less.")] = 32,
-    placement: Annotated[str, typer.Option(help=f"One of {', '.join(PLACEMENTS)}.")] = "merged",
+    rank: Annotated[int | None, typer.Option(help="Largest rank; 8 beside the weights, 32 merged.")] = None,
+    placement: Annotated[str, typer.Option(help=f"One of {', '.join(PLACEMENTS)}.")] = "side",
     router_group: Annotated[
         list[str] | None, typer.Option(help="Pattern of layers that choose on their own; repeatable.")
     ] = None,

@@ -18,8 +18,9 @@ class FinetuneConfig:
 
     Args:
         num_adapters (`int`): h; 1 is a single LoRA (EfficientDM), without a router.
-        rank (`int`): largest rank; narrow layers get less, see `adapter_rank`.
-        placement (`str`): `"merged"` or `"side"`.
+        rank (`int`, *optional*): largest rank; narrow layers get less, see `adapter_rank`. 8 beside the weights, 32 for
+            merged adapters, whose rank costs nothing at run time.
+        placement (`str`): `"side"`, the better one at equal bytes on the package's model, or `"merged"`.
         router_groups (`tuple[str, ...]`): glob patterns of layer groups that choose on their own.
         num_inference_steps (`int`): of the trajectories.
         batch_size (`int`): samples of a batch, over all processes, each at a timestep of its own.
@@ -48,8 +49,8 @@ class FinetuneConfig:
     """
 
     num_adapters: int = 2
-    rank: int = 32
-    placement: str = "merged"
+    rank: int | None = None
+    placement: str = "side"
     router_groups: tuple[str, ...] = ()
     num_inference_steps: int = 20
     batch_size: int = 16
@@ -74,6 +75,8 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "router_groups", tuple(self.router_groups))
+        if self.rank is None:
+            object.__setattr__(self, "rank", 32 if self.placement == "merged" else 8)
         counts = ("num_adapters", "rank", "num_inference_steps", "batch_size", "gradient_accumulation_steps")
         require_positive(**{name: getattr(self, name) for name in (*counts, "checkpoint_every")})
         if self.train_steps is not None and self.minutes is not None:

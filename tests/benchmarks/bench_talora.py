@@ -32,7 +32,7 @@ FIGURES = ("eps_mse", "eps_rel_l2", "image_psnr_db")
 
 def cell(updates: int = SHORT, scheme: str = "w4a4", **settings) -> tuple[str, FinetuneConfig | None]:
     """A scheme and how it is fine-tuned."""
-    return scheme, FinetuneConfig(train_steps=updates, **settings) if settings else None
+    return scheme, FinetuneConfig(train_steps=updates, **{"placement": "merged"} | settings) if settings else None
 
 
 # Equal parameters: one adapter of rank 16, two of rank 8, four of rank 4.
@@ -47,7 +47,7 @@ CELLS = {
     "one-lora-32": cell(num_adapters=1, rank=32, denoising_factor_exponent=0),
     "talora-32": cell(num_adapters=2, rank=32, denoising_factor_exponent=0),
     "side": cell(num_adapters=2, rank=7, denoising_factor_exponent=0, placement="side"),
-    "long-dfa": cell(LONG, rank=32),
+    "long-dfa": cell(LONG, rank=7, placement="side"),
     "minutes-5": ("w4a4", FinetuneConfig(minutes=5)),  # on two cores that nothing else uses
 }
 

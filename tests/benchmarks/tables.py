@@ -92,7 +92,7 @@ CELLS = {
     "one-lora-32": "one LoRA, rank 32",
     "talora-32": "TALoRA, 2 × rank 32",
     "side": "TALoRA beside the weights, 2 × rank 7",
-    "long-dfa": "TALoRA + DFA, 2 × rank 32, longer",
+    "long-dfa": "TALoRA + DFA beside the weights, 2 × rank 7, longer",
     "minutes-5": "`finetune --minutes 5`, defaults, two cores",
 }
 
