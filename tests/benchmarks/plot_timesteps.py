@@ -23,7 +23,7 @@ def plot(results: str, key: str, labels: dict[str, str] | None = None) -> None:
         cells = [row["eps_rel_l2_by_timestep"] for row in rows if row[key] == name]
         timesteps = [float(t) for t in cells[0]]
         style = "--" if name in BASELINES else "-"
-        label = (labels or {}).get(name, name)
+        label = (labels or {}).get(name, name).replace("`", "")
         axes.plot(timesteps, [mean(c[t] for c in cells) for t in cells[0]], style, marker=".", label=label)
     axes.set(yscale="log", xlabel="timestep (noise on the left, image on the right)", ylabel="relative error of ε")
     axes.invert_xaxis()

@@ -120,13 +120,14 @@ def talora() -> str:
                 f"{average(cell, 'frechet_reference'):.2f}",
                 f"{average(cell, 'frechet_real'):.2f}",
                 f"{average(cell, 'bytes') / 1e6:.2f} MB",
+                f"{max(row['peak_rss_bytes'] for row in own) / 1e9:.2f} GB" if "updates" in own[0] else "–",
                 str(len(own)),
             ]
         )
     full = average("full precision", "frechet_real")
-    lines.append(["full precision", "–", "0", "0", "–", "0", f"{full:.2f}", "–", "3"])
+    lines.append(["full precision", "–", "0", "0", "–", "0", f"{full:.2f}", "–", "–", "3"])
     header = ["", "updates", "`eps_rel_l2` (over seeds)", "`eps_mse`, share of PTQ's", "PSNR (dB)"]
-    header += ["Fréchet to full precision", "to real images", "tensors", "seeds"]
+    header += ["Fréchet to full precision", "to real images", "tensors", "peak memory", "seeds"]
     return markdown(header, lines)
 
 
