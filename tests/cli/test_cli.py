@@ -254,7 +254,11 @@ def test_overwrite_replaces_only_on_success(tiny_dir, tmp_path):
 def test_an_interrupted_run_leaves_nothing_that_looks_like_a_checkpoint(tmp_path, sign):
     out = tmp_path / "packed"
     command = [sys.executable, "-m", "diffusers_msfp", "quantize", EMBEDDED_MODEL, "--out", out]
-    process = subprocess.Popen([*command, "--calibration-samples", "100000"], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*command, "--calibration-samples", "100000"],
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
+    )
     time.sleep(12)
     assert process.poll() is None
     os.kill(process.pid, sign)
@@ -265,7 +269,7 @@ def test_an_interrupted_run_leaves_nothing_that_looks_like_a_checkpoint(tmp_path
 def test_version_and_help():
     assert program("--version").stdout.strip()
     shown = program("--help").stdout
-    for verb in ("quantize", "sample", "compare", "inspect", "demo"):
+    for verb in ("quantize", "sample", "compare", "inspect", "demo", "finetune"):
         assert verb in shown
 
 
