@@ -44,7 +44,7 @@ CLASSES = ("merged", "side")
 
 
 def near(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal but for values on a border, which another batch size or thread moves a step; adapters differ by far more."""
+    """Equal but for values on a border, which another batch size moves a step; adapters differ by far more."""
     return bool((a - b).norm() < 0.12 * b.norm())
 
 
