@@ -259,10 +259,13 @@ def test_an_interrupted_run_leaves_nothing_that_looks_like_a_checkpoint(tmp_path
         stderr=subprocess.DEVNULL,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
     )
-    time.sleep(12)
-    assert process.poll() is None
-    os.kill(process.pid, sign)
-    assert process.wait(timeout=30) != 0
+    try:
+        time.sleep(12)
+        assert process.poll() is None
+        os.kill(process.pid, sign)
+        assert process.wait(timeout=30) != 0
+    finally:
+        process.kill()
     assert not out.exists()
 
 
