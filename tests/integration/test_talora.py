@@ -366,8 +366,9 @@ def test_damaged_adapters_change_nothing(side, packed_pipe, tmp_path, change, er
         load_talora(model, tmp_path)
     with pytest.raises(ConfigError, match="must be a folder or a Hub id"):
         load_talora(model, str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="holds neither"):
-        load_talora(model, tmp_path.parent)
+        load_talora(model, tmp_path / "empty")
 
 
 def test_merged_adapters_refuse_what_needs_a_base(merged, packed_pipe, tmp_path):
