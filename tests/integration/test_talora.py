@@ -4,7 +4,6 @@ import copy
 import json
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -28,7 +27,6 @@ from diffusers_msfp import (
     MSFPPipelineMixin,
     export_adapter,
     finetune,
-    freeze,
     import_adapter,
     quantize_pipeline,
 )
@@ -36,7 +34,7 @@ from diffusers_msfp.errors import CheckpointError, ConfigError, MSFPError, NonFi
 from diffusers_msfp.integration import talora_files
 from diffusers_msfp.integration.in_memory import quantize_model
 from diffusers_msfp.integration.talora_files import load_talora, save_talora, unload_talora
-from diffusers_msfp.talora import AdapterBank, AdapterPlan, RoutingTable, adapter_rank
+from diffusers_msfp.talora import AdapterBank, AdapterPlan, adapter_rank
 from diffusers_msfp.workflow.adapters import connect, layers_by_name
 
 LOW, HIGH = 10, 900  # timesteps with adapters of their own
@@ -598,7 +596,4 @@ def test_models_without_timesteps_are_refused():
     quantize_model(vae, MSFPConfig(scheme="w4a16"))
     with pytest.raises(UnsupportedError, match="AutoencoderKL takes none"):
         load_talora(vae, "somewhere/else")
-    freeze(vae)
     assert not hasattr(vae, "timestep_router")
-    assert isinstance(conditional().timestep_router, RoutingTable)
-    assert np.isfinite(answer(conditional(), LOW).numpy()).all()
