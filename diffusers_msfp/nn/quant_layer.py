@@ -27,13 +27,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..calibration import Observation, observe, search_activation, search_weight
+from ..calibration import Observation, search_activation, search_weight
 from ..formats import FPFormat
-from ..numerics import QParams, decode, encode, fake_quantize, pack, packed_size, unpack
-from ..numerics.rounding import check_finite, require_finite
+from ..numerics import QParams, encode, pack, packed_size
+from ..numerics.rounding import check_finite
 from ..schemes import LayerScheme
+from .engine import Engine
+from .execution import Execution
 from .routing import Routing
-from .stored import INPUT_TENSORS, StoredTensors
+from .stored import INPUT_TENSORS
 
 _CHUNK = 2**21  # weights encoded at once
 
@@ -49,7 +51,7 @@ def _transplant(source: nn.Module, cls: type[nn.Module]) -> nn.Module:
     return module
 
 
-class QuantLayer(StoredTensors, ABC):
+class QuantLayer(Execution, ABC):
     """Abstract base of the quantized layers. Made by `from_float` or `skeleton`, never by its constructor.
 
     Calling the class like its float original returns a *float* layer of that kind: PEFT builds a convolution's
@@ -65,6 +67,7 @@ class QuantLayer(StoredTensors, ABC):
     routing: Routing | None
     group: int
     adapters: nn.Module | None
+    engine: Engine | None
 
     def __new__(cls, *args, **kwargs):
         """A float layer for the public constructor; an empty object for `copy` and `pickle`."""
@@ -93,7 +96,7 @@ class QuantLayer(StoredTensors, ABC):
         layer = _transplant(module, cls)
         layer.place, layer.weight_format = place, weight_format
         layer.input_format, layer.input_candidates, layer.observation = None, (), None
-        layer.routing, layer.group, layer.adapters = None, 0, None
+        layer.routing, layer.group, layer.adapters, layer.engine = None, 0, None, None
         layer.make_room(num_banks, device)
         rows, _ = layer.matrix_shape
         layer.register_buffer("weight_scale", torch.ones(rows, device=device))
@@ -126,6 +129,7 @@ class QuantLayer(StoredTensors, ABC):
 
     def make_room(self, num_banks: int, device: torch.device | str = "meta") -> None:
         """Empty packed weights for this many banks."""
+        self.changed()
         rows, length = self.matrix_shape
         axes = max(len(self.logical_shape), 3)
         shape = (num_banks * rows,) + (1,) * (axes - 2) + (packed_size(length, self.weight_format.bits),)
@@ -197,6 +201,7 @@ class QuantLayer(StoredTensors, ABC):
 
     def start_observing(self, candidates: Sequence[str], observation: Observation | None = None) -> None:
         """Leave the input float and watch it, until `freeze`."""
+        self.changed()
         self.input_candidates, self.input_format = tuple(candidates), None
         self.observation = observation or Observation()
         for name in INPUT_TENSORS:
@@ -216,10 +221,12 @@ class QuantLayer(StoredTensors, ABC):
             for name, value in zip(INPUT_TENSORS, stored, strict=True):
                 getattr(self, name).copy_(value)
         self.input_candidates, self.observation = (), None
+        self.changed()
         return bool(len(values))
 
     def expect_input(self, fmt: FPFormat, device: torch.device | str = "meta") -> None:
         """Make room for the parameters of an input of this format."""
+        self.changed()
         self.input_format = fmt
         for name in INPUT_TENSORS:
             shape = (self.num_banks,) if self.num_banks > 1 and name != "input_error" else ()
@@ -235,53 +242,9 @@ class QuantLayer(StoredTensors, ABC):
     def route_by(self, routing: Routing | None, group: int = 0) -> None:
         """Ask `routing` which bank or adapter to use; it belongs to the model, not to the layer's own modules."""
         self.__dict__.update(routing=routing, group=group)
+        self.changed()
 
     # ── use ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def weight_qparams(self) -> QParams:
-        """Scale `(C, 1)`: of the weight as a matrix."""
-        scale = self.weight_scale[:, None]
-        return QParams.unchecked(self.weight_format, scale, torch.zeros_like(scale))
-
-    def input_qparams(self, adapter: int | Tensor = 0) -> QParams:
-        """Scale and zero point of shape `()`; those of the adapters while adapters beside the weight are in use."""
-        owner = self.adapters if self.adapters is not None and self.routing.strength else self
-        scale, zero_point = owner.input_scale, owner.input_zero_point
-        if scale.ndim and isinstance(adapter, int):
-            scale, zero_point = scale[adapter], zero_point[adapter]
-        elif scale.ndim:
-            scale, zero_point = (t.index_select(0, adapter.reshape(1))[0] for t in (scale, zero_point))
-        return QParams.unchecked(self.input_format, scale, zero_point)
-
-    def dequantize_weight(self, bank: int | Tensor = 0) -> Tensor:
-        """One bank's weight as the layer uses it: float32, `logical_shape`."""
-        codes = unpack(self.packed_bank(bank), self.weight_format.bits, self.matrix_shape[1])
-        return decode(codes, self.weight_qparams()).view(self.logical_shape)
-
-    def quantize_input(self, x: Tensor, adapter: int | Tensor = 0) -> Tensor:
-        """The input as the layer uses it, float32: observed, fake-quantized, or as it is."""
-        if self.observing:
-            observe(self.observation, x, self.place)
-        elif self.input_format is not None:
-            require_finite(x, f"The input of layer `{self.place}`")
-            return fake_quantize(x.to(torch.float32), self.input_qparams(adapter))
-        return x.to(torch.float32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Quantize the input, decode the weight, compute in float32, return the dtype of `x`."""
-        bias = None if self.bias is None else self.bias.to(torch.float32)
-        beside = self.adapters is not None and self.routing.strength
-        if self.num_banks == 1 and not beside:
-            return self.compute(self.quantize_input(x), self.dequantize_weight(), bias).to(x.dtype)
-
-        def run(rows: Tensor, adapter: int | Tensor) -> Tensor:
-            quantized = self.quantize_input(rows, adapter)
-            if not beside:
-                return self.compute(quantized, self.dequantize_weight(adapter), bias)
-            correction = self.adapters(self, rows.to(torch.float32), adapter)
-            return self.compute(quantized, self.dequantize_weight(), bias) + correction * self.routing.strength
-
-        return self.routing.route(self.group).apply(run, x, self.routing.num_adapters).to(x.dtype)
 
     @abstractmethod
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,37 @@
+"""Choose an engine for each layer: the first of a list that runs it exactly."""
+
+from collections.abc import Sequence
+
+from .engine import Engine
+
+
+class AutoEngine(Engine):
+    """The first engine that does not refuse a layer.
+
+    Args:
+        engines (`Sequence[Engine]`): in order of preference; the last one refuses nothing.
+    """
+
+    name = "auto"
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        super().__init__(engines[0].memory)
+        self.engines = tuple(engines)
+
+    def choose(self, layer) -> tuple[Engine, dict[str, str]]:
+        """The engine for a layer, and why those before it refused it."""
+        refused = {}
+        for engine in self.engines:
+            reason = engine.refusal(layer)
+            if reason is None:
+                break
+            refused[engine.name] = reason
+        return engine, refused
+
+    def refusal(self, layer) -> str | None:
+        """See `Engine.refusal`."""
+        return self.engines[-1].refusal(layer)
+
+    def prepare(self, layer):
+        """See `Engine.prepare`."""
+        return self.choose(layer)[0].prepare(layer)

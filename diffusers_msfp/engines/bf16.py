@@ -1,0 +1,79 @@
+"""bf16: lattice integers through bfloat16 (or, for float32 models, float32) products.
+
+A product of two numbers of up to 8 significant bits is exact in float32, where the sums are kept, so this serves
+layers whose formats are too wide for 8-bit integers. It never decodes a weight twice; weights take 2 bytes each. A
+quantized input goes in as bfloat16 where `q - k` has 8 significant bits, else as float32.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..formats import FPFormat
+from . import kernels
+from .engine import Engine, PreparedLayer, weight_unit
+from .grid import InputGrid
+
+
+class BF16Engine(Engine):
+    """Floating-point arithmetic on lattice integers."""
+
+    name = "bf16"
+
+    def refusal(self, layer) -> str | None:
+        """See `Engine.refusal`."""
+        device = layer.weight.device.type
+        return None if device == "cpu" else f"its weight is on {device}, not on the CPU"
+
+    def prepare(self, layer) -> "BF16Layer":
+        """See `Engine.prepare`."""
+        return BF16Layer(layer, self.memory == "fast")
+
+
+@lru_cache(maxsize=256)
+def _fits_bfloat16(fmt: FPFormat, zero: int) -> bool:
+    values = torch.tensor(fmt.lattice, dtype=torch.float32) - zero
+    return torch.equal(values.to(torch.bfloat16).to(torch.float32), values)
+
+
+class BF16Layer(PreparedLayer):
+    """A layer of any kind; the layer's own `compute` does the work."""
+
+    def __init__(self, layer, keep: bool) -> None:
+        super().__init__(layer, keep)
+        self._units = weight_unit(layer)
+        self._table = torch.tensor(layer.weight_format.code_values, dtype=torch.int32)
+
+    def expand(self, bank: int) -> Tensor:
+        """Lattice integers as bfloat16, where all of them are exact; channels last for images."""
+        layer = self.layer
+        codes = kernels.expand(layer.packed_bank(bank), layer.weight_format.bits, layer.matrix_shape[1], self._table)
+        weight = codes.view(layer.logical_shape).to(torch.bfloat16)
+        return weight.contiguous(memory_format=torch.channels_last) if weight.ndim == 4 else weight
+
+    def __call__(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor) -> Tensor:
+        """As the layer."""
+        layer, unit, dtype = self.layer, self._units, x.dtype
+        if layer.input_format is not None and x.numel():
+            grid = self.grid(adapter)
+            x, unit = self._centred(x, grid, dtype), unit * grid.unit
+        weight = self.weight(bank)
+        if x.dtype == torch.bfloat16:
+            y = layer.compute(x, weight, None).to(torch.float32)
+        else:
+            y = layer.compute(x.to(torch.float32), weight.to(torch.float32), None)
+        y = y * self._per_channel(unit)
+        return (y if layer.bias is None else y + self._per_channel(layer.bias.to(torch.float32))).to(dtype)
+
+    def _centred(self, x: Tensor, grid: InputGrid, dtype: torch.dtype) -> Tensor:
+        narrow = dtype == torch.bfloat16 and _fits_bfloat16(self.layer.input_format, grid.zero)
+        dense = x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
+        centred, finite = kernels.centre(dense, grid, torch.bfloat16 if narrow else torch.float32)
+        if not finite:
+            self.refuse_infinite(x)
+        return centred
+
+    def _per_channel(self, values: Tensor) -> Tensor:
+        """`(C,)` as it broadcasts to the output."""
+        return values.view(-1, *[1] * (len(self.layer.logical_shape) - 2))

@@ -1,0 +1,83 @@
+"""What every engine is: a name, the layers it refuses and why, and a way to make the others ready."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError
+from ..numerics import QParams
+from ..numerics.rounding import check_finite
+from .grid import InputGrid
+
+MEMORY_MODES = ("fast", "low")
+
+
+class Engine(ABC):
+    """Abstract base of the engines.
+
+    Args:
+        memory (`str`): `"fast"` keeps what a layer needs ready; `"low"` keeps weights packed and expands them per call.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, memory: str = "fast") -> None:
+        self.memory = memory
+
+    @abstractmethod
+    def refusal(self, layer) -> str | None:
+        """Why this engine cannot run a layer exactly, on this machine; None if it can."""
+
+    @abstractmethod
+    def prepare(self, layer) -> Callable[[Tensor, int | Tensor, int | Tensor], Tensor] | None:
+        """The layer made ready, or None to leave it to the reference."""
+
+
+class PreparedLayer(ABC):
+    """Abstract base of layers made ready: knows the layer and its input's grid for each adapter.
+
+    Args:
+        layer: a `nn.QuantLayer`.
+        keep (`bool`): keep expanded weights instead of making them anew in each call.
+    """
+
+    def __init__(self, layer, keep: bool) -> None:
+        self.layer, self._keep = layer, keep
+        self._grids: dict[tuple[int, bool], InputGrid] = {}
+        self._weights: dict[int, Tensor] = {}
+
+    def grid(self, adapter: int | Tensor = 0) -> InputGrid:
+        """The input's quantizer under an adapter."""
+        routing = self.layer.routing
+        key = (int(adapter), routing is not None and bool(routing.strength))
+        if key not in self._grids:
+            self._grids[key] = InputGrid.of(self.layer.input_qparams(key[0]))
+        return self._grids[key]
+
+    def weight(self, bank: int | Tensor) -> Tensor:
+        """A bank's weight as the kernel wants it."""
+        bank = int(bank)
+        if bank in self._weights:
+            return self._weights[bank]
+        weight = self.expand(bank)
+        if self._keep:
+            self._weights[bank] = weight
+        return weight
+
+    @abstractmethod
+    def expand(self, bank: int) -> Tensor:
+        """Make a bank's weight from its packed codes."""
+
+    def refuse_infinite(self, x: Tensor) -> None:
+        """Say what is wrong with an input that a kernel found not to be finite."""
+        where = f"The input of layer `{self.layer.place}`"
+        check_finite(x, where)
+        raise NonFiniteError(f"{where} must be finite.")
+
+
+def weight_unit(layer) -> Tensor:
+    """Real size of a lattice step of each output channel, `(C,)` float32."""
+    return QParams.unchecked(layer.weight_format, layer.weight_scale, torch.zeros_like(layer.weight_scale)).unit

@@ -1,0 +1,54 @@
+"""How an input's real values become lattice integers in bytes: what kernels and engines pass to each other."""
+
+from dataclasses import dataclass
+
+from ..formats import FPFormat
+from ..numerics import QParams
+from ..numerics.rounding import zero_point_steps
+
+BYTE_MAX = 255
+
+
+def byte_offset(fmt: FPFormat) -> int:
+    """What is added to a lattice integer so that it is ≥ 0: oneDNN's convolutions read unsigned bytes only."""
+    return fmt.lattice_max if fmt.signed else 0
+
+
+def fits_byte(fmt: FPFormat) -> bool:
+    """Whether every lattice integer of an input's format fits an unsigned byte."""
+    return fmt.lattice_max + byte_offset(fmt) <= BYTE_MAX
+
+
+@dataclass(frozen=True)
+class InputGrid:
+    """An input's quantizer as plain numbers; `x ≈ (byte - zero_byte) * unit`.
+
+    Args:
+        unit (`float`): real size of one lattice step.
+        inverse (`float`): `1 / unit` as float32 computes it, once.
+        zero (`int`): the zero point k in lattice steps.
+        low, high (`int`): range of the lattice.
+        mantissa_bits (`int`): M.
+        offset (`int`): byte minus lattice integer.
+    """
+
+    unit: float
+    inverse: float
+    zero: int
+    low: int
+    high: int
+    mantissa_bits: int
+    offset: int
+
+    @classmethod
+    def of(cls, qparams: QParams) -> "InputGrid":
+        """From a scale and zero point of shape `()`."""
+        fmt, unit = qparams.format, qparams.unit
+        zero = int(zero_point_steps(qparams).item())
+        bounds = fmt.lattice[0], fmt.lattice_max
+        return cls(unit.item(), (1 / unit).item(), zero, *bounds, fmt.mantissa_bits, byte_offset(fmt))
+
+    @property
+    def zero_byte(self) -> int:
+        """The byte of the real 0."""
+        return self.zero + self.offset

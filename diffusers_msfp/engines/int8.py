@@ -1,0 +1,232 @@
+"""int8 (CPU): lattice integers through oneDNN's 8-bit convolution and matrix product, with exact int32 sums.
+
+`y = unit_x * unit_w[c] * sum((q_x - k) * q_w) + bias`: inputs as unsigned bytes with a zero point, weights as signed
+bytes. Real 0 is a byte too, so padding is exact. Padding that is not zeros, or not the same on both sides, is put on
+before the input is quantized, which changes nothing: both work value by value.
+
+**The input quantizer**, milliseconds for 1 M values (8 × 128 × 32 × 32) to bytes on two cores, AVX-512:
+see `tests/benchmarks/bench_quantizer.py` and `model_cards/results/quantizer.json`.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..formats import FPFormat
+from . import kernels
+from .engine import Engine, PreparedLayer, weight_unit
+from .grid import byte_offset, fits_byte
+
+_INT8_MAX = 127
+
+
+class Int8Engine(Engine):
+    """8-bit integer arithmetic of a CPU."""
+
+    name = "int8"
+
+    def refusal(self, layer) -> str | None:
+        """See `Engine.refusal`."""
+        if layer.weight.device.type != "cpu":
+            return f"its weight is on {layer.weight.device.type}, not on the CPU"
+        if not available():
+            return "this build of torch has no 8-bit operators of oneDNN"
+        if layer.input_format is None:
+            return "its input is not quantized"
+        if not fits_byte(layer.input_format):
+            return f"its input's format {layer.input_format} does not fit 8 bits"
+        if layer.weight_format.lattice_max > _INT8_MAX:
+            return f"its weight's format {layer.weight_format} does not fit 8 bits"
+        largest = _largest_byte(layer.input_format)
+        if largest * layer.weight_format.lattice_max * layer.matrix_shape[1] >= 2**31:
+            return "its sums may exceed 32 bits"
+        if not products_are_exact(isinstance(layer, nn.Linear), largest, layer.weight_format.lattice_max):
+            return "this processor adds pairs of such products in 16 bits"
+        return None
+
+    def prepare(self, layer) -> "Int8Linear | Int8Conv":
+        """See `Engine.prepare`."""
+        return (Int8Linear if isinstance(layer, nn.Linear) else Int8Conv)(layer, self.memory == "fast")
+
+
+def available() -> bool:
+    """Whether this build of torch has the operators."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qconv_pointwise")
+
+
+def _largest_byte(fmt: FPFormat) -> int:
+    return fmt.lattice_max + byte_offset(fmt)
+
+
+@lru_cache(maxsize=64)
+def products_are_exact(linear: bool, largest_input: int, largest_weight: int) -> bool:
+    """Whether the processor's kernels add the largest products without saturation; asked of the kernels themselves.
+
+    Processors without VNNI add pairs of products in 16 bits: exact for 4-bit formats, not for 8-bit ones.
+    """
+    shape = (16, 64, 1, 1)
+    expected = float(64 * largest_input * largest_weight)
+    x = torch.full((2, 64, 3, 3), largest_input, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    for sign in (1, -1):
+        weight = torch.full(shape, sign * largest_weight, dtype=torch.int8)
+        if linear:
+            y = _linear(x[:, :, 0, 0].contiguous(), 1.0, 0, _pack_linear(weight[:, :, 0, 0]), torch.ones(16), None)
+        else:
+            pad = F.pad(weight, (1, 1, 1, 1))
+            packed = _pack_conv(pad, torch.ones(16), (1, 1), (1, 1), (1, 1), 1, x.shape)
+            y = _conv(x, 1.0, 0, packed, torch.ones(16), None, (1, 1), (1, 1), (1, 1), 1)
+        if not bool((y == sign * expected).all()):
+            return False
+    return True
+
+
+def _pack_linear(weight: Tensor) -> Tensor:
+    return torch.ops.onednn.qlinear_prepack(weight, None)
+
+
+@lru_cache(maxsize=256)
+def _zeros(size: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.int64)
+
+
+def _linear(x: Tensor, unit: float, zero: int, packed: Tensor, units: Tensor, bias, dtype=torch.float32) -> Tensor:
+    return torch.ops.onednn.qlinear_pointwise(
+        x, unit, zero, packed, units, _zeros(len(units)), bias, 1.0, 0, dtype, "none", [], ""
+    )
+
+
+def _pack_conv(weight: Tensor, units: Tensor, stride, padding, dilation, groups: int, shape) -> Tensor:
+    return torch.ops.onednn.qconv_prepack(weight, units, 1.0, 0, stride, padding, dilation, groups, list(shape))
+
+
+def _conv(
+    x: Tensor, unit: float, zero: int, packed: Tensor, units: Tensor, bias, stride, padding, dilation, groups: int,
+    dtype=torch.float32,
+) -> Tensor:  # fmt: skip
+    return torch.ops.onednn.qconv_pointwise(
+        x,
+        unit,
+        zero,
+        packed,
+        units,
+        _zeros(len(units)),
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        1.0,
+        0,
+        dtype,
+        "none",
+        [],
+        "",
+    )
+
+
+class _Int8Layer(PreparedLayer):
+    """What both kinds share: integers of the weight, and bytes of the input."""
+
+    def __init__(self, layer, keep: bool) -> None:
+        super().__init__(layer, keep)
+        self.units = weight_unit(layer)
+        self.bias = None if layer.bias is None else layer.bias.detach().to(torch.float32)
+        self._table = torch.tensor(layer.weight_format.code_values, dtype=torch.int8)
+        self.codes_dtype = torch.float32  # of the output where codes came in; set by the module that made them
+
+    def integers(self, bank: int) -> Tensor:
+        """A bank's lattice integers, `(C, …)` int8."""
+        layer = self.layer
+        matrix = kernels.expand(layer.packed_bank(bank), layer.weight_format.bits, layer.matrix_shape[1], self._table)
+        return matrix.view(layer.logical_shape)
+
+    def dtype_for(self, x: Tensor) -> torch.dtype:
+        """Dtype of the output for an input."""
+        return self.codes_dtype if x.dtype == torch.uint8 else x.dtype
+
+    def from_codes(self, codes: Tensor, adapter: int) -> Tensor:
+        """As the layer, for bytes that another module made with `grid(adapter)`; returns `codes_dtype`."""
+        return self(codes, adapter if self.layer.num_banks > 1 else 0, adapter)
+
+    def codes(self, x: Tensor, adapter: int | Tensor) -> Tensor:
+        """Bytes of a float input."""
+        codes, finite = kernels.quantize(x, self.grid(adapter))
+        if not finite:
+            self.refuse_infinite(x)
+        return codes
+
+
+class Int8Linear(_Int8Layer):
+    """`nn.Linear` in 8-bit integers."""
+
+    def expand(self, bank: int) -> Tensor:
+        """See `PreparedLayer.expand`."""
+        return _pack_linear(self.integers(bank))
+
+    def __call__(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor) -> Tensor:
+        """`(*, in)` float or bytes → `(*, out)`."""
+        dtype = self.dtype_for(x)
+        rows = x.reshape(-1, x.shape[-1])
+        if not rows.numel():
+            return x.new_empty(*x.shape[:-1], self.layer.out_features, dtype=dtype)
+        codes = rows if x.dtype == torch.uint8 else self.codes(rows.contiguous(), adapter)
+        grid, out = self.grid(adapter), torch.float32 if dtype == torch.float16 else dtype
+        y = _linear(codes, grid.unit, grid.zero_byte, self.weight(bank), self.units, self.bias, out)
+        return y.to(dtype).view(*x.shape[:-1], -1)
+
+
+class Int8Conv(_Int8Layer):
+    """`nn.Conv2d` and `nn.Conv1d` in 8-bit integers, channels last."""
+
+    def __init__(self, layer, keep: bool) -> None:
+        super().__init__(layer, keep)
+        self._flat = len(layer.kernel_size) == 1
+        size = [1, *layer.kernel_size] if self._flat else list(layer.kernel_size)
+        self.kernel_size = size
+        self.stride, self.dilation = self._pair(layer.stride, 1), self._pair(layer.dilation, 1)
+        ends = list(layer._reversed_padding_repeated_twice)  # (left, right, top, bottom)
+        simple = layer.padding_mode == "zeros" and ends[::2] == ends[1::2]
+        self.padding = self._pair(ends[::2][::-1], 0) if simple else [0, 0]
+        self._ends = None if simple else ends
+        self._shape = None
+
+    def _pair(self, values, first: int) -> list[int]:
+        return [first, *values] if self._flat else list(values)
+
+    def expand(self, bank: int) -> Tensor:
+        """See `PreparedLayer.expand`."""
+        weight = self.integers(bank)
+        weight = weight.unsqueeze(2) if self._flat else weight
+        geometry = self.stride, self.padding, self.dilation, self.layer.groups
+        return _pack_conv(weight, self.units, *geometry, self._shape)
+
+    def __call__(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor) -> Tensor:
+        """`(B, in, …)` float or bytes → `(B, out, …)`."""
+        dtype = self.dtype_for(x)
+        unbatched = x.ndim == len(self.layer.kernel_size) + 1
+        x = x.unsqueeze(0) if unbatched else x
+        if self._ends is not None:
+            mode = self.layer.padding_mode
+            x = F.pad(x, self._ends, mode="constant" if mode == "zeros" else mode)
+        x = x.unsqueeze(2) if self._flat else x
+        x = x.contiguous(memory_format=torch.channels_last)
+        y = self._empty(x, dtype) if not x.numel() else self._convolve(x, bank, adapter, dtype)
+        y = y.squeeze(2) if self._flat else y
+        return y.squeeze(0) if unbatched else y
+
+    def _convolve(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor, dtype: torch.dtype) -> Tensor:
+        codes = x if x.dtype == torch.uint8 else self.codes(x, adapter)
+        self._shape = self._shape or tuple(x.shape)
+        grid, out = self.grid(adapter), torch.float32 if dtype == torch.float16 else dtype
+        geometry = self.stride, self.padding, self.dilation, self.layer.groups
+        unit, zero = grid.unit, grid.zero_byte
+        return _conv(codes, unit, zero, self.weight(bank), self.units, self.bias, *geometry, out).to(dtype)
+
+    def _empty(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Output of a batch of none, with the size that a convolution gives."""
+        weight = torch.empty(self.layer.out_channels, x.shape[1] // self.layer.groups, *self.kernel_size, device="meta")
+        like = torch.empty(x.shape, device="meta")
+        y = F.conv2d(like, weight, None, self.stride, self.padding, self.dilation, self.layer.groups)
+        return x.new_empty(y.shape, dtype=dtype)

@@ -1,0 +1,57 @@
+"""The CPU kernels as torch operations: for machines without Numba. Same results, several passes over memory."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..grid import InputGrid
+
+_BLOCK = 2**17  # values worked on at once, so that the passes stay in the cache
+
+
+def _lattice(x: Tensor, grid: InputGrid) -> Tensor:
+    """Lattice integers, float32, of values of any float dtype; see `numerics.round_to_lattice`."""
+    y = x.to(torch.float32).mul(grid.inverse).add_(float(grid.zero)).clamp_(grid.low, grid.high)
+    bits = y.view(torch.int32).bitwise_and(0x7F800000).clamp_min_((127 + grid.mantissa_bits) << 23)
+    magic = bits.add_((23 - grid.mantissa_bits) << 23).bitwise_or_(0x400000).view(torch.float32)  # 1.5 * 2^23 * step
+    return y.add_(magic).sub_(magic)
+
+
+def _is_finite(x: Tensor) -> bool:
+    return not x.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(x))).all())
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The values in the order in which they lie in memory, `(n,)`."""
+    return x.as_strided((x.numel(),), (1,))
+
+
+def quantize(x: Tensor, grid: InputGrid) -> tuple[Tensor, bool]:
+    """See `kernels.quantize`."""
+    codes = torch.empty_like(x, dtype=torch.uint8)
+    flat, out = _dense(x), _dense(codes)
+    for start in range(0, flat.numel(), _BLOCK):
+        part = slice(start, start + _BLOCK)
+        out[part] = _lattice(flat[part], grid).add_(grid.offset)
+    return codes, _is_finite(x)
+
+
+def centre(x: Tensor, grid: InputGrid, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """See `kernels.centre`."""
+    return _lattice(x, grid).sub_(grid.zero).to(dtype), _is_finite(x)
+
+
+def norm(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, grid: InputGrid | None
+) -> tuple[Tensor, bool]:
+    """See `kernels.norm`."""
+    y = F.group_norm(x.to(torch.float32), groups, weight, bias, eps)
+    y = F.silu(y) if silu else y
+    return (y, _is_finite(y)) if grid is None else quantize(y, grid)
+
+
+def expand(packed: Tensor, bits: int, length: int, table: Tensor) -> Tensor:
+    """See `kernels.expand`."""
+    from ...numerics import unpack
+
+    return table[unpack(packed, bits, length).to(torch.int32)]

@@ -1,0 +1,123 @@
+"""How a quantized layer is run: by the engine that was chosen for it, or by the reference, which defines the result."""
+
+import torch
+from torch import Tensor
+
+from ..calibration import observe
+from ..numerics import QParams, decode, fake_quantize, unpack
+from ..numerics.rounding import require_finite
+from .engine import Engine, Prepared
+from .stored import StoredTensors
+
+
+class Execution(StoredTensors):
+    """Abstract base of `QuantLayer`: the two quantizers and the forward pass."""
+
+    prepared: Prepared | None = None
+
+    # ── engines ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def use_engine(self, engine: Engine | None) -> None:
+        """Run by this engine from now on; None for the reference."""
+        self.engine = engine
+        self.changed()
+
+    def changed(self) -> None:
+        """Drop what an engine made ready; the next call makes it anew."""
+        self.__dict__.pop("prepared", None)
+
+    def ready(self, x: Tensor) -> Prepared | None:
+        """The layer as its engine made it ready; None where the reference must run: to observe, or for gradients."""
+        if self.engine is None or self.observing or (torch.is_grad_enabled() and self._wants_gradients(x)):
+            return None
+        if self.prepared is None:
+            self.__dict__["prepared"] = self.engine.prepare(self)
+        return self.prepared
+
+    def _wants_gradients(self, x: Tensor) -> bool:
+        return x.requires_grad or any(tensor.requires_grad for tensor in self.parameters())
+
+    def _apply(self, fn, recurse=True):
+        """Move or cast; what an engine made ready stays behind."""
+        self.changed()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        """For copies and pickles: without what an engine made ready."""
+        return {key: value for key, value in self.__dict__.items() if key != "prepared"}
+
+    # ── the reference ────────────────────────────────────────────────────────────────────────────────────────
+
+    def weight_qparams(self) -> QParams:
+        """Scale `(C, 1)`: of the weight as a matrix."""
+        scale = self.weight_scale[:, None]
+        return QParams.unchecked(self.weight_format, scale, torch.zeros_like(scale))
+
+    def input_qparams(self, adapter: int | Tensor = 0) -> QParams:
+        """Scale and zero point of shape `()`; those of the adapters while adapters beside the weight are in use."""
+        owner = self.adapters if self.adapters is not None and self.routing.strength else self
+        scale, zero_point = owner.input_scale, owner.input_zero_point
+        if scale.ndim and isinstance(adapter, int):
+            scale, zero_point = scale[adapter], zero_point[adapter]
+        elif scale.ndim:
+            scale, zero_point = (t.index_select(0, adapter.reshape(1))[0] for t in (scale, zero_point))
+        return QParams.unchecked(self.input_format, scale, zero_point)
+
+    def dequantize_weight(self, bank: int | Tensor = 0) -> Tensor:
+        """One bank's weight as the layer uses it: float32, `logical_shape`."""
+        codes = unpack(self.packed_bank(bank), self.weight_format.bits, self.matrix_shape[1])
+        return decode(codes, self.weight_qparams()).view(self.logical_shape)
+
+    def quantize_input(self, x: Tensor, adapter: int | Tensor = 0) -> Tensor:
+        """The input as the layer uses it, float32: observed, fake-quantized, or as it is."""
+        if self.observing:
+            observe(self.observation, x, self.place)
+        elif self.input_format is not None:
+            require_finite(x, f"The input of layer `{self.place}`")
+            return fake_quantize(x.to(torch.float32), self.input_qparams(adapter))
+        return x.to(torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantize the input, multiply by the weight, return the dtype of `x`.
+
+        Args:
+            x (`Tensor`): float, or the codes that `takes_codes` said the layer would take.
+        """
+        if x.dtype == torch.uint8:
+            adapter = self._adapter_of_codes()
+            return self.prepared.from_codes(x, adapter)
+        if self.num_banks == 1 and not self._beside:
+            return self.run(x).to(x.dtype)
+
+        def run(rows: Tensor, adapter: int | Tensor) -> Tensor:
+            if not self._beside:
+                return self.run(rows, adapter, adapter)
+            correction = self.adapters(self, rows.to(torch.float32), adapter)
+            return self.run(rows, 0, adapter) + correction * self.routing.strength
+
+        return self.routing.route(self.group).apply(run, x, self.routing.num_adapters).to(x.dtype)
+
+    def run(self, x: Tensor, bank: int | Tensor = 0, adapter: int | Tensor = 0) -> Tensor:
+        """The layer with one bank and the input's parameters of one adapter, by its engine."""
+        prepared = self.ready(x)
+        if prepared is not None:
+            return prepared(x, bank, adapter)
+        bias = None if self.bias is None else self.bias.to(torch.float32)
+        return self.compute(self.quantize_input(x, adapter), self.dequantize_weight(bank), bias)
+
+    @property
+    def _beside(self) -> bool:
+        return self.adapters is not None and bool(self.routing.strength)
+
+    def _adapter_of_codes(self) -> int | None:
+        if self._beside:
+            return None
+        return 0 if self.num_banks == 1 else self.routing.route(self.group).uniform
+
+    def takes_codes(self, x: Tensor) -> int | None:
+        """The adapter for whose grid another layer may quantize this one's input; None if it must hand on floats.
+
+        Args:
+            x (`Tensor`): what the other layer starts from.
+        """
+        return self._adapter_of_codes() if hasattr(self.ready(x), "from_codes") else None

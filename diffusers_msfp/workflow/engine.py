@@ -1,0 +1,127 @@
+"""Choose the engine that runs a model's quantized layers."""
+
+import os
+from collections.abc import Iterator
+
+from diffusers import DiffusionPipeline
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import nn
+
+from ..engines import ENGINES, MEMORY_MODES, AutoEngine, Engine
+from ..engines.fused import fuse_norm, unfuse
+from ..errors import ConfigError
+from ..nn import QuantLayer
+from .convert import quant_layers
+
+ENGINE_VARIABLE = "MSFP_ENGINE"
+DEFAULT_ENGINE = "reference"
+
+
+def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, memory: str = "fast") -> None:
+    """Run quantized layers by another engine from now on; nothing of it is saved.
+
+    All engines give the reference's result layer by layer. A 4-bit network is chaotic, so pictures may still differ in
+    detail from the reference's; their quality does not.
+
+    Args:
+        model (`nn.Module` or `DiffusionPipeline`): with quantized layers.
+        engine (`str`): `"auto"` takes for each layer the fastest that is exact; otherwise a name in `ENGINES`, and the
+            reference for layers that it cannot run.
+        memory (`str`): `"fast"` keeps weights as the engine wants them, `"low"` keeps them packed and expands each
+            when it is needed.
+
+    Raises:
+        ConfigError: an unknown name, a model without quantized layers, or an engine that can run none of them here.
+    """
+    if engine != AutoEngine.name:
+        ENGINES[engine]
+    if memory not in MEMORY_MODES:
+        raise ConfigError(f"`memory` must be one of {', '.join(MEMORY_MODES)}, but {memory!r} came.")
+    models = _models(model)
+    layers = [layer for part in models for _, layer in quant_layers(part)]
+    if not layers:
+        raise ConfigError(
+            f"An engine needs a quantized model, but {type(model).__name__} has no quantized layer. Quantize it, or "
+            f"load a quantized checkpoint with `quantization_config=MSFPConfig()`."
+        )
+    chosen = engine_named(engine, memory)
+    _require_use(engine, chosen, layers)
+    for part in models:
+        _unprepare(part)
+    if engine == "reference":
+        return
+    for layer in layers:
+        layer.use_engine(chosen)
+    for part in models:
+        for norm, activation, parent, name in list(_norms_before_layers(part)):
+            fuse_norm(norm, activation, parent, name)
+
+
+def engine_named(name: str, memory: str = "fast") -> AutoEngine:
+    """The engines to try for each layer, in this order, under a name that `set_engine` takes."""
+    names = list(ENGINES) if name == AutoEngine.name else [name, *(["reference"] if name != "reference" else [])]
+    return AutoEngine([ENGINES[each](memory) for each in names])
+
+
+def engine_from_environment() -> str:
+    """What `MSFP_ENGINE` says, or the default.
+
+    Raises:
+        ConfigError: it names no engine.
+    """
+    name = os.environ.get(ENGINE_VARIABLE, DEFAULT_ENGINE)
+    if name != AutoEngine.name:
+        ENGINES[name]
+    return name
+
+
+def _models(model: nn.Module | DiffusionPipeline) -> list[nn.Module]:
+    if isinstance(model, DiffusionPipeline):
+        return [part for part in model.components.values() if isinstance(part, nn.Module)]
+    return [model]
+
+
+def _require_use(name: str, chosen: Engine, layers: list[QuantLayer]) -> None:
+    """Refuse an engine that can run no layer, and say which can."""
+    if name in (AutoEngine.name, "reference") or any(layer.observing for layer in layers):
+        return
+    reasons = [chosen.engines[0].refusal(layer) for layer in layers]
+    if None in reasons:
+        return
+    able = [other for other, cls in ENGINES.items() if any(cls().refusal(layer) is None for layer in layers)]
+    raise ConfigError(
+        f"Engine {name!r} must be able to run a layer of this model here, but none can be run: {reasons[0]}. Engines "
+        f"that can: {', '.join(able)}; `auto` takes the fastest of them."
+    )
+
+
+def _unprepare(model: nn.Module) -> None:
+    for module in model.modules():
+        unfuse(module)
+        if isinstance(module, QuantLayer):
+            module.use_engine(None)
+
+
+def _norms_before_layers(model: nn.Module) -> Iterator[tuple[nn.GroupNorm, nn.SiLU | None, nn.Module, str]]:
+    """Group norms whose result goes to one layer only: `(norm, activation, parent of the layer, its name)`."""
+    for module in model.modules():
+        for norm, activation, layer in _places(module):
+            names = (norm, layer, activation) if activation else (norm, layer)
+            found = [getattr(module, name, None) for name in names]
+            kinds = (type(found[0]) is nn.GroupNorm, isinstance(found[1], QuantLayer), type(found[-1]) is nn.SiLU)
+            if all(kinds[: len(found)]):
+                yield found[0], found[2] if activation else None, module, layer
+
+
+def _places(module: nn.Module) -> Iterator[tuple[str, str | None, str]]:
+    """Names of a norm, an activation and the layer behind them, where diffusers runs them one after the other."""
+    if isinstance(module, ResnetBlock2D):
+        if module.upsample is None and module.downsample is None:
+            yield "norm1", "nonlinearity", "conv1"
+        if module.time_embedding_norm != "scale_shift":
+            yield "norm2", "nonlinearity", "conv2"
+    elif isinstance(module, Transformer2DModel) and not getattr(module, "use_linear_projection", True):
+        yield "norm", None, "proj_in"
+    elif hasattr(module, "conv_norm_out"):  # the end of UNets, encoders and decoders
+        yield "conv_norm_out", "conv_act", "conv_out"
