@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ..calibration import Observation, observe, search_activation, search_weight
 from ..formats import FPFormat
-from ..numerics import QParams, decode, encode, fake_quantize, pack, packed_size, unpack
+from ..numerics import QParams, decode, encode, fake_quantize, pack, packed_size, select, unpack
 from ..numerics.rounding import check_finite, require_finite
 from ..schemes import LayerScheme
 from .routing import Routing
@@ -144,7 +144,7 @@ class QuantLayer(StoredTensors, ABC):
     def packed_bank(self, bank: int | Tensor) -> Tensor:
         """One bank's codes, `(C, bytes)`; a view where `bank` is a number."""
         banks = self.weight.view(self.num_banks, self.matrix_shape[0], self.weight.shape[-1])
-        return banks[bank] if isinstance(bank, int) else banks.index_select(0, bank.reshape(1))[0]
+        return select(banks, bank)
 
     @torch.no_grad()
     def store_banks(self, weights: Sequence[Tensor]) -> None:
@@ -247,10 +247,8 @@ class QuantLayer(StoredTensors, ABC):
         """Scale and zero point of shape `()`; those of the adapters while adapters beside the weight are in use."""
         owner = self.adapters if self.adapters is not None and self.routing.strength else self
         scale, zero_point = owner.input_scale, owner.input_zero_point
-        if scale.ndim and isinstance(adapter, int):
-            scale, zero_point = scale[adapter], zero_point[adapter]
-        elif scale.ndim:
-            scale, zero_point = (t.index_select(0, adapter.reshape(1))[0] for t in (scale, zero_point))
+        if scale.ndim:
+            scale, zero_point = select(scale, adapter), select(zero_point, adapter)
         return QParams.unchecked(self.input_format, scale, zero_point)
 
     def dequantize_weight(self, bank: int | Tensor = 0) -> Tensor:
