@@ -109,12 +109,17 @@ def with_ddim(pipe, eta: float = 0.0):
     return type(pipe)(**{**pipe.components, "scheduler": scheduler})
 
 
-def denoiser_of(pipe) -> nn.Module:
-    """The network that predicts noise."""
+def denoiser_name(pipe) -> str:
+    """Under which name a pipeline has the network that predicts noise."""
     for name in ("unet", "transformer", "prior"):
         if getattr(pipe, name, None) is not None:
-            return getattr(pipe, name)
+            return name
     raise ConfigError(f"A pipeline must have a `unet`, `transformer` or `prior`, but {type(pipe).__name__} has none.")
+
+
+def denoiser_of(pipe) -> nn.Module:
+    """The network that predicts noise."""
+    return getattr(pipe, denoiser_name(pipe))
 
 
 def model_output(output) -> Tensor:
