@@ -8,7 +8,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from diffusers.utils import logging
 
 from diffusers_msfp import quantize_pipeline
@@ -53,6 +63,30 @@ def make_condition_unet() -> UNet2DConditionModel:
         attention_head_dim=8,
         norm_num_groups=8,
     ).eval()
+
+
+def make_vae() -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(block_out_channels=(32,), norm_num_groups=8).eval()
+
+
+def make_dit(**changes) -> DiTTransformer2DModel:
+    torch.manual_seed(0)
+    arguments = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 1,
+        "sample_size": 8,
+        "num_embeds_ada_norm": 1000,
+    }
+    return DiTTransformer2DModel(**arguments | changes).eval()
+
+
+def make_dit_pipe(**changes) -> DiTPipeline:
+    """With class labels and guidance."""
+    return DiTPipeline(make_dit(**changes), make_vae(), DDIMScheduler())
 
 
 @pytest.fixture

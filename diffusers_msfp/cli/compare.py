@@ -1,7 +1,7 @@
 """`compare`: what a quantized pipeline lost."""
 
 from ..evaluation import compare_pipelines
-from ..workflow.sampling import denoiser_of
+from ..workflow.sampling import denoiser_name, denoiser_of
 from .load import load_pipeline, model_bytes
 from .terminal import progress
 
@@ -38,7 +38,5 @@ def compare(
             on_step=report,
         )
     for key, source, pipe in (("bytes_ref", ref, reference), ("bytes_cand", cand, candidate)):
-        denoiser = denoiser_of(pipe)
-        name = next(name for name, component in pipe.components.items() if component is denoiser)
-        result[key] = model_bytes(source, denoiser, name)
+        result[key] = model_bytes(source, denoiser_of(pipe), denoiser_name(pipe))
     return result

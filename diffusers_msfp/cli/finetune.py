@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..evaluation import image_grid, with_ddim
 from ..workflow import FinetuneConfig, Finetuner
 from ..workflow.finetune import PREVIEWS
-from ..workflow.sampling import denoiser_of
+from ..workflow.sampling import denoiser_name, denoiser_of
 from ..workflow.state import quantized_models
 from .load import SourceError, load_pipeline, model_bytes
 from .store import check_target, peak_rss_bytes, write_checkpoint
@@ -104,8 +104,7 @@ def finetune(
     run.accelerator.end_training()
     if not main:
         return None
-    denoiser = denoiser_of(pipe)
-    name = next(name for name, component in pipe.components.items() if component is denoiser)
+    denoiser, name = denoiser_of(pipe), denoiser_name(pipe)
     return result | {
         "seconds_total": time.perf_counter() - started,
         "loss_first": float(np.mean(losses[:tenth])),

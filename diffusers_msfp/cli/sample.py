@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler
 
 from ..errors import ConfigError
 from ..evaluation import image_grid, with_ddim
-from ..workflow.sampling import batch_size_for, call_arguments, counting_steps, denoiser_of, quiet, require_positive
+from ..workflow.sampling import batched_calls, call_arguments, counting_steps, denoiser_of, quiet, require_positive
 from .load import load_pipeline
 from .terminal import progress
 
@@ -20,14 +20,10 @@ def sample_images(
     require_positive(num=num, steps=steps)
     if isinstance(pipe.scheduler, DDPMScheduler):
         pipe = with_ddim(pipe)
-    make_arguments = call_arguments(pipe, prompts, steps, {"output_type": "np"})
-    parts = []
-    batch_size = batch_size_for([denoiser_of(pipe)], num)
-    with quiet(pipe), torch.no_grad(), counting_steps(denoiser_of(pipe), -(-num // batch_size) * steps, on_step):
-        for start in range(0, num, batch_size):
-            size = min(batch_size, num - start)
-            parts.append(pipe(**make_arguments(start, size, torch.Generator().manual_seed(seed + start))).images)
-    return np.concatenate(parts)
+    denoiser = denoiser_of(pipe)
+    calls = batched_calls(call_arguments(pipe, prompts, steps, {"output_type": "np"}), [denoiser], num, seed)
+    with quiet(pipe), torch.no_grad(), counting_steps(denoiser, len(calls) * steps, on_step):
+        return np.concatenate([pipe(**call).images for call in calls])
 
 
 def sample(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..workflow.sampling import (
-    batch_size_for,
+    batched_calls,
     call_arguments,
     denoiser_of,
     model_output,
@@ -64,11 +64,12 @@ def compare_pipelines(
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
     reference, candidate = with_ddim(reference, eta), with_ddim(candidate, eta)
     student = denoiser_of(candidate)
-    batch_size = batch_size_for([student], num_samples)
+    make_arguments = call_arguments(reference, prompts, num_inference_steps, {"output_type": "np"} | arguments)
+    calls, again = (batched_calls(make_arguments, [student], num_samples, seed) for _ in range(2))  # generators advance
     error, energy, count = defaultdict(float), defaultdict(float), 0
     done = 0
     asking = False  # the candidate may be the reference itself
-    total = math.ceil(num_samples / batch_size) * num_inference_steps
+    total = len(calls) * num_inference_steps
 
     def watch(module, args, kwargs, output) -> None:
         nonlocal count, done, asking
@@ -91,22 +92,15 @@ def compare_pipelines(
         if on_step is not None:
             on_step(done, max(done, total))
 
-    make_arguments = call_arguments(reference, prompts, num_inference_steps, {"output_type": "np"} | arguments)
     ratios = []
     with quiet(reference), quiet(candidate), torch.no_grad():
-        for start in range(0, num_samples, batch_size):
-            size = min(batch_size, num_samples - start)
-
-            def run(pipe, start=start, size=size) -> Tensor:
-                images = pipe(**make_arguments(start, size, torch.Generator().manual_seed(seed + start))).images
-                return torch.from_numpy(images)
-
+        for call, same in zip(calls, again, strict=True):
             handle = denoiser_of(reference).register_forward_hook(watch, with_kwargs=True)
             try:
-                expected = run(reference)
+                expected = reference(**call).images
             finally:
                 handle.remove()
-            ratios.append(psnr_db(expected, run(candidate)))
+            ratios.append(psnr_db(torch.from_numpy(expected), torch.from_numpy(candidate(**same).images)))
     by_timestep = {f"{t:g}": math.sqrt(error[t] / energy[t]) for t in sorted(error, reverse=True)}
     return {
         "eps_mse": sum(error.values()) / count,

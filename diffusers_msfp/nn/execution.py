@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..calibration import observe
-from ..numerics import QParams, decode, fake_quantize, unpack
+from ..numerics import QParams, decode, fake_quantize, select, unpack
 from ..numerics.rounding import require_finite
 from .engine import Engine, Prepared
 from .stored import StoredTensors
@@ -57,10 +57,8 @@ class Execution(StoredTensors):
         """Scale and zero point of shape `()`; those of the adapters while adapters beside the weight are in use."""
         owner = self.adapters if self.adapters is not None and self.routing.strength else self
         scale, zero_point = owner.input_scale, owner.input_zero_point
-        if scale.ndim and isinstance(adapter, int):
-            scale, zero_point = scale[adapter], zero_point[adapter]
-        elif scale.ndim:
-            scale, zero_point = (t.index_select(0, adapter.reshape(1))[0] for t in (scale, zero_point))
+        if scale.ndim:
+            scale, zero_point = select(scale, adapter), select(zero_point, adapter)
         return QParams.unchecked(self.input_format, scale, zero_point)
 
     def dequantize_weight(self, bank: int | Tensor = 0) -> Tensor:

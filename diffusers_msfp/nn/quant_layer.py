@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ..calibration import Observation, search_activation, search_weight
 from ..formats import FPFormat
-from ..numerics import QParams, encode, pack, packed_size
+from ..numerics import QParams, encode, pack, packed_size, select
 from ..numerics.rounding import check_finite
 from ..schemes import LayerScheme
 from .engine import Engine
@@ -148,7 +148,7 @@ class QuantLayer(Execution, ABC):
     def packed_bank(self, bank: int | Tensor) -> Tensor:
         """One bank's codes, `(C, bytes)`; a view where `bank` is a number."""
         banks = self.weight.view(self.num_banks, self.matrix_shape[0], self.weight.shape[-1])
-        return banks[bank] if isinstance(bank, int) else banks.index_select(0, bank.reshape(1))[0]
+        return select(banks, bank)
 
     @torch.no_grad()
     def store_banks(self, weights: Sequence[Tensor]) -> None:

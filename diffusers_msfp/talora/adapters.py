@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import CheckpointError
+from ..numerics import select
 
 ADAPTER_TENSORS = ("down", "up", "input_scale", "input_zero_point")
 
@@ -79,15 +80,12 @@ class AdapterBank(nn.Module):
 
     def update(self, gate: Tensor) -> Tensor:
         """The weight's update `sum_k gate[k] * up[k] @ down[k]`; gate `(h,)` → `weight_shape`, float32."""
-        up = (self.up.float().transpose(0, 1) * gate[:, None]).flatten(1)  # (out, h * r)
-        return (up @ self.down.float().flatten(0, 1).flatten(1)).view(self.weight_shape)
+        down, up = self.stacked()
+        return ((up * gate.repeat_interleave(self.rank)) @ down.flatten(1)).view(self.weight_shape)
 
     def pair(self, adapter: int | Tensor) -> tuple[Tensor, Tensor]:
         """`(r, in / groups, *kernel)` and `(out, r)` of one adapter, float32; views where `adapter` is a number."""
-        if isinstance(adapter, int):
-            return self.down[adapter].float(), self.up[adapter].float()
-        adapter = adapter.reshape(1)
-        return self.down.index_select(0, adapter)[0].float(), self.up.index_select(0, adapter)[0].float()
+        return select(self.down, adapter).float(), select(self.up, adapter).float()
 
     def forward(self, layer: nn.Module, x: Tensor, adapter: int | Tensor) -> Tensor:
         """What one adapter adds to the layer's output; `x` and the result float32.

@@ -1,6 +1,5 @@
 """Calibration with the pipeline's own sampler."""
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
@@ -10,7 +9,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..schemes import resolve
 from .convert import quant_layers
-from .sampling import batch_size_for, call_arguments, counting_steps, quiet, require_positive
+from .sampling import batched_calls, call_arguments, counting_steps, quiet, require_positive
 from .state import freeze, quantized_models, track, tracker, write_record
 
 
@@ -51,13 +50,12 @@ def calibrate(
             f"`quantization_config=MSFPConfig()` or call `quantize_pipeline(pipe, scheme)`."
         )
     make_arguments = call_arguments(pipe, prompts, num_inference_steps, arguments)
+    calls = batched_calls(make_arguments, models, num_samples, seed)
     observing = [model for model in models if restart_observation(model)]
     if not observing:
         raise ConfigError("Nothing to calibrate: no layer of this pipeline has a quantized activation (weights only).")
 
-    batch_size = batch_size_for(models, num_samples)
-    denoiser = observing[0]
-    total = math.ceil(num_samples / batch_size) * num_inference_steps
+    total = len(calls) * num_inference_steps
     with ExitStack() as stack:
         for model in observing:
             stack.callback(setattr, tracker(model), "paused", False)
@@ -65,11 +63,10 @@ def calibrate(
             bar = stack.enter_context(pipe.progress_bar(total=total))
             bar.set_description("calibrating")
         stack.enter_context(quiet(pipe))
-        stack.enter_context(counting_steps(denoiser, total, on_step or (lambda *_: bar.update())))
+        stack.enter_context(counting_steps(observing[0], total, on_step or (lambda *_: bar.update())))
         stack.enter_context(torch.no_grad())
-        for start in range(0, num_samples, batch_size):
-            generator = torch.Generator().manual_seed(seed + start)
-            pipe(**make_arguments(start, min(batch_size, num_samples - start), generator))
+        for call in calls:
+            pipe(**call)
     for model in observing:
         freeze(model)
 

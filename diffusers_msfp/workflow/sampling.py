@@ -92,6 +92,20 @@ def call_arguments(
     return make
 
 
+def batched_calls(make: Callable, models: Sequence[nn.Module], num_samples: int, seed: int) -> list[dict]:
+    """The arguments of each call that `num_samples` take; equal seeds give equal noise.
+
+    Args:
+        make (`Callable`): see `call_arguments`.
+        models (`Sequence[nn.Module]`): as for `batch_size_for`.
+    """
+    size = batch_size_for(models, num_samples)
+    return [
+        make(start, min(size, num_samples - start), torch.Generator().manual_seed(seed + start))
+        for start in range(0, num_samples, size)
+    ]
+
+
 def with_ddim(pipe, eta: float = 0.0):
     """The same pipeline on a DDIM scheduler; one whose model predicts a flow keeps its own.
 
@@ -109,12 +123,17 @@ def with_ddim(pipe, eta: float = 0.0):
     return type(pipe)(**{**pipe.components, "scheduler": scheduler})
 
 
-def denoiser_of(pipe) -> nn.Module:
-    """The network that predicts noise."""
+def denoiser_name(pipe) -> str:
+    """Under which name a pipeline has the network that predicts noise."""
     for name in ("unet", "transformer", "prior"):
         if getattr(pipe, name, None) is not None:
-            return getattr(pipe, name)
+            return name
     raise ConfigError(f"A pipeline must have a `unet`, `transformer` or `prior`, but {type(pipe).__name__} has none.")
+
+
+def denoiser_of(pipe) -> nn.Module:
+    """The network that predicts noise."""
+    return getattr(pipe, denoiser_name(pipe))
 
 
 def model_output(output) -> Tensor:

@@ -38,13 +38,15 @@ class DenoisingStep:
 
     def rows(self, order: Tensor) -> "DenoisingStep":
         """The same call with its rows in another order."""
-        number = len(order)
 
         def arrange(leaf: Any) -> Any:
-            has_rows = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == number
-            return leaf[order] if has_rows else leaf
+            return leaf[order] if _has_rows(leaf, len(order)) else leaf
 
         return DenoisingStep(*tree_map(arrange, (self.timesteps, self.args, self.kwargs, self.output)))
+
+
+def _has_rows(leaf: Any, number: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == number
 
 
 def rollout(pipe, make_arguments: Callable, first: int, size: int, seed: int) -> list[DenoisingStep]:
@@ -84,12 +86,9 @@ def mix(steps: list[DenoisingStep], choice: list[int], position: int) -> Denoisi
         choice (`list[int]`): for each row, which step.
         position (`int`): of the timestep among the positional arguments.
     """
-    rows = len(choice)
 
     def pick(parts: list) -> Any:
-        if not (isinstance(parts[0], Tensor) and parts[0].ndim and parts[0].shape[0] == rows):
-            return parts[0]
-        if all(part is parts[0] for part in parts):
+        if not _has_rows(parts[0], len(choice)) or all(part is parts[0] for part in parts):
             return parts[0]
         return torch.stack([parts[step][row] for row, step in enumerate(choice)])
 
@@ -108,6 +107,8 @@ def mix(steps: list[DenoisingStep], choice: list[int], position: int) -> Denoisi
 class Trajectories:
     """Training batches in a fixed order; batch n is a function of the seed and n alone, so a run can go on anywhere.
 
+    The first rollout is drawn when this is made.
+
     Args:
         pipe (`DiffusionPipeline`): the teacher.
         make_arguments (`Callable`): see `call_arguments`.
@@ -116,7 +117,7 @@ class Trajectories:
         rank, world (`int`): this process, and how many there are.
 
     Raises:
-        ConfigError: the batch cannot be shared out evenly.
+        ConfigError: the batch cannot be shared out evenly, or the pipeline cannot be a teacher.
     """
 
     def __init__(self, pipe, make_arguments: Callable, batch_size: int, seed: int, rank: int = 0, world: int = 1):
@@ -124,12 +125,10 @@ class Trajectories:
             raise ConfigError(f"`batch_size` must be a multiple of the {world} processes, but {batch_size} came.")
         self.pipe, self.make_arguments = pipe, make_arguments
         self.batch_size, self.seed, self.rank, self.share = batch_size, seed, rank, batch_size // world
-        self._number, self._steps = -1, []
+        self._roll(0)
 
     def __getitem__(self, number: int) -> DenoisingStep:
         """Batch `number`: every sample of the rollout once, at a step drawn for it; rollouts last one pass."""
-        if not self._steps:
-            self._roll(0)
         length = len(self._steps)
         rollout_number, place = divmod(number, length)
         if rollout_number != self._number:
@@ -158,8 +157,6 @@ class Trajectories:
 
     def timesteps(self) -> list[float]:
         """Timesteps of a rollout in the sampler's order, as its denoiser sees them."""
-        if not self._steps:
-            self._roll(0)
         return [float(step.timesteps[0]) for step in self._steps]
 
 

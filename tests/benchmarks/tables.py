@@ -6,6 +6,7 @@ Each table stands between `<!-- name -->` and `<!-- /name -->`; a test compares 
 """
 
 import re
+from collections.abc import Iterator
 from statistics import mean
 
 from harness import ROOT, read_results
@@ -15,70 +16,72 @@ from diffusers_msfp import FORMATS
 PAGES = (ROOT / "README.md", ROOT / "model_cards" / "ddpm-fashion-mnist-32.md")
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table; the first column is text, the others are numbers."""
+def markdown(rows: Iterator[dict[str, str]]) -> str:
+    """A table of rows, column → cell; the first column is text, the others are numbers."""
+    rows = list(rows)
+    header = list(rows[0])
     rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *(row.values() for row in rows)])
 
 
-def formats() -> str:
+def grouped(results: str, key: str) -> dict[str, list[dict]]:
+    """The rows of a results file by their value under `key`."""
+    groups = {}
+    for row in read_results(results)["rows"]:
+        groups.setdefault(row[key], []).append(row)
+    return groups
+
+
+def average(rows: list[dict], key: str) -> float:
+    """Mean over rows."""
+    return mean(row[key] for row in rows)
+
+
+def spread(rows: list[dict], key: str) -> str:
+    """Smallest and largest of the rows."""
+    values = [row[key] for row in rows]
+    return f"{min(values):.4f} – {max(values):.4f}"
+
+
+def formats() -> Iterator[dict[str, str]]:
     """All formats, from the registry."""
-    rows = []
     for fmt in FORMATS.values():
-        sign = "signed" if fmt.signed else "unsigned"
-        fits = "yes" if fmt.lattice_max <= (127 if fmt.signed else 255) else "no"
-        numbers = [fmt.bits, fmt.exponent_bits, fmt.mantissa_bits, len(fmt.grid), f"{fmt.max:g}", fmt.lattice_max]
-        rows.append([f"`{fmt.name}`", sign, *map(str, numbers), fits])
-    header = [
-        "format",
-        "sign",
-        "bits",
-        "exponent",
-        "mantissa",
-        "values",
-        "max",
-        "largest integer",
-        "fits 8-bit integers",
-    ]
-    return markdown(header, rows)
+        yield {
+            "format": f"`{fmt.name}`",
+            "sign": "signed" if fmt.signed else "unsigned",
+            "bits": str(fmt.bits),
+            "exponent": str(fmt.exponent_bits),
+            "mantissa": str(fmt.mantissa_bits),
+            "values": str(len(fmt.grid)),
+            "max": f"{fmt.max:g}",
+            "largest integer": str(fmt.lattice_max),
+            "fits 8-bit integers": "yes" if fmt.lattice_max <= (127 if fmt.signed else 255) else "no",
+        }
 
 
-def schemes() -> str:
+def schemes() -> Iterator[dict[str, str]]:
     """Every scheme on the embedded model, mean over seeds."""
-    rows = read_results("ddpm-fashion-mnist-32")["rows"]
-    lines = []
-    for name in dict.fromkeys(row["scheme"] for row in rows):
-        cells = [row for row in rows if row["scheme"] == name]
-        errors = [row["eps_rel_l2_20"] for row in cells]
-        lines.append(
-            [
-                f"`{name}`",
-                f"{mean(errors):.4f}",
-                f"{min(errors):.4f} – {max(errors):.4f}",
-                f"{mean(row['image_psnr_db_20'] for row in cells):.1f}",
-                f"{mean(row['image_psnr_db_50'] for row in cells):.1f}",
-            ]
-        )
-    header = ["scheme", "`eps_rel_l2`", "over seeds", "image PSNR, 20 steps (dB)", "50 steps (dB)"]
-    return markdown(header, lines)
+    for name, rows in grouped("ddpm-fashion-mnist-32", "scheme").items():
+        yield {
+            "scheme": f"`{name}`",
+            "`eps_rel_l2`": f"{average(rows, 'eps_rel_l2_20'):.4f}",
+            "over seeds": spread(rows, "eps_rel_l2_20"),
+            "image PSNR, 20 steps (dB)": f"{average(rows, 'image_psnr_db_20'):.1f}",
+            "50 steps (dB)": f"{average(rows, 'image_psnr_db_50'):.1f}",
+        }
 
 
-def shapes() -> str:
+def shapes() -> Iterator[dict[str, str]]:
     """Size, time and memory on the architectures people use."""
-    lines = []
     for row in read_results("shapes")["rows"]:
-        lines.append(
-            [
-                f"{row['shape']}, {row['parameters'] / 1e6:.1f} M, `{row['scheme']}`",
-                f"{row['bytes_bf16'] / 1e6:.1f} MB",
-                f"{row['bytes_after'] / 1e6:.1f} MB",
-                f"{row['weight_bits_per_param']:.2f}",
-                f"{row['seconds_search']:.1f} s",
-                f"{row['peak_rss_bytes'] / 1e9:.2f} GB",
-            ]
-        )
-    header = ["architecture", "bf16", "packed", "bits per quantized weight", "search and packing", "peak memory"]
-    return markdown(header, lines)
+        yield {
+            "architecture": f"{row['shape']}, {row['parameters'] / 1e6:.1f} M, `{row['scheme']}`",
+            "bf16": f"{row['bytes_bf16'] / 1e6:.1f} MB",
+            "packed": f"{row['bytes_after'] / 1e6:.1f} MB",
+            "bits per quantized weight": f"{row['weight_bits_per_param']:.2f}",
+            "search and packing": f"{row['seconds_search']:.1f} s",
+            "peak memory": f"{row['peak_rss_bytes'] / 1e9:.2f} GB",
+        }
 
 
 CELLS = {
@@ -97,56 +100,40 @@ CELLS = {
 }
 
 
-def talora() -> str:
+def talora() -> Iterator[dict[str, str]]:
     """What each part of the fine-tuning brings, mean over seeds."""
-    rows = read_results("talora")["rows"]
-
-    def average(cell: str, key: str) -> float:
-        return mean(row[key] for row in rows if row["cell"] == cell)
-
-    lines = []
-    for cell, label in CELLS.items():
-        own = [row for row in rows if row["cell"] == cell]
-        if not own:
-            continue
-        errors = [row["eps_rel_l2_20"] for row in own]
-        lines.append(
-            [
-                label,
-                str(own[0].get("updates", "–")),
-                f"{mean(errors):.4f} ({min(errors):.4f} – {max(errors):.4f})",
-                f"{average(cell, 'eps_mse_20') / average('ptq', 'eps_mse_20'):.2f}",
-                f"{average(cell, 'image_psnr_db_20'):.1f}",
-                f"{average(cell, 'frechet_reference'):.2f}",
-                f"{average(cell, 'frechet_real'):.2f}",
-                f"{average(cell, 'bytes') / 1e6:.2f} MB",
-                f"{max(row['peak_rss_bytes'] for row in own) / 1e9:.2f} GB" if "updates" in own[0] else "–",
-                str(len(own)),
-            ]
-        )
-    full = average("full precision", "frechet_real")
-    lines.append(["full precision", "–", "0", "0", "–", "0", f"{full:.2f}", "–", "–", "3"])
-    header = ["", "updates", "`eps_rel_l2` (over seeds)", "`eps_mse`, share of PTQ's", "PSNR (dB)"]
-    header += ["Fréchet to full precision", "to real images", "tensors", "peak memory", "seeds"]
-    return markdown(header, lines)
+    groups = grouped("talora", "cell")
+    ptq = average(groups["ptq"], "eps_mse_20")
+    for rows, label in ((groups[cell], label) for cell, label in CELLS.items() if cell in groups):
+        trained = "updates" in rows[0]
+        row = {
+            "": label,
+            "updates": str(rows[0]["updates"]) if trained else "–",
+            "`eps_rel_l2` (over seeds)": f"{average(rows, 'eps_rel_l2_20'):.4f} ({spread(rows, 'eps_rel_l2_20')})",
+            "`eps_mse`, share of PTQ's": f"{average(rows, 'eps_mse_20') / ptq:.2f}",
+            "PSNR (dB)": f"{average(rows, 'image_psnr_db_20'):.1f}",
+            "Fréchet to full precision": f"{average(rows, 'frechet_reference'):.2f}",
+            "to real images": f"{average(rows, 'frechet_real'):.2f}",
+            "tensors": f"{average(rows, 'bytes') / 1e6:.2f} MB",
+            "peak memory": f"{max(one['peak_rss_bytes'] for one in rows) / 1e9:.2f} GB" if trained else "–",
+            "seeds": str(len(rows)),
+        }
+        yield row
+    full = groups["full precision"]
+    real = f"{average(full, 'frechet_real'):.2f}"
+    yield dict(zip(row, ["full precision", "–", "0", "0", "–", "0", real, "–", "–", str(len(full))], strict=True))
 
 
-def routing() -> str:
+def routing() -> Iterator[dict[str, str]]:
     """What adapters cost a step."""
-    lines = []
     for row in read_results("routing")["rows"]:
-        low, high = row["ratio_quartiles"]
-        lines.append(
-            [
-                f"{row['shape']}, batch {row['batch']}, {row['adapters']}",
-                f"{1e3 * row['seconds']:.0f} ms",
-                f"{row['ratio']:.3f} ({low:.3f} – {high:.3f})",
-                f"{row['switch_microseconds']:.0f} µs",
-                f"{row['bytes'] / 1e6:.2f} MB",
-            ]
-        )
-    header = ["model, adapters", "step", "ratio (quartiles)", "switching", "tensors"]
-    return markdown(header, lines)
+        yield {
+            "model, adapters": f"{row['shape']}, batch {row['batch']}, {row['adapters']}",
+            "step": f"{1e3 * row['seconds']:.0f} ms",
+            "ratio (quartiles)": "{:.3f} ({:.3f} – {:.3f})".format(row["ratio"], *row["ratio_quartiles"]),
+            "switching": f"{row['switch_microseconds']:.0f} µs",
+            "tensors": f"{row['bytes'] / 1e6:.2f} MB",
+        }
 
 
 TABLES = {"formats": formats, "schemes": schemes, "shapes": shapes, "talora": talora, "routing": routing}
@@ -157,7 +144,7 @@ def filled(page: str) -> str:
     for name, make in TABLES.items():
         block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if block.search(page):
-            table = make()
+            table = markdown(make())
             page = block.sub(lambda found, table=table: found[1] + table + "\n" + found[2], page)
     return page
 

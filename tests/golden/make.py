@@ -1,6 +1,8 @@
 """How the golden checkpoints were made. They are never made again: `test_golden.py` proves that version 1 still reads.
 
-python tests/golden/make.py
+A run overwrites them, and another machine gives other last bits; a new format version gets folders of its own.
+
+    python tests/golden/make.py
 """
 
 import copy

@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import equal_state, make_condition_unet, make_unet, run
+from conftest import equal_state, make_condition_unet, make_dit, make_unet, make_vae, run
 from diffusers import (
-    AutoencoderKL,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
-    DiTTransformer2DModel,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -81,31 +79,20 @@ MODELS = {
         },
     ),
     "DiTTransformer2DModel": (
-        lambda: DiTTransformer2DModel(
-            num_attention_heads=2,
-            attention_head_dim=8,
-            in_channels=4,
-            num_layers=2,
-            sample_size=8,
-            num_embeds_ada_norm=10,
-        ),
+        lambda: make_dit(num_layers=2, num_embeds_ada_norm=10),
         lambda: {
             "hidden_states": torch.randn(1, 4, 8, 8),
             "timestep": torch.tensor([3]),
             "class_labels": torch.tensor([1]),
         },
     ),
-    "AutoencoderKL": (
-        lambda: AutoencoderKL(block_out_channels=(32,), norm_num_groups=8, sample_size=16),
-        lambda: {"sample": torch.randn(1, 3, 16, 16)},
-    ),
+    "AutoencoderKL": (make_vae, lambda: {"sample": torch.randn(1, 3, 16, 16)}),
 }
 
 
 @pytest.mark.parametrize(("make", "inputs"), MODELS.values(), ids=MODELS)
 def test_models_quantize_save_and_reload_bit_identical(make, inputs, tmp_path):
-    torch.manual_seed(0)
-    model = make().eval()
+    model = make()
     model.save_pretrained(tmp_path / "float")
     parameters = model.num_parameters()
     cls = type(model)

@@ -3,14 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_condition_unet
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    PNDMScheduler,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionPipeline,
-)
+from conftest import make_condition_unet, make_vae
+from diffusers import DiffusionPipeline, PNDMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -38,7 +32,7 @@ def make_pipe() -> StableDiffusionPipeline:
         eos_token_id=len(tokens) - 1,
     )
     return StableDiffusionPipeline(
-        vae=AutoencoderKL(block_out_channels=(32,), norm_num_groups=8).eval(),
+        vae=make_vae(),
         text_encoder=CLIPTextModel(config).eval(),
         tokenizer=tokenizer,
         unet=make_condition_unet(),

@@ -7,9 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import equal_state, make_condition_unet, make_unet, run
+from conftest import equal_state, make_condition_unet, make_unet, make_vae, run
 from diffusers import (
-    AutoencoderKL,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
@@ -592,7 +591,7 @@ def test_alpha_of_an_imported_lora_counts(side, tmp_path):
 
 
 def test_models_without_timesteps_are_refused():
-    vae = AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)
+    vae = make_vae()
     quantize_model(vae, MSFPConfig(scheme="w4a16"))
     with pytest.raises(UnsupportedError, match="AutoencoderKL takes none"):
         load_talora(vae, "somewhere/else")

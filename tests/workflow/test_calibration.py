@@ -5,15 +5,12 @@ import logging
 
 import pytest
 import torch
-from conftest import equal_state, make_unet, run
+from conftest import equal_state, make_dit_pipe, make_unet, run
 from diffusers import (
-    AutoencoderKL,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
-    DiTPipeline,
-    DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
@@ -195,20 +192,10 @@ def test_any_scheduler(scheduler):
 
 
 def test_class_labels():
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=1,
-        sample_size=8,
-        num_embeds_ada_norm=1000,
-    )
-    vae = AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)
-    pipe = DiTPipeline(transformer.eval(), vae.eval(), DDIMScheduler())
+    pipe = make_dit_pipe(out_channels=8)
     quantize_pipeline(pipe, "w4a4", num_samples=2, num_inference_steps=2)
     assert calibration_state(pipe) == "frozen"
-    assert not any(isinstance(m, QuantLayer) for m in vae.modules())
+    assert not any(isinstance(m, QuantLayer) for m in pipe.vae.modules())
     both = MSFPConfig(scheme="w8a8", components_to_quantize=["vae"])
     quantize_pipeline(pipe, both, num_samples=1, num_inference_steps=2)
     assert pipe.vae.decoder.conv_out.input_format is not None

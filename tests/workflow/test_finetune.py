@@ -5,16 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import equal_state, make_condition_unet, make_unet, run
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DDPMPipeline,
-    DiffusionPipeline,
-    DiTPipeline,
-    DiTTransformer2DModel,
-    UNet2DModel,
-)
+from conftest import equal_state, make_condition_unet, make_dit_pipe, make_unet, run
+from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DModel
 
 from diffusers_msfp import FinetuneConfig, MSFPConfig, calibrate, finetune, quantize_pipeline
 from diffusers_msfp.errors import ConfigError, NonFiniteError, ShapeError, UnsupportedError
@@ -146,22 +138,7 @@ def test_a_batch_holds_every_sample_once_at_its_own_timestep(teacher):
 
 
 def test_labels_and_guidance_are_the_pipeline_s(tmp_path):
-    def make():
-        torch.manual_seed(0)
-        transformer = DiTTransformer2DModel(
-            num_attention_heads=2,
-            attention_head_dim=8,
-            in_channels=4,
-            out_channels=4,
-            num_layers=1,
-            sample_size=8,
-            num_embeds_ada_norm=1000,
-        )
-        return DiTPipeline(
-            transformer.eval(), AutoencoderKL(block_out_channels=(32,), norm_num_groups=8), DDIMScheduler()
-        )
-
-    pipe, teacher = make(), make()
+    pipe, teacher = make_dit_pipe(), make_dit_pipe()
     quantize_pipeline(pipe, "w4a4", num_samples=2, num_inference_steps=2)
     result = finetune(pipe, teacher, FinetuneConfig(**SHORT), guidance_scale=4.0)
     assert result["updates"] == 4
