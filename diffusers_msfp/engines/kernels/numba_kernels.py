@@ -13,9 +13,11 @@ from .numba_rows import EXPONENT, add_moments, affine, centre_row, jit, norm_qua
 
 _CHUNK = 16384  # values that one thread takes at a time
 _SERIAL = 2 * _CHUNK  # below this, waking a second thread costs more than it gains
+_LOOPS = dict.fromkeys(("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"), False)
+_LOOPS["prange"] = True  # each parallel region costs 30 µs: only the loops that say so
 
 
-@jit(parallel=True)
+@jit(parallel=_LOOPS)
 def _quantize(x, out, inverse, zero, low, high, least, shift, offset):
     chunks = (x.size + _CHUNK - 1) // _CHUNK
     largest = np.zeros(chunks, np.int32)
@@ -25,7 +27,7 @@ def _quantize(x, out, inverse, zero, low, high, least, shift, offset):
     return largest.max()
 
 
-@jit(parallel=True)
+@jit(parallel=_LOOPS)
 def _centre(x, out, inverse, zero, low, high, least, shift):
     chunks = (x.size + _CHUNK - 1) // _CHUNK
     largest = np.zeros(chunks, np.int32)
@@ -35,7 +37,7 @@ def _centre(x, out, inverse, zero, low, high, least, shift):
     return largest.max()
 
 
-@jit(parallel=True)
+@jit(parallel=_LOOPS)
 def _norm(x, groups, weight, bias, eps, silu, real, codes, inverse, zero, low, high, least, step, offset):
     """Group norm of `(B, N, C)`, with the result in `codes`, or in `real` where `codes` is empty."""
     batch, length, channels = x.shape
@@ -61,7 +63,7 @@ def _norm(x, groups, weight, bias, eps, silu, real, codes, inverse, zero, low, h
     return np.isfinite(factor).all() and np.isfinite(shift).all()
 
 
-@jit(parallel=True)
+@jit(parallel=_LOOPS)
 def _expand_pairs(packed, table, out):
     """4-bit codes, two to a byte: `table` holds both integers of each byte."""
     length = out.shape[1]
