@@ -1,0 +1,129 @@
+"""The CPU kernels, both sets, against the definition of the codes."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from diffusers_msfp.engines.grid import InputGrid, fits_byte
+from diffusers_msfp.engines.kernels import numba_kernels, torch_kernels
+from diffusers_msfp.formats import FORMATS
+from diffusers_msfp.numerics import QParams, pack
+from diffusers_msfp.numerics.rounding import quantize_to_lattice
+
+KERNELS = {"numba": numba_kernels, "torch": torch_kernels}
+BYTE_FORMATS = [name for name, fmt in FORMATS.items() if fits_byte(fmt)]
+SIZES = {"serial": 1, "parallel": 70_001}
+
+
+@pytest.fixture(params=KERNELS)
+def kernels(request):
+    return KERNELS[request.param]
+
+
+def qparams_of(name: str) -> QParams:
+    fmt = FORMATS[name]
+    scale = torch.tensor(0.137)
+    return QParams(fmt, scale, torch.tensor(0.0 if fmt.signed else -2.0) * scale * fmt.step)
+
+
+def awkward_values(qparams: QParams) -> torch.Tensor:
+    """Ties, neighbours of ties, borders, zeros, subnormals and values far outside, besides random ones."""
+    fmt, unit = qparams.format, qparams.unit
+    halves = torch.arange(-2 * fmt.lattice_max - 4, 2 * fmt.lattice_max + 5) / 2 * unit
+    near = torch.cat([halves, halves.nextafter(torch.tensor(9e9)), halves.nextafter(torch.tensor(-9e9))])
+    special = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 3e38, -3e38])
+    return torch.cat([near, special, torch.randn(1000) * unit * fmt.lattice_max / 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", BYTE_FORMATS)
+def test_codes_equal_the_definition_bit_for_bit(kernels, name, dtype):
+    qparams = qparams_of(name)
+    x = awkward_values(qparams).to(dtype)
+    x = x[torch.isfinite(x)]
+    q, k = quantize_to_lattice(x, qparams)
+    grid = InputGrid.of(qparams)
+    codes, finite = kernels.quantize(x, grid)
+    centred, _ = kernels.centre(x, grid, torch.float32)
+    assert finite
+    assert torch.equal(codes.int(), (q + grid.offset).int())
+    assert torch.equal(centred, q - k)
+    assert grid.zero_byte == int(k + grid.offset)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_what_is_not_finite_is_noticed(kernels, size, bad):
+    grid = InputGrid.of(qparams_of("fp4_ue2m2"))
+    x = torch.zeros(size)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert kernels.quantize(x.to(dtype), grid)[1]
+        broken = x.to(dtype).clone()
+        broken[-1] = bad
+        assert not kernels.quantize(broken, grid)[1]
+        assert not kernels.centre(broken, grid, torch.float32)[1]
+
+
+def test_large_tensors_in_any_memory_format(kernels):
+    qparams = qparams_of("fp6_e2m3")
+    grid = InputGrid.of(qparams)
+    x = torch.randn(3, 64, 25, 17).contiguous(memory_format=torch.channels_last)
+    for values in (x, x.contiguous(), x[0], x.transpose(0, 1)):
+        codes, _ = kernels.quantize(values, grid)
+        assert torch.equal(codes.float(), quantize_to_lattice(values, qparams)[0] + grid.offset)
+        assert codes.stride() == values.stride()
+
+
+def test_bfloat16_integers_are_exact(kernels):
+    grid = InputGrid.of(qparams_of("fp8_ue1m7"))
+    x = torch.randn(999) * 9
+    wide, narrow = (kernels.centre(x, grid, dtype)[0] for dtype in (torch.float32, torch.bfloat16))
+    assert torch.equal(narrow.float(), wide)
+
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("shape", [(2, 64, 9, 7), (1, 8, 1, 1), (3, 12, 40, 30)], ids=str)
+def test_norm_agrees_with_torch(kernels, shape, silu):
+    x = (torch.randn(shape) * 3 + 5).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.rand(shape[1]) + 0.5, torch.randn(shape[1])
+    expected = F.group_norm(x.double(), 4, weight.double(), bias.double(), 1e-5)
+    expected = F.silu(expected) if silu else expected
+    y, finite = kernels.norm(x, 4, weight, bias, 1e-5, silu, None)
+    assert finite
+    assert (y - expected).norm() <= 2e-6 * expected.norm()
+    for name in ("fp4_ue2m2", "fp4_e2m1", "fp8_ue1m7"):
+        grid = InputGrid.of(qparams_of(name))
+        codes, _ = kernels.norm(x, 4, weight, bias, 1e-5, silu, grid)
+        assert torch.equal(codes, kernels.quantize(y, grid)[0])
+    half, _ = kernels.norm(x.bfloat16(), 4, weight, bias, 1e-5, silu, None)
+    whole, _ = kernels.norm(x.bfloat16().float(), 4, weight, bias, 1e-5, silu, None)
+    assert torch.equal(half, whole)
+
+
+def test_norm_survives_extreme_inputs(kernels):
+    x = torch.full((1, 4, 4, 4), 2.0).contiguous(memory_format=torch.channels_last)
+    y, finite = kernels.norm(x, 2, torch.ones(4), torch.tensor([-200.0, 200.0, 0.0, 1.0]), 1e-5, True, None)
+    assert finite
+    assert torch.allclose(y[0, :, 0, 0], F.silu(torch.tensor([-200.0, 200.0, 0.0, 1.0])), atol=1e-5)
+    x[0, 0, 0, 0] = float("nan")
+    assert not kernels.norm(x, 2, torch.ones(4), torch.zeros(4), 1e-5, True, None)[1]
+
+
+@pytest.mark.parametrize("length", [1, 6, 45])
+@pytest.mark.parametrize("name", ["fp4_e2m1", "fp6_e2m3", "fp8_e1m6"])
+def test_expanding_packed_codes(kernels, name, length):
+    fmt = FORMATS[name]
+    codes = torch.randint(0, 2**fmt.bits, (7, length), dtype=torch.uint8)
+    table = torch.tensor(fmt.code_values, dtype=torch.int8)
+    assert torch.equal(kernels.expand(pack(codes, fmt.bits), fmt.bits, length, table), table[codes.int()])
+
+
+def test_without_numba_the_torch_kernels_serve():
+    program = "import sys; sys.modules['numba'] = None\nfrom diffusers_msfp.engines import kernels\nprint(kernels.NAME)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "torch"
+    assert importlib.import_module("diffusers_msfp.engines.kernels").NAME == "numba"

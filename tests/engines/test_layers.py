@@ -1,0 +1,184 @@
+"""Engines against the reference, layer by layer, on equal inputs."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from diffusers_msfp.engines import ENGINES
+from diffusers_msfp.engines.int8 import Int8Engine, products_are_exact
+from diffusers_msfp.errors import NonFiniteError
+from diffusers_msfp.nn import QUANT_LAYERS
+from diffusers_msfp.numerics.rounding import quantize_to_lattice
+from diffusers_msfp.schemes import SCHEMES
+
+ROUNDED_TWICE = 4e-3  # relative: two roundings to bfloat16
+
+LAYERS = {
+    "conv": (nn.Conv2d(16, 24, 3, padding=1), (2, 16, 9, 7)),
+    "odd": (nn.Conv2d(15, 7, 3, stride=2, bias=False), (1, 15, 9, 8)),
+    "dilated-groups": (nn.Conv2d(16, 32, 3, padding=2, dilation=2, groups=4), (3, 16, 9, 9)),
+    "depthwise": (nn.Conv2d(8, 8, 3, padding=1, groups=8), (2, 8, 5, 5)),
+    "reflect": (nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), (2, 8, 5, 5)),
+    "circular": (nn.Conv2d(8, 8, (2, 3), padding="same", padding_mode="circular"), (2, 8, 5, 5)),
+    "replicate-1d": (nn.Conv1d(8, 12, 5, padding=2, padding_mode="replicate"), (2, 8, 15)),
+    "same": (nn.Conv2d(8, 8, (5, 3), padding="same"), (2, 8, 5, 5)),
+    "conv1d": (nn.Conv1d(8, 12, 3, padding=1, stride=2), (2, 8, 15)),
+    "pointwise": (nn.Conv2d(3, 5, 1), (1, 3, 4, 4)),
+    "unbatched": (nn.Conv2d(3, 5, 3), (3, 4, 4)),
+    "linear": (nn.Linear(33, 17), (4, 5, 33)),
+    "row": (nn.Linear(64, 64, bias=False), (64,)),
+    "no-linear": (nn.Linear(8, 4), (0, 8)),
+    "no-conv": (nn.Conv2d(4, 4, 3, stride=2), (0, 4, 8, 8)),
+}
+
+
+def quantized(module: nn.Module, scheme: str, shape: tuple[int, ...], signed: bool):
+    """A frozen layer and an input for it."""
+
+    def values():
+        x = torch.randn(shape) * 2
+        return x if signed else F.silu(x)
+
+    layer = QUANT_LAYERS[type(module)].from_float(module, "place", SCHEMES[scheme].inner)
+    if layer.observing:
+        with torch.no_grad():
+            layer(values() if min(shape) else torch.randn(max(1, shape[0]), *shape[1:]))
+        layer.freeze()
+    return layer, values()
+
+
+def assert_close(y: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    assert y.shape == expected.shape
+    assert y.dtype == expected.dtype
+    assert (y.double() - expected.double()).norm() <= tolerance * expected.double().norm()
+
+
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "silu"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", LAYERS)
+@torch.no_grad()
+def test_every_engine_equals_the_reference(name, scheme, signed):
+    module, shape = LAYERS[name]
+    layer, x = quantized(module, scheme, shape, signed)
+    expected, rounded = layer(x), layer(x.bfloat16())
+    for engine in (ENGINES[name](memory) for name in ENGINES for memory in ("fast", "low")):
+        if engine.refusal(layer) is None:
+            layer.use_engine(engine)
+            assert_close(layer(x), expected, 1e-5)
+            assert_close(layer(x), expected, 1e-5)  # with what the first call has made
+            assert_close(layer(x.bfloat16()), rounded, ROUNDED_TWICE)
+
+
+@torch.no_grad()
+def test_int8_serves_all_four_bit_layers():
+    for module, shape in LAYERS.values():
+        for signed in (True, False):
+            layer, _ = quantized(module, "w4a4", shape, signed)
+            assert Int8Engine().refusal(layer) is None
+
+
+@pytest.mark.parametrize("name", ["conv", "dilated-groups", "linear"])
+@torch.no_grad()
+def test_sums_equal_an_integer_oracle(name):
+    module, shape = LAYERS[name]
+    layer, x = quantized(module, "w4a4", shape, signed=False)
+    layer.bias = None
+    q, k = quantize_to_lattice(x, layer.input_qparams())
+    weight = layer.dequantize_weight() / layer.weight_qparams().unit.view(
+        -1, *[1] * (layer.dequantize_weight().ndim - 1)
+    )
+    exact = layer.compute((q - k).double(), weight.round().double(), None)
+    layer.use_engine(Int8Engine())
+    layer(x)
+    layer.prepared.units = torch.ones_like(layer.prepared.units)
+    layer.prepared._weights.clear()
+    grid = layer.prepared.grid()
+    unit_grid = type(grid)(
+        1.0, *[getattr(grid, f) for f in ("inverse", "zero", "low", "high", "mantissa_bits", "offset")]
+    )
+    layer.prepared._grids[next(iter(layer.prepared._grids))] = unit_grid
+    assert torch.equal(layer(x).double(), exact)
+
+
+@given(
+    channels=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    size=st.tuples(st.integers(3, 12), st.integers(3, 12)),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 2),
+    batch=st.integers(1, 3),
+    signed=st.booleans(),
+    seed=st.integers(0, 999),
+)
+@settings(max_examples=25, deadline=None)
+@torch.no_grad()
+def test_random_convolutions(channels, size, kernel, stride, padding, batch, signed, seed):
+    torch.manual_seed(seed)
+    module = nn.Conv2d(*channels, kernel, stride=stride, padding=padding)
+    layer, x = quantized(module, "w4a4", (batch, channels[0], *size), signed)
+    expected = layer(x)
+    layer.use_engine(Int8Engine())
+    assert_close(layer(x), expected, 1e-5)
+
+
+@torch.no_grad()
+def test_a_layer_takes_any_size_after_the_first():
+    layer, _ = quantized(nn.Conv2d(8, 8, 3, padding=1), "w4a4", (1, 8, 6, 6), signed=False)
+    inputs = [torch.randn(b, 8, h, w) for b, h, w in ((1, 6, 6), (3, 6, 6), (2, 17, 5), (1, 6, 6))]
+    expected = [layer(x) for x in inputs]
+    layer.use_engine(Int8Engine())
+    for x, y in zip(inputs, expected, strict=True):
+        assert_close(layer(x), y, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["int8", "bf16"])
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_gradients_flow_as_in_the_reference(name, kind):
+    module, shape = LAYERS[kind]
+    layer, x = quantized(module, "w4a4", shape, signed=True)
+    layer.use_engine(ENGINES[name]())
+    x.requires_grad_(True)
+    layer(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["int8", "bf16"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@torch.no_grad()
+def test_infinite_inputs_are_refused_by_name(name, bad):
+    layer, x = quantized(nn.Linear(8, 4), "w4a4", (2, 8), signed=True)
+    layer.use_engine(ENGINES[name]())
+    x[1, 3] = bad
+    with pytest.raises(NonFiniteError, match="input of layer `place` must be finite"):
+        layer(x)
+
+
+@torch.no_grad()
+def test_what_changes_a_layer_makes_it_ready_anew():
+    layer, x = quantized(nn.Linear(8, 4), "w4a4", (2, 8), signed=True)
+    layer.use_engine(Int8Engine())
+    layer(x)
+    layer.store_input(layer.input_scale * 2, layer.input_zero_point)
+    y = layer(x)
+    layer.use_engine(None)
+    assert_close(y, layer(x), 1e-5)
+
+
+def test_products_too_large_for_a_processor_are_found_by_asking_it(monkeypatch):
+    assert products_are_exact(True, 192, 64)
+    assert products_are_exact(False, 192, 64)
+    layer, _ = quantized(nn.Linear(8, 4), "w4a4", (2, 8), signed=True)
+    monkeypatch.setattr("diffusers_msfp.engines.int8.products_are_exact", lambda *_: False)
+    assert "16 bits" in Int8Engine().refusal(layer)
+
+
+@torch.no_grad()
+def test_low_memory_keeps_nothing_expanded():
+    layer, x = quantized(nn.Linear(8, 4), "w4a4", (2, 8), signed=True)
+    for memory, kept in (("fast", 1), ("low", 0)):
+        layer.use_engine(Int8Engine(memory))
+        layer(x)
+        assert len(layer.prepared._weights) == kept
