@@ -47,7 +47,7 @@ class PreparedLayer(ABC):
     def __init__(self, layer, keep: bool) -> None:
         self.layer, self._keep = layer, keep
         self._grids: dict[tuple[int, bool], InputGrid] = {}
-        self._weights: dict[int, Tensor] = {}
+        self._weights: dict[tuple, Tensor] = {}
 
     def grid(self, adapter: int | Tensor = 0) -> InputGrid:
         """The input's quantizer under an adapter."""
@@ -57,18 +57,18 @@ class PreparedLayer(ABC):
             self._grids[key] = InputGrid.of(self.layer.input_qparams(key[0]))
         return self._grids[key]
 
-    def weight(self, bank: int | Tensor) -> Tensor:
-        """A bank's weight as the kernel wants it."""
-        bank = int(bank)
-        if bank in self._weights:
-            return self._weights[bank]
-        weight = self.expand(bank)
+    def weight(self, bank: int | Tensor, *how) -> Tensor:
+        """A bank's weight as a kernel wants it."""
+        key = (int(bank), *how)
+        if key in self._weights:
+            return self._weights[key]
+        weight = self.expand(*key)
         if self._keep:
-            self._weights[bank] = weight
+            self._weights[key] = weight
         return weight
 
     @abstractmethod
-    def expand(self, bank: int) -> Tensor:
+    def expand(self, bank: int, *how) -> Tensor:
         """Make a bank's weight from its packed codes."""
 
     def refuse_infinite(self, x: Tensor) -> None:

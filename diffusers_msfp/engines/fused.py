@@ -26,17 +26,26 @@ class FusedGroupNorm(nn.GroupNorm):
             return super().forward(x)
         x = x.contiguous(memory_format=torch.channels_last)
         prepared = layer.prepared
-        arguments = x, self.num_groups, *self._affine(x), self.eps, self.silu
+        arguments = x, self.num_groups, *_affine(self), self.eps, self.silu
         codes, finite = kernels.norm(*arguments, prepared.grid(adapter))
         if not finite:
             prepared.refuse_infinite(kernels.norm(*arguments, None)[0])
         prepared.codes_dtype = x.dtype
         return codes
 
-    def _affine(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.weight is None:
-            return x.new_ones(x.shape[1], dtype=torch.float32), x.new_zeros(x.shape[1], dtype=torch.float32)
-        return self.weight.detach().to(torch.float32), self.bias.detach().to(torch.float32)
+
+def _affine(norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias, `(C,)` float32."""
+    if norm.weight is None:
+        return torch.ones(norm.num_channels), torch.zeros(norm.num_channels)
+    return norm.weight.detach().to(torch.float32), norm.bias.detach().to(torch.float32)
+
+
+def norm_rows(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """A group norm of `(B, N, C)`, the shape that attention works on: no copy to channels first and back."""
+    x = x.contiguous().transpose(1, 2)
+    y, finite = kernels.norm(x, norm.num_groups, *_affine(norm), norm.eps, False, None)
+    return (y if finite else norm(x)).transpose(1, 2)
 
 
 class PassingSiLU(nn.SiLU):

@@ -52,3 +52,9 @@ class InputGrid:
     def zero_byte(self) -> int:
         """The byte of the real 0."""
         return self.zero + self.offset
+
+
+def output_size(shape, size, stride, padding, dilation) -> tuple[int, ...]:
+    """Height and width of a convolution's output; every argument is such a pair."""
+    pairs = zip(shape, size, stride, padding, dilation, strict=True)
+    return tuple((n + 2 * pad - d * (k - 1) - 1) // s + 1 for n, k, s, pad, d in pairs)

@@ -118,4 +118,4 @@ class Execution(StoredTensors):
         Args:
             x (`Tensor`): what the other layer starts from.
         """
-        return self._adapter_of_codes() if hasattr(self.ready(x), "from_codes") else None
+        return self._adapter_of_codes() if getattr(self.ready(x), "reads_codes", False) else None

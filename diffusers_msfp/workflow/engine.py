@@ -12,6 +12,7 @@ from ..engines import ENGINES, MEMORY_MODES, AutoEngine, Engine
 from ..engines.fused import fuse_norm, unfuse
 from ..errors import ConfigError
 from ..nn import QuantLayer
+from .attention import use_engine_attention
 from .convert import quant_layers
 
 ENGINE_VARIABLE = "MSFP_ENGINE"
@@ -56,6 +57,7 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
     for part in models:
         for norm, activation, parent, name in list(_norms_before_layers(part)):
             fuse_norm(norm, activation, parent, name)
+        use_engine_attention(part, wanted=True)
 
 
 def engine_named(name: str, memory: str = "fast") -> AutoEngine:
@@ -97,6 +99,7 @@ def _require_use(name: str, chosen: Engine, layers: list[QuantLayer]) -> None:
 
 
 def _unprepare(model: nn.Module) -> None:
+    use_engine_attention(model, wanted=False)
     for module in model.modules():
         unfuse(module)
         if isinstance(module, QuantLayer):

@@ -16,7 +16,7 @@ from diffusers_msfp.numerics.rounding import quantize_to_lattice
 
 KERNELS = {"numba": numba_kernels, "torch": torch_kernels}
 BYTE_FORMATS = [name for name, fmt in FORMATS.items() if fits_byte(fmt)]
-SIZES = {"serial": 1, "parallel": 70_001}
+SIZES = {"serial": 1, "parallel": 2_200_001}
 
 
 @pytest.fixture(params=KERNELS)
@@ -71,7 +71,7 @@ def test_what_is_not_finite_is_noticed(kernels, size, bad):
 def test_large_tensors_in_any_memory_format(kernels):
     qparams = qparams_of("fp6_e2m3")
     grid = InputGrid.of(qparams)
-    x = torch.randn(3, 64, 25, 17).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(3, 64, 75, 57).contiguous(memory_format=torch.channels_last)
     for values in (x, x.contiguous(), x[0], x.transpose(0, 1)):
         codes, _ = kernels.quantize(values, grid)
         assert torch.equal(codes.float(), quantize_to_lattice(values, qparams)[0] + grid.offset)
@@ -86,7 +86,7 @@ def test_bfloat16_integers_are_exact(kernels):
 
 
 @pytest.mark.parametrize("silu", [True, False])
-@pytest.mark.parametrize("shape", [(2, 64, 9, 7), (1, 8, 1, 1), (3, 12, 40, 30)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 64, 9, 7), (1, 8, 1, 1), (3, 12, 40, 30), (2, 40, 64, 64)], ids=str)
 def test_norm_agrees_with_torch(kernels, shape, silu):
     x = (torch.randn(shape) * 3 + 5).contiguous(memory_format=torch.channels_last)
     weight, bias = torch.rand(shape[1]) + 0.5, torch.randn(shape[1])
@@ -101,7 +101,16 @@ def test_norm_agrees_with_torch(kernels, shape, silu):
         assert torch.equal(codes, kernels.quantize(y, grid)[0])
     half, _ = kernels.norm(x.bfloat16(), 4, weight, bias, 1e-5, silu, None)
     whole, _ = kernels.norm(x.bfloat16().float(), 4, weight, bias, 1e-5, silu, None)
-    assert torch.equal(half, whole)
+    assert torch.equal(half, whole.bfloat16())
+
+
+def test_norm_of_a_sum(kernels):
+    x, added = torch.randn(2, 12, 5, 5).contiguous(memory_format=torch.channels_last), torch.randn(2, 12) * 3
+    weight, bias = torch.rand(12), torch.randn(12)
+    arguments = 4, weight, bias, 1e-5, True, None
+    y, _ = kernels.norm(x, *arguments, added)
+    expected, _ = kernels.norm(x + added[:, :, None, None], *arguments)
+    assert (y - expected).norm() <= 1e-6 * expected.norm()
 
 
 def test_norm_survives_extreme_inputs(kernels):
@@ -120,6 +129,15 @@ def test_expanding_packed_codes(kernels, name, length):
     codes = torch.randint(0, 2**fmt.bits, (7, length), dtype=torch.uint8)
     table = torch.tensor(fmt.code_values, dtype=torch.int8)
     assert torch.equal(kernels.expand(pack(codes, fmt.bits), fmt.bits, length, table), table[codes.int()])
+
+
+def test_patches_multiply_like_a_convolution(kernels):
+    codes = torch.randint(0, 16, (2, 3, 7, 6), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(5, 3, 3, 2, dtype=torch.float64)
+    geometry = (2, 1), (1, 2), (1, 2)
+    patches = kernels.columns(codes, (3, 2), *geometry, 7)
+    y = (patches.double() - 7) @ weight.permute(0, 2, 3, 1).flatten(1).T
+    assert torch.allclose(y.permute(0, 3, 1, 2), F.conv2d(codes.double() - 7, weight, None, *geometry))
 
 
 def test_without_numba_the_torch_kernels_serve():

@@ -6,20 +6,24 @@ three returns with its tensor whether all values were finite.
 
 - `quantize(x, grid)`: any dense float32, bfloat16 or float16 tensor → uint8, same strides; the bytes of `InputGrid`.
 - `centre(x, grid, dtype)`: as before → `dtype`; lattice integers minus the zero point.
-- `norm(x, groups, weight, bias, eps, silu, grid)`: `(B, C, …)`, channels last → uint8, or float32 without a grid; group
-  norm, SiLU if wanted, quantization.
+- `norm(x, groups, weight, bias, eps, silu, grid, added)`: group norm of `x + added`, SiLU if wanted, quantization;
+  `(B, C, …)` channels last and `(B, C)` → uint8, or the dtype of `x` without a grid.
 - `expand(packed, bits, length, table)`: `(C, bytes)` uint8 → `(C, length)`, dtype of `table`; entries of packed codes.
+- `columns(codes, size, stride, padding, dilation, zero)`: uint8 `(B, C, H, W)` channels last → `(B, H', W', size * C)`,
+  a convolution's patches, with the byte `zero` as padding.
+- `softmax_numerators(scores)`: `(…, n)` bfloat16, becomes softmax × factor → `(…, 1)` float32, factor.
 """
 
 try:
-    from . import numba_kernels as best
-
-    NAME = "numba"
+    import numba  # noqa: F401 – only whether it is there
 except ImportError:
     from . import torch_kernels as best
+else:
+    from . import numba_kernels as best
 
-    NAME = "torch"
+NAME = best.__name__.rpartition(".")[2].removesuffix("_kernels")
 
 quantize, centre, norm, expand = best.quantize, best.centre, best.norm, best.expand
+columns, softmax_numerators = best.columns, best.softmax_numerators
 
-__all__ = ["NAME", "centre", "expand", "norm", "quantize"]
+__all__ = ["NAME", "centre", "columns", "expand", "norm", "quantize", "softmax_numerators"]

@@ -7,12 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..grid import InputGrid
+from ..grid import InputGrid, output_size
 from . import torch_kernels
-from .numba_rows import EXPONENT, add_moments, affine, centre_row, jit, norm_quantize_rows, norm_rows, quantize_row
+from .numba_rows import EXPONENT, centre_row, jit, norm_image, quantize_row, softmax_row
 
 _CHUNK = 16384  # values that one thread takes at a time
-_SERIAL = 2 * _CHUNK  # below this, waking a second thread costs more than it gains
+# Waking a second thread takes 0.03 to 0.15 ms, in which one thread quantizes two million values or normalises and
+# activates 64 thousand: below these numbers of values it works alone.
+_SERIAL_QUANTIZE, _SERIAL_NORM = 2**21, 2**17
 _LOOPS = dict.fromkeys(("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"), False)
 _LOOPS["prange"] = True  # each parallel region costs 30 µs: only the loops that say so
 
@@ -38,29 +40,21 @@ def _centre(x, out, inverse, zero, low, high, least, shift):
 
 
 @jit(parallel=_LOOPS)
-def _norm(x, groups, weight, bias, eps, silu, real, codes, inverse, zero, low, high, least, step, offset):
-    """Group norm of `(B, N, C)`, with the result in `codes`, or in `real` where `codes` is empty."""
-    batch, length, channels = x.shape
-    rows = max(1, _SERIAL // channels)
-    slabs = (length + rows - 1) // rows
-    moments = np.zeros((batch, slabs, 2, channels), np.float32)
-    for job in numba.prange(batch * slabs):
-        b, slab = job // slabs, job % slabs
-        part = slice(slab * rows, min(length, (slab + 1) * rows))
-        add_moments(x[b, part], moments[b, slab, 0], moments[b, slab, 1])
-    factor, shift = np.empty((batch, channels), np.float32), np.empty((batch, channels), np.float32)
-    for b in range(batch):
-        factor[b], shift[b] = affine(moments[b], length, groups, weight, bias, eps)
-    for job in numba.prange(batch * slabs):
-        b, slab = job // slabs, job % slabs
-        part = slice(slab * rows, min(length, (slab + 1) * rows))
-        if codes.size:
-            norm_quantize_rows(
-                x[b, part], codes[b, part], factor[b], shift[b], silu, inverse, zero, low, high, least, step, offset
-            )
-        else:
-            norm_rows(x[b, part], real[b, part], factor[b], shift[b], silu)
-    return np.isfinite(factor).all() and np.isfinite(shift).all()
+def _norm(x, added, groups, weight, bias, eps, silu, grid, out):
+    """Group norm of `(B, N, C)`; each image is one thread's, so that its second pass finds it in the cache."""
+    finite = np.ones(x.shape[0], np.bool_)
+    for b in numba.prange(x.shape[0]):
+        finite[b] = norm_image(x[b], added[b], groups, weight, bias, eps, silu, grid, out[b])
+    return finite.all()
+
+
+@jit()
+def _norm_alone(x, added, groups, weight, bias, eps, silu, grid, out):
+    """`_norm` in the calling thread."""
+    finite = True
+    for b in range(x.shape[0]):
+        finite = norm_image(x[b], added[b], groups, weight, bias, eps, silu, grid, out[b]) and finite
+    return finite
 
 
 @jit(parallel=_LOOPS)
@@ -74,6 +68,32 @@ def _expand_pairs(packed, table, out):
             target[2 * i + 1] = table[source[i], 1]
         if length % 2:
             target[length - 1] = table[source[length // 2], 0]
+
+
+@jit()
+def _columns(x, size, stride, padding, dilation, zero, out):
+    """Patches of `(B, H, W, C)` as rows `(B, rows, columns, size * C)`."""
+    batch, height, width, channels = x.shape
+    for b in range(batch):
+        for row in range(out.shape[1]):
+            for column in range(out.shape[2]):
+                target = out[b, row, column]
+                at = 0
+                for i in range(size[0]):
+                    h = row * stride[0] - padding[0] + i * dilation[0]
+                    for j in range(size[1]):
+                        w = column * stride[1] - padding[1] + j * dilation[1]
+                        if 0 <= h < height and 0 <= w < width:
+                            target[at : at + channels] = x[b, h, w]
+                        else:
+                            target[at : at + channels] = zero
+                        at += channels
+
+
+@jit(parallel=_LOOPS)
+def _softmax(scores, sums):
+    for row in numba.prange(scores.shape[0]):
+        sums[row] = softmax_row(scores[row])
 
 
 # ── calls from torch ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -110,7 +130,7 @@ def quantize(x: Tensor, grid: InputGrid) -> tuple[Tensor, bool]:
     """See `kernels.quantize`."""
     codes = torch.empty_like(x, dtype=torch.uint8)
     arguments = _flat(_readable(x)), _flat(codes), *_numbers(grid), np.int32(grid.offset)
-    largest = quantize_row(*arguments) if x.numel() < _SERIAL else _run(_quantize, *arguments)
+    largest = quantize_row(*arguments) if x.numel() < _SERIAL_QUANTIZE else _run(_quantize, *arguments)
     return codes, largest < EXPONENT
 
 
@@ -118,25 +138,33 @@ def centre(x: Tensor, grid: InputGrid, dtype: torch.dtype) -> tuple[Tensor, bool
     """See `kernels.centre`."""
     out = torch.empty_like(x, dtype=dtype)
     arguments = _flat(_readable(x)), _flat(out), *_numbers(grid)
-    largest = centre_row(*arguments) if x.numel() < _SERIAL else _run(_centre, *arguments)
+    largest = centre_row(*arguments) if x.numel() < _SERIAL_QUANTIZE else _run(_centre, *arguments)
     return out, largest < EXPONENT
 
 
 def norm(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, grid: InputGrid | None
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool,
+    grid: InputGrid | None,
+    added: Tensor | None = None,
 ) -> tuple[Tensor, bool]:
     """See `kernels.norm`."""
-    out = torch.empty_like(x, dtype=torch.float32 if grid is None else torch.uint8)
+    x = _readable(x)
+    out = torch.empty_like(x, dtype=x.dtype if grid is None else torch.uint8)
     batch, channels = x.shape[:2]
 
     def rows(tensor: Tensor):  # (B, C, …) channels last → (B, N, C)
         return _array(tensor.movedim(1, -1).reshape(batch, -1, channels))
 
-    none = np.empty((0, 0, 0), np.uint8), np.empty((0, 0, 0), np.float32)
-    real, codes = (rows(out), none[0]) if grid is None else (none[1], rows(out))
+    added = torch.zeros(batch, channels) if added is None else added.to(torch.float32).contiguous()
     numbers = (*_numbers(grid), np.int32(grid.offset)) if grid else (*[np.float32(0)] * 4, *[np.int32(0)] * 3)
     affine = _array(weight), _array(bias), float(eps), bool(silu)
-    return out, bool(_run(_norm, rows(_readable(x)), groups, *affine, real, codes, *numbers))
+    arguments = rows(x), added.numpy(), groups, *affine, numbers, rows(out)
+    return out, bool(_norm_alone(*arguments) if x.numel() < _SERIAL_NORM else _run(_norm, *arguments))
 
 
 def expand(packed: Tensor, bits: int, length: int, table: Tensor) -> Tensor:
@@ -147,3 +175,20 @@ def expand(packed: Tensor, bits: int, length: int, table: Tensor) -> Tensor:
     out = torch.empty(packed.shape[0], length, dtype=table.dtype)
     _run(_expand_pairs, packed.numpy(), pairs.numpy(), out.numpy())
     return out
+
+
+def columns(codes: Tensor, size, stride, padding, dilation, zero: int) -> Tensor:
+    """See `kernels.columns`."""
+    shape = output_size(codes.shape[2:], size, stride, padding, dilation)
+    out = torch.empty(codes.shape[0], *shape, size[0] * size[1] * codes.shape[1], dtype=torch.uint8)
+    geometry = (tuple(pair) for pair in (size, stride, padding, dilation))
+    _columns(codes.permute(0, 2, 3, 1).numpy(), *geometry, np.uint8(zero), out.numpy())
+    return out
+
+
+def softmax_numerators(scores: Tensor) -> Tensor:
+    """See `kernels.softmax_numerators`."""
+    rows = scores.view(-1, scores.shape[-1])
+    sums = torch.empty(len(rows), dtype=torch.float32)
+    _run(_softmax, _array(rows), sums.numpy())
+    return sums.view(*scores.shape[:-1], 1)

@@ -59,7 +59,7 @@ def _widen(value):
 @overload(_widen)
 def _widen_overload(value):
     if value == types.uint16:
-        return lambda value: _real(np.int32(value) << np.int32(16))
+        return lambda value: _real(np.int32(np.int32(value) << np.int32(16)))
     return lambda value: value
 
 
@@ -68,9 +68,9 @@ def _round(y, low, high, least, shift):
     """The lattice integer of a position, as float32, and the bits of the position's exponent."""
     y = low if y < low else y
     y = high if y > high else y
-    exponent = _bits(y) & EXPONENT
+    exponent = np.int32(_bits(y) & EXPONENT)
     exponent = least if exponent < least else exponent
-    magic = _real((exponent + shift) | _HALF)
+    magic = _real(np.int32(np.int32(exponent + shift) | _HALF))
     return (y + magic) - magic
 
 
@@ -96,7 +96,7 @@ def quantize_row(x, out, inverse, zero, low, high, least, shift, offset):
     largest = np.int32(0)
     for i in range(x.size):
         value = _widen(x[i])
-        exponent = _bits(value) & EXPONENT
+        exponent = np.int32(_bits(value) & EXPONENT)
         largest = exponent if exponent > largest else largest
         q = _round(value * inverse + zero, low, high, least, shift)
         out[i] = np.uint8(np.int32(q) + offset)
@@ -109,14 +109,14 @@ def centre_row(x, out, inverse, zero, low, high, least, shift):
     largest = np.int32(0)
     for i in range(x.size):
         value = _widen(x[i])
-        exponent = _bits(value) & EXPONENT
+        exponent = np.int32(_bits(value) & EXPONENT)
         largest = exponent if exponent > largest else largest
         _narrow(out, i, _round(value * inverse + zero, low, high, least, shift) - zero)
     return largest
 
 
 def _narrow(out, i, value):
-    """Store a float32 that the array's type can hold exactly."""
+    """Store a float32, rounded half to even where the array holds bfloat16."""
 
 
 @overload(_narrow)
@@ -124,7 +124,8 @@ def _narrow_overload(out, i, value):
     if out.dtype == types.uint16:
 
         def store(out, i, value):
-            out[i] = np.uint16(_bits(value) >> np.int32(16))
+            bits = _bits(value)
+            out[i] = np.uint16((bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) >> np.int32(16))
 
     else:
 
@@ -134,58 +135,102 @@ def _narrow_overload(out, i, value):
     return store
 
 
-@jit()
-def add_moments(x, sums, squares):
-    """Add a slab's values `(rows, C)` and their squares to sums per channel."""
-    for row in range(x.shape[0]):
-        values = x[row]
-        for c in range(values.size):
-            value = _widen(values[c])
-            sums[c] += value
-            squares[c] += value * value
+def _store(out, i, value, grid):
+    """Store a float32 as what the array holds: its byte on the grid, itself, or bfloat16."""
+
+
+@overload(_store)
+def _store_overload(out, i, value, grid):
+    if out.dtype == types.uint8:
+
+        def store(out, i, value, grid):
+            inverse, zero, low, high, least, shift, offset = grid
+            out[i] = np.uint8(np.int32(_round(value * inverse + zero, low, high, least, shift)) + offset)
+
+    else:
+
+        def store(out, i, value, grid):
+            _narrow(out, i, value)
+
+    return store
 
 
 @jit()
-def affine(moments, count, groups, weight, bias, eps):
-    """Group norm as `x * factor + shift` per channel, from the slabs' moments `(slabs, 2, C)`, added up in float64."""
-    slabs, _, channels = moments.shape
+def _channel_sums(x, sums, squares, totals, total_squares):
+    """Sums of the columns of `(N, C)` and of their squares: float32 within a block of rows, float64 over blocks."""
+    block = 64
+    for first in range(0, x.shape[0], block):
+        sums[:] = np.float32(0.0)
+        squares[:] = np.float32(0.0)
+        for row in range(first, min(x.shape[0], first + block)):
+            values = x[row]
+            for c in range(values.size):
+                value = _widen(values[c])
+                sums[c] += value
+                squares[c] += value * value
+        for c in range(sums.size):
+            totals[c] += sums[c]
+            total_squares[c] += squares[c]
+
+
+@jit()
+def norm_image(x, added, groups, weight, bias, eps, silu, grid, out):
+    """Group norm of `x + added`, `(N, C)` and `(C,)`, stored in `out`; False where a statistic is not finite."""
+    length, channels = x.shape
     size = channels // groups
+    totals, squares = np.zeros(channels), np.zeros(channels)
     factor, shift = np.empty(channels, np.float32), np.empty(channels, np.float32)
+    _channel_sums(x, factor, shift, totals, squares)
+    finite = True
     for group in range(groups):
         members = range(group * size, (group + 1) * size)
         total = square = 0.0
-        for slab in range(slabs):
-            for c in members:
-                total += moments[slab, 0, c]
-                square += moments[slab, 1, c]
-        mean = total / (count * size)
-        scale = 1.0 / np.sqrt(max(square / (count * size) - mean * mean, 0.0) + eps)
+        for c in members:
+            total += totals[c] + length * added[c]
+            square += squares[c] + 2.0 * added[c] * totals[c] + length * added[c] * added[c]
+        mean = total / (length * size)
+        scale = 1.0 / np.sqrt(max(square / (length * size) - mean * mean, 0.0) + eps)
+        finite = finite and np.isfinite(mean) and np.isfinite(scale)
         for c in members:
             factor[c] = scale * weight[c]
-            shift[c] = bias[c] - mean * scale * weight[c]
-    return factor, shift
-
-
-@jit()
-def _normalised(value, factor, shift, silu):
-    y = value * factor + shift
-    return y / (_ONE + _exp(-y)) if silu else y
-
-
-@jit()
-def norm_quantize_rows(x, out, factor, shift, silu, inverse, zero, low, high, least, step, offset):
-    """Bytes of normalised rows `(N, C)`."""
-    for row in range(x.shape[0]):
-        values, codes = x[row], out[row]
-        for c in range(values.size):
-            y = _normalised(_widen(values[c]), factor[c], shift[c], silu)
-            codes[c] = np.uint8(np.int32(_round(y * inverse + zero, low, high, least, step)) + offset)
-
-
-@jit()
-def norm_rows(x, out, factor, shift, silu):
-    """Normalised rows `(N, C)` as float32."""
-    for row in range(x.shape[0]):
+            shift[c] = bias[c] + (added[c] - mean) * scale * weight[c]
+    for row in range(length):
         values, result = x[row], out[row]
-        for c in range(values.size):
-            result[c] = _normalised(_widen(values[c]), factor[c], shift[c], silu)
+        if silu:
+            for c in range(channels):
+                y = _widen(values[c]) * factor[c] + shift[c]
+                _store(result, c, y / (_ONE + _exp(-y)), grid)
+        else:
+            for c in range(channels):
+                _store(result, c, _widen(values[c]) * factor[c] + shift[c], grid)
+    return finite
+
+
+@jit()
+def softmax_row(scores):
+    """`exp(s - max)` of a row of bfloat16 scores, in place; returns the sum.
+
+    The largest is found among integers that are ordered as the scores are, and the sum is in fixed point, since LLVM
+    may reorder both but no float sum. `2^f` for |f| ≤ 1/2 is a polynomial with relative error 4e-5: a tenth of what
+    the result is rounded by.
+    """
+    largest = np.int32(-0x7FFFFFFF)
+    for i in range(scores.size):
+        bits = np.int32(np.int32(scores[i]) << np.int32(16))
+        key = np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+        largest = key if key > largest else largest
+    shift = _real(np.int32(largest ^ ((largest >> np.int32(31)) & np.int32(0x7FFFFFFF)))) * _LOG2E
+    total = np.int64(0)
+    for i in range(scores.size):
+        power = _widen(scores[i]) * _LOG2E - shift
+        power = np.float32(-126.0) if power < np.float32(-126.0) else power
+        n = (power + _MAGIC) - _MAGIC
+        f = power - n
+        p = np.float32(0.00967) * f + np.float32(0.0555)
+        p = p * f + np.float32(0.2402265)
+        p = p * f + np.float32(0.6931472)
+        p = p * f + _ONE
+        value = _real(_bits(p) + (np.int32(n) << np.int32(23)))
+        scores[i] = np.uint16((_bits(value) + np.int32(0x8000)) >> np.int32(16))
+        total += np.int64(np.int32(value * np.float32(1048576.0)))
+    return np.float32(total) * np.float32(1.0 / 1048576.0)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..grid import InputGrid
+from ..grid import InputGrid, output_size
 
 _BLOCK = 2**17  # values worked on at once, so that the passes stay in the cache
 
@@ -42,12 +42,22 @@ def centre(x: Tensor, grid: InputGrid, dtype: torch.dtype) -> tuple[Tensor, bool
 
 
 def norm(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, grid: InputGrid | None
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool,
+    grid: InputGrid | None,
+    added: Tensor | None = None,
 ) -> tuple[Tensor, bool]:
     """See `kernels.norm`."""
-    y = F.group_norm(x.to(torch.float32), groups, weight, bias, eps)
+    y = x.to(torch.float32)
+    if added is not None:
+        y = y + added.to(torch.float32).view(*added.shape, *[1] * (x.ndim - 2))
+    y = F.group_norm(y, groups, weight, bias, eps)
     y = F.silu(y) if silu else y
-    return (y, _is_finite(y)) if grid is None else quantize(y, grid)
+    return (y.to(x.dtype), _is_finite(y)) if grid is None else quantize(y, grid)
 
 
 def expand(packed: Tensor, bits: int, length: int, table: Tensor) -> Tensor:
@@ -55,3 +65,18 @@ def expand(packed: Tensor, bits: int, length: int, table: Tensor) -> Tensor:
     from ...numerics import unpack
 
     return table[unpack(packed, bits, length).to(torch.int32)]
+
+
+def columns(codes: Tensor, size, stride, padding, dilation, zero: int) -> Tensor:
+    """See `kernels.columns`."""
+    rows, width = output_size(codes.shape[2:], size, stride, padding, dilation)
+    x = F.pad(codes.permute(0, 2, 3, 1), (0, 0, *[padding[1]] * 2, *[padding[0]] * 2), value=zero)
+    batch, (b, h, w, _), channels = x.shape[0], x.stride(), x.shape[3]
+    strides = b, h * stride[0], w * stride[1], h * dilation[0], w * dilation[1], 1
+    return x.as_strided((batch, rows, width, *size, channels), strides).reshape(batch, rows, width, -1)
+
+
+def softmax_numerators(scores: Tensor) -> Tensor:
+    """See `kernels.softmax_numerators`."""
+    scores.copy_(torch.softmax(scores, dim=-1))
+    return scores.new_ones(*scores.shape[:-1], 1, dtype=torch.float32)
