@@ -13,7 +13,7 @@ LAYERS = {
     1: ("numerics",),
     2: ("calibration",),
     3: ("nn", "talora", "losses"),
-    4: ("workflow", "evaluation", "assets"),
+    4: ("workflow", "evaluation", "assets", "engines"),
     5: ("integration",),
     6: ("cli", "__init__", "__main__"),
 }

@@ -1,0 +1,1 @@
+"""Engines: ways to compute quantized layers."""
