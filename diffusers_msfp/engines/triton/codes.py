@@ -1,0 +1,44 @@
+"""How codes travel: which dtypes hold them, and weights as the kernels want them."""
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ...formats import FPFormat
+from ...numerics import unpack
+
+
+def code_offset(fmt: FPFormat, dtype: torch.dtype) -> int:
+    """What is taken from lattice integers so that they fit `dtype`: 128 for large unsigned formats in int8."""
+    return 128 if dtype == torch.int8 and not fmt.signed and fmt.lattice_max > 127 else 0
+
+
+def holds(dtype: torch.dtype, fmt: FPFormat) -> bool:
+    """Whether every lattice integer, less `code_offset`, is exact in int8, float8_e4m3fn or bfloat16."""
+    if dtype == torch.int8:
+        return fmt.lattice_max - code_offset(fmt, dtype) <= 127
+    significant_bits = fmt.mantissa_bits + 1
+    if dtype == torch.float8_e4m3fn:
+        return significant_bits <= 4 and fmt.lattice_max <= torch.finfo(dtype).max
+    return significant_bits <= 8
+
+
+def weight_codes(
+    packed: Tensor, fmt: FPFormat, shape: tuple[int, ...], dtype: torch.dtype = torch.int8
+) -> tuple[Tensor, Tensor]:
+    """Lattice integers of a packed weight, input channels last, and their sums.
+
+    Args:
+        packed (`Tensor`, `(O, bytes)`, uint8): as `numerics.pack` makes it.
+        fmt (`FPFormat`): of the codes.
+        shape (`tuple[int, ...]`): `(O, C)` or `(O, C, *kernel)`, that of the float weight.
+        dtype (`torch.dtype`): one that `holds` the format.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: `(O, *kernel, C)`, `dtype`; and `(O,)`, int32 for int8, else float32.
+    """
+    table = torch.tensor(fmt.code_values, dtype=torch.float32, device=packed.device)
+    integers = table[unpack(packed, fmt.bits, prod(shape[1:])).to(torch.int32)]
+    total = integers.sum(1, dtype=torch.float64).to(torch.int32 if dtype == torch.int8 else torch.float32)
+    return integers.view(shape).movedim(1, -1).contiguous().to(dtype), total
