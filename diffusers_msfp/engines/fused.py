@@ -18,18 +18,23 @@ class FusedGroupNorm(nn.GroupNorm):
     values are computed in float32 whatever the dtype of the input; they agree with torch's to relative 1e-6.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """See the class.
+
+        Args:
+            x (`Tensor`, `(B, C, …)`).
+            added (`Tensor`, `(B, C)`, *optional*): added to `x` first.
+        """
         layer = getattr(*self.feeds)
         adapter = layer.takes_codes(x) if hasattr(layer, "takes_codes") and x.ndim == 4 and x.numel() else None
         if adapter is None:
-            return super().forward(x)
+            return super().forward(x if added is None else x + added[:, :, None, None])
         x = x.contiguous(memory_format=torch.channels_last)
         prepared = layer.prepared
         arguments = x, self.num_groups, *_affine(self), self.eps, self.silu
-        codes, finite = kernels.norm(*arguments, prepared.grid(adapter))
+        codes, finite = kernels.norm(*arguments, prepared.grid(adapter), added)
         if not finite:
-            prepared.refuse_infinite(kernels.norm(*arguments, None)[0])
+            prepared.refuse_infinite(kernels.norm(*arguments, None, added)[0])
         prepared.codes_dtype = x.dtype
         return codes
 

@@ -1,19 +1,16 @@
 """Choose the engine that runs a model's quantized layers."""
 
 import os
-from collections.abc import Iterator
 
 from diffusers import DiffusionPipeline
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
 from ..engines import ENGINES, MEMORY_MODES, AutoEngine, Engine
-from ..engines.fused import fuse_norm, unfuse
 from ..errors import ConfigError
 from ..nn import QuantLayer
 from .attention import use_engine_attention
 from .convert import quant_layers
+from .fused import fuse, undo
 
 ENGINE_VARIABLE = "MSFP_ENGINE"
 DEFAULT_ENGINE = "reference"
@@ -55,8 +52,7 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
     for layer in layers:
         layer.use_engine(chosen)
     for part in models:
-        for norm, activation, parent, name in list(_norms_before_layers(part)):
-            fuse_norm(norm, activation, parent, name)
+        fuse(part)
         use_engine_attention(part, wanted=True)
 
 
@@ -100,31 +96,7 @@ def _require_use(name: str, chosen: Engine, layers: list[QuantLayer]) -> None:
 
 def _unprepare(model: nn.Module) -> None:
     use_engine_attention(model, wanted=False)
+    undo(model)
     for module in model.modules():
-        unfuse(module)
         if isinstance(module, QuantLayer):
             module.use_engine(None)
-
-
-def _norms_before_layers(model: nn.Module) -> Iterator[tuple[nn.GroupNorm, nn.SiLU | None, nn.Module, str]]:
-    """Group norms whose result goes to one layer only: `(norm, activation, parent of the layer, its name)`."""
-    for module in model.modules():
-        for norm, activation, layer in _places(module):
-            names = (norm, layer, activation) if activation else (norm, layer)
-            found = [getattr(module, name, None) for name in names]
-            kinds = (type(found[0]) is nn.GroupNorm, isinstance(found[1], QuantLayer), type(found[-1]) is nn.SiLU)
-            if all(kinds[: len(found)]):
-                yield found[0], found[2] if activation else None, module, layer
-
-
-def _places(module: nn.Module) -> Iterator[tuple[str, str | None, str]]:
-    """Names of a norm, an activation and the layer behind them, where diffusers runs them one after the other."""
-    if isinstance(module, ResnetBlock2D):
-        if module.upsample is None and module.downsample is None:
-            yield "norm1", "nonlinearity", "conv1"
-        if module.time_embedding_norm != "scale_shift":
-            yield "norm2", "nonlinearity", "conv2"
-    elif isinstance(module, Transformer2DModel) and not getattr(module, "use_linear_projection", True):
-        yield "norm", None, "proj_in"
-    elif hasattr(module, "conv_norm_out"):  # the end of UNets, encoders and decoders
-        yield "conv_norm_out", "conv_act", "conv_out"
