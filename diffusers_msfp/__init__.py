@@ -17,7 +17,7 @@ from .integration import (
 )
 from .numerics import QParams, decode, encode, fake_quantize
 from .schemes import SCHEMES
-from .workflow import FinetuneConfig, calibrate, calibration_state, denoising_factors, finetune, freeze
+from .workflow import FinetuneConfig, calibrate, calibration_state, denoising_factors, finetune, freeze, set_engine
 
 __version__ = "0.1.0"
 
@@ -43,6 +43,7 @@ __all__ = [
     "import_adapter",
     "quantize_pipeline",
     "search_qparams",
+    "set_engine",
 ]
 
 register()

@@ -40,6 +40,8 @@ def _fits_bfloat16(fmt: FPFormat, zero: int) -> bool:
 class BF16Layer(PreparedLayer):
     """A layer of any kind; the layer's own `compute` does the work."""
 
+    reads_codes = False
+
     def __init__(self, layer, keep: bool) -> None:
         super().__init__(layer, keep)
         self._units = weight_unit(layer)

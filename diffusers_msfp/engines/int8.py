@@ -43,7 +43,7 @@ class Int8Engine(Engine):
         largest = _largest_byte(layer.input_format)
         if largest * layer.weight_format.lattice_max * layer.matrix_shape[1] >= 2**31:
             return "its sums may exceed 32 bits"
-        if not products_are_exact(isinstance(layer, nn.Linear), largest, layer.weight_format.lattice_max):
+        if not products_are_exact(len(layer.logical_shape) == 2, largest, layer.weight_format.lattice_max):
             return "this processor adds pairs of such products in 16 bits"
         return None
 

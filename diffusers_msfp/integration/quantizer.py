@@ -19,6 +19,7 @@ from ..talora import AdapterBank, AdapterPlan, RoutingTable
 from ..talora.adapters import ADAPTER_TENSORS
 from ..workflow.adapters import prepare_skeleton, routing_of
 from ..workflow.convert import Conversion, convert_skeleton, plain_name, replace_module, revert
+from ..workflow.engine import engine_from_environment, set_engine
 from ..workflow.state import calibration_state, track, untrack
 from . import overrides
 from .config import MSFPConfig
@@ -190,6 +191,7 @@ class MSFPQuantizer(DiffusersQuantizer):
         overrides.install(model)
         run = self.quantization_config.calibration or {}
         track(model, run.get("last_timestep"), run.get("has_fallen", False))
+        set_engine(model, engine_from_environment())
 
     # ── saving, and back to float ────────────────────────────────────────────────────────────────────────────
 
@@ -214,6 +216,7 @@ class MSFPQuantizer(DiffusersQuantizer):
                 "A model with timestep-aware adapters has no single float weight per layer. Unload adapters that stand "
                 "beside the weights (`unload_talora`) and call `dequantize` again; merged ones cannot be undone."
             )
+        set_engine(model, "reference")
         overrides.remove(model)
         untrack(model)
         revert(model, model.dtype)

@@ -1,8 +1,9 @@
-"""Verbs on a whole model: convert its layers, calibrate and freeze their inputs, fine-tune, describe."""
+"""Verbs on a whole model: convert its layers, calibrate and freeze their inputs, choose an engine, fine-tune."""
 
 from .calibrate import calibrate
 from .convert import Conversion, convert
 from .denoising_factor import denoising_factors
+from .engine import set_engine
 from .finetune import Finetuner, finetune
 from .finetune_config import FinetuneConfig
 from .state import calibration_state, freeze
@@ -17,4 +18,5 @@ __all__ = [
     "denoising_factors",
     "finetune",
     "freeze",
+    "set_engine",
 ]
