@@ -40,8 +40,6 @@ def _fits_bfloat16(fmt: FPFormat, zero: int) -> bool:
 class BF16Layer(PreparedLayer):
     """A layer of any kind; the layer's own `compute` does the work."""
 
-    reads_codes = False
-
     def __init__(self, layer, keep: bool) -> None:
         super().__init__(layer, keep)
         self._units = weight_unit(layer)
@@ -54,7 +52,7 @@ class BF16Layer(PreparedLayer):
         weight = codes.view(layer.logical_shape).to(torch.bfloat16)
         return weight.contiguous(memory_format=torch.channels_last) if weight.ndim == 4 else weight
 
-    def __call__(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor) -> Tensor:
+    def run(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor) -> Tensor:
         """As the layer."""
         layer, unit, dtype = self.layer, self._units, x.dtype
         if layer.input_format is not None and x.numel():

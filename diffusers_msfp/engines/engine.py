@@ -1,7 +1,8 @@
 """What every engine is: a name, the layers it refuses and why, and a way to make the others ready."""
 
+import itertools
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -32,22 +33,48 @@ class Engine(ABC):
         """Why this engine cannot run a layer exactly, on this machine; None if it can."""
 
     @abstractmethod
-    def prepare(self, layer) -> Callable[[Tensor, int | Tensor, int | Tensor], Tensor] | None:
+    def prepare(self, layer) -> "PreparedLayer | None":
         """The layer made ready, or None to leave it to the reference."""
+
+
+_PREPARED: "weakref.WeakValueDictionary[int, PreparedLayer]" = weakref.WeakValueDictionary()
+_handles = itertools.count()
 
 
 class PreparedLayer(ABC):
     """Abstract base of layers made ready: knows the layer and its input's grid for each adapter.
+
+    A compiled model calls it as one operator, `diffusers_msfp::run_layer`, that the compiler does not look into.
 
     Args:
         layer: a `nn.QuantLayer`.
         keep (`bool`): keep expanded weights instead of making them anew in each call.
     """
 
+    reads_codes = False  # whether it takes codes that another module made with its grid, in `from_codes`
+
     def __init__(self, layer, keep: bool) -> None:
         self.layer, self._keep = layer, keep
+        self._handle = next(_handles)
+        _PREPARED[self._handle] = self
         self._grids: dict[tuple[int, bool], InputGrid] = {}
         self._weights: dict[tuple, Tensor] = {}
+
+    def __call__(self, x: Tensor, bank: int | Tensor = 0, adapter: int | Tensor = 0) -> Tensor:
+        """The layer's output for a float input, in its dtype, with one bank and the input's grid of one adapter."""
+        if torch.compiler.is_compiling():
+            index = next((each for each in (bank, adapter) if isinstance(each, Tensor)), None)
+            numbers = [each if isinstance(each, int) else -1 for each in (bank, adapter)]
+            return torch.ops.diffusers_msfp.run_layer(x, self._handle, *numbers, index)
+        return self.run(x, bank, adapter)
+
+    @abstractmethod
+    def run(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor) -> Tensor:
+        """What `__call__` does when nothing is being compiled."""
+
+    def nothing(self, x: Tensor) -> Tensor:
+        """An output of the right shape and dtype without worth, for inputs without elements or values."""
+        return self.layer.compute(x, x.new_empty(self.layer.logical_shape), None)
 
     def grid(self, adapter: int | Tensor = 0) -> InputGrid:
         """The input's quantizer under an adapter."""
@@ -81,3 +108,19 @@ class PreparedLayer(ABC):
 def weight_unit(layer) -> Tensor:
     """Real size of a lattice step of each output channel, `(C,)` float32."""
     return QParams.unchecked(layer.weight_format, layer.weight_scale, torch.zeros_like(layer.weight_scale)).unit
+
+
+@torch.library.custom_op("diffusers_msfp::run_layer", mutates_args=())
+def run_layer(x: Tensor, handle: int, bank: int, adapter: int, index: Tensor | None) -> Tensor:
+    """A prepared layer as an operator; where `bank` or `adapter` is -1, `index` says it."""
+    chosen = [index if each < 0 else each for each in (bank, adapter)]
+    return _PREPARED[handle].run(x, *chosen).contiguous(memory_format=_memory_format(x))
+
+
+@run_layer.register_fake
+def _(x: Tensor, handle: int, bank: int, adapter: int, index: Tensor | None) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(_PREPARED[handle].nothing(x), memory_format=_memory_format(x))
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.ndim == 4 else torch.contiguous_format

@@ -151,7 +151,7 @@ class _Int8Layer(PreparedLayer):
 
     def from_codes(self, codes: Tensor, adapter: int) -> Tensor:
         """As the layer, for bytes that another module made with `grid(adapter)`; returns `codes_dtype`."""
-        return self(codes, adapter if self.layer.num_banks > 1 else 0, adapter)
+        return self.run(codes, adapter if self.layer.num_banks > 1 else 0, adapter)
 
     def codes(self, x: Tensor, adapter: int | Tensor) -> Tensor:
         """Bytes of a float input."""
@@ -168,12 +168,12 @@ class Int8Linear(_Int8Layer):
         """See `PreparedLayer.expand`."""
         return _pack_linear(self.integers(bank))
 
-    def __call__(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor) -> Tensor:
+    def run(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor) -> Tensor:
         """`(*, in)` float or bytes → `(*, out)`."""
         dtype = self.dtype_for(x)
         rows = x.reshape(-1, x.shape[-1])
         if not rows.numel():
-            return x.new_empty(*x.shape[:-1], self.layer.out_features, dtype=dtype)
+            return self.nothing(x)
         codes = rows if x.dtype == torch.uint8 else self.codes(rows.contiguous(), adapter)
         grid, out = self.grid(adapter), torch.float32 if dtype == torch.float16 else dtype
         y = _linear(codes, grid.unit, grid.zero_byte, self.weight(bank), self.units, self.bias, out)
@@ -212,8 +212,10 @@ class Int8Conv(_Int8Layer):
         geometry = self.stride, self.padding, self.dilation, self.layer.groups
         return _pack_conv(weight, self.units, *geometry, self._shape)
 
-    def __call__(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor) -> Tensor:
+    def run(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor) -> Tensor:
         """`(B, in, …)` float or bytes → `(B, out, …)`."""
+        if not x.numel():
+            return self.nothing(x)
         dtype = self.dtype_for(x)
         unbatched = x.ndim == len(self.layer.kernel_size) + 1
         x = x.unsqueeze(0) if unbatched else x
@@ -222,7 +224,7 @@ class Int8Conv(_Int8Layer):
             x = F.pad(x, self._ends, mode="constant" if mode == "zeros" else mode)
         x = x.unsqueeze(2) if self._flat else x
         x = x.contiguous(memory_format=torch.channels_last)
-        y = self._empty(x, dtype) if not x.numel() else self._convolve(x, bank, adapter, dtype)
+        y = self._convolve(x, bank, adapter, dtype)
         y = y.squeeze(2) if self._flat else y
         return y.squeeze(0) if unbatched else y
 
@@ -239,8 +241,3 @@ class Int8Conv(_Int8Layer):
         self._shape = self._shape or tuple(x.shape)
         weight = self.weight(bank, False)
         return _conv(codes, unit, zero, weight, self.units, self.bias, *geometry, self.layer.groups, out).to(dtype)
-
-    def _empty(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Output of a batch of none, with the size that a convolution gives."""
-        size = output_size(x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation)
-        return x.new_empty(len(x), self.layer.out_channels, *size, dtype=dtype)

@@ -27,10 +27,13 @@ class Execution(StoredTensors):
         self.__dict__.pop("prepared", None)
 
     def ready(self, x: Tensor) -> Prepared | None:
-        """The layer as its engine made it ready; None where the reference must run: to observe, or for gradients."""
+        """The layer as its engine made it ready; None where the reference must run: to observe, or for gradients.
+
+        A model that is being compiled takes what is ready then.
+        """
         if self.engine is None or self.observing or (torch.is_grad_enabled() and self._wants_gradients(x)):
             return None
-        if self.prepared is None:
+        if self.prepared is None and not torch.compiler.is_compiling():
             self.__dict__["prepared"] = self.engine.prepare(self)
         return self.prepared
 
@@ -118,4 +121,5 @@ class Execution(StoredTensors):
         Args:
             x (`Tensor`): what the other layer starts from.
         """
-        return self._adapter_of_codes() if getattr(self.ready(x), "reads_codes", False) else None
+        compiled = torch.compiler.is_compiling()  # the compiler fuses norms by itself
+        return self._adapter_of_codes() if not compiled and getattr(self.ready(x), "reads_codes", False) else None

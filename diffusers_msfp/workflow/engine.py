@@ -51,6 +51,8 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
         return
     for layer in layers:
         layer.use_engine(chosen)
+        if not (layer.observing or layer.weight.is_meta):
+            layer.ready(layer.weight_scale)
     for part in models:
         fuse(part)
         use_engine_attention(part, wanted=True)
