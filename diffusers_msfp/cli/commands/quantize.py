@@ -7,6 +7,7 @@ import typer
 
 from ... import cli
 from ...errors import MSFPError
+from ...integration.tensor_files import MAX_SHARD_SIZE
 from ...schemes import DEFAULT_SCHEME, SCHEMES
 from ..terminal import megabytes, stdout
 from .options import Json, Prompts, Seed, print_json
@@ -24,6 +25,7 @@ def quantize(
     override: Annotated[list[str] | None, typer.Option(help="PATTERN=SCHEME for single layers; repeatable.")] = None,
     component: Annotated[list[str] | None, typer.Option(help="Component to quantize; repeatable.")] = None,
     config: Annotated[str | None, typer.Option(help="Folder or Hub id with the configs of a single file.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = MAX_SHARD_SIZE,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing checkpoint.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -46,6 +48,7 @@ def quantize(
         scheme_overrides=overrides,
         components=component,
         config=config,
+        max_shard_size=max_shard_size,
         overwrite=overwrite,
     )
     if as_json:
