@@ -31,7 +31,7 @@ NUM_SCALES = 100
 """Scales tried per format; on the embedded model 30 cost 2 to 10 % more error, 300 gained nothing."""
 MAX_ZERO_POINTS = 8
 """Zero points tried per scale: all if there are no more, else 0 and the upper half of the reach, evenly."""
-_CHUNK = 2**22  # candidate levels held at once
+_CHUNK = 2**18  # candidate levels held at once; more would not fit into the cache
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,28 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from ..errors import MSFPError
 from ..evaluation.describe import file_bytes, read_config
+from ..integration.config import MSFPConfig
+from ..integration.streaming import StreamedModel
 
 
 class SourceError(MSFPError):
     """Something named on the command line that cannot be loaded."""
+
+
+def fetch(source: str) -> Path:
+    """Where a source lies: a folder or file as it is, a Hub id's pipeline in the cache, downloaded if need be.
+
+    Raises:
+        SourceError: there is nothing.
+    """
+    path = Path(source)
+    if path.exists():
+        return path
+    _require_hub_id(source)
+    try:
+        return Path(DiffusionPipeline.download(source))
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{source} cannot be loaded: {_first_line(error)}") from error
 
 
 def load_pipeline(source: str, *, config: str | None = None, **arguments) -> DiffusionPipeline:
@@ -28,10 +46,10 @@ def load_pipeline(source: str, *, config: str | None = None, **arguments) -> Dif
     path = Path(source)
     if path.is_file():
         return _from_single_file(path, config)
-    if path.is_dir() and not (path / "model_index.json").is_file():
+    if not path.exists():
+        _require_hub_id(source)
+    elif not (path / "model_index.json").is_file():
         raise SourceError(f"A pipeline's folder must hold model_index.json, but {source} has none.")
-    if not path.exists() and source.count("/") != 1:
-        raise SourceError(f"{source} must be a folder, a file or a Hub id like `user/model`, but it is none of them.")
     try:
         return DiffusionPipeline.from_pretrained(source, **arguments)
     except MSFPError:
@@ -40,8 +58,13 @@ def load_pipeline(source: str, *, config: str | None = None, **arguments) -> Dif
         raise SourceError(f"{source} cannot be loaded: {_first_line(error)}") from error
 
 
-def load_component(folder: Path, **arguments) -> ModelMixin:
-    """A single model from its folder.
+def _require_hub_id(source: str) -> None:
+    if source.count("/") != 1:
+        raise SourceError(f"{source} must be a folder, a file or a Hub id like `user/model`, but it is none of them.")
+
+
+def open_component(folder: Path, request: MSFPConfig, max_shard_size: int | str) -> StreamedModel:
+    """The float model in a folder, its weights still unread.
 
     Raises:
         SourceError: its config names no diffusers model, or it cannot be read.
@@ -54,7 +77,7 @@ def load_component(folder: Path, **arguments) -> ModelMixin:
             f"but config.json names {name!r}."
         )
     try:
-        return cls.from_pretrained(folder, **arguments)
+        return StreamedModel.from_folder(cls, folder, request, max_shard_size)
     except MSFPError:
         raise
     except (OSError, ValueError) as error:
@@ -98,9 +121,8 @@ def model_bytes(source: str, model: ModelMixin, name: str) -> int:
     return on_disk or model.get_memory_footprint()
 
 
-def refuse_quantized(source: str) -> None:
-    """Refuse what is already quantized; only folders can be looked at before loading."""
-    folder = Path(source)
+def refuse_quantized(folder: Path) -> None:
+    """Refuse what is already quantized; a single file never is."""
     for part in [folder, *(components_on_disk(folder) if folder.is_dir() else ())]:
         method = (read_config(part).get("quantization_config") or {}).get("quant_method")
         if method:

@@ -3,15 +3,20 @@
 import time
 from pathlib import Path
 
+from diffusers import DiffusionPipeline
+
 from ..errors import ConfigError
+from ..evaluation.describe import file_bytes, read_config
 from ..integration.config import MSFPConfig
-from ..integration.in_memory import components_of, quantize_model
+from ..integration.in_memory import choose_components, components_of
+from ..integration.streaming import StreamedModel
+from ..integration.tensor_files import MAX_SHARD_SIZE
 from ..schemes import DEFAULT_SCHEME
 from ..workflow import calibrate, calibration_state
 from ..workflow.convert import quant_layers
 from ..workflow.sampling import require_positive
-from .load import load_component, load_pipeline, model_bytes, refuse_quantized
-from .store import check_target, peak_rss_bytes, write_checkpoint
+from .load import fetch, load_pipeline, model_bytes, open_component, refuse_quantized
+from .store import check_target, peak_rss_bytes, publish, work_folder, write_checkpoint
 from .terminal import progress, stderr
 
 
@@ -28,12 +33,17 @@ def quantize(
     scheme_overrides: dict[str, str] | None = None,
     components: list[str] | None = None,
     config: str | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
     overwrite: bool = False,
 ) -> dict:
     """Quantize a checkpoint and write the packed one.
 
-    Weights are quantized layer by layer; then the pipeline's own sampler sets the activation ranges. A component on
-    its own cannot be sampled, so its activations go on observing: they freeze after its first denoising run.
+    Weights go from file to file layer by layer, so a float model need not fit into memory; then the pipeline's own
+    sampler sets the activation ranges. A component on its own cannot be sampled, so its activations go on observing:
+    they freeze after its first denoising run.
+
+    Until all is done, packed weights lie in the hidden folder `.<out>.part` beside `out`. After an interruption the
+    same call goes on with the layer it had come to; other arguments or changed source files begin anew.
 
     Args:
         source (`str`): folder of a float pipeline or of one model, a Hub id, or a single-file checkpoint.
@@ -43,12 +53,13 @@ def quantize(
         prompts (`list[str]`, *optional*): for pipelines that take prompts.
         modules_to_not_convert, scheme_overrides, components: as in `MSFPConfig`.
         config (`str`, *optional*): folder or Hub id with the configs of a single file.
+        max_shard_size (`int` or `str`): of weight files, as in `save_pretrained`.
         overwrite (`bool`): replace `out` if it exists.
 
     Returns:
         `dict`: `scheme`, `components`, `layers`, `weight_bits_per_param` (packed codes and scales of the quantized
         weights), `bytes_before` and `bytes_after` (weight files of the quantized components), `seconds`,
-        `seconds_calibration`, `seconds_search` (search and packing of the weights), `peak_rss_bytes`,
+        `seconds_calibration`, `seconds_search` (reading, search, packing and writing of the weights), `peak_rss_bytes`,
         `calibration_state`, `out`.
 
     Raises:
@@ -63,35 +74,48 @@ def quantize(
         scheme_overrides=scheme_overrides,
         components_to_quantize=components,
     )
-    refuse_quantized(source)
-    path = Path(source)
-    alone = path.is_dir() and not (path / "model_index.json").is_file()
-    if alone and components:
-        raise ConfigError(f"`components` selects parts of a pipeline, but {source} is a single model.")
+    with stderr.status(f"opening {source}"):
+        path = fetch(source)
+        refuse_quantized(path)
+        loaded = load_pipeline(source, config=config) if path.is_file() else None
+        streams = _streams(path, loaded, request, max_shard_size)
+    if loaded is None:
+        bytes_before = sum(file_bytes(path / name) for name in streams)
+    else:
+        bytes_before = sum(getattr(loaded, name).get_memory_footprint() for name in streams)
 
-    with stderr.status(f"loading {source}"):
-        loaded = load_component(path) if alone else load_pipeline(source, config=config)
-    models = {".": loaded} if alone else components_of(loaded, request)
-    bytes_before = sum(model_bytes(source, model, name) for name, model in models.items())
-    search_started = time.perf_counter()
-    with progress("searching and packing weights") as report:
-        for model in models.values():
-            quantize_model(model, request, on_layer=report)
-    seconds_search = time.perf_counter() - search_started
-
-    calibration_started = time.perf_counter()
-    if not alone and calibration_state(loaded) == "observing":
-        with progress("calibrating activations") as report:
-            calibrate(
-                loaded,
-                num_samples=calibration_samples,
-                num_inference_steps=steps,
-                prompts=prompts,
-                seed=seed,
-                on_step=report,
-            )
-    seconds_calibration = time.perf_counter() - calibration_started
-    state = calibration_state(loaded)
+    seconds_calibration = 0.0
+    with work_folder(out) as work:
+        search_started = time.perf_counter()
+        places = {name: work / "weights" / name for name in streams}
+        with progress("searching and packing weights") as report:
+            for name, stream in streams.items():
+                stream.write(places[name], on_layer=report)
+        seconds_search = time.perf_counter() - search_started
+        if "." in streams:
+            models = {".": streams["."].model}
+            state = calibration_state(models["."])
+            publish(places["."], out)
+        else:
+            models = {name: streams.pop(name).load(place) for name, place in places.items()}
+            if loaded is None:
+                loaded = load_pipeline(source, **models)
+            else:
+                loaded.register_modules(**models)
+            if calibration_state(loaded) == "observing":
+                calibration_started = time.perf_counter()
+                with progress("calibrating activations") as report:
+                    calibrate(
+                        loaded,
+                        num_samples=calibration_samples,
+                        num_inference_steps=steps,
+                        prompts=prompts,
+                        seed=seed,
+                        on_step=report,
+                    )
+                seconds_calibration = time.perf_counter() - calibration_started
+            state = calibration_state(loaded)
+            write_checkpoint(loaded, out, work, max_shard_size)
     if state == "observing":
         stderr.print(
             "This model is no pipeline, so its activations could not be calibrated: they stay float during its first "
@@ -100,7 +124,6 @@ def quantize(
     layers = [layer for model in models.values() for _, layer in quant_layers(model)]
     bits = 8 * sum(layer.weight.numel() + 4 * layer.weight_scale.numel() for layer in layers)
     parameters = sum(rows * length for rows, length in (layer.matrix_shape for layer in layers))
-    write_checkpoint(loaded, out)
     return {
         "scheme": scheme,
         "components": list(models),
@@ -115,3 +138,23 @@ def quantize(
         "calibration_state": state,
         "out": str(out),
     }
+
+
+def _streams(
+    path: Path, loaded: DiffusionPipeline | None, request: MSFPConfig, max_shard_size: int | str
+) -> dict[str, StreamedModel]:
+    """What is to be quantized: components by name, or a model on its own, called `.`."""
+    if loaded is not None:
+        return {
+            name: StreamedModel(type(model), model.config, model.state_dict(), [path], request, max_shard_size)
+            for name, model in components_of(loaded, request).items()
+        }
+    index = read_config(path, "model_index.json")
+    if index:
+        present = [name for name, part in index.items() if isinstance(part, list) and part[0] is not None]
+        names = choose_components(present, index.get("_class_name"), request)
+    elif request.components_to_quantize:
+        raise ConfigError(f"`components` selects parts of a pipeline, but {path} is a single model.")
+    else:
+        names = ["."]
+    return {name: open_component(path / name, request, max_shard_size) for name in names}

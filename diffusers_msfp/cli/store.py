@@ -1,13 +1,19 @@
 """Where verbs write checkpoints: complete or not at all."""
 
+import re
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+from filelock import FileLock, Timeout
 
-from ..errors import ConfigError
-from .load import SourceError
+from ..errors import ConfigError, NonFiniteError
+from ..integration.tensor_files import MAX_SHARD_SIZE
+from .terminal import stderr
 
 
 def check_target(out: str | Path, overwrite: bool) -> Path:
@@ -29,21 +35,54 @@ def check_target(out: str | Path, overwrite: bool) -> Path:
     return out
 
 
-def write_checkpoint(loaded, out: Path) -> None:
-    """Save beside `out` and move into place in one step, so that nothing half-written looks like a checkpoint."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if not out.parent.is_dir():
-        raise SourceError(f"{out.parent} must be a folder.")
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-", suffix=".part") as scratch:
+def write_checkpoint(loaded, out: Path, folder: Path | None = None, max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
+    """Save to `folder`, or beside `out`, and move into place in one step: nothing half-written looks finished."""
+    folder = folder or _parent(out)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{out.name}-", suffix=".part") as scratch:
         made = Path(scratch) / "made"
-        loaded.save_pretrained(made)
-        if out.exists():
-            old = Path(scratch) / "old"
-            out.rename(old)
-            made.rename(out)
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-        else:
-            made.rename(out)
+        loaded.save_pretrained(made, max_shard_size=max_shard_size)
+        publish(made, out)
+
+
+def publish(made: Path, out: Path) -> None:
+    """Move a finished checkpoint into place; what it replaces is moved to where it came from, and then goes."""
+    old = made.parent / "old"
+    shutil.rmtree(old, ignore_errors=True)  # of a run that was killed here
+    if out.exists():
+        out.rename(old)
+    made.rename(out)
+    if old.exists():
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
+@contextmanager
+def work_folder(out: Path) -> Iterator[Path]:
+    """The hidden folder `.<out>.part` beside `out`, which a run that is interrupted leaves to the next one.
+
+    Raises:
+        ConfigError: another run is at work in it.
+    """
+    work = _parent(out) / f".{out.name}.part"
+    work.mkdir(exist_ok=True)
+    try:
+        with FileLock(work / "lock", timeout=0):
+            yield work
+    except Timeout as error:
+        raise ConfigError(
+            f"One run at a time can write {out}, but another one is at it. Wait for it to end."
+        ) from error
+    except NonFiniteError:  # no run from this source can do better
+        shutil.rmtree(work)
+        raise
+    except BaseException:
+        stderr.print(f"{work} keeps what is finished: the same command goes on with it.", soft_wrap=True)
+        raise
+    shutil.rmtree(work)
+
+
+def _parent(out: Path) -> Path:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out.parent
 
 
 def peak_rss_bytes() -> int:
@@ -52,7 +91,8 @@ def peak_rss_bytes() -> int:
         import resource
     except ImportError:  # Windows
         return psutil.Process().memory_info().peak_wset
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    status = Path("/proc/self/status")  # on Linux, whose getrusage counts the process that started this one too
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    if peak is not None:
+        return int(peak[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

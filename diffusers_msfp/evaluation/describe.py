@@ -10,6 +10,7 @@ from ..formats import FORMATS
 from ..talora import AdapterPlan, RoutingTable
 
 WEIGHTS = "diffusion_pytorch_model"
+INDEX = f"{WEIGHTS}.safetensors.index.json"
 
 
 def component_dirs(path: Path) -> dict[str, Path]:
@@ -28,9 +29,9 @@ def component_dirs(path: Path) -> dict[str, Path]:
     return found
 
 
-def read_config(folder: Path) -> dict:
-    """A component's `config.json`; empty if there is none."""
-    file = folder / "config.json"
+def read_config(folder: Path, name: str = "config.json") -> dict:
+    """A component's `config.json`, or another such file; empty if there is none."""
+    file = folder / name
     if not file.is_file():
         return {}
     try:
@@ -40,14 +41,20 @@ def read_config(folder: Path) -> dict:
     return config if isinstance(config, dict) else {}
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files that a plain load of this component reads: one file, or its shards."""
+def weight_files(folder: Path, *, variants: bool = True) -> list[Path]:
+    """The weight files that a plain load of this component reads: one file, or its shards; else those of variants."""
+    if (folder / INDEX).is_file():
+        try:
+            names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+            return sorted({folder / name for name in names})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{folder / INDEX} must be JSON with a `weight_map`, but it is not.") from error
     for suffix in ("safetensors", "bin"):
         single = folder / f"{WEIGHTS}.{suffix}"
         shards = sorted(folder.glob(f"{WEIGHTS}-?????-of-?????.{suffix}"))
         if single.is_file() or shards:
             return [single] if single.is_file() else shards
-    return sorted(folder.glob(f"{WEIGHTS}*.safetensors"))  # variants only
+    return sorted(folder.glob(f"{WEIGHTS}*.safetensors")) if variants else []
 
 
 def file_bytes(folder: Path) -> int:

@@ -1,6 +1,6 @@
 """Quantize a pipeline that is already in memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from diffusers import ModelMixin
 
@@ -63,17 +63,27 @@ def components_of(pipe, config: MSFPConfig) -> dict[str, ModelMixin]:
     Raises:
         ConfigError: there are none, or one that was named is not a diffusers model.
     """
-    wanted = config.components_to_quantize or DEFAULT_COMPONENTS
-    components = getattr(pipe, "components", {})
-    found = {name: components[name] for name in wanted if components.get(name) is not None}
-    if not found:
-        raise ConfigError(
-            f"A pipeline must have a component to quantize ({', '.join(wanted)}), but {type(pipe).__name__} has "
-            f"{', '.join(components) or 'none'}. Name one with `components_to_quantize=[…]`."
-        )
+    components = {name: part for name, part in getattr(pipe, "components", {}).items() if part is not None}
+    found = {name: components[name] for name in choose_components(components, type(pipe).__name__, config)}
     for name, component in found.items():
         if not isinstance(component, ModelMixin):
             raise ConfigError(
                 f"`components_to_quantize` may name diffusers models only, but `{name}` is {type(component).__name__}."
             )
+    return found
+
+
+def choose_components(present: Collection[str], owner: str, config: MSFPConfig) -> list[str]:
+    """Of the components that a pipeline has, those that a config selects.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    wanted = config.components_to_quantize or DEFAULT_COMPONENTS
+    found = [name for name in wanted if name in present]
+    if not found:
+        raise ConfigError(
+            f"A pipeline must have a component to quantize ({', '.join(wanted)}), but {owner} has "
+            f"{', '.join(present) or 'none'}. Name one with `components_to_quantize=[…]`."
+        )
     return found

@@ -208,7 +208,12 @@ class MSFPQuantizer(DiffusersQuantizer):
                 f"All tensors must be in memory to be saved, but {len(meta)} are offloaded ({meta[0]}, …). Load the "
                 f"model without `device_map` and offloading, then save it."
             )
-        return own, {"quant_method": "msfp", "format_version": str(self.quantization_config.format_version)}
+        return own, self.file_metadata
+
+    @property
+    def file_metadata(self) -> dict[str, str]:
+        """What each weight file says about itself."""
+        return {"quant_method": "msfp", "format_version": str(self.quantization_config.format_version)}
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         if routing_of(model) is not None:

@@ -1,0 +1,15 @@
+"""The program's commands, one per file: a verb's arguments, and its result printed for people.
+
+What a verb does is in the file of the same name one folder up. A new one gets a file in both places and a line in
+`COMMANDS`.
+"""
+
+from .compare import compare
+from .demo import demo
+from .finetune import finetune
+from .inspect import inspect
+from .quantize import quantize
+from .sample import sample
+
+COMMANDS = (quantize, finetune, sample, compare, inspect, demo)
+"""In the order of `--help`."""

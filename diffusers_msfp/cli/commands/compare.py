@@ -1,0 +1,36 @@
+"""`diffusers-msfp compare`."""
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from ... import cli
+from ..terminal import megabytes, stdout
+from .options import Json, Prompts, Seed, print_json
+
+
+def compare(
+    ref: Annotated[str, typer.Argument(help="The full-precision pipeline.")],
+    cand: Annotated[str, typer.Argument(help="The quantized one.")],
+    num: Annotated[int, typer.Option(min=1, help="Samples.")] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
+    seed: Seed = 0,
+    eta: Annotated[float, typer.Option(min=0, max=1, help="DDIM's eta.")] = 0.0,
+    prompts: Prompts = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what a quantized pipeline lost."""
+    result = cli.compare(ref, cand, num=num, steps=steps, seed=seed, eta=eta, prompts=prompts)
+    if as_json:
+        return print_json(result)
+    table = Table("figure", "value", title=f"{cand} against {ref}")
+    for key in ("eps_mse", "eps_rel_l2"):
+        table.add_row(key, f"{result[key]:.5f}")
+    table.add_row("image_psnr_db", f"{result['image_psnr_db']:.2f}")
+    table.add_row("size", f"{megabytes(result['bytes_ref'])} → {megabytes(result['bytes_cand'])}")
+    stdout.print(table)
+    times = Table("timestep", "eps_rel_l2")
+    for timestep, value in result["eps_rel_l2_by_timestep"].items():
+        times.add_row(timestep, f"{value:.4f}")
+    stdout.print(times)

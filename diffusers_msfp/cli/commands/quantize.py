@@ -1,0 +1,61 @@
+"""`diffusers-msfp quantize`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ... import cli
+from ...errors import MSFPError
+from ...integration.tensor_files import MAX_SHARD_SIZE
+from ...schemes import DEFAULT_SCHEME, SCHEMES
+from ..terminal import megabytes, stdout
+from .options import Json, Prompts, Seed, print_json
+
+
+def quantize(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder of a pipeline or model, Hub id, single file.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    scheme: Annotated[str, typer.Option(help=f"One of {', '.join(SCHEMES)}.")] = DEFAULT_SCHEME,
+    calibration_samples: Annotated[int, typer.Option(min=1, help="Images sampled to set ranges.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of each.")] = 20,
+    seed: Seed = 0,
+    prompts: Prompts = None,
+    keep: Annotated[list[str] | None, typer.Option(help="Pattern of modules that stay float; repeatable.")] = None,
+    override: Annotated[list[str] | None, typer.Option(help="PATTERN=SCHEME for single layers; repeatable.")] = None,
+    component: Annotated[list[str] | None, typer.Option(help="Component to quantize; repeatable.")] = None,
+    config: Annotated[str | None, typer.Option(help="Folder or Hub id with the configs of a single file.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = MAX_SHARD_SIZE,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing checkpoint.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize a checkpoint."""
+    overrides = {}
+    for item in override or ():
+        pattern, equals, name = item.rpartition("=")
+        if not equals or not pattern:
+            raise MSFPError(f"`--override` must read PATTERN=SCHEME, but {item!r} came.")
+        overrides[pattern] = name
+    result = cli.quantize(
+        source,
+        out,
+        scheme=scheme,
+        calibration_samples=calibration_samples,
+        steps=steps,
+        seed=seed,
+        prompts=prompts,
+        modules_to_not_convert=keep,
+        scheme_overrides=overrides,
+        components=component,
+        config=config,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+    )
+    if as_json:
+        return print_json(result)
+    stdout.print(
+        f"[bold]{result['out']}[/]: {result['layers']} layers as {scheme}, {megabytes(result['bytes_before'])} → "
+        f"{megabytes(result['bytes_after'])}, {result['weight_bits_per_param']:.2f} bits per quantized weight, "
+        f"{result['seconds']:.1f} s (weights {result['seconds_search']:.1f} s, calibration "
+        f"{result['seconds_calibration']:.1f} s), ranges {result['calibration_state']}."
+    )

@@ -1,0 +1,24 @@
+"""`diffusers-msfp sample`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ... import cli
+from ..terminal import stdout
+from .options import Json, Prompts, Seed, Source, print_json
+
+
+def sample(
+    source: Source,
+    out: Annotated[Path, typer.Option(help="PNG to write.")],
+    num: Annotated[int, typer.Option(min=1, help="Pictures.")] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
+    seed: Seed = 0,
+    prompts: Prompts = None,
+    as_json: Json = False,
+) -> None:
+    """Draw a grid of pictures."""
+    result = cli.sample(source, out, num=num, steps=steps, seed=seed, prompts=prompts)
+    print_json(result) if as_json else stdout.print(f"{num} pictures in [bold]{result['out']}[/].")
