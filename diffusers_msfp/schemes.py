@@ -62,6 +62,15 @@ class QuantScheme:
     edge: LayerScheme
     input: LayerScheme
 
+    def only(self, formats: Sequence[str]) -> "QuantScheme":
+        """The same scheme with these of its candidates."""
+
+        def reduced(layer: LayerScheme) -> LayerScheme:
+            kept = ([name for name in names if name in formats] for names in (layer.weight, layer.activation))
+            return LayerScheme(*map(tuple, kept))
+
+        return QuantScheme(reduced(self.inner), reduced(self.edge), reduced(self.input))
+
 
 def _scheme(weight_bits: int, activation_bits: int | None, *, mixup: bool = True) -> QuantScheme:
     def layer(w: int, a: int | None) -> LayerScheme:
@@ -82,6 +91,10 @@ SCHEMES.add("w4a4-signed", _scheme(4, 4, mixup=False))
 SCHEMES.add(
     "int-w4a4", replace(SCHEMES["w4a4"], inner=LayerScheme(weight=("fp4_e1m2",), activation=("fp4_e1m2", "fp4_ue1m3")))
 )
+# Only formats that fit 8-bit integers: no input is split into two bytes, no weight needs 16 bits. It costs error: on the
+# embedded model 6 % more at w4a8, and 75 % more at w8a8, where there is little.
+for _name in ("w4a8", "w8a8"):
+    SCHEMES.add(f"{_name}-int8", SCHEMES[_name].only(("fp4_e1m2", "fp4_e2m1", "fp4_e3m0", "fp8_e1m6", "fp8_ue1m7")))
 DEFAULT_SCHEME = "w4a8"
 
 INPUT_PATTERNS = ("conv_in", "encoder.conv_in", "decoder.conv_in", "pos_embed.proj", "x_embedder", "patch_embed.proj")

@@ -13,7 +13,9 @@ from diffusers_msfp.workflow.convert import Conversion
 @pytest.mark.parametrize("name", SCHEMES)
 def test_widths_are_what_the_name_says(name):
     scheme = SCHEMES[name]
-    digits = [int(n) for n in name.replace("int-", "").replace("-signed", "").lstrip("w").split("a")]
+    digits = [
+        int(n) for n in name.replace("int-", "").replace("-signed", "").replace("-int8", "").lstrip("w").split("a")
+    ]
     weight, activation = digits
     assert {FORMATS[f].bits for f in scheme.inner.weight} == {weight}
     assert {FORMATS[f].bits for f in scheme.inner.activation} == ({activation} if activation != 16 else set())

@@ -6,22 +6,20 @@ from ..formats import FPFormat
 from ..numerics import QParams
 from ..numerics.rounding import zero_point_steps
 
-BYTE_MAX = 255
-
 
 def byte_offset(fmt: FPFormat) -> int:
     """What is added to a lattice integer so that it is ≥ 0: oneDNN's convolutions read unsigned bytes only."""
     return fmt.lattice_max if fmt.signed else 0
 
 
-def fits_byte(fmt: FPFormat) -> bool:
-    """Whether every lattice integer of an input's format fits an unsigned byte."""
-    return fmt.lattice_max + byte_offset(fmt) <= BYTE_MAX
+def low_bits(fmt: FPFormat) -> int:
+    """Bits of an input's integers, made ≥ 0, beyond the upper eight: 0 where one byte holds them all."""
+    return max(0, (fmt.lattice_max + byte_offset(fmt)).bit_length() - 8)
 
 
 @dataclass(frozen=True)
 class InputGrid:
-    """An input's quantizer as plain numbers; `x ≈ (byte - zero_byte) * unit`.
+    """An input's quantizer as plain numbers; `x ≈ (integer - zero - offset) * unit`.
 
     Args:
         unit (`float`): real size of one lattice step.
@@ -29,7 +27,8 @@ class InputGrid:
         zero (`int`): the zero point k in lattice steps.
         low, high (`int`): range of the lattice.
         mantissa_bits (`int`): M.
-        offset (`int`): byte minus lattice integer.
+        offset (`int`): what makes lattice integers ≥ 0.
+        low_bits (`int`): see `low_bits`; with more than 0 the integers are kept in two bytes.
     """
 
     unit: float
@@ -39,6 +38,7 @@ class InputGrid:
     high: int
     mantissa_bits: int
     offset: int
+    low_bits: int
 
     @classmethod
     def of(cls, qparams: QParams) -> "InputGrid":
@@ -46,12 +46,14 @@ class InputGrid:
         fmt, unit = qparams.format, qparams.unit
         zero = int(zero_point_steps(qparams).item())
         bounds = fmt.lattice[0], fmt.lattice_max
-        return cls(unit.item(), (1 / unit).item(), zero, *bounds, fmt.mantissa_bits, byte_offset(fmt))
+        return cls(unit.item(), (1 / unit).item(), zero, *bounds, fmt.mantissa_bits, byte_offset(fmt), low_bits(fmt))
 
     @property
-    def zero_byte(self) -> int:
-        """The byte of the real 0."""
-        return self.zero + self.offset
+    def planes(self) -> list[tuple[float, int]]:
+        """Unit and byte of the real 0 of each byte that holds an integer: `x ≈ sum((byte - zero) * unit)`."""
+        zero, bits = self.zero + self.offset, self.low_bits
+        upper = self.unit * 2**bits, zero >> bits
+        return [upper, (self.unit, zero & (2**bits - 1))] if bits else [upper]
 
 
 def output_size(shape, size, stride, padding, dilation) -> tuple[int, ...]:

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from ..formats import FPFormat
 from . import kernels
 from .engine import Engine, PreparedLayer, weight_unit
-from .grid import byte_offset, fits_byte, output_size
+from .grid import byte_offset, low_bits, output_size
 
-_INT8_MAX = 127
+_INT8_MAX, _MAX_LOW_BITS = 127, 8
 _FEW_POSITIONS = 1024  # of an output, up to which a product with patches is up to twice as fast as a convolution
 
 
@@ -36,8 +36,8 @@ class Int8Engine(Engine):
             return "this build of torch has no 8-bit operators of oneDNN"
         if layer.input_format is None:
             return "its input is not quantized"
-        if not fits_byte(layer.input_format):
-            return f"its input's format {layer.input_format} does not fit 8 bits"
+        if low_bits(layer.input_format) > _MAX_LOW_BITS:
+            return f"its input's format {layer.input_format} does not fit two bytes"
         if layer.weight_format.lattice_max > _INT8_MAX:
             return f"its weight's format {layer.weight_format} does not fit 8 bits"
         largest = _largest_byte(layer.input_format)
@@ -58,7 +58,8 @@ def available() -> bool:
 
 
 def _largest_byte(fmt: FPFormat) -> int:
-    return fmt.lattice_max + byte_offset(fmt)
+    bits = low_bits(fmt)
+    return max((fmt.lattice_max + byte_offset(fmt)) >> bits, 2**bits - 1)
 
 
 @lru_cache(maxsize=64)
@@ -137,8 +138,6 @@ class _Int8Layer(PreparedLayer):
         self._table = torch.tensor(layer.weight_format.code_values, dtype=torch.int8)
         self.codes_dtype = torch.float32  # of the output where codes came in; set by the module that made them
 
-    reads_codes = True
-
     def integers(self, bank: int) -> Tensor:
         """A bank's lattice integers, `(C, …)` int8."""
         layer = self.layer
@@ -149,16 +148,33 @@ class _Int8Layer(PreparedLayer):
         """Dtype of the output for an input."""
         return self.codes_dtype if x.dtype == torch.uint8 else x.dtype
 
+    @property
+    def reads_codes(self) -> bool:
+        """Whether another module may quantize its input: to one byte a value."""
+        return not low_bits(self.layer.input_format)
+
     def from_codes(self, codes: Tensor, adapter: int) -> Tensor:
         """As the layer, for bytes that another module made with `grid(adapter)`; returns `codes_dtype`."""
         return self.run(codes, adapter if self.layer.num_banks > 1 else 0, adapter)
 
-    def codes(self, x: Tensor, adapter: int | Tensor) -> Tensor:
-        """Bytes of a float input."""
-        codes, finite = kernels.quantize(x, self.grid(adapter))
+    def codes(self, x: Tensor, adapter: int | Tensor) -> list[Tensor]:
+        """Bytes of a float input, or bytes that came."""
+        if x.dtype == torch.uint8:
+            return [x]
+        planes, finite = kernels.quantize(x, self.grid(adapter))
         if not finite:
             self.refuse_infinite(x)
-        return codes
+        return planes
+
+    def sum_of_planes(self, multiply, x: Tensor, adapter: int | Tensor, dtype: torch.dtype) -> Tensor:
+        """`multiply(bytes, unit, zero, bias, dtype)` added up over the bytes that hold an integer."""
+        planes = zip(self.codes(x, adapter), self.grid(adapter).planes, strict=True)
+        (codes, (unit, zero)), *rest = planes
+        wide = torch.float32 if rest or dtype == torch.float16 else dtype
+        y = multiply(codes, unit, zero, self.bias, wide)
+        for codes, (unit, zero) in rest:
+            y += multiply(codes, unit, zero, None, wide)
+        return y.to(dtype)
 
 
 class Int8Linear(_Int8Layer):
@@ -174,10 +190,12 @@ class Int8Linear(_Int8Layer):
         rows = x.reshape(-1, x.shape[-1])
         if not rows.numel():
             return self.nothing(x)
-        codes = rows if x.dtype == torch.uint8 else self.codes(rows.contiguous(), adapter)
-        grid, out = self.grid(adapter), torch.float32 if dtype == torch.float16 else dtype
-        y = _linear(codes, grid.unit, grid.zero_byte, self.weight(bank), self.units, self.bias, out)
-        return y.to(dtype).view(*x.shape[:-1], -1)
+        weight = self.weight(bank)
+
+        def multiply(codes: Tensor, unit: float, zero: int, bias: Tensor | None, out: torch.dtype) -> Tensor:
+            return _linear(codes, unit, zero, weight, self.units, bias, out)
+
+        return self.sum_of_planes(multiply, rows.contiguous(), adapter, dtype).view(*x.shape[:-1], -1)
 
 
 class Int8Conv(_Int8Layer):
@@ -200,8 +218,8 @@ class Int8Conv(_Int8Layer):
 
     @property
     def reads_codes(self) -> bool:
-        """Whether the padding can be put on codes."""
-        return self._ends is None
+        """As for all, if the padding can be put on codes."""
+        return self._ends is None and super().reads_codes
 
     def expand(self, bank: int, as_matrix: bool) -> Tensor:
         """See `PreparedLayer.expand`; `as_matrix` for products with patches."""
@@ -229,15 +247,17 @@ class Int8Conv(_Int8Layer):
         return y.squeeze(0) if unbatched else y
 
     def _convolve(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor, dtype: torch.dtype) -> Tensor:
-        codes = x if x.dtype == torch.uint8 else self.codes(x, adapter)
-        grid, out = self.grid(adapter), torch.float32 if dtype == torch.float16 else dtype
-        unit, zero = grid.unit, grid.zero_byte
         geometry = self.stride, self.padding, self.dilation
         rows, width = output_size(x.shape[2:], self.kernel_size, *geometry)
-        if self.layer.groups == 1 and self.kernel_size != [1, 1] and len(x) * rows * width <= _FEW_POSITIONS:
-            patches = kernels.columns(codes, self.kernel_size, *geometry, zero)
-            y = _linear(patches.flatten(0, 2), unit, zero, self.weight(bank, True), self.units, self.bias, out)
-            return y.view(len(x), rows, width, -1).permute(0, 3, 1, 2).to(dtype)
+        as_matrix = self.layer.groups == 1 and self.kernel_size != [1, 1] and len(x) * rows * width <= _FEW_POSITIONS
         self._shape = self._shape or tuple(x.shape)
-        weight = self.weight(bank, False)
-        return _conv(codes, unit, zero, weight, self.units, self.bias, *geometry, self.layer.groups, out).to(dtype)
+        weight = self.weight(bank, as_matrix)
+
+        def multiply(codes: Tensor, unit: float, zero: int, bias: Tensor | None, out: torch.dtype) -> Tensor:
+            if not as_matrix:
+                return _conv(codes, unit, zero, weight, self.units, bias, *geometry, self.layer.groups, out)
+            patches = kernels.columns(codes, self.kernel_size, *geometry, zero).flatten(0, 2)
+            y = _linear(patches, unit, zero, weight, self.units, bias, out)
+            return y.view(len(x), rows, width, -1).permute(0, 3, 1, 2)
+
+        return self.sum_of_planes(multiply, x, adapter, dtype)

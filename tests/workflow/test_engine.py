@@ -84,7 +84,7 @@ def test_fused_leaves_equal_their_parts(embedded):
             continue
         plain = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
         plain = F.silu(plain) if norm.silu else plain
-        own = layer.prepared.codes(plain.contiguous(memory_format=torch.channels_last), 0)
+        (own,) = layer.prepared.codes(plain.contiguous(memory_format=torch.channels_last), 0)
         assert codes.dtype == torch.uint8
         differ = codes != own
         assert differ.float().mean() <= 1e-4  # a value on a border, rounded elsewhere in its last bit

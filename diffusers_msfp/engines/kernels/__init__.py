@@ -4,7 +4,8 @@ Two interchangeable sets of the same functions: Numba's, where it is installed (
 torch's. Each of the first
 three returns with its tensor whether all values were finite.
 
-- `quantize(x, grid)`: any dense float32, bfloat16 or float16 tensor → uint8, same strides; the bytes of `InputGrid`.
+- `quantize(x, grid)`: any dense float32, bfloat16 or float16 tensor → a list of one or two uint8 tensors with the same
+  strides, one for each of `grid.planes`.
 - `centre(x, grid, dtype)`: as before → `dtype`; lattice integers minus the zero point.
 - `norm(x, groups, weight, bias, eps, silu, grid, added)`: group norm of `x + added`, SiLU if wanted, quantization;
   `(B, C, …)` channels last and `(B, C)` → uint8, or the dtype of `x` without a grid.

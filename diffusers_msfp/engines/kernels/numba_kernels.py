@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..grid import InputGrid, output_size
 from . import torch_kernels
-from .numba_rows import EXPONENT, centre_row, jit, norm_image, quantize_row, softmax_row
+from .numba_rows import EXPONENT, centre_row, jit, norm_image, quantize_row, softmax_row, split_row
 
 _CHUNK = 16384  # values that one thread takes at a time
 # Waking a second thread takes 0.03 to 0.15 ms, in which one thread quantizes two million values or normalises and
@@ -26,6 +26,16 @@ def _quantize(x, out, inverse, zero, low, high, least, shift, offset):
     for chunk in numba.prange(chunks):
         part = slice(chunk * _CHUNK, min(x.size, (chunk + 1) * _CHUNK))
         largest[chunk] = quantize_row(x[part], out[part], inverse, zero, low, high, least, shift, offset)
+    return largest.max()
+
+
+@jit(parallel=_LOOPS)
+def _split(x, out, rest, bits, inverse, zero, low, high, least, shift, offset):
+    chunks = (x.size + _CHUNK - 1) // _CHUNK
+    largest = np.zeros(chunks, np.int32)
+    for chunk in numba.prange(chunks):
+        part = slice(chunk * _CHUNK, min(x.size, (chunk + 1) * _CHUNK))
+        largest[chunk] = split_row(x[part], out[part], rest[part], bits, inverse, zero, low, high, least, shift, offset)
     return largest.max()
 
 
@@ -126,12 +136,17 @@ def _run(kernel, *arguments):
         return kernel(*arguments)
 
 
-def quantize(x: Tensor, grid: InputGrid) -> tuple[Tensor, bool]:
+def quantize(x: Tensor, grid: InputGrid) -> tuple[list[Tensor], bool]:
     """See `kernels.quantize`."""
-    codes = torch.empty_like(x, dtype=torch.uint8)
-    arguments = _flat(_readable(x)), _flat(codes), *_numbers(grid), np.int32(grid.offset)
-    largest = quantize_row(*arguments) if x.numel() < _SERIAL_QUANTIZE else _run(_quantize, *arguments)
-    return codes, largest < EXPONENT
+    few, numbers = x.numel() < _SERIAL_QUANTIZE, (*_numbers(grid), np.int32(grid.offset))
+    planes = [torch.empty_like(x, dtype=torch.uint8) for _ in grid.planes]
+    arguments = _flat(_readable(x)), *map(_flat, planes)
+    if grid.low_bits:
+        arguments = *arguments, np.int32(grid.low_bits), *numbers
+        largest = split_row(*arguments) if few else _run(_split, *arguments)
+    else:
+        largest = quantize_row(*arguments, *numbers) if few else _run(_quantize, *arguments, *numbers)
+    return planes, largest < EXPONENT
 
 
 def centre(x: Tensor, grid: InputGrid, dtype: torch.dtype) -> tuple[Tensor, bool]:

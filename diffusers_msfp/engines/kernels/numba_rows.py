@@ -91,6 +91,21 @@ def _exp(x):
 
 
 @jit()
+def split_row(x, out, rest, bits, inverse, zero, low, high, least, shift, offset):
+    """As `quantize_row`, in two bytes: the lowest `bits` in `rest`, those above in `out`."""
+    mask = np.int32((1 << bits) - 1)
+    largest = np.int32(0)
+    for i in range(x.size):
+        value = _widen(x[i])
+        exponent = np.int32(_bits(value) & EXPONENT)
+        largest = exponent if exponent > largest else largest
+        q = np.int32(np.int32(_round(value * inverse + zero, low, high, least, shift)) + offset)
+        out[i] = np.uint8(q >> bits)
+        rest[i] = np.uint8(q & mask)
+    return largest
+
+
+@jit()
 def quantize_row(x, out, inverse, zero, low, high, least, shift, offset):
     """Bytes of a row; the return value is the largest exponent field that came, all ones for NaN and infinity."""
     largest = np.int32(0)

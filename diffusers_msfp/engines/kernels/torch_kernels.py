@@ -26,14 +26,19 @@ def _dense(x: Tensor) -> Tensor:
     return x.as_strided((x.numel(),), (1,))
 
 
-def quantize(x: Tensor, grid: InputGrid) -> tuple[Tensor, bool]:
+def quantize(x: Tensor, grid: InputGrid) -> tuple[list[Tensor], bool]:
     """See `kernels.quantize`."""
-    codes = torch.empty_like(x, dtype=torch.uint8)
-    flat, out = _dense(x), _dense(codes)
+    planes = [torch.empty_like(x, dtype=torch.uint8) for _ in grid.planes]
+    flat, outs = _dense(x), [_dense(plane) for plane in planes]
     for start in range(0, flat.numel(), _BLOCK):
         part = slice(start, start + _BLOCK)
-        out[part] = _lattice(flat[part], grid).add_(grid.offset)
-    return codes, _is_finite(x)
+        q = _lattice(flat[part], grid).add_(grid.offset)
+        if grid.low_bits:
+            q = q.to(torch.int32)
+            outs[1][part] = q & (2**grid.low_bits - 1)
+            q >>= grid.low_bits
+        outs[0][part] = q
+    return planes, _is_finite(x)
 
 
 def centre(x: Tensor, grid: InputGrid, dtype: torch.dtype) -> tuple[Tensor, bool]:
@@ -57,7 +62,10 @@ def norm(
         y = y + added.to(torch.float32).view(*added.shape, *[1] * (x.ndim - 2))
     y = F.group_norm(y, groups, weight, bias, eps)
     y = F.silu(y) if silu else y
-    return (y.to(x.dtype), _is_finite(y)) if grid is None else quantize(y, grid)
+    if grid is None:
+        return y.to(x.dtype), _is_finite(y)
+    (codes,), finite = quantize(y, grid)
+    return codes, finite
 
 
 def expand(packed: Tensor, bits: int, length: int, table: Tensor) -> Tensor:
