@@ -1,5 +1,6 @@
 """The command line: one verb per file, each a plain Python function that returns what `--json` prints."""
 
+from .bench import bench
 from .compare import compare
 from .demo import demo
 from .finetune import finetune
@@ -7,4 +8,4 @@ from .inspect import inspect
 from .quantize import quantize
 from .sample import sample
 
-__all__ = ["compare", "demo", "finetune", "inspect", "quantize", "sample"]
+__all__ = ["bench", "compare", "demo", "finetune", "inspect", "quantize", "sample"]

@@ -12,12 +12,12 @@ from statistics import median, quantiles
 
 import torch
 import typer
-from bench_shapes import ddpm_cifar10
 from diffusers import DiffusionPipeline, UNet2DModel
 from harness import write_results
 
 from diffusers_msfp import MSFPConfig, freeze
 from diffusers_msfp.assets import EMBEDDED_MODEL
+from diffusers_msfp.evaluation.shapes import ddpm_cifar10
 from diffusers_msfp.integration.in_memory import quantize_model
 from diffusers_msfp.workflow.student import Student
 

@@ -4,6 +4,7 @@ What a verb does is in the file of the same name one folder up. A new one gets a
 `COMMANDS`.
 """
 
+from .bench import bench
 from .compare import compare
 from .demo import demo
 from .finetune import finetune
@@ -11,5 +12,5 @@ from .inspect import inspect
 from .quantize import quantize
 from .sample import sample
 
-COMMANDS = (quantize, finetune, sample, compare, inspect, demo)
+COMMANDS = (quantize, finetune, sample, compare, bench, inspect, demo)
 """In the order of `--help`."""

@@ -1,0 +1,54 @@
+"""`bench`: how fast a model's step is in several ways."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoModel
+
+from ..evaluation.shapes import SHAPES
+from ..evaluation.speed import benchmark
+from ..workflow.sampling import denoiser_of
+from .load import load_pipeline
+from .terminal import progress, stderr
+
+DEFAULT_PROVIDERS = ("fp32", "bf16", "w4a4", "w4a8")
+
+
+def bench(
+    model: str = "ddpm-cifar10",
+    providers: list[str] | None = None,
+    *,
+    batch: int = 1,
+    size: int | None = None,
+    repeats: int = 7,
+) -> dict:
+    """Time one denoising step.
+
+    Args:
+        model (`str`): a name in `SHAPES`, or a folder or Hub id of a pipeline or model, float or quantized.
+        providers (`list[str]`, *optional*): see `evaluation.providers`.
+        batch, size: of the samples.
+        repeats (`int`): timed rounds.
+
+    Returns:
+        `dict`: `model`, `threads`, `rows` (see `evaluation.speed.benchmark`).
+
+    Raises:
+        MSFPError: an unknown model or provider.
+    """
+    with stderr.status(f"preparing {model}"):
+        loaded = _load(model)
+    quantized = getattr(loaded, "is_quantized", False)
+    names = providers or (("msfp",) if quantized else DEFAULT_PROVIDERS)
+    with progress("timing steps") as report:
+        rows = benchmark(loaded, names, batch=batch, size=size, repeats=repeats, on_call=report)
+    return {"model": model, "threads": torch.get_num_threads(), "rows": rows}
+
+
+def _load(model: str):
+    if model in SHAPES:
+        torch.manual_seed(0)
+        return SHAPES[model]().eval()
+    if (Path(model) / "config.json").is_file():
+        return AutoModel.from_pretrained(model).eval()
+    return denoiser_of(load_pipeline(model)).eval()

@@ -1,0 +1,37 @@
+"""`diffusers-msfp bench`."""
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from ... import cli
+from ..terminal import stdout
+from .options import Json, print_json
+
+
+def bench(
+    model: Annotated[str, typer.Option(help="ddpm-cifar10, sd15, or a folder or Hub id.")] = "ddpm-cifar10",
+    providers: Annotated[
+        str, typer.Option(help="Comma-separated: fp32, bf16, a scheme, sdnq:int8, …; options behind colons.")
+    ] = "",
+    batch: Annotated[int, typer.Option(min=1, help="Samples.")] = 1,
+    size: Annotated[int | None, typer.Option(min=8, help="Height and width of a sample.")] = None,
+    repeats: Annotated[int, typer.Option(min=2, help="Timed rounds.")] = 7,
+    as_json: Json = False,
+) -> None:
+    """Time one denoising step against bfloat16, in turns."""
+    names = [name.strip() for name in providers.split(",") if name.strip()]
+    result = cli.bench(model, names or None, batch=batch, size=size, repeats=repeats)
+    if as_json:
+        return print_json(result)
+    columns = ("provider", "ms per step", "quartiles", "× bf16 channels last", "× floor", "layers by engine")
+    table = Table(*columns, title=f"{model}, batch {batch}, {result['threads']} threads")
+    for row in result["rows"]:
+        engines = ", ".join(f"{name} {count}" for name, count in row["engines"].items())
+        quartiles = f"{1e3 * row['seconds_low']:.1f} … {1e3 * row['seconds_high']:.1f}"
+        above = f"{row['seconds'] / row['floor_seconds']:.2f}" if "floor_seconds" in row else ""
+        table.add_row(
+            row["provider"], f"{1e3 * row['seconds']:.1f}", quartiles, f"{row['speedup']:.2f}", above, engines
+        )
+    stdout.print(table)

@@ -1,0 +1,111 @@
+"""The least time that a quantized model's step could take: its products, its attention, and one pass over the rest.
+
+The bare kernels of every quantized layer on codes that are there already, the attention products, and for each tensor
+that a norm or an activation touches one read and one write at the machine's copy speed. Nothing else counts.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..engines.attention import attention
+from ..workflow.convert import quant_layers
+
+_TOUCHING = (nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.GELU, GEGLU)
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Seconds of each part of a step.
+
+    Args:
+        kernels (`float`): bare kernels of the quantized layers.
+        attention (`float`): softmax and its two products.
+        traffic (`float`): one read and one write of what norms and activations touch.
+    """
+
+    kernels: float
+    attention: float
+    traffic: float
+
+    @property
+    def total(self) -> float:
+        """Sum of the parts."""
+        return self.kernels + self.attention + self.traffic
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The parts by name."""
+        return {"kernels": self.kernels, "attention": self.attention, "traffic": self.traffic}
+
+
+def fastest(call: Callable[[], object]) -> float:
+    """The shortest of some calls, seconds."""
+    times = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@torch.no_grad()
+def floor_of(model: nn.Module, step: Callable[[], object]) -> Floor:
+    """Measure the floor of a model whose layers an engine runs.
+
+    Args:
+        model (`nn.Module`): quantized.
+        step (`Callable`): calls it once.
+    """
+    calls, touched, products = [], [], []
+    layers = {id(layer) for _, layer in quant_layers(model)}
+    hooks = []
+    for module in model.modules():
+        if id(module) in layers:
+            hooks.append(module.register_forward_pre_hook(lambda layer, args: calls.append((layer, args[0].clone()))))
+        elif isinstance(module, _TOUCHING):
+            hooks.append(
+                module.register_forward_hook(lambda _, args, out: touched.append((args[0].nbytes, out.nbytes)))
+            )
+        elif isinstance(module, Attention):
+            hooks.append(module.register_forward_pre_hook(partial(_remember, products), with_kwargs=True))
+    step()
+    for hook in hooks:
+        hook.remove()
+    copied = torch.empty(2**22, dtype=torch.uint8)
+    per_byte = fastest(copied.clone) / (2 * copied.numel())
+    return Floor(
+        kernels=sum(_kernel(layer, x) for layer, x in calls),
+        attention=sum(fastest(call) for call in products),
+        traffic=sum(read + written for read, written in touched) * per_byte,
+    )
+
+
+def _kernel(layer, x: Tensor) -> float:
+    """Seconds of a layer's kernel alone; quantizing its input is not counted where the engine can take codes."""
+    prepared = layer.ready(x)
+    if prepared is None or not prepared.reads_codes:
+        return fastest(lambda: layer(x))
+    if x.dtype != torch.uint8:
+        x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.contiguous()
+        prepared.codes_dtype, (x,) = x.dtype, prepared.codes(x, 0)
+    return fastest(lambda: layer(x))
+
+
+def _remember(products: list, module: Attention, args: tuple, kwargs: dict) -> None:
+    x = args[0] if args else kwargs["hidden_states"]
+    context = kwargs.get("encoder_hidden_states")
+    x = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
+    size = module.inner_dim // module.heads
+    tokens = x.shape[1] if context is None else context.shape[1]
+    query, key = (x.new_zeros(len(x), module.heads, n, size) for n in (x.shape[1], tokens))
+    product = attention if x.dtype == torch.bfloat16 else F.scaled_dot_product_attention
+    products.append(lambda: product(query, key, key))

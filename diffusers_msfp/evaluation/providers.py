@@ -1,0 +1,101 @@
+"""The models that a benchmark compares: one float original, made ready to run in different ways.
+
+A provider's name is a kind, with options behind colons: `bf16:cl`, `w4a4`, `w4a4:low`, `w8a8:fp32`, `sdnq:int8`,
+`bf16:cl:compile`. Peers are taken if they are installed.
+"""
+
+import copy
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ..engines import ENGINES, MEMORY_MODES
+from ..errors import ConfigError, UnsupportedError
+from ..schemes import SCHEMES
+from ..workflow import Conversion, convert, freeze, set_engine
+from ..workflow.convert import quant_layers
+
+BASELINE = "bf16:cl"
+PEERS = {"sdnq": "sdnq", "quanto": "optimum.quanto", "torchao": "torchao"}
+"""Kind of provider → module that it needs."""
+
+
+def provide(name: str, model: nn.Module, call: Callable[[nn.Module], object]) -> nn.Module:
+    """A copy of a float model, made ready.
+
+    Args:
+        name (`str`): see the module.
+        model (`nn.Module`): float32, not changed; quantized ones are taken as they are by the kind `msfp`.
+        call (`Callable`): runs a model once, which freezes the ranges of inputs.
+
+    Raises:
+        ConfigError: an unknown kind or option.
+        UnsupportedError: a peer that is not installed.
+    """
+    kind, *options = name.split(":")
+    compiled = "compile" in options
+    options = [option for option in options if option != "compile"]
+    if kind == "msfp" or kind in SCHEMES:
+        made = _msfp(kind, options, model, call)
+    elif kind in ("fp32", "bf16"):
+        _check(name, options, {"cl"})
+        made = copy.deepcopy(model).to(torch.float32 if kind == "fp32" else torch.bfloat16)
+        made = made.to(memory_format=torch.channels_last) if options else made
+    elif kind in PEERS:
+        made = _peer(kind, options, model)
+    else:
+        known = ", ".join(("fp32", "bf16", "msfp", *SCHEMES, *PEERS))
+        raise ConfigError(f"A provider must be one of {known}, with options behind colons, but {name!r} came.")
+    return torch.compile(made) if compiled else made
+
+
+def _check(name: str, options: list[str], known) -> None:
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        raise ConfigError(f"Options of `{name}` may be {', '.join(sorted(known))}, but {unknown[0]!r} came.")
+
+
+def _msfp(kind: str, options: list[str], model: nn.Module, call) -> nn.Module:
+    engines = {*ENGINES, "auto"}
+    _check(kind, options, {*MEMORY_MODES, "fp32", *engines})
+    made = copy.deepcopy(model)
+    if not any(True for _ in quant_layers(made)):
+        made = made.to(torch.float32 if "fp32" in options else torch.bfloat16)
+        convert(made, Conversion.plan(made, "w4a8" if kind == "msfp" else kind))
+        call(made)
+        freeze(made)
+    engine = next((option for option in options if option in engines), "auto")
+    set_engine(made, engine, memory=next((option for option in options if option in MEMORY_MODES), "fast"))
+    return made
+
+
+def _peer(kind: str, options: list[str], model: nn.Module) -> nn.Module:
+    if importlib.util.find_spec(PEERS[kind].partition(".")[0]) is None:
+        raise UnsupportedError(f"Provider {kind!r} needs `{PEERS[kind]}`, which is not installed: leave it out.")
+    made = copy.deepcopy(model).to(torch.bfloat16).to(memory_format=torch.channels_last)
+    if kind == "sdnq":
+        import sdnq
+
+        _check(kind, options, {"int8", "uint4", "matmul"})
+        return sdnq.sdnq_post_load_quant(
+            made,
+            weights_dtype="uint4" if "uint4" in options else "int8",
+            torch_dtype=torch.bfloat16,
+            quant_conv=True,
+            use_quantized_matmul="matmul" in options,
+            use_quantized_matmul_conv="matmul" in options,
+        )
+    if kind == "quanto":
+        from optimum import quanto
+
+        _check(kind, options, set())
+        quanto.quantize(made, weights=quanto.qint8, activations=quanto.qint8)
+        quanto.freeze(made)
+        return made
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    _check(kind, options, set())
+    quantize_(made, Int8DynamicActivationInt8WeightConfig())
+    return made

@@ -1,0 +1,125 @@
+"""How fast a model's step is: variants take turns in one process, so that all see the same machine."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median, quantiles
+
+import torch
+from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DConditionModel, UNet2DModel
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError
+from ..workflow.convert import quant_layers
+from .floor import Floor, floor_of
+from .providers import BASELINE, provide
+
+
+def example_inputs(model: ModelMixin, batch: int, size: int | None = None) -> dict[str, Tensor]:
+    """Random inputs of a denoiser, float32.
+
+    Args:
+        batch (`int`): samples.
+        size (`int`, *optional*): height and width of the sample; the model's own by default.
+
+    Raises:
+        UnsupportedError: an architecture whose inputs are not known here.
+    """
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    size = size or config.sample_size
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    timestep = torch.full((batch,), 500)
+    if isinstance(model, UNet2DModel):
+        return {"sample": noise(batch, config.in_channels, size, size), "timestep": timestep}
+    if isinstance(model, UNet2DConditionModel) and config.addition_embed_type is None:
+        text = noise(batch, 77, config.cross_attention_dim)
+        sample = noise(batch, config.in_channels, size, size)
+        return {"sample": sample, "timestep": timestep, "encoder_hidden_states": text}
+    if isinstance(model, DiTTransformer2DModel):
+        sample = noise(batch, config.in_channels, size, size)
+        labels = torch.zeros(batch, dtype=torch.int64)
+        return {"hidden_states": sample, "timestep": timestep, "class_labels": labels}
+    raise UnsupportedError(
+        f"A benchmark needs to know a model's inputs: UNet2DModel, UNet2DConditionModel without added conditions, or "
+        f"DiTTransformer2DModel; but {type(model).__name__} came."
+    )
+
+
+def step_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Callable[[], object]:
+    """One call of a model with inputs in its dtype, images channels last."""
+    dtype = next(tensor.dtype for tensor in model.parameters() if tensor.is_floating_point())
+    ready = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+    ready = {name: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for name, x in ready.items()}
+
+    def step() -> object:
+        with torch.no_grad():
+            return model(**ready)
+
+    return step
+
+
+def take_turns(calls: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2, on_call=None) -> dict:
+    """Seconds of each call, `{name: [repeats values]}`; every round runs all of them, in turn."""
+    seconds = {name: [] for name in calls}
+    for turn in range(warmup + repeats):
+        for done, (name, call) in enumerate(calls.items()):
+            start = time.perf_counter()
+            call()
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+            if on_call:
+                on_call(turn * len(calls) + done + 1, (warmup + repeats) * len(calls))
+    return seconds
+
+
+def benchmark(
+    model: ModelMixin,
+    names: Sequence[str],
+    *,
+    batch: int = 1,
+    size: int | None = None,
+    repeats: int = 7,
+    with_floor: bool = True,
+    on_call: Callable[[int, int], None] | None = None,
+) -> list[dict]:
+    """Time one step of a model in several ways.
+
+    Args:
+        model (`ModelMixin`): float32, or quantized for the provider `msfp`.
+        names (`Sequence[str]`): see `providers`; the baseline `bf16:cl` is always among them.
+        batch, size: of the samples.
+        repeats (`int`): timed rounds.
+        with_floor (`bool`): also measure the least that the first provider with an int8 engine could take.
+        on_call (`Callable[[int, int], None]`, *optional*): called after each call with (done, total).
+
+    Returns:
+        One `dict` each: `provider`, `batch`, `size`, `seconds` (median), `seconds_low` and `seconds_high` (quartiles),
+        `speedup` (the baseline's median through this one's; in each round, then the median), `engines` (layers by
+        engine), and with a floor `floor_seconds` and its parts.
+    """
+    inputs = example_inputs(model, batch, size)
+    names = list(dict.fromkeys((BASELINE, *names)))
+    made = {name: provide(name, model, lambda each: step_of(each, inputs)()) for name in names}
+    seconds = take_turns({name: step_of(each, inputs) for name, each in made.items()}, repeats, on_call=on_call)
+    rows = []
+    for name, times in seconds.items():
+        low, _, high = quantiles(times, n=4)
+        ratios = [base / own for base, own in zip(seconds[BASELINE], times, strict=True)]
+        row = {"provider": name, "batch": batch, "size": size or model.config.sample_size, "seconds": median(times)}
+        row |= {"seconds_low": low, "seconds_high": high, "speedup": median(ratios), "engines": engines_of(made[name])}
+        if with_floor and row["engines"].get("int8") and "compile" not in name:
+            found: Floor = floor_of(made[name], step_of(made[name], inputs))
+            row |= {"floor_seconds": found.total, "floor_parts": found.parts}
+        rows.append(row)
+    return rows
+
+
+def engines_of(model: nn.Module) -> dict[str, int]:
+    """Engine → number of layers that it runs."""
+    found: dict[str, int] = {}
+    for _, layer in quant_layers(model):
+        name = layer.engine.choose(layer)[0].name if layer.engine is not None else "reference"
+        found[name] = found.get(name, 0) + 1
+    return found
