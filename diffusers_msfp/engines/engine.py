@@ -35,6 +35,9 @@ class Engine(ABC):
     def prepare(self, layer) -> Callable[[Tensor, int | Tensor, int | Tensor], Tensor] | None:
         """The layer made ready, or None to leave it to the reference."""
 
+    def settle(self, *_call) -> None:  # noqa: B027 – most leave nothing to be found out
+        """Raise what layers found but did not wait for; a forward hook of the whole model."""
+
 
 class PreparedLayer(ABC):
     """Abstract base of layers made ready: knows the layer and its input's grid for each adapter.
@@ -54,8 +57,12 @@ class PreparedLayer(ABC):
         routing = self.layer.routing
         key = (int(adapter), routing is not None and bool(routing.strength))
         if key not in self._grids:
-            self._grids[key] = InputGrid.of(self.layer.input_qparams(key[0]))
+            self._grids[key] = self.make_grid(self.layer.input_qparams(key[0]))
         return self._grids[key]
+
+    def make_grid(self, qparams: QParams) -> InputGrid:
+        """The quantizer as kernels read it."""
+        return InputGrid.of(qparams)
 
     def weight(self, bank: int | Tensor, *how) -> Tensor:
         """A bank's weight as a kernel wants it."""

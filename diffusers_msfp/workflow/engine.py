@@ -58,6 +58,7 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
         for norm, activation, parent, name in list(_norms_before_layers(part)):
             fuse_norm(norm, activation, parent, name)
         use_engine_attention(part, wanted=True)
+        part.settling = part.register_forward_hook(chosen.settle)
 
 
 def engine_named(name: str, memory: str = "fast") -> AutoEngine:
@@ -100,6 +101,9 @@ def _require_use(name: str, chosen: Engine, layers: list[QuantLayer]) -> None:
 
 def _unprepare(model: nn.Module) -> None:
     use_engine_attention(model, wanted=False)
+    if "settling" in vars(model):
+        model.settling.remove()
+        del model.settling
     for module in model.modules():
         unfuse(module)
         if isinstance(module, QuantLayer):
