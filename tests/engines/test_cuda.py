@@ -46,10 +46,12 @@ LAYERS = {
 
 
 @pytest.fixture(autouse=True)
-def _pretend(monkeypatch):
-    """Without a GPU, the CPU is one of Hopper's."""
+def _device(monkeypatch):
+    """Without a GPU, the CPU is one of Hopper's; with one, the reference convolves in float32, not in TF32."""
     if DEVICE == "cpu":
         monkeypatch.setattr(CudaEngine, "capability", lambda _self, _device: (9, 0))
+    else:
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def quantized(module: nn.Module, scheme: str | LayerScheme, shape: tuple[int, ...], signed: bool = True):
