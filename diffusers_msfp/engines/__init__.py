@@ -3,6 +3,7 @@
 | engine | arithmetic | runs |
 |---|---|---|
 | `reference` | fake quantization in float32, differentiable; the definition of the result | everything |
+| `cuda` | 8-bit integers or bfloat16, tensor cores | quantized inputs, and linears with 4-bit weights, on a GPU |
 | `int8` | 8-bit integers, int32 sums, oneDNN | layers whose weight and input fit 8 bits, on a CPU |
 | `bf16` | lattice integers as bfloat16, float32 sums | every layer on a CPU |
 
@@ -12,6 +13,7 @@ Adding one: a class in a file of its own, one line in `ENGINES`.
 from ..registry import Registry
 from .auto import AutoEngine
 from .bf16 import BF16Engine
+from .cuda import CudaEngine
 from .engine import MEMORY_MODES, Engine
 from .int8 import Int8Engine
 from .reference import ReferenceEngine
@@ -19,7 +21,7 @@ from .reference import ReferenceEngine
 ENGINES: Registry[type[Engine]] = Registry("engine")
 """Engines by name, the fastest first; `auto` takes the first of them that runs a layer exactly."""
 
-for _engine in (Int8Engine, BF16Engine, ReferenceEngine):
+for _engine in (CudaEngine, Int8Engine, BF16Engine, ReferenceEngine):
     ENGINES.add(_engine.name, _engine)
 
 __all__ = ["ENGINES", "MEMORY_MODES", "AutoEngine", "Engine"]

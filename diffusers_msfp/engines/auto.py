@@ -35,3 +35,8 @@ class AutoEngine(Engine):
     def prepare(self, layer):
         """See `Engine.prepare`."""
         return self.choose(layer)[0].prepare(layer)
+
+    def settle(self, *call) -> None:
+        """See `Engine.settle`."""
+        for engine in self.engines:
+            engine.settle(*call)

@@ -36,6 +36,9 @@ class Engine(ABC):
     def prepare(self, layer) -> "PreparedLayer | None":
         """The layer made ready, or None to leave it to the reference."""
 
+    def settle(self, *_call) -> None:  # noqa: B027 – most leave nothing to be found out
+        """Raise what layers found but did not wait for; a forward hook of the whole model."""
+
 
 _PREPARED: "weakref.WeakValueDictionary[int, PreparedLayer]" = weakref.WeakValueDictionary()
 _handles = itertools.count()
@@ -81,8 +84,12 @@ class PreparedLayer(ABC):
         routing = self.layer.routing
         key = (int(adapter), routing is not None and bool(routing.strength))
         if key not in self._grids:
-            self._grids[key] = InputGrid.of(self.layer.input_qparams(key[0]))
+            self._grids[key] = self.make_grid(self.layer.input_qparams(key[0]))
         return self._grids[key]
+
+    def make_grid(self, qparams: QParams) -> InputGrid:
+        """The quantizer as kernels read it."""
+        return InputGrid.of(qparams)
 
     def weight(self, bank: int | Tensor, *how) -> Tensor:
         """A bank's weight as a kernel wants it."""

@@ -1,8 +1,7 @@
 """int8 (CPU): lattice integers through oneDNN's 8-bit convolution and matrix product, with exact int32 sums.
 
 `y = unit_x * unit_w[c] * sum((q_x - k) * q_w) + bias`: inputs as unsigned bytes with a zero point, weights as signed
-bytes. Real 0 is a byte too, so padding is exact. Padding that is not zeros, or not the same on both sides, is put on
-before the input is quantized, which changes nothing: both work value by value.
+bytes. Real 0 is a byte too, so padding is exact.
 
 **The input quantizer**, milliseconds for 1 M values (8 × 128 × 32 × 32) to bytes on two cores, AVX-512:
 see `tests/benchmarks/bench_quantizer.py` and `model_cards/results/quantizer.json`.
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from ..formats import FPFormat
 from . import kernels
 from .engine import Engine, PreparedLayer, weight_unit
+from .geometry import Geometry
 from .grid import byte_offset, low_bits, output_size
 
 _INT8_MAX, _MAX_LOW_BITS = 127, 8
@@ -203,60 +203,46 @@ class Int8Conv(_Int8Layer):
 
     def __init__(self, layer, keep: bool) -> None:
         super().__init__(layer, keep)
-        self._flat = len(layer.kernel_size) == 1
-        size = [1, *layer.kernel_size] if self._flat else list(layer.kernel_size)
-        self.kernel_size = size
-        self.stride, self.dilation = self._pair(layer.stride, 1), self._pair(layer.dilation, 1)
-        ends = list(layer._reversed_padding_repeated_twice)  # (left, right, top, bottom)
-        simple = layer.padding_mode == "zeros" and ends[::2] == ends[1::2]
-        self.padding = self._pair(ends[::2][::-1], 0) if simple else [0, 0]
-        self._ends = None if simple else ends
+        self.geometry = Geometry(layer)
         self._shape = None
-
-    def _pair(self, values, first: int) -> list[int]:
-        return [first, *values] if self._flat else list(values)
 
     @property
     def reads_codes(self) -> bool:
         """As for all, if the padding can be put on codes."""
-        return self._ends is None and super().reads_codes
+        return self.geometry.ends is None and super().reads_codes
 
     def expand(self, bank: int, as_matrix: bool) -> Tensor:
         """See `PreparedLayer.expand`; `as_matrix` for products with patches."""
-        weight = self.integers(bank)
-        weight = weight.unsqueeze(2) if self._flat else weight
+        weight, at = self.integers(bank), self.geometry
+        weight = weight.unsqueeze(2) if at.flat else weight
         if as_matrix:
             return _pack_linear(weight.permute(0, 2, 3, 1).flatten(1))
-        geometry = self.stride, self.padding, self.dilation, self.layer.groups
-        return _pack_conv(weight, self.units, *geometry, self._shape)
+        return _pack_conv(weight, self.units, at.stride, at.padding, at.dilation, at.groups, self._shape)
 
     def run(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor) -> Tensor:
         """`(B, in, …)` float or bytes → `(B, out, …)`."""
         if not x.numel():
             return self.nothing(x)
         dtype = self.dtype_for(x)
-        unbatched = x.ndim == len(self.layer.kernel_size) + 1
-        x = x.unsqueeze(0) if unbatched else x
-        if self._ends is not None:
-            mode = self.layer.padding_mode
-            x = F.pad(x, self._ends, mode="constant" if mode == "zeros" else mode)
-        x = x.unsqueeze(2) if self._flat else x
-        x = x.contiguous(memory_format=torch.channels_last)
-        y = self._convolve(x, bank, adapter, dtype)
-        y = y.squeeze(2) if self._flat else y
-        return y.squeeze(0) if unbatched else y
+
+        def convolve(images: Tensor) -> Tensor:
+            images = images.contiguous(memory_format=torch.channels_last)
+            return self._convolve(images, bank, adapter, dtype)
+
+        return self.geometry.apply(convolve, x)
 
     def _convolve(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor, dtype: torch.dtype) -> Tensor:
-        geometry = self.stride, self.padding, self.dilation
-        rows, width = output_size(x.shape[2:], self.kernel_size, *geometry)
-        as_matrix = self.layer.groups == 1 and self.kernel_size != [1, 1] and len(x) * rows * width <= _FEW_POSITIONS
+        size, groups = self.geometry.kernel_size, self.geometry.groups
+        at = self.geometry.stride, self.geometry.padding, self.geometry.dilation
+        rows, width = output_size(x.shape[2:], size, *at)
+        as_matrix = groups == 1 and size != [1, 1] and len(x) * rows * width <= _FEW_POSITIONS
         self._shape = self._shape or tuple(x.shape)
         weight = self.weight(bank, as_matrix)
 
         def multiply(codes: Tensor, unit: float, zero: int, bias: Tensor | None, out: torch.dtype) -> Tensor:
             if not as_matrix:
-                return _conv(codes, unit, zero, weight, self.units, bias, *geometry, self.layer.groups, out)
-            patches = kernels.columns(codes, self.kernel_size, *geometry, zero).flatten(0, 2)
+                return _conv(codes, unit, zero, weight, self.units, bias, *at, groups, out)
+            patches = kernels.columns(codes, size, *at, zero).flatten(0, 2)
             y = _linear(patches, unit, zero, weight, self.units, bias, out)
             return y.view(len(x), rows, width, -1).permute(0, 3, 1, 2)
 

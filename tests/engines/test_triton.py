@@ -42,26 +42,6 @@ EXACT = {FP32: True, FP16: True, BF16: DEVICE == "cuda"}  # the interpreter trun
 pytestmark = pytest.mark.usefixtures("_bfloat16_dots")
 
 
-@pytest.fixture
-def _bfloat16_dots(monkeypatch):
-    """The interpreter keeps bfloat16 as its bits, and `tl.dot` would multiply those."""
-    if DEVICE == "cuda":
-        return
-    import numpy
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def widen(handle):
-        return TensorHandle((handle.data.astype(numpy.uint32) << 16).view(numpy.float32), tl.float32)
-
-    def dot(self, a, b, *arguments):
-        a, b = (widen(handle) if handle.dtype.scalar == tl.bfloat16 else handle for handle in (a, b))
-        return create_dot(self, a, b, *arguments)
-
-    create_dot = InterpreterBuilder.create_dot
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
-
-
 def integers(*shape: int, low: int, high: int) -> torch.Tensor:
     return torch.randint(low, high + 1, shape)
 

@@ -13,7 +13,7 @@ _NEEDS = {  # kernel: (compute capability, why)
 }
 _NO_FP4 = (
     "FP4 tensor cores are there but not used: they know E2M1 alone, want a scale for every 16 or 32 values and have no "
-    "zero point, so few layers of an MSFP model could run on them."
+    "zero point, so few layers of an MSFP model could run on them"
 )
 
 
@@ -26,7 +26,7 @@ def limits(capability: tuple[int, int]) -> dict[str, str]:
     reasons = {"fp4": _NO_FP4}
     for kernel, ((major, minor), why) in _NEEDS.items():
         if capability < (major, minor):
-            reasons[kernel] = f"Compute capability {major}.{minor} is needed ({why}), but this is {came}."
+            reasons[kernel] = f"compute capability {major}.{minor} is needed ({why}), but this is {came}"
     return {kernel: reasons.get(kernel, "") for kernel in _NEEDS}
 
 

@@ -1,5 +1,6 @@
 """How codes travel: which dtypes hold them, and weights as the kernels want them."""
 
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -7,6 +8,9 @@ from torch import Tensor
 
 from ...formats import FPFormat
 from ...numerics import unpack
+
+MAX_TERMS = 2**16
+"""Terms of an int8 sum that cannot overflow int32: `(q - k) w` is below 255 * 127."""
 
 
 def code_offset(fmt: FPFormat, dtype: torch.dtype) -> int:
@@ -24,6 +28,12 @@ def holds(dtype: torch.dtype, fmt: FPFormat) -> bool:
     return significant_bits <= 8
 
 
+@lru_cache(maxsize=64)
+def _code_values(fmt: FPFormat, device: torch.device) -> Tensor:
+    """Lattice integers by code, float32; kept, since a copy to a device waits for it."""
+    return torch.tensor(fmt.code_values, dtype=torch.float32, device=device)
+
+
 def weight_codes(
     packed: Tensor, fmt: FPFormat, shape: tuple[int, ...], dtype: torch.dtype = torch.int8
 ) -> tuple[Tensor, Tensor]:
@@ -38,7 +48,6 @@ def weight_codes(
     Returns:
         `tuple[Tensor, Tensor]`: `(O, *kernel, C)`, `dtype`; and `(O,)`, int32 for int8, else float32.
     """
-    table = torch.tensor(fmt.code_values, dtype=torch.float32, device=packed.device)
-    integers = table[unpack(packed, fmt.bits, prod(shape[1:])).to(torch.int32)]
+    integers = _code_values(fmt, packed.device)[unpack(packed, fmt.bits, prod(shape[1:])).to(torch.int32)]
     total = integers.sum(1, dtype=torch.float64).to(torch.int32 if dtype == torch.int8 else torch.float32)
     return integers.view(shape).movedim(1, -1).contiguous().to(dtype), total

@@ -6,10 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...errors import ShapeError
+from .codes import MAX_TERMS
 from .launch import on, tile
-
-MAX_TERMS = 2**16
-"""Terms of an int8 sum that cannot overflow int32: `(q - k) w` is below 255 * 127."""
 
 
 @triton.jit

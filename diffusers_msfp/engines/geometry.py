@@ -1,0 +1,38 @@
+"""Convolutions of any kind as what kernels know: two dimensions, a batch, the same padding on both sides."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Geometry:
+    """Sizes of a convolution's two-dimensional case.
+
+    Padding that is not zeros, or not the same on both sides, is put on before the input is quantized, which changes
+    nothing: both work value by value.
+
+    Args:
+        layer: a quantized `nn.Conv2d` or `nn.Conv1d`.
+    """
+
+    def __init__(self, layer) -> None:
+        self.flat, self.groups = len(layer.kernel_size) == 1, layer.groups
+        self.kernel_size = self._pair(layer.kernel_size, 1)
+        self.stride, self.dilation = self._pair(layer.stride, 1), self._pair(layer.dilation, 1)
+        ends = list(layer._reversed_padding_repeated_twice)  # (left, right, top, bottom)
+        simple = layer.padding_mode == "zeros" and ends[::2] == ends[1::2]
+        self.padding = self._pair(ends[::2][::-1], 0) if simple else [0, 0]
+        self.ends = None if simple else ends
+        self._mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+
+    def _pair(self, values, first: int) -> list[int]:
+        return [first, *values] if self.flat else list(values)
+
+    def apply(self, convolve: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`convolve`, which takes and returns images `(B, C, H, W)`, for an input of the layer."""
+        unbatched = x.ndim == len(self.kernel_size) + 1 - self.flat
+        x = x.unsqueeze(0) if unbatched else x
+        x = x if self.ends is None else F.pad(x, self.ends, mode=self._mode)
+        y = convolve(x.unsqueeze(2)).squeeze(2) if self.flat else convolve(x)
+        return y.squeeze(0) if unbatched else y
