@@ -21,6 +21,7 @@ def bench(
     batch: int = 1,
     size: int | None = None,
     repeats: int = 7,
+    skip_missing: bool = False,
 ) -> dict:
     """Time one denoising step.
 
@@ -29,6 +30,7 @@ def bench(
         providers (`list[str]`, *optional*): see `evaluation.providers`.
         batch, size: of the samples.
         repeats (`int`): timed rounds.
+        skip_missing (`bool`): leave out peers that are not installed or cannot run the model, instead of refusing.
 
     Returns:
         `dict`: `model`, `threads`, `rows` (see `evaluation.speed.benchmark`).
@@ -41,7 +43,9 @@ def bench(
     quantized = getattr(loaded, "is_quantized", False)
     names = providers or (("msfp",) if quantized else DEFAULT_PROVIDERS)
     with progress("timing steps") as report:
-        rows = benchmark(loaded, names, batch=batch, size=size, repeats=repeats, on_call=report)
+        rows = benchmark(
+            loaded, names, batch=batch, size=size, repeats=repeats, skip_missing=skip_missing, on_call=report
+        )
     return {"model": model, "threads": torch.get_num_threads(), "rows": rows}
 
 

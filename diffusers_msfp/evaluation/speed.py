@@ -1,5 +1,6 @@
 """How fast a model's step is: variants take turns in one process, so that all see the same machine."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median, quantiles
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError
 from ..workflow.convert import quant_layers
 from .floor import Floor, floor_of
-from .providers import BASELINE, provide
+from .providers import BASELINE, PEERS, provide
+
+logger = logging.getLogger(__name__)
 
 
 def example_inputs(model: ModelMixin, batch: int, size: int | None = None) -> dict[str, Tensor]:
@@ -82,6 +85,7 @@ def benchmark(
     size: int | None = None,
     repeats: int = 7,
     with_floor: bool = True,
+    skip_missing: bool = False,
     on_call: Callable[[int, int], None] | None = None,
 ) -> list[dict]:
     """Time one step of a model in several ways.
@@ -92,6 +96,7 @@ def benchmark(
         batch, size: of the samples.
         repeats (`int`): timed rounds.
         with_floor (`bool`): also measure the least that the first provider with an int8 engine could take.
+        skip_missing (`bool`): leave out peers that are not installed or fail on the model, and say so.
         on_call (`Callable[[int, int], None]`, *optional*): called after each call with (done, total).
 
     Returns:
@@ -101,7 +106,16 @@ def benchmark(
     """
     inputs = example_inputs(model, batch, size)
     names = list(dict.fromkeys((BASELINE, *names)))
-    made = {name: provide(name, model, lambda each: step_of(each, inputs)()) for name in names}
+    made = {}
+    for name in names:
+        try:
+            made[name] = provide(name, model, lambda each: step_of(each, inputs)())
+            step_of(made[name], inputs)()
+        except Exception as error:  # noqa: BLE001 – a peer may fail in any way
+            if not (skip_missing and name.partition(":")[0] in PEERS):
+                raise
+            made.pop(name, None)
+            logger.warning("%s is left out: %s", name, error)
     seconds = take_turns({name: step_of(each, inputs) for name, each in made.items()}, repeats, on_call=on_call)
     rows = []
     for name, times in seconds.items():

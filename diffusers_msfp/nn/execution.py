@@ -26,15 +26,17 @@ class Execution(StoredTensors):
         """Drop what an engine made ready; the next call makes it anew."""
         self.__dict__.pop("prepared", None)
 
-    def ready(self, x: Tensor) -> Prepared | None:
-        """The layer as its engine made it ready; None where the reference must run: to observe, or for gradients.
+    def prepare(self) -> None:
+        """Let the engine make the layer ready now, where it can; a call does it otherwise, but not while compiling."""
+        if self.engine is not None and not self.observing and not self.weight.is_meta:
+            self.__dict__["prepared"] = self.engine.prepare(self)
 
-        A model that is being compiled takes what is ready then.
-        """
+    def ready(self, x: Tensor) -> Prepared | None:
+        """The layer as its engine made it ready; None where the reference must run: to observe, or for gradients."""
         if self.engine is None or self.observing or (torch.is_grad_enabled() and self._wants_gradients(x)):
             return None
         if self.prepared is None and not torch.compiler.is_compiling():
-            self.__dict__["prepared"] = self.engine.prepare(self)
+            self.prepare()
         return self.prepared
 
     def _wants_gradients(self, x: Tensor) -> bool:

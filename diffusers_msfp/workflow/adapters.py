@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..nn import QuantLayer
 from ..talora import AdapterBank, AdapterPlan, RoutingTable
-from .convert import plain_name, quant_layers
+from .convert import plain_name, prepare_layers, quant_layers
 from .timestep import UNKNOWN, timestep_of, timestep_position
 
 ROUTER = "timestep_router"
@@ -76,6 +76,7 @@ def connect(model: nn.Module, plan: AdapterPlan, table: Tensor) -> None:
         layers[name].route_by(routing, plan.group_of(name))
     setattr(model, ROUTER, routing)
     model.register_forward_pre_hook(RouteHook(position), with_kwargs=True)
+    prepare_layers(model)
 
 
 def prepare_skeleton(model: nn.Module, plan: AdapterPlan, dtype: torch.dtype = torch.float16) -> None:
@@ -119,6 +120,7 @@ def disconnect(model: nn.Module) -> None:
         if isinstance(hook, RouteHook):
             del model._forward_pre_hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
+    prepare_layers(model)
 
 
 def refuse_merged(model: nn.Module, what: str) -> None:

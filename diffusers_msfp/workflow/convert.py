@@ -94,6 +94,12 @@ def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
             yield plain_name(name), module
 
 
+def prepare_layers(model: nn.Module) -> None:
+    """Let engines make all layers ready that changed; a model must be ready before it is compiled."""
+    for _, layer in quant_layers(model):
+        layer.prepare()
+
+
 def plain_name(name: str) -> str:
     """A module or tensor name without the level that PEFT puts between a layer and its place."""
     return name.replace(".base_layer", "")

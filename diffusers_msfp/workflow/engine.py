@@ -13,7 +13,7 @@ from .convert import quant_layers
 from .fused import fuse, undo
 
 ENGINE_VARIABLE = "MSFP_ENGINE"
-DEFAULT_ENGINE = "reference"
+DEFAULT_ENGINE = "auto"
 
 
 def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, memory: str = "fast") -> None:
@@ -51,8 +51,7 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
         return
     for layer in layers:
         layer.use_engine(chosen)
-        if not (layer.observing or layer.weight.is_meta):
-            layer.ready(layer.weight_scale)
+        layer.prepare()
     for part in models:
         fuse(part)
         use_engine_attention(part, wanted=True)

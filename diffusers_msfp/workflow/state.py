@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..nn import QuantLayer
-from .convert import describe_layers, quant_layers
+from .convert import describe_layers, prepare_layers, quant_layers
 from .timestep import timestep_of, timestep_position
 
 logger = logging.getLogger(__name__)
@@ -137,4 +137,5 @@ def freeze(model: nn.Module) -> None:
             logger.warning("%d layers were never used and keep a float input: %s.", len(unseen), ", ".join(unseen))
         untrack(m)
         write_record(m)
+        prepare_layers(m)
         logger.info("%s: activation ranges of %d layers are frozen.", type(m).__name__, len(observing) - len(unseen))

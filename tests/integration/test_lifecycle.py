@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import diffusers_msfp
 from diffusers_msfp import MSFPConfig, calibration_state, freeze
-from diffusers_msfp.errors import CheckpointError, ConfigError, MSFPError, UnsupportedError
+from diffusers_msfp.errors import CheckpointError, ConfigError, MSFPError, NonFiniteError, UnsupportedError
 from diffusers_msfp.integration.in_memory import quantize_model
 from diffusers_msfp.nn import QuantLayer
 
@@ -347,7 +347,7 @@ def compiled(model, backend, images):
 def test_compiles_without_graph_breaks(packed_pipe, images):
     expected = run(packed_pipe.unet, images, torch.tensor(10))
     assert torch.allclose(compiled(packed_pipe.unet, "aot_eager", images), expected, atol=1e-5)
-    with pytest.raises(RuntimeError, match="The input of layer `.*` must be finite"):
+    with pytest.raises(NonFiniteError, match="The input of layer `.*` must be finite"):
         compiled(packed_pipe.unet, "aot_eager", torch.full_like(images, float("inf")))
 
 

@@ -19,7 +19,7 @@ from diffusers import (
 )
 
 import diffusers_msfp
-from diffusers_msfp import MSFPConfig, calibrate, calibration_state, freeze, quantize_pipeline
+from diffusers_msfp import MSFPConfig, calibrate, calibration_state, freeze, quantize_pipeline, set_engine
 from diffusers_msfp.calibration.observer import CAPACITY
 from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.integration.in_memory import quantize_model
@@ -57,6 +57,8 @@ def test_a_rising_trajectory_does_not_end_a_run(images):
 
 def test_activations_are_float_while_observing(images):
     observed, weights_only = observing_unet("w4a4"), observing_unet("w4a16")
+    for unet in (observed, weights_only):
+        set_engine(unet, "reference")
     assert torch.equal(run(observed, images), run(weights_only, images))
     assert calibration_state(weights_only) == "frozen"
 

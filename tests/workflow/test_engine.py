@@ -26,7 +26,9 @@ from diffusers_msfp.workflow.fused import FusedResnetBlock2D
 
 
 def frozen(model, *arguments, scheme: str = "w4a4"):
+    """Quantized, its ranges frozen, run by the reference."""
     quantize_model(model, MSFPConfig(scheme=scheme))
+    set_engine(model, "reference")
     with torch.no_grad():
         model(*arguments)
     freeze(model)
@@ -103,6 +105,7 @@ def test_quality_of_a_whole_model_is_the_reference_s(embedded):
 @pytest.mark.parametrize("memory", ["fast", "low"])
 def test_undone_without_a_trace(packed_pipe, images, tmp_path, memory):
     unet = packed_pipe.unet
+    set_engine(unet, "reference")
     before, expected, state = kinds(unet), run(unet, images), copy.deepcopy(unet.state_dict())
     set_engine(packed_pipe, "auto", memory=memory)
     assert {FusedGroupNorm, PassingSiLU, FusedResnetBlock2D} <= set(kinds(unet))
@@ -148,6 +151,7 @@ def test_calibration_under_an_engine(unet, images):
 
 def test_training_goes_by_the_reference(packed_pipe, images):
     unet = packed_pipe.unet
+    set_engine(unet, "reference")
     expected = unet(images, 10).sample
     set_engine(unet, "auto")
     x = images.clone().requires_grad_(True)

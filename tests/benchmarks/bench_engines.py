@@ -1,0 +1,133 @@
+"""A denoising step by every engine, against bfloat16 channels last and the peers that are installed.
+
+    python tests/benchmarks/bench_engines.py [--only NAME]
+
+Each case runs in a process of its own, where all its variants take turns; see `CASES`. Cases with another instruction
+set limit oneDNN, as on a processor without the newer instructions. Writes `model_cards/results/engines.json` and the
+plot `engines.png`; a row that is measured anew replaces the old one.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import matplotlib.pyplot as plt
+import torch
+import typer
+from harness import RESULTS, read_results, write_results
+
+from diffusers_msfp import cli
+from diffusers_msfp.assets import EMBEDDED_MODEL
+
+OURS = ("w4a4", "w4a4:low", "w4a4:fp32", "w4a8", "w4a8-int8", "w8a8")
+PEERS = ("sdnq:int8", "sdnq:int8:matmul", "sdnq:uint4", "quanto", "torchao")
+COMMAND = "python tests/benchmarks/bench_engines.py"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One process.
+
+    Args:
+        model (`str`): a shape or folder.
+        batch, size, repeats: of the benchmark.
+        providers (`tuple[str, ...]`): besides the baseline.
+        isa (`str`): limit of oneDNN's instruction set; empty for none.
+    """
+
+    model: str
+    batch: int
+    providers: tuple[str, ...]
+    size: int | None = None
+    repeats: int = 9
+    isa: str = field(default="")
+
+    def environment(self) -> dict[str, str]:
+        """What the process gets besides what is there."""
+        limit = {"ONEDNN_MAX_CPU_ISA": self.isa} if self.isa else {}
+        return os.environ | {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"} | limit
+
+
+FLOATS = ("fp32", "fp32:cl", "bf16")
+CASES = {
+    "ddpm": Case("ddpm-cifar10", 8, (*FLOATS, *OURS, "w4a4:reference")),
+    "ddpm-peers": Case("ddpm-cifar10", 8, ("w4a4", *PEERS), repeats=5),
+    "ddpm-compiled": Case(
+        "ddpm-cifar10", 8, ("bf16:cl:compile", "w4a4", "w4a4:compile", "sdnq:int8:compile"), repeats=5
+    ),
+    "ddpm-vnni": Case("ddpm-cifar10", 8, ("fp32", "fp32:cl", "w4a4", "w4a8"), isa="AVX512_CORE_VNNI", repeats=5),
+    "ddpm-avx2": Case("ddpm-cifar10", 8, ("fp32", "fp32:cl", "w4a4"), isa="AVX2", repeats=3),
+    "embedded": Case(str(EMBEDDED_MODEL), 8, (*FLOATS, *OURS)),
+    "sd15": Case("sd15", 2, ("fp32", "w4a4", "w4a8-int8"), repeats=3),
+    "sd15-vnni": Case("sd15", 2, ("fp32", "w4a4"), isa="AVX512_CORE_VNNI", repeats=2),
+    **{f"ddpm-batch{n}": Case("ddpm-cifar10", n, ("fp32", "w4a4"), repeats=7) for n in (1, 2, 4, 16)},
+    **{f"ddpm-size{n}": Case("ddpm-cifar10", 1, ("fp32", "w4a4"), size=n, repeats=5) for n in (64, 128)},
+}
+
+
+def run_case(name: str) -> list[dict]:
+    """Rows of one case, from a process of its own."""
+    command = [sys.executable, __file__, "--child", name]
+    done = subprocess.run(command, env=CASES[name].environment(), stdout=subprocess.PIPE, check=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(name: str) -> None:
+    """Measure one case in this process and print its rows."""
+    case = CASES[name]
+    result = cli.bench(
+        case.model, list(case.providers), batch=case.batch, size=case.size, repeats=case.repeats, skip_missing=True
+    )
+    model = "embedded" if case.model == str(EMBEDDED_MODEL) else case.model
+    shared = {"case": name, "model": model, "isa": case.isa, "capability": torch.backends.cpu.get_cpu_capability()}
+    rows = [shared | {k: _short(v) for k, v in row.items()} for row in result["rows"]]
+    typer.echo(json.dumps(rows))
+
+
+def _short(value):
+    if isinstance(value, dict):
+        return {key: _short(each) for key, each in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def plot(rows: list[dict]) -> None:
+    """Speed against bf16 channels last, for the cases that people run."""
+    wanted = [name for name in ("ddpm", "sd15", "embedded") if any(row["case"] == name for row in rows)]
+    figure, axes = plt.subplots(1, len(wanted), figsize=(4.2 * len(wanted), 3.4), squeeze=False, layout="constrained")
+    for axis, case in zip(axes[0], wanted, strict=True):
+        mine = [row for row in rows if row["case"] == case and row["provider"] != "w4a4:reference"]
+        names = [row["provider"] for row in mine]
+        ours = [name[0] == "w" for name in names]
+        bars = axis.barh(
+            names, [row["speedup"] for row in mine], color=["#2a6f97" if each else "#b8b8b8" for each in ours]
+        )
+        axis.bar_label(bars, fmt=" %.2f", fontsize=8)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+        axis.set_title(f"{mine[0]['model']}, batch {mine[0]['batch']}", fontsize=10)
+        axis.set_xlabel("speed, bf16 channels last = 1")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(RESULTS / "engines.png", dpi=130)
+
+
+def main(only: str = "", child: str = "") -> None:
+    """Run cases (names separated by commas), write rows and the plot."""
+    if child:
+        return measure(child)
+    rows = read_results("engines")["rows"] if (RESULTS / "engines.json").is_file() else []
+    for name in only.split(",") if only else CASES:
+        new = run_case(name)
+        rows = [row for row in rows if row["case"] != name] + new
+        order = list(CASES)
+        rows.sort(key=lambda row: order.index(row["case"]))
+        write_results("engines", COMMAND, rows)
+        typer.echo(f"{name}: " + ", ".join(f"{row['provider']} {row['speedup']}" for row in new), err=True)
+    plot(rows)
+    return None
+
+
+if __name__ == "__main__":
+    typer.run(main)
