@@ -136,7 +136,62 @@ def routing() -> Iterator[dict[str, str]]:
         }
 
 
-TABLES = {"formats": formats, "schemes": schemes, "shapes": shapes, "talora": talora, "routing": routing}
+CASES = {
+    "ddpm": "DDPM-CIFAR-10 shape, batch 8",
+    "ddpm-peers": "the same, peers",
+    "ddpm-compiled": "the same, compiled",
+    "sd15": "SD-1.5 shape, 64×64, batch 2",
+    "embedded": "embedded model, batch 8",
+    "ddpm-vnni": "DDPM-CIFAR-10 shape, no bfloat16 instructions",
+    "sd15-vnni": "SD-1.5 shape, no bfloat16 instructions",
+    "ddpm-avx2": "DDPM-CIFAR-10 shape, AVX2",
+    "ddpm-batch1": "DDPM-CIFAR-10 shape, batch 1",
+    "ddpm-batch16": "batch 16",
+    "ddpm-size128": "128×128, batch 1",
+}
+
+
+def engines() -> Iterator[dict[str, str]]:
+    """A step by every engine and peer."""
+    groups = grouped("engines", "case")
+    for case, label in CASES.items():
+        for row in groups.get(case, ()):
+            yield {
+                "model": label,
+                "run by": f"`{row['provider']}`",
+                "step": f"{1e3 * row['seconds']:.0f} ms",
+                "quartiles": f"{1e3 * row['seconds_low']:.0f} – {1e3 * row['seconds_high']:.0f}",
+                "× bf16 channels last": f"{row['speedup']:.2f}",
+                "× its floor": f"{row['seconds'] / row['floor_seconds']:.2f}" if "floor_seconds" in row else "–",
+            }
+
+
+WAYS = {"bf16": "bfloat16", "fast": "`w4a4`, `fast`", "low": "`w4a4`, `low`"}
+
+
+def memory() -> Iterator[dict[str, str]]:
+    """Loading and peak memory of packed checkpoints."""
+    for shape, rows in grouped("memory", "shape").items():
+        base = rows[0]
+        for row in rows:
+            yield {
+                "model": f"{shape}, batch {row['batch']}, {WAYS[row['way']]}",
+                "loading": f"{1e3 * row['load_seconds']:.0f} ms",
+                "after loading": f"{row['loaded_bytes'] / 1e6:.0f} MB",
+                "peak of a step": f"{row['peak_bytes'] / 1e6:.0f} MB",
+                "of bfloat16's": f"{row['peak_bytes'] / base['peak_bytes']:.2f}",
+            }
+
+
+TABLES = {
+    "engines": engines,
+    "memory": memory,
+    "formats": formats,
+    "schemes": schemes,
+    "shapes": shapes,
+    "talora": talora,
+    "routing": routing,
+}
 
 
 def filled(page: str) -> str:

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
 pytest.importorskip("triton")
 
+from interpreter import bfloat16_dots  # noqa: F401 – a fixture
+
 from diffusers_msfp.engines import ENGINES, cuda
 from diffusers_msfp.engines.cuda import CudaEngine
 from diffusers_msfp.errors import ConfigError, NonFiniteError
@@ -27,7 +29,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 ROUNDED_TWICE = 1.6e-2  # relative: the reference's rounding to bfloat16, and the interpreter's, which truncates
 
-pytestmark = pytest.mark.usefixtures("_bfloat16_dots")
+pytestmark = pytest.mark.usefixtures("bfloat16_dots")
 
 LAYERS = {
     "conv": (nn.Conv2d(16, 24, 3, padding=1), (2, 16, 5, 4)),

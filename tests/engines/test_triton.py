@@ -17,6 +17,8 @@ from torch.nn import functional as F
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
 pytest.importorskip("triton")
 
+from interpreter import bfloat16_dots  # noqa: F401 – a fixture
+
 from diffusers_msfp import FORMATS, QParams
 from diffusers_msfp.engines.triton import conv2d as conv
 from diffusers_msfp.engines.triton import gemm, w4a16
@@ -39,7 +41,7 @@ FOUR_BITS = [name for name in SIGNED if FORMATS[name].bits == 4]
 
 EXACT = {FP32: True, FP16: True, BF16: DEVICE == "cuda"}  # the interpreter truncates to bfloat16
 
-pytestmark = pytest.mark.usefixtures("_bfloat16_dots")
+pytestmark = pytest.mark.usefixtures("bfloat16_dots")
 
 
 def integers(*shape: int, low: int, high: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ import torch
 
 
 @pytest.fixture
-def _bfloat16_dots(monkeypatch):
+def bfloat16_dots(monkeypatch):
     """The interpreter keeps bfloat16 as its bits, and `tl.dot` would multiply those."""
     if torch.cuda.is_available():
         return
