@@ -4,7 +4,7 @@
 |---|---|---|
 | `reference` | fake quantization in float32, differentiable; the definition of the result | everything |
 | `cuda` | 8-bit integers or bfloat16, tensor cores | quantized inputs, and linears with 4-bit weights, on a GPU |
-| `int8` | 8-bit integers, int32 sums, oneDNN | layers whose weight and input fit 8 bits, on a CPU |
+| `int8` | 8-bit integers, int32 sums, oneDNN | weights of 8 and inputs of up to 16 bits as integers, on a CPU |
 | `bf16` | lattice integers as bfloat16, float32 sums | every layer on a CPU |
 
 Adding one: a class in a file of its own, one line in `ENGINES`.

@@ -43,7 +43,7 @@ class Int8Engine(Engine):
         largest = _largest_byte(layer.input_format)
         if largest * layer.weight_format.lattice_max * layer.matrix_shape[1] >= 2**31:
             return "its sums may exceed 32 bits"
-        if not products_are_exact(len(layer.logical_shape) == 2, largest, layer.weight_format.lattice_max):
+        if not products_are_exact(largest, layer.weight_format.lattice_max):
             return "this processor adds pairs of such products in 16 bits"
         return None
 
@@ -63,23 +63,20 @@ def _largest_byte(fmt: FPFormat) -> int:
 
 
 @lru_cache(maxsize=64)
-def products_are_exact(linear: bool, largest_input: int, largest_weight: int) -> bool:
+def products_are_exact(largest_input: int, largest_weight: int) -> bool:
     """Whether the processor's kernels add the largest products without saturation; asked of the kernels themselves.
 
     Processors without VNNI add pairs of products in 16 bits: exact for 4-bit formats, not for 8-bit ones.
     """
-    shape = (16, 64, 1, 1)
-    expected = float(64 * largest_input * largest_weight)
     x = torch.full((2, 64, 3, 3), largest_input, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-    for sign in (1, -1):
-        weight = torch.full(shape, sign * largest_weight, dtype=torch.int8)
-        if linear:
-            y = _linear(x[:, :, 0, 0].contiguous(), 1.0, 0, _pack_linear(weight[:, :, 0, 0]), torch.ones(16), None)
-        else:
-            pad = F.pad(weight, (1, 1, 1, 1))
-            packed = _pack_conv(pad, torch.ones(16), (1, 1), (1, 1), (1, 1), 1, x.shape)
-            y = _conv(x, 1.0, 0, packed, torch.ones(16), None, (1, 1), (1, 1), (1, 1), 1)
-        if not bool((y == sign * expected).all()):
+    ones, geometry = torch.ones(16), ((1, 1), (1, 1), (1, 1), 1)
+    for value in (largest_weight, -largest_weight):
+        weight = torch.full((16, 64, 1, 1), value, dtype=torch.int8)
+        packed = _pack_conv(F.pad(weight, (1, 1, 1, 1)), ones, *geometry, x.shape)
+        convolved = _conv(x, 1.0, 0, packed, ones, None, *geometry)
+        multiplied = _linear(x[:, :, 0, 0].contiguous(), 1.0, 0, _pack_linear(weight[:, :, 0, 0]), ones, None)
+        expected = float(64 * largest_input * value)
+        if not bool((convolved == expected).all() and (multiplied == expected).all()):
             return False
     return True
 

@@ -183,15 +183,8 @@ def memory() -> Iterator[dict[str, str]]:
             }
 
 
-TABLES = {
-    "engines": engines,
-    "memory": memory,
-    "formats": formats,
-    "schemes": schemes,
-    "shapes": shapes,
-    "talora": talora,
-    "routing": routing,
-}
+MAKERS = (engines, memory, formats, schemes, shapes, talora, routing)
+TABLES = {make.__name__: make for make in MAKERS}
 
 
 def filled(page: str) -> str:

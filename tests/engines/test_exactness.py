@@ -167,8 +167,7 @@ def test_what_changes_a_layer_makes_it_ready_anew():
 
 
 def test_products_too_large_for_a_processor_are_found_by_asking_it(monkeypatch):
-    assert products_are_exact(True, 192, 64)
-    assert products_are_exact(False, 192, 64)
+    assert products_are_exact(192, 64)
     layer, _ = quantized(nn.Linear(8, 4), "w4a4", (2, 8), signed=True)
     monkeypatch.setattr("diffusers_msfp.engines.int8.products_are_exact", lambda *_: False)
     assert "16 bits" in Int8Engine().refusal(layer)
