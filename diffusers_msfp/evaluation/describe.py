@@ -1,16 +1,44 @@
 """What a quantized checkpoint holds, read from its files alone."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
-from ..formats import FORMATS
+from ..formats import FORMATS, FPFormat
 from ..talora import AdapterPlan, RoutingTable
+from ..workflow.engine import engine_named
 
 WEIGHTS = "diffusion_pytorch_model"
 INDEX = f"{WEIGHTS}.safetensors.index.json"
+OBSERVING = "its input is being observed, which the reference does"
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """What engines ask of a layer before they take it, on the CPU, as far as its files say it.
+
+    A `Conv1d` is stored as a linear is, and passes for one.
+    """
+
+    weight_format: FPFormat
+    input_format: FPFormat | None
+    logical_shape: tuple[int, ...]
+    weight = torch.empty(0, dtype=torch.uint8)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """See `QuantLayer.matrix_shape`."""
+        return self.logical_shape[:2]
+
+    @classmethod
+    def of(cls, shape: list[int], rows: int, weight_format: FPFormat, input_format: FPFormat | None) -> "StoredLayer":
+        """From the shape of the packed weight and the number of output channels."""
+        length = shape[-1] * 8 // weight_format.bits
+        return cls(weight_format, input_format, (rows, length, 1, 1) if len(shape) == 4 else (rows, length))
 
 
 def component_dirs(path: Path) -> dict[str, Path]:
@@ -72,7 +100,8 @@ def describe_checkpoint(path: str | Path) -> dict:
         `dict`: component → `scheme`, `calibration_state`, `format_version`, `bytes`, and `layers`: a list of `name`,
         `weight_format`, `weight_bits`, `weight_scale_min`, `weight_scale_max`, `weight_rel_mse`, `input_format` (None
         if float, `"observing"` before calibration), `input_signed`, `input_scale`, `input_zero_point`,
-        `input_rel_mse`, `weight_bytes` (of all banks; `input_scale` and `input_zero_point` are lists where there are
+        `input_rel_mse`, `engine` (that `auto` would take on this machine's CPU), `engine_refusals` (those before it →
+        why not), `weight_bytes` (of all banks; `input_scale` and `input_zero_point` are lists where there are
         several); and `adapters`: None, or `placement`, `num_adapters` and the router's `intervals`
         (`[group][(first timestep, last timestep, adapter), …]`).
 
@@ -91,13 +120,18 @@ def describe_checkpoint(path: str | Path) -> dict:
 def _describe_component(folder: Path) -> dict:
     record = read_config(folder)["quantization_config"]
     tensors, shapes = _small_tensors(folder)
-    layers = []
+    layers, auto = [], engine_named("auto")
     for group in record.get("layers") or ():
         for name in group["modules"]:
             fmt, state = FORMATS[group["weight"]], group["input"]
             scale = tensors[f"{name}.weight_scale"]
             quantized = state not in (None, "observing")
-            rows, *_, row_bytes = shapes[f"{name}.weight"]
+            rows, *_, row_bytes = shape = shapes[f"{name}.weight"]
+            stored = StoredLayer.of(shape, scale.numel(), fmt, FORMATS[state] if quantized else None)
+            engine, refusals = auto.choose(stored)
+            if state == "observing":
+                *others, engine = auto.engines
+                refusals = {other.name: OBSERVING for other in others}
             layers.append(
                 {
                     "name": name,
@@ -111,6 +145,8 @@ def _describe_component(folder: Path) -> dict:
                     "input_scale": tensors[f"{name}.input_scale"].tolist() if quantized else None,
                     "input_zero_point": tensors[f"{name}.input_zero_point"].tolist() if quantized else None,
                     "input_rel_mse": tensors[f"{name}.input_error"].item() if quantized else None,
+                    "engine": engine.name,
+                    "engine_refusals": refusals,
                     "weight_bytes": rows * row_bytes,
                 }
             )

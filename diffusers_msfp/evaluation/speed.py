@@ -10,7 +10,7 @@ from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DConditionModel, U
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from ..workflow.convert import quant_layers
+from ..workflow.engine import engines_of
 from .floor import Floor, floor_of
 from .providers import BASELINE, PEERS, provide
 
@@ -128,12 +128,3 @@ def benchmark(
             row |= {"floor_seconds": found.total, "floor_parts": found.parts}
         rows.append(row)
     return rows
-
-
-def engines_of(model: nn.Module) -> dict[str, int]:
-    """Engine → number of layers that it runs."""
-    found: dict[str, int] = {}
-    for _, layer in quant_layers(model):
-        name = layer.engine.choose(layer)[0].name if layer.engine is not None else "reference"
-        found[name] = found.get(name, 0) + 1
-    return found

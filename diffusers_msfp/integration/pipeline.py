@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..workflow.adapters import refuse_merged, routing_of
 from ..workflow.convert import quant_layers
+from ..workflow.engine import engines_of
 from ..workflow.state import calibration_state, freeze, quantized_models, tracker
 from . import talora_files
 from .talora_files import plan_of
@@ -94,8 +95,9 @@ class MSFPPipelineMixin:
 
         Returns:
             `dict`: component → `scheme`, `calibration_state`, `layers`, `weight_formats` and `input_formats` (format →
-            number of layers; `"float"` and `"observing"` too), `unsigned_inputs`, `bits_per_weight` (codes and scales,
-            per bank), `bytes` (of all its tensors), `adapters` (see `talora_summary`, or None).
+            number of layers; `"float"` and `"observing"` too), `unsigned_inputs`, `engines` (engine → number of
+            layers that it runs now), `bits_per_weight` (codes and scales, per bank), `bytes` (of all its tensors),
+            `adapters` (see `talora_summary`, or None).
         """
         report = {}
         for name, model in self.components.items():
@@ -113,6 +115,7 @@ class MSFPPipelineMixin:
                 "weight_formats": dict(Counter(layer.weight_format.name for layer in layers)),
                 "input_formats": dict(inputs),
                 "unsigned_inputs": unsigned,
+                "engines": engines_of(model),
                 "bits_per_weight": 8 * packed / weights,
                 "bytes": model.get_memory_footprint(),
                 "adapters": _summary(model) if routing_of(model) is not None else None,

@@ -1,6 +1,7 @@
 """Choose the engine that runs a model's quantized layers."""
 
 import os
+from collections import Counter
 
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -62,6 +63,16 @@ def engine_named(name: str, memory: str = "fast") -> AutoEngine:
     """The engines to try for each layer, in this order, under a name that `set_engine` takes."""
     names = list(ENGINES) if name == AutoEngine.name else [name, *(["reference"] if name != "reference" else [])]
     return AutoEngine([ENGINES[each](memory) for each in names])
+
+
+def engines_of(model: nn.Module) -> dict[str, int]:
+    """Engine → number of layers that it runs now; while a layer observes its input, that is the reference."""
+    return dict(Counter(_engine_of(layer) for _, layer in quant_layers(model)))
+
+
+def _engine_of(layer: QuantLayer) -> str:
+    used = layer.engine is not None and not layer.observing
+    return layer.engine.choose(layer)[0].name if used else "reference"
 
 
 def engine_from_environment() -> str:

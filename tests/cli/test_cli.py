@@ -1,5 +1,6 @@
 """The command line as a user meets it: results, exit codes, nothing half-written."""
 
+import io
 import json
 import os
 import re
@@ -14,11 +15,15 @@ import numpy as np
 import pytest
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
+from rich.console import Console
 
 from diffusers_msfp import cli
 from diffusers_msfp.assets import EMBEDDED_MODEL
 from diffusers_msfp.cli.app import main
+from diffusers_msfp.cli.commands.inspect import inspect
 from diffusers_msfp.errors import MSFPError
+from diffusers_msfp.workflow.convert import quant_layers
+from diffusers_msfp.workflow.engine import engine_named
 
 FAST = ["--calibration-samples", "2", "--steps", "2"]
 
@@ -64,7 +69,15 @@ def test_quantize_compare_inspect_sample(tiny_dir, tmp_path):
     for layer in layers:
         assert layer["name"] in table.stdout
         assert layer["weight_format"] in table.stdout
+        for engine, reason in layer["engine_refusals"].items():
+            count = sum(other["engine_refusals"].get(engine) == reason for other in layers)
+            assert table.stdout.count(f"{engine} refuses {count} of {len(layers)} layers: {reason}\n") == 1
     assert any(layer["input_signed"] is False and layer["input_zero_point"] < 0 for layer in layers)
+
+    unet = DiffusionPipeline.from_pretrained(out).unet
+    chosen = {name: engine_named("auto").choose(layer) for name, layer in quant_layers(unet)}
+    told = {layer["name"]: (layer["engine"], layer["engine_refusals"]) for layer in layers}
+    assert told == {name: (engine.name, refusals) for name, (engine, refusals) in chosen.items()}
 
     drawn = program("sample", out, "--num", 3, "--steps", 2, "--out", tmp_path / "grid.png")
     assert drawn.returncode == 0
@@ -128,8 +141,22 @@ def test_single_model_folder(tiny_dir, tmp_path):
     assert result["calibration_state"] == "observing"
     assert "could not be calibrated" in made.stderr
     assert result["bytes_after"] < 0.35 * result["bytes_before"]
+    layers = json.loads(program("inspect", out, "--json").stdout)["."]["layers"]
+    observing = [layer for layer in layers if layer["input_format"] == "observing"]
+    assert {layer["engine"] for layer in observing} == {"reference"}
+    assert set(observing[0]["engine_refusals"]) == {"cuda", "int8", "bf16"}
     weights_only = program("quantize", Path(tiny_dir) / "unet", "--scheme", "w4a16", "--out", tmp_path / "w", "--json")
     assert json.loads(weights_only.stdout)["calibration_state"] == "frozen"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_inspect_fits_the_terminal(packed_dir, monkeypatch, width):
+    terminal = Console(width=width, force_terminal=True, color_system=None, file=io.StringIO())
+    monkeypatch.setitem(inspect.__globals__, "stdout", terminal)
+    inspect(Path(packed_dir))
+    lines = terminal.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert any(line.startswith("conv_out ") and line.endswith(" int8") for line in lines) == (width == 120)
 
 
 def test_single_file(tmp_path, monkeypatch):

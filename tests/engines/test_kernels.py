@@ -147,3 +147,14 @@ def test_without_numba_the_torch_kernels_serve():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "torch"
     assert importlib.import_module("diffusers_msfp.engines.kernels").NAME == "numba"
+
+
+def test_torch_keeps_its_number_of_threads():
+    program = (
+        "import torch; torch.set_num_threads(1)\n"
+        "from diffusers_msfp.engines import kernels\n"
+        "kernels.softmax_numerators(torch.zeros(64, 64, dtype=torch.bfloat16))\n"
+        "print(torch.get_num_threads())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"

@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 from torch.nn import functional as F
 
-from diffusers_msfp import MSFPConfig, freeze, quantize_pipeline, set_engine
+from diffusers_msfp import MSFPConfig, MSFPPipelineMixin, freeze, quantize_pipeline, set_engine
 from diffusers_msfp.engines import ENGINES
 from diffusers_msfp.engines.attention import attention
 from diffusers_msfp.engines.fused import FusedGroupNorm, PassingSiLU
@@ -22,6 +22,7 @@ from diffusers_msfp.evaluation.compare import compare_pipelines
 from diffusers_msfp.integration.in_memory import quantize_model
 from diffusers_msfp.workflow.attention import BF16AttnProcessor
 from diffusers_msfp.workflow.convert import quant_layers
+from diffusers_msfp.workflow.engine import engines_of
 from diffusers_msfp.workflow.fused import FusedResnetBlock2D
 
 
@@ -107,7 +108,13 @@ def test_undone_without_a_trace(packed_pipe, images, tmp_path, memory):
     unet = packed_pipe.unet
     set_engine(unet, "reference")
     before, expected, state = kinds(unet), run(unet, images), copy.deepcopy(unet.state_dict())
+    report = MSFPPipelineMixin.attach(packed_pipe).quantization_report
+    layers = report()["unet"]["layers"]
+    assert report()["unet"]["engines"] == {"reference": layers}
     set_engine(packed_pipe, "auto", memory=memory)
+    engines = report()["unet"]["engines"]
+    assert "bf16" in engines
+    assert sum(engines.values()) == layers
     assert {FusedGroupNorm, PassingSiLU, FusedResnetBlock2D} <= set(kinds(unet))
     assert relative(run(unet, images), expected) < 0.2
     assert list(unet.state_dict()) == list(state)
@@ -144,6 +151,7 @@ def test_calibration_under_an_engine(unet, images):
     quantize_model(unet, MSFPConfig(scheme="w4a4"))
     set_engine(unet, "auto")
     run(unet, images)  # observes
+    assert engines_of(unet)["reference"] == sum(layer.observing for _, layer in quant_layers(unet)) > 0
     freeze(unet)
     assert relative(run(unet, images), run(unet, images)) == 0
     assert any(getattr(layer, "prepared", None) is not None for _, layer in quant_layers(unet))

@@ -1,51 +1,67 @@
 """`diffusers-msfp inspect`."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from ... import cli
 from ..terminal import megabytes, stdout
 from .options import Json, print_json, print_router
 
-INSPECT_WIDTH = 105
+COLUMNS = ("layer", "weight", "scale", "error", "input", "scale", "zero point", "error", "engine")
 
 
 def inspect(
     source: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a quantized checkpoint.")],
     as_json: Json = False,
 ) -> None:
-    """List the layers of a quantized checkpoint."""
+    """List the layers of a quantized checkpoint, and the engine that `auto` would take for each on this CPU."""
     result = cli.inspect(source)
     if as_json:
         return print_json(result)
     for name, part in result.items():
-        title = f"{name}: {part['scheme']}, {part['calibration_state']}, {megabytes(part['bytes'])}"
-        columns = ("layer", "weight", "scale", "rel. MSE", "input", "sign", "scale", "zero point", "rel. MSE")
-        table = Table(*columns, title=title)
-        for layer in part["layers"]:
-            table.add_row(*_layer_row(layer))
-        longest = max(len(layer["name"]) for layer in part["layers"])
-        Console(width=max(stdout.width, longest + INSPECT_WIDTH), soft_wrap=True).print(table)
+        _say(f"{name}: {part['scheme']}, {part['calibration_state']}, {megabytes(part['bytes'])}", style="italic")
+        _print_layers(part["layers"])
+        refusals = Counter(pair for layer in part["layers"] for pair in layer["engine_refusals"].items())
+        for (engine, reason), count in refusals.items():
+            _say(f"{engine} refuses {count} of {len(part['layers'])} layers: {reason}")
         if part["adapters"]:
             stdout.print(f"{part['adapters']['num_adapters']} adapters per layer, {part['adapters']['placement']}")
             print_router(part["adapters"]["intervals"])
 
 
+def _print_layers(layers: list[dict]) -> None:
+    """One line for each; in a terminal too narrow for that, names stand on lines of their own."""
+    names, *columns = zip(COLUMNS, *map(_layer_row, layers), strict=True)
+    widths = [max(map(len, column)) for column in columns]
+    first = max(map(len, names))
+    split = stdout.is_terminal and first + sum(widths) + 2 * len(widths) > stdout.width
+    for line, (name, *cells) in enumerate(zip(names, *columns, strict=True)):
+        figures = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+        text = f"{name}\n  {figures}" if split else f"{name:<{first}}  {figures}"
+        _say(text, style="bold" if line == 0 else None)
+
+
+def _say(text: str, style: str | None = None) -> None:
+    stdout.print(text, style=style, soft_wrap=True, highlight=False, markup=False)
+
+
 def _layer_row(layer: dict) -> tuple[str, ...]:
-    scale = f"{layer['weight_scale_min']:.2g} … {layer['weight_scale_max']:.2g}"
-    row = (layer["name"], layer["weight_format"], scale, f"{layer['weight_rel_mse']:.1e}")
+    scale = _numbers([layer["weight_scale_min"], layer["weight_scale_max"]])
+    row = (layer["name"], layer["weight_format"], scale, _error(layer["weight_rel_mse"]))
     if layer["input_signed"] is None:
-        return (*row, layer["input_format"] or "float", "", "", "", "")
-    sign = "signed" if layer["input_signed"] else "unsigned"
-    zero_point = "" if layer["input_signed"] else _numbers(layer["input_zero_point"], ".4f")
-    error = f"{layer['input_rel_mse']:.1e}"
-    return (*row, layer["input_format"], sign, _numbers(layer["input_scale"], ".3g"), zero_point, error)
+        return (*row, layer["input_format"] or "float", "", "", "", layer["engine"])
+    zero_point = "" if layer["input_signed"] else _numbers(layer["input_zero_point"])
+    error = _error(layer["input_rel_mse"])
+    return (*row, layer["input_format"], _numbers(layer["input_scale"]), zero_point, error, layer["engine"])
 
 
-def _numbers(value: float | list[float], style: str) -> str:
-    """One number, or one for each adapter."""
-    return ", ".join(format(number, style) for number in (value if isinstance(value, list) else [value]))
+def _numbers(value: float | list[float]) -> str:
+    """One number, or the range of several."""
+    return f"{min(value):.2g}…{max(value):.2g}" if isinstance(value, list) else f"{value:.3g}"
+
+
+def _error(value: float) -> str:
+    return f"{value:.1e}".replace("e-0", "e-")

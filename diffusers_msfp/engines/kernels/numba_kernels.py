@@ -131,9 +131,14 @@ def _numbers(grid: InputGrid) -> tuple:
 
 
 def _run(kernel, *arguments):
+    """A parallel kernel with as many threads as torch has; Numba's start would change that number for torch too."""
     with _LOCK:
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-        return kernel(*arguments)
+        threads = torch.get_num_threads()
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        result = kernel(*arguments)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        return result
 
 
 def quantize(x: Tensor, grid: InputGrid) -> tuple[list[Tensor], bool]:
