@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from ..grid import InputGrid, output_size
 
-_BLOCK = 2**17  # values worked on at once, so that the passes stay in the cache
+_BLOCK = 2**15  # values worked on at once: the passes stay in the cache, and in one thread, which needs no waking
 
 
 def _lattice(x: Tensor, grid: InputGrid) -> Tensor:
