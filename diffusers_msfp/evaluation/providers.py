@@ -27,7 +27,7 @@ def provide(name: str, model: nn.Module, call: Callable[[nn.Module], object]) ->
 
     Args:
         name (`str`): see the module.
-        model (`nn.Module`): float32, not changed; quantized ones are taken as they are by the kind `msfp`.
+        model (`nn.Module`): float32 or quantized, not changed; the kind `msfp` takes a quantized one as it is.
         call (`Callable`): runs a model once, which freezes the ranges of inputs.
 
     Raises:
@@ -41,7 +41,7 @@ def provide(name: str, model: nn.Module, call: Callable[[nn.Module], object]) ->
         made = _msfp(kind, options, model, call)
     elif kind in ("fp32", "bf16"):
         _check(name, options, {"cl"})
-        made = copy.deepcopy(model).to(torch.float32 if kind == "fp32" else torch.bfloat16)
+        made = _float(model).to(torch.float32 if kind == "fp32" else torch.bfloat16)
         made = made.to(memory_format=torch.channels_last) if options else made
     elif kind in PEERS:
         made = _peer(kind, options, model)
@@ -55,6 +55,12 @@ def _check(name: str, options: list[str], known) -> None:
     unknown = [option for option in options if option not in known]
     if unknown:
         raise ConfigError(f"Options of `{name}` may be {', '.join(sorted(known))}, but {unknown[0]!r} came.")
+
+
+def _float(model: nn.Module) -> nn.Module:
+    """A copy with float weights; a quantized model's are decoded, since only their shapes matter here."""
+    made = copy.deepcopy(model)
+    return made.dequantize() if any(True for _ in quant_layers(made)) else made
 
 
 def _msfp(kind: str, options: list[str], model: nn.Module, call) -> nn.Module:
@@ -74,7 +80,7 @@ def _msfp(kind: str, options: list[str], model: nn.Module, call) -> nn.Module:
 def _peer(kind: str, options: list[str], model: nn.Module) -> nn.Module:
     if importlib.util.find_spec(PEERS[kind].partition(".")[0]) is None:
         raise UnsupportedError(f"Provider {kind!r} needs `{PEERS[kind]}`, which is not installed: leave it out.")
-    made = copy.deepcopy(model).to(torch.bfloat16).to(memory_format=torch.channels_last)
+    made = _float(model).to(torch.bfloat16).to(memory_format=torch.channels_last)
     if kind == "sdnq":
         import sdnq
 

@@ -1,0 +1,86 @@
+"""Benchmarks: what they compare, in what order, and what they refuse."""
+
+import json
+
+import pytest
+import torch
+from conftest import make_condition_unet, make_dit, make_unet, make_vae
+from typer.testing import CliRunner
+
+from diffusers_msfp import cli
+from diffusers_msfp.cli.app import app
+from diffusers_msfp.errors import ConfigError, MSFPError, UnsupportedError
+from diffusers_msfp.evaluation import providers
+from diffusers_msfp.evaluation.providers import BASELINE, provide
+from diffusers_msfp.evaluation.shapes import SHAPES
+from diffusers_msfp.evaluation.speed import benchmark, example_inputs, step_of, take_turns
+
+
+def test_calls_take_turns_after_a_warm_up():
+    order = []
+    seconds = take_turns({name: lambda name=name: order.append(name) for name in "abc"}, repeats=3, warmup=1)
+    assert order == list("abc" * 4)
+    assert {name: len(times) for name, times in seconds.items()} == dict.fromkeys("abc", 3)
+
+
+@pytest.mark.parametrize("build", [make_unet, make_condition_unet, make_dit], ids=["unet", "condition", "dit"])
+def test_rows_of_a_benchmark(build):
+    rows = {row["provider"]: row for row in benchmark(build().eval(), ["fp32", "w4a4", "w4a4:low"], repeats=2)}
+    assert list(rows) == [BASELINE, "fp32", "w4a4", "w4a4:low"]
+    assert rows[BASELINE]["speedup"] == 1
+    assert "engines" in rows["fp32"]
+    assert rows["fp32"]["engines"] == {}
+    for name in ("w4a4", "w4a4:low"):
+        row = rows[name]
+        assert row["engines"]["int8"] > row["engines"].get("bf16", 0)
+        assert row["seconds_low"] <= row["seconds"] <= row["seconds_high"]
+        assert row["floor_seconds"] == pytest.approx(sum(row["floor_parts"].values()))
+        assert all(part > 0 for part in row["floor_parts"].values())
+
+
+def test_providers_are_what_their_names_say():
+    model = make_unet()
+    call = lambda each: step_of(each, example_inputs(each, 1))()  # noqa: E731
+    dtypes = {name: provide(name, model, call).dtype for name in ("fp32", "fp32:cl", "bf16", "w4a4", "w4a4:fp32")}
+    assert list(dtypes.values()) == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16, torch.float32]
+    assert provide("bf16:cl", model, call).conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert model.dtype == torch.float32
+    for name, message in (
+        ("fp16", "A provider must be one of fp32, bf16, msfp, w4a4"),
+        ("bf16:cll", "Options of `bf16:cll` may be cl, but 'cll' came"),
+        ("w4a4:hot", "Options of `w4a4` may be .*low.*, but 'hot' came"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            provide(name, model, call)
+
+
+def test_missing_peers_are_refused_or_left_out(monkeypatch):
+    monkeypatch.setitem(providers.PEERS, "sdnq", "no_such_module")
+    with pytest.raises(UnsupportedError, match="Provider 'sdnq' needs `no_such_module`, which is not installed"):
+        benchmark(make_unet(), ["sdnq:int8"], repeats=2)
+    rows = benchmark(make_unet(), ["sdnq:int8"], repeats=2, skip_missing=True)
+    assert [row["provider"] for row in rows] == [BASELINE]
+
+
+def test_models_whose_inputs_are_unknown_are_refused():
+    with pytest.raises(UnsupportedError, match="but AutoencoderKL came"):
+        benchmark(make_vae(), ["fp32"], repeats=2)
+
+
+def test_the_command_line(packed_dir):
+    result = CliRunner().invoke(app, ["bench", "--model", packed_dir, "--repeats", "2", "--json"])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    assert [row["provider"] for row in rows] == [BASELINE, "msfp"]
+    alone = cli.bench(f"{packed_dir}/unet", ["msfp:reference"], repeats=2)
+    assert set(alone["rows"][1]["engines"]) == {"reference"}
+    table = CliRunner().invoke(app, ["bench", "--model", packed_dir, "--repeats", "2"])
+    assert "int8" in table.stdout
+    with pytest.raises(MSFPError):
+        cli.bench("no/such/place")
+
+
+def test_shapes_are_what_people_use():
+    with torch.device("meta"):
+        parameters = {name: build().num_parameters() for name, build in SHAPES.items()}
+    assert parameters == {"ddpm-cifar10": 35746307, "sd15": 859520964}
