@@ -57,6 +57,12 @@ def available() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qconv_pointwise")
 
 
+@lru_cache
+def writes(dtype: torch.dtype) -> bool:
+    """Whether fast kernels write this dtype; AVX2's write bfloat16 a thousand times more slowly than float32."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _largest_byte(fmt: FPFormat) -> int:
     bits = low_bits(fmt)
     return max((fmt.lattice_max + byte_offset(fmt)) >> bits, 2**bits - 1)
@@ -167,7 +173,7 @@ class _Int8Layer(PreparedLayer):
         """`multiply(bytes, unit, zero, bias, dtype)` added up over the bytes that hold an integer."""
         planes = zip(self.codes(x, adapter), self.grid(adapter).planes, strict=True)
         (codes, (unit, zero)), *rest = planes
-        wide = torch.float32 if rest or dtype == torch.float16 else dtype
+        wide = torch.float32 if rest or not writes(dtype) else dtype
         y = multiply(codes, unit, zero, self.bias, wide)
         for codes, (unit, zero) in rest:
             y += multiply(codes, unit, zero, None, wide)

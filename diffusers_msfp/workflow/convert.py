@@ -107,11 +107,15 @@ def plain_name(name: str) -> str:
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` wherever the module called `name` stands in the model, also where it stands twice."""
-    old = model.get_submodule(name)
-    for parent in list(model.modules()):  # as it is now: `new` may hold `old`
+    replace_modules(model, {name: new})
+
+
+def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
+    """`replace_module` for many names at once, in one walk over the model."""
+    instead = {id(model.get_submodule(name)): module for name, module in new.items()}
+    for parent in list(model.modules()):  # as it is now: a new module may hold an old one
         for attribute, child in parent._modules.items():
-            if child is old:
-                parent._modules[attribute] = new
+            parent._modules[attribute] = instead.get(id(child), child)
 
 
 def convert(model: nn.Module, plan: Conversion, on_layer: Callable[[int, int], None] | None = None) -> None:
@@ -142,6 +146,7 @@ def convert_skeleton(model: nn.Module, groups: Sequence[Mapping], plan: Mapping[
     Raises:
         CheckpointError: a layer that the model does not have, or an entry that makes no sense.
     """
+    skeletons = {}
     for group in groups:
         try:
             weight_format, state, names = FORMATS[group["weight"]], group["input"], group["modules"]
@@ -170,7 +175,8 @@ def convert_skeleton(model: nn.Module, groups: Sequence[Mapping], plan: Mapping[
                 layer.start_observing(candidates)
             elif input_format is not None:
                 layer.expect_input(input_format)
-            replace_module(model, name, layer)
+            skeletons[name] = layer
+    replace_modules(model, skeletons)
 
 
 def describe_layers(model: nn.Module) -> list[dict]:
@@ -184,6 +190,5 @@ def describe_layers(model: nn.Module) -> list[dict]:
 
 def revert(model: nn.Module, dtype: torch.dtype) -> None:
     """Put float layers with decoded weights in place of all quantized ones; activations are float again."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, QuantLayer):
-            replace_module(model, name, module.to_float(dtype))
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
+    replace_modules(model, {name: layer.to_float(dtype) for name, layer in layers.items()})

@@ -177,7 +177,7 @@ def memory() -> Iterator[dict[str, str]]:
             yield {
                 "model": f"{shape}, batch {row['batch']}, {WAYS[row['way']]}",
                 "loading": f"{1e3 * row['load_seconds']:.0f} ms",
-                "after loading": f"{row['loaded_bytes'] / 1e6:.0f} MB",
+                "until ready": f"{1e3 * row['ready_seconds']:.0f} ms",
                 "peak of a step": f"{row['peak_bytes'] / 1e6:.0f} MB",
                 "of bfloat16's": f"{row['peak_bytes'] / base['peak_bytes']:.2f}",
             }
