@@ -5,6 +5,9 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # the cores are shared by the processes that run the tests
+    for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ.setdefault(name, str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 import pytest
 import torch

@@ -5,8 +5,8 @@
 For each shape, a bfloat16 and a packed `w4a4` checkpoint with random weights are written; then processes of their own
 load one, run two steps, and report the peak of their resident memory, less what it was before loading, and two times:
 of loading, which maps files into memory and reads little, and until the model is ready, which is all up to the end of
-the first step, less the time of a step. Files are in the system's cache for all alike. Writes
-`model_cards/results/memory.json`.
+the first step, less the time of a step. Files are in the system's cache for all alike, and for `cold_seconds` (until
+ready) for none. Writes `model_cards/results/memory.json`.
 """
 
 import json
@@ -65,6 +65,14 @@ def measure(folder: str, way: str, batch: int) -> dict:
     }
 
 
+def forget(folder: Path) -> None:
+    """Drop a folder's files from the system's cache."""
+    for path in folder.rglob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def write_checkpoints(shape: str, batch: int, folder: Path) -> dict[str, Path]:
     """A bfloat16 and a packed checkpoint."""
     torch.manual_seed(0)
@@ -90,12 +98,16 @@ def main(only: str = "", child: str = "", way: str = "", batch: int = 1) -> None
             for each in WAYS:
                 command = [sys.executable, __file__, "--child", str(folders[each]), "--way", each]
                 command += ["--batch", str(BATCHES[shape])]
-                runs = [
-                    json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
-                    for _ in range(LOADS)
-                ]
+                warm, cold = [], []
+                for _ in range(LOADS):
+                    for runs in (warm, cold):
+                        if runs is cold:
+                            forget(folders[each])
+                        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+                        runs.append(json.loads(done.stdout))
                 row = {"shape": shape, "batch": BATCHES[shape], "way": each}
-                row |= {key: median(run[key] for run in runs) for key in runs[0]}
+                row |= {key: median(run[key] for run in warm) for key in warm[0]}
+                row["cold_seconds"] = median(run["ready_seconds"] for run in cold)
                 rows.append({key: float(f"{v:.4g}") if isinstance(v, float) else v for key, v in row.items()})
                 typer.echo(json.dumps(rows[-1]), err=True)
     if not only:

@@ -177,7 +177,8 @@ def memory() -> Iterator[dict[str, str]]:
             yield {
                 "model": f"{shape}, batch {row['batch']}, {WAYS[row['way']]}",
                 "loading": f"{1e3 * row['load_seconds']:.0f} ms",
-                "until ready": f"{1e3 * row['ready_seconds']:.0f} ms",
+                "until ready": f"{row['ready_seconds']:.2f} s",
+                "from disk": f"{row['cold_seconds']:.2f} s",
                 "peak of a step": f"{row['peak_bytes'] / 1e6:.0f} MB",
                 "of bfloat16's": f"{row['peak_bytes'] / base['peak_bytes']:.2f}",
             }
