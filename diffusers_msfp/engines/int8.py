@@ -15,8 +15,8 @@ AVX-512 (`tests/benchmarks/bench_quantizer.py`; these are in `model_cards/result
 | uniform `torch.quantize_per_tensor`, for comparison | 0.28 / 0.38 | none | | cannot do lattices |
 | `Tensor.clone`, for comparison | 0.10 / 0.07 | none | | |
 
-C gains a few hundredths of a millisecond, in a step of more than a hundred; Numba is at the speed of a copy and needs no
-compiler on the user's machine.
+C gains a few hundredths of a millisecond in a step of more than a hundred; Numba is at the speed of a copy and needs
+no compiler on the user's machine.
 """
 
 from functools import lru_cache

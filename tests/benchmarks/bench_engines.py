@@ -92,20 +92,23 @@ def _short(value):
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
+PANELS = {"ddpm": ("ddpm", "ddpm-peers", "ddpm-compiled"), "sd15": ("sd15",), "embedded": ("embedded",)}
+
+
 def plot(rows: list[dict]) -> None:
     """Speed against bf16 channels last, for the cases that people run."""
-    wanted = [name for name in ("ddpm", "sd15", "embedded") if any(row["case"] == name for row in rows)]
-    figure, axes = plt.subplots(1, len(wanted), figsize=(4.2 * len(wanted), 3.4), squeeze=False, layout="constrained")
-    for axis, case in zip(axes[0], wanted, strict=True):
-        mine = [row for row in rows if row["case"] == case and row["provider"] != "w4a4:reference"]
-        names = [row["provider"] for row in mine]
-        ours = [name[0] == "w" for name in names]
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 4.4), layout="constrained")
+    for axis, cases in zip(axes, PANELS.values(), strict=True):
+        mine = {row["provider"]: row for case in reversed(cases) for row in rows if row["case"] == case}
+        mine = sorted(mine.values(), key=lambda row: row["speedup"])
+        ours = [row["provider"][0] == "w" for row in mine]
         bars = axis.barh(
-            names, [row["speedup"] for row in mine], color=["#2a6f97" if each else "#b8b8b8" for each in ours]
+            [row["provider"] for row in mine],
+            [row["speedup"] for row in mine],
+            color=["#2a6f97" if each else "#b8b8b8" for each in ours],
         )
         axis.bar_label(bars, fmt=" %.2f", fontsize=8)
         axis.axvline(1, color="black", linewidth=0.8)
-        axis.invert_yaxis()
         axis.margins(x=0.15)
         axis.set_title(f"{mine[0]['model']}, batch {mine[0]['batch']}", fontsize=10)
         axis.set_xlabel("speed, bf16 channels last = 1")
