@@ -30,7 +30,7 @@ from diffusers_msfp.integration.in_memory import quantize_model
 
 BATCHES = {"ddpm-cifar10": 8, "sd15": 2}
 WAYS = ("bf16", "fast", "low")
-LOADS = 3
+LOADS = 2
 
 
 def memory(field: str) -> int:
