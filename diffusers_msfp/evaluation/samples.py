@@ -68,7 +68,7 @@ def draw_pictures(
         **arguments: passed on to the pipeline.
 
     Returns:
-        `Tensor`, `(n, channels, H, W)`, float32, in [0, 1] but for NaN: this share's groups in order.
+        `Tensor`, `(n, channels, H, W)`, float16, in [0, 1] but for NaN: this share's groups in order.
     """
     require_positive(num=num, steps=steps)
     pipe = with_ddim(pipe)
@@ -88,7 +88,7 @@ def draw_pictures(
             kept[start, end] = images.numpy().astype(np.float16)
             if folder is not None:
                 _write(folder, (start, end), kept[start, end])
-    return torch.from_numpy(np.concatenate([kept[group] for group in groups])).float() if groups else torch.empty(0)
+    return torch.from_numpy(np.concatenate([kept[group] for group in groups])) if groups else torch.empty(0)
 
 
 def _identity(pipe, steps: int, seed: int, prompts: list[str] | None, arguments: dict) -> str:

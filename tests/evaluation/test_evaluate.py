@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -68,8 +69,8 @@ def test_every_figure_is_there(result, reference, candidate):
             assert figure["low"] <= figure["value"] <= figure["high"]
     assert figures["candidate_to_reference"]["frechet_distance"]["value"] > 0
     pictures = [draw_pictures(pipe, num=60, steps=2, seed=3) for pipe in (reference, candidate)]
-    expected = psnr_db(*pictures).mean().item()
-    assert figures["candidate_to_reference"]["psnr_db"]["value"] == pytest.approx(expected, abs=0.01)
+    expected = psnr_db(*(images.float() for images in pictures)).mean().item()
+    assert figures["candidate_to_reference"]["psnr_db"]["value"] == pytest.approx(expected, rel=1e-9)
     compared = compare_pipelines(reference, candidate, num_inference_steps=2, seed=3)
     assert result["eps_mse"] == compared["eps_mse"] == pytest.approx(0.25, rel=1e-5)
     assert result["eps_rel_l2_by_timestep"] == compared["eps_rel_l2_by_timestep"]
@@ -132,6 +133,8 @@ def test_bad_requests_are_refused(tiny_pipe, reference, packed_pipe, monkeypatch
         evaluate_pipelines(tiny_pipe, tiny_pipe)
     with pytest.raises(ShapeError, match=r"shape \(3, 8, 8\) of the pipeline's"):
         evaluate_pipelines(tiny_pipe, tiny_pipe, data=real, **RUN)
+    with pytest.raises(ConfigError, match="Several processes must share a `folder`"):
+        evaluate_pipelines(tiny_pipe, tiny_pipe, process=SimpleNamespace(num_processes=2), **RUN)
     layer = packed_pipe.unet.conv_out
     layer.start_observing(("fp4_e2m1",))
     with pytest.raises(ConfigError, match="the candidate still observes its ranges"):

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import make_unet
+from conftest import make_dit_pipe, make_unet
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
 
 from diffusers_msfp import set_engine
@@ -26,8 +26,13 @@ def calls(pipe, **arguments) -> tuple[torch.Tensor, int]:
     return draw_pictures(pipe, **arguments), len(steps)
 
 
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-3) -> None:
+    torch.testing.assert_close(a.float(), b.float(), atol=tolerance, rtol=0)
+
+
 def test_noise_depends_on_seed_and_index_alone(pipe, monkeypatch):
     pictures = draw_pictures(pipe, num=5, steps=3, seed=4)
+    assert pictures.dtype == torch.float16
     assert pictures.shape == (5, 3, 8, 8)
     noise = torch.stack([torch.randn(3, 8, 8, generator=noise_generator(4, i)) for i in range(5)])
     x, scheduler = noise, DDIMScheduler()
@@ -35,9 +40,9 @@ def test_noise_depends_on_seed_and_index_alone(pipe, monkeypatch):
     with torch.no_grad():
         for timestep in scheduler.timesteps:
             x = scheduler.step(pipe.unet(x, timestep).sample, timestep, x).prev_sample
-    torch.testing.assert_close(pictures, (x / 2 + 0.5).clamp(0, 1), atol=1e-3, rtol=0)
+    close(pictures, (x / 2 + 0.5).clamp(0, 1))
     monkeypatch.setattr(samples, "batch_size_for", lambda *_: 8)
-    torch.testing.assert_close(draw_pictures(pipe, num=3, steps=3, seed=4), pictures[:3], atol=1e-3, rtol=0)
+    close(draw_pictures(pipe, num=3, steps=3, seed=4), pictures[:3])
     assert not torch.equal(draw_pictures(pipe, num=5, steps=3, seed=5), pictures)
     noises = {tuple(torch.randn(2, generator=noise_generator(s, i)).tolist()) for s in range(20) for i in range(50)}
     assert len(noises) == 1000
@@ -46,9 +51,17 @@ def test_noise_depends_on_seed_and_index_alone(pipe, monkeypatch):
 def test_reduced_precision_and_older_outputs(pipe):
     pictures = draw_pictures(pipe, num=2, steps=3)
     half = DDPMPipeline(copy.deepcopy(pipe.unet).to(torch.bfloat16), pipe.scheduler)
-    torch.testing.assert_close(draw_pictures(half, num=2, steps=3), pictures, atol=0.06, rtol=0)
+    close(draw_pictures(half, num=2, steps=3), pictures, 0.06)
     arrays = DDIMPipeline(pipe.unet, pipe.scheduler)  # knows no `pt`
-    torch.testing.assert_close(draw_pictures(arrays, num=2, steps=3), pictures, atol=1e-3, rtol=0)
+    close(draw_pictures(arrays, num=2, steps=3), pictures)
+
+
+def test_labels_belong_to_pictures_too(pipe):
+    labelled = make_dit_pipe()
+    whole = draw_pictures(labelled, num=3, steps=2)
+    assert whole.shape == (3, 3, 8, 8)
+    assert torch.equal(torch.cat([draw_pictures(labelled, num=3, steps=2, share=(i, 2)) for i in (0, 1)]), whole)
+    close(draw_pictures(labelled, num=2, steps=2), whole[:2])
 
 
 def test_shares_make_the_whole_bit_for_bit(pipe, tmp_path):
