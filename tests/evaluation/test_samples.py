@@ -96,6 +96,7 @@ def test_other_arguments_and_changed_checkpoints_begin_anew(pipe, tmp_path, pack
     for change in ({"seed": 1}, {"steps": 2}):
         assert calls(pipe, folder=tmp_path, **change)[1] > 0
     other = DDPMPipeline(copy.deepcopy(pipe.unet), DDIMScheduler())
+    other.scheduler.register_to_config(_use_default_values=["in", "any", "order"])
     assert calls(other, folder=tmp_path)[1] == 0
     assert calls(DDPMPipeline(pipe.unet, DDIMScheduler(beta_end=0.03)), folder=tmp_path)[1] == 9
     other.unet.conv_out.bias.data[0] += 1e-3
