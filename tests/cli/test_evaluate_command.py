@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diffusers_msfp import cli
+from diffusers_msfp.errors import ConfigError
+
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 TIMEOUT = 240
 LAUNCH = (
@@ -29,9 +32,9 @@ def start(*arguments: object, launch: list[str] = ()) -> subprocess.Popen:
     return subprocess.Popen(command, env=ENVIRONMENT, text=True, start_new_session=True, **pipes)
 
 
-def finished(process: subprocess.Popen, status: int = 0) -> tuple[str, str]:
+def finished(process: subprocess.Popen) -> tuple[str, str]:
     out, err = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == status, err
+    assert process.returncode == 0, err
     return out, err
 
 
@@ -80,10 +83,11 @@ def test_killed_it_goes_on_and_two_processes_give_the_same(asked, killed, tmp_pa
     assert result["bytes_candidate"] < 0.35 * result["bytes_reference"]
 
 
-def test_refusals_are_one_line(asked, tmp_path):
+def test_refusals_leave_nothing(asked, tmp_path):
     np.savez(tmp_path / "data.npz", y=np.zeros(3))
-    _, err = finished(start(*asked, "--data", tmp_path / "data.npz", "--out", tmp_path / "out"), 2)
-    assert err.strip().startswith("error: ")
-    assert "must hold an array `x_test` or `images`" in err
-    assert len(err.strip().splitlines()) == 1
-    assert not (tmp_path / "out").exists()
+    source, _, reference, *_ = asked
+    with pytest.raises(ConfigError, match="must hold an array `x_test` or `images`"):
+        cli.evaluate(source, reference, data=tmp_path / "data.npz", features=FEATURES, out=tmp_path / "out")
+    with pytest.raises(ConfigError, match="Unknown feature network 'vgg'"):
+        cli.evaluate(source, reference, features="vgg", out=tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["data.npz"]
