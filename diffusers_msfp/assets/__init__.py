@@ -1,5 +1,10 @@
-"""The embedded model: a real DDPM trained on Fashion-MNIST, fp16, 1.8 M parameters; its card is in `model_cards/`."""
+"""A DDPM trained on Fashion-MNIST, fp16, 1.8 M parameters (card in `model_cards/`), and a classifier for its data.
+
+The classifier's weights belong to `evaluation.features.FashionFeatures`; `tests/benchmarks/fashion_features.py` trains
+them.
+"""
 
 from pathlib import Path
 
 EMBEDDED_MODEL = Path(__file__).parent / "ddpm-fashion-mnist-32"
+FASHION_FEATURES = Path(__file__).parent / "fashion-features.safetensors"

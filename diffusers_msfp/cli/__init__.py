@@ -3,9 +3,10 @@
 from .bench import bench
 from .compare import compare
 from .demo import demo
+from .evaluate import evaluate
 from .finetune import finetune
 from .inspect import inspect
 from .quantize import quantize
 from .sample import sample
 
-__all__ = ["bench", "compare", "demo", "finetune", "inspect", "quantize", "sample"]
+__all__ = ["bench", "compare", "demo", "evaluate", "finetune", "inspect", "quantize", "sample"]

@@ -1,5 +1,6 @@
 """Where verbs write checkpoints: complete or not at all."""
 
+import json
 import re
 import shutil
 import sys
@@ -42,6 +43,16 @@ def write_checkpoint(loaded, out: Path, folder: Path | None = None, max_shard_si
         made = Path(scratch) / "made"
         loaded.save_pretrained(made, max_shard_size=max_shard_size)
         publish(made, out)
+
+
+def write_json(content: dict, out: Path) -> None:
+    """One JSON object, complete or not at all."""
+    part = out.with_name(f".{out.name}.part")
+    try:
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def publish(made: Path, out: Path) -> None:

@@ -3,6 +3,18 @@
 from ..workflow.sampling import with_ddim
 from .compare import compare_pipelines
 from .describe import describe_checkpoint
+from .evaluate import evaluate_pipelines
+from .features import FEATURES, Features
+from .layers import layer_snr
 from .pictures import image_grid
 
-__all__ = ["compare_pipelines", "describe_checkpoint", "image_grid", "with_ddim"]
+__all__ = [
+    "FEATURES",
+    "Features",
+    "compare_pipelines",
+    "describe_checkpoint",
+    "evaluate_pipelines",
+    "image_grid",
+    "layer_snr",
+    "with_ddim",
+]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..errors import ConfigError
 from ..workflow.sampling import (
@@ -22,6 +23,7 @@ from ..workflow.sampling import (
     with_ddim,
 )
 from ..workflow.timestep import timestep_of, timestep_position
+from .samples import pictures_tensor
 
 MAX_PSNR_DB = 100.0
 
@@ -64,12 +66,16 @@ def compare_pipelines(
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
     reference, candidate = with_ddim(reference, eta), with_ddim(candidate, eta)
     student = denoiser_of(candidate)
-    make_arguments = call_arguments(reference, prompts, num_inference_steps, {"output_type": "np"} | arguments)
+    make_arguments = call_arguments(reference, prompts, num_inference_steps, {"output_type": "pt"} | arguments)
     calls, again = (batched_calls(make_arguments, [student], num_samples, seed) for _ in range(2))  # generators advance
     error, energy, count = defaultdict(float), defaultdict(float), 0
     done = 0
     asking = False  # the candidate may be the reference itself
     total = len(calls) * num_inference_steps
+
+    def as_candidate(value):
+        is_data = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1  # no timesteps
+        return value.to(student.dtype) if is_data else value
 
     def watch(module, args, kwargs, output) -> None:
         nonlocal count, done, asking
@@ -77,6 +83,7 @@ def compare_pipelines(
             return
         timestep = timestep_of(timestep_position(module), args, kwargs)
         asking = True
+        args, kwargs = tree_map(as_candidate, (args, kwargs))
         expected, came = model_output(output).double(), model_output(student(*args, **kwargs)).double()
         asking = False
         if expected.shape != came.shape:
@@ -97,10 +104,10 @@ def compare_pipelines(
         for call, same in zip(calls, again, strict=True):
             handle = denoiser_of(reference).register_forward_hook(watch, with_kwargs=True)
             try:
-                expected = reference(**call).images
+                expected = pictures_tensor(reference(**call).images)
             finally:
                 handle.remove()
-            ratios.append(psnr_db(torch.from_numpy(expected), torch.from_numpy(candidate(**same).images)))
+            ratios.append(psnr_db(expected, pictures_tensor(candidate(**same).images)))
     by_timestep = {f"{t:g}": math.sqrt(error[t] / energy[t]) for t in sorted(error, reverse=True)}
     return {
         "eps_mse": sum(error.values()) / count,

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -54,17 +55,26 @@ class Progress:
             self.ema.to(self.student.model.device)
 
 
-def inputs_digest(teacher: nn.Module, *others: object) -> str:
-    """SHA-256 of all that training reads beside its settings; tensors count by their values, objects by their kind."""
+def plain_config(part: object) -> dict:
+    """Settings of a model or scheduler, without diffusers' own notes, whose order differs from process to process."""
+    config = getattr(part, "config", None)
+    return {key: value for key, value in config.items() if key[0] != "_"} if isinstance(config, Mapping) else {}
+
+
+def inputs_digest(model: nn.Module, *others: object) -> str:
+    """SHA-256 of a model's state and of other things; tensors count by their values, objects by their kind."""
     digest = hashlib.sha256()
 
     def describe(value: object) -> str:
+        if hasattr(value, "__tensor_flatten__"):  # other people's quantized tensors
+            return " ".join(describe(getattr(value, name)) for name in value.__tensor_flatten__()[0])
         if isinstance(value, Tensor):
-            return hashlib.sha256(value.detach().cpu().contiguous().view(torch.uint8).numpy()).hexdigest()
+            plain = value.detach().cpu().contiguous().reshape(-1)
+            return hashlib.sha256(plain.view(torch.uint8).numpy()).hexdigest()
         return type(value).__name__
 
-    for name, tensor in sorted(teacher.state_dict().items()):
-        digest.update(f"{name}:{describe(tensor.reshape(-1))}".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}:{describe(tensor)}".encode())
     digest.update(json.dumps(others, default=describe, sort_keys=True).encode())
     return digest.hexdigest()
 

@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_talora.py --data fashion_mnist.npz [--cells "ptq,talora" --seeds "0"]
 
 Every cell of a kind gets the same number of updates. Each row is written as soon as it is measured; with `--cells` or
-`--seeds` only these rows are made anew. Distances are between features of `fashion_features.py`, on pictures of 20 DDIM
+`--seeds` only these rows are made anew. Distances are between features of the `fashion` network, on pictures of 20 DDIM
 steps. Writes `model_cards/results/<name>.json`.
 """
 
@@ -14,7 +14,7 @@ from typing import Annotated
 import torch
 import typer
 from diffusers import DiffusionPipeline
-from fashion_features import frechet_distance, load_images
+from fashion_features import fashion_distance, load_images
 from harness import RESULTS, read_results, write_results
 
 from diffusers_msfp import FinetuneConfig, finetune, quantize_pipeline
@@ -66,7 +66,7 @@ def main(
     real = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))]
     for seed in map(int, seeds.split(",")):
         own = pictures_of(reference, pictures, seed)
-        keep(name, {"cell": "full precision", "seed": seed, "frechet_real": frechet_distance(real, own)})
+        keep(name, {"cell": "full precision", "seed": seed, "frechet_real": fashion_distance(real, own)})
         for key in cells.split(",") if cells else CELLS:
             scheme, config = CELLS[key]
             pipe = copy.deepcopy(reference)
@@ -92,7 +92,7 @@ def main(
                     errors = compared["eps_rel_l2_by_timestep"].items()
                     row["eps_rel_l2_by_timestep"] = {t: float(f"{value:.4g}") for t, value in errors}
             made = pictures_of(pipe, pictures, seed)
-            row |= {"frechet_real": frechet_distance(real, made), "frechet_reference": frechet_distance(own, made)}
+            row |= {"frechet_real": fashion_distance(real, made), "frechet_reference": fashion_distance(own, made)}
             keep(name, row)
             typer.echo(
                 f"{key:20} seed {seed}  eps_rel_l2 {row['eps_rel_l2_20']:.4f}  psnr {row['image_psnr_db_20']:.1f} dB  "

@@ -7,10 +7,11 @@ What a verb does is in the file of the same name one folder up. A new one gets a
 from .bench import bench
 from .compare import compare
 from .demo import demo
+from .evaluate import evaluate
 from .finetune import finetune
 from .inspect import inspect
 from .quantize import quantize
 from .sample import sample
 
-COMMANDS = (quantize, finetune, sample, compare, bench, inspect, demo)
+COMMANDS = (quantize, finetune, sample, compare, evaluate, bench, inspect, demo)
 """In the order of `--help`."""

@@ -1,0 +1,111 @@
+"""`diffusers-msfp evaluate`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from ... import cli
+from ...evaluation import FEATURES
+from ..terminal import megabytes, stdout
+from .options import Json, Prompts, Seed, print_json
+
+WORST = 10
+FIGURES = {
+    "frechet_distance": "Fréchet distance",
+    "spatial_frechet_distance": "spatial Fréchet distance",
+    "precision": "precision",
+    "recall": "recall",
+    "psnr_db": "PSNR, equal noise (dB)",
+    "ssim": "SSIM, equal noise",
+}
+SETS = {
+    "candidate_to_reference": "to full precision",
+    "candidate_to_real": "to real pictures",
+    "reference_to_real": "full precision to real",
+}
+
+
+def evaluate(
+    source: Annotated[str, typer.Argument(metavar="DIR", help="Folder or Hub id of a pipeline, quantized or not.")],
+    reference: Annotated[str, typer.Option(help="Its full-precision original.")],
+    data: Annotated[Path | None, typer.Option(help="Real pictures: .npz (x_test or images) or folder.")] = None,
+    num: Annotated[int, typer.Option(min=2, help="Pictures of each pipeline.")] = 2000,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps, DDIM.")] = 20,
+    features: Annotated[
+        str | None,
+        typer.Option(help=f"{', '.join(FEATURES)} or MODULE:FUNCTION; fashion for 1×32×32 pictures, else inception."),
+    ] = None,
+    seed: Seed = 0,
+    prompts: Prompts = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for results and pictures; DIR-evaluation.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a pipeline against its original and real pictures, with 95 % intervals.
+
+    A run that was killed goes on. Several processes: `accelerate launch … -m diffusers_msfp evaluate …`.
+    """
+    result = cli.evaluate(
+        source, reference, data=data, num=num, steps=steps, features=features, seed=seed, prompts=prompts, out=out
+    )
+    if result is None:  # not the first process
+        return None
+    if as_json:
+        return print_json(result)
+    stdout.print(_figures(result))
+    for name, reason in result["omitted"].items():
+        stdout.print(f"left out: {name}: {reason}", soft_wrap=True, highlight=False, markup=False)
+    stdout.print(_timesteps(result))
+    stdout.print(_layers(result["layers"]))
+    sizes = f"{megabytes(result['bytes_reference'])} → {megabytes(result['bytes_candidate'])}"
+    stdout.print(f"{sizes}, {result['seconds']:.0f} s; everything in [bold]{result['out']}/results.json[/].")
+    return None
+
+
+def _figures(result: dict) -> Table:
+    figures, settings = result["figures"], result["settings"]
+    pairs = {key: title for key, title in SETS.items() if key in figures}
+    about = f"{settings['num']} pictures, {settings['steps']} steps, features `{settings['features']}`"
+    title = f"{result['source']}: {about}; 95 % intervals"
+    table = Table("figure", *pairs.values(), title=title)
+    for name, label in FIGURES.items():
+        if any(name in figures[pair] for pair in pairs):
+            table.add_row(label, *(_interval(figures[pair].get(name)) for pair in pairs))
+    table.add_section()
+    for name, figure in figures.get("classifier_score", {}).items():
+        table.add_row(f"classifier score, {name}", _interval(figure))
+    table.add_row("eps_rel_l2", f"{result['eps_rel_l2']:.4f}")
+    table.add_row("eps_mse", f"{result['eps_mse']:.3g}")
+    return table
+
+
+def _interval(figure: dict | None) -> str:
+    if figure is None:
+        return ""
+    digits = 2 if figure["value"] >= 1 else 3
+    value, low, high = (f"{figure[key]:.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value}\n{low} … {high}"
+
+
+def _timesteps(result: dict) -> Table:
+    table = Table("timestep", "eps_rel_l2", "worst layer", "SNR (dB)")
+    for timestep, error in result["eps_rel_l2_by_timestep"].items():
+        ratios = {
+            n: layer["by_timestep"][timestep]
+            for n, layer in result["layers"].items()
+            if timestep in layer["by_timestep"]
+        }
+        worst = min(ratios, key=ratios.get, default="")
+        table.add_row(timestep, f"{error:.4f}", worst, f"{ratios[worst]:.1f}" if worst else "")
+    return table
+
+
+def _layers(layers: dict) -> Table:
+    worst = sorted(layers, key=lambda name: layers[name]["snr_db"])[:WORST]
+    table = Table("layer", "SNR (dB)", "lowest, at timestep", title=f"{len(worst)} worst of {len(layers)} layers")
+    for name in worst:
+        times = layers[name]["by_timestep"]
+        lowest = min(times, key=times.get)
+        table.add_row(name, f"{layers[name]['snr_db']:.1f}", f"{times[lowest]:.1f}, {lowest}")
+    return table

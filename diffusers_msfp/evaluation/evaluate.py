@@ -1,0 +1,171 @@
+"""A quantized pipeline against its full-precision original and against real pictures, in figures with intervals.
+
+Sets of pictures are compared by features of a network; pictures of equal noise by PSNR and SSIM; the denoisers by their
+outputs and by the outputs of their layers.
+"""
+
+import platform
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from ..errors import ConfigError
+from ..workflow.sampling import with_ddim
+from ..workflow.state import calibration_state, quantized_models
+from .compare import compare_pipelines
+from .features import default_features, extract, feature_network
+from .layers import layer_snr
+from .real import load_real
+from .samples import draw_pictures
+from .sets import compare_pictures, compare_sets, require_finite_pictures, require_ssim
+
+COMPARED = 16
+"""Samples for the denoiser's error; its layers take a quarter of them."""
+
+
+def evaluate_pipelines(
+    reference,
+    candidate,
+    *,
+    data: str | Path | None = None,
+    num: int = 2000,
+    steps: int = 20,
+    features: str | None = None,
+    seed: int = 0,
+    prompts: list[str] | None = None,
+    folder: str | Path | None = None,
+    process: PartialState | None = None,
+    on_step: Callable[[int, int, str], None] | None = None,
+    **arguments,
+) -> dict | None:
+    """All figures of a candidate; the noise of picture i depends on `seed` and i alone, on DDIM.
+
+    Args:
+        reference, candidate (`DiffusionPipeline`): of the same architecture; neither is changed.
+        data (`str` or `Path`, *optional*): real pictures, see `load_real`.
+        num, steps (`int`): pictures of each pipeline, denoising steps.
+        features (`str`, *optional*): see `feature_network`; `fashion` for 1 × 32 × 32 pictures, else `inception`.
+        seed (`int`): of noise and resampling.
+        prompts (`list[str]`, *optional*): taken in turn where the pipeline takes prompts.
+        folder (`str` or `Path`, *optional*): keeps pictures, so that a killed run goes on and the reference's are made
+            once for many candidates.
+        process (`PartialState`, *optional*): of `accelerate launch`: each process draws its share, into `folder`.
+        on_step (`Callable`, *optional*): called with (done, total, what is being done).
+        **arguments: passed on to both pipelines.
+
+    Returns:
+        `dict`: `figures`, with `candidate_to_reference`, and where there is data `candidate_to_real` and
+        `reference_to_real`: `frechet_distance`, `spatial_frechet_distance`, `precision`, `recall`; the first also has
+        `psnr_db` and `ssim` for equal noise; and `classifier_score`: `reference`, `candidate`, `real`. Each figure has
+        `value`, `low`, `high` (95 %) and `bias`, see `distances`. `omitted`: figure → why it is missing. `eps_mse`,
+        `eps_rel_l2`, `eps_rel_l2_by_timestep` as `compare_pipelines`; `layers` as `layer_snr`; `settings`, `origin`.
+        None in all processes but the first.
+
+    Raises:
+        ConfigError: settings that cannot be honoured, or pipelines or pictures that do not fit together.
+        NonFiniteError: pictures hold NaN.
+        UnsupportedError: a package or weights are missing.
+    """
+    if num < 2:
+        raise ConfigError(f"`num` must be at least 2, but {num} came.")
+    if process is not None and process.num_processes > 1 and folder is None:
+        raise ConfigError("Several processes must share a `folder` of pictures, but none was given.")
+    pipes = {"reference": reference, "candidate": candidate}
+    for name, pipe in pipes.items():
+        if any(calibration_state(model) == "observing" for model in quantized_models(pipe)):
+            raise ConfigError(
+                f"Only calibrated models can be evaluated, but the {name} still observes its ranges. Call "
+                f"`calibrate(pipe)` first."
+            )
+    require_ssim()
+    process = process or PartialState(cpu=not torch.accelerator.is_available())
+    shape = _shape(reference, candidate, prompts, arguments)
+    features = features or default_features(shape)
+    network = feature_network(features)
+    real, adapted = load_real(data, shape) if data is not None else (None, None)
+    sets = {}
+    for name, pipe in pipes.items():
+        draw = partial(
+            draw_pictures,
+            pipe,
+            num=num,
+            steps=steps,
+            seed=seed,
+            prompts=prompts,
+            folder=Path(folder) if folder is not None else None,
+            on_step=_stage(on_step, f"pictures of the {name}"),
+            **arguments,
+        )
+        if process.num_processes > 1:
+            draw(share=(process.process_index, process.num_processes))
+            process.wait_for_everyone()
+        if process.is_main_process:
+            sets[name] = require_finite_pictures(draw(), name)
+    if not process.is_main_process:
+        return None
+    everything = sets if real is None else sets | {"real": real}
+    figures, omitted = compare_sets({name: extract(network, images) for name, images in everything.items()}, seed)
+    own, missing = compare_pictures(sets["reference"], sets["candidate"], seed)
+    figures["candidate_to_reference"] |= own
+    omitted |= {f"candidate_to_reference.{name}": reason for name, reason in missing.items()}
+    run = {"num_inference_steps": steps, "seed": seed, "prompts": prompts}
+    compared = compare_pipelines(
+        reference, candidate, num_samples=COMPARED, on_step=_stage(on_step, "denoisers"), **run, **arguments
+    )
+    del compared["image_psnr_db"]  # `psnr_db` above, of fewer pictures
+    layers = layer_snr(
+        reference, candidate, num_samples=COMPARED // 4, on_step=_stage(on_step, "layers"), **run, **arguments
+    )
+    return {
+        "figures": {pair: {name: e.to_dict() for name, e in values.items()} for pair, values in figures.items()},
+        "omitted": omitted,
+        **compared,
+        "layers": layers,
+        "settings": {
+            "num": num,
+            "steps": steps,
+            "seed": seed,
+            "features": features,
+            "prompts": prompts,
+            "data": None if real is None else {"pictures": len(real), "source": Path(data).name, "adapted": adapted},
+            "scheduler": type(with_ddim(reference).scheduler).__name__,
+            "picture_shape": list(shape),
+        },
+        "origin": origin(),
+    }
+
+
+def origin() -> dict:
+    """Machine and versions of a result."""
+    return {
+        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "python": platform.python_version(),
+        "diffusers_msfp": version("diffusers-msfp"),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def _shape(reference, candidate, prompts: list[str] | None, arguments: dict) -> tuple[int, ...]:
+    """Of the pictures of both, from one step of each."""
+    one, other = (
+        tuple(draw_pictures(pipe, num=1, steps=1, prompts=prompts, **arguments).shape[1:])
+        for pipe in (reference, candidate)
+    )
+    if one != other:
+        raise ConfigError(
+            f"Both pipelines must make pictures of one shape, but {one} and {other} came: the candidate is not a "
+            f"quantized version of the reference."
+        )
+    return one
+
+
+def _stage(on_step: Callable[[int, int, str], None] | None, what: str) -> Callable[[int, int], None] | None:
+    return None if on_step is None else lambda done, total: on_step(done, total, what)

@@ -1,0 +1,170 @@
+"""Networks whose features measure distances between sets of pictures, by name.
+
+`inception` is the standard one of FID, through torch-fidelity, where its weights lie on this machine. `fashion` is a
+small Fashion-MNIST classifier (test accuracy 0.90; its distance grows with added noise, `model_cards/results/
+fashion-features.json`): its distances are never called FID. Own networks come as `module:function`.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..assets import FASHION_FEATURES
+from ..errors import ConfigError, ShapeError, UnsupportedError
+from ..registry import Registry
+
+FASHION_SHAPE = (1, 32, 32)
+_BATCH = 100
+_INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+_INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION_FILE}"
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a network says of N pictures; all float.
+
+    Args:
+        pooled (`Tensor`, `(N, d)`): without places, for Fréchet distance, precision and recall.
+        spatial (`Tensor`, `(N, s)`, *optional*): a few channels with their places, for the spatial Fréchet distance.
+        logits (`Tensor`, `(N, classes)`, *optional*): for the classifier score.
+    """
+
+    pooled: Tensor
+    spatial: Tensor | None = None
+    logits: Tensor | None = None
+
+
+FeatureNetwork = Callable[[Tensor], Features]
+"""Pictures `(N, channels, H, W)` in [0, 1], float32 → their features."""
+
+
+class FashionFeatures(nn.Module):
+    """Images `(N, 1, 32, 32)` in [0, 1] → 64 pooled features, 128 spatial ones (8 channels of the last map), 10 logits.
+
+    Raises:
+        ShapeError: images of another shape.
+    """
+
+    width, spatial_channels = 64, 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = (1, 32, self.width, self.width)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(size) for size in sizes[1:])
+        self.head = nn.Linear(self.width, 10)
+
+    @classmethod
+    def trained(cls) -> "FashionFeatures":
+        """With the weights of the package."""
+        network = cls()
+        network.load_state_dict(load_file(FASHION_FEATURES))
+        return network.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Features:
+        """Features and logits."""
+        if tuple(images.shape[1:]) != FASHION_SHAPE:
+            raise ShapeError(
+                f"The features `fashion` need pictures of shape {FASHION_SHAPE}, but {tuple(images.shape[1:])} came. "
+                f"Choose others: `--features inception` or `--features module:function`."
+            )
+        maps = images * 2 - 1
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            maps = F.max_pool2d(F.relu(norm(conv(maps))), 2)
+        pooled = maps.mean((2, 3))
+        return Features(pooled, maps[:, : self.spatial_channels].flatten(1), self.head(pooled))
+
+
+class InceptionFeatures:
+    """InceptionV3 of FID (torch-fidelity): 2048 pooled features, 7 channels of `mixed_6` (arXiv 2103.03841), logits.
+
+    Raises:
+        UnsupportedError: torch-fidelity or the weights are not on this machine; nothing is downloaded.
+    """
+
+    def __init__(self) -> None:
+        weights = Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION_FILE
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError:
+            FeatureExtractorInceptionV3 = None
+        if FeatureExtractorInceptionV3 is None or not weights.is_file():
+            raise UnsupportedError(
+                f"The features `inception` need the package torch-fidelity and its weights in {weights}, but they are "
+                f"not there: `pip install torch-fidelity`, and download {_INCEPTION_URL}. Or choose other features: "
+                f"`--features module:function`."
+            )
+        names = ["2048", "logits_unbiased"]
+        self.network = FeatureExtractorInceptionV3("inception-v3-compat", names, str(weights)).eval()
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+
+    def _keep(self, _module, _args, output: Tensor) -> None:
+        self._maps = output[:, :7].flatten(1)
+
+    def __call__(self, images: Tensor) -> Features:
+        """Grey pictures become three equal channels, values 8-bit."""
+        pixels = (images.expand(-1, 3, -1, -1) * 255).round().to(torch.uint8)
+        pooled, logits = self.network(pixels)
+        return Features(pooled.flatten(1), self._maps, logits)
+
+
+FEATURES: Registry[Callable[[], FeatureNetwork]] = Registry("feature network")
+FEATURES.add("inception", InceptionFeatures)
+FEATURES.add("fashion", FashionFeatures.trained)
+
+
+def default_features(shape: tuple[int, ...]) -> str:
+    """`fashion` for pictures of its shape `(1, 32, 32)`, else `inception`."""
+    return "fashion" if tuple(shape) == FASHION_SHAPE else "inception"
+
+
+def feature_network(name: str) -> FeatureNetwork:
+    """A network of `FEATURES`, or what an own function without arguments makes.
+
+    Args:
+        name (`str`): of the registry, or `module:function`; the network may also return pooled features alone.
+
+    Raises:
+        ConfigError: there is no such name, module or function.
+        UnsupportedError: its weights are missing.
+    """
+    module, colon, function = name.partition(":")
+    if not colon:
+        return FEATURES[name]()
+    try:
+        return getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"Own features must be a `module:function` that can be imported, but {name!r} cannot: {error}."
+        ) from error
+
+
+def extract(network: FeatureNetwork, images: Tensor) -> Features:
+    """Features of many pictures, some at a time.
+
+    Raises:
+        ShapeError: the network does not give one row for each picture.
+    """
+    found = []
+    with torch.no_grad():
+        for part in images.split(_BATCH):
+            result = network(part.float())
+            result = result if isinstance(result, Features) else Features(result)
+            if result.pooled.ndim != 2 or len(result.pooled) != len(part):
+                raise ShapeError(
+                    f"A feature network must give a row of features for each of {len(part)} pictures, but "
+                    f"{tuple(result.pooled.shape)} came."
+                )
+            found.append(result)
+
+    def joined(name: str) -> Tensor | None:
+        parts = [getattr(result, name) for result in found]
+        return None if parts[0] is None else torch.cat(parts).double()
+
+    return Features(*map(joined, ("pooled", "spatial", "logits")))

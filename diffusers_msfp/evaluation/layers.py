@@ -1,0 +1,113 @@
+"""How well each layer alone reproduces its float original: signal-to-noise ratios on the float model's trajectory.
+
+Each layer of the candidate gets the input that the float layer of the same name has just had, so the figure is the
+layer's own and holds no error of the layers before it. Layers are found by their names, so that any quantizer will do
+which puts its layers in the place of the float ones.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..talora import RoutingTable
+from ..workflow.sampling import batched_calls, call_arguments, denoiser_of, quiet, require_positive, with_ddim
+from ..workflow.timestep import timestep_of, timestep_position
+
+MAX_SNR_DB = 100.0
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def snr_db(signal: float, noise: float) -> float:
+    """Ratio of two energies in decibels, at most 100."""
+    return MAX_SNR_DB if noise <= signal * 1e-10 else 10 * math.log10(signal / noise) if signal else -MAX_SNR_DB
+
+
+def layer_snr(
+    reference,
+    candidate,
+    *,
+    num_samples: int = 4,
+    num_inference_steps: int = 20,
+    seed: int = 0,
+    prompts: list[str] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    **arguments,
+) -> dict[str, dict]:
+    """Signal-to-noise ratio of every linear and convolution in the denoiser.
+
+    Args:
+        reference, candidate (`DiffusionPipeline`): of the same architecture; neither is changed.
+        num_samples, num_inference_steps, seed, prompts, on_step, **arguments: see `compare_pipelines`.
+
+    Returns:
+        `dict`: layer → `snr_db`, `10 log10(Σ‖float‖² / Σ‖Δ‖²)` over all samples and timesteps, at most 100, and
+        `by_timestep`: timestep → the same.
+
+    Raises:
+        ConfigError: no layer of the reference has a counterpart of its name.
+    """
+    require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
+    reference = with_ddim(reference)
+    teacher, student = denoiser_of(reference), denoiser_of(candidate)
+    calls = batched_calls(
+        call_arguments(reference, prompts, num_inference_steps, {"output_type": "pt"} | arguments),
+        [student],
+        num_samples,
+        seed,
+    )
+    counterparts = dict(student.named_modules())
+    pairs = {
+        name: (layer, counterparts[name])
+        for name, layer in teacher.named_modules()
+        if isinstance(layer, LAYERS) and name in counterparts
+    }
+    if not pairs:
+        raise ConfigError(
+            f"A quantized {type(teacher).__name__} must have layers of the same names as its float original, but "
+            f"{type(student).__name__} has none of them: the candidate is not a quantized version of the reference."
+        )
+    router, position = getattr(student, "timestep_router", None), timestep_position(teacher)
+    signal, noise = defaultdict(lambda: defaultdict(float)), defaultdict(lambda: defaultdict(float))
+    done, running = 0, math.nan
+
+    def begin(_module, args, kwargs) -> None:
+        nonlocal done, running
+        timestep = timestep_of(position, args, kwargs)
+        if isinstance(router, RoutingTable) and timestep is not None:
+            router.enter(timestep)
+        running, done = math.nan if timestep is None else float(torch.as_tensor(timestep).flatten()[0]), done + 1
+        if on_step is not None:
+            on_step(done, max(done, len(calls) * num_inference_steps))
+
+    def measure(module, args, output, *, name: str, layer: nn.Module) -> None:
+        x, *rest = args
+        came = output if layer is module else layer(x.to(student.dtype), *rest)
+        signal[name][running] += output.double().square().sum().item()
+        noise[name][running] += _energy(came, output)
+
+    handles = [teacher.register_forward_pre_hook(begin, with_kwargs=True)]
+    handles += [layer.register_forward_hook(partial(measure, name=n, layer=own)) for n, (layer, own) in pairs.items()]
+    try:
+        with quiet(reference), torch.no_grad():
+            for call in calls:
+                reference(**call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        name: {
+            "snr_db": snr_db(sum(signal[name].values()), sum(noise[name].values())),
+            "by_timestep": {f"{t:g}": snr_db(signal[name][t], noise[name][t]) for t in sorted(signal[name])[::-1]},
+        }
+        for name in pairs
+        if name in signal
+    }
+
+
+def _energy(a: Tensor, b: Tensor) -> float:
+    return (a.double() - b.double()).square().sum().item()

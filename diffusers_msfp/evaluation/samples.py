@@ -1,0 +1,130 @@
+"""Pictures for an evaluation: the noise of each depends on the seed and its index alone.
+
+They are made in fixed groups, so that neither the number of processes nor a kill changes them, and kept as float16 (its
+rounding lies 75 dB below the picture). On one core of a Zen 5 the embedded model takes 4.1 ms a picture and step in
+float32 and 2.1 ms at `w4a4` in groups of 32; 2.4 ms in 16, 3.3 ms in 128.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..workflow.sampling import (
+    batch_size_for,
+    call_arguments,
+    counting_steps,
+    denoiser_of,
+    quiet,
+    require_positive,
+    with_ddim,
+)
+from ..workflow.state import quantized_models
+from ..workflow.training_state import inputs_digest, plain_config
+
+OnStep = Callable[[int, int], None]
+
+
+def noise_generator(seed: int, index: int) -> torch.Generator:
+    """The random numbers of one picture; no two pictures of a run share them."""
+    start = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return torch.Generator().manual_seed((start + index) % 2**32)
+
+
+def pictures_tensor(images: Tensor | np.ndarray) -> Tensor:
+    """What a pipeline puts out for `pt`, or for `np` where it knows no other, as `(N, channels, H, W)`, float32."""
+    if isinstance(images, Tensor):
+        return images.float().cpu()
+    return torch.from_numpy(np.asarray(images, dtype=np.float32)).permute(0, 3, 1, 2)
+
+
+def draw_pictures(
+    pipe,
+    *,
+    num: int,
+    steps: int,
+    seed: int = 0,
+    prompts: list[str] | None = None,
+    folder: Path | None = None,
+    share: tuple[int, int] = (0, 1),
+    on_step: OnStep | None = None,
+    **arguments,
+) -> Tensor:
+    """Pictures of a pipeline on DDIM, made or found.
+
+    Args:
+        pipe (`DiffusionPipeline`): not changed.
+        num, steps, seed (`int`): pictures, denoising steps, seed of the noise.
+        prompts (`list[str]`, *optional*): taken in turn where the pipeline takes prompts.
+        folder (`Path`, *optional*): where pictures are kept, in a folder for each checkpoint and way of sampling; what
+            is there is not made again.
+        share (`tuple[int, int]`): which of how many processes this one is; each makes every so-many-th group.
+        on_step (`Callable`, *optional*): called after each step with (done, total).
+        **arguments: passed on to the pipeline.
+
+    Returns:
+        `Tensor`, `(n, channels, H, W)`, float16, in [0, 1] but for NaN: this share's groups in order.
+    """
+    require_positive(num=num, steps=steps)
+    pipe = with_ddim(pipe)
+    denoiser = denoiser_of(pipe)
+    make = call_arguments(pipe, prompts, steps, {"output_type": "pt"} | arguments)
+    size = min(num, 2 * batch_size_for([denoiser], num))
+    if folder is not None:
+        folder = folder / _identity(pipe, steps, seed, prompts, arguments)
+        folder.mkdir(parents=True, exist_ok=True)
+    groups = [(start, min(start + size, num)) for start in range(0, num, size)][share[0] :: share[1]]
+    kept = {group: _read(folder, group) for group in groups}
+    missing = [group for group in groups if kept[group] is None]
+    with quiet(pipe), torch.no_grad(), counting_steps(denoiser, len(missing) * steps, on_step):
+        for start, end in missing:
+            noise = [noise_generator(seed, index) for index in range(start, end)]
+            images = pictures_tensor(pipe(**make(start, end - start, noise)).images)
+            kept[start, end] = images.numpy().astype(np.float16)
+            if folder is not None:
+                _write(folder, (start, end), kept[start, end])
+    return torch.from_numpy(np.concatenate([kept[group] for group in groups])) if groups else torch.empty(0)
+
+
+def _identity(pipe, steps: int, seed: int, prompts: list[str] | None, arguments: dict) -> str:
+    """A name for all that pictures depend on, beside their number."""
+    models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    parts = {name: inputs_digest(model, repr(model), plain_config(model)) for name, model in models.items()}
+    running = [
+        (getattr(module, "engine", None) and module.engine.name, getattr(module, "strength", None))
+        for model in quantized_models(pipe)
+        for module in model.modules()
+    ]
+    scheduler = [type(pipe.scheduler).__name__, plain_config(pipe.scheduler)]
+    described = [type(pipe).__name__, parts, running, scheduler, steps, seed, prompts, arguments]
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=repr).encode()).hexdigest()[:20]
+
+
+def _file(folder: Path, group: tuple[int, int]) -> Path:
+    return folder / f"{group[0]:07}-{group[1]:07}.npy"
+
+
+def _read(folder: Path | None, group: tuple[int, int]) -> np.ndarray | None:
+    if folder is None or not _file(folder, group).is_file():
+        return None
+    try:
+        images = np.load(_file(folder, group))
+    except (ValueError, EOFError):  # damaged: made again
+        return None
+    return images if images.ndim == 4 and len(images) == group[1] - group[0] else None
+
+
+def _write(folder: Path, group: tuple[int, int], images: np.ndarray) -> None:
+    """Complete or not at all."""
+    part = folder / f"{group[0]}-{os.getpid()}.part"
+    try:
+        with open(part, "wb") as file:
+            np.save(file, images)
+        part.replace(_file(folder, group))
+    finally:
+        part.unlink(missing_ok=True)
