@@ -12,7 +12,7 @@ LAYERS = {
     0: ("errors", "registry", "formats", "schemes"),
     1: ("numerics",),
     2: ("calibration",),
-    3: ("engines", "nn", "talora", "temporal", "losses"),
+    3: ("engines", "nn", "rounding", "talora", "temporal", "losses"),
     4: ("workflow", "evaluation", "assets"),
     5: ("integration",),
     6: ("cli", "__init__", "__main__"),

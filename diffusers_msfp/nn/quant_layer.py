@@ -154,18 +154,20 @@ class QuantLayer(Execution, ABC):
         return select(banks, bank)
 
     @torch.no_grad()
-    def store_banks(self, weights: Sequence[Tensor]) -> None:
+    def store_banks(self, weights: Sequence[Tensor], original: Tensor | None = None) -> None:
         """Encode and pack one weight per bank, with the scales that the layer has.
 
         Args:
-            weights (`Sequence[Tensor]`): float, each of `logical_shape`.
+            weights (`Sequence[Tensor]`): float, each of `logical_shape`; values of the grid are stored as they are.
+            original (`Tensor`, *optional*): what `weight_error` is measured against instead of each weight itself.
         """
         self.make_room(len(weights), self.weight.device)
         error = energy = 0.0
         for bank, weight in enumerate(weights):
             self._store(weight, bank)
-            error += (self.dequantize_weight(bank) - weight).square().sum().item()
-            energy += weight.square().sum().item()
+            meant = weight if original is None else original
+            error += (self.dequantize_weight(bank) - meant).square().sum().item()
+            energy += meant.square().sum().item()
         self.weight_error.fill_(error / energy if energy else 0.0)
 
     def to_float(self, dtype: torch.dtype) -> nn.Module:
