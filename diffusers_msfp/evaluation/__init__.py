@@ -4,5 +4,6 @@ from ..workflow.sampling import with_ddim
 from .compare import compare_pipelines
 from .describe import describe_checkpoint
 from .pictures import image_grid
+from .temporal import temporal_features
 
-__all__ = ["compare_pipelines", "describe_checkpoint", "image_grid", "with_ddim"]
+__all__ = ["compare_pipelines", "describe_checkpoint", "image_grid", "temporal_features", "with_ddim"]

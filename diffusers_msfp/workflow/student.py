@@ -11,11 +11,13 @@ from ..losses import squared_error
 from ..numerics.rounding import check_finite
 from ..schemes import check_patterns
 from ..talora import AdapterBank, AdapterPlan, Gate, TimestepRouter, Trainee, adapter_rank
+from ..temporal import FiniteSet
 from .adapters import base_fingerprint, connect, layers_by_name, require_timesteps, routing_of
 from .blocks import block_outputs
 from .convert import replace_module
 from .sampling import model_output
 from .state import calibration_state, write_record
+from .temporal_model import finite_set_of
 from .timestep import timestep_of, timestep_position
 from .trajectory import DenoisingStep
 
@@ -69,7 +71,12 @@ class Student(nn.Module):
             raise ConfigError("This model has adapters already. Start from the checkpoint that `quantize` wrote.")
         if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
             raise ConfigError("Users' adapters must be unloaded before fine-tuning, but this model has some.")
-        layers = layers_by_name(model)
+        layers = {name: each for name, each in layers_by_name(model).items() if not isinstance(each.routing, FiniteSet)}
+        if not any(layer.input_format is not None for layer in layers.values()) and finite_set_of(model) is not None:
+            raise ConfigError(
+                "Layers have input parameters for each timestep or adapters, not both, but all layers of this model "
+                "have such parameters. Use `fsc='block'` in temporal maintenance, or do without fine-tuning."
+            )
         check_patterns(router_groups, list(layers), "router_groups")
         ranks: dict[str, list[str]] = {}
         for name, layer in layers.items():
