@@ -1,12 +1,13 @@
 """What a checkpoint's config says of the finite set and of the layers that follow it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from ..errors import CheckpointError
 
 SCOPES = ("block", "all")
-CACHE_DTYPES = ("float16", "float32")
+CACHE_DTYPES = {"float16": 2, "float32": 4}
+"""Dtype → bytes of a number."""
 MAX_TIMESTEPS = 2**16
 
 
@@ -36,7 +37,7 @@ class TemporalPlan:
         whole = isinstance(self.num_timesteps, int) and not isinstance(self.num_timesteps, bool)
         if not whole or not 1 <= self.num_timesteps <= MAX_TIMESTEPS:
             problem = f"`num_timesteps` must lie in 1 … {MAX_TIMESTEPS}, but {self.num_timesteps!r} came"
-        elif not (isinstance(self.cached, Mapping) and set(self.cached) <= set(CACHE_DTYPES)):
+        elif not (isinstance(self.cached, Mapping) and set(self.cached) <= CACHE_DTYPES.keys()):
             problem = f"`cached` must map {' or '.join(CACHE_DTYPES)} to names of layers, but {self.cached!r} came"
         elif not all(map(_is_names, (self.block, self.sets, *self.cached.values()))):
             problem = "`block`, `sets` and `cached` must hold different names of layers, but they do not"
@@ -66,6 +67,26 @@ class TemporalPlan:
     def cached_layers(self) -> dict[str, str]:
         """Layer → dtype of its features."""
         return {name: dtype for dtype, names in self.cached.items() for name in names}
+
+    def summary(self, timesteps: Sequence[float], channels: Mapping[str, int]) -> dict:
+        """What there is and what it takes.
+
+        Args:
+            timesteps (`Sequence[float]`): the finite set.
+            channels (`Mapping[str, int]`): outputs of each layer, at least of the cached ones.
+
+        Returns:
+            `dict`: `timesteps`, `block`, `sets` and `cached` (names of layers), `sets_bytes`, `cache_bytes`.
+        """
+        cached = self.cached_layers()
+        return {
+            "timesteps": list(timesteps),
+            "block": list(self.block),
+            "sets": list(self.sets),
+            "cached": [name for name in self.block if name in cached],
+            "sets_bytes": 8 * self.num_timesteps * len(self.sets),
+            "cache_bytes": sum(self.num_timesteps * channels[n] * CACHE_DTYPES[dtype] for n, dtype in cached.items()),
+        }
 
     @property
     def layers(self) -> list[str]:

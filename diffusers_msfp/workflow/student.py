@@ -17,7 +17,6 @@ from .blocks import block_outputs
 from .convert import replace_module
 from .sampling import model_output
 from .state import calibration_state, write_record
-from .temporal_model import finite_set_of
 from .timestep import timestep_of, timestep_position
 from .trajectory import DenoisingStep
 
@@ -72,10 +71,11 @@ class Student(nn.Module):
         if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
             raise ConfigError("Users' adapters must be unloaded before fine-tuning, but this model has some.")
         layers = {name: each for name, each in layers_by_name(model).items() if not isinstance(each.routing, FiniteSet)}
-        if not any(layer.input_format is not None for layer in layers.values()) and finite_set_of(model) is not None:
+        temporal = model.config.quantization_config.temporal
+        if temporal and set(temporal["sets"]) - set(temporal["block"]):
             raise ConfigError(
                 "Layers have input parameters for each timestep or adapters, not both, but all layers of this model "
-                "have such parameters. Use `fsc='block'` in temporal maintenance, or do without fine-tuning."
+                "have the former. Use `fsc='block'` in temporal maintenance, or do without fine-tuning."
             )
         check_patterns(router_groups, list(layers), "router_groups")
         ranks: dict[str, list[str]] = {}

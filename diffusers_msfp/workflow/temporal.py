@@ -150,15 +150,9 @@ def maintain_temporal(
     tables = {name: table.to(model.device) for name, table in features.items()}
     attach_sets(model, plan, probe.timesteps.to(model.device), tables)
     model.config.quantization_config.temporal = plan.to_dict()
-    return {
-        "timesteps": probe.timesteps.tolist(),
-        "block": list(plan.block),
-        "sets": list(plan.sets),
-        "cached": list(features),
-        "errors": {name: {"ptq": before[name], "reconstructed": reconstructed[name]} for name in targets},
-        "sets_bytes": 8 * len(cells) * len(sets),
-        "cache_bytes": sum(table.numel() * table.element_size() for table in features.values()),
-    }
+    channels = {name: layer.logical_shape[0] for name, layer in layers.items()}
+    errors = {name: {"ptq": before[name], "reconstructed": reconstructed[name]} for name in targets}
+    return plan.summary(probe.timesteps.tolist(), channels) | {"errors": errors}
 
 
 def choose_cached(block: TemporalBlock, errors: Mapping[str, float], above: float | None) -> list[str]:
