@@ -1,7 +1,7 @@
 """The quantized temporal block while it is worked on: FSC and TIAR on nothing but timesteps.
 
-Each entry of the finite set stands for the timesteps nearest to it, so both see three of them: the entry's own and
-those halfway to its neighbours, which other samplers come close to.
+Each entry of the finite set stands for the timesteps nearest to it, which other samplers come to, so both see five of
+them: the entry's own, and two on the way to each neighbour.
 """
 
 from collections.abc import Mapping
@@ -18,17 +18,18 @@ from ..temporal import BlockLayer, TemporalBlock, finite_set_search, quantize_ro
 Sets = dict[str, tuple[Tensor, Tensor, Tensor]]
 """Layer → scale and zero point `(S,)`, and relative squared error `()`, of its input."""
 
+SHARES = (0.25, 0.5)
+"""How far on the way to a neighbour the other timesteps of an entry lie."""
 NEIGHBOURS = 0.1
-"""Weight of the timesteps halfway to the neighbours in reconstruction."""
+"""Their weight in reconstruction."""
 
 
 def cell_timesteps(timesteps: Tensor) -> Tensor:
-    """For each entry of a set its own timestep and those halfway to both sides; `(S,)` ascending → `(S, 3)`."""
-    halfway = (timesteps[1:] + timesteps[:-1]) / 2
-    if bool((timesteps == timesteps.round()).all()):
-        halfway = halfway.floor()  # some models embed whole timesteps only
-    below, above = torch.cat([timesteps[:1], halfway]), torch.cat([halfway, timesteps[-1:]])
-    return torch.stack([timesteps, below, above], dim=1)
+    """For each entry of a set its own timestep and four more on the way to its neighbours; `(S,)` → `(S, 5)`."""
+    before, after = torch.cat([timesteps[:1], timesteps[:-1]]), torch.cat([timesteps[1:], timesteps[-1:]])
+    cells = [timesteps] + [timesteps + share * (end - timesteps) for end in (before, after) for share in SHARES]
+    whole = bool((timesteps == timesteps.round()).all())  # some models embed whole timesteps only
+    return torch.stack([cell.round() if whole else cell for cell in cells], dim=1)
 
 
 class StudentBlock:
@@ -49,7 +50,7 @@ class StudentBlock:
         self.sets: Sets = {}
 
     def run(self, roots: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The outputs of all layers, `(S, 3, out)`, for inputs of the roots `(S, 3, in)`."""
+        """The outputs of all layers, `(S, 5, out)`, for inputs of the roots `(S, 5, in)`."""
 
         def apply(place: BlockLayer, x: Tensor) -> Tensor:
             return self._multiply(place.name, self._quantize(place.name, x), weights or self.weights)
@@ -102,14 +103,14 @@ class StudentBlock:
         Minimised is the squared error of each layer and timestep over the square of the target, mean over timesteps.
 
         Args:
-            roots, targets (`Mapping[str, Tensor]`): `(S, 3, in)` and `(S, 3, out)`, of the full-precision block.
+            roots, targets (`Mapping[str, Tensor]`): `(S, 5, in)` and `(S, 5, out)`, of the full-precision block.
             originals (`Mapping[str, Tensor]`): float weights.
         """
         soft = {name: SoftRounding(originals[name], layer.weight_qparams()) for name, layer in self.layers.items()}
         parameters = [rounding.logit for rounding in soft.values()]
         optimizer = torch.optim.Adam(parameters, lr=learning_rate)
         number = sum(parameter.numel() for parameter in parameters)
-        share = torch.tensor([1.0, NEIGHBOURS, NEIGHBOURS], device=parameters[0].device)
+        share = torch.tensor([1.0, *[NEIGHBOURS] * (2 * len(SHARES))], device=parameters[0].device)
         factors = {name: share / y.square().sum(-1).clamp_min(1e-30) for name, y in targets.items()}
         with torch.enable_grad():
             for iteration in range(iterations):

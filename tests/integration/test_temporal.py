@@ -373,5 +373,6 @@ def test_a_layer_that_others_read_is_stored_only_if_all_of_them_are():
 
 
 def test_entries_stand_for_the_timesteps_nearest_to_them():
-    assert cell_timesteps(torch.tensor([0.0, 10, 21])).tolist() == [[0, 0, 5], [10, 5, 15], [21, 15, 21]]
-    assert cell_timesteps(torch.tensor([0.0, 0.5])).tolist() == [[0, 0, 0.25], [0.5, 0.25, 0.5]]
+    cells = cell_timesteps(torch.tensor([0.0, 10, 21])).tolist()
+    assert cells == [[0, 0, 0, 2, 5], [10, 8, 5, 13, 16], [21, 18, 16, 21, 21]]
+    assert cell_timesteps(torch.tensor([0.0, 0.5])).tolist()[0] == [0, 0, 0, 0.125, 0.25]
