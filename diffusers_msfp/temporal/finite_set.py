@@ -135,7 +135,7 @@ def store_features(features: Tensor, tolerance: float) -> Tensor:
     """Features `(S, C)` in float16, or in float32 where float16 would cost a relative error above `tolerance`."""
     half = features.to(torch.float16)
     lost = (half.to(torch.float32) - features).norm(dim=1)
-    return half if bool((lost <= tolerance * features.norm(dim=1)).all()) else features
+    return half if bool((lost <= tolerance * features.norm(dim=1)).all()) else features.contiguous()
 
 
 def finite_set_search(x: Tensor, default: QParams) -> tuple[Tensor, Tensor, Tensor]:

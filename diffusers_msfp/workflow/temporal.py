@@ -40,7 +40,7 @@ class TemporalConfig:
         fsc (`str`, *optional*): input parameters for each timestep in the `"block"`, as the paper has it, or in
             `"all"` layers, as its released code does; None for none.
         cache_above (`float`, *optional*): store the outputs of layers whose relative error stays above this; 0 stores
-            all that storing improves, None nothing.
+            all, None nothing.
         num_samples (`int`): that ranges for `"all"` layers are taken from.
         seed (`int`): of the samples' noise.
 
@@ -116,7 +116,8 @@ def maintain_temporal(
         )
     cells = cell_timesteps(probe.timesteps)
     roots = {name: x.unflatten(0, cells.shape) for name, x in probe.roots(cells.flatten()).items()}
-    targets = probe.features(roots)
+    parts = roots, probe.features(roots), probe.weights
+    roots, targets, originals = ({name: x.to(model.device) for name, x in part.items()} for part in parts)
     for name, target in targets.items():
         check_finite(target, f"The output of the teacher's layer `{name}`")
     student = StudentBlock(probe.block, layers)
@@ -126,7 +127,7 @@ def maintain_temporal(
         student.search_sets(roots)
     if config.iterations:
         steps = {key: getattr(config, key) for key in ("iterations", "learning_rate", "penalty")}
-        student.reconstruct(roots, targets, probe.weights, **steps)
+        student.reconstruct(roots, targets, originals, **steps)
         if config.fsc:
             student.search_sets(roots)
     reconstructed = measure()
@@ -140,15 +141,14 @@ def maintain_temporal(
         sets = sets | observe_sets(model, teacher, make_arguments, probe.timesteps, sets, **counts)
 
     for name, weight in student.weights.items() if config.iterations else ():  # only now is the model changed
-        layers[name].store_banks([weight], probe.weights[name])
+        layers[name].store_banks([weight], originals[name])
     for name, parameters in sets.items():
         layers[name].store_input(*parameters)
     cached: dict[str, list[str]] = {}
     for name, table in features.items():
         cached.setdefault(str(table.dtype).removeprefix("torch."), []).append(name)
     plan = TemporalPlan(len(cells), probe.block.names, tuple(sets), cached, asdict(config))
-    tables = {name: table.to(model.device) for name, table in features.items()}
-    attach_sets(model, plan, probe.timesteps.to(model.device), tables)
+    attach_sets(model, plan, probe.timesteps.to(model.device), features)
     model.config.quantization_config.temporal = plan.to_dict()
     channels = {name: layer.logical_shape[0] for name, layer in layers.items()}
     errors = {name: {"ptq": before[name], "reconstructed": reconstructed[name]} for name in targets}
