@@ -17,7 +17,17 @@ from .integration import (
 )
 from .numerics import QParams, decode, encode, fake_quantize
 from .schemes import SCHEMES
-from .workflow import FinetuneConfig, calibrate, calibration_state, denoising_factors, finetune, freeze, set_engine
+from .workflow import (
+    FinetuneConfig,
+    TemporalConfig,
+    calibrate,
+    calibration_state,
+    denoising_factors,
+    finetune,
+    freeze,
+    maintain_temporal,
+    set_engine,
+)
 
 __version__ = "0.1.0"
 
@@ -31,6 +41,7 @@ __all__ = [
     "MSFPPipelineMixin",
     "MSFPQuantizer",
     "QParams",
+    "TemporalConfig",
     "calibrate",
     "calibration_state",
     "decode",
@@ -41,6 +52,7 @@ __all__ = [
     "finetune",
     "freeze",
     "import_adapter",
+    "maintain_temporal",
     "quantize_pipeline",
     "search_qparams",
     "set_engine",

@@ -12,7 +12,7 @@ LAYERS = {
     0: ("errors", "registry", "formats", "schemes", "assets"),
     1: ("numerics",),
     2: ("calibration",),
-    3: ("engines", "nn", "talora", "losses"),
+    3: ("engines", "nn", "talora", "temporal", "rounding", "losses"),
     4: ("workflow", "evaluation"),
     5: ("integration",),
     6: ("cli", "__init__", "__main__"),

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import NonFiniteError
 from ..numerics import QParams
 from ..numerics.rounding import check_finite
+from ..numerics.route import Route
 from .grid import InputGrid
 
 MEMORY_MODES = ("fast", "low")
@@ -119,9 +120,14 @@ def weight_unit(layer) -> Tensor:
 
 @torch.library.custom_op("diffusers_msfp::run_layer", mutates_args=())
 def run_layer(x: Tensor, handle: int, bank: int, adapter: int, index: Tensor | None) -> Tensor:
-    """A prepared layer as an operator; where `bank` or `adapter` is -1, `index` says it."""
-    chosen = [index if each < 0 else each for each in (bank, adapter)]
-    return _PREPARED[handle].run(x, *chosen).contiguous(memory_format=_memory_format(x))
+    """A prepared layer as an operator; where `bank` or `adapter` is -1, `index` says it; `(B,)` for rows."""
+    prepared = _PREPARED[handle]
+
+    def run(rows: Tensor, index: Tensor | int | None) -> Tensor:
+        return prepared.run(rows, *(index if each < 0 else each for each in (bank, adapter)))
+
+    y = Route(index).apply(run, x, 0) if index is not None and index.ndim else run(x, index)
+    return y.contiguous(memory_format=_memory_format(x))
 
 
 @run_layer.register_fake

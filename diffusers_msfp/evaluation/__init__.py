@@ -7,6 +7,7 @@ from .evaluate import evaluate_pipelines
 from .features import FEATURES, Features
 from .layers import layer_snr
 from .pictures import image_grid
+from .temporal import temporal_features
 
 __all__ = [
     "FEATURES",
@@ -16,5 +17,6 @@ __all__ = [
     "evaluate_pipelines",
     "image_grid",
     "layer_snr",
+    "temporal_features",
     "with_ddim",
 ]

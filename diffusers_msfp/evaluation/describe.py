@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import CheckpointError
 from ..formats import FORMATS, FPFormat
 from ..talora import AdapterPlan, RoutingTable
+from ..temporal import FiniteSet, TemporalPlan
 from ..workflow.engine import engine_named
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -102,8 +103,8 @@ def describe_checkpoint(path: str | Path) -> dict:
         if float, `"observing"` before calibration), `input_signed`, `input_scale`, `input_zero_point`,
         `input_rel_mse`, `engine` (that `auto` would take on this machine's CPU), `engine_refusals` (those before it →
         why not), `weight_bytes` (of all banks; `input_scale` and `input_zero_point` are lists where there are
-        several); and `adapters`: None, or `placement`, `num_adapters` and the router's `intervals`
-        (`[group][(first timestep, last timestep, adapter), …]`).
+        several); `adapters`: None, or `placement`, `num_adapters` and the router's `intervals`
+        (`[group][(first timestep, last timestep, adapter), …]`); and `temporal`: None, or `TemporalPlan.summary`.
 
     Raises:
         CheckpointError: no such checkpoint, or a damaged one.
@@ -157,6 +158,7 @@ def _describe_component(folder: Path) -> dict:
         "bytes": file_bytes(folder),
         "layers": layers,
         "adapters": _describe_adapters(record, tensors),
+        "temporal": _describe_temporal(record, tensors),
     }
 
 
@@ -168,6 +170,14 @@ def _describe_adapters(record: dict, tensors: dict) -> dict | None:
     return {"placement": plan.placement, "num_adapters": plan.num_adapters, "intervals": intervals}
 
 
+def _describe_temporal(record: dict, tensors: dict) -> dict | None:
+    if not record.get("temporal"):
+        return None
+    plan = TemporalPlan.from_dict(record["temporal"])
+    channels = {name: tensors[f"{name}.weight_scale"].numel() for name in plan.block}
+    return plan.summary(tensors[f"{FiniteSet.place}.timesteps"].tolist(), channels)
+
+
 def _small_tensors(folder: Path) -> tuple[dict, dict]:
     """Scales, zero points and errors, and the shapes of the packed weights; packed weights are not read."""
     tensors, shapes = {}, {}
@@ -177,7 +187,7 @@ def _small_tensors(folder: Path) -> tuple[dict, dict]:
                 for key in handle.keys():  # noqa: SIM118
                     if key.endswith(".weight"):
                         shapes[key] = handle.get_slice(key).get_shape()
-                    elif key.rpartition(".")[2].startswith(("weight_", "input_", "table")):
+                    elif key.rpartition(".")[2].startswith(("weight_", "input_", "table", "timesteps")):
                         tensors[key] = handle.get_tensor(key)
         except SafetensorError as error:
             raise CheckpointError(f"{file} must be a safetensors file, but it is not ({error}).") from error

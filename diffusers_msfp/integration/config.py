@@ -13,6 +13,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from ..errors import CheckpointError, ConfigError
 from ..schemes import DEFAULT_SCHEME, SCHEMES
 from ..talora import AdapterPlan
+from ..temporal import TemporalPlan
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class MSFPConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
         layers (`list[dict]`): `{"weight": format, "input": format | None | "observing", "modules": [names]}`.
         calibration (`dict`): `state` (`"observing"` or `"frozen"`), and while observing the run's last timestep.
         adapters (`dict`, *optional*): see `talora.AdapterPlan`; None where there are none.
+        temporal (`dict`, *optional*): see `temporal.TemporalPlan`; None without temporal maintenance.
         format_version (`int`): of the checkpoint, 1.
 
     Raises:
@@ -64,6 +66,7 @@ class MSFPConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
         layers: list[dict] | None = None,
         calibration: dict | None = None,
         adapters: dict | None = None,
+        temporal: dict | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = MSFPMethod.MSFP.value,
     ) -> None:
@@ -80,6 +83,8 @@ class MSFPConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
             )
         if adapters is not None:
             AdapterPlan.from_dict(adapters)
+        if temporal is not None:
+            TemporalPlan.from_dict(temporal)
         self.format_version = format_version
         SCHEMES[scheme]
         self.scheme = scheme
@@ -93,6 +98,7 @@ class MSFPConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
         self.layers = layers
         self.calibration = calibration
         self.adapters = adapters
+        self.temporal = temporal
 
     @classmethod
     def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs):
@@ -106,7 +112,8 @@ class MSFPConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
         return (config, {}) if return_unused_kwargs else config
 
     def to_dict(self) -> dict:
-        """Everything, in types that JSON knows."""
+        """Everything, in types that JSON knows; `temporal`, younger than the format, only where there is some."""
+        temporal = {"temporal": copy.deepcopy(self.temporal)} if self.temporal is not None else {}
         return {
             "quant_method": self.quant_method.value,
             "format_version": self.format_version,
@@ -117,13 +124,13 @@ class MSFPConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
             "layers": copy.deepcopy(self.layers),
             "calibration": copy.deepcopy(self.calibration),
             "adapters": copy.deepcopy(self.adapters),
-        }
+        } | temporal
 
     def to_diff_dict(self) -> dict:
         """What differs from a default config; the method's name and version always."""
         default = MSFPConfig().to_dict()
         always = ("quant_method", "format_version", "scheme")
-        return {key: value for key, value in self.to_dict().items() if key in always or value != default[key]}
+        return {key: value for key, value in self.to_dict().items() if key in always or value != default.get(key)}
 
     def for_one_model(self) -> "MSFPConfig":
         """A copy that one model may write its record into."""

@@ -13,10 +13,12 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..errors import ConfigError
+from ..temporal import TemporalPlan
 from ..workflow.adapters import refuse_merged, routing_of
 from ..workflow.convert import quant_layers
 from ..workflow.engine import engines_of
 from ..workflow.state import calibration_state, freeze, quantized_models, tracker
+from ..workflow.temporal_model import finite_set_of
 from . import talora_files
 from .talora_files import plan_of
 
@@ -97,7 +99,7 @@ class MSFPPipelineMixin:
             `dict`: component → `scheme`, `calibration_state`, `layers`, `weight_formats` and `input_formats` (format →
             number of layers; `"float"` and `"observing"` too), `unsigned_inputs`, `engines` (engine → number of
             layers that it runs now), `bits_per_weight` (codes and scales, per bank), `bytes` (of all its tensors),
-            `adapters` (see `talora_summary`, or None).
+            `adapters` (see `talora_summary`, or None), `temporal` (see `TemporalPlan.summary`, or None).
         """
         report = {}
         for name, model in self.components.items():
@@ -119,6 +121,7 @@ class MSFPPipelineMixin:
                 "bits_per_weight": 8 * packed / weights,
                 "bytes": model.get_memory_footprint(),
                 "adapters": _summary(model) if routing_of(model) is not None else None,
+                "temporal": _temporal_summary(model),
             }
         return report
 
@@ -161,6 +164,15 @@ def _freezing(call):
 
     wrapped._freezes = True
     return wrapped
+
+
+def _temporal_summary(model: nn.Module) -> dict | None:
+    finite_set = finite_set_of(model)
+    if finite_set is None:
+        return None
+    channels = {name: layer.logical_shape[0] for name, layer in quant_layers(model)}
+    plan = TemporalPlan.from_dict(model.config.quantization_config.temporal)
+    return plan.summary(finite_set.timesteps.tolist(), channels)
 
 
 def _summary(model: nn.Module) -> dict:

@@ -17,10 +17,12 @@ from ..nn import QUANT_LAYERS, QuantLayer
 from ..nn.stored import INPUT_TENSORS, OBSERVED, WEIGHT_TENSORS
 from ..talora import AdapterBank, AdapterPlan, RoutingTable
 from ..talora.adapters import ADAPTER_TENSORS
+from ..temporal import FeatureTable, FiniteSet, TemporalPlan
 from ..workflow.adapters import prepare_skeleton, routing_of
 from ..workflow.convert import Conversion, convert_skeleton, plain_name, replace_module, revert
 from ..workflow.engine import engine_from_environment, set_engine
 from ..workflow.state import calibration_state, track, untrack
+from ..workflow.temporal_model import detach_sets, temporal_skeleton
 from . import overrides
 from .config import MSFPConfig
 
@@ -30,6 +32,8 @@ STORED_TENSORS = {
     QuantLayer: ("weight", *WEIGHT_TENSORS, *INPUT_TENSORS, *OBSERVED),
     AdapterBank: ADAPTER_TENSORS,
     RoutingTable: ("table",),
+    FiniteSet: ("timesteps",),
+    FeatureTable: ("features",),
 }
 """What a checkpoint keeps beside float tensors, by the kind of module that keeps it."""
 
@@ -91,6 +95,8 @@ class MSFPQuantizer(DiffusersQuantizer):
             convert_skeleton(model, config.layers, self._plan.layers)
             if config.adapters is not None:
                 prepare_skeleton(model, AdapterPlan.from_dict(config.adapters))
+            if config.temporal is not None:
+                temporal_skeleton(model, TemporalPlan.from_dict(config.temporal))
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Cut what stays float loose from the file: a bias that is a view would keep a whole float shard mapped."""
@@ -165,11 +171,13 @@ class MSFPQuantizer(DiffusersQuantizer):
         return missing_keys
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:  # noqa: ARG002
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, QuantLayer) and not module.weight_scale.is_meta:
                 module.check_stored()
-            elif isinstance(module, RoutingTable):
+            elif isinstance(module, RoutingTable | FiniteSet):
                 module.check()
+            elif isinstance(module, FeatureTable):
+                module.check(name)
         on_the_fly = not self.pre_quantized
         self.attach(model)
         if on_the_fly:
@@ -223,6 +231,7 @@ class MSFPQuantizer(DiffusersQuantizer):
             )
         set_engine(model, "reference")
         overrides.remove(model)
+        detach_sets(model)
         untrack(model)
         revert(model, model.dtype)
         config = dict(model._internal_dict)

@@ -94,6 +94,12 @@ def load_talora(model: nn.Module, source: str | Path, **hub) -> None:
             f"Adapters fit only the quantized model that they were trained for, but {reason}. Load the checkpoint that "
             f"`finetune` started from."
         )
+    taken = sorted(name for name in plan.rank_of() if layers[name].routing is not None)
+    if taken:
+        raise ConfigError(
+            f"Layers have adapters or follow a set of timesteps, not both, but `{taken[0]}` would do both. Load the "
+            f"checkpoint that `finetune` started from."
+        )
     banks = {name: _bank(layers[name], name, rank, plan, tensors) for name, rank in plan.rank_of().items()}
     table = tensors.pop(f"{ROUTER}.table", None)
     if table is None:

@@ -6,6 +6,7 @@ from torch import Tensor
 from ..calibration import observe
 from ..numerics import QParams, decode, fake_quantize, select, unpack
 from ..numerics.rounding import require_finite
+from ..numerics.route import Route
 from .engine import Engine, Prepared
 from .stored import StoredTensors
 
@@ -59,7 +60,11 @@ class Execution(StoredTensors):
         return QParams.unchecked(self.weight_format, scale, torch.zeros_like(scale))
 
     def input_qparams(self, adapter: int | Tensor = 0) -> QParams:
-        """Scale and zero point of shape `()`; those of the adapters while adapters beside the weight are in use."""
+        """Scale and zero point of shape `()`; those of the adapters while adapters beside the weight are in use.
+
+        Args:
+            adapter (`int` or `Tensor`): which adapter's, or which parameter set; a tensor `(B,)` gives shape `(B,)`.
+        """
         owner = self.adapters if self.adapters is not None and self.routing.strength else self
         scale, zero_point = owner.input_scale, owner.input_zero_point
         if scale.ndim:
@@ -77,7 +82,11 @@ class Execution(StoredTensors):
             observe(self.observation, x, self.place)
         elif self.input_format is not None:
             require_finite(x, f"The input of layer `{self.place}`")
-            return fake_quantize(x.to(torch.float32), self.input_qparams(adapter))
+            qparams = self.input_qparams(adapter)
+            if qparams.scale.ndim:  # a set for each row
+                parts = (part.view(-1, *[1] * (x.ndim - 1)) for part in (qparams.scale, qparams.zero_point))
+                qparams = QParams.unchecked(qparams.format, *parts)
+            return fake_quantize(x.to(torch.float32), qparams)
         return x.to(torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,6 +98,16 @@ class Execution(StoredTensors):
         if x.dtype == torch.uint8:
             adapter = self._adapter_of_codes()
             return self.prepared.from_codes(x, adapter)
+        if self.recall is not None:
+            return self.recall.recall(self.routing.route(), x, self._forward)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if self.num_sets:
+            route = self.routing.route()
+            if torch.compiler.is_compiling():  # a set for each row: no need to compute all
+                return self.run(x, 0, Route.rows(route.index, x.shape[0])).to(x.dtype)
+            return route.apply(lambda rows, index: self.run(rows, 0, index), x, self.num_sets).to(x.dtype)
         if self.num_banks == 1 and not self._beside:
             return self.run(x).to(x.dtype)
 
@@ -98,10 +117,15 @@ class Execution(StoredTensors):
             correction = self.adapters(self, rows.to(torch.float32), adapter)
             return self.run(rows, 0, adapter) + correction * self.routing.strength
 
-        return self.routing.route(self.group).apply(run, x, self.routing.num_adapters).to(x.dtype)
+        num_adapters = self.adapters.num_adapters if self._beside else self.num_banks
+        return self.routing.route(self.group).apply(run, x, num_adapters).to(x.dtype)
 
     def run(self, x: Tensor, bank: int | Tensor = 0, adapter: int | Tensor = 0) -> Tensor:
-        """The layer with one bank and the input's parameters of one adapter, by its engine."""
+        """The layer with one bank and the input's parameters of one adapter or set, by its engine.
+
+        Args:
+            adapter (`int` or `Tensor`): a tensor `(B,)`, while compiling only, has the set of each row of `x`.
+        """
         prepared = self.ready(x)
         if prepared is not None:
             return prepared(x, bank, adapter)
@@ -115,10 +139,11 @@ class Execution(StoredTensors):
     def _adapter_of_codes(self) -> int | None:
         if self._beside:
             return None
-        return 0 if self.num_banks == 1 else self.routing.route(self.group).uniform
+        alone = self.num_banks == 1 and not self.num_sets
+        return 0 if alone else self.routing.route(self.group).uniform
 
     def takes_codes(self, x: Tensor) -> int | None:
-        """The adapter for whose grid another layer may quantize this one's input; None if it must hand on floats.
+        """The adapter or set for whose grid another layer may quantize this one's input; None if it must give floats.
 
         Args:
             x (`Tensor`): what the other layer starts from.

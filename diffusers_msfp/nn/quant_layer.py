@@ -8,14 +8,16 @@ PEFT finds it, and the original's attributes. Stored tensors:
 | `weight` | `(K * C, 1, …, bytes)`, as many axes as the convolution's weight, 3 for a linear | uint8 | packed codes |
 | `weight_scale` | `(C,)` | float32 | scale of each output channel |
 | `weight_error` | `()` | float32 | squared error of the weight divided by its sum of squares |
-| `input_scale`, `input_zero_point` | `()`, or `(K,)` for K > 1 | float32 | of the input; absent if it stays float |
+| `input_scale`, `input_zero_point` | `()`; `(K,)`, K > 1; `(S,)` | float32 | of the input; absent if it stays float |
 | `input_error` | `()` | float32 | as `weight_error` |
 | `observed_sample`, `observed_count`, `observed_range` | see `Observation` | | only while observing |
 | `bias` | as the original | as the model | untouched |
 | `adapters.down`, `adapters.up` | see `talora.AdapterBank` | float16 | only with adapters beside the weight |
+| `recall.features` | `(S, C)` | float16 or float32 | outputs known for timesteps, see `temporal.FeatureTable` |
 
 C is the number of output channels, K that of weight banks: 1, or one per adapter where adapters are merged into the
-weights; banks share `weight_scale`. Which bank or adapter a call uses is asked of `routing`.
+weights; banks share `weight_scale`. With one bank and no adapters the input may have S parameter sets, one for each
+timestep of a finite set. Which bank, adapter or set a call uses is asked of `routing`.
 
 The bytes stand in the *last* axis, where no float weight of more than one input feature can broadcast onto them: an
 adapter merged by force fails instead of corrupting codes.
@@ -34,7 +36,7 @@ from ..numerics.rounding import check_finite
 from ..schemes import LayerScheme
 from .engine import Engine
 from .execution import Execution
-from .routing import Routing
+from .routing import Recall, Routing
 from .stored import INPUT_TENSORS
 
 _CHUNK = 2**21  # weights encoded at once
@@ -67,6 +69,7 @@ class QuantLayer(Execution, ABC):
     routing: Routing | None
     group: int
     adapters: nn.Module | None
+    recall: Recall | None
     engine: Engine | None
 
     def __new__(cls, *args, **kwargs):
@@ -96,7 +99,7 @@ class QuantLayer(Execution, ABC):
         layer = _transplant(module, cls)
         layer.place, layer.weight_format = place, weight_format
         layer.input_format, layer.input_candidates, layer.observation = None, (), None
-        layer.routing, layer.group, layer.adapters, layer.engine = None, 0, None, None
+        layer.routing, layer.group, layer.adapters, layer.recall, layer.engine = None, 0, None, None, None
         layer.make_room(num_banks, device)
         rows, _ = layer.matrix_shape
         layer.register_buffer("weight_scale", torch.ones(rows, device=device))
@@ -151,18 +154,20 @@ class QuantLayer(Execution, ABC):
         return select(banks, bank)
 
     @torch.no_grad()
-    def store_banks(self, weights: Sequence[Tensor]) -> None:
+    def store_banks(self, weights: Sequence[Tensor], original: Tensor | None = None) -> None:
         """Encode and pack one weight per bank, with the scales that the layer has.
 
         Args:
-            weights (`Sequence[Tensor]`): float, each of `logical_shape`.
+            weights (`Sequence[Tensor]`): float, each of `logical_shape`; values of the grid are stored as they are.
+            original (`Tensor`, *optional*): what `weight_error` is measured against instead of each weight itself.
         """
         self.make_room(len(weights), self.weight.device)
         error = energy = 0.0
         for bank, weight in enumerate(weights):
             self._store(weight, bank)
-            error += (self.dequantize_weight(bank) - weight).square().sum().item()
-            energy += weight.square().sum().item()
+            meant = weight if original is None else original
+            error += (self.dequantize_weight(bank) - meant).square().sum().item()
+            energy += meant.square().sum().item()
         self.weight_error.fill_(error / energy if energy else 0.0)
 
     def to_float(self, dtype: torch.dtype) -> nn.Module:
@@ -182,6 +187,12 @@ class QuantLayer(Execution, ABC):
     def num_banks(self) -> int:
         """K, packed weights that the layer holds."""
         return max(1, self.weight.shape[0] // max(1, self.logical_shape[0]))
+
+    @property
+    def num_sets(self) -> int:
+        """S, parameter sets of the input among which the timestep chooses; 0 without."""
+        scale = self._buffers.get("input_scale")
+        return scale.shape[0] if scale is not None and scale.ndim and self.num_banks == 1 else 0
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -224,18 +235,25 @@ class QuantLayer(Execution, ABC):
         self.changed()
         return bool(len(values))
 
-    def expect_input(self, fmt: FPFormat, device: torch.device | str = "meta") -> None:
-        """Make room for the parameters of an input of this format."""
+    def expect_input(self, fmt: FPFormat, device: torch.device | str = "meta", num_sets: int = 0) -> None:
+        """Make room for the parameters of an input of this format: one for each bank, or sets for timesteps."""
         self.changed()
         self.input_format = fmt
+        several = num_sets or (self.num_banks if self.num_banks > 1 else 0)
         for name in INPUT_TENSORS:
-            shape = (self.num_banks,) if self.num_banks > 1 and name != "input_error" else ()
+            shape = (several,) if several and name != "input_error" else ()
             self.register_buffer(name, torch.ones(shape, device=device))
 
-    def store_input(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Take other parameters of the input, one for each bank; the measured error stays."""
-        error = self.input_error
-        self.expect_input(self.input_format, scale.device)
+    def store_input(self, scale: Tensor, zero_point: Tensor, error: Tensor | None = None) -> None:
+        """Take other parameters of the input, one for each bank, or `(S,)` for timesteps; the error stays if not given.
+
+        Args:
+            scale, zero_point (`Tensor`): `()`, `(K,)` or `(S,)`.
+            error (`Tensor`, `()`, *optional*): measured with them.
+        """
+        error = self.input_error if error is None else error
+        num_sets = scale.shape[0] if scale.ndim and self.num_banks == 1 else 0
+        self.expect_input(self.input_format, scale.device, num_sets)
         for name, value in zip(INPUT_TENSORS, (scale, zero_point, error), strict=True):
             getattr(self, name).copy_(value.view_as(getattr(self, name)))
 
@@ -254,4 +272,5 @@ class QuantLayer(Execution, ABC):
         """Formats beside the original's sizes."""
         state = "observing" if self.observing else (self.input_format or "float")
         banks = f", banks={self.num_banks}" if self.num_banks > 1 else ""
+        banks += f", sets={self.num_sets}" if self.num_sets else ""
         return f"{super().extra_repr()}, weight={self.weight_format}, input={state}{banks}"

@@ -1,13 +1,25 @@
-"""What a quantized layer knows of adapters' routing; `talora.RoutingTable` is such a thing."""
+"""What a quantized layer knows of choices by timestep: `talora.RoutingTable`, `temporal.FiniteSet`, `FeatureTable`."""
 
+from collections.abc import Callable
 from typing import Protocol
+
+from torch import Tensor
+
+from ..numerics.route import Route
 
 
 class Routing(Protocol):
-    """Asked by a layer with adapters which one to use."""
+    """Asked by a layer which of its banks, adapters or parameter sets to use."""
 
-    num_adapters: int
     strength: float
+    """Factor of what adapters add; 0 where there are none."""
 
-    def route(self, group: int):
-        """The running call's choice for a layer group, with `apply(function, x, num_adapters)`."""
+    def route(self, group: int = 0) -> Route:
+        """The running call's choice for a layer group."""
+
+
+class Recall(Protocol):
+    """Knows a layer's outputs at some timesteps."""
+
+    def recall(self, route: Route, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """The layer's output for `x` at the timestep of a route, computed where it is not known."""

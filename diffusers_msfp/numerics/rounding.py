@@ -21,12 +21,23 @@ def round_to_lattice(y: Tensor, fmt: FPFormat) -> Tensor:
     Returns:
         `Tensor`, float32, shape of `y`: whole numbers of `fmt.lattice`.
     """
+    step, inverse = local_step(y, fmt)
+    return torch.round(y * inverse) * step + 0.0  # + 0.0 turns -0 into 0
+
+
+def local_step(y: Tensor, fmt: FPFormat) -> tuple[Tensor, Tensor]:
+    """Distance of the grid's neighbours around each value, in lattice steps, and its reciprocal.
+
+    Args:
+        y (`Tensor`, any shape, float32): values in lattice steps, within the format's range.
+
+    Returns:
+        `tuple[Tensor, Tensor]`, float32, shape of `y`: `2^max(0, floor(log2|y|) - M)` and its inverse.
+    """
     # The exponent field of a float32 is floor(log2|y|) + 127; powers of two are built from the field directly.
     exponent = ((y.view(torch.int32) >> 23) & 0xFF) - (127 + fmt.mantissa_bits)
     exponent = exponent.clamp_min(0)
-    step = ((exponent + 127) << 23).view(torch.float32)
-    inverse = ((127 - exponent) << 23).view(torch.float32)
-    return torch.round(y * inverse) * step + 0.0  # + 0.0 turns -0 into 0
+    return ((exponent + 127) << 23).view(torch.float32), ((127 - exponent) << 23).view(torch.float32)
 
 
 def lattice_range(fmt: FPFormat) -> tuple[float, float]:

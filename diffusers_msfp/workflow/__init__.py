@@ -7,16 +7,19 @@ from .engine import set_engine
 from .finetune import Finetuner, finetune
 from .finetune_config import FinetuneConfig
 from .state import calibration_state, freeze
+from .temporal import TemporalConfig, maintain_temporal
 
 __all__ = [
     "Conversion",
     "FinetuneConfig",
     "Finetuner",
+    "TemporalConfig",
     "calibrate",
     "calibration_state",
     "convert",
     "denoising_factors",
     "finetune",
     "freeze",
+    "maintain_temporal",
     "set_engine",
 ]

@@ -15,28 +15,29 @@ from ..talora import AdapterBank, AdapterPlan, RoutingTable
 from .convert import plain_name, prepare_layers, quant_layers
 from .timestep import UNKNOWN, timestep_of, timestep_position
 
-ROUTER = "timestep_router"
+ROUTER = RoutingTable.place
 
 
 class RouteHook:
-    """Forward pre-hook that looks up the adapters of the coming call.
+    """Forward pre-hook that looks up the choices of the coming call.
 
     Args:
         position (`int`): of the timestep among the positional arguments.
+        place (`str`): where the model has what knows them.
     """
 
-    def __init__(self, position: int) -> None:
-        self.position = position
+    def __init__(self, position: int, place: str = ROUTER) -> None:
+        self.position, self.place = position, place
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Enter the call's timestep."""
         timestep = timestep_of(self.position, args, kwargs)
         if timestep is None:
             raise ConfigError(
-                f"{type(model).__name__} has timestep-aware adapters, so each call must have a `timestep`, but none "
-                f"came."
+                f"{type(model).__name__} has layers that follow the timestep, so each call must have a `timestep`, but "
+                f"none came."
             )
-        getattr(model, ROUTER).enter(timestep)
+        getattr(model, self.place).enter(timestep)
 
 
 def routing_of(model: nn.Module) -> RoutingTable | None:
@@ -58,7 +59,7 @@ def require_timesteps(model: nn.Module) -> int:
     position = timestep_position(model)
     if position == UNKNOWN:
         raise UnsupportedError(
-            f"Timestep-aware adapters need a model that takes a `timestep`, but {type(model).__name__} takes none."
+            f"What follows the timestep needs a model that takes a `timestep`, but {type(model).__name__} takes none."
         )
     return position
 
@@ -111,16 +112,21 @@ def disconnect(model: nn.Module) -> None:
     """
     refuse_merged(model, "Unloading")
     for layer in model.modules():
-        if isinstance(layer, QuantLayer):
+        if isinstance(layer, QuantLayer) and layer.adapters is not None:
             layer.route_by(None)
             layer.adapters = None
     if routing_of(model) is not None:
         delattr(model, ROUTER)
+    remove_route_hooks(model, ROUTER)
+    prepare_layers(model)
+
+
+def remove_route_hooks(model: nn.Module, place: str) -> None:
+    """Look up nothing at this place any more."""
     for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, RouteHook):
+        if isinstance(hook, RouteHook) and hook.place == place:
             del model._forward_pre_hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
-    prepare_layers(model)
 
 
 def refuse_merged(model: nn.Module, what: str) -> None:

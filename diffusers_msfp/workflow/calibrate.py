@@ -11,6 +11,7 @@ from ..schemes import resolve
 from .convert import quant_layers
 from .sampling import batched_calls, call_arguments, counting_steps, quiet, require_positive
 from .state import freeze, quantized_models, track, tracker, write_record
+from .temporal_model import detach_sets
 
 
 def calibrate(
@@ -72,8 +73,9 @@ def calibrate(
 
 
 def restart_observation(model: nn.Module) -> bool:
-    """Observe anew whatever the model's scheme quantizes; False if that is nothing."""
+    """Observe anew whatever the model's scheme quantizes; False if that is nothing. Parameters by timestep go."""
     config = model.config.quantization_config
+    detach_sets(model)
     for name, layer in quant_layers(model):
         candidates = resolve(name, config.scheme, config.scheme_overrides).activation
         if candidates:

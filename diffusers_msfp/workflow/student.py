@@ -11,6 +11,7 @@ from ..losses import squared_error
 from ..numerics.rounding import check_finite
 from ..schemes import check_patterns
 from ..talora import AdapterBank, AdapterPlan, Gate, TimestepRouter, Trainee, adapter_rank
+from ..temporal import FiniteSet
 from .adapters import base_fingerprint, connect, layers_by_name, require_timesteps, routing_of
 from .blocks import block_outputs
 from .convert import replace_module
@@ -69,7 +70,13 @@ class Student(nn.Module):
             raise ConfigError("This model has adapters already. Start from the checkpoint that `quantize` wrote.")
         if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
             raise ConfigError("Users' adapters must be unloaded before fine-tuning, but this model has some.")
-        layers = layers_by_name(model)
+        layers = {name: each for name, each in layers_by_name(model).items() if not isinstance(each.routing, FiniteSet)}
+        temporal = model.config.quantization_config.temporal
+        if temporal and set(temporal["sets"]) - set(temporal["block"]):
+            raise ConfigError(
+                "Layers have input parameters for each timestep or adapters, not both, but all layers of this model "
+                "have the former. Use `fsc='block'` in temporal maintenance, or do without fine-tuning."
+            )
         check_patterns(router_groups, list(layers), "router_groups")
         ranks: dict[str, list[str]] = {}
         for name, layer in layers.items():

@@ -166,6 +166,22 @@ def engines() -> Iterator[dict[str, str]]:
         }
 
 
+def temporal() -> Iterator[dict[str, str]]:
+    """Temporal feature maintenance by stage."""
+    for row in read_results("temporal")["rows"]:
+        done = "seconds" in row
+        yield {
+            "": f"`{row['scheme']}`, {row['stage']}",
+            "features, largest": f"{100 * row['features_max_20']:.2f} %",
+            "mean": f"{100 * row['features_mean_20']:.2f} %",
+            "mean, 50 other steps": f"{100 * row['features_mean_50']:.2f} %",
+            "`eps_rel_l2`": f"{row['eps_rel_l2']:.4f}",
+            "PSNR (dB)": f"{row['image_psnr_db']:.1f}",
+            "stored": f"{(row['sets_bytes'] + row['cache_bytes']) / 1e3:.1f} kB" if done else "–",
+            "seconds": f"{row['seconds']:.0f}" if done else "–",
+        }
+
+
 WAYS = {"bf16": "bfloat16", "fast": "`w4a4`, `fast`", "low": "`w4a4`, `low`"}
 
 
@@ -184,7 +200,7 @@ def memory() -> Iterator[dict[str, str]]:
             }
 
 
-MAKERS = (engines, memory, formats, schemes, shapes, talora, routing)
+MAKERS = (engines, memory, formats, schemes, shapes, talora, routing, temporal)
 TABLES = {make.__name__: make for make in MAKERS}
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from diffusers_msfp.errors import NonFiniteError
 from diffusers_msfp.nn import QUANT_LAYERS, QuantConv2d, QuantLayer, QuantLinear
+from diffusers_msfp.rounding import SoftRounding
 from diffusers_msfp.schemes import SCHEMES, LayerScheme
 
 SHAPES = {
@@ -140,3 +141,21 @@ def test_non_finite_values_name_the_layer():
     module.weight.data[0, 0] = float("inf")
     with pytest.raises(NonFiniteError, match="The weight of layer `deep.place` must be finite, but infinity came"):
         QuantLinear.from_float(module, "deep.place", LayerScheme(("fp4_e2m1",)))
+
+
+def test_other_grid_values_are_stored_as_they_are():
+    """What learned rounding does: another neighbour for some weights, with the error measured against the original."""
+    module = nn.Conv2d(4, 6, 3)
+    layer = QUANT_LAYERS[nn.Conv2d].from_float(module, "place", SCHEMES["w4a16"].inner)
+    scale, original = layer.weight_scale.clone(), module.weight.detach()
+    qparams = layer.weight_qparams()
+    soft = SoftRounding(original.flatten(1), qparams)
+    with torch.no_grad():
+        soft.logit.neg_()
+    chosen = soft.hard().view_as(original)
+    assert not torch.equal(chosen, layer.dequantize_weight())
+    layer.store_banks([chosen], original)
+    assert torch.equal(layer.dequantize_weight(), chosen)
+    assert torch.equal(layer.weight_scale, scale)
+    expected = (chosen - original).square().sum() / original.square().sum()
+    torch.testing.assert_close(layer.weight_error, expected)

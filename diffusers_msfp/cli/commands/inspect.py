@@ -30,6 +30,20 @@ def inspect(
         if part["adapters"]:
             stdout.print(f"{part['adapters']['num_adapters']} adapters per layer, {part['adapters']['placement']}")
             print_router(part["adapters"]["intervals"])
+        if part["temporal"]:
+            _print_temporal(part["temporal"])
+
+
+def _print_temporal(temporal: dict) -> None:
+    timesteps = temporal["timesteps"]
+    _say(
+        f"temporal features: {len(temporal['block'])} layers depend on the timestep alone; a set of {len(timesteps)} "
+        f"timesteps, {timesteps[0]:g} … {timesteps[-1]:g}"
+    )
+    _say(
+        f"  input parameters for each timestep: {len(temporal['sets'])} layers, {megabytes(temporal['sets_bytes'])}; "
+        f"stored outputs: {len(temporal['cached'])} layers, {megabytes(temporal['cache_bytes'])}"
+    )
 
 
 def _print_layers(layers: list[dict]) -> None:

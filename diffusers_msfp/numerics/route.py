@@ -1,0 +1,131 @@
+"""Choices that follow the timestep of a model's call: one for the whole batch, or one for each sample.
+
+The choice of the running call is kept per thread, so several threads may use one model at once; layers read it through
+the object that they share.
+"""
+
+import threading
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedError
+
+Timestep = int | float | Tensor
+
+
+@dataclass(frozen=True)
+class Route:
+    """The choice for each sample of a call, such as its adapter.
+
+    Args:
+        index (`Tensor`, `()` or `(B,)`, int64): the choice for all samples, or for each.
+        uniform (`int`, *optional*): the one choice, where it is known without looking into a tensor; None where the
+            samples differ, or while compiling.
+    """
+
+    index: Tensor
+    uniform: int | None = None
+
+    def apply(self, function: Callable[[Tensor, int | Tensor], Tensor], x: Tensor, num_choices: int) -> Tensor:
+        """`function(x, adapter)` for every sample with its own choice.
+
+        Args:
+            function (`Callable[[Tensor, int | Tensor], Tensor]`): keeps the order of the samples.
+            x (`Tensor`, `(B * m, …)`): each sample stands `m` times in a row.
+            num_choices (`int`): how many there are.
+
+        Raises:
+            UnsupportedError: the rows of `x` are no whole multiple of the samples.
+        """
+        if self.uniform is not None:
+            return function(x, self.uniform)
+        if self.index.ndim == 0:
+            return function(x, self.index)
+        index = self.rows(self.index, x.shape[0])
+        if torch.compiler.is_compiling():  # no shapes that depend on values: compute all, keep one
+            result = function(x, 0)
+            for adapter in range(1, num_choices):
+                chosen = (index == adapter).view(-1, *[1] * (result.ndim - 1))
+                result = torch.where(chosen, function(x, adapter), result)
+            return result
+        result = None
+        for adapter in index.unique().tolist():
+            rows = (index == adapter).nonzero().flatten()
+            part = function(x[rows], adapter)
+            result = part.new_empty(x.shape[0], *part.shape[1:]) if result is None else result
+            result[rows] = part
+        return result
+
+    @staticmethod
+    def rows(each: Tensor, number: int) -> Tensor:
+        """What holds for the samples, `()` or `(B,)`, for `number` rows of which every sample has several in a row.
+
+        Raises:
+            UnsupportedError: the rows are no whole multiple of the samples.
+        """
+        if each.ndim == 0:
+            return each
+        if number % each.shape[0]:
+            raise UnsupportedError(
+                f"With a timestep of its own for each of {each.shape[0]} samples, a layer must see a multiple of "
+                f"as many rows, but {number} came. Use one timestep per call for this model."
+            )
+        return each.repeat_interleave(number // each.shape[0])
+
+
+class ByTimestep:
+    """Abstract base of what looks up the choices of a call; a model has it as the attribute `place`."""
+
+    place: str
+
+    @abstractmethod
+    def lookup(self, timestep: Timestep) -> Sequence[Route]:
+        """The choice of each layer group at a timestep, `()` or `(B,)`."""
+
+    def forget(self) -> None:
+        """Know of no call."""
+        self._running, self._latest = threading.local(), None
+
+    def enter(self, timestep: Timestep) -> None:
+        """Choose by this timestep from now on, in this thread."""
+        self._running.routes = self.lookup(timestep)
+        if not torch.compiler.is_compiling():
+            self._latest = self._running.routes
+
+    @contextmanager
+    def at(self, timestep: Timestep) -> Iterator[None]:
+        """Choose by this timestep for layers that are called alone."""
+        before, latest = getattr(self._running, "routes", None), self._latest
+        self.enter(timestep)
+        try:
+            yield
+        finally:
+            self._running.routes, self._latest = before, latest
+
+    def route(self, group: int = 0) -> Route:
+        """The choice of this thread's latest call for a layer group.
+
+        A thread that has made none, such as autograd's when it recomputes activations, uses the latest of all.
+
+        Raises:
+            UnsupportedError: the model was never called.
+        """
+        routes = getattr(self._running, "routes", None) or self._latest
+        if routes is None:
+            raise UnsupportedError(
+                f"A layer that follows the timestep must know it. Call the whole model, or the layer within `with "
+                f"model.{self.place}.at(timestep):`."
+            )
+        return routes[group]
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_running", "_latest")}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.forget()
