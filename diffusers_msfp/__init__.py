@@ -17,7 +17,17 @@ from .integration import (
 )
 from .numerics import QParams, decode, encode, fake_quantize
 from .schemes import SCHEMES
-from .workflow import FinetuneConfig, calibrate, calibration_state, denoising_factors, finetune, freeze, set_engine
+from .workflow import (
+    FinetuneConfig,
+    RoundingConfig,
+    calibrate,
+    calibration_state,
+    denoising_factors,
+    finetune,
+    freeze,
+    learn_rounding,
+    set_engine,
+)
 
 __version__ = "0.1.0"
 
@@ -31,6 +41,7 @@ __all__ = [
     "MSFPPipelineMixin",
     "MSFPQuantizer",
     "QParams",
+    "RoundingConfig",
     "calibrate",
     "calibration_state",
     "decode",
@@ -41,6 +52,7 @@ __all__ = [
     "finetune",
     "freeze",
     "import_adapter",
+    "learn_rounding",
     "quantize_pipeline",
     "search_qparams",
     "set_engine",

@@ -167,6 +167,13 @@ class QuantLayer(Execution, ABC):
             energy += meant.square().sum().item()
         self.weight_error.fill_(error / energy if energy else 0.0)
 
+    @torch.no_grad()
+    def put_weight(self, packed: Tensor, error: Tensor) -> None:
+        """Take codes that were packed before, of the same shape, with the error that was measured for them."""
+        self.weight.copy_(packed)
+        self.weight_error.copy_(error)
+        self.changed()
+
     def to_float(self, dtype: torch.dtype) -> nn.Module:
         """A float layer with the decoded weight."""
         module = _transplant(self, self.float_class)

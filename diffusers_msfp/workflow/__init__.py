@@ -6,17 +6,21 @@ from .denoising_factor import denoising_factors
 from .engine import set_engine
 from .finetune import Finetuner, finetune
 from .finetune_config import FinetuneConfig
+from .reconstruct import learn_rounding
+from .rounding_config import RoundingConfig
 from .state import calibration_state, freeze
 
 __all__ = [
     "Conversion",
     "FinetuneConfig",
     "Finetuner",
+    "RoundingConfig",
     "calibrate",
     "calibration_state",
     "convert",
     "denoising_factors",
     "finetune",
     "freeze",
+    "learn_rounding",
     "set_engine",
 ]
