@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import Observation, search_activation, search_weight
+from ..errors import ShapeError
 from ..formats import FPFormat
 from ..numerics import QParams, encode, pack, packed_size, select
 from ..numerics.rounding import check_finite
@@ -200,6 +201,18 @@ class QuantLayer(Execution, ABC):
         for size in rest:
             length *= size
         return rows, length
+
+    def check_original(self, weight: Tensor) -> None:
+        """Refuse a float weight that this layer cannot have been quantized from.
+
+        Raises:
+            ShapeError: it has another shape.
+        """
+        if tuple(weight.shape) != tuple(self.logical_shape):
+            raise ShapeError(
+                f"The teacher's `{self.place}` must have shape {tuple(self.logical_shape)}, but {tuple(weight.shape)} "
+                f"came: not the model that was quantized."
+            )
 
     # ── the input's range ────────────────────────────────────────────────────────────────────────────────────
 

@@ -233,9 +233,5 @@ def original_weight(teacher: nn.Module, layer: QuantLayer) -> Tensor:
             f"The teacher must be the model that was quantized, but {type(teacher).__name__} has no layer "
             f"`{layer.place}`."
         ) from error
-    if tuple(weight.shape) != tuple(layer.logical_shape):
-        raise ShapeError(
-            f"The teacher's `{layer.place}` must have shape {tuple(layer.logical_shape)}, but {tuple(weight.shape)} "
-            f"came: not the model that was quantized."
-        )
+    layer.check_original(weight)
     return weight
