@@ -98,15 +98,15 @@ class Reconstructor:
 
     def _learn(self, number: int, name: str, inner: list[str]) -> tuple[dict[str, Tensor], dict]:
         """The rounded weights of one part, and what became of it."""
-        config = self.config
-        examples = Examples.collect(self.model, self.teacher, name, self.steps, config.memory_mb * 2**20)
-        generator = torch.Generator().manual_seed(config.seed + number)
-        order = torch.randperm(len(examples), generator=generator)
-        held_out = max(1, len(order) // HELD_OUT)
-        judging, learning = order[:held_out], order[held_out:] if len(order) > 1 else order
-        judging = judging.split(config.batch_size)
-        part = Part(self.model, name, {key: self.originals[key] for key in inner}, scale_aware=config.scale_aware)
+        config, originals = self.config, {key: self.originals[key] for key in inner}
+        part = Part(self.model, name, originals, scale_aware=config.scale_aware)  # first: it is handed no codes
         try:
+            examples = Examples.collect(self.model, self.teacher, name, self.steps, config.memory_mb * 2**20)
+            generator = torch.Generator().manual_seed(config.seed + number)
+            order = torch.randperm(len(examples), generator=generator)
+            held_out = max(1, len(order) // HELD_OUT)
+            judging, learning = order[:held_out].split(config.batch_size), order[held_out:]
+            learning = learning if len(learning) else order
             start = least = part.hard_loss(examples, judging)
             best, since, done = part.hard_weights(), 0, 0
             optimizer = torch.optim.Adam(part.logits(), lr=config.learning_rate)
