@@ -10,7 +10,7 @@ GRANULARITIES = ("block", "layer")
 
 @dataclass(frozen=True)
 class RoundingConfig:
-    """How weights learn which way to round. Defaults are what measured best on the package's model.
+    """How weights learn which way to round.
 
     Args:
         granularity (`str`): `"block"` rounds all layers of a resnet, attention or transformer block together,
@@ -34,11 +34,11 @@ class RoundingConfig:
 
     granularity: str = "block"
     exclude: tuple[str, ...] = ()
-    num_samples: int = 512
+    num_samples: int = 256
     num_inference_steps: int = 20
-    iterations: int = 1000
+    iterations: int = 300
     batch_size: int = 16
-    learning_rate: float = 0.01
+    learning_rate: float = 0.03
     penalty: float = 0.1
     scale_aware: bool = True
     patience: int = 10

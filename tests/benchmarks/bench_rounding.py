@@ -21,8 +21,8 @@ from diffusers_msfp.evaluation import compare_pipelines, with_ddim
 COMMAND = "python tests/benchmarks/bench_rounding.py"
 ROUNDINGS = {
     "nearest": None,
-    "layer": {"granularity": "layer"},
     "block": {},
+    "layer": {"granularity": "layer"},
     "block, not scale-aware": {"scale_aware": False},
     "block, no penalty": {"penalty": 0.0},
 }
