@@ -23,8 +23,8 @@ ROUNDINGS = {
     "nearest": None,
     "block": {},
     "layer": {"granularity": "layer"},
-    "block, not scale-aware": {"scale_aware": False},
-    "block, no penalty": {"penalty": 0.0},
+    "block without scale-awareness": {"scale_aware": False},
+    "block without penalty": {"penalty": 0.0},
 }
 CELLS = {f"{scheme} {key}": (scheme, key) for scheme in ("w4a8", "w4a4") for key in ROUNDINGS}
 
