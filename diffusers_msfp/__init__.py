@@ -19,12 +19,14 @@ from .numerics import QParams, decode, encode, fake_quantize
 from .schemes import SCHEMES
 from .workflow import (
     FinetuneConfig,
+    RoundingConfig,
     TemporalConfig,
     calibrate,
     calibration_state,
     denoising_factors,
     finetune,
     freeze,
+    learn_rounding,
     maintain_temporal,
     set_engine,
 )
@@ -41,6 +43,7 @@ __all__ = [
     "MSFPPipelineMixin",
     "MSFPQuantizer",
     "QParams",
+    "RoundingConfig",
     "TemporalConfig",
     "calibrate",
     "calibration_state",
@@ -52,6 +55,7 @@ __all__ = [
     "finetune",
     "freeze",
     "import_adapter",
+    "learn_rounding",
     "maintain_temporal",
     "quantize_pipeline",
     "search_qparams",

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import Observation, search_activation, search_weight
+from ..errors import ShapeError
 from ..formats import FPFormat
 from ..numerics import QParams, encode, pack, packed_size, select
 from ..numerics.rounding import check_finite
@@ -170,6 +171,13 @@ class QuantLayer(Execution, ABC):
             energy += meant.square().sum().item()
         self.weight_error.fill_(error / energy if energy else 0.0)
 
+    @torch.no_grad()
+    def put_weight(self, packed: Tensor, error: Tensor) -> None:
+        """Take codes that were packed before, of the same shape, with the error that was measured for them."""
+        self.weight.copy_(packed)
+        self.weight_error.copy_(error)
+        self.changed()
+
     def to_float(self, dtype: torch.dtype) -> nn.Module:
         """A float layer with the decoded weight."""
         module = _transplant(self, self.float_class)
@@ -202,6 +210,18 @@ class QuantLayer(Execution, ABC):
         for size in rest:
             length *= size
         return rows, length
+
+    def check_original(self, weight: Tensor) -> None:
+        """Refuse a float weight that this layer cannot have been quantized from.
+
+        Raises:
+            ShapeError: it has another shape.
+        """
+        if tuple(weight.shape) != tuple(self.logical_shape):
+            raise ShapeError(
+                f"The teacher's `{self.place}` must have shape {tuple(self.logical_shape)}, but {tuple(weight.shape)} "
+                f"came: not the model that was quantized."
+            )
 
     # ── the input's range ────────────────────────────────────────────────────────────────────────────────────
 

@@ -9,7 +9,6 @@ It stands in the quantized layer's place and hands its result back to it. Placem
 import torch
 from torch import Tensor, nn
 
-from ..errors import ShapeError
 from ..numerics import QParams, fake_quantize
 from ..numerics.rounding import zero_point_steps
 from .adapters import AdapterBank
@@ -50,11 +49,7 @@ class Trainee(nn.Module):
         self, layer: nn.Module, weight: Tensor, bank: AdapterBank, placement: str, gate: Gate, group: int
     ) -> None:
         super().__init__()
-        if tuple(weight.shape) != tuple(layer.logical_shape):
-            raise ShapeError(
-                f"The teacher's `{layer.place}` must have shape {tuple(layer.logical_shape)}, but "
-                f"{tuple(weight.shape)} came: not the model that was quantized."
-            )
+        layer.check_original(weight)
         self.layer, self.adapters = layer, bank.requires_grad_(True)
         self.placement, self.group = placement, group
         self.__dict__.update(gate=gate, source=weight)

@@ -6,6 +6,8 @@ from .denoising_factor import denoising_factors
 from .engine import set_engine
 from .finetune import Finetuner, finetune
 from .finetune_config import FinetuneConfig
+from .reconstruct import learn_rounding
+from .rounding_config import RoundingConfig
 from .state import calibration_state, freeze
 from .temporal import TemporalConfig, maintain_temporal
 
@@ -13,6 +15,7 @@ __all__ = [
     "Conversion",
     "FinetuneConfig",
     "Finetuner",
+    "RoundingConfig",
     "TemporalConfig",
     "calibrate",
     "calibration_state",
@@ -20,6 +23,7 @@ __all__ = [
     "denoising_factors",
     "finetune",
     "freeze",
+    "learn_rounding",
     "maintain_temporal",
     "set_engine",
 ]

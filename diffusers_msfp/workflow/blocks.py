@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..nn import QuantLayer
 from ..talora import Trainee
+from .convert import quant_layers
 from .trajectory import DenoisingStep
 
 
@@ -36,25 +38,24 @@ class _Reached(Exception):
     """The block's call is known; the rest of the model need not run."""
 
 
-def block_outputs(model: nn.Module, block: str, step: DenoisingStep, *, gradients: bool) -> list[Tensor]:
-    """What one block puts out in a call of the model; nothing behind it is computed.
+def block_call(model: nn.Module, block: str, step: DenoisingStep) -> tuple[tuple, dict] | None:
+    """What one block is called with, first, in a call of the model; nothing behind it is computed.
 
     Args:
         model (`nn.Module`): teacher or student.
         block (`str`): name of the block.
         step (`DenoisingStep`): the call.
-        gradients (`bool`): whether the block, and only the block, records gradients.
 
     Returns:
-        `list[Tensor]`: its floating-point outputs.
+        `tuple[tuple, dict]`, *optional*: its arguments; None where this call does not use the block.
     """
-    module, seen = model.get_submodule(block), []
+    seen = []
 
     def stop(_module, args, kwargs) -> None:
         seen.append((args, kwargs))
         raise _Reached
 
-    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    handle = model.get_submodule(block).register_forward_pre_hook(stop, with_kwargs=True)
     try:
         with torch.no_grad():
             model(*step.args, **step.kwargs)
@@ -62,9 +63,70 @@ def block_outputs(model: nn.Module, block: str, step: DenoisingStep, *, gradient
         pass
     finally:
         handle.remove()
-    if not seen:
-        return []  # this model does not use the block
-    args, kwargs = seen[0]
+    return seen[0] if seen else None
+
+
+def block_outputs(model: nn.Module, block: str, step: DenoisingStep, *, gradients: bool) -> list[Tensor]:
+    """What one block puts out in a call of the model; nothing behind it is computed.
+
+    Args:
+        model (`nn.Module`), block (`str`), step (`DenoisingStep`): see `block_call`.
+        gradients (`bool`): whether the block, and only the block, records gradients.
+
+    Returns:
+        `list[Tensor]`: its floating-point outputs.
+    """
+    call = block_call(model, block, step)
+    if call is None:
+        return []
     with torch.set_grad_enabled(gradients):
-        output = module(*args, **kwargs)
+        return float_outputs(model.get_submodule(block)(*call[0], **call[1]))
+
+
+def float_outputs(output) -> list[Tensor]:
+    """The floating-point tensors in what a module returns."""
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def reconstruction_units(model: nn.Module, step: DenoisingStep, *, layerwise: bool) -> dict[str, list[str]]:
+    """The parts whose weights are rounded together, in the order in which the model runs them.
+
+    Blocks are the smallest parts with a residual of their own: resnets, attentions, transformer blocks; a layer outside
+    of them is a part by itself.
+
+    Args:
+        model (`nn.Module`): quantized.
+        step (`DenoisingStep`): a call that shows the order.
+        layerwise (`bool`): every quantized layer by itself.
+
+    Returns:
+        `dict[str, list[str]]`: name of the part → names of its quantized layers; parts that do not run are missing.
+    """
+    candidates = [name for name, layer in quant_layers(model)] if layerwise else list(_smallest(model, ""))
+    order, handles = [], []
+    for name in candidates:
+        module = model.get_submodule(name)
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: order.append(name)))
+    try:
+        with torch.no_grad():
+            model(*step.args, **step.kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {}
+    for name in dict.fromkeys(order):
+        inner = quant_layers(model.get_submodule(name))
+        found[name] = [f"{name}.{layer}" if layer else name for layer, _ in inner]
+    return found
+
+
+def _smallest(module: nn.Module, prefix: str) -> Iterator[str]:
+    """Blocks below a module: lists of composite modules are opened, and what holds such a list."""
+    for name, child in module.named_children():
+        if not any(isinstance(inner, QuantLayer) for inner in child.modules()):
+            continue
+        lists = [part for part in child.children() if isinstance(part, nn.ModuleList)]
+        if isinstance(child, nn.ModuleList) or any(len(list(part.children())) for each in lists for part in each):
+            yield from _smallest(child, f"{prefix}{name}.")
+        else:
+            yield prefix + name

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError
 from ..losses import squared_error
+from ..nn import QuantLayer
 from ..numerics.rounding import check_finite
 from ..schemes import check_patterns
 from ..talora import AdapterBank, AdapterPlan, Gate, TimestepRouter, Trainee, adapter_rank
@@ -51,25 +52,7 @@ class Student(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if type(model) is not type(teacher):
-            raise ShapeError(
-                f"The teacher must be the model that was quantized, a {type(model).__name__}, but "
-                f"{type(teacher).__name__} came."
-            )
-        require_timesteps(model)
-        if model.dtype == torch.float16:
-            raise ConfigError(
-                "Gradients of float16 models underflow, but this one is float16. Load it with "
-                "`torch_dtype=torch.float32` or `torch.bfloat16`."
-            )
-        if calibration_state(model) == "observing":
-            raise ConfigError(
-                "Only a calibrated model can be fine-tuned, but this one observes: call `calibrate(pipe)`."
-            )
-        if routing_of(model) is not None:
-            raise ConfigError("This model has adapters already. Start from the checkpoint that `quantize` wrote.")
-        if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
-            raise ConfigError("Users' adapters must be unloaded before fine-tuning, but this model has some.")
+        check_student(model, teacher)
         layers = {name: each for name, each in layers_by_name(model).items() if not isinstance(each.routing, FiniteSet)}
         temporal = model.config.quantization_config.temporal
         if temporal and set(temporal["sets"]) - set(temporal["block"]):
@@ -86,7 +69,7 @@ class Student(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         trainees = {}
         for name, layer_rank in self.plan.rank_of().items():
-            layer, original = layers[name], _original(teacher, name)
+            layer, original = layers[name], original_weight(teacher, layers[name])
             bank = AdapterBank(layer.logical_shape, num_adapters, layer_rank, device=layer.weight.device)
             bank.initialise(generator)
             trainees[name] = Trainee(layer, original, bank, placement, self.gate, self.plan.group_of(name))
@@ -213,10 +196,49 @@ class Student(nn.Module):
         return self.model
 
 
-def _original(teacher: nn.Module, name: str) -> Tensor:
+def check_student(model: nn.Module, teacher: nn.Module) -> None:
+    """Refuse to train what cannot be trained, before anything is changed.
+
+    Args:
+        model (`ModelMixin`): quantized.
+        teacher (`nn.Module`): the float model it was quantized from.
+
+    Raises:
+        ConfigError: the model is still observing, is float16, or has adapters.
+        ShapeError: the teacher is another model.
+    """
+    if type(model) is not type(teacher):
+        raise ShapeError(
+            f"The teacher must be the model that was quantized, a {type(model).__name__}, but "
+            f"{type(teacher).__name__} came."
+        )
+    require_timesteps(model)
+    if model.dtype == torch.float16:
+        raise ConfigError(
+            "Gradients of float16 models underflow, but this one is float16. Load it with "
+            "`torch_dtype=torch.float32` or `torch.bfloat16`."
+        )
+    if calibration_state(model) == "observing":
+        raise ConfigError("Only a calibrated model can be fine-tuned, but this one observes: call `calibrate(pipe)`.")
+    if routing_of(model) is not None:
+        raise ConfigError("This model has adapters already. Start from the checkpoint that `quantize` wrote.")
+    if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
+        raise ConfigError("Users' adapters must be unloaded before fine-tuning, but this model has some.")
+
+
+def original_weight(teacher: nn.Module, layer: QuantLayer) -> Tensor:
+    """The float weight that a layer was quantized from.
+
+    Raises:
+        ConfigError: the teacher has no such layer.
+        ShapeError: its weight has another shape.
+    """
     try:
-        return teacher.get_submodule(name).weight.detach()
+        weight = teacher.get_submodule(layer.place).weight.detach()
     except AttributeError as error:
         raise ConfigError(
-            f"The teacher must be the model that was quantized, but {type(teacher).__name__} has no layer `{name}`."
+            f"The teacher must be the model that was quantized, but {type(teacher).__name__} has no layer "
+            f"`{layer.place}`."
         ) from error
+    layer.check_original(weight)
+    return weight

@@ -79,6 +79,35 @@ def inputs_digest(model: nn.Module, *others: object) -> str:
     return digest.hexdigest()
 
 
+def write_settings(path: Path, settings: dict) -> None:
+    """Say in a folder which run it belongs to, unless it says so already."""
+    file = path / SETTINGS
+    if not file.is_file():
+        path.mkdir(parents=True, exist_ok=True)
+        new = file.with_suffix(".part")
+        new.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        new.replace(file)
+
+
+def check_settings(path: Path, settings: dict) -> None:
+    """Refuse a folder of another run.
+
+    Raises:
+        ConfigError: its settings differ, or cannot be read.
+    """
+    file = path / SETTINGS
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file} must be JSON, but it is not ({error}). Delete the folder to begin anew.") from error
+    if settings != found:
+        differ = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))
+        raise ConfigError(
+            f"{path} holds a training run with other settings ({', '.join(differ)}). Give the same settings to go on "
+            f"with it, or delete the folder to begin anew."
+        )
+
+
 class TrainingFolder:
     """Where a run keeps its checkpoints; `None` keeps nothing.
 
@@ -90,7 +119,7 @@ class TrainingFolder:
             number of processes.
 
     Raises:
-        ConfigError: the folder holds a run with other settings.
+        ConfigError: the folder holds a training run with other settings.
     """
 
     def __init__(
@@ -104,25 +133,10 @@ class TrainingFolder:
             "inputs": inputs,
             "model": base_fingerprint(progress.student.model),
         }
-        file = path / SETTINGS
-        if accelerator.is_main_process and not file.is_file():
-            path.mkdir(parents=True, exist_ok=True)
-            new = file.with_suffix(".part")
-            new.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-            new.replace(file)
+        if accelerator.is_main_process:
+            write_settings(path, settings)
         accelerator.wait_for_everyone()
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(
-                f"{file} must be JSON, but it is not ({error}). Delete the folder to begin anew."
-            ) from error
-        if settings != found:
-            differ = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))
-            raise ConfigError(
-                f"{path} holds a training run with other settings ({', '.join(differ)}). Give the same settings to go "
-                f"on with it, or delete the folder to begin anew."
-            )
+        check_settings(path, settings)
         accelerator.register_for_checkpointing(progress)
         # The model itself is frozen and comes from its checkpoint.
         accelerator.register_save_state_pre_hook(lambda _models, weights, _folder: weights.clear())

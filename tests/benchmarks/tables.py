@@ -200,7 +200,21 @@ def memory() -> Iterator[dict[str, str]]:
             }
 
 
-MAKERS = (engines, memory, formats, schemes, shapes, talora, routing, temporal)
+def rounding() -> Iterator[dict[str, str]]:
+    """Learned rounding beside nearest rounding."""
+    for row in read_results("rounding")["rows"]:
+        learned = "minutes" in row
+        yield {
+            "scheme, rounding": f"`{row['scheme']}`, {row['rounding']}",
+            "`eps_rel_l2`": f"{row['eps_rel_l2']:.4f}",
+            "PSNR (dB)": f"{row['image_psnr_db']:.1f}",
+            "weights changed": f"{row['changed']:.1%}" if learned else "–",
+            "exact zeros": f"{row['sparsity']:.1%} (before {row['sparsity_before']:.1%})" if learned else "–",
+            "minutes": f"{row['minutes']:.1f}" if learned else "–",
+        }
+
+
+MAKERS = (engines, memory, formats, rounding, schemes, shapes, talora, routing, temporal)
 TABLES = {make.__name__: make for make in MAKERS}
 
 

@@ -1,0 +1,191 @@
+"""Learned rounding of a whole model: part after part, each from what the parts before it really hand on.
+
+Inputs come from the quantized model with all earlier parts done, targets from the full-precision model (BRECQ, arXiv
+2102.05426, with AdaRound on floating-point grids as in arXiv 2408.06995), both along the teacher's own trajectories
+with many timesteps in a batch. The hardened weight with the least error on examples kept apart is stored, so a part
+never gets worse there than nearest rounding.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError
+from ..nn import QuantLayer
+from ..numerics import unpack
+from ..rounding import annealed_exponent
+from ..schemes import check_patterns, matches
+from .adapters import layers_by_name
+from .blocks import reconstruction_units
+from .convert import prepare_layers
+from .rounded import Examples, Part
+from .rounding_config import RoundingConfig
+from .rounding_state import RoundingFolder
+from .sampling import call_arguments, denoiser_of
+from .student import check_student, original_weight
+from .trajectory import Trajectories
+
+EVALUATIONS = 10
+HELD_OUT = 8  # one of so many examples judges and does not teach
+
+
+class Reconstructor:
+    """One run of learned rounding; `learn_rounding` is the short form. Arguments are the same."""
+
+    def __init__(
+        self,
+        pipe,
+        teacher,
+        config: RoundingConfig | None = None,
+        *,
+        work_dir: str | Path | None = None,
+        prompts: list[str] | None = None,
+        on_part: Callable[[int, int, str], None] | None = None,
+        **arguments,
+    ) -> None:
+        self.config, self.on_part = config or RoundingConfig(), on_part
+        config, self.model, self.teacher = self.config, denoiser_of(pipe), denoiser_of(teacher)
+        check_student(self.model, self.teacher)
+        layers = layers_by_name(self.model)
+        check_patterns(config.exclude, list(layers), "exclude")
+        self.originals = {
+            name: original_weight(self.teacher, layer)
+            for name, layer in layers.items()
+            if not any(matches(pattern, name) for pattern in config.exclude)
+        }
+        inputs = prompts, arguments, dict(teacher.scheduler.config)
+        self.folder = RoundingFolder(work_dir, self.model, self.teacher, config, *inputs)
+        make_arguments = call_arguments(teacher, prompts, config.num_inference_steps, arguments)
+        batch = min(config.batch_size, config.num_samples)
+        trajectories = Trajectories(teacher, make_arguments, batch, config.seed)
+        self.steps = [trajectories[number] for number in range(config.num_samples // batch)]
+        found = reconstruction_units(self.model, self.steps[0], layerwise=config.granularity == "layer")
+        chosen = {name: [key for key in inner if key in self.originals] for name, inner in found.items()}
+        self.parts = {name: inner for name, inner in chosen.items() if inner}
+
+    def run(self) -> dict:
+        """Learn, part by part, and store the weights; see `learn_rounding`."""
+        started, layers = time.perf_counter(), layers_by_name(self.model)
+        layers = {key: layers[key] for inner in self.parts.values() for key in inner}
+        before = {key: (layer.weight.detach().clone(), layer.weight_error.clone()) for key, layer in layers.items()}
+        required = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        self.model.requires_grad_(False)
+        records = []
+        try:
+            for number, (name, inner) in enumerate(self.parts.items()):
+                own = {key: layers[key] for key in inner}
+                record = self.folder.load(number, own)
+                if record is None:
+                    weights, record = self._learn(number, name, inner)
+                    for key, weight in weights.items():
+                        own[key].store_banks([weight], self.originals[key].to(torch.float32))
+                    self.folder.save(number, own, record)
+                records.append(record)
+                if self.on_part is not None:
+                    self.on_part(number + 1, len(self.parts), name)
+        except BaseException:
+            for key, (weight, error) in before.items():
+                layers[key].put_weight(weight, error)
+            raise
+        finally:
+            for parameter, needed in required:
+                parameter.requires_grad_(needed)
+        prepare_layers(self.model)
+        return {"parts": records, "seconds": time.perf_counter() - started} | _summary(layers, before, self.originals)
+
+    def _learn(self, number: int, name: str, inner: list[str]) -> tuple[dict[str, Tensor], dict]:
+        """The rounded weights of one part, and what became of it."""
+        config, originals = self.config, {key: self.originals[key] for key in inner}
+        part = Part(self.model, name, originals, scale_aware=config.scale_aware)  # first: it is handed no codes
+        try:
+            examples = Examples.collect(self.model, self.teacher, name, self.steps, config.memory_mb * 2**20)
+            generator = torch.Generator().manual_seed(config.seed + number)
+            order = torch.randperm(len(examples), generator=generator)
+            held_out = max(1, len(order) // HELD_OUT)
+            judging, learning = order[:held_out].split(config.batch_size), order[held_out:]
+            learning = learning if len(learning) else order
+            start = least = part.hard_loss(examples, judging)
+            best, since, done = part.hard_weights(), 0, 0
+            optimizer = torch.optim.Adam(part.logits(), lr=config.learning_rate)
+            every = max(1, config.iterations // EVALUATIONS)
+            while done < config.iterations and since < config.patience and start > 0:
+                rows = learning[torch.randint(len(learning), (config.batch_size,), generator=generator)]
+                loss = part.loss(*examples.batch(rows)) / start
+                exponent = annealed_exponent(done / config.iterations)
+                if exponent is not None and config.penalty:
+                    loss = loss + config.penalty * part.penalty(exponent)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                done += 1
+                if done % every == 0 or done == config.iterations:
+                    error, since = part.hard_loss(examples, judging), since + 1
+                    if error < least:
+                        least, best, since = error, part.hard_weights(), 0
+        finally:
+            part.close()
+        if not all(torch.isfinite(torch.tensor([start, least]))):
+            raise NonFiniteError(f"The outputs of `{name}` must be finite, but NaN or infinity came.")
+        counts = {"layers": len(inner), "examples": len(examples), "iterations": done}
+        return best, {"part": name, **counts, "before": start, "after": least}
+
+
+def _summary(layers: dict[str, QuantLayer], before: dict, originals: dict[str, Tensor]) -> dict:
+    """What became of the weights of all layers."""
+    weights = changed = zeros = zeros_before = 0
+    ratios = []
+    for key, layer in layers.items():
+        (rows, length), bits = layer.matrix_shape, layer.weight_format.bits
+        then, now = (unpack(packed.view(rows, -1), bits, length) for packed in (before[key][0], layer.weight))
+        weights += now.numel()
+        changed += int((now != then).sum())
+        zeros_before += int((then == 0).sum())  # -0 is never stored
+        zeros += int((now == 0).sum())
+        amax = originals[key].to(torch.float32).flatten(1).abs().amax(1)
+        ratios.append((layer.weight_qparams().maxval[:, 0] / amax)[amax > 0])
+    return {
+        "weights": weights,
+        "changed": changed / weights,
+        "sparsity_before": zeros_before / weights,
+        "sparsity": zeros / weights,
+        "maxval_over_amax": torch.cat(ratios).mean().item(),
+    }
+
+
+def learn_rounding(pipe, teacher, config: RoundingConfig | None = None, **arguments) -> dict:
+    """Learn, in place, which way the weights of a quantized pipeline's denoiser round.
+
+    Formats, scales and activation ranges stay; no byte is added and nothing changes at run time.
+
+    Args:
+        pipe (`DiffusionPipeline`): quantized and calibrated, without adapters.
+        teacher (`DiffusionPipeline`): the full-precision original; its scheduler draws the examples.
+        config (`RoundingConfig`, *optional*): settings.
+        work_dir (`str` or `Path`, *optional*): keeps finished parts; a run found there is resumed.
+        prompts (`list[str]`, *optional*): taken in turn where the pipeline takes prompts.
+        on_part (`Callable[[int, int, str], None]`, *optional*): called after each part with (done, total, name).
+        **arguments: passed on to the pipeline, e.g. `guidance_scale=…`.
+
+    Returns:
+        `dict`: `parts` (each with `part`, number of `layers`, `examples` and `iterations`, and the mean squared error
+        of the part's output on examples kept apart `before` and `after`), `seconds`, `weights` (their number),
+        `changed` (share of weights no longer rounded to nearest), `sparsity` and `sparsity_before` (share of exact
+        zeros) and `maxval_over_amax` (mean over channels: sparsity depends on where the range search clips).
+
+    Raises:
+        ConfigError: settings or pipelines that do not fit; nothing is changed then.
+
+    Source:
+        arXiv 2408.06995 section V-B, as reconstructed; see `SoftRounding`.
+
+    Example:
+        ```py
+        pipe = DiffusionPipeline.from_pretrained("model-w4a8")
+        learn_rounding(pipe, DiffusionPipeline.from_pretrained("model"))
+        pipe.save_pretrained("model-w4a8-rounded")
+        ```
+    """
+    return Reconstructor(pipe, teacher, config, **arguments).run()

@@ -1,0 +1,149 @@
+"""A part of a quantized model while the rounding of its weights is learned, and the examples that it learns from."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from ..losses import squared_error
+from ..nn import QuantLayer
+from ..rounding import SoftRounding
+from .blocks import block_call, block_outputs, float_outputs
+from .convert import replace_module
+from .trajectory import DenoisingStep
+
+
+class RoundedLayer(nn.Module):
+    """A quantized layer with a soft weight in place of its codes; its input is quantized as ever.
+
+    Args:
+        layer (`QuantLayer`): frozen, with one bank; not changed.
+        original (`Tensor`): its float weight.
+        scale_aware (`bool`): see `SoftRounding`.
+    """
+
+    def __init__(self, layer: QuantLayer, original: Tensor, *, scale_aware: bool) -> None:
+        super().__init__()
+        self.layer = layer
+        self.soft = SoftRounding(original.flatten(1), layer.weight_qparams(), scale_aware=scale_aware)
+        self.hardened = False
+
+    def weight(self) -> Tensor:
+        """The weight in use, `logical_shape`, float32: soft, or on the grid."""
+        return (self.soft.hard() if self.hardened else self.soft()).view(self.layer.logical_shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the deployed layer will compute, with gradients."""
+        bias = None if self.layer.bias is None else self.layer.bias.to(torch.float32)
+        return self.layer.compute(self.layer.quantize_input(x), self.weight(), bias).to(x.dtype)
+
+
+class Part:
+    """A block or layer of a model with soft weights in it, until `close`.
+
+    Args:
+        model (`nn.Module`): quantized; its layers are replaced.
+        name (`str`): of the block or layer.
+        originals (`dict[str, Tensor]`): float weights of the layers to learn, by their names.
+        scale_aware (`bool`): see `SoftRounding`.
+    """
+
+    def __init__(self, model: nn.Module, name: str, originals: dict[str, Tensor], *, scale_aware: bool) -> None:
+        self.model, self.name, self.originals = model, name, originals
+        self.layers = {
+            key: RoundedLayer(model.get_submodule(key), original, scale_aware=scale_aware)
+            for key, original in originals.items()
+        }
+        for key, layer in self.layers.items():
+            replace_module(model, key, layer)
+        self.module = model.get_submodule(name)
+
+    def close(self) -> None:
+        """Put the quantized layers back."""
+        for key, layer in self.layers.items():
+            replace_module(self.model, key, layer.layer)
+
+    def logits(self) -> list[nn.Parameter]:
+        """What is learned."""
+        return [layer.soft.logit for layer in self.layers.values()]
+
+    def loss(self, call: tuple[tuple, dict], targets: list[Tensor]) -> Tensor:
+        """Mean squared error of what the part puts out, `()`."""
+        outputs = float_outputs(self.module(*call[0], **call[1]))
+        return sum(squared_error(output, target).mean() for output, target in zip(outputs, targets, strict=True))
+
+    def penalty(self, exponent: float) -> Tensor:
+        """Mean of the regulariser over all weights, `()`."""
+        total = sum(layer.soft.penalty(exponent) for layer in self.layers.values())
+        return total / sum(logit.numel() for logit in self.logits())
+
+    @torch.no_grad()
+    def hard_weights(self) -> dict[str, Tensor]:
+        """The weights rounded as they stand, on the grid, `logical_shape`."""
+        return {key: layer.soft.hard().view(layer.layer.logical_shape) for key, layer in self.layers.items()}
+
+    @torch.no_grad()
+    def hard_loss(self, examples: "Examples", batches: list[Tensor]) -> float:
+        """Mean of `loss` over the batches with weights on the grid."""
+        for layer in self.layers.values():
+            layer.hardened = True
+        losses = [self.loss(*examples.batch(rows)) for rows in batches]
+        for layer in self.layers.values():
+            layer.hardened = False
+        return torch.stack(losses).mean().item()
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a part is called with in the quantized model, and what it answers in the teacher.
+
+    Args:
+        leaves (`list`): of the call's arguments; tensors have a row for each example, or are shared.
+        structure (`TreeSpec`): of the arguments.
+        targets (`list[Tensor]`): the teacher's outputs, a row for each example.
+    """
+
+    leaves: list
+    structure: Any
+    targets: list[Tensor]
+
+    @classmethod
+    def collect(
+        cls, model: nn.Module, teacher: nn.Module, name: str, steps: list[DenoisingStep], memory: int
+    ) -> "Examples":
+        """Run both models up to the part's end.
+
+        Args:
+            memory (`int`): bytes to stay below, but one step at least is taken.
+        """
+        parts, targets, used = [], [], 0
+        for step in steps:
+            leaves, structure = tree_flatten(block_call(model, name, step))
+            outputs = block_outputs(teacher, name, step, gradients=False)
+            size = sum(leaf.nbytes for leaf in tree_leaves((leaves, outputs)) if isinstance(leaf, Tensor))
+            if parts and used + size > memory:
+                break
+            used += size
+            parts.append(leaves)
+            targets.append(outputs)
+        rows = len(targets[0][0])
+        joined = [_join(column, rows) for column in zip(*parts, strict=True)]
+        return cls(joined, structure, [torch.cat(column) for column in zip(*targets, strict=True)])
+
+    def __len__(self) -> int:
+        return len(self.targets[0])
+
+    def batch(self, rows: Tensor) -> tuple[tuple[tuple, dict], list[Tensor]]:
+        """Arguments and targets of some examples."""
+        leaves = [leaf[rows] if _per_example(leaf, len(self)) else leaf for leaf in self.leaves]
+        return tree_unflatten(leaves, self.structure), [target[rows] for target in self.targets]
+
+
+def _per_example(leaf: Any, number: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == number
+
+
+def _join(column: tuple, rows: int) -> Any:
+    return torch.cat(column) if _per_example(column[0], rows) else column[0]
