@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError
+from ..errors import ConfigError, NonFiniteError
 from ..nn import QuantLayer
 from ..numerics import unpack
 from ..rounding import annealed_exponent
 from ..schemes import check_patterns, matches
+from ..temporal import FiniteSet
 from .adapters import layers_by_name
 from .blocks import reconstruction_units
 from .convert import prepare_layers
@@ -49,7 +50,16 @@ class Reconstructor:
         self.config, self.on_part = config or RoundingConfig(), on_part
         config, self.model, self.teacher = self.config, denoiser_of(pipe), denoiser_of(teacher)
         check_student(self.model, self.teacher)
-        layers = layers_by_name(self.model)
+        layers = {
+            name: layer
+            for name, layer in layers_by_name(self.model).items()
+            if not isinstance(layer.routing, FiniteSet)
+        }
+        if not layers:
+            raise ConfigError(
+                "Learned rounding needs layers without input parameters for each timestep, but all layers of this "
+                "model have some. Learn rounding first, then maintain temporal features with `fsc='all'`."
+            )
         check_patterns(config.exclude, list(layers), "exclude")
         self.originals = {
             name: original_weight(self.teacher, layer)
@@ -158,7 +168,8 @@ def _summary(layers: dict[str, QuantLayer], before: dict, originals: dict[str, T
 def learn_rounding(pipe, teacher, config: RoundingConfig | None = None, **arguments) -> dict:
     """Learn, in place, which way the weights of a quantized pipeline's denoiser round.
 
-    Formats, scales and activation ranges stay; no byte is added and nothing changes at run time.
+    Formats, scales and activation ranges stay; no byte is added and nothing changes at run time. Layers that temporal
+    maintenance has rounded already keep what it gave them.
 
     Args:
         pipe (`DiffusionPipeline`): quantized and calibrated, without adapters.

@@ -1,5 +1,6 @@
 """A part of a quantized model while the rounding of its weights is learned, and the examples that it learns from."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..nn import QuantLayer
 from ..rounding import SoftRounding
 from .blocks import block_call, block_outputs, float_outputs
 from .convert import replace_module
+from .temporal_model import finite_set_of
 from .trajectory import DenoisingStep
 
 
@@ -59,6 +61,7 @@ class Part:
         for key, layer in self.layers.items():
             replace_module(model, key, layer)
         self.module = model.get_submodule(name)
+        self.finite_set = finite_set_of(model)
 
     def close(self) -> None:
         """Put the quantized layers back."""
@@ -69,9 +72,10 @@ class Part:
         """What is learned."""
         return [layer.soft.logit for layer in self.layers.values()]
 
-    def loss(self, call: tuple[tuple, dict], targets: list[Tensor]) -> Tensor:
+    def loss(self, call: tuple[tuple, dict], targets: list[Tensor], timesteps: Tensor) -> Tensor:
         """Mean squared error of what the part puts out, `()`."""
-        outputs = float_outputs(self.module(*call[0], **call[1]))
+        with self.finite_set.at(timesteps) if self.finite_set is not None else nullcontext():
+            outputs = float_outputs(self.module(*call[0], **call[1]))
         return sum(squared_error(output, target).mean() for output, target in zip(outputs, targets, strict=True))
 
     def penalty(self, exponent: float) -> Tensor:
@@ -103,11 +107,13 @@ class Examples:
         leaves (`list`): of the call's arguments; tensors have a row for each example, or are shared.
         structure (`TreeSpec`): of the arguments.
         targets (`list[Tensor]`): the teacher's outputs, a row for each example.
+        timesteps (`Tensor`, `(B,)`): of each example.
     """
 
     leaves: list
     structure: Any
     targets: list[Tensor]
+    timesteps: Tensor
 
     @classmethod
     def collect(
@@ -130,15 +136,17 @@ class Examples:
             targets.append(outputs)
         rows = len(targets[0][0])
         joined = [_join(column, rows) for column in zip(*parts, strict=True)]
-        return cls(joined, structure, [torch.cat(column) for column in zip(*targets, strict=True)])
+        timesteps = torch.cat([step.timesteps for step in steps[: len(parts)]])
+        return cls(joined, structure, [torch.cat(column) for column in zip(*targets, strict=True)], timesteps)
 
     def __len__(self) -> int:
         return len(self.targets[0])
 
-    def batch(self, rows: Tensor) -> tuple[tuple[tuple, dict], list[Tensor]]:
-        """Arguments and targets of some examples."""
+    def batch(self, rows: Tensor) -> tuple[tuple[tuple, dict], list[Tensor], Tensor]:
+        """Arguments, targets and timesteps of some examples."""
         leaves = [leaf[rows] if _per_example(leaf, len(self)) else leaf for leaf in self.leaves]
-        return tree_unflatten(leaves, self.structure), [target[rows] for target in self.targets]
+        call, targets = tree_unflatten(leaves, self.structure), [target[rows] for target in self.targets]
+        return call, targets, self.timesteps[rows]
 
 
 def _per_example(leaf: Any, number: int) -> bool:
