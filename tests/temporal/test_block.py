@@ -81,13 +81,16 @@ def test_text_does_not_but_added_conditions_do():
     model = make_condition_unet()
     given = {"sample": sample(4, 8, 8), "encoder_hidden_states": sample(3, 16)}
     assert set(block_of(model, given, given).names) == {*TIME_EMBEDDING, *projections(model)}
-    added = UNet2DConditionModel.from_config(
-        dict(model.config)
-        | {
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 56,
-        }
+    added = UNet2DConditionModel(
+        block_out_channels=(32,),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=16,
+        norm_num_groups=8,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=56,
     ).eval()
     given["added_cond_kwargs"] = lambda: {"text_embeds": torch.randn(2, 8), "time_ids": torch.randn(2, 6)}
     assert block_of(added, given, given).names == TIME_EMBEDDING

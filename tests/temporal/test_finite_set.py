@@ -12,7 +12,7 @@ from diffusers_msfp.temporal import FeatureTable, FiniteSet, TemporalPlan, finit
 
 
 def finite_set(*timesteps: float) -> FiniteSet:
-    return FiniteSet(torch.tensor(timesteps))
+    return FiniteSet(torch.tensor(timesteps, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("kind", [float, torch.tensor, lambda t: torch.tensor([t, t], dtype=torch.float64)])
@@ -105,7 +105,7 @@ def test_features_take_half_the_bytes_where_that_is_exact_enough():
 
 
 def test_each_timestep_gets_the_parameters_that_fit_it():
-    x = torch.nn.functional.silu(torch.randn(3, 2, 400)) * torch.tensor([0.1, 1.0, 10.0])[:, None, None]
+    x = torch.nn.functional.silu(torch.randn(3, 2, 400) * torch.tensor([0.5, 2.0, 8.0])[:, None, None])
     default = QParams("fp4_ue2m2", 0.5, -0.25)
     scale, zero_point, error = finite_set_search(x, default)
     assert (scale.diff() > 0).all()
