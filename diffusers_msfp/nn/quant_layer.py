@@ -99,8 +99,8 @@ class QuantLayer(Execution, ABC):
         layer.routing, layer.group, layer.adapters, layer.engine = None, 0, None, None
         layer.make_room(num_banks, device)
         rows, _ = layer.matrix_shape
-        layer.register_buffer("weight_scale", torch.ones(rows, device=device))
-        layer.register_buffer("weight_error", torch.zeros((), device=device))
+        layer.register_buffer("weight_scale", torch.ones(rows, dtype=torch.float32, device=device))
+        layer.register_buffer("weight_error", torch.zeros((), dtype=torch.float32, device=device))
         return layer
 
     @classmethod
@@ -230,7 +230,7 @@ class QuantLayer(Execution, ABC):
         self.input_format = fmt
         for name in INPUT_TENSORS:
             shape = (self.num_banks,) if self.num_banks > 1 and name != "input_error" else ()
-            self.register_buffer(name, torch.ones(shape, device=device))
+            self.register_buffer(name, torch.ones(shape, dtype=torch.float32, device=device))
 
     def store_input(self, scale: Tensor, zero_point: Tensor) -> None:
         """Take other parameters of the input, one for each bank; the measured error stays."""
