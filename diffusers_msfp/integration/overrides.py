@@ -43,13 +43,15 @@ def _num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embe
 
 
 def _to(model: nn.Module, *args, **kwargs) -> nn.Module:
-    """As `ModelMixin.to`; asking for the dtype that the model has is fine, another one is refused."""
+    """As `ModelMixin.to`; the dtype that the model has is for what was added to it, another one is refused."""
     dtype = kwargs.get("dtype") or next((arg for arg in args if isinstance(arg, torch.dtype)), None)
     if dtype is not None and dtype != model.dtype:
         raise UnsupportedError(
             f"A quantized {type(model).__name__} cannot be cast: it was loaded as {model.dtype}, but {dtype} came. "
             f"Load it with `torch_dtype={dtype}`; for `from_pipe` pass `torch_dtype={model.dtype}`."
         )
+    if dtype is not None and not getattr(model, "_keep_in_fp32_modules", None):
+        nn.Module.to(model, dtype)  # what came after loading, such as an IP-Adapter's layers
     kwargs.pop("dtype", None)
     args = tuple(arg for arg in args if not isinstance(arg, torch.dtype) and arg is not None)
     if not args and not {key: value for key, value in kwargs.items() if value is not None}:

@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_condition_unet, make_vae
-from diffusers import DiffusionPipeline, PNDMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from pipelines import make_pipe
 
 from diffusers_msfp import FinetuneConfig, MSFPConfig, calibration_state, finetune, quantize_pipeline
 from diffusers_msfp.errors import ConfigError, UnsupportedError
@@ -15,32 +14,6 @@ from diffusers_msfp.evaluation import compare_pipelines
 from diffusers_msfp.nn import QuantLayer
 
 PROMPTS = ["a red fox", "a boat", "a hat"]
-
-
-def make_pipe() -> StableDiffusionPipeline:
-    torch.manual_seed(0)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    tokens = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=77)
-    config = CLIPTextConfig(
-        vocab_size=len(tokens),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        bos_token_id=len(tokens) - 2,
-        eos_token_id=len(tokens) - 1,
-    )
-    return StableDiffusionPipeline(
-        vae=make_vae(),
-        text_encoder=CLIPTextModel(config).eval(),
-        tokenizer=tokenizer,
-        unet=make_condition_unet(),
-        scheduler=PNDMScheduler(skip_prk_steps=True),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
 
 
 @pytest.fixture(scope="module")
