@@ -8,7 +8,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from pipelines import make_pipe
 
-from diffusers_msfp import FinetuneConfig, MSFPConfig, calibration_state, finetune, quantize_pipeline
+from diffusers_msfp import FinetuneConfig, calibration_state, finetune, quantize_pipeline
 from diffusers_msfp.errors import ConfigError, UnsupportedError
 from diffusers_msfp.evaluation import compare_pipelines
 from diffusers_msfp.nn import QuantLayer
@@ -108,15 +108,6 @@ def test_adapters_with_prompts_guidance_style_lora_and_img2img(folders, tmp_path
     assert not np.allclose(sample(again), before, atol=1e-3)
     again.unload_lora_weights()
     assert (sample(again) == before).all()
-
-
-def test_transformers_components_are_refused(folders):
-    with pytest.raises(ConfigError, match="`text_encoder` is one of transformers"):
-        DiffusionPipeline.from_pretrained(
-            folders[0], quantization_config=MSFPConfig(components_to_quantize=["unet", "text_encoder"])
-        )
-    with pytest.raises(ConfigError, match="`text_encoder` is CLIPTextModel"):
-        quantize_pipeline(make_pipe(), MSFPConfig(components_to_quantize=["text_encoder"]))
 
 
 def test_prompts_must_be_strings(folders):
