@@ -179,6 +179,7 @@ def test_attention_processors(pipe, before):
     pipe.unet.set_attn_processor(AttnProcessor2_0())
     set_engine(pipe, "auto")
     assert (sample(pipe) == before).all()
+    assert {type(processor) for processor in pipe.vae.attn_processors.values()} == {AttnProcessor2_0}
     pipe.unet.set_default_attn_processor()
     assert processors(pipe) == {AttnProcessor}
     assert np.allclose(sample(pipe), before, atol=0.05)
@@ -256,7 +257,7 @@ def test_refused(pipe, before):
     assert (sample(pipe) == before).all()
 
 
-@feature("ControlNet residuals and class labels under fused norms")
+@feature("ControlNet's residuals under fused norms")
 @torch.no_grad()
 def test_engines_agree_with_residuals():
     pipe = pipelines.make_controlnet()
