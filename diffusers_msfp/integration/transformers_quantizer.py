@@ -62,6 +62,10 @@ class MSFPTransformersQuantizer(HfQuantizer):
         """What transformers does with such a weight."""
         return _QuantizeWeight(self)
 
+    def get_new_dtype(self, converter, param, dtype: torch.dtype | None) -> torch.dtype | None:
+        """What a stored tensor is cast to; floats where bytes should be stay what they are, to be found out."""
+        return None if dtype == torch.uint8 else super().get_new_dtype(converter, param, dtype)
+
     def quantize_weight(self, model: PreTrainedModel, place: str, weight: torch.Tensor) -> None:
         """Put a packed layer where the weight's float one is; an error waits until transformers has loaded the rest."""
         module = model.get_submodule(place)
