@@ -249,14 +249,6 @@ def test_compile(pipe, before):
     assert np.abs(sample(pipe) - before).mean() < 0.05
 
 
-@feature("`fuse_lora`, `fuse_qkv_projections`, casting after loading", "refused, with the way out")
-def test_refused(pipe, before):
-    for call in (pipe.unet.fuse_lora, pipe.fuse_qkv_projections, lambda: pipe.to(torch.float16), pipe.unet.half):
-        with pytest.raises(UnsupportedError, match="dequantize|torch_dtype"):
-            call()
-    assert (sample(pipe) == before).all()
-
-
 @feature("ControlNet's residuals under fused norms")
 @torch.no_grad()
 def test_engines_agree_with_residuals():
@@ -270,3 +262,11 @@ def test_engines_agree_with_residuals():
     assert np.allclose(sample(pipe, arguments), fast, atol=0.05)
     with_bias = sample(pipe, arguments, controlnet_conditioning_scale=0.0)
     assert differs(with_bias, sample(pipe, arguments))
+
+
+@feature("`fuse_lora`, `fuse_qkv_projections`, casting after loading", "refused, with the way out")
+def test_refused(pipe, before):
+    for call in (pipe.unet.fuse_lora, pipe.fuse_qkv_projections, lambda: pipe.to(torch.float16), pipe.unet.half):
+        with pytest.raises(UnsupportedError, match="dequantize|torch_dtype"):
+            call()
+    assert (sample(pipe) == before).all()

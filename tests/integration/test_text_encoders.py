@@ -113,7 +113,7 @@ def test_alone_through_transformers(packed_dir, float_dir):
     model = AutoModel.from_pretrained(packed_dir)
     assert type(model) is CLIPTextModel
     reference = CLIPTextModel.from_pretrained(float_dir / "text_encoder")
-    assert 0 < error(model, reference) < 0.1
+    assert 0 < error(model, reference) < 0.2
     assert model.num_parameters() == reference.num_parameters()
     assert model.get_memory_footprint() < reference.get_memory_footprint()
     half = AutoModel.from_pretrained(packed_dir, dtype=torch.bfloat16)
