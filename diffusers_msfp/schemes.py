@@ -84,7 +84,7 @@ def _scheme(weight_bits: int, activation_bits: int | None, *, mixup: bool = True
 SCHEMES: Registry[QuantScheme] = Registry("scheme")
 """Presets by name: `w{weight bits}a{activation bits}`; `a16` leaves activations float."""
 
-for _w, _a in ((4, 4), (4, 6), (4, 8), (6, 6), (8, 8), (4, None)):
+for _w, _a in ((4, 4), (4, 6), (4, 8), (6, 6), (8, 8), (4, None), (6, None), (8, None)):
     SCHEMES.add(f"w{_w}a{_a or 16}", _scheme(_w, _a))
 # Baselines to compare with: signed formats only (as LLM-FP4), and uniform 4-bit grids with the same search.
 SCHEMES.add("w4a4-signed", _scheme(4, 4, mixup=False))
@@ -109,6 +109,11 @@ EDGE_PATTERNS = (
     "time_text_embed.*",
     "*timestep_embedder.linear_*",
 )
+
+
+def weights_only(scheme: str) -> str:
+    """The scheme of equal weight bits that leaves activations float."""
+    return f"w{FORMATS[SCHEMES[scheme].inner.weight[0]].bits}a16"
 
 
 def matches(pattern: str, name: str) -> bool:

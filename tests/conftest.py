@@ -52,25 +52,26 @@ def make_unet(**changes) -> UNet2DModel:
     return UNet2DModel(**arguments | changes).eval()
 
 
-def make_condition_unet() -> UNet2DConditionModel:
+def make_condition_unet(**changes) -> UNet2DConditionModel:
     torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=8,
-        norm_num_groups=8,
-    ).eval()
+    arguments = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 16,
+        "attention_head_dim": 8,
+        "norm_num_groups": 8,
+    }
+    return UNet2DConditionModel(**arguments | changes).eval()
 
 
-def make_vae() -> AutoencoderKL:
+def make_vae(**changes) -> AutoencoderKL:
     torch.manual_seed(0)
-    return AutoencoderKL(block_out_channels=(32,), norm_num_groups=8).eval()
+    return AutoencoderKL(**{"block_out_channels": (32,), "norm_num_groups": 8} | changes).eval()
 
 
 def make_dit(**changes) -> DiTTransformer2DModel:

@@ -6,7 +6,7 @@ from torch import nn
 
 from diffusers_msfp import FORMATS, SCHEMES
 from diffusers_msfp.errors import ConfigError
-from diffusers_msfp.schemes import LayerScheme, matches, resolve
+from diffusers_msfp.schemes import LayerScheme, matches, resolve, weights_only
 from diffusers_msfp.workflow.convert import Conversion
 
 
@@ -21,6 +21,13 @@ def test_widths_are_what_the_name_says(name):
     assert {FORMATS[f].bits for f in scheme.inner.activation} == ({activation} if activation != 16 else set())
     assert {FORMATS[f].bits for f in scheme.edge.weight + scheme.input.weight} == {8}
     assert scheme.input.activation == ()
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_every_scheme_has_a_weights_only_counterpart(name):
+    counterpart = SCHEMES[weights_only(name)]
+    assert counterpart.inner.activation == counterpart.edge.activation == ()
+    assert set(SCHEMES[name].inner.weight) <= set(counterpart.inner.weight)
 
 
 def test_edges_of_a_unet():

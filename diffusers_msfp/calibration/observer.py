@@ -27,9 +27,9 @@ class Observation:
         range (`Tensor`, `(2,)`, float32): smallest and largest of *all* values.
     """
 
-    sample: Tensor = field(default_factory=lambda: torch.zeros(CAPACITY))
+    sample: Tensor = field(default_factory=lambda: torch.zeros(CAPACITY, dtype=torch.float32))
     count: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
-    range: Tensor = field(default_factory=lambda: torch.tensor([torch.inf, -torch.inf]))
+    range: Tensor = field(default_factory=lambda: torch.tensor([torch.inf, -torch.inf], dtype=torch.float32))
 
     def drawn(self) -> Tensor:
         """The valid part of the sample, float32."""

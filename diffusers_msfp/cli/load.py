@@ -111,7 +111,7 @@ def _from_single_file(path: Path, config: str | None) -> DiffusionPipeline:
 
 def components_on_disk(folder: Path) -> list[Path]:
     """Folders of a pipeline's models."""
-    return [p for p in sorted(folder.iterdir()) if p.is_dir() and read_config(p).get("_class_name")]
+    return [p for p in sorted(folder.iterdir()) if p.is_dir() and read_config(p)]
 
 
 def model_bytes(source: str, model: ModelMixin, name: str) -> int:

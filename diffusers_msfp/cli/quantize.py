@@ -3,12 +3,13 @@
 import time
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.quantizers import PipelineQuantizationConfig
 
 from ..errors import ConfigError
 from ..evaluation.describe import file_bytes, read_config
 from ..integration.config import MSFPConfig
-from ..integration.in_memory import choose_components, components_of
+from ..integration.in_memory import choose_components, components_of, quantize_model
 from ..integration.streaming import StreamedModel
 from ..integration.tensor_files import MAX_SHARD_SIZE
 from ..schemes import DEFAULT_SCHEME
@@ -39,7 +40,8 @@ def quantize(
     """Quantize a checkpoint and write the packed one.
 
     Weights go from file to file layer by layer, so a float model need not fit into memory; then the pipeline's own
-    sampler sets the activation ranges. A component on its own cannot be sampled, so its activations go on observing:
+    sampler sets the activation ranges. Text encoders are quantized, their weights alone, while the pipeline is loaded
+    for that. A component on its own cannot be sampled, so its activations go on observing:
     they freeze after its first denoising run.
 
     Until all is done, packed weights lie in the hidden folder `.<out>.part` beside `out`. After an interruption the
@@ -78,11 +80,11 @@ def quantize(
         path = fetch(source)
         refuse_quantized(path)
         loaded = load_pipeline(source, config=config) if path.is_file() else None
-        streams = _streams(path, loaded, request, max_shard_size)
+        streams, encoders = _parts(path, loaded, request, max_shard_size)
     if loaded is None:
-        bytes_before = sum(file_bytes(path / name) for name in streams)
+        bytes_before = sum(file_bytes(path / name) for name in (*streams, *encoders))
     else:
-        bytes_before = sum(getattr(loaded, name).get_memory_footprint() for name in streams)
+        bytes_before = sum(getattr(loaded, name).get_memory_footprint() for name in (*streams, *encoders))
 
     seconds_calibration = 0.0
     with work_folder(out) as work:
@@ -99,9 +101,15 @@ def quantize(
         else:
             models = {name: streams.pop(name).load(place) for name, place in places.items()}
             if loaded is None:
-                loaded = load_pipeline(source, **models)
+                wanted = (
+                    PipelineQuantizationConfig(quant_mapping=dict.fromkeys(encoders, request)) if encoders else None
+                )
+                loaded = load_pipeline(source, **models, quantization_config=wanted)
             else:
                 loaded.register_modules(**models)
+                for name in encoders:
+                    quantize_model(getattr(loaded, name), request)
+            models |= {name: getattr(loaded, name) for name in encoders}
             if calibration_state(loaded) == "observing":
                 calibration_started = time.perf_counter()
                 with progress("calibrating activations") as report:
@@ -140,15 +148,18 @@ def quantize(
     }
 
 
-def _streams(
+def _parts(
     path: Path, loaded: DiffusionPipeline | None, request: MSFPConfig, max_shard_size: int | str
-) -> dict[str, StreamedModel]:
-    """What is to be quantized: components by name, or a model on its own, called `.`."""
+) -> tuple[dict[str, StreamedModel], list[str]]:
+    """What is to be quantized: diffusers' components by name, or a model on its own, called `.`; and transformers'."""
     if loaded is not None:
-        return {
+        found = components_of(loaded, request)
+        streams = {
             name: StreamedModel(type(model), model.config, model.state_dict(), [path], request, max_shard_size)
-            for name, model in components_of(loaded, request).items()
+            for name, model in found.items()
+            if isinstance(model, ModelMixin)
         }
+        return streams, [name for name in found if name not in streams]
     index = read_config(path, "model_index.json")
     if index:
         present = [name for name, part in index.items() if isinstance(part, list) and part[0] is not None]
@@ -157,4 +168,6 @@ def _streams(
         raise ConfigError(f"`components` selects parts of a pipeline, but {path} is a single model.")
     else:
         names = ["."]
-    return {name: open_component(path / name, request, max_shard_size) for name in names}
+    encoders = [name for name in names if index and index[name][0] == "transformers"]
+    streams = {name: open_component(path / name, request, max_shard_size) for name in names if name not in encoders}
+    return streams, encoders

@@ -14,6 +14,7 @@ from ..temporal import FiniteSet, TemporalPlan
 from ..workflow.engine import engine_named
 
 WEIGHTS = "diffusion_pytorch_model"
+TRANSFORMERS_WEIGHTS = "model"
 INDEX = f"{WEIGHTS}.safetensors.index.json"
 OBSERVING = "its input is being observed, which the reference does"
 
@@ -72,17 +73,19 @@ def read_config(folder: Path, name: str = "config.json") -> dict:
 
 def weight_files(folder: Path, *, variants: bool = True) -> list[Path]:
     """The weight files that a plain load of this component reads: one file, or its shards; else those of variants."""
-    if (folder / INDEX).is_file():
-        try:
-            names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-            return sorted({folder / name for name in names})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{folder / INDEX} must be JSON with a `weight_map`, but it is not.") from error
-    for suffix in ("safetensors", "bin"):
-        single = folder / f"{WEIGHTS}.{suffix}"
-        shards = sorted(folder.glob(f"{WEIGHTS}-?????-of-?????.{suffix}"))
-        if single.is_file() or shards:
-            return [single] if single.is_file() else shards
+    for stem in (WEIGHTS, TRANSFORMERS_WEIGHTS):
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            try:
+                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                return sorted({folder / name for name in names})
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise CheckpointError(f"{index} must be JSON with a `weight_map`, but it is not.") from error
+        for suffix in ("safetensors", "bin"):
+            single = folder / f"{stem}.{suffix}"
+            shards = sorted(folder.glob(f"{stem}-?????-of-?????.{suffix}"))
+            if single.is_file() or shards:
+                return [single] if single.is_file() else shards
     return sorted(folder.glob(f"{WEIGHTS}*.safetensors")) if variants else []
 
 

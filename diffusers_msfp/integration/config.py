@@ -9,11 +9,14 @@ from enum import Enum
 
 from diffusers.quantizers import PipelineQuantizationConfig
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
+from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
 
 from ..errors import CheckpointError, ConfigError
-from ..schemes import DEFAULT_SCHEME, SCHEMES
+from ..schemes import DEFAULT_SCHEME, SCHEMES, weights_only
 from ..talora import AdapterPlan
 from ..temporal import TemporalPlan
+from ..workflow import Conversion
 
 logger = logging.getLogger(__name__)
 
@@ -27,16 +30,18 @@ class MSFPMethod(str, Enum):
     MSFP = "msfp"
 
 
-class MSFPConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
+class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuantizationConfig):
     """Quantize a diffusion model with mixup-sign floating point, at pipeline or at model level.
+
+    Text encoders and other models of transformers take it too; of a scheme they take the weights' part.
 
     Args:
         scheme (`str`): a name in `SCHEMES`: bits of weights and activations, e.g. `"w4a8"` or `"w4a4"`.
         modules_to_not_convert (`Sequence[str]`, *optional*): patterns of modules that stay float. A plain name
             matches as a substring of a module's name, one with `*` as a glob over the whole name.
         scheme_overrides (`Mapping[str, str]`, *optional*): pattern → scheme for single layers; the last match wins.
-        components_to_quantize (`Sequence[str]`, *optional*): components of a pipeline; by default those of `unet`,
-            `transformer`, `prior` and `controlnet` that it has.
+        components_to_quantize (`Sequence[str]`, *optional*): components of a pipeline, e.g. `["unet", "text_encoder"]`;
+            by default those of `unet`, `transformer`, `prior` and `controlnet` that it has.
 
     The remaining arguments are the record that a checkpoint carries; they are written by the package, not by hand:
 
@@ -136,18 +141,29 @@ class MSFPConfig(QuantizationConfigMixin, PipelineQuantizationConfig):
         """A copy that one model may write its record into."""
         return copy.deepcopy(self)
 
-    def _resolve_quant_config(self, is_diffusers: bool = True, module_name: str | None = None):
+    def weights_only(self) -> "MSFPConfig":
+        """A copy whose schemes leave activations float."""
+        config = self.for_one_model()
+        config.scheme = weights_only(self.scheme)
+        config.scheme_overrides = {pattern: weights_only(name) for pattern, name in self.scheme_overrides.items()}
+        if config.scheme != self.scheme:
+            logger.warning("Activations of text encoders stay float: `%s` counts as `%s`.", self.scheme, config.scheme)
+        return config
+
+    def plan(self, model: nn.Module) -> Conversion:
+        """What to do with each layer of a model."""
+        return Conversion.plan(model, self.scheme, self.modules_to_not_convert, self.scheme_overrides)
+
+    def require_record(self) -> None:
+        """Refuse a checkpoint's config that does not say what its layers are."""
+        if self.layers is None:
+            raise CheckpointError("config.json of a quantized model must have `layers`, but it has none: damaged file.")
+
+    def _resolve_quant_config(self, is_diffusers: bool = True, module_name: str | None = None):  # noqa: ARG002
         """Called by diffusers for each component of a pipeline: this config or None."""
         wanted = self.components_to_quantize or DEFAULT_COMPONENTS
         _require_component(wanted)
-        if module_name not in wanted:
-            return None
-        if not is_diffusers:
-            raise ConfigError(
-                f"`components_to_quantize` may name diffusers models only, but `{module_name}` is one of transformers. "
-                f"Leave it out."
-            )
-        return self.for_one_model()
+        return self.for_one_model() if module_name in wanted else None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {json.dumps(self.to_diff_dict(), indent=2)}"

@@ -3,28 +3,35 @@
 from collections.abc import Callable, Collection
 
 from diffusers import ModelMixin
+from transformers import PreTrainedModel
 
 from ..errors import ConfigError
 from ..schemes import DEFAULT_SCHEME
-from ..workflow import Conversion, calibrate, calibration_state, convert
+from ..workflow import calibrate, calibration_state, convert
 from .config import DEFAULT_COMPONENTS, MSFPConfig
 from .quantizer import MSFPQuantizer
+from .transformers_quantizer import MSFPTransformersQuantizer
 
 
-def quantize_model(model: ModelMixin, config: MSFPConfig, on_layer: Callable[[int, int], None] | None = None) -> None:
+def quantize_model(
+    model: ModelMixin | PreTrainedModel, config: MSFPConfig, on_layer: Callable[[int, int], None] | None = None
+) -> None:
     """Quantize the weights of a float model in place; its activations are observed from now on.
 
     Args:
-        model (`ModelMixin`): any diffusers model.
+        model (`ModelMixin` or `PreTrainedModel`): any model of diffusers, or one of transformers, whose activations
+            stay float.
         config (`MSFPConfig`): not changed; the model gets a copy with its record.
         on_layer (`Callable[[int, int], None]`, *optional*): called after each layer with (done, total).
     """
-    config = config.for_one_model()
-    plan = Conversion.plan(model, config.scheme, config.modules_to_not_convert, config.scheme_overrides)
+    door = MSFPQuantizer if isinstance(model, ModelMixin) else MSFPTransformersQuantizer
+    quantizer = door(config.for_one_model(), pre_quantized=True)
+    plan = quantizer.quantization_config.plan(model)
     dtype = model.dtype
     convert(model, plan, on_layer)
-    MSFPQuantizer(config, pre_quantized=True).attach(model)
-    model.register_to_config(_pre_quantization_dtype=dtype)
+    quantizer.attach(model)
+    if isinstance(model, ModelMixin):
+        model.register_to_config(_pre_quantization_dtype=dtype)
     plan.report(model)
 
 
@@ -57,18 +64,19 @@ def quantize_pipeline(pipe, scheme: str | MSFPConfig = DEFAULT_SCHEME, **calibra
     return pipe
 
 
-def components_of(pipe, config: MSFPConfig) -> dict[str, ModelMixin]:
+def components_of(pipe, config: MSFPConfig) -> dict[str, ModelMixin | PreTrainedModel]:
     """The components that a config selects, by name.
 
     Raises:
-        ConfigError: there are none, or one that was named is not a diffusers model.
+        ConfigError: there are none, or one that was named is no model.
     """
     components = {name: part for name, part in getattr(pipe, "components", {}).items() if part is not None}
     found = {name: components[name] for name in choose_components(components, type(pipe).__name__, config)}
     for name, component in found.items():
-        if not isinstance(component, ModelMixin):
+        if not isinstance(component, (ModelMixin, PreTrainedModel)):
             raise ConfigError(
-                f"`components_to_quantize` may name diffusers models only, but `{name}` is {type(component).__name__}."
+                f"`components_to_quantize` may name models of diffusers and transformers only, but `{name}` is "
+                f"{type(component).__name__}."
             )
     return found
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedError
+from ..workflow.attention import use_engine_attention
 from ..workflow.convert import quant_layers
 
 _REFUSED = {
@@ -23,7 +24,7 @@ _REFUSED = {
 }
 
 
-def _refuse(model: nn.Module, method: str, *_, **__):
+def _refuse(model: nn.Module, *_, method: str, **__):
     bits = sorted({layer.weight_format.bits for _, layer in quant_layers(model)})
     reason = _REFUSED[method].format(bits=" and ".join(map(str, bits)))
     raise UnsupportedError(f"`{method}` is not possible for the MSFP-quantized {type(model).__name__}. {reason}")
@@ -42,13 +43,15 @@ def _num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embe
 
 
 def _to(model: nn.Module, *args, **kwargs) -> nn.Module:
-    """As `ModelMixin.to`; asking for the dtype that the model has is fine, another one is refused."""
+    """As `ModelMixin.to`; the dtype that the model has is for what was added to it, another one is refused."""
     dtype = kwargs.get("dtype") or next((arg for arg in args if isinstance(arg, torch.dtype)), None)
     if dtype is not None and dtype != model.dtype:
         raise UnsupportedError(
             f"A quantized {type(model).__name__} cannot be cast: it was loaded as {model.dtype}, but {dtype} came. "
             f"Load it with `torch_dtype={dtype}`; for `from_pipe` pass `torch_dtype={model.dtype}`."
         )
+    if dtype is not None and not getattr(model, "_keep_in_fp32_modules", None):
+        nn.Module.to(model, dtype)  # what came after loading, such as an IP-Adapter's layers
     kwargs.pop("dtype", None)
     args = tuple(arg for arg in args if not isinstance(arg, torch.dtype) and arg is not None)
     if not args and not {key: value for key, value in kwargs.items() if value is not None}:
@@ -56,16 +59,27 @@ def _to(model: nn.Module, *args, **kwargs) -> nn.Module:
     return type(model).to(model, *args, **kwargs)
 
 
+def _set_default_attn_processor(model: nn.Module) -> None:
+    """As diffusers' own, which does not know the engines' processors and would refuse them."""
+    use_engine_attention(model, wanted=False)
+    type(model).set_default_attn_processor(model)
+
+
+_ANSWERS = {
+    "num_parameters": _num_parameters,
+    "to": _to,
+    "set_default_attn_processor": _set_default_attn_processor,
+} | {method: functools.partial(_refuse, method=method) for method in _REFUSED}
+
+
 def install(model: nn.Module) -> None:
     """Set the answers on the model object."""
-    for method in _REFUSED:
-        if hasattr(model, method):
-            setattr(model, method, functools.partial(_refuse, model, method))
-    model.num_parameters = functools.partial(_num_parameters, model)
-    model.to = functools.partial(_to, model)
+    for method, answer in _ANSWERS.items():
+        if hasattr(type(model), method):
+            setattr(model, method, functools.partial(answer, model))
 
 
 def remove(model: nn.Module) -> None:
     """Let the model answer like any other."""
-    for method in (*_REFUSED, "num_parameters", "to"):
+    for method in _ANSWERS:
         model.__dict__.pop(method, None)

@@ -12,18 +12,17 @@ from accelerate.utils import CustomDtype
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 
-from ..errors import CheckpointError, ConfigError, UnsupportedError
+from ..errors import CheckpointError, UnsupportedError
 from ..nn import QUANT_LAYERS, QuantLayer
 from ..nn.stored import INPUT_TENSORS, OBSERVED, WEIGHT_TENSORS
 from ..talora import AdapterBank, AdapterPlan, RoutingTable
 from ..talora.adapters import ADAPTER_TENSORS
 from ..temporal import FeatureTable, FiniteSet, TemporalPlan
 from ..workflow.adapters import prepare_skeleton, routing_of
-from ..workflow.convert import Conversion, convert_skeleton, plain_name, replace_module, revert
-from ..workflow.engine import engine_from_environment, set_engine
-from ..workflow.state import calibration_state, track, untrack
-from ..workflow.temporal_model import detach_sets, temporal_skeleton
-from . import overrides
+from ..workflow.convert import Conversion, convert_skeleton, replace_module
+from ..workflow.state import calibration_state
+from .attach import attach, detach, file_metadata, tensors_to_save
+from ..workflow.temporal_model import temporal_skeleton
 from .config import MSFPConfig
 
 logger = logging.getLogger(__name__)
@@ -88,9 +87,9 @@ class MSFPQuantizer(DiffusersQuantizer):
                 "`from_single_file`, then call `quantize_pipeline(pipe, scheme)`."
             )
         config = self.quantization_config
-        if self.pre_quantized and config.layers is None:
-            raise CheckpointError("config.json of a quantized model must have `layers`, but it has none: damaged file.")
-        self._plan = Conversion.plan(model, config.scheme, config.modules_to_not_convert, config.scheme_overrides)
+        if self.pre_quantized:
+            config.require_record()
+        self._plan = config.plan(model)
         if self.pre_quantized:
             convert_skeleton(model, config.layers, self._plan.layers)
             if config.adapters is not None:
@@ -191,15 +190,8 @@ class MSFPQuantizer(DiffusersQuantizer):
 
     def attach(self, model: nn.Module) -> None:
         """Make a model with quantized layers know that it is one."""
-        self.pre_quantized = True
-        model.is_quantized = True
-        model.hf_quantizer = self
-        model.quantization_method = self.quantization_config.quant_method
         model.register_to_config(quantization_config=self.quantization_config)
-        overrides.install(model)
-        run = self.quantization_config.calibration or {}
-        track(model, run.get("last_timestep"), run.get("has_fallen", False))
-        set_engine(model, engine_from_environment())
+        attach(model, self)
 
     # ── saving, and back to float ────────────────────────────────────────────────────────────────────────────
 
@@ -209,19 +201,7 @@ class MSFPQuantizer(DiffusersQuantizer):
         safe_serialization: bool = False,  # noqa: ARG002
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The model alone, under its own names, also while adapters are attached."""
-        own = {plain_name(key): value for key, value in state_dict.items() if ".lora_" not in key}
-        meta = [key for key, value in own.items() if value.is_meta]
-        if meta:
-            raise ConfigError(
-                f"All tensors must be in memory to be saved, but {len(meta)} are offloaded ({meta[0]}, …). Load the "
-                f"model without `device_map` and offloading, then save it."
-            )
-        return own, self.file_metadata
-
-    @property
-    def file_metadata(self) -> dict[str, str]:
-        """What each weight file says about itself."""
-        return {"quant_method": "msfp", "format_version": str(self.quantization_config.format_version)}
+        return tensors_to_save(state_dict), file_metadata(self.quantization_config)
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         if routing_of(model) is not None:
@@ -229,11 +209,7 @@ class MSFPQuantizer(DiffusersQuantizer):
                 "A model with timestep-aware adapters has no single float weight per layer. Unload adapters that stand "
                 "beside the weights (`unload_talora`) and call `dequantize` again; merged ones cannot be undone."
             )
-        set_engine(model, "reference")
-        overrides.remove(model)
-        detach_sets(model)
-        untrack(model)
-        revert(model, model.dtype)
+        detach(model, model.dtype)
         config = dict(model._internal_dict)
         for key in ("quantization_config", "_pre_quantization_dtype"):
             config.pop(key, None)

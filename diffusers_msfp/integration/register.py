@@ -1,20 +1,36 @@
-"""Make diffusers know the method `"msfp"`."""
+"""Make diffusers and transformers know the method `"msfp"`: one through its tables, the other by its decorators."""
 
-from diffusers.quantizers import auto
+from diffusers.quantizers import auto as diffusers_auto
+from transformers.quantizers import auto as transformers_auto
 
 from ..errors import ConfigError
 from .config import MSFPConfig, MSFPMethod
 from .quantizer import MSFPQuantizer
+from .transformers_quantizer import MSFPTransformersQuantizer
+
+METHOD = MSFPMethod.MSFP.value
 
 
 def register() -> None:
-    """Enter config and quantizer in diffusers' two tables; calling it again changes nothing.
+    """Enter config and quantizers in both libraries; calling it again changes nothing.
 
     Raises:
-        ConfigError: something else is registered under this name.
+        ConfigError: something else is registered under this name; nothing is entered then.
     """
-    tables = ((auto.AUTO_QUANTIZER_MAPPING, MSFPQuantizer), (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, MSFPConfig))
-    for table, cls in tables:
-        present = table.setdefault(MSFPMethod.MSFP.value, cls)
-        if present is not cls:
-            raise ConfigError(f"'msfp' must be free in diffusers, but {present.__module__}.{present.__name__} has it.")
+    quantizers = {diffusers_auto: MSFPQuantizer, transformers_auto: MSFPTransformersQuantizer}
+    for library, quantizer in quantizers.items():
+        for table, cls in _tables(library, quantizer):
+            present = table.get(METHOD, cls)
+            if present is not cls:
+                taken = f"{present.__module__}.{present.__name__}"
+                raise ConfigError(f"'msfp' must be free in {library.__name__.split('.')[0]}, but {taken} has it.")
+    for table, cls in _tables(diffusers_auto, MSFPQuantizer):
+        table[METHOD] = cls
+    if METHOD not in transformers_auto.AUTO_QUANTIZER_MAPPING:
+        transformers_auto.register_quantizer(METHOD)(MSFPTransformersQuantizer)
+    if METHOD not in transformers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        transformers_auto.register_quantization_config(METHOD)(MSFPConfig)
+
+
+def _tables(library, quantizer: type) -> tuple:
+    return (library.AUTO_QUANTIZER_MAPPING, quantizer), (library.AUTO_QUANTIZATION_CONFIG_MAPPING, MSFPConfig)

@@ -18,8 +18,9 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError
 from ..formats import FORMATS
 from ..nn import QUANT_LAYERS, QuantLayer
-from ..workflow.convert import Conversion, convert_skeleton
+from ..workflow.convert import convert_skeleton
 from ..workflow.state import write_record
+from .attach import file_metadata
 from .config import MSFPConfig
 from .journal import Journal
 from .quantizer import MSFPQuantizer
@@ -59,7 +60,7 @@ class StreamedModel:
             self.model = cls.from_config(model_config).eval()
         self._tensors, self._names = tensors, _stored_names(self.model, tensors)
         config = config.for_one_model()
-        self._plan = Conversion.plan(self.model, config.scheme, config.modules_to_not_convert, config.scheme_overrides)
+        self._plan = config.plan(self.model)
         self._floats = {name: self.model.get_submodule(name) for name in self._plan.layers}
         for name, scheme in self._plan.layers.items():
             if len({FORMATS[fmt].bits for fmt in scheme.weight}) > 1:
@@ -70,10 +71,9 @@ class StreamedModel:
             layer = self.model.get_submodule(name)
             if layer.observing:
                 layer.observation.sample = layer.observation.sample.to("meta")
-        quantizer = MSFPQuantizer(config, pre_quantized=True)
-        quantizer.attach(self.model)
+        MSFPQuantizer(config, pre_quantized=True).attach(self.model)
         self._state = self.model.state_dict()
-        self._layout = TensorLayout(self._state, quantizer.file_metadata, max_shard_size)
+        self._layout = TensorLayout(self._state, file_metadata(config), max_shard_size)
         self._identity = {
             "arguments": {**config.to_dict(), "layers": None, "calibration": None, "max_shard_size": max_shard_size},
             "source files": [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in sources],

@@ -103,8 +103,8 @@ class QuantLayer(Execution, ABC):
         layer.routing, layer.group, layer.adapters, layer.recall, layer.engine = None, 0, None, None, None
         layer.make_room(num_banks, device)
         rows, _ = layer.matrix_shape
-        layer.register_buffer("weight_scale", torch.ones(rows, device=device))
-        layer.register_buffer("weight_error", torch.zeros((), device=device))
+        layer.register_buffer("weight_scale", torch.ones(rows, dtype=torch.float32, device=device))
+        layer.register_buffer("weight_error", torch.zeros((), dtype=torch.float32, device=device))
         return layer
 
     @classmethod
@@ -262,7 +262,7 @@ class QuantLayer(Execution, ABC):
         several = num_sets or (self.num_banks if self.num_banks > 1 else 0)
         for name in INPUT_TENSORS:
             shape = (several,) if several and name != "input_error" else ()
-            self.register_buffer(name, torch.ones(shape, device=device))
+            self.register_buffer(name, torch.ones(shape, dtype=torch.float32, device=device))
 
     def store_input(self, scale: Tensor, zero_point: Tensor, error: Tensor | None = None) -> None:
         """Take other parameters of the input, one for each bank, or `(S,)` for timesteps; the error stays if not given.

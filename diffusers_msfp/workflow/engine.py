@@ -12,6 +12,7 @@ from ..nn import QuantLayer
 from .attention import use_engine_attention
 from .convert import quant_layers
 from .fused import fuse, undo
+from .state import quantized_models
 
 ENGINE_VARIABLE = "MSFP_ENGINE"
 DEFAULT_ENGINE = "auto"
@@ -24,7 +25,7 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
     detail from the reference's; their quality does not.
 
     Args:
-        model (`nn.Module` or `DiffusionPipeline`): with quantized layers.
+        model (`nn.Module` or `DiffusionPipeline`): with quantized layers; float components are left alone.
         engine (`str`): `"auto"` takes for each layer the fastest that is exact; otherwise a name in `ENGINES`, and the
             reference for layers that it cannot run.
         memory (`str`): `"fast"` keeps weights as the engine wants them, `"low"` keeps them packed and expands each
@@ -37,7 +38,7 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
         ENGINES[engine]
     if memory not in MEMORY_MODES:
         raise ConfigError(f"`memory` must be one of {', '.join(MEMORY_MODES)}, but {memory!r} came.")
-    models = _models(model)
+    models = list(quantized_models(model))
     layers = [layer for part in models for _, layer in quant_layers(part)]
     if not layers:
         raise ConfigError(
@@ -85,12 +86,6 @@ def engine_from_environment() -> str:
     if name != AutoEngine.name:
         ENGINES[name]
     return name
-
-
-def _models(model: nn.Module | DiffusionPipeline) -> list[nn.Module]:
-    if isinstance(model, DiffusionPipeline):
-        return [part for part in model.components.values() if isinstance(part, nn.Module)]
-    return [model]
 
 
 def _require_use(name: str, chosen: Engine, layers: list[QuantLayer]) -> None:

@@ -1,4 +1,4 @@
-"""Write the tables of README and model cards from the registry and the results files.
+"""Write the tables of README and model cards from the registry, the results files, and what tests show to work.
 
     python tests/benchmarks/tables.py
 
@@ -6,12 +6,18 @@ Each table stands between `<!-- name -->` and `<!-- /name -->`; a test compares 
 """
 
 import re
+import sys
 from collections.abc import Iterator
 from statistics import mean
 
 from harness import ROOT, read_results
 
 from diffusers_msfp import FORMATS
+
+sys.path[:0] = [str(ROOT / "tests" / "integration"), str(ROOT / "tests")]
+
+from test_features import FEATURES  # noqa: E402
+from test_matrix import PIPELINES, SCHEDULERS  # noqa: E402
 
 PAGES = (ROOT / "README.md", ROOT / "model_cards" / "ddpm-fashion-mnist-32.md")
 
@@ -214,7 +220,20 @@ def rounding() -> Iterator[dict[str, str]]:
         }
 
 
-MAKERS = (engines, memory, formats, rounding, schemes, shapes, talora, routing, temporal)
+def pipelines() -> Iterator[dict[str, str]]:
+    """What is quantized, saved, reloaded and sampled in `test_matrix.py`."""
+    for name, case in PIPELINES.items():
+        yield {"pipeline": name, "quantized": ", ".join(f"`{part}`" for part in case.components)}
+    yield {"pipeline": f"samplers: {', '.join(SCHEDULERS)}", "quantized": "`unet`"}
+
+
+def features() -> Iterator[dict[str, str]]:
+    """What `test_features.py` does with a quantized Stable Diffusion."""
+    for name, outcome in FEATURES.items():
+        yield {"feature": name, "with a quantized pipeline": outcome}
+
+
+MAKERS = (engines, memory, formats, rounding, schemes, shapes, talora, routing, temporal, pipelines, features)
 TABLES = {make.__name__: make for make in MAKERS}
 
 

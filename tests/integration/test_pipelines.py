@@ -3,44 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_condition_unet, make_vae
-from diffusers import DiffusionPipeline, PNDMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from pipelines import make_pipe
 
-from diffusers_msfp import FinetuneConfig, MSFPConfig, calibration_state, finetune, quantize_pipeline
+from diffusers_msfp import FinetuneConfig, calibration_state, finetune, quantize_pipeline
 from diffusers_msfp.errors import ConfigError, UnsupportedError
 from diffusers_msfp.evaluation import compare_pipelines
 from diffusers_msfp.nn import QuantLayer
 
 PROMPTS = ["a red fox", "a boat", "a hat"]
-
-
-def make_pipe() -> StableDiffusionPipeline:
-    torch.manual_seed(0)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    tokens = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=77)
-    config = CLIPTextConfig(
-        vocab_size=len(tokens),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        bos_token_id=len(tokens) - 2,
-        eos_token_id=len(tokens) - 1,
-    )
-    return StableDiffusionPipeline(
-        vae=make_vae(),
-        text_encoder=CLIPTextModel(config).eval(),
-        tokenizer=tokenizer,
-        unet=make_condition_unet(),
-        scheduler=PNDMScheduler(skip_prk_steps=True),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -135,15 +108,6 @@ def test_adapters_with_prompts_guidance_style_lora_and_img2img(folders, tmp_path
     assert not np.allclose(sample(again), before, atol=1e-3)
     again.unload_lora_weights()
     assert (sample(again) == before).all()
-
-
-def test_transformers_components_are_refused(folders):
-    with pytest.raises(ConfigError, match="`text_encoder` is one of transformers"):
-        DiffusionPipeline.from_pretrained(
-            folders[0], quantization_config=MSFPConfig(components_to_quantize=["unet", "text_encoder"])
-        )
-    with pytest.raises(ConfigError, match="`text_encoder` is CLIPTextModel"):
-        quantize_pipeline(make_pipe(), MSFPConfig(components_to_quantize=["text_encoder"]))
 
 
 def test_prompts_must_be_strings(folders):

@@ -1,0 +1,193 @@
+"""Tiny pipelines of every kind, made from code: few channels, 8 × 8 latents, untrained."""
+
+import torch
+from conftest import make_condition_unet, make_vae
+from diffusers import (
+    ControlNetModel,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    LDMPipeline,
+    PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DModel,
+    VQModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+)
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_TOKENS = [*_LETTERS, *(f"{c}</w>" for c in _LETTERS), "<|startoftext|>", "<|endoftext|>"]
+SMALL = {"block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 2}
+
+
+def picture(channels: int = 3) -> torch.Tensor:
+    return torch.rand(1, channels, 8, 8, generator=torch.Generator().manual_seed(2))
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer(vocab={t: i for i, t in enumerate(_TOKENS)}, merges=[], model_max_length=77)
+
+
+def make_clip(cls: type = CLIPTextModel) -> CLIPTextModel:
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=len(_TOKENS),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        projection_dim=16,
+        bos_token_id=len(_TOKENS) - 2,
+        eos_token_id=len(_TOKENS) - 1,
+    )
+    return cls(config).eval()
+
+
+def make_t5() -> T5EncoderModel:
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(_TOKENS), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    return T5EncoderModel(config).eval()
+
+
+def make_scheduler() -> PNDMScheduler:
+    return PNDMScheduler(skip_prk_steps=True, steps_offset=1)
+
+
+def make_pipe(unet: dict | None = None) -> StableDiffusionPipeline:
+    """Stable Diffusion; `unet` changes its denoiser."""
+    return StableDiffusionPipeline(
+        vae=make_vae(),
+        text_encoder=make_clip(),
+        tokenizer=make_tokenizer(),
+        unet=make_condition_unet(**unet or {}),
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def make_small_pipe() -> StableDiffusionPipeline:
+    return make_pipe(SMALL)
+
+
+def make_sdxl() -> StableDiffusionXLPipeline:
+    added = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 16,
+        "cross_attention_dim": 32,
+        "use_linear_projection": True,
+    }
+    return StableDiffusionXLPipeline(
+        vae=make_vae(),
+        text_encoder=make_clip(),
+        text_encoder_2=make_clip(CLIPTextModelWithProjection),
+        tokenizer=make_tokenizer(),
+        tokenizer_2=make_tokenizer(),
+        unet=make_condition_unet(**SMALL | added),
+        scheduler=DDIMScheduler(),
+        add_watermarker=False,
+    )
+
+
+def make_img2img() -> StableDiffusionImg2ImgPipeline:
+    return StableDiffusionImg2ImgPipeline(**make_small_pipe().components, requires_safety_checker=False)
+
+
+def make_inpainting() -> StableDiffusionInpaintPipeline:
+    components = make_pipe(SMALL | {"in_channels": 9}).components
+    return StableDiffusionInpaintPipeline(**components, requires_safety_checker=False)
+
+
+def make_controlnet() -> StableDiffusionControlNetPipeline:
+    components = make_small_pipe().components
+    torch.manual_seed(1)
+    config = dict(components["unet"].config) | {"conditioning_embedding_out_channels": (8,)}
+    controlnet = ControlNetModel.from_config(config).eval()
+    for parameter in controlnet.parameters():  # its zero convolutions would say nothing
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return StableDiffusionControlNetPipeline(**components, controlnet=controlnet, requires_safety_checker=False)
+
+
+def make_latent_diffusion() -> LDMPipeline:
+    torch.manual_seed(0)
+    vqvae = VQModel(
+        block_out_channels=(8,), norm_num_groups=4, latent_channels=3, vq_embed_dim=3, num_vq_embeddings=16
+    ).eval()
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+        norm_num_groups=4,
+    ).eval()
+    return LDMPipeline(vqvae=vqvae, unet=unet, scheduler=DDIMScheduler())
+
+
+def make_sd3() -> StableDiffusion3Pipeline:
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_projection_dim=16,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        pos_embed_max_size=8,
+    ).eval()
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        vae=make_vae(shift_factor=0.1),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder=make_clip(CLIPTextModelWithProjection),
+        text_encoder_2=make_clip(CLIPTextModelWithProjection),
+        text_encoder_3=make_t5(),
+        **{name: make_tokenizer() for name in ("tokenizer", "tokenizer_2", "tokenizer_3")},
+    )
+
+
+def make_flux() -> FluxPipeline:
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        axes_dims_rope=(2, 2, 4),
+    ).eval()
+    return FluxPipeline(
+        transformer=transformer,
+        vae=make_vae(shift_factor=0.1),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder=make_clip(),
+        text_encoder_2=make_t5(),
+        **{name: make_tokenizer() for name in ("tokenizer", "tokenizer_2")},
+    )
