@@ -48,7 +48,7 @@ def load_any(source: str, **arguments) -> DiffusionPipeline | ModelMixin:
     """
     folder = Path(source)
     if folder.is_dir():
-        import_quantizers(folder)
+        _import_quantizers(folder)
     if not (folder / "config.json").is_file() or (folder / "model_index.json").is_file():
         return load_pipeline(source, **arguments)
     try:
@@ -59,7 +59,7 @@ def load_any(source: str, **arguments) -> DiffusionPipeline | ModelMixin:
         raise SourceError(f"{source} cannot be loaded: {_first_line(error)}") from error
 
 
-def import_quantizers(folder: Path) -> None:
+def _import_quantizers(folder: Path) -> None:
     """Import the packages without which diffusers cannot read this checkpoint."""
     for part in (folder, *components_on_disk(folder)):
         method = (read_config(part).get("quantization_config") or {}).get("quant_method")

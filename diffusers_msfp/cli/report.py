@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 from ..errors import ConfigError
 from ..report import collect_report, render_report
 from ..workflow.sampling import denoiser_name, denoiser_of
-from .load import load_any, load_pipeline, model_bytes
+from .load import fetch, load_any, load_pipeline, model_bytes
 from .store import write_text
 from .terminal import progress
 
@@ -54,12 +54,13 @@ def report(
     if dtype not in DTYPES:
         raise ConfigError(f"`dtype` must be one of {', '.join(DTYPES)}, but {dtype!r} came.")
     original = load_pipeline(reference) if reference is not None else None
-    candidate = load_any(source, **({} if dtype == "float32" else {"torch_dtype": getattr(torch, dtype)}))
+    folder = fetch(source)
+    candidate = load_any(str(folder), **({} if dtype == "float32" else {"torch_dtype": getattr(torch, dtype)}))
     with progress("measuring") as told:
         data = collect_report(
             candidate,
             original,
-            folder=Path(source) if Path(source).is_dir() else None,
+            folder=folder,
             num_samples=num,
             num_inference_steps=steps,
             seed=seed,
@@ -69,7 +70,7 @@ def report(
         )
     model = denoiser_of(candidate) if isinstance(candidate, DiffusionPipeline) else candidate
     data |= {"name": _short(source), "reference": reference and _short(reference), "out": str(out)}
-    data["bytes"] = model_bytes(source, model, data["component"])
+    data["bytes"] = model_bytes(str(folder), model, data["component"])
     data["bytes_reference"] = original and model_bytes(reference, denoiser_of(original), denoiser_name(original))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(render_report(data), out)

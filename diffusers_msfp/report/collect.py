@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from ..calibration import Observation
-from ..errors import CheckpointError, ConfigError, UnsupportedError
+from ..errors import ConfigError, UnsupportedError
 from ..evaluation import compare_pipelines, describe_checkpoint, layer_snr, with_ddim
 from ..evaluation.evaluate import origin
 from ..evaluation.providers import BASELINE, provide
@@ -88,10 +88,14 @@ def collect_report(
         pictures, inputs = _draw(pipe, num_samples, num_inference_steps, seed, prompts, on_step)
     else:
         missing |= dict.fromkeys(("comparison", "snr", "pictures", "inputs"), NEEDS_PIPELINE)
-    described = _described(folder).get(component, {})
-    if not described:
-        missing["formats"] = OTHER_PACKAGE
     config = _quantization_config(model)
+    described = {}
+    if config.get("quant_method") != "msfp":
+        missing["formats"] = OTHER_PACKAGE
+    elif folder is None:
+        missing["formats"] = NEEDS_FOLDER
+    else:
+        described = describe_checkpoint(folder)[component]
     return {
         "model": type(model).__name__,
         "component": component,
@@ -135,16 +139,6 @@ def _require_calibrated(pipe) -> None:
                 "A report needs a calibrated model, but this one still observes its ranges. Call `calibrate(pipe)` "
                 "and save it first."
             )
-
-
-def _described(folder: Path | None) -> dict:
-    """What the files say; nothing if another package wrote them."""
-    try:
-        return describe_checkpoint(folder) if folder is not None else {}
-    except CheckpointError as error:
-        if "quant_method: msfp" in str(error):
-            return {}
-        raise
 
 
 def _quantization_config(model: nn.Module) -> dict:
