@@ -31,6 +31,7 @@ from .pictures import QUANTIZED, REFERENCE, picture_rows
 SPEED_REPEATS = 9
 NEEDS_REFERENCE = "It needs the full-precision original: name it with `--reference`."
 NEEDS_PIPELINE = "A denoiser alone draws no pictures: name the pipeline that it was made from with `--reference`."
+NEEDS_FOLDER = "Formats are read from the checkpoint's files: save it first."
 OTHER_PACKAGE = (
     "Formats, errors of weights and engines are known of checkpoints that diffusers-msfp made; this is none."
 )

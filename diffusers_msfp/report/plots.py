@@ -55,9 +55,8 @@ def error_curve(by_timestep: Mapping[str, float]) -> Markup:
             value = factor * 10.0**decade
             marks.append(tag("path", cls="grid", d=f"M{left} {y(value):.1f}H{width - right}"))
             marks.append(tag("text", f"{100 * value:g} %", x=left - 7, y=f"{y(value) + 4:.1f}", text_anchor="end"))
-    for share in (1, 0.75, 0.5, 0.25, 0):
-        text = f"{share * last:.0f}"
-        marks.append(tag("text", text, x=f"{x(share * last):.1f}", y=height - bottom + 18, text_anchor="middle"))
+    for timestep in _round_numbers(last):
+        marks.append(tag("text", f"{timestep:g}", x=f"{x(timestep):.1f}", y=height - bottom + 18, text_anchor="middle"))
     marks.append(
         tag("text", "timestep: noise → image", x=(left + width - right) / 2, y=height - 4, text_anchor="middle")
     )
@@ -68,6 +67,13 @@ def error_curve(by_timestep: Mapping[str, float]) -> Markup:
     ]
     line = tag("path", cls="line", d=_path(points))
     return _svg(width, height, "relative error of the predicted noise over timesteps", *marks, line, *dots, cls="chart")
+
+
+def _round_numbers(last: float) -> list[float]:
+    """Three to six of them from 0 on."""
+    power = 10 ** math.floor(math.log10(last / 5))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power * 5 >= last)
+    return [index * step for index in range(int(last / step) + 1)]
 
 
 def histogram(name: str, seen: Mapping, signed: bool | None) -> Markup:
@@ -124,7 +130,7 @@ def shade_range(ratios: Sequence[float]) -> tuple[float, float]:
     if not ratios:
         return 0.0, 5.0
     ordered = sorted(ratios)
-    low, high = ordered[len(ordered) // 100], ordered[-1 - len(ordered) // 20]
+    low, high = ordered[len(ordered) // 100], ordered[-1 - len(ordered) // 10]
     low = 5.0 * math.floor(low / 5)
     return low, max(5.0 * math.ceil(high / 5), low + 5)
 
