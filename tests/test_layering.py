@@ -9,11 +9,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "diffusers_msfp"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
-    0: ("errors", "registry", "formats", "schemes"),
+    0: ("errors", "registry", "formats", "schemes", "assets"),
     1: ("numerics",),
     2: ("calibration",),
     3: ("engines", "nn", "talora", "losses"),
-    4: ("workflow", "evaluation", "assets"),
+    4: ("workflow", "evaluation"),
     5: ("integration", "report"),
     6: ("cli", "__init__", "__main__"),
 }

@@ -1,4 +1,4 @@
-"""A real DDPM trained on Fashion-MNIST, fp16, 1.8 M parameters (card in `model_cards/`), and a classifier of its images.
+"""A DDPM trained on Fashion-MNIST, fp16, 1.8 M parameters (card in `model_cards/`), and a classifier for its data.
 
 The classifier's weights belong to `evaluation.features.FashionFeatures`; `tests/benchmarks/fashion_features.py` trains
 them.

@@ -1,11 +1,12 @@
 """A quantized pipeline against its full-precision original and against real pictures, in figures with intervals.
 
 Sets of pictures are compared by features of a network; pictures of equal noise by PSNR and SSIM; the denoisers by their
-outputs and by the outputs of their layers. Figures that need more pictures than there are, are left out by name.
+outputs and by the outputs of their layers.
 """
 
 import platform
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,29 +14,19 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import PartialState
-from torch import Tensor
 
-from ..errors import ConfigError, NonFiniteError, UnsupportedError
+from ..errors import ConfigError
 from ..workflow.sampling import with_ddim
 from ..workflow.state import calibration_state, quantized_models
-from .compare import compare_pipelines, psnr_db
-from .distances import (
-    MIN_NEIGHBOURHOOD,
-    Estimate,
-    classifier_score,
-    frechet_estimate,
-    mean_of,
-    within_manifold,
-)
-from .features import Features, default_features, extract, feature_network
+from .compare import compare_pipelines
+from .features import default_features, extract, feature_network
 from .layers import layer_snr
 from .real import load_real
 from .samples import draw_pictures
+from .sets import compare_pictures, compare_sets, require_finite_pictures, require_ssim
 
 COMPARED = 16
 """Samples for the denoiser's error; its layers take a quarter of them."""
-
-_SSIM_WINDOW = 11
 
 
 def evaluate_pipelines(
@@ -83,62 +74,46 @@ def evaluate_pipelines(
     """
     if num < 2:
         raise ConfigError(f"`num` must be at least 2, but {num} came.")
-    for model in quantized_models(candidate):
-        if calibration_state(model) == "observing":
+    if process is not None and process.num_processes > 1 and folder is None:
+        raise ConfigError("Several processes must share a `folder` of pictures, but none was given.")
+    pipes = {"reference": reference, "candidate": candidate}
+    for name, pipe in pipes.items():
+        if any(calibration_state(model) == "observing" for model in quantized_models(pipe)):
             raise ConfigError(
-                "Only calibrated models can be evaluated, but the candidate still observes its ranges. Call "
-                "`calibrate(pipe)` first."
+                f"Only calibrated models can be evaluated, but the {name} still observes its ranges. Call "
+                f"`calibrate(pipe)` first."
             )
+    require_ssim()
     process = process or PartialState(cpu=not torch.accelerator.is_available())
-    ssim = _ssim()
-    shapes = [
-        tuple(draw_pictures(p, num=1, steps=1, prompts=prompts, **arguments)[0].shape) for p in (reference, candidate)
-    ]
-    if shapes[0] != shapes[1]:
-        raise ConfigError(
-            f"Both pipelines must make pictures of one shape, but {shapes[0]} and {shapes[1]} came: the candidate is "
-            f"not a quantized version of the reference."
-        )
-    features = features or default_features(shapes[0])
+    shape = _shape(reference, candidate, prompts, arguments)
+    features = features or default_features(shape)
     network = feature_network(features)
-    real, adapted = load_real(data, shapes[0]) if data is not None else (None, None)
-    folder = Path(folder) if folder is not None else None
+    real, adapted = load_real(data, shape) if data is not None else (None, None)
     sets = {}
-    for name, pipe in (("reference", reference), ("candidate", candidate)):
-
-        def draw(share: tuple[int, int], name=name, pipe=pipe) -> Tensor:
-            return draw_pictures(
-                pipe,
-                num=num,
-                steps=steps,
-                seed=seed,
-                prompts=prompts,
-                folder=folder,
-                share=share,
-                on_step=_stage(on_step, f"pictures of the {name}"),
-                **arguments,
-            )
-
+    for name, pipe in pipes.items():
+        draw = partial(
+            draw_pictures,
+            pipe,
+            num=num,
+            steps=steps,
+            seed=seed,
+            prompts=prompts,
+            folder=Path(folder) if folder is not None else None,
+            on_step=_stage(on_step, f"pictures of the {name}"),
+            **arguments,
+        )
         if process.num_processes > 1:
-            if folder is None:
-                raise ConfigError("Several processes must share a `folder` of pictures, but none was given.")
-            draw((process.process_index, process.num_processes))
+            draw(share=(process.process_index, process.num_processes))
             process.wait_for_everyone()
         if process.is_main_process:
-            sets[name] = _finite(draw((0, 1)), name)
+            sets[name] = require_finite_pictures(draw(), name)
     if not process.is_main_process:
         return None
-    found = {name: extract(network, images) for name, images in sets.items()}
-    if real is not None:
-        found["real"] = extract(network, real)
-    figures, omitted = _compare_sets(found, seed)
-    same = figures["candidate_to_reference"]
-    same["psnr_db"] = mean_of(psnr_db(sets["reference"], sets["candidate"]), seed)
-    if min(shapes[0][1:]) < _SSIM_WINDOW:
-        omitted["candidate_to_reference.ssim"] = f"needs sides of {_SSIM_WINDOW} pixels, but {shapes[0]} came"
-    else:
-        values = ssim(sets["candidate"], sets["reference"], data_range=1.0, reduction="none")
-        same["ssim"] = mean_of(values, seed)
+    everything = sets if real is None else sets | {"real": real}
+    figures, omitted = compare_sets({name: extract(network, images) for name, images in everything.items()}, seed)
+    own, missing = compare_pictures(sets["reference"], sets["candidate"], seed)
+    figures["candidate_to_reference"] |= own
+    omitted |= {f"candidate_to_reference.{name}": reason for name, reason in missing.items()}
     run = {"num_inference_steps": steps, "seed": seed, "prompts": prompts}
     compared = compare_pipelines(
         reference, candidate, num_samples=COMPARED, on_step=_stage(on_step, "denoisers"), **run, **arguments
@@ -160,7 +135,7 @@ def evaluate_pipelines(
             "prompts": prompts,
             "data": None if real is None else {"pictures": len(real), "source": Path(data).name, "adapted": adapted},
             "scheduler": type(with_ddim(reference).scheduler).__name__,
-            "picture_shape": list(shapes[0]),
+            "picture_shape": list(shape),
         },
         "origin": origin(),
     }
@@ -178,75 +153,19 @@ def origin() -> dict:
     }
 
 
-def _ssim() -> Callable[..., Tensor]:
-    try:
-        from torchmetrics.functional.image import structural_similarity_index_measure
-    except ImportError as error:
-        raise UnsupportedError(
-            'An evaluation needs torchmetrics, which is not installed: `pip install "diffusers-msfp[eval]"`.'
-        ) from error
-    return structural_similarity_index_measure
+def _shape(reference, candidate, prompts: list[str] | None, arguments: dict) -> tuple[int, ...]:
+    """Of the pictures of both, from one step of each."""
+    one, other = (
+        tuple(draw_pictures(pipe, num=1, steps=1, prompts=prompts, **arguments).shape[1:])
+        for pipe in (reference, candidate)
+    )
+    if one != other:
+        raise ConfigError(
+            f"Both pipelines must make pictures of one shape, but {one} and {other} came: the candidate is not a "
+            f"quantized version of the reference."
+        )
+    return one
 
 
 def _stage(on_step: Callable[[int, int, str], None] | None, what: str) -> Callable[[int, int], None] | None:
     return None if on_step is None else lambda done, total: on_step(done, total, what)
-
-
-def _finite(images: Tensor, name: str) -> Tensor:
-    bad = int((~images.flatten(1).isfinite().all(1)).sum())
-    if bad:
-        raise NonFiniteError(
-            f"Pictures must be finite, but {bad} of {len(images)} that the {name} made hold NaN or infinity. Look for "
-            f"the layer in a wider dtype."
-        )
-    return images
-
-
-def _compare_sets(found: dict[str, Features], seed: int) -> tuple[dict[str, dict[str, Estimate]], dict[str, str]]:
-    """Figures of each pair of sets, and why some are missing."""
-    figures, omitted = {}, {}
-    pairs = [("candidate", "reference"), ("candidate", "real"), ("reference", "real")]
-    for one, other in pairs:
-        if other not in found:
-            continue
-        pair = f"{one}_to_{other}"
-        figures[pair] = {}
-        a, b = found[one], found[other]
-        for name, left, right in (
-            ("frechet_distance", a.pooled, b.pooled),
-            ("spatial_frechet_distance", a.spatial, b.spatial),
-        ):
-            reason = _too_few(left, right)
-            if reason:
-                omitted[f"{pair}.{name}"] = reason
-            else:
-                figures[pair][name] = frechet_estimate(left, right, paired=other == "reference", seed=seed)
-        number = min(len(a.pooled), len(b.pooled))
-        if number < MIN_NEIGHBOURHOOD:
-            reason = f"needs {MIN_NEIGHBOURHOOD} pictures in each set for neighbourhoods, but {number} came"
-            omitted |= {f"{pair}.precision": reason, f"{pair}.recall": reason}
-        else:
-            left, right = a.pooled[:number], _some(b.pooled, number, seed)
-            figures[pair]["precision"] = mean_of(within_manifold(left, right), seed)
-            figures[pair]["recall"] = mean_of(within_manifold(right, left), seed)
-    scores = {name: classifier_score(f.logits, seed) for name, f in found.items() if f.logits is not None}
-    if scores:
-        figures["classifier_score"] = scores
-    else:
-        omitted["classifier_score"] = "these features have no logits"
-    return figures, omitted
-
-
-def _too_few(a: Tensor | None, b: Tensor | None) -> str | None:
-    """Why two sets have no Fréchet distance, if they have none."""
-    if a is None or b is None:
-        return "these features have no spatial part"
-    number, width = min(len(a), len(b)), a.shape[1]
-    return None if number > width else f"needs more than {width} pictures in each set, but {number} came"
-
-
-def _some(points: Tensor, number: int, seed: int) -> Tensor:
-    """Equal numbers, since a manifold grows with its points; all in their order where there are no more."""
-    if len(points) == number:
-        return points
-    return points[torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:number]]

@@ -154,7 +154,7 @@ def extract(network: FeatureNetwork, images: Tensor) -> Features:
     found = []
     with torch.no_grad():
         for part in images.split(_BATCH):
-            result = network(part)
+            result = network(part.float())
             result = result if isinstance(result, Features) else Features(result)
             if result.pooled.ndim != 2 or len(result.pooled) != len(part):
                 raise ShapeError(

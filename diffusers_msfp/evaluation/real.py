@@ -41,14 +41,16 @@ def load_real(source: str | Path, shape: tuple[int, int, int]) -> tuple[Tensor, 
         raise ConfigError(f"`--data` must be an .npz file or a folder of pictures, but {source} is neither.")
     try:
         with np.load(path) as archive:
-            key = next((key for key in KEYS if key in archive), None)
-            if key is None:
-                raise ConfigError(f"{path} must hold an array `x_test` or `images`, but has {', '.join(archive)}.")
-            array = archive[key]
-    except (zipfile.BadZipFile, OSError) as error:
-        raise ConfigError(f"{path} must be a NumPy archive, but it is not ({error}).") from error
-    if array.dtype != np.uint8 and not (array.dtype.kind == "f" and array.min() >= 0 and array.max() <= 1):
-        raise ConfigError(f"`{key}` in {path} must be uint8, or float in [0, 1], but {array.dtype} came.")
+            names = list(archive)
+            key = next((key for key in KEYS if key in names), None)
+            array = archive[key] if key else None
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise ConfigError(f"{path} must be a NumPy archive, but it cannot be read ({error}).") from error
+    if array is None:
+        raise ConfigError(f"{path} must hold an array `x_test` or `images`, but has {', '.join(names)}.")
+    in_range = array.dtype.kind == "f" and array.size and array.min() >= 0 and array.max() <= 1
+    if array.dtype != np.uint8 and not in_range:
+        raise ConfigError(f"`{key}` in {path} must be uint8, or float in [0, 1], but it is {array.dtype} or beyond.")
     array = array[..., None] if array.ndim == 3 else array
     if array.ndim != 4 or not len(array):
         raise ShapeError(f"`{key}` in {path} must have 3 or 4 axes and pictures in it, but its shape is {array.shape}.")

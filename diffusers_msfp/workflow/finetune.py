@@ -30,7 +30,7 @@ from .finetune_config import (
 )
 from .sampling import call_arguments, denoiser_of, quiet
 from .student import Student
-from .training_state import Progress, TrainingFolder, inputs_digest, optimizer_for
+from .training_state import Progress, TrainingFolder, inputs_digest, optimizer_for, plain_config
 from .trajectory import DenoisingStep, Trajectories, check_timesteps
 
 TIMED_UPDATES = 6  # before the length of a run of so many minutes is set; the first is not counted
@@ -109,7 +109,7 @@ class Finetuner:
             seed=config.seed,
         )
         try:
-            inputs = inputs_digest(original, prompts, arguments, dict(teacher.scheduler.config)) if work_dir else ""
+            inputs = inputs_digest(original, prompts, arguments, plain_config(teacher.scheduler)) if work_dir else ""
             self._prepare(timesteps, work_dir, inputs)
         except BaseException:
             self.student.abandon()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -52,6 +53,12 @@ class Progress:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
             self.ema.to(self.student.model.device)
+
+
+def plain_config(part: object) -> dict:
+    """Settings of a model or scheduler, without diffusers' own notes, whose order differs from process to process."""
+    config = getattr(part, "config", None)
+    return {key: value for key, value in config.items() if key[0] != "_"} if isinstance(config, Mapping) else {}
 
 
 def inputs_digest(model: nn.Module, *others: object) -> str:

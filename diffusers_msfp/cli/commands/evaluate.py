@@ -66,7 +66,8 @@ def evaluate(
 def _figures(result: dict) -> Table:
     figures, settings = result["figures"], result["settings"]
     pairs = {key: title for key, title in SETS.items() if key in figures}
-    title = f"{result['source']}: {settings['num']} pictures, {settings['steps']} steps, features: {settings['features']}; 95 % intervals"
+    about = f"{settings['num']} pictures, {settings['steps']} steps, features `{settings['features']}`"
+    title = f"{result['source']}: {about}; 95 % intervals"
     table = Table("figure", *pairs.values(), title=title)
     for name, label in FIGURES.items():
         if any(name in figures[pair] for pair in pairs):

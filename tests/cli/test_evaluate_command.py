@@ -1,0 +1,93 @@
+"""`diffusers-msfp evaluate` as a user meets it: tables, results, killed and resumed, in two processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffusers_msfp import cli
+from diffusers_msfp.errors import ConfigError
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+TIMEOUT = 240
+LAUNCH = (
+    "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+)
+FEATURES = "test_evaluate_command:grey_features"
+
+
+def grey_features():
+    return lambda images: images.mean(1)[:, :2, 0]
+
+
+def start(*arguments: object, launch: list[str] = ()) -> subprocess.Popen:
+    command = [sys.executable, *launch, "-m", "diffusers_msfp", "evaluate", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=ENVIRONMENT, text=True, start_new_session=True, **pipes)
+
+
+def finished(process: subprocess.Popen) -> tuple[str, str]:
+    out, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, err
+    return out, err
+
+
+@pytest.fixture(scope="module")
+def asked(packed_dir, tiny_dir) -> list:
+    return [packed_dir, "--reference", tiny_dir, "--num", 600, "--steps", 10, "--features", FEATURES]
+
+
+@pytest.fixture(scope="module")
+def killed(asked, tmp_path_factory) -> Path:
+    """A folder whose run was killed between its first picture and its last."""
+    out = tmp_path_factory.mktemp("killed")
+    process = start(*asked, "--out", out)
+    deadline = time.monotonic() + TIMEOUT
+    while len(list(out.rglob("*.npy"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (out / "results.json").exists()
+    return out
+
+
+def test_killed_it_goes_on_and_two_processes_give_the_same(asked, killed, tmp_path):
+    kept = {file: file.stat().st_mtime_ns for file in killed.rglob("*.npy")}
+    assert 2 <= len(kept) < 2 * 19
+    shared = tmp_path / "shared"
+    port = ["--main_process_port", str(31000 + os.getpid() % 2000)]
+    two = start(*asked, "--out", shared, "--json", launch=["-m", *LAUNCH.split(), *port])
+    result = json.loads(finished(two)[0])
+    table, notes = finished(start(*asked, "--out", killed))
+    assert all(file.stat().st_mtime_ns == then for file, then in kept.items())
+    again = json.loads((killed / "results.json").read_text())
+    assert again["figures"] == result["figures"]
+    assert json.loads((shared / "results.json").read_text()) == result
+    for line in (
+        "Fréchet distance",
+        "precision",
+        "PSNR, equal noise",
+        "worst of",
+        "results.json",
+        "left out: candidate",
+    ):
+        assert line in table, line
+    assert notes.split("\n")[:2] == ["pictures of the reference", "pictures of the candidate"]
+    assert {"bytes_reference", "bytes_candidate", "seconds", "peak_rss_bytes", "origin", "settings"} <= set(result)
+    assert result["bytes_candidate"] < 0.35 * result["bytes_reference"]
+
+
+def test_refusals_leave_nothing(asked, tmp_path):
+    np.savez(tmp_path / "data.npz", y=np.zeros(3))
+    source, _, reference, *_ = asked
+    with pytest.raises(ConfigError, match="must hold an array `x_test` or `images`"):
+        cli.evaluate(source, reference, data=tmp_path / "data.npz", features=FEATURES, out=tmp_path / "out")
+    with pytest.raises(ConfigError, match="Unknown feature network 'vgg'"):
+        cli.evaluate(source, reference, features="vgg", out=tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["data.npz"]

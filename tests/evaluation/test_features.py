@@ -1,0 +1,80 @@
+"""Feature networks by name, and what they refuse."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from diffusers_msfp.errors import ConfigError, ShapeError, UnsupportedError
+from diffusers_msfp.evaluation.features import FEATURES, Features, default_features, extract, feature_network
+
+
+def flat_features():
+    return lambda images: images.flatten(1)
+
+
+def test_the_fashion_network():
+    images = torch.rand(130, 1, 32, 32)
+    network = feature_network("fashion")
+    found = extract(network, images)
+    assert [part.shape for part in (found.pooled, found.spatial, found.logits)] == [(130, 64), (130, 128), (130, 10)]
+    assert found.pooled.dtype == torch.float64
+    with torch.no_grad():
+        alone = network(images[129:])
+    torch.testing.assert_close(found.pooled[129:], alone.pooled.double(), atol=1e-5, rtol=1e-5)
+    assert torch.equal(alone.spatial.view(1, 8, 4, 4).mean((2, 3)), alone.pooled[:, :8])
+    torch.testing.assert_close(network.head(alone.pooled), alone.logits)
+    with pytest.raises(ShapeError, match=r"`fashion` need pictures of shape \(1, 32, 32\), but \(3, 8, 8\) came"):
+        network(torch.rand(2, 3, 8, 8))
+
+
+def test_names():
+    assert set(FEATURES) == {"inception", "fashion"}
+    assert default_features((1, 32, 32)) == "fashion"
+    assert default_features((3, 32, 32)) == "inception"
+    own = extract(feature_network(f"{__name__}:flat_features"), torch.rand(3, 3, 2, 2))
+    assert own.pooled.shape == (3, 12)
+    assert own.spatial is None
+    assert own.logits is None
+    with pytest.raises(ConfigError, match="Unknown feature network 'vgg'. Known: inception, fashion"):
+        feature_network("vgg")
+    for name in ("no_such_module:f", f"{__name__}:no_such_function"):
+        with pytest.raises(ConfigError, match="must be a `module:function` that can be imported"):
+            feature_network(name)
+    with pytest.raises(ShapeError, match="a row of features for each of 2 pictures"):
+        extract(lambda images: images, torch.rand(2, 1, 2, 2))
+
+
+class StandIn(nn.Module):
+    """With the parts of torch-fidelity's network that are used."""
+
+    def __init__(self, name, features_list, weights):
+        super().__init__()
+        self.Mixed_6d = nn.Module()
+        self.Mixed_6d.branch1x1 = nn.Conv2d(3, 9, 1)
+
+    def forward(self, pixels):
+        assert pixels.dtype == torch.uint8
+        self.Mixed_6d.branch1x1(pixels.float())
+        return pixels.float().mean((2, 3)), pixels.float().amax((2, 3))
+
+
+def test_inception_where_its_weights_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace())
+    module = SimpleNamespace(FeatureExtractorInceptionV3=StandIn)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", module)
+    with pytest.raises(UnsupportedError, match="pip install torch-fidelity`, and download https://github.com/toshas"):
+        feature_network("inception")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth").touch()
+    found = extract(feature_network("inception"), torch.full((2, 1, 4, 4), 0.5))
+    assert isinstance(found, Features)
+    assert found.pooled.tolist() == [[128, 128, 128]] * 2
+    assert found.spatial.shape == (2, 7 * 16)
+    assert found.logits.shape == (2, 3)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    with pytest.raises(UnsupportedError, match="need the package torch-fidelity"):
+        feature_network("inception")

@@ -1,0 +1,66 @@
+"""Signal-to-noise ratios of layers are each layer's own."""
+
+import copy
+
+import pytest
+import torch
+from conftest import make_dit_pipe, make_unet
+from diffusers import DDIMScheduler, DDPMPipeline
+
+from diffusers_msfp import FinetuneConfig, finetune
+from diffusers_msfp.errors import ConfigError
+from diffusers_msfp.evaluation import layer_snr
+from diffusers_msfp.evaluation.layers import snr_db
+from diffusers_msfp.workflow.convert import quant_layers
+
+RUN = {"num_samples": 2, "num_inference_steps": 2}
+
+
+@pytest.fixture
+def float_pipe() -> DDPMPipeline:
+    return DDPMPipeline(make_unet(), DDIMScheduler())
+
+
+def test_a_layer_that_is_ten_percent_off(float_pipe):
+    candidate = copy.deepcopy(float_pipe)
+    layer = candidate.unet.down_blocks[0].resnets[0].conv1
+    layer.weight.data *= 1.1
+    layer.bias.data *= 1.1
+    steps = []
+    found = layer_snr(float_pipe, candidate, **RUN, on_step=lambda *step: steps.append(step))
+    assert steps == [(1, 2), (2, 2)]
+    changed = found.pop("down_blocks.0.resnets.0.conv1")
+    assert changed["snr_db"] == pytest.approx(20, abs=1e-3)
+    assert changed["by_timestep"] == pytest.approx({"500": 20, "0": 20}, abs=1e-3)
+    assert {entry["snr_db"] for entry in found.values()} == {100}, "no error of the layers before"
+    assert set(layer_snr(float_pipe, float_pipe, **RUN)) == {*found, "down_blocks.0.resnets.0.conv1"}
+
+
+def test_quantized_and_reduced_precision(float_pipe, packed_pipe):
+    found = layer_snr(float_pipe, packed_pipe, **RUN)
+    assert set(found) == {name for name, _ in quant_layers(packed_pipe.unet)}
+    assert all(8 < entry["snr_db"] < 60 for entry in found.values())
+    half = DDPMPipeline(copy.deepcopy(float_pipe.unet).to(torch.bfloat16), float_pipe.scheduler)
+    assert all(40 < entry["snr_db"] < 60 for entry in layer_snr(float_pipe, half, **RUN).values())
+
+
+def test_adapters_follow_the_timestep(float_pipe, packed_pipe):
+    finetune(packed_pipe, float_pipe, FinetuneConfig(train_steps=1, num_inference_steps=2, batch_size=2, rank=2))
+    router = packed_pipe.unet.timestep_router
+    router.table.copy_(torch.arange(1000)[None] >= 250)
+    layer = packed_pipe.unet.down_blocks[0].resnets[0].conv1
+    with torch.no_grad():
+        layer.adapters.up[1].fill_(10.0)
+        layer.adapters.down[1].fill_(10.0)
+    found = layer_snr(float_pipe, packed_pipe, **RUN)["down_blocks.0.resnets.0.conv1"]["by_timestep"]
+    assert found["500"] < 0 < 8 < found["0"]
+
+
+def test_limits(float_pipe):
+    assert snr_db(0, 0) == 100
+    assert snr_db(0, 1) == -100
+    assert snr_db(100, 1) == pytest.approx(20)
+    with pytest.raises(ConfigError, match="none of them: the candidate is not a quantized version"):
+        layer_snr(float_pipe, make_dit_pipe(), **RUN)
+    with pytest.raises(ConfigError, match="`num_samples` must be at least 1"):
+        layer_snr(float_pipe, float_pipe, num_samples=0)

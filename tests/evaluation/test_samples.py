@@ -1,0 +1,126 @@
+"""Pictures of an evaluation: fixed noise, kept, resumed, shared."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_dit_pipe, make_unet
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
+
+from diffusers_msfp import set_engine
+from diffusers_msfp.evaluation import samples
+from diffusers_msfp.evaluation.samples import draw_pictures, noise_generator
+
+
+@pytest.fixture
+def pipe(monkeypatch) -> DDPMPipeline:
+    """Makes pictures two at a time."""
+    monkeypatch.setattr(samples, "batch_size_for", lambda *_: 1)
+    return DDPMPipeline(make_unet(), DDIMScheduler())
+
+
+def calls(pipe, **arguments) -> tuple[torch.Tensor, int]:
+    steps = []
+    arguments = {"num": 5, "steps": 3, "on_step": lambda *step: steps.append(step)} | arguments
+    return draw_pictures(pipe, **arguments), len(steps)
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-3) -> None:
+    torch.testing.assert_close(a.float(), b.float(), atol=tolerance, rtol=0)
+
+
+def test_noise_depends_on_seed_and_index_alone(pipe, monkeypatch):
+    pictures = draw_pictures(pipe, num=5, steps=3, seed=4)
+    assert pictures.dtype == torch.float16
+    assert pictures.shape == (5, 3, 8, 8)
+    noise = torch.stack([torch.randn(3, 8, 8, generator=noise_generator(4, i)) for i in range(5)])
+    x, scheduler = noise, DDIMScheduler()
+    scheduler.set_timesteps(3)
+    with torch.no_grad():
+        for timestep in scheduler.timesteps:
+            x = scheduler.step(pipe.unet(x, timestep).sample, timestep, x).prev_sample
+    close(pictures, (x / 2 + 0.5).clamp(0, 1))
+    monkeypatch.setattr(samples, "batch_size_for", lambda *_: 8)
+    close(draw_pictures(pipe, num=3, steps=3, seed=4), pictures[:3])
+    assert not torch.equal(draw_pictures(pipe, num=5, steps=3, seed=5), pictures)
+    noises = {tuple(torch.randn(2, generator=noise_generator(s, i)).tolist()) for s in range(20) for i in range(50)}
+    assert len(noises) == 1000
+
+
+def test_reduced_precision_and_older_outputs(pipe):
+    pictures = draw_pictures(pipe, num=2, steps=3)
+    half = DDPMPipeline(copy.deepcopy(pipe.unet).to(torch.bfloat16), pipe.scheduler)
+    close(draw_pictures(half, num=2, steps=3), pictures, 0.06)
+    arrays = DDIMPipeline(pipe.unet, pipe.scheduler)  # knows no `pt`
+    close(draw_pictures(arrays, num=2, steps=3), pictures)
+
+
+def test_labels_belong_to_pictures_too(pipe):
+    labelled = make_dit_pipe()
+    whole = draw_pictures(labelled, num=3, steps=2)
+    assert whole.shape == (3, 3, 8, 8)
+    assert torch.equal(torch.cat([draw_pictures(labelled, num=3, steps=2, share=(i, 2)) for i in (0, 1)]), whole)
+    close(draw_pictures(labelled, num=2, steps=2), whole[:2])
+
+
+def test_shares_make_the_whole_bit_for_bit(pipe, tmp_path):
+    whole = draw_pictures(pipe, num=5, steps=3)
+    one, two = (draw_pictures(pipe, num=5, steps=3, folder=tmp_path, share=(i, 2)) for i in (0, 1))
+    assert torch.equal(torch.cat([one[:2], two, one[2:]]), whole)
+    found, steps = calls(pipe, folder=tmp_path)
+    assert steps == 0
+    assert torch.equal(found, whole)
+    assert draw_pictures(pipe, num=2, steps=3, share=(1, 2)).numel() == 0
+
+
+def test_a_killed_run_goes_on_and_more_pictures_are_added(pipe, tmp_path):
+    whole, steps = calls(pipe, folder=tmp_path)
+    assert steps == 9
+    files = sorted(tmp_path.rglob("*.npy"))
+    assert [file.name for file in files] == [f"{a:07}-{b:07}.npy" for a, b in ((0, 2), (2, 4), (4, 5))]
+    files[1].unlink()
+    (files[1].parent / "2-99.part").write_bytes(b"half")
+    assert calls(pipe, folder=tmp_path)[1] == 3
+    files[0].write_bytes(files[0].read_bytes()[:200])  # damaged
+    again, steps = calls(pipe, folder=tmp_path)
+    assert steps == 3
+    assert torch.equal(again, whole)
+    more, steps = calls(pipe, folder=tmp_path, num=8)
+    assert steps == 6
+    assert torch.equal(more[:4], whole[:4])
+
+
+def test_other_arguments_and_changed_checkpoints_begin_anew(pipe, tmp_path, packed_pipe):
+    calls(pipe, folder=tmp_path)
+    for change in ({"seed": 1}, {"steps": 2}):
+        assert calls(pipe, folder=tmp_path, **change)[1] > 0
+    other = DDPMPipeline(copy.deepcopy(pipe.unet), DDIMScheduler())
+    other.scheduler.register_to_config(_use_default_values=["in", "any", "order"])
+    assert calls(other, folder=tmp_path)[1] == 0
+    assert calls(DDPMPipeline(pipe.unet, DDIMScheduler(beta_end=0.03)), folder=tmp_path)[1] == 9
+    other.unet.conv_out.bias.data[0] += 1e-3
+    assert calls(other, folder=tmp_path)[1] == 9
+    set_engine(packed_pipe, "auto")
+    calls(packed_pipe, folder=tmp_path)
+    set_engine(packed_pipe, "reference")
+    assert calls(packed_pipe, folder=tmp_path)[1] == 9
+    assert len(list(tmp_path.iterdir())) == 7
+
+
+def test_a_full_disk_leaves_nothing_half_written(pipe, tmp_path, monkeypatch):
+    save = np.save
+
+    def full(file, images):
+        if len(list(tmp_path.rglob("*.npy"))):
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        save(file, images)
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        calls(pipe, folder=tmp_path)
+    assert [file.name for file in tmp_path.rglob("*.*")] == ["0000000-0000002.npy"]
+    monkeypatch.undo()
+    monkeypatch.setattr(samples, "batch_size_for", lambda *_: 1)
+    assert calls(pipe, folder=tmp_path)[1] == 6
