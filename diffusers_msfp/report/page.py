@@ -4,11 +4,13 @@ Every name comes from a checkpoint, so every one is escaped: Jinja's autoescape 
 """
 
 import json
+import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from ..formats import FORMATS
 from . import plots
@@ -16,6 +18,16 @@ from .pictures import QUANTIZED, REFERENCE
 
 WORST = 12
 IMPORTS = {"msfp": "diffusers, diffusers_msfp", "sdnq": "diffusers, sdnq"}
+MEASURED = {
+    "pictures": "pictures",
+    "comparison": "error over timesteps",
+    "snr": "every layer over timesteps",
+    "inputs": "what each layer reads",
+    "formats": "formats, errors of weights, engines",
+    "speed": "speed",
+}
+"""What may be missing, in words."""
+
 OPEN_BLOCKS_UP_TO = 80
 """Layers whose histograms are all shown at once; of more, block by block on demand."""
 
@@ -34,13 +46,28 @@ def render_report(data: Mapping) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"number": number, "megabytes": lambda size: f"{size / 1e6:.2f} MB"}
+    environment.filters |= {"number": number, "code": code, "megabytes": lambda size: f"{size / 1e6:.2f} MB"}
     layers = data["layers"]
     measured = [layer for layer in layers if layer["snr_db"] is not None]
     changed = [layer for layer in measured if not layer["unchanged"]]
     worst = sorted(changed, key=lambda layer: layer["snr_db"])[:WORST]
     ratios = [ratio for layer in changed for ratio in layer["snr_db_by_timestep"].values()]
     overrides = {key: value for layer in worst for key, value in (layer["advice"] or {}).items()}
+    quantized = [layer for layer in layers if "weight_format" in layer]
+    seen = [layer for layer in layers if layer["input"]]
+    sections = {
+        "pictures": ("Pictures", data["pictures"]),
+        "error": ("Error", data["comparison"]),
+        "layers": ("Layers", measured),
+        "worst": ("What hurts most", worst),
+        "formats": ("Formats and inputs", quantized or seen),
+        "router": ("Router", data["adapters"]),
+        "speed": ("Engines and speed", data["speed"] or quantized),
+        "method": ("How to read it", True),
+    }
+    absent: dict[str, list[str]] = {}
+    for section, reason in data["missing"].items():
+        absent.setdefault(reason, []).append(MEASURED[section])
     return environment.get_template("report.html.j2").render(
         data=data,
         plots=plots,
@@ -51,12 +78,14 @@ def render_report(data: Mapping) -> str:
         overrides=data["config"].get("scheme_overrides", {}) | overrides if overrides else {},
         scheme=data["config"].get("scheme"),
         blocks=_by_block(changed),
-        seen=_by_block([layer for layer in layers if layer["input"]]),
+        seen=_by_block(seen),
+        anchors={anchor: title for anchor, (title, there) in sections.items() if there},
+        absent=absent,
         opened=len(layers) <= OPEN_BLOCKS_UP_TO,
         formats=_formats(layers),
         refusals=Counter(pair for layer in layers for pair in layer.get("engine_refusals", {}).items()).items(),
         engines=Counter(layer["engine"] for layer in layers if "engine" in layer).most_common(),
-        quantized=[layer for layer in layers if "weight_format" in layer],
+        quantized=quantized,
         loading=loading_code(data),
         making=making_commands(data),
         psnr_meaning=psnr_meaning(data["comparison"]["image_psnr_db"]) if data["comparison"] else "",
@@ -69,6 +98,11 @@ def render_report(data: Mapping) -> str:
 def number(value: float | None, digits: int = 3) -> str:
     """A number for people; a dash where there is none."""
     return "–" if value is None else f"{value:.{digits}g}"
+
+
+def code(text: str) -> Markup:
+    """What stands between backticks as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def psnr_meaning(psnr_db: float) -> str:
