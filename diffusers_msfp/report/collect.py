@@ -32,9 +32,7 @@ SPEED_REPEATS = 9
 NEEDS_REFERENCE = "It needs the full-precision original: name it with `--reference`."
 NEEDS_PIPELINE = "A denoiser alone draws no pictures: name the pipeline that it was made from with `--reference`."
 NEEDS_FOLDER = "Formats are read from the checkpoint's files: save it first."
-OTHER_PACKAGE = (
-    "Formats, errors of weights and engines are known of checkpoints that diffusers-msfp made; this is none."
-)
+OTHER_PACKAGE = "Only checkpoints that diffusers-msfp made tell them."
 
 OnStep = Callable[[int, int, str], None]
 
