@@ -14,7 +14,7 @@ LAYERS = {
     2: ("calibration",),
     3: ("engines", "nn", "talora", "temporal", "rounding", "losses"),
     4: ("workflow", "evaluation"),
-    5: ("integration",),
+    5: ("integration", "report"),
     6: ("cli", "__init__", "__main__"),
 }
 SIDEWAYS = {("evaluation", "workflow"), ("__main__", "cli"), ("cli", "__init__")}

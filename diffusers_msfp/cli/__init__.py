@@ -7,6 +7,7 @@ from .evaluate import evaluate
 from .finetune import finetune
 from .inspect import inspect
 from .quantize import quantize
+from .report import report
 from .sample import sample
 
-__all__ = ["bench", "compare", "demo", "evaluate", "finetune", "inspect", "quantize", "sample"]
+__all__ = ["bench", "compare", "demo", "evaluate", "finetune", "inspect", "quantize", "report", "sample"]

@@ -1,15 +1,19 @@
 """Find and load what a user names: a pipeline's folder, a component's folder, a Hub id, a single file."""
 
+import importlib
 from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import AutoModel, DiffusionPipeline, ModelMixin
 
 from ..errors import MSFPError
 from ..evaluation.describe import file_bytes, read_config
 from ..integration.config import MSFPConfig
 from ..integration.streaming import StreamedModel
+
+OTHER_QUANTIZERS = {"sdnq": "sdnq"}
+"""Methods that diffusers knows only after an import: `quant_method` → package."""
 
 
 class SourceError(MSFPError):
@@ -30,6 +34,43 @@ def fetch(source: str) -> Path:
         return Path(DiffusionPipeline.download(source))
     except (OSError, ValueError) as error:
         raise SourceError(f"{source} cannot be loaded: {_first_line(error)}") from error
+
+
+def load_any(source: str, **arguments) -> DiffusionPipeline | ModelMixin:
+    """A pipeline, or the model in a component's own folder, quantized by whatever package is installed.
+
+    Args:
+        source (`str`): see `load_pipeline`.
+        **arguments: for `from_pretrained`.
+
+    Raises:
+        SourceError: there is nothing, it cannot be read, or the package that quantized it is not installed.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        _import_quantizers(folder)
+    if not (folder / "config.json").is_file() or (folder / "model_index.json").is_file():
+        return load_pipeline(source, **arguments)
+    try:
+        return AutoModel.from_pretrained(source, **arguments).eval()
+    except MSFPError:
+        raise
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{source} cannot be loaded: {_first_line(error)}") from error
+
+
+def _import_quantizers(folder: Path) -> None:
+    """Import the packages without which diffusers cannot read this checkpoint."""
+    for part in (folder, *components_on_disk(folder)):
+        method = (read_config(part).get("quantization_config") or {}).get("quant_method")
+        package = OTHER_QUANTIZERS.get(method) if isinstance(method, str) else None
+        if package is not None:
+            try:
+                importlib.import_module(package)
+            except ImportError as error:
+                raise SourceError(
+                    f"{part} is quantized by `{package}`, which is not installed: `pip install {package}`."
+                ) from error
 
 
 def load_pipeline(source: str, *, config: str | None = None, **arguments) -> DiffusionPipeline:

@@ -47,9 +47,14 @@ def write_checkpoint(loaded, out: Path, folder: Path | None = None, max_shard_si
 
 def write_json(content: dict, out: Path) -> None:
     """One JSON object, complete or not at all."""
+    write_text(json.dumps(content, indent=1) + "\n", out)
+
+
+def write_text(content: str, out: Path) -> None:
+    """A file, complete or not at all."""
     part = out.with_name(f".{out.name}.part")
     try:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        part.write_text(content, encoding="utf-8")
         part.replace(out)
     finally:
         part.unlink(missing_ok=True)

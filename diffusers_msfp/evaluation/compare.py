@@ -44,6 +44,7 @@ def compare_pipelines(
     eta: float = 0.0,
     prompts: list[str] | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    on_pictures: Callable[[Tensor, Tensor], None] | None = None,
     **arguments,
 ) -> dict:
     """Error of the denoiser and of the pictures for equal noise, on DDIM.
@@ -53,6 +54,8 @@ def compare_pipelines(
         num_samples, num_inference_steps, seed, eta: of both runs.
         prompts (`list[str]`, *optional*): taken in turn where the pipeline takes prompts.
         on_step (`Callable[[int, int], None]`, *optional*): called after each step of the reference with (done, total).
+        on_pictures (`Callable[[Tensor, Tensor], None]`, *optional*): called with each batch of the reference's and the
+            candidate's pictures, `(N, channels, H, W)` in [0, 1].
         **arguments: passed on to both pipelines.
 
     Returns:
@@ -107,7 +110,10 @@ def compare_pipelines(
                 expected = pictures_tensor(reference(**call).images)
             finally:
                 handle.remove()
-            ratios.append(psnr_db(expected, pictures_tensor(candidate(**same).images)))
+            came = pictures_tensor(candidate(**same).images)
+            ratios.append(psnr_db(expected, came))
+            if on_pictures is not None:
+                on_pictures(expected, came)
     by_timestep = {f"{t:g}": math.sqrt(error[t] / energy[t]) for t in sorted(error, reverse=True)}
     return {
         "eps_mse": sum(error.values()) / count,

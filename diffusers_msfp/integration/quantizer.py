@@ -21,8 +21,8 @@ from ..temporal import FeatureTable, FiniteSet, TemporalPlan
 from ..workflow.adapters import prepare_skeleton, routing_of
 from ..workflow.convert import Conversion, convert_skeleton, replace_module
 from ..workflow.state import calibration_state
-from .attach import attach, detach, file_metadata, tensors_to_save
 from ..workflow.temporal_model import temporal_skeleton
+from .attach import attach, detach, file_metadata, tensors_to_save
 from .config import MSFPConfig
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from .evaluate import evaluate
 from .finetune import finetune
 from .inspect import inspect
 from .quantize import quantize
+from .report import report
 from .sample import sample
 
-COMMANDS = (quantize, finetune, sample, compare, evaluate, bench, inspect, demo)
+COMMANDS = (quantize, finetune, sample, compare, evaluate, bench, inspect, report, demo)
 """In the order of `--help`."""

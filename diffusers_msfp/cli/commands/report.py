@@ -1,0 +1,51 @@
+"""`diffusers-msfp report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ... import cli
+from ..report import DTYPES
+from ..terminal import megabytes, stdout
+from .options import Json, Prompts, Seed, print_json
+
+
+def report(
+    source: Annotated[
+        str, typer.Argument(metavar="DIR", help="Folder or Hub id of a pipeline, or folder of a denoiser.")
+    ],
+    out: Annotated[Path, typer.Option(help="HTML file to write.")],
+    reference: Annotated[str | None, typer.Option(help="The full-precision pipeline.")] = None,
+    num: Annotated[int, typer.Option(min=1, help="Samples.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps, DDIM.")] = 20,
+    seed: Seed = 0,
+    prompts: Prompts = None,
+    dtype: Annotated[str, typer.Option(help=f"That the checkpoint runs in: {', '.join(DTYPES)}.")] = DTYPES[0],
+    speed: Annotated[bool, typer.Option(help="Time a step against bfloat16.")] = True,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing page.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write one HTML page on a checkpoint's quality, by this package or another: errors, layers, formats, speed."""
+    result = cli.report(
+        source,
+        out,
+        reference=reference,
+        num=num,
+        steps=steps,
+        seed=seed,
+        prompts=prompts,
+        dtype=dtype,
+        speed=speed,
+        overwrite=overwrite,
+    )
+    if as_json:
+        return print_json(result)
+    figures = [f"{len(result['layers'])} layers", megabytes(result["bytes"])]
+    if result["comparison"]:
+        figures.append(f"eps_rel_l2 {result['comparison']['eps_rel_l2']:.4f}")
+        figures.append(f"PSNR {result['comparison']['image_psnr_db']:.1f} dB")
+    stdout.print(f"{result['out']}: {', '.join(figures)}.", soft_wrap=True, highlight=False, markup=False)
+    for section, reason in result["missing"].items():
+        stdout.print(f"left out: {section}: {reason}", soft_wrap=True, highlight=False, markup=False)
+    return None

@@ -1,0 +1,211 @@
+"""The numbers and pictures of a report, as plain data: what `--json` prints and the page shows.
+
+With a reference everything is measured on *its* trajectory. Without one the candidate's own gives pictures and inputs,
+by the reference engine, in which every layer sees floats. What cannot be had is left out, and `missing` says why.
+"""
+
+import datetime
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import Tensor, nn
+
+from ..calibration import Observation
+from ..errors import ConfigError, UnsupportedError
+from ..evaluation import compare_pipelines, describe_checkpoint, layer_snr, with_ddim
+from ..evaluation.evaluate import origin
+from ..evaluation.providers import BASELINE, provide
+from ..evaluation.samples import draw_pictures
+from ..evaluation.speed import example_inputs, step_of, take_turns
+from ..workflow import calibration_state, set_engine
+from ..workflow.engine import engine_from_environment
+from ..workflow.sampling import denoiser_name, denoiser_of
+from ..workflow.state import quantized_models
+from .layers import layer_rows, watching_inputs
+from .pictures import QUANTIZED, REFERENCE, picture_rows
+
+SPEED_REPEATS = 9
+NEEDS_REFERENCE = "It needs the full-precision original: name it with `--reference`."
+NEEDS_PIPELINE = "A denoiser alone draws no pictures: name the pipeline that it was made from with `--reference`."
+NEEDS_FOLDER = "Formats are read from the checkpoint's files: save it first."
+OTHER_PACKAGE = "Only checkpoints that diffusers-msfp made tell them."
+
+OnStep = Callable[[int, int, str], None]
+
+
+def collect_report(
+    candidate: DiffusionPipeline | ModelMixin,
+    reference: DiffusionPipeline | None = None,
+    *,
+    folder: Path | None = None,
+    num_samples: int = 8,
+    num_inference_steps: int = 20,
+    seed: int = 0,
+    prompts: list[str] | None = None,
+    with_speed: bool = True,
+    on_step: OnStep | None = None,
+) -> dict:
+    """Everything that a report shows.
+
+    Args:
+        candidate (`DiffusionPipeline` or `ModelMixin`): quantized by this package or another, or merely cast; a
+            denoiser alone takes the place of the reference's.
+        reference (`DiffusionPipeline`, *optional*): its full-precision original.
+        folder (`Path`, *optional*): where the candidate lies; formats are read from its files.
+        num_samples, num_inference_steps, seed, prompts: see `compare_pipelines`; layers take half of the samples.
+        with_speed (`bool`): time a step against bfloat16, channels last.
+        on_step (`Callable[[int, int, str], None]`, *optional*): called with (done, total, what is being done).
+
+    Returns:
+        `dict`: `model` (class), `component`, `method` and `config` of the quantization, `calibration_state`, `dtype`,
+        `origin`, `date`, `settings`, `comparison` (see `compare_pipelines`, or None), `pictures` (see `picture_rows`),
+        `layers` (see `layer_rows`), `adapters` (see `describe_checkpoint`), `speed` (None, or provider → `seconds`,
+        `seconds_low`, `seconds_high`, `speedup`), and `missing` (section → why it is not there).
+
+    Raises:
+        ConfigError: the candidate is not of the reference's architecture or not calibrated, or numbers below 1.
+    """
+    pipe = candidate if isinstance(candidate, DiffusionPipeline) else _in_place_of(reference, candidate)
+    model = candidate if pipe is None else denoiser_of(pipe)
+    component = denoiser_name(pipe) if pipe is candidate else "."
+    run = {"num_inference_steps": num_inference_steps, "seed": seed, "prompts": prompts}
+    if pipe is not None:
+        _require_calibrated(pipe)
+    missing: dict[str, str] = {}
+    comparison, pictures, errors, inputs = None, [], {}, {}
+    if reference is not None:
+        comparison, pictures = _compare(reference, pipe, num_samples, run, on_step)
+        with watching_inputs(denoiser_of(reference)) as inputs:
+            told = _stage(on_step, "layers")
+            errors = layer_snr(reference, pipe, num_samples=max(1, num_samples // 2), on_step=told, **run)
+    elif pipe is not None:
+        missing |= dict.fromkeys(("comparison", "snr"), NEEDS_REFERENCE)
+        pictures, inputs = _draw(pipe, num_samples, num_inference_steps, seed, prompts, on_step)
+    else:
+        missing |= dict.fromkeys(("comparison", "snr", "pictures", "inputs"), NEEDS_PIPELINE)
+    config = _quantization_config(model)
+    described = {}
+    if config.get("quant_method") != "msfp":
+        missing["formats"] = OTHER_PACKAGE
+    elif folder is None:
+        missing["formats"] = NEEDS_FOLDER
+    else:
+        described = describe_checkpoint(folder)[component]
+    return {
+        "model": type(model).__name__,
+        "component": component,
+        "method": config.pop("quant_method", None),
+        "config": config,
+        "calibration_state": described.get("calibration_state"),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "origin": origin() | {"processor": _processor()},
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "settings": {
+            "num_samples": num_samples,
+            **run,
+            "scheduler": None if pipe is None else type(with_ddim(pipe).scheduler).__name__,
+        },
+        "comparison": comparison,
+        "pictures": pictures,
+        "layers": layer_rows(model, errors, inputs, described.get("layers", [])),
+        "adapters": described.get("adapters"),
+        "speed": _speed(model, reference, missing) if with_speed else None,
+        "missing": missing if with_speed else missing | {"speed": "Not measured, as asked for."},
+    }
+
+
+def _in_place_of(reference: DiffusionPipeline | None, model: ModelMixin) -> DiffusionPipeline | None:
+    """The reference with another denoiser; None without a reference."""
+    if reference is None:
+        return None
+    original = denoiser_of(reference)
+    if type(model) is not type(original):
+        raise ConfigError(
+            f"A denoiser alone must be of the class of the reference's, {type(original).__name__}, but "
+            f"{type(model).__name__} came. Name the pipeline that it was made from."
+        )
+    return type(reference)(**reference.components | {denoiser_name(reference): model})
+
+
+def _require_calibrated(pipe) -> None:
+    for model in quantized_models(pipe):
+        if calibration_state(model) == "observing":
+            raise ConfigError(
+                "A report needs a calibrated model, but this one still observes its ranges. Call `calibrate(pipe)` "
+                "and save it first."
+            )
+
+
+def _quantization_config(model: nn.Module) -> dict:
+    """What the checkpoint says of its quantization, in types that JSON knows, without empty entries."""
+    config = dict(getattr(model, "config", {})).get("quantization_config") or {}
+    config = config if isinstance(config, dict) else config.to_dict()
+    kinds = (str, bool, int, float, list, dict)
+    plain = {key: getattr(value, "value", value) for key, value in config.items()}
+    return {key: value for key, value in plain.items() if isinstance(value, kinds) and value not in ([], {})}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _stage(on_step: OnStep | None, what: str) -> Callable[[int, int], None] | None:
+    return None if on_step is None else lambda done, total: on_step(done, total, what)
+
+
+def _compare(reference, pipe, num_samples: int, run: dict, on_step: OnStep | None) -> tuple[dict, list]:
+    kept: list[tuple[Tensor, Tensor]] = []
+    comparison = compare_pipelines(
+        reference,
+        pipe,
+        num_samples=num_samples,
+        on_step=_stage(on_step, "comparing"),
+        on_pictures=lambda *pair: kept.append(pair),
+        **run,
+    )
+    expected, came = (torch.cat(images) for images in zip(*kept, strict=True))
+    return comparison, picture_rows({REFERENCE: expected, QUANTIZED: came})
+
+
+def _draw(
+    pipe, num: int, steps: int, seed: int, prompts, on_step: OnStep | None
+) -> tuple[list, dict[str, Observation]]:
+    models = list(quantized_models(pipe))
+    for model in models:
+        set_engine(model, "reference")
+    try:
+        with watching_inputs(denoiser_of(pipe)) as inputs:
+            told = _stage(on_step, "sampling")
+            images = draw_pictures(pipe, num=num, steps=steps, seed=seed, prompts=prompts, on_step=told)
+    finally:
+        for model in models:
+            set_engine(model, engine_from_environment())
+    return picture_rows({QUANTIZED: images}), inputs
+
+
+def _speed(model: nn.Module, reference, missing: dict[str, str]) -> dict | None:
+    """Seconds of a step for one sample, in turns with the original in bfloat16, channels last."""
+    try:
+        inputs = example_inputs(model, 1)
+    except UnsupportedError as error:
+        missing["speed"] = str(error)
+        return None
+    calls = {QUANTIZED: step_of(model, inputs)}
+    if reference is not None or any(True for _ in quantized_models(model)):
+        original = model if reference is None else denoiser_of(reference)
+        calls[BASELINE] = step_of(provide(BASELINE, original, lambda _: None), inputs)
+    times = take_turns(calls, SPEED_REPEATS)
+    rows = {}
+    for name, seconds in times.items():
+        low, _, high = quantiles(seconds, n=4)
+        ratios = [base / own for base, own in zip(times.get(BASELINE, ()), seconds, strict=False)]
+        row = {"seconds": median(seconds), "seconds_low": low, "seconds_high": high}
+        rows[name] = row | {"speedup": median(ratios) if ratios else None}
+    return rows
