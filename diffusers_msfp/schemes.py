@@ -86,9 +86,11 @@ SCHEMES: Registry[QuantScheme] = Registry("scheme")
 
 for _w, _a in ((4, 4), (4, 6), (4, 8), (6, 6), (8, 8), (4, None), (6, None), (8, None)):
     SCHEMES.add(f"w{_w}a{_a or 16}", _scheme(_w, _a))
-# Baselines to compare with: signed formats only (as LLM-FP4), and uniform 4-bit grids with the same search.
-SCHEMES.add("w4a4-signed", _scheme(4, 4, mixup=False))
-SCHEMES.add("int-w4a4", replace(SCHEMES["w4a4"], inner=LayerScheme(("fp4_e1m2",), ("fp4_e1m2", "fp4_ue1m3"))))
+# Baselines to compare with: signed formats only (as LLM-FP4), and uniform grids with the same search.
+_UNIFORM = tuple(name for name, fmt in FORMATS.items() if fmt.exponent_bits == 1)
+for _w, _a in ((4, 4), (4, 8), (6, 6), (8, 8)):
+    SCHEMES.add(f"w{_w}a{_a}-signed", _scheme(_w, _a, mixup=False))
+    SCHEMES.add(f"int-w{_w}a{_a}", SCHEMES[f"w{_w}a{_a}"].only(_UNIFORM))
 # Only formats that fit 8-bit integers: no input is split into two bytes, no weight needs 16 bits. It costs error: on
 # the embedded model 6 % more at w4a8, and 75 % more at w8a8, where there is little.
 for _name in ("w4a8", "w8a8"):

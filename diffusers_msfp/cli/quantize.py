@@ -1,6 +1,7 @@
 """`quantize`: from a float checkpoint to a packed one."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from diffusers import DiffusionPipeline, ModelMixin
@@ -10,8 +11,10 @@ from ..errors import ConfigError
 from ..evaluation.describe import file_bytes, read_config
 from ..integration.config import MSFPConfig
 from ..integration.in_memory import choose_components, components_of, quantize_model
+from ..integration.recipe import RecipeRun, plan_stages
 from ..integration.streaming import StreamedModel
 from ..integration.tensor_files import MAX_SHARD_SIZE
+from ..recipes import DEFAULT_RECIPE
 from ..schemes import DEFAULT_SCHEME
 from ..workflow import calibrate, calibration_state
 from ..workflow.convert import quant_layers
@@ -26,6 +29,8 @@ def quantize(
     out: str | Path,
     *,
     scheme: str = DEFAULT_SCHEME,
+    recipe: str = DEFAULT_RECIPE,
+    settings: Mapping[str, Mapping] | None = None,
     calibration_samples: int = 64,
     steps: int = 20,
     seed: int = 0,
@@ -51,7 +56,10 @@ def quantize(
         source (`str`): folder of a float pipeline or of one model, a Hub id, or a single-file checkpoint.
         out (`str` or `Path`): folder to write; appears only when everything has succeeded.
         scheme (`str`): name in `SCHEMES`.
-        calibration_samples, steps, seed: for `calibrate`.
+        recipe (`str`): name in `RECIPES`: what follows search and calibration. After each stage a checkpoint lies in
+            `.<out>.part`, where the run goes on if it was interrupted.
+        settings (`Mapping[str, Mapping]`, *optional*): stage → settings that replace the recipe's.
+        calibration_samples, steps, seed: for `calibrate` and, but the first, for the stages.
         prompts (`list[str]`, *optional*): for pipelines that take prompts.
         modules_to_not_convert, scheme_overrides, components: as in `MSFPConfig`.
         config (`str`, *optional*): folder or Hub id with the configs of a single file.
@@ -62,7 +70,7 @@ def quantize(
         `dict`: `scheme`, `components`, `layers`, `weight_bits_per_param` (packed codes and scales of the quantized
         weights), `bytes_before` and `bytes_after` (weight files of the quantized components), `seconds`,
         `seconds_calibration`, `seconds_search` (reading, search, packing and writing of the weights), `peak_rss_bytes`,
-        `calibration_state`, `out`.
+        `calibration_state`, `recipe`, `stages` (each with `stage`, `seconds` and its own `figures`), `out`.
 
     Raises:
         MSFPError: `out` exists, or `source` cannot be quantized.
@@ -70,6 +78,7 @@ def quantize(
     started = time.perf_counter()
     out = check_target(out, overwrite)
     require_positive(calibration_samples=calibration_samples, steps=steps)
+    plan = plan_stages(recipe, settings or {}, num_inference_steps=steps, seed=seed)
     request = MSFPConfig(
         scheme=scheme,
         modules_to_not_convert=modules_to_not_convert,
@@ -81,6 +90,11 @@ def quantize(
         refuse_quantized(path)
         loaded = load_pipeline(source, config=config) if path.is_file() else None
         streams, encoders = _parts(path, loaded, request, max_shard_size)
+    if "." in streams and plan:
+        raise ConfigError(
+            f"Recipe `{recipe}` samples with the whole pipeline, but {source} is a single model. Quantize the "
+            f"pipeline, or use `ptq`."
+        )
     if loaded is None:
         bytes_before = sum(file_bytes(path / name) for name in (*streams, *encoders))
     else:
@@ -94,6 +108,10 @@ def quantize(
             for name, stream in streams.items():
                 stream.write(places[name], on_layer=report)
         seconds_search = time.perf_counter() - search_started
+        journals = [work / "weights" / f"{name}.jsonl" for name in streams] if plan else []
+        lines = [journal.read_text(encoding="utf-8").splitlines()[0] for journal in journals]
+        identity = {"weights": lines, "calibration": [calibration_samples, steps, seed], "prompts": prompts}
+        run = RecipeRun(work, plan, identity)
         if "." in streams:
             models = {".": streams["."].model}
             state = calibration_state(models["."])
@@ -110,6 +128,10 @@ def quantize(
                 for name in encoders:
                     quantize_model(getattr(loaded, name), request)
             models |= {name: getattr(loaded, name) for name in encoders}
+            if run.latest is not None:
+                stderr.print(f"going on after stage {run.latest.name}")
+                loaded = load_pipeline(str(run.latest))
+                models = {name: getattr(loaded, name) for name in models}
             if calibration_state(loaded) == "observing":
                 calibration_started = time.perf_counter()
                 with progress("calibrating activations") as report:
@@ -123,6 +145,14 @@ def quantize(
                     )
                 seconds_calibration = time.perf_counter() - calibration_started
             state = calibration_state(loaded)
+            if plan:
+                run.run(
+                    loaded,
+                    load_pipeline(source, config=config),
+                    prompts=prompts,
+                    save=lambda pipe, folder: write_checkpoint(pipe, folder, work, max_shard_size),
+                    progress=progress,
+                )
             write_checkpoint(loaded, out, work, max_shard_size)
     if state == "observing":
         stderr.print(
@@ -144,6 +174,8 @@ def quantize(
         "seconds_search": seconds_search,
         "peak_rss_bytes": peak_rss_bytes(),
         "calibration_state": state,
+        "recipe": recipe,
+        "stages": run.figures,
         "out": str(out),
     }
 

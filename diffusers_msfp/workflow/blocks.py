@@ -126,7 +126,9 @@ def _smallest(module: nn.Module, prefix: str) -> Iterator[str]:
         if not any(isinstance(inner, QuantLayer) for inner in child.modules()):
             continue
         lists = [part for part in child.children() if isinstance(part, nn.ModuleList)]
-        if isinstance(child, nn.ModuleList) or any(len(list(part.children())) for each in lists for part in each):
+        if isinstance(child, nn.ModuleList) or any(
+            len(list(part.children())) for each in lists for part in each if part is not None
+        ):
             yield from _smallest(child, f"{prefix}{name}.")
         else:
             yield prefix + name

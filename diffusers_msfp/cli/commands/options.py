@@ -20,6 +20,14 @@ def print_json(result: dict) -> None:
     sys.stdout.write(json.dumps(result) + "\n")
 
 
+def parse_value(text: str) -> object:
+    """A value as JSON knows it; anything else is text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def print_router(intervals: list) -> None:
     """Which adapter serves which timesteps."""
     for group, runs in enumerate(intervals):

@@ -8,15 +8,20 @@ import typer
 from ... import cli
 from ...errors import MSFPError
 from ...integration.tensor_files import MAX_SHARD_SIZE
+from ...recipes import DEFAULT_RECIPE, RECIPES
 from ...schemes import DEFAULT_SCHEME, SCHEMES
 from ..terminal import megabytes, stdout
-from .options import Json, Prompts, Seed, print_json
+from .options import Json, Prompts, Seed, parse_value, print_json
 
 
 def quantize(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Folder of a pipeline or model, Hub id, single file.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     scheme: Annotated[str, typer.Option(help=f"One of {', '.join(SCHEMES)}.")] = DEFAULT_SCHEME,
+    recipe: Annotated[str, typer.Option(help=f"What follows search: one of {', '.join(RECIPES)}.")] = DEFAULT_RECIPE,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="STAGE.NAME=VALUE for a stage, e.g. talora.minutes=5; repeatable.")
+    ] = None,
     calibration_samples: Annotated[int, typer.Option(min=1, help="Images sampled to set ranges.")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of each.")] = 20,
     seed: Seed = 0,
@@ -36,10 +41,19 @@ def quantize(
         if not equals or not pattern:
             raise MSFPError(f"`--override` must read PATTERN=SCHEME, but {item!r} came.")
         overrides[pattern] = name
+    settings: dict[str, dict] = {}
+    for item in setting or ():
+        place, equals, value = item.partition("=")
+        stage, dot, name = place.partition(".")
+        if not (equals and dot and name):
+            raise MSFPError(f"`--set` must read STAGE.NAME=VALUE, but {item!r} came.")
+        settings.setdefault(stage, {})[name] = parse_value(value)
     result = cli.quantize(
         source,
         out,
         scheme=scheme,
+        recipe=recipe,
+        settings=settings,
         calibration_samples=calibration_samples,
         steps=steps,
         seed=seed,
@@ -53,6 +67,8 @@ def quantize(
     )
     if as_json:
         return print_json(result)
+    for stage in result["stages"]:
+        stdout.print(f"stage {stage['stage']}: {stage['seconds']:.1f} s")
     stdout.print(
         f"[bold]{result['out']}[/]: {result['layers']} layers as {scheme}, {megabytes(result['bytes_before'])} → "
         f"{megabytes(result['bytes_after'])}, {result['weight_bits_per_param']:.2f} bits per quantized weight, "

@@ -1,0 +1,150 @@
+"""The stages of recipes: each takes a quantized, calibrated pipeline and its float original, and works in place."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from diffusers import DDPMScheduler, DiffusionPipeline
+
+from ..errors import ConfigError
+from ..recipes import RECIPES
+from ..registry import Registry
+from ..workflow import FinetuneConfig, RoundingConfig, TemporalConfig, finetune, learn_rounding, maintain_temporal
+from ..workflow.sampling import with_ddim
+from .journal import Journal
+
+
+@dataclass(frozen=True)
+class StageKind:
+    """What a stage's name stands for.
+
+    Args:
+        config (`type`): class of its settings.
+        run (`Callable`): `(pipe, teacher, config, *, prompts, …) -> dict`.
+        callback (`str`, *optional*): name of the argument that takes a function of (done, total, note).
+        resumes (`bool`): whether it takes a `work_dir`.
+    """
+
+    config: type
+    run: Callable[..., dict]
+    callback: str | None = None
+    resumes: bool = True
+
+
+STAGES: Registry[StageKind] = Registry("stage")
+"""Kinds of stages by name."""
+
+STAGES.add("temporal", StageKind(TemporalConfig, maintain_temporal, resumes=False))
+STAGES.add("rounding", StageKind(RoundingConfig, learn_rounding, "on_part"))
+STAGES.add("talora", StageKind(FinetuneConfig, finetune, "on_update"))
+
+
+def plan_stages(recipe: str, settings: Mapping[str, Mapping], **shared) -> list[tuple[str, object]]:
+    """Stages of a recipe with their configs.
+
+    Args:
+        recipe (`str`): name in `RECIPES`.
+        settings (`Mapping[str, Mapping]`): stage → settings that replace the recipe's.
+        **shared: settings of all stages, where neither says otherwise.
+
+    Raises:
+        ConfigError: an unknown recipe or setting, a value that makes no sense, or settings of a stage that the recipe
+            does not have.
+    """
+    stages = RECIPES[recipe]
+    for name in settings:
+        if name not in {stage.name for stage in stages}:
+            have = ", ".join(stage.name for stage in stages) or "none"
+            raise ConfigError(f"Settings must belong to a stage of recipe `{recipe}` ({have}), but {name!r} came.")
+    plan = []
+    for stage in stages:
+        kind = STAGES[stage.name]
+        known = [field.name for field in fields(kind.config)]
+        wanted = dict(settings.get(stage.name, {}))
+        unknown = [key for key in wanted if key not in known]
+        if unknown:
+            raise ConfigError(
+                f"A setting of `{stage.name}` must be one of {', '.join(known)}, but {unknown[0]!r} came."
+            )
+        try:
+            plan.append((stage.name, kind.config(**shared | dict(stage.settings) | wanted)))
+        except TypeError as error:
+            raise ConfigError(f"Settings of `{stage.name}` must have the types of its config: {error}.") from error
+    return plan
+
+
+def teacher_of(original: DiffusionPipeline) -> DiffusionPipeline:
+    """The float pipeline as a teacher; on DDIM instead of ancestral sampling, which needs all its steps."""
+    return with_ddim(original) if isinstance(original.scheduler, DDPMScheduler) else original
+
+
+class RecipeRun:
+    """A recipe at work in a folder, which keeps the pipeline after each stage and where a killed run goes on.
+
+    Args:
+        folder (`Path`): holds `1-temporal`, `2-rounding` and so on, checkpoints like any other, and a journal.
+        plan (`list[tuple[str, object]]`): see `plan_stages`.
+        identity (`dict`): all else that the result depends on; stages of a run with another one are dropped.
+    """
+
+    def __init__(self, folder: Path, plan: list[tuple[str, object]], identity: dict) -> None:
+        self.folder, self.plan = folder, plan
+        settings = [[name, repr(config)] for name, config in plan]
+        self._journal = Journal(folder / "stages.jsonl", {"stages": settings} | identity)
+        done = self._journal.entries
+        if not done:
+            for old in folder.glob("[0-9]*-*"):
+                shutil.rmtree(old)
+        self._journal.keep(done)
+        self.figures: list[dict] = list(done)
+
+    @property
+    def latest(self) -> Path | None:
+        """The checkpoint after the last stage that is finished; None before the first."""
+        return self._place(len(self.figures) - 1) if self.figures else None
+
+    def _place(self, index: int) -> Path:
+        return self.folder / f"{index + 1}-{self.plan[index][0]}"
+
+    def run(
+        self,
+        pipe: DiffusionPipeline,
+        original: DiffusionPipeline,
+        *,
+        prompts: Sequence[str] | None,
+        save: Callable[[DiffusionPipeline, Path], None],
+        progress: Callable[[str], AbstractContextManager[Callable]],
+    ) -> None:
+        """Run the stages that are left, in place.
+
+        Args:
+            pipe (`DiffusionPipeline`): as the last finished stage left it.
+            original (`DiffusionPipeline`): float.
+            prompts (`Sequence[str]`, *optional*): for pipelines that take prompts.
+            save (`Callable`): writes a pipeline to a folder, completely or not at all.
+            progress (`Callable`): a bar with a title; gives a function of (done, total, note).
+        """
+        teacher = teacher_of(original)
+        for index, (name, config) in list(enumerate(self.plan))[len(self.figures) :]:
+            kind, started = STAGES[name], time.perf_counter()
+            work = self.folder / f"{index + 1}-{name}-work"
+            options = {"work_dir": work} if kind.resumes else {}
+            with progress(f"stage {index + 1} of {len(self.plan)}: {name}") as report:
+                if kind.callback:
+                    options[kind.callback] = lambda done, total, note, report=report: report(done, total, _short(note))
+                result = kind.run(pipe, teacher, config, prompts=prompts, **options)
+            save(pipe, self._place(index))
+            result.pop("losses", None)
+            entry = {"stage": name, "seconds": time.perf_counter() - started, "figures": result}
+            entry = json.loads(json.dumps(entry))  # as a run that goes on will read it
+            self._journal.add(entry)
+            self.figures.append(entry)
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _short(note: object) -> str:
+    return f"loss {note:.5f}" if isinstance(note, float) else str(note)

@@ -1,0 +1,44 @@
+"""Recipes as data: which stages follow the search and calibration of `quantize`, in which order, with which settings.
+
+Each recipe of the package adds a stage to the one before. The others are baselines by the same code, as reconstructed:
+combined with the `int-…` schemes, they are what their papers do up to sizes and lengths. Q-Diffusion's shortcut
+splitting is left out: each input of a convolution has one range here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from .registry import Registry
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Args:
+        name (`str`): `"temporal"`, `"rounding"` or `"talora"`.
+        settings (`Mapping`): that differ from the defaults of the stage's config.
+    """
+
+    name: str
+    settings: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+
+
+DEFAULT_RECIPE = "ptq"
+RECIPES: Registry[tuple[Stage, ...]] = Registry("recipe")
+"""Stages by the recipe's name."""
+
+_TEMPORAL, _ROUNDING, _TALORA = (Stage(name) for name in ("temporal", "rounding", "talora"))
+RECIPES.add("ptq", ())
+RECIPES.add("tfmq", (_TEMPORAL,))
+RECIPES.add("rounded", (_TEMPORAL, _ROUNDING))
+RECIPES.add("full", (_TEMPORAL, _ROUNDING, _TALORA))
+# Baselines: AdaRound block by block (Q-Diffusion); the same, then temporal maintenance with parameters for each
+# timestep in all layers, as TFMQ-DM's code has; a single merged LoRA with learned activation scales (EfficientDM, but
+# for its scales for each timestep).
+_PER_STEP = Stage("temporal", MappingProxyType({"fsc": "all"}))
+_ONE_LORA = {"num_adapters": 1, "placement": "merged", "denoising_factor_exponent": 0.0}
+RECIPES.add("q-diffusion", (_ROUNDING,))
+RECIPES.add("tfmq-dm", (_ROUNDING, _PER_STEP))
+RECIPES.add("efficientdm", (Stage("talora", MappingProxyType(_ONE_LORA)),))

@@ -1,0 +1,147 @@
+"""Recipes: stages in order, resumed stage by stage, and refused where they make no sense."""
+
+import json
+
+import pytest
+import torch
+from conftest import equal_state, make_unet
+from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline
+from typer.testing import CliRunner
+
+from diffusers_msfp import cli
+from diffusers_msfp.cli.app import app
+from diffusers_msfp.errors import ConfigError
+from diffusers_msfp.integration import recipe as recipes
+from diffusers_msfp.integration.recipe import STAGES, plan_stages
+from diffusers_msfp.recipes import RECIPES
+
+FAST = {"calibration_samples": 2, "steps": 2}
+SETTINGS = {
+    "temporal": {"iterations": 2},
+    "rounding": {"iterations": 2, "num_samples": 4, "batch_size": 2},
+    "talora": {"train_steps": 2, "batch_size": 2, "rank": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("float") / "pipe"
+    DDPMPipeline(
+        make_unet(
+            block_out_channels=(16,),
+            down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",),
+            add_attention=False,
+        ),
+        DDIMScheduler(),
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_every_recipe_has_stages_that_exist_with_settings_that_are_accepted():
+    for name in RECIPES:
+        plan = plan_stages(name, {}, num_inference_steps=3, seed=5)
+        assert [stage for stage, _ in plan] == [stage.name for stage in RECIPES[name]]
+        assert all((config.num_inference_steps, config.seed) == (3, 5) for _, config in plan)
+    assert [len(RECIPES[name]) for name in ("ptq", "tfmq", "rounded", "full")] == [0, 1, 2, 3]
+
+
+def test_full_recipe_stops_and_goes_on(source, tmp_path, monkeypatch):
+    whole = cli.quantize(source, tmp_path / "whole", scheme="w4a4", recipe="full", settings=SETTINGS, **FAST)
+    assert [stage["stage"] for stage in whole["stages"]] == ["temporal", "rounding", "talora"]
+    assert not (tmp_path / ".whole.part").exists()
+
+    def killed(*_args, **_named):
+        raise KeyboardInterrupt
+
+    kinds = dict(STAGES)
+    monkeypatch.setattr(
+        recipes, "STAGES", kinds | {"talora": recipes.StageKind(kinds["talora"].config, killed, "on_update")}
+    )
+    with pytest.raises(KeyboardInterrupt):
+        cli.quantize(source, tmp_path / "again", scheme="w4a4", recipe="full", settings=SETTINGS, **FAST)
+    assert not (tmp_path / "again").exists()
+    part = tmp_path / ".again.part"
+    assert cli.inspect(str(part / "2-rounding"))  # a checkpoint like any other
+    ran = []
+
+    def watched(name):
+        kind = kinds[name]
+
+        def run(*args, **named):
+            ran.append(name)
+            return kind.run(*args, **named)
+
+        return recipes.StageKind(kind.config, run, kind.callback, kind.resumes)
+
+    monkeypatch.setattr(recipes, "STAGES", {name: watched(name) for name in kinds})
+    again = cli.quantize(source, tmp_path / "again", scheme="w4a4", recipe="full", settings=SETTINGS, **FAST)
+    assert ran == ["talora"]
+    assert [stage["stage"] for stage in again["stages"]] == ["temporal", "rounding", "talora"]
+    one, two = (DiffusionPipeline.from_pretrained(tmp_path / name).unet for name in ("whole", "again"))
+    assert equal_state(one, two)
+    temporal = one.config.quantization_config.temporal["block"]
+    assert not set(temporal) & {
+        name for names in one.config.quantization_config.adapters["ranks"].values() for name in names
+    }
+
+
+def test_stages_of_other_settings_are_not_taken(source, tmp_path, monkeypatch):
+    def killed(*_args, **_named):
+        raise KeyboardInterrupt
+
+    kinds, two = dict(STAGES), {name: SETTINGS[name] for name in ("temporal", "rounding")}
+    broken = kinds | {"rounding": recipes.StageKind(kinds["rounding"].config, killed, "on_part")}
+    monkeypatch.setattr(recipes, "STAGES", broken)
+    with pytest.raises(KeyboardInterrupt):
+        cli.quantize(source, tmp_path / "out", scheme="w4a4", recipe="rounded", settings=two, **FAST)
+    assert (tmp_path / ".out.part" / "1-temporal" / "model_index.json").is_file()
+    monkeypatch.setattr(recipes, "STAGES", kinds)
+    two["temporal"] = {"iterations": 3}
+    for name in ("out", "fresh"):
+        made = cli.quantize(source, tmp_path / name, scheme="w4a4", recipe="rounded", settings=two, **FAST)
+        assert len(made["stages"]) == 2
+    assert equal_state(*(DiffusionPipeline.from_pretrained(tmp_path / name).unet for name in ("out", "fresh")))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "message"),
+    [
+        ("fullest", {}, "Unknown recipe 'fullest'. Known: ptq, tfmq"),
+        ("tfmq", {"talora": {"rank": 4}}, r"must belong to a stage of recipe `tfmq` \(temporal\), but 'talora' came"),
+        ("full", {"talora": {"ranks": 4}}, "A setting of `talora` must be one of num_adapters, .*, but 'ranks' came"),
+        ("full", {"talora": {"rank": "x"}}, "Settings of `talora` must have the types of its config"),
+        ("tfmq", {"temporal": {"fsc": "some"}}, "`fsc` must be one of"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_read(recipe, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        cli.quantize("/nowhere", "/nowhere/out", recipe=recipe, settings=settings)
+
+
+def test_a_model_alone_has_no_sampler_for_stages(source, tmp_path):
+    with pytest.raises(ConfigError, match="Recipe `tfmq` samples with the whole pipeline, but .* is a single model"):
+        cli.quantize(source / "unet", tmp_path / "out", recipe="tfmq", settings={}, **FAST)
+    assert not (tmp_path / "out").exists()
+
+
+def test_command(source, tmp_path):
+    arguments = [
+        "quantize",
+        str(source),
+        "--out",
+        str(tmp_path / "out"),
+        "--scheme",
+        "int-w4a4",
+        "--recipe",
+        "q-diffusion",
+    ]
+    arguments += ["--calibration-samples", "2", "--steps", "2", "--json"]
+    for key, value in SETTINGS["rounding"].items():
+        arguments += ["--set", f"rounding.{key}={value}"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    made = json.loads(result.stdout.splitlines()[-1])
+    assert made["recipe"] == "q-diffusion"
+    assert [stage["stage"] for stage in made["stages"]] == ["rounding"]
+    assert made["stages"][0]["figures"]["parts"]
+    assert torch.is_tensor(DiffusionPipeline.from_pretrained(tmp_path / "out").unet.conv_in.weight_scale)
