@@ -6,6 +6,7 @@ Importing this package registers the quantization method `"msfp"` with diffusers
 from .calibration import search_qparams
 from .errors import MSFPError
 from .formats import FORMATS, FPFormat
+from .hub import publish
 from .integration import (
     MSFPConfig,
     MSFPPipelineMixin,
@@ -41,6 +42,7 @@ __all__ = [
     "finetune",
     "freeze",
     "import_adapter",
+    "publish",
     "quantize_pipeline",
     "search_qparams",
     "set_engine",

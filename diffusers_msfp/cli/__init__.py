@@ -5,7 +5,8 @@ from .compare import compare
 from .demo import demo
 from .finetune import finetune
 from .inspect import inspect
+from .publish import publish
 from .quantize import quantize
 from .sample import sample
 
-__all__ = ["bench", "compare", "demo", "finetune", "inspect", "quantize", "sample"]
+__all__ = ["bench", "compare", "demo", "finetune", "inspect", "publish", "quantize", "sample"]

@@ -9,8 +9,9 @@ from .compare import compare
 from .demo import demo
 from .finetune import finetune
 from .inspect import inspect
+from .publish import publish
 from .quantize import quantize
 from .sample import sample
 
-COMMANDS = (quantize, finetune, sample, compare, bench, inspect, demo)
+COMMANDS = (quantize, finetune, sample, compare, bench, inspect, publish, demo)
 """In the order of `--help`."""
