@@ -64,7 +64,7 @@ def read_config(folder: Path, name: str = "config.json") -> dict:
         return {}
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} must be JSON, but it is not ({error}).") from error
     return config if isinstance(config, dict) else {}
 
@@ -73,10 +73,13 @@ def weight_files(folder: Path, *, variants: bool = True) -> list[Path]:
     """The weight files that a plain load of this component reads: one file, or its shards; else those of variants."""
     if (folder / INDEX).is_file():
         try:
-            names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-            return sorted({folder / name for name in names})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+            files = sorted(folder / name for name in names)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{folder / INDEX} must be JSON with a `weight_map`, but it is not.") from error
+        if elsewhere := [file for file in files if file.parent != folder or ".." in file.name]:
+            raise CheckpointError(f"Weights must lie in the model's folder, but {INDEX} names {elsewhere[0]}.")
+        return files
     for suffix in ("safetensors", "bin"):
         single = folder / f"{WEIGHTS}.{suffix}"
         shards = sorted(folder.glob(f"{WEIGHTS}-?????-of-?????.{suffix}"))

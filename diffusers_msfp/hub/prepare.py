@@ -140,7 +140,7 @@ def _licensed(origin: dict[str, str], folder: Path) -> dict[str, str]:
             f"A card must say the licence, but the card of {origin['base_model']} does not, or cannot be read: pass "
             f"`--license ID`, like `apache-2.0`."
         )
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name):
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name):
         raise ConfigError(f"A licence must be one of the Hub's identifiers, like `apache-2.0`, but {name!r} came.")
     if name == "other" and not origin.get("license_name"):
         if not (folder / "LICENSE").is_file():

@@ -5,6 +5,7 @@ Loading a packed checkpoint makes room from `config.json` first; every tensor th
 """
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,21 @@ STORED_TENSORS = {
 
 def _stored(module: nn.Module) -> tuple[str, ...]:
     return next((names for cls, names in STORED_TENSORS.items() if isinstance(module, cls)), ())
+
+
+def _check_floats(model: nn.Module) -> None:
+    """Refuse biases, norms and the like that are no finite numbers; packed models have few of them.
+
+    Raises:
+        CheckpointError: whole numbers, NaN or infinity where the model has floats.
+    """
+    packed = {id(module.weight) for module in model.modules() if isinstance(module, QuantLayer)}
+    for name, tensor in model.named_parameters():
+        if id(tensor) not in packed and not tensor.is_meta:
+            if not tensor.is_floating_point():
+                raise CheckpointError(f"`{name}` must hold floats, but {tensor.dtype} came: damaged file.")
+            if not torch.isfinite(tensor).all():
+                raise CheckpointError(f"`{name}` must be finite, but NaN or infinity came: damaged file.")
 
 
 class MSFPQuantizer(DiffusersQuantizer):
@@ -76,6 +92,22 @@ class MSFPQuantizer(DiffusersQuantizer):
     def get_cuda_warm_up_factor(self) -> int:
         """Four-bit weights take an eighth of the allocation that float weights would."""
         return 8
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str] | None) -> list[str]:
+        """Refuse packed weights from pickles, or from outside the model's folder.
+
+        Raises:
+            CheckpointError: a file that is no safetensors file, or an index that leads elsewhere.
+        """
+        files = [Path(file) for file in checkpoint_files or () if self.pre_quantized]
+        for file in files:
+            if file.suffix != ".safetensors":
+                raise CheckpointError(
+                    f"Packed weights are stored as safetensors, but {file.name} came: not one of ours."
+                )
+            if file.parent != files[0].parent or not (file.parent / "config.json").is_file():
+                raise CheckpointError(f"Weights must lie in the model's folder, but its index names {file}.")
+        return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
         if "state_dict" in kwargs:
@@ -158,10 +190,10 @@ class MSFPQuantizer(DiffusersQuantizer):
         """Refuse a packed checkpoint that lacks tensors; a float one has none of the packed names."""
         if not self.pre_quantized:
             return missing_keys
-        for key in missing_keys:
-            place, _, tensor = key.rpartition(".")
-            if _stored(model.get_submodule(place)):
-                raise CheckpointError(f"A checkpoint must hold `{key}`, but it does not: damaged or incomplete file.")
+        if missing_keys:
+            raise CheckpointError(
+                f"A checkpoint must hold `{sorted(missing_keys)[0]}`, but it does not: damaged or incomplete file."
+            )
         return missing_keys
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:  # noqa: ARG002
@@ -170,6 +202,8 @@ class MSFPQuantizer(DiffusersQuantizer):
                 module.check_stored()
             elif isinstance(module, RoutingTable):
                 module.check()
+        if self.pre_quantized:
+            _check_floats(model)
         on_the_fly = not self.pre_quantized
         self.attach(model)
         if on_the_fly:

@@ -52,9 +52,7 @@ def publish(
         if result.get(title):
             stderr.print(f"[yellow]{title.replace('_', ' ')}:[/] {', '.join(result[title])}", soft_wrap=True)
     for what, command in result["missing"].items():
-        stderr.print(
-            f"[yellow]not measured:[/] {what}: {command.replace('DIR', str(source))}", soft_wrap=True, highlight=False
-        )
+        stderr.print(f"[yellow]not measured:[/] {what}: {command}", soft_wrap=True, highlight=False)
     where = result["out"] if dry_run else result["url"]
     done = "would be uploaded, from" if dry_run else "are on the Hub and have the hashes they have here:"
     stdout.print(f"{len(result['files'])} files {done} [bold]{where}[/]", soft_wrap=True, highlight=False)
