@@ -17,7 +17,7 @@ from .card import PREVIEW, ROUTER, TIMESTEPS, render_card
 from .checks import Checked, check_checkpoint
 from .layout import Files, read_layout
 from .plots import plot_router, plot_timesteps
-from .results import CHECKPOINT, FOLDER, Results, read_results
+from .results import CHECKPOINT, Results, read_results
 
 PICTURE_SIDE = 96
 
@@ -89,7 +89,6 @@ def prepare(
         "preview": {"num": num, "steps": steps, "seed": seed},
     }
     files |= pages(facts, found)
-    files |= {f"{FOLDER}/{kind}.json": path for kind, path in found.files.items()}
     files[PREVIEW] = _png(image_grid(checked.images, columns=min(num, 8), scale=_scale(checked)))
     used = {path.resolve() for path in found.files.values()}
     left = [place for place in left if (folder / place).resolve() not in used]
@@ -99,6 +98,7 @@ def prepare(
 def pages(facts: Mapping, results: Results) -> Files:
     """The card, what it says beside the measurements, and its plots; from files alone."""
     files: Files = {"README.md": render_card(facts, results).encode(), CHECKPOINT: as_json(facts)}
+    files |= {place: as_json(content) for place, content in results.published().items()}
     if results.by_timestep:
         files[TIMESTEPS] = plot_timesteps(results.by_timestep)
     for part in facts["components"].values():

@@ -44,8 +44,9 @@ def publish(
     """Publish a quantized pipeline on the Hub; nothing in its folder is changed.
 
     Args:
-        folder (`str` or `Path`): a calibrated pipeline as `save_pretrained` or `diffusers-msfp quantize` wrote it, with
-            results of `evaluate`, `compare` and `bench` in `results.json` or `results/*.json`, if there are any.
+        folder (`str` or `Path`): a calibrated pipeline as `save_pretrained` or `diffusers-msfp quantize` wrote it.
+            Results of `evaluate`, `compare` and `bench` are found in its `results/*.json` and where `evaluate` puts
+            them.
         repo (`str`): Hub id, `user/name`; made if it does not exist.
         license, base_model (`str`, *optional*): licence identifier and Hub id of the float model; by default what the
             base's card and the checkpoint's configs say.

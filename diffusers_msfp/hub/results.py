@@ -16,6 +16,7 @@ CHECKPOINT = f"{FOLDER}/checkpoint.json"
 """What the card says beside the measurements; written when it is made."""
 
 _NUMBER = (int, float)
+_PLACES = ("source", "reference", "model", "out")
 
 
 @dataclass(frozen=True)
@@ -39,27 +40,44 @@ class Results:
         """Timestep → relative error of the denoiser's output."""
         return (self.comparison or self.evaluation or {}).get("eps_rel_l2_by_timestep")
 
+    @property
+    def sizes(self) -> tuple[int, int] | None:
+        """Bytes of the denoiser's weights in full precision and quantized."""
+        for found, keys in ((self.evaluation, ("reference", "candidate")), (self.comparison, ("ref", "cand"))):
+            sizes = tuple((found or {}).get(f"bytes_{key}") for key in keys)
+            if all(isinstance(size, int) and size > 0 for size in sizes):
+                return sizes
+        return None
+
     def missing(self, base: str) -> dict[str, str]:
-        """What was not measured → how to measure it."""
+        """What was not measured → the command that measures it."""
         ways = {}
         if self.evaluation is None:
-            ways["quality with confidence intervals"] = f"evaluate {base} DIR", "evaluation"
-        if self.by_timestep is None:
-            ways["error over the timesteps"] = f"compare {base} DIR", "comparison"
+            ways["quality with confidence intervals"] = f"diffusers-msfp evaluate DIR --reference {base}"
         if self.speed is None:
-            ways["speed"] = "bench --model DIR", "speed"
-        return {what: f"diffusers-msfp {verb} --json > DIR/{FOLDER}/{kind}.json" for what, (verb, kind) in ways.items()}
+            ways["speed"] = f"diffusers-msfp bench --model DIR --json > DIR/{FOLDER}/speed.json"
+        return ways
+
+    def published(self) -> dict[str, dict]:
+        """Path in the repository → what is published of a measurement: all but places on this machine."""
+        kinds = {"evaluation": self.evaluation, "comparison": self.comparison, "speed": self.speed}
+        return {
+            f"{FOLDER}/{kind}.json": {key: value for key, value in content.items() if key not in _PLACES}
+            for kind, content in kinds.items()
+            if content is not None
+        }
 
 
 def read_results(folder: Path, more: Iterable[Path] = ()) -> Results:
-    """Read `results.json`, `results/*.json` and other files that are named.
+    """Read `results/*.json` and `results.json`, what `evaluate` wrote beside the folder, and files that are named.
 
     Raises:
         ConfigError: a named file is not a result, a file holds what no measurement gives, or there are two of a kind.
     """
     found, files = {}, {}
     named = [Path(path) for path in more]
-    for path in [folder / "results.json", *sorted((folder / FOLDER).glob("*.json")), *named]:
+    beside = [folder / "results.json", folder.parent / f"{folder.name}-evaluation" / "results.json"]
+    for path in dict.fromkeys([*sorted((folder / FOLDER).glob("*.json")), *beside, *named]):
         if not path.is_file() and path not in named:
             continue
         content = _read(path)

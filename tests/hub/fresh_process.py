@@ -3,6 +3,8 @@
 It finds the Hub, the token and the cache in the environment.
 """
 
+# ruff: noqa: E402, BLE001, T201
+
 import hashlib
 import json
 import os

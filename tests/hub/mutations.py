@@ -155,4 +155,4 @@ def index(folder: Path, rng: random.Random) -> str:
 
 MUTATIONS = (record, config, nested, text, header, codes, truncation, tensor, index)
 OURS = (record, nested, header, codes, truncation, tensor, index)
-"""What damages our own part: its errors must be clear. A damaged config of diffusers' own may fail in diffusers' way."""
+"""Damage to our own part, whose errors must be clear; a config of diffusers' own may fail in diffusers' way."""

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import mutations
 
 FILE = mutations.FILE
+PLAN = {"placement": "side", "num_adapters": 2, "num_timesteps": 9, "ranks": {}}
 CLEAR = (MSFPError, ValueError, OSError, SafetensorError, RecursionError)
 
 
@@ -45,9 +46,7 @@ def test_pickles_are_refused(folder, bomb):
     content = {"a": Bomb()} if bomb else load_file(folder / FILE)
     torch.save(content, folder / "diffusion_pytorch_model.bin")
     (folder / FILE).unlink()
-    with pytest.raises(
-        (CheckpointError, OSError), match="stored as safetensors, but .*bin came|Unable to load weights"
-    ):
+    with pytest.raises((CheckpointError, OSError), match="safetensors, but .*bin came|Unable to load weights"):
         UNet2DModel.from_pretrained(folder)
 
 
@@ -78,28 +77,28 @@ def test_the_quantizer_itself_refuses_files_from_elsewhere(folder, tmp_path):
     ("record", "reason"),
     [
         ({"layers": 5}, "`layers` in config.json must be a list, but int came"),
-        ({"layers": [{"weight": "fp4_e2m1", "input": None, "modules": [5]}]}, "must have `weight`, `input` and"),
         ({"layers": [[[[[[[[[[[]]]]]]]]]]]}, "at most 8 levels deep"),
-        (
-            {"calibration": {"state": "frozen", "last_timestep": "now"}},
-            "`calibration` in config.json must say the state",
-        ),
+        ({"calibration": {"state": "frozen", "last_timestep": "now"}}, "`calibration` in config.json must say"),
+        ({"calibration": []}, "`calibration` in config.json must say"),
         ({"modules_to_not_convert": 5}, "must be a list of non-empty strings"),
         ({"scheme": ["w4a4"]}, "Unknown scheme"),
-        (
-            {"adapters": dict(placement="side", num_adapters=2, num_timesteps=9, ranks={"9" * 9: []})},
-            "`ranks` must map",
-        ),
-        (
-            {"adapters": dict(placement="side", num_adapters=2, num_timesteps=9, ranks={}, router_groups=5)},
-            "list of patt",
-        ),
+        ({"adapters": PLAN | {"ranks": {"9" * 9: []}}}, "`ranks` must map"),
+        ({"adapters": PLAN | {"router_groups": 5}}, "`router_groups` must be a list of patterns"),
     ],
-    ids=lambda value: None,
+    ids=str,
 )
 def test_records_that_no_run_wrote(record, reason):
     with pytest.raises(MSFPError, match=reason):
         MSFPConfig.from_dict({"quant_method": "msfp", **record})
+
+
+@pytest.mark.parametrize("modules", [[5], "conv_in", None], ids=str)
+def test_layers_are_named_by_strings(folder, modules):
+    content = json.loads((folder / "config.json").read_text())
+    content["quantization_config"]["layers"][0]["modules"] = modules
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="must have `weight`, `input` and `modules`"):
+        UNet2DModel.from_pretrained(folder)
 
 
 def edit(folder: Path, **changes: torch.Tensor | None) -> None:
@@ -144,16 +143,13 @@ def check_faithful(folder: Path, model: UNet2DModel, images: torch.Tensor) -> No
     except MSFPError:
         pass
     except Exception:
-        if json.loads((folder / "config.json").read_text()).get("_class_name") == "UNet2DModel" and not _is_float_part(
-            folder
-        ):
+        if not _is_another_model(folder):
             raise
 
 
-def _is_float_part(folder: Path) -> bool:
-    """Whether diffusers' own part of the config differs from the original, whose errors are diffusers'."""
-    own = json.loads((folder / "config.json").read_text())
-    original = json.loads((folder.parent / "original.json").read_text())
+def _is_another_model(folder: Path) -> bool:
+    """Whether diffusers' own part of the config differs from the original; what it then does is diffusers' affair."""
+    own, original = (json.loads(file.read_text()) for file in (folder / "config.json", folder.parent / "original.json"))
     del own["quantization_config"], original["quantization_config"]
     return own != original
 
@@ -169,23 +165,21 @@ def damage_and_load(packed_dir: str, tmp_path: Path, images: torch.Tensor, seed:
     what = f"seed {seed}, {mutate.__name__}: {mutate(folder, rng)}"
     try:
         model = UNet2DModel.from_pretrained(folder)
-    except CLEAR as error:
-        assert str(error), what
+    except CLEAR:
         return "refused"
-    except Exception as error:
-        assert mutate not in mutations.OURS, f"{what}: {error!r}"
+    except Exception as error:  # noqa: BLE001
+        if mutate in mutations.OURS:
+            raise AssertionError(what) from error
         return "refused"
     try:
         if hasattr(model, "hf_quantizer"):
             check_faithful(folder, model, images)
     except Exception as error:
-        error.add_note(what) if hasattr(error, "add_note") else None
-        raise
+        raise AssertionError(what) from error
     return "loaded"
 
 
-def test_damage_is_refused_or_loaded_faithfully(packed_dir, tmp_path, images, monkeypatch):
-    monkeypatch.setattr("diffusers.utils.logging.warning", lambda *a, **k: None, raising=False)
+def test_damage_is_refused_or_loaded_faithfully(packed_dir, tmp_path, images):
     outcomes = [damage_and_load(packed_dir, tmp_path, images, seed) for seed in range(99)]
     assert 50 <= outcomes.count("refused") < 99
 

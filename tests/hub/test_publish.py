@@ -1,4 +1,4 @@
-"""`publish` against a Hub on loopback, by the real client: what arrives, what is refused, what a failure leaves behind."""
+"""`publish` to a Hub on loopback, by the real client: what arrives, what is refused, what a failure leaves behind."""
 
 import hashlib
 import json
