@@ -1,9 +1,8 @@
 """What a fresh process does with a published checkpoint: `python fresh_process.py WAY REPO`, prints one JSON object.
 
-It finds the Hub, the token and the cache in the environment.
+It finds the Hub, the token and the cache in the environment. Imports stand where a user would write them: what is
+imported before what is the question.
 """
-
-# ruff: noqa: E402, BLE001, T201
 
 import hashlib
 import json
@@ -11,19 +10,6 @@ import os
 import sys
 import time
 from pathlib import Path
-
-way, repo = sys.argv[1:]
-time.sleep = lambda _: None  # the client's patience between tries
-if way == "imported":
-    import diffusers_msfp  # noqa: F401
-
-import diffusers
-import torch
-from diffusers import AutoModel, DiffusionPipeline, UNet2DModel
-from huggingface_hub import HfApi
-
-diffusers.utils.logging.disable_progress_bar()
-facts = {}
 
 
 def digest(model) -> str:
@@ -34,54 +20,75 @@ def digest(model) -> str:
     return made.hexdigest()
 
 
-def sample(pipe) -> str:
+def used(pipe) -> list[str]:
+    """Digests of the model and of two samples."""
+    import torch
+
     pipe.set_progress_bar_config(disable=True)
     images = pipe(2, torch.Generator().manual_seed(0), num_inference_steps=2, output_type="np").images
-    return hashlib.sha256(images.tobytes()).hexdigest()
+    return [digest(pipe.unet), hashlib.sha256(images.tobytes()).hexdigest()]
 
 
-def keep(name: str, pipe) -> None:
-    facts[name] = [digest(pipe.unet), sample(pipe)]
-
-
-def keep_error(name: str, call) -> None:
+def error_of(call) -> str:
     try:
-        facts[name] = repr(call())
-    except Exception as error:
-        facts[name] = f"{type(error).__name__}: {error}"
+        return repr(call())
+    except Exception as error:  # noqa: BLE001
+        return f"{type(error).__name__}: {error}"
 
 
-if way == "imported":
-    if repo.startswith("/"):  # the original
-        keep("pipeline", DiffusionPipeline.from_pretrained(repo))
-    else:
-        keep_error("dropped", lambda: DiffusionPipeline.from_pretrained(repo))
-        cache = Path(os.environ["HF_HOME"])
-        facts["half"] = [str(path) for path in cache.rglob("snapshots/*/unet/*.safetensors")]
-        keep("pipeline", DiffusionPipeline.from_pretrained(repo))
-        keep("class", diffusers.DDPMPipeline.from_pretrained(repo))
-        keep("branch", DiffusionPipeline.from_pretrained(repo, revision="w4", variant="w4"))
-        keep("cached", DiffusionPipeline.from_pretrained(repo, local_files_only=True))
-        facts["component"] = digest(UNet2DModel.from_pretrained(repo, subfolder="unet"))
-        facts["auto"] = digest(AutoModel.from_pretrained(repo, subfolder="unet"))
-        commit = HfApi().model_info(repo).sha
-        keep("commit", DiffusionPipeline.from_pretrained(repo, revision=commit))
-        keep_error("no token", lambda: DiffusionPipeline.from_pretrained("user/private", token=False))
-        keep("private", DiffusionPipeline.from_pretrained("user/private", token="hf_dummy"))
-elif way == "plain":
-    keep_error("plain", lambda: DiffusionPipeline.from_pretrained(repo))
-    code = {"custom_pipeline": "pipeline"}
-    keep_error("untrusted", lambda: DiffusionPipeline.from_pretrained(repo, **code))
+def imported(repo: str) -> dict:
+    import diffusers
+
+    import diffusers_msfp  # noqa: F401
+
+    load = diffusers.DiffusionPipeline.from_pretrained
+    if Path(repo).is_dir():  # the original
+        return {"pipeline": used(load(repo))}
+    facts = {"dropped": error_of(lambda: load(repo))}
+    half = Path(os.environ["HF_HOME"]).rglob("snapshots/*/unet/*.safetensors")
+    facts["half"] = [str(path) for path in half]
+    facts["pipeline"] = used(load(repo))
+    facts["class"] = used(diffusers.DDPMPipeline.from_pretrained(repo))
+    facts["branch"] = used(load(repo, revision="w4", variant="w4"))
+    facts["cached"] = used(load(repo, local_files_only=True))
+    from huggingface_hub import HfApi
+
+    commit = HfApi().model_info(repo).sha
+    facts["commit"] = used(load(repo, revision=commit))
+    facts["component"] = digest(diffusers.UNet2DModel.from_pretrained(repo, subfolder="unet"))
+    facts["auto"] = digest(diffusers.AutoModel.from_pretrained(repo, subfolder="unet"))
+    facts["no token"] = error_of(lambda: load("user/private", token=False))
+    facts["private"] = used(load("user/private", token="hf_dummy"))
+    return facts
+
+
+def plain(repo: str) -> dict:
+    from diffusers import DiffusionPipeline
+
+    load = DiffusionPipeline.from_pretrained
+    facts = {"plain": error_of(lambda: load(repo))}
+    facts["untrusted"] = error_of(lambda: load(repo, custom_pipeline="pipeline"))
     facts["imported"] = "diffusers_msfp" in sys.modules
-    pipe = DiffusionPipeline.from_pretrained(repo, **code, trust_remote_code=True)
-    keep("pipeline", pipe)
-    facts["class"] = type(pipe).__name__
-    facts["scheme"] = pipe.quantization_report()["unet"]["scheme"]
-elif way == "factory":
+    pipe = load(repo, custom_pipeline="pipeline", trust_remote_code=True)
+    return facts | {
+        "pipeline": used(pipe),
+        "class": type(pipe).__name__,
+        "scheme": pipe.quantization_report()["unet"]["scheme"],
+    }
+
+
+def factory(repo: str) -> dict:
     sys.path.insert(0, str(Path(__file__).parent))
     import upstream_factory
+    from diffusers import DiffusionPipeline
 
     upstream_factory.install()
-    facts["imported"] = "diffusers_msfp" in sys.modules
-    keep("pipeline", DiffusionPipeline.from_pretrained(repo))
-print(json.dumps(facts))
+    facts = {"imported": "diffusers_msfp" in sys.modules}
+    return facts | {"pipeline": used(DiffusionPipeline.from_pretrained(repo))}
+
+
+if __name__ == "__main__":
+    time.sleep = lambda _: None  # the client's patience between tries
+    way, repo = sys.argv[1:]
+    facts = {"imported": imported, "plain": plain, "factory": factory}[way](repo)
+    sys.stdout.write(json.dumps(facts) + "\n")

@@ -12,8 +12,16 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import huggingface_hub
+import pytest
+
+from diffusers_msfp import publish
+
+BASE_CARD = b"---\nlicense: openrail++\npipeline_tag: text-to-image\n---\n# base\n"
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 TOKEN = "hf_dummy"
 LFS_BYTES = 10_000
 
@@ -316,3 +324,24 @@ ROUTES = [
     ("POST", r"/lfs/(\w+)/verify", Handler.verify),
     ("GET HEAD", rf"/{_NAME}/resolve/(refs/pr/\d+|[^/]+)/(.+)", Handler.file),
 ]
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """The client may use the network (loopback), goes without Xet, and does not wait between tries."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+
+
+@pytest.fixture
+def hub(online):
+    with Hub() as server:
+        server.add("org/base", {"README.md": BASE_CARD})
+        yield server
+
+
+def send(server: Hub, folder: Path, **changes) -> dict:
+    """Publish a checkpoint there."""
+    arguments = {"license": "mit", "base_model": "org/base", "num": 1, "steps": 1, "token": TOKEN}
+    return publish(folder, changes.pop("repo", "user/tiny"), endpoint=server.url, **arguments | changes)

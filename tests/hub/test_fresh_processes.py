@@ -9,13 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from hub_server import TOKEN, Hub
-from test_publish import WEIGHTS, online, send
+import hub_server
+from hub_server import TOKEN, WEIGHTS, Hub, send
 
+hub, online = hub_server.hub, hub_server.online
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-__all__ = ["online"]
 
 
 def start(way: str, repo: str, hub: Hub, cache: Path, **environment: str) -> subprocess.Popen:
@@ -42,13 +41,6 @@ def facts_of(process: subprocess.Popen) -> dict:
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return json.loads(out.splitlines()[-1])
-
-
-@pytest.fixture
-def hub(online):
-    with Hub() as server:
-        server.add("org/base", {"README.md": b"---\nlicense: mit\n---\n"})
-        yield server
 
 
 def test_every_way_to_load(hub, packed_dir, packed_pipe, tmp_path):

@@ -8,9 +8,9 @@ config.json, cannot be told from the original by looking at them; hashes of the 
 import json
 import random
 import shutil
-import sys
 from pathlib import Path
 
+import mutations
 import pytest
 import torch
 from conftest import run
@@ -22,9 +22,6 @@ from diffusers_msfp.errors import CheckpointError, MSFPError
 from diffusers_msfp.evaluation import describe_checkpoint
 from diffusers_msfp.integration import MSFPConfig
 from diffusers_msfp.nn import QuantLayer
-
-sys.path.insert(0, str(Path(__file__).parent))
-import mutations
 
 FILE = mutations.FILE
 PLAN = {"placement": "side", "num_adapters": 2, "num_timesteps": 9, "ranks": {}}

@@ -3,14 +3,15 @@
 import hashlib
 import json
 import shutil
-import sys
 from pathlib import Path
 
+import hub_server
 import huggingface_hub
 import pytest
 import torch
 from conftest import equal_state
 from diffusers import DiffusionPipeline
+from hub_server import WEIGHTS, Hub, send
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -18,37 +19,13 @@ from typer.testing import CliRunner
 from diffusers_msfp import publish
 from diffusers_msfp.errors import CheckpointError, ConfigError, HubError, MSFPError
 
-sys.path.insert(0, str(Path(__file__).parent))
-from hub_server import TOKEN, Hub
-
-BASE_CARD = b"---\nlicense: openrail++\npipeline_tag: text-to-image\n---\n# base\n"
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture
-def online(monkeypatch):
-    """The client may use the network (loopback), goes without Xet, and does not wait between tries."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
-
-
-@pytest.fixture
-def hub(online):
-    with Hub() as server:
-        server.add("org/base", {"README.md": BASE_CARD})
-        yield server
+hub, online = hub_server.hub, hub_server.online
 
 
 @pytest.fixture
 def folder(packed_dir, tmp_path) -> Path:
     """A checkpoint of one's own."""
     return Path(shutil.copytree(packed_dir, tmp_path / "packed"))
-
-
-def send(server: Hub, folder: Path, **changes) -> dict:
-    arguments = {"license": "mit", "base_model": "org/base", "num": 1, "steps": 1, "token": TOKEN}
-    return publish(folder, changes.pop("repo", "user/tiny"), endpoint=server.url, **arguments | changes)
 
 
 def digests(folder: Path) -> dict[str, str]:
