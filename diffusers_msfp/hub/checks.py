@@ -77,7 +77,7 @@ def _load(folder: Path, variant: str | None) -> DiffusionPipeline:
         return DiffusionPipeline.from_pretrained(folder, variant=variant, use_safetensors=True)
     except MSFPError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"A published checkpoint must load, but {folder} does not: {error}") from error
 
 

@@ -64,6 +64,7 @@ class MSFPQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._plan: Conversion | None = None
         self._dtype = torch.float32
+        self._loaded_keys: list[str] = []
 
     # ── loading ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -107,6 +108,7 @@ class MSFPQuantizer(DiffusersQuantizer):
                 )
             if file.parent != files[0].parent or not (file.parent / "config.json").is_file():
                 raise CheckpointError(f"Weights must lie in the model's folder, but its index names {file}.")
+        self._loaded_keys = loaded_keys
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
@@ -187,13 +189,17 @@ class MSFPQuantizer(DiffusersQuantizer):
         )
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:  # noqa: ARG002
-        """Refuse a packed checkpoint that lacks tensors; a float one has none of the packed names."""
+        """Refuse a packed checkpoint that lacks tensors, or has some of ours that its record knows nothing of."""
         if not self.pre_quantized:
             return missing_keys
         if missing_keys:
             raise CheckpointError(
                 f"A checkpoint must hold `{sorted(missing_keys)[0]}`, but it does not: damaged or incomplete file."
             )
+        ours, known = {name for names in STORED_TENSORS.values() for name in names} - {"weight"}, model.state_dict()
+        for key in self._loaded_keys:
+            if key.rpartition(".")[2] in ours and key not in known:
+                raise CheckpointError(f"config.json says nothing of `{key}`, but it came: not its weights.")
         return missing_keys
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:  # noqa: ARG002

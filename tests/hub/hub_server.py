@@ -327,8 +327,9 @@ ROUTES = [
 
 
 @pytest.fixture
-def online(monkeypatch):
-    """The client may use the network (loopback), goes without Xet, and does not wait between tries."""
+def online(monkeypatch, tmp_path):
+    """The client may use the network (loopback), has an empty cache and no Xet, and does not wait between tries."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
