@@ -18,7 +18,7 @@ from diffusers_msfp.cli import bench, compare, finetune, publish, quantize
 from diffusers_msfp.hub.prepare import as_json
 
 OWNER, BASE = "diffusers-msfp", "ddpm-fashion-mnist-32"
-CHECKPOINTS = {f"{BASE}-w4a8": ("w4a8", None), f"{BASE}-w4a4-talora": ("w4a4", FinetuneConfig(train_steps=300))}
+CHECKPOINTS = {f"{BASE}-w4a8": ("w4a8", None), f"{BASE}-w4a4-talora": ("w4a4", FinetuneConfig(train_steps=100))}
 """Name → scheme, and how it is fine-tuned."""
 
 

@@ -1,8 +1,8 @@
 """Files from strangers: refused with a clear error, no code run; seeded damage of real checkpoints.
 
 What integrity means here: a load that succeeds holds exactly the tensors of the file, all of the shapes and kinds that
-config.json records, finite, none missing, and none of ours left over. Bytes that decode to other valid numbers, and other valid settings in
-config.json, cannot be told from the original by looking at them; hashes of the Hub do that.
+config.json records, finite, none missing and none of ours left over. Bytes that decode to other valid numbers, and
+other valid settings in config.json, cannot be told from the original by looking at them; hashes of the Hub do that.
 """
 
 import json
