@@ -78,10 +78,11 @@ def prepare(
     files, left = read_layout(folder, origin["base_model"])
     found = read_results(folder, results)
     checked = check_checkpoint(folder, num=num, steps=steps, seed=seed, prompts=prompts, on_step=on_step)
-    arguments = [f'"{repo}"', f'revision="{revision}"' if revision else "", f'variant="{checked.variant}"']
+    named = {"revision": revision, "variant": checked.variant}
+    arguments = [json.dumps(repo), *(f"{key}={json.dumps(value)}" for key, value in named.items() if value)]
     facts = {
         "repo": repo,
-        "arguments": ", ".join(arguments[: 3 if checked.variant else 2]).removesuffix(", "),
+        "arguments": ", ".join(arguments),
         "pipeline_tag": origin.pop("pipeline_tag", None) or task_of(checked.pipe),
         **origin,
         "pipeline_class": type(checked.pipe).__name__,
