@@ -109,8 +109,8 @@ def publish(
         raise
     except Exception as error:  # noqa: BLE001 – what the client's transport raises differs by its version
         raise HubError(
-            f"{repo} must be reachable and writable, but: {str(error) or type(error).__name__}. Nothing changed in it, "
-            f"or all of it; what was sent is kept, and the same command goes on."
+            f"{repo} must be reachable and writable, but: {_reason(error)}. It holds all of this version or nothing of "
+            f"it; what was sent is kept, and the same command goes on."
         ) from error
 
 
@@ -154,6 +154,13 @@ def verify(api: HfApi, repo: str, revision: str, files: Files) -> None:
         kept, expected = (there.lfs.sha256, _sha256(source)) if there.lfs else (there.blob_id, _git_hash(source))
         if kept != expected:
             raise HubError(f"{place} of {repo} must hash to {expected} at {revision}, but it is {kept}.")
+
+
+def _reason(error: Exception) -> str:
+    """What the client says, and what it says was the cause; first lines."""
+    chain = [error, error.__cause__] if error.__cause__ else [error]
+    lines = [(str(one).strip() or type(one).__name__).splitlines()[0].rstrip(".:") for one in chain]
+    return ": ".join(dict.fromkeys(lines))
 
 
 def _tree(api: HfApi, repo: str, revision: str) -> dict[str, RepoFile]:

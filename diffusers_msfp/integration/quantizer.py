@@ -40,16 +40,10 @@ def _stored(module: nn.Module) -> tuple[str, ...]:
 
 
 def _check_floats(model: nn.Module) -> None:
-    """Refuse biases, norms and the like that are no finite numbers; packed models have few of them.
-
-    Raises:
-        CheckpointError: whole numbers, NaN or infinity where the model has floats.
-    """
+    """Refuse biases, norms and the like that are not finite; packed models have few of them."""
     packed = {id(module.weight) for module in model.modules() if isinstance(module, QuantLayer)}
     for name, tensor in model.named_parameters():
         if id(tensor) not in packed and not tensor.is_meta:
-            if not tensor.is_floating_point():
-                raise CheckpointError(f"`{name}` must hold floats, but {tensor.dtype} came: damaged file.")
             if not torch.isfinite(tensor).all():
                 raise CheckpointError(f"`{name}` must be finite, but NaN or infinity came: damaged file.")
 
@@ -137,7 +131,12 @@ class MSFPQuantizer(DiffusersQuantizer):
         """Whether a tensor is ours to place."""
         place, _, tensor = param_name.rpartition(".")
         if self.pre_quantized:
-            return tensor in _stored(model.get_submodule(place))
+            module, value = model.get_submodule(place), state_dict.get(param_name, param_value)
+            if tensor in _stored(module):
+                return True
+            if getattr(module, tensor).is_floating_point() and not value.is_floating_point():  # it would be cast
+                raise CheckpointError(f"`{param_name}` must hold floats, but {value.dtype} came: damaged file.")
+            return False
         return tensor == "weight" and place in self._plan.layers
 
     def create_quantized_param(

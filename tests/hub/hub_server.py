@@ -103,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self.url = urlsplit(self.path)
+        self.url, self.read = urlsplit(self.path), None
         self.query = {key: values[0] for key, values in parse_qs(self.url.query).items()}
         route = unquote(self.url.path)
         self.server.requests.append(f"{self.command} {route}")
@@ -135,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_GET
 
     def body(self) -> bytes:
-        if not hasattr(self, "_read") or self._read[0] is not self.url:
+        if self.read is None:
             if self.headers.get("Transfer-Encoding") == "chunked":
                 data = b""
                 while size := int(self.rfile.readline(), 16):
@@ -144,8 +144,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.rfile.readline()
             else:
                 data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            self._read = (self.url, data)
-        return self._read[1]
+            self.read = data
+        return self.read
 
     def answer(self, content, status: int = 200, headers: dict | None = None) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
