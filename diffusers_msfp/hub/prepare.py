@@ -1,5 +1,6 @@
 """A checkpoint made ready: all files of its repository, among them the card, its pictures and its results."""
 
+import inspect
 import io
 import json
 import re
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffusers import DiffusionPipeline
 from PIL.Image import Image
 
 from ..errors import ConfigError
@@ -83,7 +85,7 @@ def prepare(
     facts = {
         "repo": repo,
         "arguments": ", ".join(arguments),
-        "pipeline_tag": origin.pop("pipeline_tag", None) or task_of(checked.pipe),
+        "pipeline_tag": origin.pop("pipeline_tag", None) or task_of(type(checked.pipe)),
         **origin,
         "pipeline_class": type(checked.pipe).__name__,
         "components": describe(folder, checked),
@@ -123,9 +125,9 @@ def describe(folder: Path, checked: Checked) -> dict[str, dict]:
     return report
 
 
-def task_of(pipe) -> str:
+def task_of(cls: type[DiffusionPipeline]) -> str:
     """The Hub's name for what a pipeline does."""
-    inputs = type(pipe).__call__.__code__.co_varnames
+    inputs = inspect.signature(cls.__call__).parameters
     if "prompt" not in inputs:
         return "unconditional-image-generation"
     return "image-to-image" if "image" in inputs else "text-to-image"

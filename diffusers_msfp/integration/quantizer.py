@@ -43,9 +43,8 @@ def _check_floats(model: nn.Module) -> None:
     """Refuse biases, norms and the like that are not finite; packed models have few of them."""
     packed = {id(module.weight) for module in model.modules() if isinstance(module, QuantLayer)}
     for name, tensor in model.named_parameters():
-        if id(tensor) not in packed and not tensor.is_meta:
-            if not torch.isfinite(tensor).all():
-                raise CheckpointError(f"`{name}` must be finite, but NaN or infinity came: damaged file.")
+        if id(tensor) not in packed and not tensor.is_meta and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"`{name}` must be finite, but NaN or infinity came: damaged file.")
 
 
 class MSFPQuantizer(DiffusersQuantizer):

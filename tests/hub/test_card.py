@@ -6,13 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from diffusers import DDPMPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from huggingface_hub import ModelCard
 
 from diffusers_msfp import publish
 from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.hub import render_card
 from diffusers_msfp.hub.plots import plot_router, plot_timesteps
-from diffusers_msfp.hub.prepare import pages
+from diffusers_msfp.hub.prepare import pages, task_of
 from diffusers_msfp.hub.results import CHECKPOINT, Results, read_results
 
 CARDS = [file.parents[1] for file in sorted(Path(__file__).parents[2].glob(f"model_cards/*/{CHECKPOINT}"))]
@@ -128,6 +129,18 @@ def test_what_was_not_measured_is_named_and_not_invented():
     partly = render_card(FACTS, Results(comparison=COMPARISON))
     assert "PSNR of the pictures 13.9 dB" in partly
     assert "- Not measured: quality with confidence intervals." in partly
+
+
+@pytest.mark.parametrize(
+    ("cls", "task"),
+    [
+        (DDPMPipeline, "unconditional-image-generation"),
+        (StableDiffusionPipeline, "text-to-image"),
+        (StableDiffusionImg2ImgPipeline, "image-to-image"),
+    ],
+)
+def test_tasks(cls, task):
+    assert task_of(cls) == task
 
 
 def write(path: Path, content: object) -> Path:
