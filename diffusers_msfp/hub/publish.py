@@ -157,10 +157,10 @@ def verify(api: HfApi, repo: str, revision: str, files: Files) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """What the client says, and what it says was the cause; first lines."""
+    """What the client says, and what it says was the cause, each line once."""
     chain = [error, error.__cause__] if error.__cause__ else [error]
-    lines = [(str(one).strip() or type(one).__name__).splitlines()[0].rstrip(".:") for one in chain]
-    return ": ".join(dict.fromkeys(lines))
+    lines = [line.strip(" .:") for one in chain for line in (str(one).strip() or type(one).__name__).splitlines()]
+    return ": ".join(dict.fromkeys(line for line in lines if line and not line.startswith("For more information")))
 
 
 def _tree(api: HfApi, repo: str, revision: str) -> dict[str, RepoFile]:

@@ -108,11 +108,12 @@ def test_a_full_card():
 
 def test_the_card_begins_with_the_two_lines_that_load_it():
     lines = render_card(FACTS, Results()).partition("\n---\n")[2].strip().splitlines()
-    assert lines[:6] == [
+    assert lines[:7] == [
         "# tiny",
         "",
         "```py",
         "import diffusers, diffusers_msfp  # pip install diffusers-msfp",
+        "",
         'pipe = diffusers.DiffusionPipeline.from_pretrained("user/tiny")',
         "```",
     ]
