@@ -31,8 +31,7 @@ def plot_router(intervals: Sequence[Sequence[tuple[int, int, int]]], num_adapter
     for adapter in range(num_adapters):
         axes.barh(0, 0, color=f"C{adapter % 10}", label=f"adapter {adapter}")
     axes.set_yticks(range(len(intervals)), [f"group {group}" for group in range(len(intervals))])
-    axes.set(xlabel="timestep (noise on the left, image on the right)")
-    axes.invert_xaxis()
+    axes.set(xlabel="timestep (noise on the left, image on the right)", xlim=(intervals[0][-1][1] + 1, 0))
     axes.legend(ncols=min(4, num_adapters), fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
     return _png(figure)
 
