@@ -6,6 +6,7 @@ Importing this package registers the quantization method `"msfp"` with diffusers
 from .calibration import search_qparams
 from .errors import MSFPError
 from .formats import FORMATS, FPFormat
+from .hub import publish
 from .integration import (
     MSFPConfig,
     MSFPPipelineMixin,
@@ -57,6 +58,7 @@ __all__ = [
     "import_adapter",
     "learn_rounding",
     "maintain_temporal",
+    "publish",
     "quantize_pipeline",
     "search_qparams",
     "set_engine",

@@ -31,3 +31,7 @@ class CheckpointError(MSFPError):
 
 class UnsupportedError(MSFPError):
     """Something that a quantized model cannot do, with the way out."""
+
+
+class HubError(MSFPError):
+    """The Hub refused something, was not reached, or holds something else than was sent."""

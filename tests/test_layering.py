@@ -15,7 +15,8 @@ LAYERS = {
     3: ("engines", "nn", "talora", "temporal", "rounding", "losses"),
     4: ("workflow", "evaluation"),
     5: ("integration", "report"),
-    6: ("cli", "__init__", "__main__"),
+    6: ("hub",),
+    7: ("cli", "__init__", "__main__"),
 }
 SIDEWAYS = {("evaluation", "workflow"), ("__main__", "cli"), ("cli", "__init__")}
 MAX_LINES = 300

@@ -6,8 +6,9 @@ from .demo import demo
 from .evaluate import evaluate
 from .finetune import finetune
 from .inspect import inspect
+from .publish import publish
 from .quantize import quantize
 from .report import report
 from .sample import sample
 
-__all__ = ["bench", "compare", "demo", "evaluate", "finetune", "inspect", "quantize", "report", "sample"]
+__all__ = ["bench", "compare", "demo", "evaluate", "finetune", "inspect", "publish", "quantize", "report", "sample"]

@@ -5,11 +5,10 @@ from pathlib import Path
 import numpy as np
 
 from ..assets import EMBEDDED_MODEL
-from ..evaluation import image_grid
+from ..evaluation import image_grid, sample_images
 from .compare import compare
 from .load import load_pipeline
 from .quantize import quantize
-from .sample import sample_images
 from .terminal import progress, stderr
 
 SCHEMES = ("w8a8", "w4a8", "w4a4")

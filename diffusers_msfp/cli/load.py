@@ -95,7 +95,7 @@ def load_pipeline(source: str, *, config: str | None = None, **arguments) -> Dif
         return DiffusionPipeline.from_pretrained(source, **arguments)
     except MSFPError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{source} cannot be loaded: {_first_line(error)}") from error
 
 

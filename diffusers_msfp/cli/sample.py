@@ -2,28 +2,10 @@
 
 from pathlib import Path
 
-import numpy as np
-import torch
-from diffusers import DDPMScheduler
-
 from ..errors import ConfigError
-from ..evaluation import image_grid, with_ddim
-from ..workflow.sampling import batched_calls, call_arguments, counting_steps, denoiser_of, quiet, require_positive
+from ..evaluation import image_grid, sample_images
 from .load import load_pipeline
 from .terminal import progress
-
-
-def sample_images(
-    pipe, *, num: int, steps: int, seed: int = 0, prompts: list[str] | None = None, on_step=None
-) -> np.ndarray:
-    """Pictures `(num, H, W, channels)` in [0, 1]; ancestral DDPM, which needs all its steps, is replaced by DDIM."""
-    require_positive(num=num, steps=steps)
-    if isinstance(pipe.scheduler, DDPMScheduler):
-        pipe = with_ddim(pipe)
-    denoiser = denoiser_of(pipe)
-    calls = batched_calls(call_arguments(pipe, prompts, steps, {"output_type": "np"}), [denoiser], num, seed)
-    with quiet(pipe), torch.no_grad(), counting_steps(denoiser, len(calls) * steps, on_step):
-        return np.concatenate([pipe(**call).images for call in calls])
 
 
 def sample(

@@ -6,7 +6,7 @@ from .describe import describe_checkpoint
 from .evaluate import evaluate_pipelines
 from .features import FEATURES, Features
 from .layers import layer_snr
-from .pictures import image_grid
+from .pictures import image_grid, sample_images
 from .temporal import temporal_features
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "evaluate_pipelines",
     "image_grid",
     "layer_snr",
+    "sample_images",
     "temporal_features",
     "with_ddim",
 ]

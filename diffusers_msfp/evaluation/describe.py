@@ -66,7 +66,7 @@ def read_config(folder: Path, name: str = "config.json") -> dict:
         return {}
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} must be JSON, but it is not ({error}).") from error
     return config if isinstance(config, dict) else {}
 
@@ -77,10 +77,13 @@ def weight_files(folder: Path, *, variants: bool = True) -> list[Path]:
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
             try:
-                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-                return sorted({folder / name for name in names})
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                files = sorted(folder / name for name in names)
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 raise CheckpointError(f"{index} must be JSON with a `weight_map`, but it is not.") from error
+            if elsewhere := [file for file in files if file.parent != folder or ".." in file.name]:
+                raise CheckpointError(f"Weights must lie in the model's folder, but {index.name} names {elsewhere[0]}.")
+            return files
         for suffix in ("safetensors", "bin"):
             single = folder / f"{stem}.{suffix}"
             shards = sorted(folder.glob(f"{stem}-?????-of-?????.{suffix}"))

@@ -1,9 +1,21 @@
-"""Pictures as people look at them."""
+"""Pictures from a pipeline, as people look at them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
+from diffusers import DDPMScheduler
 from PIL import Image, ImageDraw
+
+from ..workflow.sampling import (
+    batched_calls,
+    call_arguments,
+    counting_steps,
+    denoiser_of,
+    quiet,
+    require_positive,
+    with_ddim,
+)
 
 MARGIN = 4
 LABEL_HEIGHT = 20
@@ -35,3 +47,22 @@ def image_grid(images: np.ndarray, *, columns: int, scale: int = 1, labels: Sequ
         place = (MARGIN + column * (width + MARGIN), MARGIN + row * row_height + title)
         sheet.paste(Image.fromarray(picture), place)
     return sheet
+
+
+def sample_images(
+    pipe,
+    *,
+    num: int,
+    steps: int,
+    seed: int = 0,
+    prompts: list[str] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """Pictures `(num, H, W, channels)` in [0, 1]; ancestral DDPM, which needs all its steps, is replaced by DDIM."""
+    require_positive(num=num, steps=steps)
+    if isinstance(pipe.scheduler, DDPMScheduler):
+        pipe = with_ddim(pipe)
+    denoiser = denoiser_of(pipe)
+    calls = batched_calls(call_arguments(pipe, prompts, steps, {"output_type": "np"}), [denoiser], num, seed)
+    with quiet(pipe), torch.no_grad(), counting_steps(denoiser, len(calls) * steps, on_step):
+        return np.concatenate([pipe(**call).images for call in calls])

@@ -4,7 +4,7 @@ import copy
 import inspect
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from enum import Enum
 
 from diffusers.quantizers import PipelineQuantizationConfig
@@ -21,6 +21,7 @@ from ..workflow import Conversion
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+MAX_DEPTH = 8
 DEFAULT_COMPONENTS = ("unet", "transformer", "prior", "controlnet")
 
 
@@ -86,10 +87,7 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
                 f"This package reads checkpoints up to format version {FORMAT_VERSION}, but {format_version} came. "
                 f"Upgrade it: `pip install -U diffusers-msfp`."
             )
-        if adapters is not None:
-            AdapterPlan.from_dict(adapters)
-        if temporal is not None:
-            TemporalPlan.from_dict(temporal)
+        _check_record(layers, calibration, adapters, temporal)
         self.format_version = format_version
         SCHEMES[scheme]
         self.scheme = scheme
@@ -169,8 +167,42 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
         return f"{type(self).__name__} {json.dumps(self.to_diff_dict(), indent=2)}"
 
 
+def _check_record(layers: object, calibration: object, adapters: object, temporal: object) -> None:
+    """Refuse a record that this package cannot have written; what names layers is checked against the model later.
+
+    Raises:
+        CheckpointError: fields of another kind, or nested deeper than any record.
+    """
+    level = [layers, calibration, adapters, temporal]
+    for _ in range(MAX_DEPTH):
+        level = [
+            part
+            for value in level
+            if isinstance(value, list | Mapping)
+            for part in (value.values() if isinstance(value, Mapping) else value)
+        ]
+    if level:
+        raise CheckpointError(
+            f"A config's record is at most {MAX_DEPTH} levels deep, but a deeper one came: damaged file."
+        )
+    if layers is not None and not isinstance(layers, list):
+        raise CheckpointError(
+            f"`layers` in config.json must be a list, but {type(layers).__name__} came: damaged file."
+        )
+    if calibration is not None:
+        timestep = calibration.get("last_timestep") if isinstance(calibration, Mapping) else ""
+        if not isinstance(timestep, int | float | None) or calibration.get("has_fallen", False) not in (True, False):
+            raise CheckpointError(f"`calibration` in config.json must say the state, but {calibration!r} came.")
+    if adapters is not None:
+        AdapterPlan.from_dict(adapters)
+    if temporal is not None:
+        TemporalPlan.from_dict(temporal)
+
+
 def _names(value: Sequence[str] | None, what: str) -> list[str]:
     """A list of strings; one string stands for a list of one."""
+    if value is not None and not isinstance(value, str | Sequence | Set):
+        raise ConfigError(f"`{what}` must be a list of non-empty strings, but {value!r} came.")
     names = [value] if isinstance(value, str) else list(value or ())
     if not all(isinstance(name, str) and name for name in names):
         raise ConfigError(f"`{what}` must be a list of non-empty strings, but {value!r} came.")

@@ -5,6 +5,7 @@ Loading a packed checkpoint makes room from `config.json` first; every tensor th
 """
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +42,14 @@ def _stored(module: nn.Module) -> tuple[str, ...]:
     return next((names for cls, names in STORED_TENSORS.items() if isinstance(module, cls)), ())
 
 
+def _check_floats(model: nn.Module) -> None:
+    """Refuse biases, norms and the like that are not finite; packed models have few of them."""
+    packed = {id(module.weight) for module in model.modules() if isinstance(module, QuantLayer)}
+    for name, tensor in model.named_parameters():
+        if id(tensor) not in packed and not tensor.is_meta and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"`{name}` must be finite, but NaN or infinity came: damaged file.")
+
+
 class MSFPQuantizer(DiffusersQuantizer):
     """Connects `MSFPConfig` with `ModelMixin.from_pretrained` and `save_pretrained`."""
 
@@ -51,6 +60,7 @@ class MSFPQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._plan: Conversion | None = None
         self._dtype = torch.float32
+        self._loaded_keys: list[str] = []
 
     # ── loading ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -80,6 +90,23 @@ class MSFPQuantizer(DiffusersQuantizer):
         """Four-bit weights take an eighth of the allocation that float weights would."""
         return 8
 
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str] | None) -> list[str]:
+        """Refuse packed weights from pickles, or from outside the model's folder.
+
+        Raises:
+            CheckpointError: a file that is no safetensors file, or an index that leads elsewhere.
+        """
+        files = [Path(file) for file in checkpoint_files or () if self.pre_quantized]
+        for file in files:
+            if file.suffix != ".safetensors":
+                raise CheckpointError(
+                    f"Packed weights are stored as safetensors, but {file.name} came: not one of ours."
+                )
+            if file.parent != files[0].parent or not (file.parent / "config.json").is_file():
+                raise CheckpointError(f"Weights must lie in the model's folder, but its index names {file}.")
+        self._loaded_keys = loaded_keys
+        return loaded_keys
+
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
         if "state_dict" in kwargs:
             raise UnsupportedError(
@@ -108,7 +135,12 @@ class MSFPQuantizer(DiffusersQuantizer):
         """Whether a tensor is ours to place."""
         place, _, tensor = param_name.rpartition(".")
         if self.pre_quantized:
-            return tensor in _stored(model.get_submodule(place))
+            module, value = model.get_submodule(place), state_dict.get(param_name, param_value)
+            if tensor in _stored(module):
+                return True
+            if getattr(module, tensor).is_floating_point() and not value.is_floating_point():  # it would be cast
+                raise CheckpointError(f"`{param_name}` must hold floats, but {value.dtype} came: damaged file.")
+            return False
         return tensor == "weight" and place in self._plan.layers
 
     def create_quantized_param(
@@ -160,13 +192,17 @@ class MSFPQuantizer(DiffusersQuantizer):
         )
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:  # noqa: ARG002
-        """Refuse a packed checkpoint that lacks tensors; a float one has none of the packed names."""
+        """Refuse a packed checkpoint that lacks tensors, or has some of ours that its record knows nothing of."""
         if not self.pre_quantized:
             return missing_keys
-        for key in missing_keys:
-            place, _, tensor = key.rpartition(".")
-            if _stored(model.get_submodule(place)):
-                raise CheckpointError(f"A checkpoint must hold `{key}`, but it does not: damaged or incomplete file.")
+        if missing_keys:
+            raise CheckpointError(
+                f"A checkpoint must hold `{sorted(missing_keys)[0]}`, but it does not: damaged or incomplete file."
+            )
+        ours, known = {name for names in STORED_TENSORS.values() for name in names} - {"weight"}, model.state_dict()
+        for key in self._loaded_keys:
+            if key.rpartition(".")[2] in ours and key not in known:
+                raise CheckpointError(f"config.json says nothing of `{key}`, but it came: not its weights.")
         return missing_keys
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:  # noqa: ARG002
@@ -177,6 +213,8 @@ class MSFPQuantizer(DiffusersQuantizer):
                 module.check()
             elif isinstance(module, FeatureTable):
                 module.check(name)
+        if self.pre_quantized:
+            _check_floats(model)
         on_the_fly = not self.pre_quantized
         self.attach(model)
         if on_the_fly:

@@ -70,8 +70,12 @@ class StoredTensors(nn.Module):
         """Refuse tensors that no quantization could have written.
 
         Raises:
-            CheckpointError: a scale that is not finite and positive, or a positive zero point.
+            CheckpointError: a scale that is not finite and positive, a positive zero point, or an error that is NaN.
         """
+        for name in ("weight_error", "input_error"):
+            error = self._buffers.get(name)
+            if error is not None and not torch.isfinite(error).all():
+                raise CheckpointError(f"`{self.place}.{name}` must be finite, but it is not: damaged file.")
         for name in ("weight_scale", "input_scale"):
             scale = self._buffers.get(name)
             if scale is not None and not (torch.isfinite(scale).all() and (scale > 0).all()):

@@ -8,6 +8,7 @@ from ..schemes import matches
 from .trainee import PLACEMENTS
 
 MAX_ADAPTERS = 256  # the table's entries are bytes
+MAX_RANK_DIGITS = 5
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,10 @@ class AdapterPlan:
     training: Mapping = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "router_groups", tuple(self.router_groups))
-        problem = None
-        if self.placement not in PLACEMENTS:
+        problem, patterns = None, self.router_groups
+        if not isinstance(patterns, list | tuple) or not all(isinstance(pattern, str) for pattern in patterns):
+            problem = f"`router_groups` must be a list of patterns, but {patterns!r} came"
+        elif self.placement not in PLACEMENTS:
             problem = f"`placement` must be one of {', '.join(PLACEMENTS)}, but {self.placement!r} came"
         elif not _whole(self.num_adapters) or self.num_adapters > MAX_ADAPTERS:
             problem = f"`num_adapters` must lie in 1 … {MAX_ADAPTERS}, but {self.num_adapters!r} came"
@@ -49,6 +51,7 @@ class AdapterPlan:
             problem = "`ranks` must map ranks to lists of layer names, but it does not"
         if problem:
             raise CheckpointError(f"In `adapters` of config.json {problem}: damaged file.")
+        object.__setattr__(self, "router_groups", tuple(patterns))
 
     @classmethod
     def from_dict(cls, record: Mapping) -> "AdapterPlan":
@@ -91,6 +94,7 @@ def _is_rank_entry(rank: object, names: object) -> bool:
     return (
         isinstance(rank, str)
         and rank.isdecimal()
+        and len(rank) <= MAX_RANK_DIGITS
         and int(rank) >= 1
         and isinstance(names, list | tuple)
         and all(isinstance(name, str) for name in names)

@@ -176,6 +176,8 @@ def convert_skeleton(model: nn.Module, groups: Sequence[Mapping], plan: Mapping[
         try:
             weight_format, state, names = FORMATS[group["weight"]], group["input"], group["modules"]
             input_format = FORMATS[state] if state not in (None, "observing") else None
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise TypeError
         except (KeyError, TypeError, ConfigError) as error:
             raise CheckpointError(
                 f"Each entry of `layers` in config.json must have `weight`, `input` and `modules`, but {group!r} came."

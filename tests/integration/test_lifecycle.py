@@ -441,6 +441,7 @@ def test_impossible_records_are_refused(packed_dir, tmp_path, changes, reason):
         ("conv_out.weight", torch.zeros(3, 1, 1, 288), "must be torch.uint8"),
         ("conv_out.input_zero_point", torch.tensor(1.0), "must be finite and ≤ 0"),
         ("conv_out.input_scale", torch.tensor(float("inf")), "must be finite and > 0"),
+        ("conv_out.weight_error", torch.tensor(float("nan")), "must be finite, but it is not"),
     ],
 )
 def test_damaged_tensors_are_refused(packed_dir, tmp_path, key, value, reason):

@@ -10,9 +10,10 @@ from .demo import demo
 from .evaluate import evaluate
 from .finetune import finetune
 from .inspect import inspect
+from .publish import publish
 from .quantize import quantize
 from .report import report
 from .sample import sample
 
-COMMANDS = (quantize, finetune, sample, compare, evaluate, bench, inspect, report, demo)
+COMMANDS = (quantize, finetune, sample, compare, evaluate, bench, inspect, report, publish, demo)
 """In the order of `--help`."""

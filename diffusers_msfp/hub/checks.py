@@ -1,0 +1,101 @@
+"""What must hold of a checkpoint before it is published: it loads, it samples, it is packed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from diffusers import DiffusionPipeline, ModelMixin
+from safetensors import SafetensorError, safe_open
+
+from ..errors import CheckpointError, MSFPError
+from ..evaluation import sample_images
+from ..evaluation.describe import component_dirs
+from ..nn import QuantLayer
+from ..workflow.state import calibration_state, quantized_models
+from .layout import weights_by_variant
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checks found.
+
+    Args:
+        pipe (`DiffusionPipeline`): as it was loaded.
+        variant (`str`, *optional*): that it was loaded as; None where plain weights are there.
+        images (`np.ndarray`, `(N, H, W, channels)`): samples in [0, 1].
+    """
+
+    pipe: DiffusionPipeline
+    variant: str | None
+    images: np.ndarray
+
+
+def check_checkpoint(
+    folder: Path,
+    *,
+    num: int,
+    steps: int,
+    seed: int,
+    prompts: list[str] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Checked:
+    """Load a checkpoint as its users will, in every variant, and sample from it.
+
+    Args:
+        folder (`Path`): a pipeline with at least one quantized component.
+        num, steps, seed, prompts, on_step: see `sample_images`.
+
+    Raises:
+        CheckpointError: it does not load, is not calibrated, holds float copies of packed weights or other tensors that
+            no model reads, or samples NaN.
+    """
+    files = {name: weights_by_variant(path) for name, path in component_dirs(folder).items()}
+    wanted = sorted({variant for found in files.values() for variant in found}, key=lambda variant: variant or "")
+    if not wanted:
+        raise CheckpointError(f"{folder} must hold weights as safetensors, but it holds none.")
+    for variant in reversed(wanted):  # the plain one last: it is sampled
+        pipe = _load(folder, variant)
+        for name, found in files.items():
+            _check_tensors(found.get(variant, ()), getattr(pipe, name))
+    if any(calibration_state(model) == "observing" for model in quantized_models(pipe)):
+        raise CheckpointError(
+            f"A published checkpoint must be calibrated, but {folder} still observes its activations. Call "
+            f"`calibrate(pipe)` and save it."
+        )
+    try:
+        images = sample_images(pipe, num=num, steps=steps, seed=seed, prompts=prompts, on_step=on_step)
+    except (MSFPError, RuntimeError) as error:
+        raise CheckpointError(f"A published checkpoint must sample, but {folder} does not: {error}") from error
+    if not np.isfinite(images).all():
+        raise CheckpointError(f"Samples must be finite, but those of {folder} hold NaN: damaged or badly calibrated.")
+    return Checked(pipe, wanted[0], images)
+
+
+def _load(folder: Path, variant: str | None) -> DiffusionPipeline:
+    try:
+        return DiffusionPipeline.from_pretrained(folder, variant=variant, use_safetensors=True)
+    except MSFPError:
+        raise
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"A published checkpoint must load, but {folder} does not: {error}") from error
+
+
+def _check_tensors(files: Sequence[Path], model: ModelMixin) -> None:
+    """The files of a model hold its tensors, packed ones as bytes, and no others."""
+    packed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, QuantLayer)}
+    known, seen = set(model.state_dict()), set()
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                found = {key: handle.get_slice(key).get_dtype() for key in handle.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} must be a safetensors file, but it is not ({error}).") from error
+        for key, dtype in found.items():
+            if key in seen or key not in known or (key in packed and dtype != "U8"):
+                raise CheckpointError(
+                    f"Files must hold each of the model's tensors once, packed ones as bytes, and nothing else, but "
+                    f"{file} holds `{key}` as {dtype}, {'a second time' if key in seen else 'which nothing reads'}. "
+                    f"Save the quantized pipeline to a new folder."
+                )
+        seen |= found.keys()

@@ -1,0 +1,162 @@
+"""A checkpoint made ready: all files of its repository, among them the card, its pictures and its results."""
+
+import inspect
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from PIL.Image import Image
+
+from ..errors import ConfigError
+from ..evaluation import image_grid
+from ..evaluation.describe import component_dirs, file_bytes
+from ..integration import MSFPPipelineMixin
+from .card import PREVIEW, ROUTER, TIMESTEPS, render_card
+from .checks import Checked, check_checkpoint
+from .layout import Files, read_layout
+from .plots import plot_router, plot_timesteps
+from .results import CHECKPOINT, Results, read_results
+
+PICTURE_SIDE = 96
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is to be published.
+
+    Args:
+        files (`dict`): path in the repository → source.
+        left_out (`list[str]`): files of the checkpoint's folder that are not published.
+        missing (`dict[str, str]`): what was not measured → the command that measures it.
+        arguments (`str`): of `from_pretrained`, as source text.
+    """
+
+    files: Files
+    left_out: list[str]
+    missing: dict[str, str]
+    arguments: str
+
+    @property
+    def snippet(self) -> str:
+        """The two lines that load it."""
+        return (
+            "import diffusers, diffusers_msfp  # pip install diffusers-msfp\n"
+            f"pipe = diffusers.DiffusionPipeline.from_pretrained({self.arguments})"
+        )
+
+
+def prepare(
+    folder: Path,
+    repo: str,
+    origin: Mapping[str, str],
+    *,
+    revision: str | None = None,
+    results: Iterable[Path] = (),
+    num: int = 8,
+    steps: int = 20,
+    seed: int = 0,
+    prompts: list[str] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Prepared:
+    """Check a checkpoint and write its card; the folder is not changed.
+
+    Args:
+        folder (`Path`): the checkpoint.
+        repo (`str`): Hub id.
+        origin (`Mapping[str, str]`): `base_model`, `license`, and what the base's card says beside them.
+        revision (`str`, *optional*): branch that it will be on.
+        results (`Iterable[Path]`): results files beside those in `folder`.
+        num, steps, seed, prompts, on_step: of the card's samples.
+
+    Raises:
+        CheckpointError: see `read_layout` and `check_checkpoint`.
+        ConfigError: no licence, or results that cannot be read.
+    """
+    origin = _licensed(dict(origin), folder)
+    files, left = read_layout(folder, origin["base_model"])
+    found = read_results(folder, results)
+    checked = check_checkpoint(folder, num=num, steps=steps, seed=seed, prompts=prompts, on_step=on_step)
+    named = {"revision": revision, "variant": checked.variant}
+    arguments = [json.dumps(repo), *(f"{key}={json.dumps(value)}" for key, value in named.items() if value)]
+    facts = {
+        "repo": repo,
+        "arguments": ", ".join(arguments),
+        "pipeline_tag": origin.pop("pipeline_tag", None) or task_of(type(checked.pipe)),
+        **origin,
+        "pipeline_class": type(checked.pipe).__name__,
+        "components": describe(folder, checked),
+        "preview": {"num": num, "steps": steps, "seed": seed},
+    }
+    files |= pages(facts, found)
+    files[PREVIEW] = _png(image_grid(checked.images, columns=min(num, 8), scale=_scale(checked)))
+    used = {path.resolve() for path in found.files.values()}
+    left = [place for place in left if (folder / place).resolve() not in used]
+    return Prepared(files, left, found.missing(origin["base_model"]), facts["arguments"])
+
+
+def pages(facts: Mapping, results: Results) -> Files:
+    """The card, what it says beside the measurements, and its plots; from files alone."""
+    files: Files = {"README.md": render_card(facts, results).encode(), CHECKPOINT: as_json(facts)}
+    files |= {place: as_json(content) for place, content in results.published().items()}
+    if results.by_timestep:
+        files[TIMESTEPS] = plot_timesteps(results.by_timestep)
+    for part in facts["components"].values():
+        if part["adapters"]:
+            files[ROUTER] = plot_router(part["adapters"]["intervals"], part["adapters"]["num_adapters"])
+    return files
+
+
+def as_json(content: object) -> bytes:
+    """For people and programs."""
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def describe(folder: Path, checked: Checked) -> dict[str, dict]:
+    """Quantized components of a loaded checkpoint; `engines` are this machine's and stay out."""
+    report = MSFPPipelineMixin.quantization_report(checked.pipe)
+    for name, part in report.items():
+        del part["engines"]
+        part["parameters"] = getattr(checked.pipe, name).num_parameters()
+        part["file_bytes"] = file_bytes(component_dirs(folder)[name])
+    return report
+
+
+def task_of(cls: type[DiffusionPipeline]) -> str:
+    """The Hub's name for what a pipeline does."""
+    inputs = inspect.signature(cls.__call__).parameters
+    if "prompt" not in inputs:
+        return "unconditional-image-generation"
+    return "image-to-image" if "image" in inputs else "text-to-image"
+
+
+def _licensed(origin: dict[str, str], folder: Path) -> dict[str, str]:
+    """Licence and base as metadata wants them."""
+    if not origin.get("base_model"):
+        raise ConfigError("A card must name the model that was quantized, but none is known: pass `--base-model ID`.")
+    name = origin.get("license")
+    if not name:
+        raise ConfigError(
+            f"A card must say the licence, but the card of {origin['base_model']} does not, or cannot be read: pass "
+            f"`--license ID`, like `apache-2.0`."
+        )
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name):
+        raise ConfigError(f"A licence must be one of the Hub's identifiers, like `apache-2.0`, but {name!r} came.")
+    if name == "other" and not origin.get("license_name"):
+        if not (folder / "LICENSE").is_file():
+            raise ConfigError(f"The licence `other` must come with its text, but {folder} has no file LICENSE.")
+        origin |= {"license_name": "license", "license_link": "LICENSE"}
+    return origin
+
+
+def _scale(checked: Checked) -> int:
+    return max(1, PICTURE_SIDE // checked.images.shape[1])
+
+
+def _png(image: Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format="png")
+    return file.getvalue()

@@ -1,0 +1,210 @@
+"""`publish`: check a checkpoint, write its card, upload it in one commit, compare what arrived.
+
+One commit, not the client's `upload_folder`: that one commits large folders in parts, and an interrupted upload would
+leave a repository that looks complete. Contents travel before the commit and are kept by the Hub, so a second try
+sends only what is missing.
+"""
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.hf_api import RepoFile
+
+from ..errors import ConfigError, HubError, MSFPError
+from .base import base_of, card_of, check_repo_id
+from .layout import Files, components, pipeline_index
+from .prepare import prepare
+
+_BLOCK = 2**20
+
+
+def publish(
+    folder: str | Path,
+    repo: str,
+    *,
+    license: str | None = None,
+    base_model: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    dry_run: str | Path | None = None,
+    results: Iterable[str | Path] = (),
+    prompts: list[str] | None = None,
+    num: int = 8,
+    steps: int = 20,
+    seed: int = 0,
+    token: str | None = None,
+    endpoint: str | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> dict:
+    """Publish a quantized pipeline on the Hub; nothing in its folder is changed.
+
+    Args:
+        folder (`str` or `Path`): a calibrated pipeline as `save_pretrained` or `diffusers-msfp quantize` wrote it.
+            Results of `evaluate`, `compare` and `bench` are found in its `results/*.json` and where `evaluate` puts
+            them.
+        repo (`str`): Hub id, `user/name`; made if it does not exist.
+        license, base_model (`str`, *optional*): licence identifier and Hub id of the float model; by default what the
+            base's card and the checkpoint's configs say.
+        private (`bool`): make a private repository; a public one that exists already is refused.
+        revision (`str`, *optional*): branch, made if it does not exist.
+        create_pr (`bool`): open a pull request instead of committing.
+        dry_run (`str` or `Path`, *optional*): write there what would be uploaded, and stop.
+        results (`Iterable`): more results files.
+        prompts, num, steps, seed: of the card's samples.
+        token (`str`, *optional*): of the Hub, by default the one that is logged in.
+        endpoint (`str`, *optional*): another Hub than the client's.
+        on_step (`Callable[[int, int], None]`, *optional*): called after each denoising step with (done, total).
+
+    Returns:
+        `dict`: `repo`, `base_model`, `license`, `files` (path → bytes), `left_out`, `missing` (what was not measured →
+        command), `snippet`; then `out` of a dry run, or `commit`, `url` and `removed` (weights and configs of an
+        earlier version that are no longer there).
+
+    Raises:
+        CheckpointError: the checkpoint does not load, does not sample, or holds what should not be published.
+        ConfigError: licence or base are not known, or arguments contradict each other.
+        HubError: the Hub refused, was not reached, or holds other bytes than were sent.
+    """
+    folder = Path(folder)
+    check_repo_id(repo, "`repo`")
+    if create_pr and revision:
+        raise ConfigError(f"A pull request goes to main, but `revision={revision!r}` came too. Leave it out.")
+    index = pipeline_index(folder)
+    api = HfApi(endpoint=endpoint, token=token)
+    base_model = base_model or base_of(folder)
+    known = card_of(api, check_repo_id(base_model, "`base_model`")) if base_model else {}
+    if license and license != known.get("license"):
+        known = {key: value for key, value in known.items() if not key.startswith("license")} | {"license": license}
+    prepared = prepare(
+        folder,
+        repo,
+        {"base_model": base_model, **known},
+        revision=revision,
+        results=[Path(path) for path in results],
+        num=num,
+        steps=steps,
+        seed=seed,
+        prompts=prompts,
+        on_step=on_step,
+    )
+    report = {
+        "repo": repo,
+        "base_model": base_model,
+        "license": known["license"],
+        "files": {place: _size(source) for place, source in prepared.files.items()},
+        "left_out": prepared.left_out,
+        "missing": prepared.missing,
+        "snippet": prepared.snippet,
+    }
+    if dry_run is not None:
+        return report | {"out": str(_write(prepared.files, Path(dry_run)))}
+    try:
+        return report | _upload(api, repo, prepared.files, set(components(index)), private, revision, create_pr)
+    except MSFPError:
+        raise
+    except Exception as error:  # noqa: BLE001 – what the client's transport raises differs by its version
+        raise HubError(
+            f"{repo} must be reachable and writable, but: {_reason(error)}. It holds all of this version or nothing of "
+            f"it; what was sent is kept, and the same command goes on."
+        ) from error
+
+
+def _upload(
+    api: HfApi, repo: str, files: Files, owned: set[str], private: bool, revision: str | None, create_pr: bool
+) -> dict:
+    """One commit on top of what is there, compared afterwards."""
+    api.create_repo(repo, private=private, exist_ok=True)
+    if private and not api.model_info(repo).private:
+        raise ConfigError(f"`private` must come true, but {repo} exists and is public. Make it private on the Hub.")
+    if revision:
+        api.create_branch(repo, branch=revision, exist_ok=True)
+    parent = api.model_info(repo, revision=revision).sha
+    stale = sorted(p for p in _tree(api, repo, parent) if p.partition("/")[0] in owned and p not in files)
+    operations = [CommitOperationAdd(place, source) for place, source in files.items()]
+    commit: CommitInfo = api.create_commit(
+        repo,
+        [*operations, *(CommitOperationDelete(place) for place in stale)],
+        commit_message="Publish an MSFP-quantized checkpoint",
+        revision=revision,
+        create_pr=create_pr,
+        parent_commit=parent,
+    )
+    verify(api, repo, commit.oid, files)
+    return {"commit": commit.oid, "url": commit.pr_url or commit.commit_url, "removed": stale}
+
+
+def verify(api: HfApi, repo: str, revision: str, files: Files) -> None:
+    """Compare sizes and hashes that the Hub computed with those of the files.
+
+    Raises:
+        HubError: they differ, or a file is missing.
+    """
+    tree = _tree(api, repo, revision)
+    for place, source in files.items():
+        there = tree.get(place)
+        size = _size(source)
+        if there is None or there.size != size:
+            what = f"{there.size} bytes" if there else "nothing"
+            raise HubError(f"{place} of {repo} must have {size} bytes at {revision}, but it has {what}.")
+        kept, expected = (there.lfs.sha256, _sha256(source)) if there.lfs else (there.blob_id, _git_hash(source))
+        if kept != expected:
+            raise HubError(f"{place} of {repo} must hash to {expected} at {revision}, but it is {kept}.")
+
+
+def _reason(error: Exception) -> str:
+    """What the client says, and what it says was the cause, each line once."""
+    chain = [error, error.__cause__] if error.__cause__ else [error]
+    lines = [line.strip(" .:") for one in chain for line in (str(one).strip() or type(one).__name__).splitlines()]
+    return ": ".join(dict.fromkeys(line for line in lines if line and not line.startswith("For more information")))
+
+
+def _tree(api: HfApi, repo: str, revision: str) -> dict[str, RepoFile]:
+    entries = api.list_repo_tree(repo, recursive=True, revision=revision)
+    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+
+def _blocks(source: Path | bytes) -> Iterable[bytes]:
+    if isinstance(source, bytes):
+        yield source
+        return
+    with open(source, "rb") as file:
+        while block := file.read(_BLOCK):
+            yield block
+
+
+def _size(source: Path | bytes) -> int:
+    return len(source) if isinstance(source, bytes) else source.stat().st_size
+
+
+def _hash(digest, source: Path | bytes) -> str:
+    for block in _blocks(source):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _sha256(source: Path | bytes) -> str:
+    return _hash(hashlib.sha256(), source)
+
+
+def _git_hash(source: Path | bytes) -> str:
+    return _hash(hashlib.sha1(b"blob %d\0" % _size(source), usedforsecurity=False), source)
+
+
+def _write(files: Files, out: Path) -> Path:
+    """All files in a new folder, complete or not at all."""
+    if out.exists():
+        raise ConfigError(f"{out} must not exist yet, but it does. Remove it or choose another folder.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-", suffix=".part") as scratch:
+        made = Path(scratch) / "made"
+        for place, source in files.items():
+            target = made / place
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(source) if isinstance(source, bytes) else shutil.copyfile(source, target)
+        made.rename(out)
+    return out

@@ -1,0 +1,135 @@
+"""Results files beside a checkpoint: what `evaluate`, `compare` and `bench` print with `--json`, told by their fields.
+
+A card takes its figures from these files and from nowhere else; what has no file is named as not measured.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import ConfigError
+
+FOLDER = "results"
+CHECKPOINT = f"{FOLDER}/checkpoint.json"
+"""What the card says beside the measurements; written when it is made."""
+
+_NUMBER = (int, float)
+_PLACES = ("source", "reference", "model", "out")
+
+
+@dataclass(frozen=True)
+class Results:
+    """The measurements that were found; None where there is no file.
+
+    Args:
+        evaluation (`dict`, *optional*): of `evaluate`.
+        comparison (`dict`, *optional*): of `compare`.
+        speed (`dict`, *optional*): of `bench`.
+        files (`dict`): kind → its file.
+    """
+
+    evaluation: dict | None = None
+    comparison: dict | None = None
+    speed: dict | None = None
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def by_timestep(self) -> dict[str, float] | None:
+        """Timestep → relative error of the denoiser's output."""
+        return (self.comparison or self.evaluation or {}).get("eps_rel_l2_by_timestep")
+
+    @property
+    def sizes(self) -> tuple[int, int] | None:
+        """Bytes of the denoiser's weights in full precision and quantized."""
+        for found, keys in ((self.evaluation, ("reference", "candidate")), (self.comparison, ("ref", "cand"))):
+            sizes = tuple((found or {}).get(f"bytes_{key}") for key in keys)
+            if all(isinstance(size, int) and size > 0 for size in sizes):
+                return sizes
+        return None
+
+    def missing(self, base: str) -> dict[str, str]:
+        """What was not measured → the command that measures it."""
+        ways = {}
+        if self.evaluation is None:
+            ways["quality with confidence intervals"] = f"diffusers-msfp evaluate DIR --reference {base}"
+        if self.speed is None:
+            ways["speed"] = f"diffusers-msfp bench --model DIR --json > DIR/{FOLDER}/speed.json"
+        return ways
+
+    def published(self) -> dict[str, dict]:
+        """Path in the repository → what is published of a measurement: all but places on this machine."""
+        kinds = {"evaluation": self.evaluation, "comparison": self.comparison, "speed": self.speed}
+        return {
+            f"{FOLDER}/{kind}.json": {key: value for key, value in content.items() if key not in _PLACES}
+            for kind, content in kinds.items()
+            if content is not None
+        }
+
+
+def read_results(folder: Path, more: Iterable[Path] = ()) -> Results:
+    """Read `results/*.json` and `results.json`, what `evaluate` wrote beside the folder, and files that are named.
+
+    Raises:
+        ConfigError: a named file is not a result, a file holds what no measurement gives, or there are two of a kind.
+    """
+    found, files = {}, {}
+    named = [Path(path) for path in more]
+    beside = [folder / "results.json", folder.parent / f"{folder.name}-evaluation" / "results.json"]
+    for path in dict.fromkeys([*sorted((folder / FOLDER).glob("*.json")), *beside, *named]):
+        if not path.is_file() and path not in named:
+            continue
+        content = _read(path)
+        kind = _kind(content)
+        if kind is None:
+            if path in named:
+                raise ConfigError(
+                    f"{path} must be what `evaluate`, `compare` or `bench` prints with `--json`, but it is not."
+                )
+            continue
+        if kind in found:
+            raise ConfigError(f"A card takes one {kind}, but {files[kind]} and {path} came. Remove one of them.")
+        found[kind], files[kind] = content, path
+    return Results(**found, files=files)
+
+
+def _read(path: Path) -> object:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"it holds {constant}")
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} must be a JSON file of finite numbers, but it is not ({error}).") from error
+
+
+def _kind(content: object) -> str | None:
+    """What a results file is, by its fields; None if it is something else."""
+    if not isinstance(content, dict):
+        return None
+    figures, rows = content.get("figures"), content.get("rows")
+    if isinstance(figures, dict) and isinstance(content.get("settings"), dict):
+        pairs = figures.values()
+        fits = all(isinstance(pair, dict) and all(_is_estimate(e) for e in pair.values()) for pair in pairs)
+        return "evaluation" if fits and _is_by_timestep(content) else None
+    if _is_by_timestep(content) and isinstance(content.get("image_psnr_db"), _NUMBER):
+        return "comparison"
+    keys = ("seconds", "seconds_low", "seconds_high", "speedup")
+    if isinstance(rows, list) and rows and all(isinstance(row, dict) and "provider" in row for row in rows):
+        return "speed" if all(isinstance(row.get(key), _NUMBER) for row in rows for key in keys) else None
+    return None
+
+
+def _is_estimate(entry: object) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), _NUMBER) for key in ("value", "low", "high"))
+
+
+def _is_by_timestep(content: dict) -> bool:
+    errors = content.get("eps_rel_l2_by_timestep")
+    return (
+        isinstance(content.get("eps_rel_l2"), _NUMBER)
+        and isinstance(errors, dict)
+        and all(t.replace(".", "", 1).isdecimal() and isinstance(e, _NUMBER) for t, e in errors.items())
+        and all(math.isfinite(error) for error in errors.values())
+    )
