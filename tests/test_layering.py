@@ -14,7 +14,7 @@ LAYERS = {
     2: ("calibration",),
     3: ("engines", "nn", "talora", "losses"),
     4: ("workflow", "evaluation", "assets"),
-    5: ("integration",),
+    5: ("integration", "space"),
     6: ("cli", "__init__", "__main__"),
 }
 SIDEWAYS = {("evaluation", "workflow"), ("__main__", "cli"), ("cli", "__init__")}

@@ -7,5 +7,6 @@ from .finetune import finetune
 from .inspect import inspect
 from .quantize import quantize
 from .sample import sample
+from .space import space_create, space_run
 
-__all__ = ["bench", "compare", "demo", "finetune", "inspect", "quantize", "sample"]
+__all__ = ["bench", "compare", "demo", "finetune", "inspect", "quantize", "sample", "space_create", "space_run"]

@@ -11,6 +11,10 @@ from .finetune import finetune
 from .inspect import inspect
 from .quantize import quantize
 from .sample import sample
+from .space import space
 
 COMMANDS = (quantize, finetune, sample, compare, bench, inspect, demo)
 """In the order of `--help`."""
+
+GROUPS = (space,)
+"""Verbs with verbs of their own."""
