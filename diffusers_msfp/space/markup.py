@@ -12,6 +12,14 @@ SHOWN_SIZE = 512  # smaller pictures are enlarged to about this, in pixels
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")  # Okabe and Ito's
 
 
+STOPPED = '<p class="msfp-progress" role="status">Stopped.</p>'
+
+
+def names_line(left: str, right: str) -> str:
+    """Which side of the slider is which."""
+    return f'<div class="msfp-names"><span>◀ {escape(left)}</span><span>{escape(right)} ▶</span></div>'
+
+
 def enlarge(picture: np.ndarray, size: int = SHOWN_SIZE) -> Image.Image:
     """A picture `(H, W, 1 or 3)` in [0, 1], each pixel a square of whole pixels."""
     pixels = (np.clip(picture, 0, 1) * 255).round().astype(np.uint8)
@@ -48,7 +56,11 @@ def figures_table(columns: Mapping[str, Sequence[float | None]]) -> str:
         rows.append(f'<tr><th scope="row">{title}</th>{cells}</tr>')
     heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
     heads += '<th scope="col"></th>' if len(columns) == 2 else ""
-    return f'<table class="msfp-figures"><thead><tr><td></td>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    return (
+        f'<table class="msfp-figures"><thead><tr><td></td>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+        f'<p class="msfp-note">The denoiser as it is loaded here, one picture at a time. Memory counts what is kept '
+        f"ready for the processor, not the passing results of layers.</p>"
+    )
 
 
 def _figure(value: float) -> str:
@@ -108,7 +120,7 @@ def _x(timestep: float, total: int) -> str:
     return f"{(1 - timestep / total) * 1000:.2f}"
 
 
-def progress_line(step: Step | None, adapters: Sequence[int], closeness: float | None = None) -> str:
+def progress_line(step: Step | None = None, adapters: Sequence[int] = (), closeness: float | None = None) -> str:
     """Where the run stands.
 
     Args:
@@ -117,7 +129,7 @@ def progress_line(step: Step | None, adapters: Sequence[int], closeness: float |
         closeness (`float`, *optional*): PSNR of the two results in decibels.
     """
     if step is None:
-        return '<p class="msfp-progress">Press <b>Generate</b>: both models start from the same noise.</p>'
+        return '<p class="msfp-progress">Press <b>Generate</b>.</p>'
     if step.finished:
         told = f"Done: {step.total} steps"
         told += "" if closeness is None else f" · the two pictures agree to {closeness:.1f} dB PSNR"
@@ -125,7 +137,8 @@ def progress_line(step: Step | None, adapters: Sequence[int], closeness: float |
         told = f"Step {step.index} of {step.total} · timestep {step.timestep:.0f}"
         told += f" · adapter {', '.join(str(adapter + 1) for adapter in adapters)}" if adapters else ""
     share = 100 if step.finished else 100 * step.index / step.total
+    role = ' role="status"' if step.finished else ""  # read out once, not at every step
     return (
-        f'<p class="msfp-progress" role="status">{told}</p>'
+        f'<p class="msfp-progress"{role}>{told}</p>'
         f'<div class="msfp-bar" aria-hidden="true"><div style="width:{share:.1f}%"></div></div>'
     )

@@ -1,42 +1,36 @@
 """The page itself, in Gradio.
 
 One visitor's run has the machine for itself, the others wait in the queue and see their place in it: the times shown
-are then those of an undisturbed step. Only what the pipeline takes has an input.
+are then those of an undisturbed step. Only what the pipeline takes has an input. The keyboard reaches everything, the
+line between the pictures by a slider of its own, as that of Gradio's component answers to pointers only.
 """
 
-import importlib
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
-from time import perf_counter
-
-import torch
 
 from ..errors import ConfigError, MSFPError
-from ..evaluation.compare import psnr_db
 from .contender import MAX_SEED, Contender
-from .denoise import Step, side_by_side
-from .markup import adapter_at, adapter_strip, beside, enlarge, figures_table, progress_line
-
-# On ZeroGPU this must come before the first use of CUDA; elsewhere there is no need for it.
-zero_gpu = importlib.import_module("spaces") if os.environ.get("SPACES_ZERO_GPU") else None
+from .markup import STOPPED, names_line
+from .show import DEFAULT_STEPS, Show
 
 CSS = Path(__file__).with_name("page.css")
 FONTS = ("ui-sans-serif", "system-ui", "sans-serif")  # no download
-KEPT_RESULTS = 12
 MAX_STEPS = 100
-DEFAULT_STEPS = 25
-SECONDS_BETWEEN_PICTURES = 0.1
-INTRO = """\
-# {title}
-
-Weights **and activations** of a diffusion model in 4-bit floating point, beside full precision, from the same noise.
-Every layer has the number format that fits it; with timestep-aware adapters (TALoRA), every timestep has the adapter
-that serves it. [How it works](https://arxiv.org/abs/2505.21591) · made with
-[diffusers](https://github.com/huggingface/diffusers) and `diffusers-msfp`
-"""
+MAX_WAITING = 64  # visitors
+SECONDS_FILES_STAY = 3600
+SILENT = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+SHELF = {"fit_columns": False, "object_fit": "contain", "interactive": False}
+INTO_VIEW = (
+    "(...values) => { document.querySelector('#msfp-pictures').scrollIntoView({block: 'nearest'}); return values }"
+)
+INTRO = "Weights **and activations** of a diffusion model in low-bit floating point, a number format for every layer"
+BESIDE = ", beside full precision from the same noise"
+ADAPTED = " A router gives every timestep the adapter that serves it (TALoRA)."
+LINKS = (
+    " [How it works](https://arxiv.org/abs/2505.21591) · made with "
+    "[diffusers](https://github.com/huggingface/diffusers) and `diffusers-msfp`"
+)
 
 
 def require_gradio():
@@ -54,84 +48,8 @@ def require_gradio():
     return gradio
 
 
-class Show:
-    """What happens when a visitor presses a button.
-
-    Args:
-        contenders (`list[Contender]`): the reference, if there is one, and the quantized pipeline last.
-    """
-
-    def __init__(self, contenders: list[Contender]) -> None:
-        self.contenders, self.quantized = contenders, contenders[-1]
-        self.run = zero_gpu.GPU(self.steps) if zero_gpu else self.steps
-
-    def steps(self, scheduler: str, steps: int, wishes: dict) -> Iterator[tuple[Step, ...]]:
-        """The run of all contenders; on ZeroGPU this is what gets the GPU."""
-        make_call = self.quantized.request(steps=steps, **wishes)
-        pipes = [contender.pipe for contender in self.contenders]
-        yield from side_by_side(pipes, self.quantized.schedulers[scheduler], make_call)
-
-    def generate(self, history: list, scheduler: str, steps: int, wishes: dict) -> Iterator[tuple]:
-        """Values of pictures, progress, strip, figures, gallery and the visitor's history while a run goes on.
-
-        Args:
-            history (`list`): the visitor's results so far, `(picture, caption)`, latest first.
-            scheduler (`str`): a name in the contender's `schedulers`.
-            steps (`int`): denoising steps.
-            wishes (`dict`): the other arguments of `Contender.request`.
-
-        Raises:
-            ConfigError: wishes that cannot be met.
-        """
-        if scheduler not in self.quantized.schedulers:
-            choices = ", ".join(self.quantized.schedulers)
-            raise ConfigError(f"The scheduler must be one of {choices}, but {scheduler!r} came.")
-        visited, seconds, shown_at = [], [[] for _ in self.contenders], 0.0
-        for step in self.run(scheduler, steps, wishes):
-            now = step[-1]
-            visited.append(now.timestep)
-            for own, each in zip(seconds, step, strict=True):
-                own.append(each.seconds)
-            if now.finished:
-                results = [each.picture for each in step]
-                caption = f"seed {int(wishes['seed'])} · {scheduler}, {steps} steps"
-                history = [(beside(results), caption), *history][:KEPT_RESULTS]
-                pictures = self.pictures(step)
-                yield pictures, progress_line(now, [], closeness(results)), self.strip(), self.figures(seconds), history
-            elif perf_counter() - shown_at > SECONDS_BETWEEN_PICTURES:
-                shown_at = perf_counter()
-                adapters = [adapter_at(intervals, now.timestep) for intervals in self.quantized.intervals]
-                yield self.pictures(step), progress_line(now, adapters), self.strip(visited), None, history
-
-    def pictures(self, step: tuple[Step, ...]):
-        """For the slider, or for one picture; None where there is no news."""
-        if any(each.picture is None for each in step):
-            return None
-        images = tuple(enlarge(each.picture) for each in step)
-        return images if len(images) > 1 else images[0]
-
-    def strip(self, visited: list[float] = ()) -> str:
-        """Adapters over timesteps; nothing where there are none."""
-        return adapter_strip(self.quantized.intervals, visited) if self.quantized.intervals else ""
-
-    def figures(self, seconds: list[list[float]] = ()) -> str:
-        """The table; the first step's time is left out, as it includes reading the prompt."""
-        times = [median(own[1:] or own) for own in seconds] or [None] * len(self.contenders)
-        return figures_table(
-            {c.name: (c.weight_bytes, c.memory_bytes, t) for c, t in zip(self.contenders, times, strict=True)}
-        )
-
-
-def closeness(results: list) -> float | None:
-    """PSNR of two pictures; None for one."""
-    if len(results) < 2:
-        return None
-    first, second = (torch.from_numpy(picture)[None] for picture in results)
-    return psnr_db(first, second).item()
-
-
 def build_page(title: str, quantized: Contender, reference: Contender | None = None):
-    """The page of a quantized pipeline.
+    """The page of a quantized pipeline, which is run once for it.
 
     Args:
         title (`str`): heading.
@@ -146,35 +64,38 @@ def build_page(title: str, quantized: Contender, reference: Contender | None = N
     """
     gr = require_gradio()
     show = Show([*([reference] if reference else []), quantized])
-    crisp = ["msfp-crisp"] if quantized.draws_small else None
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    first = show.first_frame()
+    look = {"format": "png", "interactive": False, "elem_id": "msfp-pictures", "buttons": ["fullscreen", "download"]}
+    look |= {"elem_classes": ["msfp-crisp"] if quantized.draws_small else None}
+    intro = INTRO + (BESIDE if reference else "") + "." + (ADAPTED if quantized.intervals else "") + LINKS
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(SECONDS_FILES_STAY,) * 2) as page:
         history = gr.State([])
-        gr.Markdown(INTRO.format(title=title), elem_id="msfp-intro")
+        gr.Markdown(f"# {title}\n\n{intro}", elem_id="msfp-intro")
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
                 wishes = _inputs(gr, quantized)
                 steps = gr.Slider(1, MAX_STEPS, DEFAULT_STEPS, step=1, label="Steps")
                 scheduler = gr.Dropdown(list(quantized.schedulers), label="Scheduler")
                 with gr.Row():
-                    start = gr.Button("Generate", variant="primary", elem_id="msfp-generate")
-                    stop = gr.Button("Stop", variant="stop")
-            with gr.Column(scale=3, min_width=320):
+                    start = gr.Button("Generate", variant="primary", min_width=100, elem_id="msfp-generate")
+                    stop = gr.Button("Stop", min_width=80)
+                figures = gr.HTML(first.figures, padding=False)
+            with gr.Column(scale=3, min_width=300):
                 if reference:
-                    label = f"{reference.name} (left) and {quantized.name} (right): drag the line"
-                    pictures = gr.ImageSlider(label=label, format="png", interactive=False, elem_classes=crisp)
+                    gr.HTML(names_line(reference.name, quantized.name), padding=False)
+                    pictures = gr.ImageSlider(first.pictures, show_label=False, **look)
+                    line = gr.Slider(0, 100, 50, step=1, label="Line between the two", buttons=[])
+                    line.input(lambda at: gr.ImageSlider(slider_position=at), line, pictures, **SILENT)
                 else:
-                    pictures = gr.Image(label=quantized.name, format="png", interactive=False, elem_classes=crisp)
-                progress = gr.HTML(progress_line(None, []))
-                strip = gr.HTML(show.strip(), visible=bool(quantized.intervals))
-                figures = gr.HTML(show.figures())
-        gallery = gr.Gallery(label="Your results", columns=4, object_fit="contain", interactive=False)
+                    pictures = gr.Image(first.pictures, label=quantized.name, **look)
+                progress = gr.HTML(first.progress, padding=False)
+                strip = gr.HTML(first.strip, padding=False, visible=bool(quantized.intervals))
+        gallery = gr.Gallery(label="Your results", format="png", columns=(2, 3, 4), height="auto", **SHELF)
 
         def generate(past: list, scheduler: str, steps: int, *values) -> Iterator[tuple]:
             try:
-                wanted = dict(zip(wishes, values, strict=True))
-                for pictures, *texts, figures, results in show.generate(past, scheduler, steps, wanted):
-                    news = [gr.skip() if value is None else value for value in (pictures, *texts, figures)]
-                    yield *news, results, results
+                for frame in show.frames(past, scheduler, steps, dict(zip(wishes, values, strict=True))):
+                    yield *(gr.skip() if part is None else part for part in frame), frame.history
             except MSFPError as error:
                 raise gr.Error(str(error), title="That cannot be drawn", print_exception=False) from error
 
@@ -188,8 +109,9 @@ def build_page(title: str, quantized: Contender, reference: Contender | None = N
             trigger_mode="once",
             concurrency_limit=1,
             api_name="generate",
+            js=INTO_VIEW,
         )
-        stop.click(None, cancels=run)
+        stop.click(lambda: STOPPED, None, progress, cancels=run, **SILENT)
     return page
 
 
@@ -204,8 +126,9 @@ def _inputs(gr, contender: Contender) -> dict:
         inputs["class_label"] = gr.Dropdown(contender.classes, value=contender.classes[0][1], label="Class")
     if contender.guidance_scale is not None:
         inputs["guidance_scale"] = gr.Slider(1, 20, contender.guidance_scale, step=0.5, label="Guidance")
-    inputs["seed"] = gr.Number(0, label="Seed", info="The same seed gives the same noise to both.")
-    gr.Button("New seed", size="sm").click(lambda: random.randrange(MAX_SEED + 1), None, inputs["seed"], queue=False)
+    inputs["seed"] = gr.Number(0, label="Seed", info="Equal seeds give equal noise.")
+    anew = gr.Button("New seed", size="sm")
+    anew.click(lambda: random.randrange(MAX_SEED + 1), None, inputs["seed"], **SILENT)
     return inputs
 
 
@@ -222,17 +145,22 @@ def launch(page, port: int | None = None) -> str:
         ConfigError: the port is in use.
     """
     gr = require_gradio()
-    theme = gr.themes.Soft(primary_hue="indigo", font=FONTS, font_mono=("ui-monospace", "monospace"))
+    theme = gr.themes.Default(primary_hue="indigo", font=FONTS, font_mono=("ui-monospace", "monospace"))
+    theme = theme.set(body_text_color_subdued="*neutral_600", block_info_text_color="*neutral_600")  # enough contrast
     try:
-        page.queue(max_size=64).launch(
-            server_port=port, css=CSS.read_text(encoding="utf-8"), theme=theme, show_error=True, quiet=True,
-            prevent_thread_lock=True, footer_links=[],
-        )  # fmt: skip
+        page.queue(max_size=MAX_WAITING).launch(
+            server_port=port,
+            css=CSS.read_text(encoding="utf-8"),
+            theme=theme,
+            show_error=True,
+            quiet=True,
+            prevent_thread_lock=True,
+            footer_links=[],
+        )
     except OSError as error:
         if "empty port" not in str(error):
             raise
         raise ConfigError(
-            f"The page needs a free port, but {port or 'every one from 7860 on'} is in use. Choose another with "
-            f"`--port`."
+            f"The page needs a free port, but {port or 'every one from 7860 on'} is in use. Choose another: `--port N`."
         ) from error
     return page.local_url
