@@ -20,7 +20,6 @@ MAX_STEPS = 100
 MAX_WAITING = 64  # visitors
 SECONDS_FILES_STAY = 3600
 SILENT = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-SHELF = {"fit_columns": False, "object_fit": "contain", "interactive": False}
 INTO_VIEW = (
     "(...values) => { document.querySelector('#msfp-pictures').scrollIntoView({block: 'nearest'}); return values }"
 )
@@ -90,14 +89,18 @@ def build_page(title: str, quantized: Contender, reference: Contender | None = N
                     pictures = gr.Image(first.pictures, label=quantized.name, **look)
                 progress = gr.HTML(first.progress, padding=False)
                 strip = gr.HTML(first.strip, padding=False, visible=bool(quantized.intervals))
-        gallery = gr.Gallery(label="Your results", format="png", columns=(2, 3, 4), height="auto", **SHELF)
+        gr.Markdown("## Your results")
+        gallery = gr.Gallery(
+            label="Your results", show_label=False, format="png", interactive=False, elem_id="msfp-results"
+        )
 
         def generate(past: list, scheduler: str, steps: int, *values) -> Iterator[tuple]:
             try:
                 for frame in show.frames(past, scheduler, steps, dict(zip(wishes, values, strict=True))):
                     yield *(gr.skip() if part is None else part for part in frame), frame.history
             except MSFPError as error:
-                raise gr.Error(str(error), title="That cannot be drawn", print_exception=False) from error
+                gr.Warning(str(error), title="That cannot be drawn")  # an error would cover the picture that is there
+                yield (gr.skip(),) * 6
 
         submits = [box.submit for name, box in wishes.items() if name in ("prompt", "negative_prompt", "seed")]
         run = gr.on(
