@@ -1,5 +1,6 @@
 """The page in a real Chromium: `pip install playwright`, Debian's `chromium` in the path; see README."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffusers_msfp import FinetuneConfig, finetune, quantize_pipeline
@@ -19,8 +21,6 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def address(tmp_path_factory) -> Iterator[str]:
     """A page in a process of its own: the embedded model with adapters, beside full precision."""
-    from diffusers import DiffusionPipeline
-
     folder = tmp_path_factory.mktemp("tuned")
     original, pipe = (DiffusionPipeline.from_pretrained(EMBEDDED_MODEL) for _ in range(2))
     quantize_pipeline(pipe, "w4a4", num_samples=2, num_inference_steps=4)
@@ -77,8 +77,6 @@ def result(page, seed: int) -> np.ndarray:
 
 
 def pixels(page, url: str) -> np.ndarray:
-    import io
-
     return np.asarray(Image.open(io.BytesIO(page.request.get(url).body())).convert("RGB"))
 
 
@@ -175,6 +173,7 @@ def test_a_phone_needs_no_sideways_scrolling(visit, scheme):
 
 def test_every_control_has_a_name(visit):
     page = visit()
-    nameless = """[...document.querySelectorAll('input, button, textarea, select')].filter(e => e.offsetParent
-        && !(e.getAttribute('aria-label') || e.labels?.length || e.innerText?.trim() || e.title)).map(e => e.outerHTML)"""
+    nameless = """[...document.querySelectorAll('input, button, textarea, select')]
+        .filter(e => e.offsetParent && !e.getAttribute('aria-label') && !e.labels?.length && !e.innerText?.trim())
+        .map(e => e.outerHTML)"""
     assert page.evaluate(nameless) == []
