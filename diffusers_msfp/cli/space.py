@@ -109,8 +109,10 @@ def _original(source: str, reference: str | None, dtype: torch.dtype) -> Diffusi
 def _card(source: str) -> ModelCardData:
     """What a checkpoint's model card says; nothing where there is none."""
     readme = Path(source) / "README.md"
+    if Path(source).exists() and not readme.is_file():
+        return ModelCardData()
     try:
-        return ModelCard.load(readme if Path(source).exists() else source, ignore_metadata_errors=True).data
+        return ModelCard.load(readme if readme.is_file() else source, ignore_metadata_errors=True).data
     except (OSError, ValueError):
         return ModelCardData()
 
@@ -128,11 +130,11 @@ def _name(source: str) -> str:
 def space_create(
     source: str, out: str | Path, *, reference: str | None = None, title: str | None = None, overwrite: bool = False
 ) -> dict:
-    """Write a Space that serves the page of a quantized pipeline; needs no network.
+    """Write a Space that serves the page of a quantized pipeline.
 
     Args:
-        source (`str`): folder of a quantized pipeline, which is copied into the Space, or a Hub id, which is not looked
-            at.
+        source (`str`): folder of a quantized pipeline, which is copied into the Space, or a Hub id, of which the Space
+            names and this reads the card alone.
         out (`str` or `Path`): folder to write; appears only when it is complete.
         reference (`str`, *optional*): folder or Hub id of the full-precision pipeline; by default what the source's
             model card names as its base, or none.

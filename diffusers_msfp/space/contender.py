@@ -77,7 +77,7 @@ class Contender:
     @property
     def draws_small(self) -> bool:
         """Whether its pictures are so small that one wants to see their pixels."""
-        size = denoiser_of(self.pipe).config.sample_size
+        size = denoiser_of(self.pipe).config.get("sample_size") or SMALL
         return decoder_of(self.pipe) is None and max(size if isinstance(size, Sequence) else [size]) < SMALL
 
     @cached_property

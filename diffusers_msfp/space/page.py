@@ -82,7 +82,7 @@ def build_page(title: str, quantized: Contender, reference: Contender | None = N
             with gr.Column(scale=3, min_width=300):
                 if reference:
                     gr.HTML(names_line(reference.name, quantized.name), padding=False)
-                    pictures = gr.ImageSlider(first.pictures, show_label=False, **look)
+                    pictures = gr.ImageSlider(first.pictures, label="Both", show_label=False, **look)
                     line = gr.Slider(0, 100, 50, step=1, label="Line between the two", buttons=[])
                     line.input(lambda at: gr.ImageSlider(slider_position=at), line, pictures, **SILENT)
                 else:

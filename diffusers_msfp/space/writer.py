@@ -9,7 +9,7 @@ GRADIO = "6.31.0"  # the page is tested with it
 PYTHON = "3.11"
 
 APP = '''\
-"""{title}: 4 bits beside full precision."""
+"""A quantized model beside full precision."""
 
 from diffusers_msfp.cli import space_run
 
