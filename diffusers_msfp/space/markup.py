@@ -1,6 +1,6 @@
 """What the page shows besides Gradio's components: enlarged pictures, figures as a table, adapters as a strip."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 
 import numpy as np
@@ -40,21 +40,22 @@ def beside(pictures: Sequence[np.ndarray]) -> Image.Image:
     return sheet
 
 
-def figures_table(columns: Mapping[str, Sequence[float | None]]) -> str:
+def figures_table(columns: Sequence[tuple[str, float, float, float | None]]) -> str:
     """Weights, memory and time of a step of one or two models.
 
     Args:
-        columns (`Mapping[str, Sequence[float | None]]`): name → bytes of weights, bytes in memory, seconds of a step;
-            None where it is not known yet. With two, the first is compared with the second.
+        columns (`Sequence[tuple[str, float, float, float | None]]`): name, bytes of weights, bytes in memory, seconds
+            of a step; None where it is not known yet. With two, the second is compared with the first.
     """
     units = (("Weights", 1e6, "MB"), ("Memory", 1e6, "MB"), ("Time per step", 1e-3, "ms"))
+    names, *figures = zip(*columns, strict=True)
     rows = []
-    for (title, unit, name), values in zip(units, zip(*columns.values(), strict=True), strict=True):
+    for (title, unit, name), values in zip(units, figures, strict=True):
         cells = "".join(f"<td>{'–' if v is None else f'{_figure(v / unit)} {name}'}</td>" for v in values)
         if len(values) == 2:
             cells += f"<td>{'–' if None in values else _ratio(*values)}</td>"
         rows.append(f'<tr><th scope="row">{title}</th>{cells}</tr>')
-    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
+    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
     heads += '<th scope="col"></th>' if len(columns) == 2 else ""
     return (
         f'<table class="msfp-figures"><thead><tr><td></td>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
@@ -69,7 +70,8 @@ def _figure(value: float) -> str:
 
 def _ratio(before: float, after: float) -> str:
     """How many times smaller or shorter."""
-    return f"{before / after:.1f}× less" if before >= after else f"{after / before:.1f}× more"
+    ratio = max(before, after) / min(before, after)
+    return "equal" if ratio < 1.05 else f"{ratio:.1f}× {'less' if after < before else 'more'}"
 
 
 def adapter_at(intervals: Sequence[tuple[int, int, int]], timestep: float) -> int:
@@ -89,14 +91,14 @@ def adapter_strip(groups: Sequence[Sequence[tuple[int, int, int]]], visited: Seq
     bars = []
     for group, intervals in enumerate(groups):
         total = intervals[-1][1] + 1
-        parts = [f"adapter {a + 1} for timesteps {last} to {first}" for first, last, a in reversed(intervals)]
+        parts = [f"adapter {a} for timesteps {last} to {first}" for first, last, a in reversed(intervals)]
         shapes = [
-            f'<rect x="{_x(last + 1, total)}" y="6" width="{(last - first + 1) / total * 1000:.2f}" height="18" '
+            f'<rect x="{_x(last, total)}" y="6" width="{(last - first + 1) / total * 1000:.2f}" height="18" '
             f'fill="{COLORS[adapter % len(COLORS)]}"/>'
             for first, last, adapter in intervals
         ]
         shapes += [f'<rect x="{_x(t, total)}" y="2" width="1.5" height="26" class="tick"/>' for t in visited]
-        shapes += [f'<rect x="{_x(t, total)}" y="0" width="6" height="30" class="now"/>' for t in visited[-1:]]
+        shapes += [f'<rect x="{_x(t, total, -2.5)}" y="0" width="6" height="30" class="now"/>' for t in visited[-1:]]
         title = f"Layer group {group + 1}: " if len(groups) > 1 else ""
         bars.append(
             f'<svg viewBox="0 0 1000 30" preserveAspectRatio="none" role="img" '
@@ -106,7 +108,7 @@ def adapter_strip(groups: Sequence[Sequence[tuple[int, int, int]]], visited: Seq
     now = {adapter_at(intervals, visited[-1]) for intervals in groups} if visited else set()
     legend = "".join(
         f'<span class="{"active" if adapter in now else ""}"><i style="background:{COLORS[adapter % len(COLORS)]}"></i>'
-        f"adapter {adapter + 1}</span>"
+        f"adapter {adapter}</span>"
         for adapter in used
     )
     noise = groups[0][-1][1]
@@ -116,8 +118,8 @@ def adapter_strip(groups: Sequence[Sequence[tuple[int, int, int]]], visited: Seq
     )
 
 
-def _x(timestep: float, total: int) -> str:
-    return f"{(1 - timestep / total) * 1000:.2f}"
+def _x(timestep: float, total: int, shift: float = 0) -> str:
+    return f"{(total - 1 - timestep) / total * 1000 + shift:.2f}"
 
 
 def progress_line(step: Step | None = None, adapters: Sequence[int] = (), closeness: float | None = None) -> str:
@@ -135,7 +137,7 @@ def progress_line(step: Step | None = None, adapters: Sequence[int] = (), closen
         told += "" if closeness is None else f" · the two pictures agree to {closeness:.1f} dB PSNR"
     else:
         told = f"Step {step.index} of {step.total} · timestep {step.timestep:.0f}"
-        told += f" · adapter {', '.join(str(adapter + 1) for adapter in adapters)}" if adapters else ""
+        told += f" · adapter {', '.join(map(str, adapters))}" if adapters else ""
     share = 100 if step.finished else 100 * step.index / step.total
     role = ' role="status"' if step.finished else ""  # read out once, not at every step
     return (

@@ -119,7 +119,7 @@ class Show:
         """The table; the first step's time is left out, as it includes reading the prompt."""
         times = [median(own[1:] or own) for own in seconds] or [None] * len(self.contenders)
         columns = zip(self.contenders, times, strict=True)
-        return figures_table({each.name: (each.weight_bytes, each.memory_bytes, time) for each, time in columns})
+        return figures_table([(each.name, each.weight_bytes, each.memory_bytes, time) for each, time in columns])
 
 
 def _closeness(results: list) -> float | None:
