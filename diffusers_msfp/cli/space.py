@@ -94,7 +94,7 @@ def _original(source: str, reference: str | None, dtype: torch.dtype) -> Diffusi
     """The full-precision pipeline; None, with a note, where it is not known or the one on the card cannot be had."""
     wanted = reference or base_of(source)
     if wanted is None:
-        stderr.print(f"{source} does not say what it was made from: no full precision beside it; see `--reference`.")
+        stderr.print(f"{source} does not say what it was made from; `--reference` names it.", soft_wrap=True)
         return None
     try:
         with stderr.status(f"opening {wanted}"):

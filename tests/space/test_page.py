@@ -219,7 +219,7 @@ BAD = {
     "nowhere": (["run", "nowhere"], "must be a folder, a file or a Hub id"),
     "bad reference": (["run", "{packed}", "--reference", "nowhere"], "must be a folder, a file or a Hub id"),
     "other reference": (["run", "{packed}", "--reference", "{embedded}"], "with 3 channels at 8"),
-    "bad port": (["run", "--port", "0"], "range"),
+    "bad port": (["run", "--port", "0"], "greater than or equal to 1"),
     "create of float": (["create", "{tiny}", "--out", "{out}"], "must be quantized"),
     "create of nothing": (["create", "nowhere", "--out", "{out}"], "must be a folder or a Hub id like `user/model`"),
     "create beside nothing": (["create", "{packed}", "--out", "{out}", "--reference", "x"], "x must be a folder or a"),
