@@ -31,7 +31,7 @@ pip install -r requirements.txt
 python app.py
 ```
 
-To publish it: `hf upload USER/SPACE . --repo-type space`. It runs on a CPU, and uses ZeroGPU where the Space has it.
+To publish it: `hf upload USER/SPACE . --repo-type space`. It runs on a CPU; ZeroGPU is provided for, but untried.
 """
 
 
