@@ -14,7 +14,7 @@ LAYERS = {
     2: ("calibration",),
     3: ("engines", "nn", "talora", "temporal", "rounding", "losses"),
     4: ("workflow", "evaluation"),
-    5: ("integration", "report"),
+    5: ("integration", "report", "space"),
     6: ("hub",),
     7: ("cli", "__init__", "__main__"),
 }

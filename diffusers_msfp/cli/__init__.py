@@ -10,5 +10,19 @@ from .publish import publish
 from .quantize import quantize
 from .report import report
 from .sample import sample
+from .space import space_create, space_run
 
-__all__ = ["bench", "compare", "demo", "evaluate", "finetune", "inspect", "publish", "quantize", "report", "sample"]
+__all__ = [
+    "bench",
+    "compare",
+    "demo",
+    "evaluate",
+    "finetune",
+    "inspect",
+    "publish",
+    "quantize",
+    "report",
+    "sample",
+    "space_create",
+    "space_run",
+]

@@ -14,7 +14,7 @@ from diffusers.utils import logging as diffusers_logging
 
 from .. import __version__
 from ..errors import MSFPError
-from .commands import COMMANDS
+from .commands import COMMANDS, GROUPS
 from .terminal import stderr
 
 app = typer.Typer(
@@ -41,6 +41,8 @@ def _main(
 
 for command in COMMANDS:
     app.command()(command)
+for group in GROUPS:
+    app.add_typer(group)
 
 
 def main() -> None:

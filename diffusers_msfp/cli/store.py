@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,22 +17,27 @@ from ..integration.tensor_files import MAX_SHARD_SIZE
 from .terminal import stderr
 
 
-def check_target(out: str | Path, overwrite: bool) -> Path:
+def check_target(
+    out: str | Path, overwrite: bool, marks: Sequence[str] = ("model_index.json", "config.json"), what="checkpoints"
+) -> Path:
     """Refuse a place that holds something that was not asked to be replaced.
 
+    Args:
+        marks (`Sequence[str]`): files of which a folder that may be replaced has one.
+        what (`str`): the plural of such folders.
+
     Raises:
-        ConfigError: it exists, or is no checkpoint where one is to be replaced.
+        ConfigError: it exists, or is not such a folder where one is to be replaced.
     """
     out = Path(out)
     if out.exists() and not overwrite:
         raise ConfigError(f"{out} must not exist yet, but it does. Choose another folder, or pass `--overwrite`.")
     if (
         out.exists()
-        and not (out / "model_index.json").is_file()
-        and not (out / "config.json").is_file()
+        and not any((out / mark).is_file() for mark in marks)
         and any(out.iterdir() if out.is_dir() else [out])
     ):
-        raise ConfigError(f"`--overwrite` replaces checkpoints only, but {out} holds something else.")
+        raise ConfigError(f"`--overwrite` replaces {what} only, but {out} holds something else.")
     return out
 
 

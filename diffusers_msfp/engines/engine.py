@@ -102,6 +102,11 @@ class PreparedLayer(ABC):
             self._weights[key] = weight
         return weight
 
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of the expanded weights that it keeps, in bytes."""
+        return sum(weight.numel() * weight.element_size() for weight in self._weights.values())
+
     @abstractmethod
     def expand(self, bank: int, *how) -> Tensor:
         """Make a bank's weight from its packed codes."""

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from ..engines import ENGINES, MEMORY_MODES, AutoEngine, Engine
@@ -74,6 +74,12 @@ def engines_of(model: nn.Module) -> dict[str, int]:
 def _engine_of(layer: QuantLayer) -> str:
     used = layer.engine is not None and not layer.observing
     return layer.engine.choose(layer)[0].name if used else "reference"
+
+
+def resident_bytes(model: ModelMixin) -> int:
+    """Memory of a model's tensors and of what its engines keep ready beside them, in bytes."""
+    prepared = [layer.prepared for _, layer in quant_layers(model) if layer.prepared is not None]
+    return model.get_memory_footprint() + sum(each.kept_bytes for each in prepared)
 
 
 def engine_from_environment() -> str:

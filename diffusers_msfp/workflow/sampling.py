@@ -54,8 +54,7 @@ def call_arguments(
     prompts = list(prompts) if prompts is not None else list(DEFAULT_PROMPTS)
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ConfigError(f"`prompts` must be a non-empty list of strings, but {prompts!r} came.")
-    models = [m for m in pipe.components.values() if isinstance(m, nn.Module) and hasattr(m, "config")]
-    num_classes = next((n for m in models if (n := getattr(m.config, "num_embeds_ada_norm", None))), None)
+    num_classes = num_classes_of(pipe)
     known = {"prompt", "class_labels", "batch_size", "generator", "num_inference_steps", "output_type"}
     needed = [
         name
@@ -92,6 +91,12 @@ def call_arguments(
     return make
 
 
+def num_classes_of(pipe) -> int | None:
+    """How many class labels a pipeline's models know; None where they take none."""
+    models = [m for m in pipe.components.values() if isinstance(m, nn.Module) and hasattr(m, "config")]
+    return next((n for m in models if (n := getattr(m.config, "num_embeds_ada_norm", None))), None)
+
+
 def batched_calls(make: Callable, models: Sequence[nn.Module], num_samples: int, seed: int) -> list[dict]:
     """The arguments of each call that `num_samples` take; equal seeds give equal noise.
 
@@ -106,6 +111,12 @@ def batched_calls(make: Callable, models: Sequence[nn.Module], num_samples: int,
     ]
 
 
+def takes_ddim(scheduler) -> bool:
+    """Whether DDIM, or another solver of the same equation, can take a scheduler's place: not where it is a flow's."""
+    config = scheduler.config
+    return "beta_schedule" in config and config.get("prediction_type") in ("epsilon", "v_prediction", "sample")
+
+
 def with_ddim(pipe, eta: float = 0.0):
     """The same pipeline on a DDIM scheduler; one whose model predicts a flow keeps its own.
 
@@ -113,10 +124,9 @@ def with_ddim(pipe, eta: float = 0.0):
         pipe (`DiffusionPipeline`): not changed.
         eta (`float`): 0 is deterministic, 1 as noisy as DDPM.
     """
-    config = pipe.scheduler.config
-    if "beta_schedule" not in config or config.get("prediction_type") not in ("epsilon", "v_prediction", "sample"):
+    if not takes_ddim(pipe.scheduler):
         return pipe
-    scheduler = DDIMScheduler.from_config(config)
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     if eta:
         step = scheduler.step
         scheduler.step = lambda *args, **kwargs: step(*args, **{**kwargs, "eta": eta})

@@ -16,7 +16,7 @@ from diffusers_msfp import FORMATS
 
 sys.path[:0] = [str(ROOT / "tests" / "integration"), str(ROOT / "tests")]
 
-from test_features import FEATURES  # noqa: E402
+from test_pipeline_features import FEATURES  # noqa: E402
 from test_matrix import PIPELINES, SCHEDULERS  # noqa: E402
 
 PAGES = (ROOT / "README.md", ROOT / "model_cards" / "ddpm-fashion-mnist-32.md")
@@ -228,7 +228,7 @@ def pipelines() -> Iterator[dict[str, str]]:
 
 
 def features() -> Iterator[dict[str, str]]:
-    """What `test_features.py` does with a quantized Stable Diffusion."""
+    """What `test_pipeline_features.py` does with a quantized Stable Diffusion."""
     for name, outcome in FEATURES.items():
         yield {"feature": name, "with a quantized pipeline": outcome}
 

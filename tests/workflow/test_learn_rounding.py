@@ -179,10 +179,11 @@ def test_examples_stay_within_the_memory_given(packed_pipe, teacher):
     arguments = packed_pipe.unet, teacher.unet, "mid_block.resnets.0", steps
     every, few = Examples.collect(*arguments, 2**30), Examples.collect(*arguments, 1)
     assert (len(every), len(few)) == (16, 4)
-    (args, kwargs), targets = every.batch(torch.tensor([9, 1]))
+    (args, kwargs), targets, timesteps = every.batch(torch.tensor([9, 1]))
     block = teacher.unet.mid_block.resnets[0]
     assert args[0].shape[0] == args[1].shape[0] == targets[0].shape[0] == 2
     assert kwargs == {}
+    assert timesteps.tolist() == torch.cat([step.timesteps for step in steps])[[9, 1]].tolist()
     with torch.no_grad():
         error = (block(*args) - targets[0]).square().mean() / targets[0].square().mean()
     assert 0 < error < 0.5  # the inputs are the quantized model's

@@ -14,6 +14,10 @@ from .publish import publish
 from .quantize import quantize
 from .report import report
 from .sample import sample
+from .space import space
 
 COMMANDS = (quantize, finetune, sample, compare, evaluate, bench, inspect, report, publish, demo)
 """In the order of `--help`."""
+
+GROUPS = (space,)
+"""Verbs with verbs of their own."""

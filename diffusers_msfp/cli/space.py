@@ -1,0 +1,165 @@
+"""`space`: the page that shows a quantized model beside full precision, here or as a Hugging Face Space."""
+
+import tempfile
+import threading
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..assets import EMBEDDED_MODEL
+from ..integration.config import MSFPConfig
+from ..integration.in_memory import quantize_pipeline
+from ..space import Contender, build_page, launch, require_comparable, require_gradio, write_space
+from ..workflow.sampling import denoiser_of
+from ..workflow.state import quantized_models
+from .load import SourceError, load_pipeline
+from .store import check_target, publish
+from .terminal import progress, stderr
+
+EMBEDDED_SCHEME = MSFPConfig("w4a4", scheme_overrides={"conv_shortcut": "w4a8", "samplers": "w4a8"})
+EMBEDDED_TITLE = "Fashion-MNIST in four bits"
+
+
+def space_run(
+    source: str | None = None,
+    *,
+    reference: str | None = None,
+    title: str | None = None,
+    port: int | None = None,
+    on_start=None,
+) -> None:
+    """Serve the page until the process is interrupted.
+
+    Args:
+        source, reference, title: see `open_page`.
+        port (`int`, *optional*): the first free one from 7860 on by default.
+        on_start (`Callable[[str], None]`, *optional*): called with the page's address.
+    """
+    page = open_page(source, reference=reference, title=title)
+    address = launch(page, port)
+    (on_start or print_address)(address)
+    try:
+        threading.Event().wait()
+    finally:
+        page.close(verbose=False)
+
+
+def print_address(address: str) -> None:
+    """Tell people where the page is."""
+    stderr.print(f"The page is at [bold]{address}[/]; Ctrl+C stops it.", soft_wrap=True)
+
+
+def open_page(source: str | None = None, *, reference: str | None = None, title: str | None = None):
+    """Load pipelines and build their page.
+
+    Args:
+        source (`str`, *optional*): folder or Hub id of a quantized pipeline; the embedded model, quantized in memory,
+            by default.
+        reference (`str`, *optional*): the full-precision pipeline; by default the one that the source's model card
+            names as its base. Without one the page shows the quantized pipeline alone.
+        title (`str`, *optional*): of the page; the source's name by default.
+
+    Returns:
+        `gradio.Blocks`.
+
+    Raises:
+        SourceError: something cannot be loaded, or `source` is not quantized.
+        ConfigError: Gradio is not installed, or the two cannot be compared.
+    """
+    require_gradio()
+    if source is None:
+        original, quantized = (load_pipeline(str(EMBEDDED_MODEL)) for _ in range(2))
+        with progress("quantizing the embedded model") as report:
+            quantize_pipeline(quantized, EMBEDDED_SCHEME, num_samples=32, on_step=report)
+    else:
+        with stderr.status(f"opening {source}"):
+            quantized = load_pipeline(source)
+        _require_quantized(quantized, source)
+        original = _original(source, reference, denoiser_of(quantized).dtype)
+    pipes = [pipe.to("cuda") if torch.cuda.is_available() else pipe for pipe in (quantized, original) if pipe]
+    contenders = [Contender(pipe) for pipe in pipes]
+    if len(contenders) == 2:
+        require_comparable(*contenders)
+    return build_page(title or (EMBEDDED_TITLE if source is None else _name(source)), *contenders)
+
+
+def _require_quantized(pipe, source: str) -> None:
+    if not list(quantized_models(pipe)):
+        raise SourceError(f"{source} must be quantized, but it is not: run `diffusers-msfp quantize` first.")
+
+
+def _original(source: str, reference: str | None, dtype: torch.dtype) -> DiffusionPipeline | None:
+    """The full-precision pipeline; None, with a note, where it is not known or the one on the card cannot be had."""
+    wanted = reference or base_of(source)
+    if wanted is None:
+        stderr.print(f"{source} does not say what it was made from; `--reference` names it.", soft_wrap=True)
+        return None
+    try:
+        with stderr.status(f"opening {wanted}"):
+            return load_pipeline(wanted, torch_dtype=dtype)
+    except SourceError as error:
+        if reference:
+            raise
+        stderr.print(f"No full precision beside it: {error}", soft_wrap=True)
+        return None
+
+
+def _card(source: str) -> ModelCardData:
+    """What a checkpoint's model card says; nothing where there is none."""
+    readme = Path(source) / "README.md"
+    if Path(source).exists() and not readme.is_file():
+        return ModelCardData()
+    try:
+        return ModelCard.load(readme if readme.is_file() else source, ignore_metadata_errors=True).data
+    except (OSError, ValueError):
+        return ModelCardData()
+
+
+def base_of(source: str) -> str | None:
+    """The model that a checkpoint was made from, as its model card says."""
+    base = _card(source).base_model
+    return base[0] if isinstance(base, list) and base else base or None
+
+
+def _name(source: str) -> str:
+    return Path(source).resolve().name if Path(source).exists() else source.rpartition("/")[2]
+
+
+def space_create(
+    source: str, out: str | Path, *, reference: str | None = None, title: str | None = None, overwrite: bool = False
+) -> dict:
+    """Write a Space that serves the page of a quantized pipeline.
+
+    Args:
+        source (`str`): folder of a quantized pipeline, which is copied into the Space, or a Hub id, of which the Space
+            names and this reads the card alone.
+        out (`str` or `Path`): folder to write; appears only when it is complete.
+        reference (`str`, *optional*): folder or Hub id of the full-precision pipeline; by default what the source's
+            model card names as its base, or none.
+        title (`str`, *optional*): the source's name by default.
+        overwrite (`bool`): replace a Space that is there.
+
+    Returns:
+        `dict`: `out`, `title`, `reference`, `files` (names, sorted), `bytes` (of all files).
+
+    Raises:
+        SourceError: a folder that holds no quantized pipeline, or neither a folder nor a Hub id.
+        ConfigError: `out` exists, or holds something else than a Space.
+    """
+    out = check_target(out, overwrite, marks=("app.py",), what="Spaces")
+    if Path(source).exists():
+        _require_quantized(load_pipeline(source), source)
+    title, reference = title or _name(source), reference or base_of(source)
+    for place in (source, reference):
+        if place is not None and not Path(place).is_dir() and place.count("/") != 1:
+            raise SourceError(f"{place} must be a folder or a Hub id like `user/model`, but it is none of them.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-", suffix=".part") as scratch:
+        made = Path(scratch) / "made"
+        made.mkdir()
+        files = write_space(made, title, source, reference, _card(source).license or "apache-2.0")
+        size = sum((made / file).stat().st_size for file in files)
+        publish(made, out)
+    return {"out": str(out), "title": title, "reference": reference, "files": files, "bytes": size}

@@ -1,0 +1,10 @@
+"""The page that shows a quantized model beside full precision, and the writer of a Hugging Face Space with it.
+
+What is here knows pipelines, not where they come from: `cli/space.py` loads them.
+"""
+
+from .contender import Contender, require_comparable
+from .page import build_page, launch, require_gradio
+from .writer import write_space
+
+__all__ = ["Contender", "build_page", "launch", "require_comparable", "require_gradio", "write_space"]

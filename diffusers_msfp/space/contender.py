@@ -1,0 +1,145 @@
+"""A pipeline on the page: what it takes, what it is called, what it weighs, which adapter it uses when."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from inspect import signature
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+from ..errors import ConfigError
+from ..workflow.adapters import routing_of
+from ..workflow.engine import resident_bytes
+from ..workflow.sampling import call_arguments, denoiser_of, num_classes_of, require_positive, takes_ddim
+from ..workflow.state import quantized_models
+from .denoise import decoder_of
+
+SOLVERS = {
+    "DDIM": DDIMScheduler,
+    "DPM-Solver++": DPMSolverMultistepScheduler,
+    "UniPC": UniPCMultistepScheduler,
+}
+SMALL = 256  # pixels
+MAX_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One pipeline, and how the page asks it for pictures.
+
+    Args:
+        pipe (`DiffusionPipeline`): shared by all visitors, never changed.
+
+    Raises:
+        ConfigError: a pipeline that needs more than noise, a prompt or a class, such as one for inpainting.
+    """
+
+    pipe: object
+
+    def __post_init__(self) -> None:
+        call_arguments(self.pipe, None, 1, {})
+
+    @cached_property
+    def name(self) -> str:
+        """The scheme of a quantized one, the dtype of another."""
+        denoiser = denoiser_of(self.pipe)
+        if list(quantized_models(denoiser)):
+            return denoiser.config.quantization_config.scheme
+        return str(denoiser.dtype).removeprefix("torch.")
+
+    @cached_property
+    def parameters(self) -> frozenset[str]:
+        """Names of what the pipeline's call takes."""
+        return frozenset(signature(self.pipe.__call__).parameters)
+
+    @cached_property
+    def guidance_scale(self) -> float | None:
+        """Its default; None where the pipeline takes none."""
+        parameter = signature(self.pipe.__call__).parameters.get("guidance_scale")
+        return None if parameter is None else float(parameter.default)
+
+    @cached_property
+    def classes(self) -> list[tuple[str, int]]:
+        """Name and number of each class label, in alphabetical order; empty where there are none."""
+        if "class_labels" not in self.parameters or "prompt" in self.parameters:
+            return []
+        named = getattr(self.pipe, "labels", None)
+        return sorted(named.items()) if named else [(str(i), i) for i in range(num_classes_of(self.pipe) or 0)]
+
+    @cached_property
+    def schedulers(self) -> dict[str, type]:
+        """The pipeline's own, unless it needs a thousand steps, and deterministic solvers that can take its place."""
+        own = type(self.pipe.scheduler)
+        mine = {} if own in (DDPMScheduler, *SOLVERS.values()) else {own.__name__.removesuffix("Scheduler"): own}
+        return mine | (SOLVERS if takes_ddim(self.pipe.scheduler) else {}) or {own.__name__: own}
+
+    @property
+    def draws_small(self) -> bool:
+        """Whether its pictures are so small that one wants to see their pixels."""
+        size = denoiser_of(self.pipe).config.get("sample_size") or SMALL
+        return decoder_of(self.pipe) is None and max(size if isinstance(size, Sequence) else [size]) < SMALL
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Size of the denoiser's stored tensors."""
+        return denoiser_of(self.pipe).get_memory_footprint()
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory that the denoiser's tensors take now, what engines keep ready included."""
+        return resident_bytes(denoiser_of(self.pipe))
+
+    @cached_property
+    def intervals(self) -> list[list[tuple[int, int, int]]]:
+        """`[layer group][(first timestep, last timestep, adapter), …]`; empty without adapters."""
+        routing = routing_of(denoiser_of(self.pipe))
+        return [] if routing is None else routing.intervals()
+
+    def request(
+        self,
+        *,
+        seed: float | None,
+        steps: int,
+        prompt: str | None = None,
+        negative_prompt: str | None = None,
+        class_label: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> Callable[[], dict]:
+        """Check what a visitor wants; the function that is returned makes the arguments of a call.
+
+        Raises:
+            ConfigError: something that the pipeline cannot do.
+        """
+        if seed is None or seed != int(seed) or not 0 <= seed <= MAX_SEED:
+            raise ConfigError(f"The seed must be a whole number from 0 to {MAX_SEED}, but {seed} came.")
+        require_positive(steps=steps)
+        given = {"output_type": "np"}
+        if "prompt" in self.parameters:
+            if not (prompt or "").strip():
+                raise ConfigError("The prompt must say what to draw, but it is empty. Write a few words.")
+            if negative_prompt and "negative_prompt" in self.parameters:
+                given["negative_prompt"] = [negative_prompt]
+        if self.classes:
+            if class_label not in [number for _, number in self.classes]:
+                raise ConfigError(f"The class must be one of the list, but {class_label} came.")
+            given["class_labels"] = [class_label]
+        if self.guidance_scale is not None and guidance_scale is not None:
+            given["guidance_scale"] = guidance_scale
+        make = call_arguments(self.pipe, [prompt] if prompt else None, steps, given)
+        return lambda: make(0, 1, torch.Generator().manual_seed(int(seed)))
+
+
+def require_comparable(quantized: Contender, reference: Contender) -> None:
+    """Refuse two pipelines that cannot be called alike.
+
+    Raises:
+        ConfigError: they are of different kinds or draw pictures of different shapes.
+    """
+    kinds = [
+        (type(each.pipe).__name__, *(denoiser_of(each.pipe).config.get(key) for key in ("in_channels", "sample_size")))
+        for each in (quantized, reference)
+    ]
+    if kinds[0] != kinds[1]:
+        told = [f"{name} with {channels} channels at {size}" for name, channels, size in kinds]
+        raise ConfigError(f"The reference must be a {told[0]}, as the quantized pipeline is, but a {told[1]} came.")

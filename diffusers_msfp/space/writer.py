@@ -1,0 +1,78 @@
+"""The files of a Hugging Face Space that serves the page."""
+
+import shutil
+from pathlib import Path
+
+from huggingface_hub import SpaceCardData
+
+GRADIO = "6.31.0"  # the page is tested with it
+PYTHON = "3.11"
+
+APP = '''\
+"""A quantized model beside full precision."""
+
+from diffusers_msfp.cli import space_run
+
+space_run({source!r}, reference={reference!r}, title={title!r})
+'''
+REQUIREMENTS = "diffusers-msfp[cpu,space]\n"
+README = """\
+---
+{header}
+---
+
+# {title}
+
+A diffusion model with weights and activations in 4-bit floating point beside full precision, from the same noise.
+Made by `diffusers-msfp space create`. To try it here:
+
+```sh
+pip install -r requirements.txt
+python app.py
+```
+
+To publish it: `hf upload USER/SPACE . --repo-type space`. It runs on a CPU; ZeroGPU is provided for, but untried.
+"""
+
+
+def write_space(folder: Path, title: str, source: str, reference: str | None, license: str = "apache-2.0") -> list[str]:
+    """Write a Space; what is a folder here is copied into it, what is a Hub id stays one.
+
+    Args:
+        folder (`Path`): to be filled; must exist.
+        title (`str`): of the Space and its page.
+        source (`str`): folder or Hub id of the quantized pipeline.
+        reference (`str`, *optional*): folder or Hub id of the full-precision one.
+        license (`str`): of the model, in the Hub's words.
+
+    Returns:
+        `list[str]`: names of all files, sorted.
+    """
+    places, models = {}, []
+    for name, place in (("model", source), ("reference", reference)):
+        if place is not None and Path(place).is_dir():
+            shutil.copytree(place, folder / name)
+            places[name] = name
+        else:
+            places[name] = place
+            models += [place] if place else []
+    card = SpaceCardData(
+        title=title,
+        emoji="🪶",
+        colorFrom="indigo",
+        colorTo="yellow",
+        sdk="gradio",
+        sdk_version=GRADIO,
+        python_version=PYTHON,
+        app_file="app.py",
+        license=license,
+        models=models or None,
+    )
+    texts = {
+        "app.py": APP.format(title=title, source=places["model"], reference=places["reference"]),
+        "requirements.txt": REQUIREMENTS,
+        "README.md": README.format(header=card.to_yaml(), title=title),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
