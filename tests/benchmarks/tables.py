@@ -16,8 +16,8 @@ from diffusers_msfp import FORMATS
 
 sys.path[:0] = [str(ROOT / "tests" / "integration"), str(ROOT / "tests")]
 
-from test_pipeline_features import FEATURES  # noqa: E402
 from test_matrix import PIPELINES, SCHEDULERS  # noqa: E402
+from test_pipeline_features import FEATURES  # noqa: E402
 
 PAGES = (ROOT / "README.md", ROOT / "model_cards" / "ddpm-fashion-mnist-32.md")
 

@@ -1,0 +1,119 @@
+"""Every method through one program: baselines after other papers, installed peers, and the package's own recipes.
+
+    python tests/benchmarks/bench_baselines.py --data fashion_mnist.npz [--only "w4a4 ptq,w4a4 full"]
+
+The embedded model, 20 DDIM steps, one seed. Baselines are a scheme and a recipe, as reconstructed, not their authors'
+code. Fine-tuning stages get 200 updates of 16 samples each. Rows are written as they come, so several processes may
+share the work with `--only`. Fréchet distances are between features of the package's classifier, *not* FID. Writes
+`model_cards/results/baselines.json`.
+"""
+
+import copy
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from diffusers import DiffusionPipeline
+from filelock import FileLock
+from harness import RESULTS, read_results, write_results
+
+from diffusers_msfp import quantize_pipeline
+from diffusers_msfp.assets import EMBEDDED_MODEL
+from diffusers_msfp.evaluation import evaluate_pipelines, with_ddim
+from diffusers_msfp.evaluation.providers import provide
+from diffusers_msfp.integration.recipe import STAGES, plan_stages
+
+COMMAND = "python tests/benchmarks/bench_baselines.py --data fashion_mnist.npz"
+SETTINGS = {"talora": {"train_steps": 200}}
+OURS = ("ptq", "tfmq", "rounded", "full")
+CELLS = {f"w4a4 {recipe}": ("w4a4", recipe) for recipe in OURS}
+CELLS |= {
+    "INT4": ("int-w4a4", "ptq"),
+    "signed FP4": ("w4a4-signed", "ptq"),
+    "Q-Diffusion style": ("int-w4a4", "q-diffusion"),
+    "TFMQ-DM style": ("int-w4a4", "tfmq-dm"),
+    "EfficientDM style": ("int-w4a4", "efficientdm"),
+    "INT W4A8": ("int-w4a8", "ptq"),
+    "Q-Diffusion style W4A8": ("int-w4a8", "q-diffusion"),
+    "TFMQ-DM style W4A8": ("int-w4a8", "tfmq-dm"),
+    "w4a8 ptq": ("w4a8", "ptq"),
+    "w4a8 tfmq": ("w4a8", "tfmq"),
+    "w4a8 rounded": ("w4a8", "rounded"),
+    "w4a8 full": ("w4a8", "full"),
+    "INT W6A6": ("int-w6a6", "ptq"),
+    "w6a6 ptq": ("w6a6", "ptq"),
+    "w6a6 rounded": ("w6a6", "rounded"),
+    "INT W8A8": ("int-w8a8", "ptq"),
+    "w8a8 ptq": ("w8a8", "ptq"),
+    "SDNQ uint4, weights only": ("sdnq:uint4", None),
+    "SDNQ int8": ("sdnq:int8:matmul", None),
+}
+
+
+def made(reference, scheme: str, recipe: str | None) -> tuple[DiffusionPipeline, dict]:
+    """A quantized pipeline, and what making it took."""
+    pipe, started, stages = copy.deepcopy(reference), time.perf_counter(), {}
+    if recipe is None:
+        x = torch.randn(1, *[pipe.unet.config.in_channels, 32, 32], dtype=torch.bfloat16)
+        pipe.unet = provide(scheme, pipe.unet, lambda unet: unet(x, 0))
+    else:
+        quantize_pipeline(pipe, scheme)
+        wanted = {stage: values for stage, values in SETTINGS.items() if stage in names_of(recipe)}
+        for name, config in plan_stages(recipe, wanted):
+            began = time.perf_counter()
+            STAGES[name].run(pipe, reference, config)
+            stages[name] = round(time.perf_counter() - began, 1)
+    return pipe, {"minutes": round((time.perf_counter() - started) / 60, 2), "stages": stages}
+
+
+def names_of(recipe: str) -> set[str]:
+    """Stages of a recipe."""
+    return {name for name, _ in plan_stages(recipe, {})}
+
+
+def main(
+    data: Annotated[str, typer.Option(help="fashion_mnist.npz, for real test images")],
+    only: Annotated[str, typer.Option(help="names of cells separated by commas; all if left out")] = "",
+    num: Annotated[int, typer.Option(help="pictures of a cell")] = 1000,
+) -> None:
+    """Make, evaluate, write rows."""
+    reference = with_ddim(DiffusionPipeline.from_pretrained(EMBEDDED_MODEL))
+    reference.set_progress_bar_config(disable=True)
+    pictures = Path(tempfile.gettempdir()) / "baseline-pictures"
+    for name in only.split(",") if only else CELLS:
+        scheme, recipe = CELLS[name]
+        pipe, cost = made(reference, scheme, recipe)
+        result = evaluate_pipelines(reference, pipe, data=data, num=num, folder=pictures)
+        row = {"cell": name, "scheme": scheme, "recipe": recipe, "num": num, "eps_rel_l2": result["eps_rel_l2"]}
+        row |= cost | {"bytes": pipe.unet.get_memory_footprint()}
+        row |= {
+            f"{pair}.{figure}": [value[end] for end in ("value", "low", "high")]
+            for pair, figures in result["figures"].items()
+            for figure, value in figures.items()
+        }
+        keep(rounded(row))
+        typer.echo(f"{name}: eps_rel_l2 {row['eps_rel_l2']:.4f}, {cost}", err=True)
+
+
+def rounded(value: object) -> object:
+    """Four digits."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [rounded(each) for each in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def keep(row: dict) -> None:
+    """Put a row into the results file, in the order of the cells."""
+    with FileLock(Path(tempfile.gettempdir()) / "baselines.lock"):
+        rows = read_results("baselines")["rows"] if (RESULTS / "baselines.json").exists() else []
+        rows = [each for each in rows if each["cell"] != row["cell"]] + [row]
+        write_results("baselines", COMMAND, sorted(rows, key=lambda each: list(CELLS).index(each["cell"])))
+
+
+if __name__ == "__main__":
+    typer.run(main)
