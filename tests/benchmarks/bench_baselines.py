@@ -38,17 +38,14 @@ CELLS |= {
     "EfficientDM style": ("int-w4a4", "efficientdm"),
     "INT W4A8": ("int-w4a8", "ptq"),
     "Q-Diffusion style W4A8": ("int-w4a8", "q-diffusion"),
-    "TFMQ-DM style W4A8": ("int-w4a8", "tfmq-dm"),
     "w4a8 ptq": ("w4a8", "ptq"),
     "w4a8 tfmq": ("w4a8", "tfmq"),
     "w4a8 rounded": ("w4a8", "rounded"),
-    "w4a8 full": ("w4a8", "full"),
     "INT W6A6": ("int-w6a6", "ptq"),
     "w6a6 ptq": ("w6a6", "ptq"),
-    "w6a6 rounded": ("w6a6", "rounded"),
     "INT W8A8": ("int-w8a8", "ptq"),
     "w8a8 ptq": ("w8a8", "ptq"),
-    "SDNQ uint4, weights only": ("sdnq:uint4", None),
+    "SDNQ uint4 weights": ("sdnq:uint4", None),
     "SDNQ int8": ("sdnq:int8:matmul", None),
 }
 

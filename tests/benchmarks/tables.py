@@ -233,7 +233,46 @@ def features() -> Iterator[dict[str, str]]:
         yield {"feature": name, "with a quantized pipeline": outcome}
 
 
-MAKERS = (engines, memory, formats, rounding, schemes, shapes, talora, routing, temporal, pipelines, features)
+def baselines() -> Iterator[dict[str, str]]:
+    """Every method, against full precision and real pictures."""
+
+    def interval(row: dict, key: str, digits: int) -> str:
+        value, low, high = (f"{each:.{digits}f}" for each in row[key])
+        return f"{value} ({low} – {high})"
+
+    rows = read_results("baselines")["rows"]
+    for row in rows:
+        table_row = {
+            "method": row["cell"],
+            "scheme": f"`{row['scheme']}`",
+            "recipe": f"`{row['recipe']}`" if row["recipe"] else "–",
+            "`eps_rel_l2`": f"{row['eps_rel_l2']:.4f}",
+            "PSNR (dB)": interval(row, "candidate_to_reference.psnr_db", 1),
+            "Fréchet to full precision": interval(row, "candidate_to_reference.frechet_distance", 2),
+            "to real pictures": interval(row, "candidate_to_real.frechet_distance", 2),
+            "tensors": f"{row['bytes'] / 1e6:.2f} MB",
+            "minutes": f"{row['minutes']:.1f}",
+        }
+        yield table_row
+    real = interval(rows[0], "reference_to_real.frechet_distance", 2)
+    empty = dict.fromkeys(table_row, "–")
+    yield empty | {"method": "full precision", "`eps_rel_l2`": "0", "to real pictures": real}
+
+
+MAKERS = (
+    baselines,
+    engines,
+    memory,
+    formats,
+    rounding,
+    schemes,
+    shapes,
+    talora,
+    routing,
+    temporal,
+    pipelines,
+    features,
+)
 TABLES = {make.__name__: make for make in MAKERS}
 
 
