@@ -74,7 +74,7 @@ def names_of(recipe: str) -> set[str]:
 def main(
     data: Annotated[str, typer.Option(help="fashion_mnist.npz, for real test images")],
     only: Annotated[str, typer.Option(help="names of cells separated by commas; all if left out")] = "",
-    num: Annotated[int, typer.Option(help="pictures of a cell")] = 1000,
+    num: Annotated[int, typer.Option(help="pictures of a cell")] = 500,
 ) -> None:
     """Make, evaluate, write rows."""
     reference = with_ddim(DiffusionPipeline.from_pretrained(EMBEDDED_MODEL))
