@@ -118,6 +118,11 @@ def weights_only(scheme: str) -> str:
     return f"w{FORMATS[SCHEMES[scheme].inner.weight[0]].bits}a16"
 
 
+def as_patterns(value: str | Sequence[str]) -> tuple[str, ...]:
+    """One pattern or several as a tuple."""
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
 def matches(pattern: str, name: str) -> bool:
     """Whether a module's name fits: a plain pattern as a substring, one with `*` as a glob over the whole name."""
     return fnmatchcase(name, pattern) if "*" in pattern else pattern in name

@@ -70,7 +70,7 @@ def quantize(
         `dict`: `scheme`, `components`, `layers`, `weight_bits_per_param` (packed codes and scales of the quantized
         weights), `bytes_before` and `bytes_after` (weight files of the quantized components), `seconds`,
         `seconds_calibration`, `seconds_search` (reading, search, packing and writing of the weights), `peak_rss_bytes`,
-        `calibration_state`, `recipe`, `stages` (each with `stage`, `seconds` and its own `figures`), `out`.
+        `calibration_state`, `recipe`, `stages` (each with `stage`, `settings`, `seconds` and its own `figures`), `out`.
 
     Raises:
         MSFPError: `out` exists, or `source` cannot be quantized.

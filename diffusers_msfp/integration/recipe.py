@@ -1,5 +1,6 @@
 """The stages of recipes: each takes a quantized, calibrated pipeline and its float original, and works in place."""
 
+import hashlib
 import json
 import shutil
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from diffusers import DDPMScheduler, DiffusionPipeline
 
-from ..errors import ConfigError
+from ..errors import ConfigError, NonFiniteError
 from ..recipes import RECIPES
 from ..registry import Registry
 from ..workflow import FinetuneConfig, RoundingConfig, TemporalConfig, finetune, learn_rounding, maintain_temporal
@@ -34,6 +35,8 @@ class StageKind:
     callback: str | None = None
     resumes: bool = True
 
+
+WORK = ".work"
 
 STAGES: Registry[StageKind] = Registry("stage")
 """Kinds of stages by name."""
@@ -88,24 +91,32 @@ class RecipeRun:
     Args:
         folder (`Path`): holds `1-temporal`, `2-rounding` and so on, checkpoints like any other, and a journal.
         plan (`list[tuple[str, object]]`): see `plan_stages`.
-        identity (`dict`): all else that the result depends on; stages of a run with another one are dropped.
+        identity (`dict`): all else that the result depends on; stages of a run with another one are dropped, and so
+            are those from the first one on that has other settings.
     """
 
     def __init__(self, folder: Path, plan: list[tuple[str, object]], identity: dict) -> None:
         self.folder, self.plan = folder, plan
-        settings = [[name, repr(config)] for name, config in plan]
-        self._journal = Journal(folder / "stages.jsonl", {"stages": settings} | identity)
-        done = self._journal.entries
-        if not done:
-            for old in folder.glob("[0-9]*-*"):
+        self._journal = Journal(folder / "stages.jsonl", identity)
+        self.figures: list[dict] = []
+        for index, entry in enumerate(self._journal.entries[: len(plan)]):
+            if entry["settings"] != self._settings(index):
+                break
+            self.figures.append(entry)
+        kept = {self._place(index).name for index in range(len(self.figures))}
+        for old in folder.glob("[0-9]*-*"):
+            if self._journal.differs or not (old.name in kept or old.name.endswith(WORK)):
                 shutil.rmtree(old)
-        self._journal.keep(done)
-        self.figures: list[dict] = list(done)
+        self._journal.keep(self.figures)
 
     @property
     def latest(self) -> Path | None:
         """The checkpoint after the last stage that is finished; None before the first."""
         return self._place(len(self.figures) - 1) if self.figures else None
+
+    def _settings(self, index: int) -> list[str]:
+        """Of a stage and of those before it."""
+        return [f"{name}: {config}" for name, config in self.plan[: index + 1]]
 
     def _place(self, index: int) -> Path:
         return self.folder / f"{index + 1}-{self.plan[index][0]}"
@@ -131,15 +142,24 @@ class RecipeRun:
         teacher = teacher_of(original)
         for index, (name, config) in list(enumerate(self.plan))[len(self.figures) :]:
             kind, started = STAGES[name], time.perf_counter()
-            work = self.folder / f"{index + 1}-{name}-work"
+            digest = hashlib.sha256("".join(self._settings(index)).encode()).hexdigest()[:8]
+            work = self.folder / f"{index + 1}-{name}-{digest}{WORK}"
             options = {"work_dir": work} if kind.resumes else {}
             with progress(f"stage {index + 1} of {len(self.plan)}: {name}") as report:
                 if kind.callback:
                     options[kind.callback] = lambda done, total, note, report=report: report(done, total, _short(note))
-                result = kind.run(pipe, teacher, config, prompts=prompts, **options)
+                try:
+                    result = kind.run(pipe, teacher, config, prompts=prompts, **options)
+                except NonFiniteError as error:  # of these settings, not of the source
+                    raise ConfigError(f"Stage `{name}` must have settings that keep numbers finite. {error}") from error
             save(pipe, self._place(index))
             result.pop("losses", None)
-            entry = {"stage": name, "seconds": time.perf_counter() - started, "figures": result}
+            entry = {
+                "stage": name,
+                "settings": self._settings(index),
+                "seconds": time.perf_counter() - started,
+                "figures": result,
+            }
             entry = json.loads(json.dumps(entry))  # as a run that goes on will read it
             self._journal.add(entry)
             self.figures.append(entry)

@@ -135,5 +135,5 @@ class Trainee(nn.Module):
             return layer
         layer.store_banks([self.merged_weight(k) for k in range(self.adapters.num_adapters)])
         if kept is not None:
-            layer.store_input(*kept)
+            layer.store_input(*(part.squeeze() for part in kept))  # `()` for a single adapter
         return layer

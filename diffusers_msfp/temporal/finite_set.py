@@ -109,7 +109,7 @@ class FeatureTable(_Exact):
         Raises:
             CheckpointError: NaN or infinity.
         """
-        if not torch.isfinite(self.features).all():
+        if not self.features.is_meta and not torch.isfinite(self.features).all():
             raise CheckpointError(f"`{place}.features` must be finite, but it is not: damaged file.")
 
     def recall(self, entry: Entry, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ import random
 from dataclasses import asdict, dataclass
 
 from ..errors import ConfigError
+from ..schemes import as_patterns
 from ..talora import PLACEMENTS
 from ..talora.plan import MAX_ADAPTERS
 from .sampling import require_positive
@@ -74,7 +75,7 @@ class FinetuneConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "router_groups", tuple(self.router_groups))
+        object.__setattr__(self, "router_groups", as_patterns(self.router_groups))
         if self.rank is None:
             object.__setattr__(self, "rank", 32 if self.placement == "merged" else 8)
         counts = ("num_adapters", "rank", "num_inference_steps", "batch_size", "gradient_accumulation_steps")

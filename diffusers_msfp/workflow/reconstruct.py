@@ -18,7 +18,6 @@ from ..nn import QuantLayer
 from ..numerics import unpack
 from ..rounding import annealed_exponent
 from ..schemes import check_patterns, matches
-from ..temporal import FiniteSet
 from .adapters import layers_by_name
 from .blocks import reconstruction_units
 from .convert import prepare_layers
@@ -27,6 +26,8 @@ from .rounding_config import RoundingConfig
 from .rounding_state import RoundingFolder
 from .sampling import call_arguments, denoiser_of
 from .student import check_student, original_weight
+from .temporal_model import maintained_layers
+from .training_state import plain_config
 from .trajectory import Trajectories
 
 EVALUATIONS = 10
@@ -50,11 +51,8 @@ class Reconstructor:
         self.config, self.on_part = config or RoundingConfig(), on_part
         config, self.model, self.teacher = self.config, denoiser_of(pipe), denoiser_of(teacher)
         check_student(self.model, self.teacher)
-        layers = {
-            name: layer
-            for name, layer in layers_by_name(self.model).items()
-            if not isinstance(layer.routing, FiniteSet)
-        }
+        maintained = maintained_layers(self.model)
+        layers = {name: layer for name, layer in layers_by_name(self.model).items() if name not in maintained}
         if not layers:
             raise ConfigError(
                 "Learned rounding needs layers without input parameters for each timestep, but all layers of this "
@@ -66,7 +64,7 @@ class Reconstructor:
             for name, layer in layers.items()
             if not any(matches(pattern, name) for pattern in config.exclude)
         }
-        inputs = prompts, arguments, dict(teacher.scheduler.config)
+        inputs = prompts, arguments, plain_config(teacher.scheduler)
         self.folder = RoundingFolder(work_dir, self.model, self.teacher, config, *inputs)
         make_arguments = call_arguments(teacher, prompts, config.num_inference_steps, arguments)
         batch = min(config.batch_size, config.num_samples)
@@ -75,6 +73,8 @@ class Reconstructor:
         found = reconstruction_units(self.model, self.steps[0], layerwise=config.granularity == "layer")
         chosen = {name: [key for key in inner if key in self.originals] for name, inner in found.items()}
         self.parts = {name: inner for name, inner in chosen.items() if inner}
+        if not self.parts:
+            raise ConfigError(f"Some layer must be left to learn, but `exclude` {list(config.exclude)} matches all.")
 
     def run(self) -> dict:
         """Learn, part by part, and store the weights; see `learn_rounding`."""

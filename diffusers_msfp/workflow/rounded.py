@@ -108,12 +108,14 @@ class Examples:
         structure (`TreeSpec`): of the arguments.
         targets (`list[Tensor]`): the teacher's outputs, a row for each example.
         timesteps (`Tensor`, `(B,)`): of each example.
+        per_example (`list[bool]`): which leaves have a row for each example.
     """
 
     leaves: list
     structure: Any
     targets: list[Tensor]
     timesteps: Tensor
+    per_example: list[bool]
 
     @classmethod
     def collect(
@@ -135,23 +137,24 @@ class Examples:
             parts.append(leaves)
             targets.append(outputs)
         rows = len(targets[0][0])
-        joined = [_join(column, rows) for column in zip(*parts, strict=True)]
+        per_example = [_per_example(leaf, rows) for leaf in parts[0]]
+        columns = zip(per_example, zip(*parts, strict=True), strict=True)
+        joined = [torch.cat(column) if several else column[0] for several, column in columns]
         timesteps = torch.cat([step.timesteps for step in steps[: len(parts)]])
-        return cls(joined, structure, [torch.cat(column) for column in zip(*targets, strict=True)], timesteps)
+        return cls(
+            joined, structure, [torch.cat(column) for column in zip(*targets, strict=True)], timesteps, per_example
+        )
 
     def __len__(self) -> int:
         return len(self.targets[0])
 
     def batch(self, rows: Tensor) -> tuple[tuple[tuple, dict], list[Tensor], Tensor]:
         """Arguments, targets and timesteps of some examples."""
-        leaves = [leaf[rows] if _per_example(leaf, len(self)) else leaf for leaf in self.leaves]
+        columns = zip(self.per_example, self.leaves, strict=True)
+        leaves = [leaf[rows] if several else leaf for several, leaf in columns]
         call, targets = tree_unflatten(leaves, self.structure), [target[rows] for target in self.targets]
         return call, targets, self.timesteps[rows]
 
 
 def _per_example(leaf: Any, number: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == number
-
-
-def _join(column: tuple, rows: int) -> Any:
-    return torch.cat(column) if _per_example(column[0], rows) else column[0]

@@ -7,6 +7,7 @@ rate, penalty and patience have not been tuned yet.
 from dataclasses import asdict, dataclass
 
 from ..errors import ConfigError
+from ..schemes import as_patterns
 from .sampling import require_positive
 
 GRANULARITIES = ("block", "layer")
@@ -50,7 +51,7 @@ class RoundingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "exclude", tuple(self.exclude))
+        object.__setattr__(self, "exclude", as_patterns(self.exclude))
         counts = ("num_samples", "num_inference_steps", "iterations", "batch_size", "patience", "memory_mb")
         require_positive(**{name: getattr(self, name) for name in counts})
         if self.granularity not in GRANULARITIES:

@@ -12,12 +12,12 @@ from ..nn import QuantLayer
 from ..numerics.rounding import check_finite
 from ..schemes import check_patterns
 from ..talora import AdapterBank, AdapterPlan, Gate, TimestepRouter, Trainee, adapter_rank
-from ..temporal import FiniteSet
 from .adapters import base_fingerprint, connect, layers_by_name, require_timesteps, routing_of
 from .blocks import block_outputs
 from .convert import replace_module
 from .sampling import model_output
 from .state import calibration_state, write_record
+from .temporal_model import maintained_layers
 from .timestep import timestep_of, timestep_position
 from .trajectory import DenoisingStep
 
@@ -53,7 +53,8 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         check_student(model, teacher)
-        layers = {name: each for name, each in layers_by_name(model).items() if not isinstance(each.routing, FiniteSet)}
+        maintained = maintained_layers(model)
+        layers = {name: each for name, each in layers_by_name(model).items() if name not in maintained}
         temporal = model.config.quantization_config.temporal
         if temporal and set(temporal["sets"]) - set(temporal["block"]):
             raise ConfigError(

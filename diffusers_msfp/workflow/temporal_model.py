@@ -34,6 +34,12 @@ def finite_set_of(model: nn.Module) -> FiniteSet | None:
     return getattr(model, FiniteSet.place, None)
 
 
+def maintained_layers(model: nn.Module) -> set[str]:
+    """Names of the layers that temporal maintenance has rounded or given parameters for each timestep."""
+    record = model.config.quantization_config.temporal or {}
+    return {*record.get("block", ()), *record.get("sets", ())}
+
+
 def attach_sets(model: nn.Module, plan: TemporalPlan, timesteps: Tensor, features: Mapping[str, Tensor]) -> None:
     """Put the set on the model and point the plan's layers to it, which have their parameter sets already.
 
@@ -48,7 +54,7 @@ def attach_sets(model: nn.Module, plan: TemporalPlan, timesteps: Tensor, feature
     for name in plan.layers:
         layers[name].route_by(finite_set)
     setattr(model, FiniteSet.place, finite_set)
-    model.register_forward_pre_hook(SetHook(position, tuple(plan.cached_layers())), with_kwargs=True)
+    model.register_forward_pre_hook(SetHook(position, plan.block if plan.cached_layers() else ()), with_kwargs=True)
     prepare_layers(model)
 
 

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from diffusers_msfp import cli
 from diffusers_msfp.cli.app import app
-from diffusers_msfp.errors import ConfigError
+from diffusers_msfp.errors import ConfigError, NonFiniteError
 from diffusers_msfp.integration import recipe as recipes
-from diffusers_msfp.integration.recipe import STAGES, plan_stages
+from diffusers_msfp.integration.recipe import STAGES, RecipeRun, plan_stages
 from diffusers_msfp.recipes import RECIPES
 
 FAST = {"calibration_samples": 2, "steps": 2}
@@ -102,6 +102,53 @@ def test_stages_of_other_settings_are_not_taken(source, tmp_path, monkeypatch):
         made = cli.quantize(source, tmp_path / name, scheme="w4a4", recipe="rounded", settings=two, **FAST)
         assert len(made["stages"]) == 2
     assert equal_state(*(DiffusionPipeline.from_pretrained(tmp_path / name).unet for name in ("out", "fresh")))
+
+
+def test_a_later_stage_with_other_settings_keeps_the_earlier_ones(source, tmp_path, monkeypatch):
+    kinds, ran = dict(STAGES), []
+
+    def watched(name, fails):
+        def run(*args, **named):
+            ran.append(name)
+            if fails:
+                raise NonFiniteError("The loss must be finite, but it is NaN.")
+            return kinds[name].run(*args, **named)
+
+        return recipes.StageKind(kinds[name].config, run, kinds[name].callback, kinds[name].resumes)
+
+    arguments = {"scheme": "w4a4", "recipe": "rounded", **FAST}
+    settings = {name: SETTINGS[name] for name in ("temporal", "rounding")}
+    monkeypatch.setattr(recipes, "STAGES", {name: watched(name, name == "rounding") for name in kinds})
+    with pytest.raises(ConfigError, match="Stage `rounding` must have settings that keep numbers finite. The"):
+        cli.quantize(source, tmp_path / "out", settings=settings, **arguments)
+    monkeypatch.setattr(recipes, "STAGES", {name: watched(name, False) for name in kinds})
+    settings["rounding"] = settings["rounding"] | {"learning_rate": 0.01}
+    made = cli.quantize(source, tmp_path / "out", settings=settings, **arguments)
+    assert ran == ["temporal", "rounding", "rounding"]
+    assert [stage["stage"] for stage in made["stages"]] == ["temporal", "rounding"]
+
+
+def test_work_of_an_interrupted_first_stage_stays(tmp_path):
+    plan = plan_stages("q-diffusion", {}, seed=1)
+    RecipeRun(tmp_path, plan, {"source": 1})
+    kept = tmp_path / "1-rounding-0123abcd.work"
+    kept.mkdir()
+    RecipeRun(tmp_path, plan, {"source": 1})
+    assert kept.is_dir()
+    RecipeRun(tmp_path, plan, {"source": 2})
+    assert not kept.exists()
+
+
+@pytest.mark.parametrize("recipe", ["tfmq-dm", "efficientdm"])
+def test_baselines_are_checkpoints_like_any_other(source, tmp_path, recipe):
+    settings = {stage.name: SETTINGS[stage.name] for stage in RECIPES[recipe]}
+    cli.quantize(source, tmp_path / "out", scheme="int-w4a4", recipe=recipe, settings=settings, **FAST)
+    unet = DiffusionPipeline.from_pretrained(tmp_path / "out").unet
+    x = torch.randn(2, 3, 8, 8)
+    unet.save_pretrained(tmp_path / "again")
+    again = type(unet).from_pretrained(tmp_path / "again")
+    assert equal_state(unet, again)
+    assert torch.equal(unet(x, 3).sample, again(x, 3).sample)
 
 
 @pytest.mark.parametrize(

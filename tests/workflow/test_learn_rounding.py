@@ -1,13 +1,23 @@
 """Learned rounding of whole pipelines."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from conftest import equal_state, make_condition_unet, make_dit, make_dit_pipe, make_unet, run
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline
 
-from diffusers_msfp import FinetuneConfig, MSFPConfig, RoundingConfig, finetune, learn_rounding, quantize_pipeline
+from diffusers_msfp import (
+    FinetuneConfig,
+    MSFPConfig,
+    RoundingConfig,
+    TemporalConfig,
+    finetune,
+    learn_rounding,
+    maintain_temporal,
+    quantize_pipeline,
+)
 from diffusers_msfp.errors import ConfigError, NonFiniteError, ShapeError
 from diffusers_msfp.evaluation import compare_pipelines, with_ddim
 from diffusers_msfp.integration.in_memory import quantize_model
@@ -187,6 +197,40 @@ def test_examples_stay_within_the_memory_given(packed_pipe, teacher):
     with torch.no_grad():
         error = (block(*args) - targets[0]).square().mean() / targets[0].square().mean()
     assert 0 < error < 0.5  # the inputs are the quantized model's
+
+
+def test_a_tensor_that_all_share_is_never_cut(packed_pipe, teacher):
+    trajectories = Trajectories(teacher, call_arguments(teacher, None, 4, {}), 4, seed=0)
+    steps = [trajectories[number] for number in range(4)]
+    examples = Examples.collect(packed_pipe.unet, teacher.unet, "mid_block.resnets.0", steps, 2**30)
+    shared = torch.arange(float(len(examples)))
+    examples = dataclasses.replace(
+        examples, leaves=[*examples.leaves[:-1], shared], per_example=[*examples.per_example[:-1], False]
+    )
+    (args, kwargs), *_ = examples.batch(torch.tensor([9, 1]))
+    assert any(value is shared for value in (*args, *kwargs.values()))
+
+
+@pytest.mark.parametrize(("scheme", "fsc"), [("w8a16", "block"), ("w4a8", None)])
+def test_what_temporal_maintenance_has_rounded_stays(teacher, scheme, fsc):
+    pipe = copy.deepcopy(teacher)
+    quantize_pipeline(pipe, scheme, num_samples=2, num_inference_steps=2)
+    settings = {"num_inference_steps": 4, "iterations": 5, "cache_above": None, "fsc": fsc}
+    block = maintain_temporal(pipe, teacher, TemporalConfig(**settings))["block"]
+    before = {name: pipe.unet.get_submodule(name).weight.clone() for name in block}
+    learn_rounding(pipe, teacher, RoundingConfig(**SHORT))
+    assert block
+    assert all(torch.equal(pipe.unet.get_submodule(name).weight, weight) for name, weight in before.items())
+    finetune(pipe, teacher, FinetuneConfig(train_steps=1, batch_size=2, num_inference_steps=4, rank=2))
+    adapted = {name for names in pipe.unet.config.quantization_config.adapters["ranks"].values() for name in names}
+    assert adapted
+    assert not adapted & set(block)
+
+
+def test_one_pattern_may_be_a_string_and_may_not_exclude_all(packed_pipe, teacher):
+    assert RoundingConfig(exclude="conv_in").exclude == ("conv_in",)
+    with pytest.raises(ConfigError, match="Some layer must be left to learn, but `exclude`"):
+        learn_rounding(packed_pipe, teacher, RoundingConfig(**SHORT | {"exclude": "*"}))
 
 
 def test_labels_and_guidance_are_the_pipeline_s():
