@@ -2,9 +2,12 @@
 
 import copy
 import os
+import sys
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="modules-"))  # where diffusers copies pipelines' code
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # the cores are shared by the processes that run the tests
     for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ.setdefault(name, str(max(1, (os.cpu_count() or 1) // int(workers))))
@@ -34,6 +37,13 @@ logging.set_verbosity_error()
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _forget_custom_pipelines():
+    """Diffusers gives every local `pipeline.py` the same module name."""
+    yield
+    sys.modules.pop("diffusers_modules.local.pipeline", None)
 
 
 def make_unet(**changes) -> UNet2DModel:
