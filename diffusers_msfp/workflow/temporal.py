@@ -49,7 +49,7 @@ class TemporalConfig:
     """
 
     num_inference_steps: int = 20
-    iterations: int = 1000
+    iterations: int = 4000
     learning_rate: float = 0.03
     penalty: float = 0.1
     fsc: str | None = "block"

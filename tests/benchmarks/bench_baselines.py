@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_baselines.py --data fashion_mnist.npz [--only "w4a4 ptq,w4a4 full"]
 
 The embedded model, 20 DDIM steps, one seed. Baselines are a scheme and a recipe, as reconstructed, not their authors'
-code. Fine-tuning stages get 200 updates of 16 samples each. Rows are written as they come, so several processes may
-share the work with `--only`. Fréchet distances are between features of the package's classifier, *not* FID. Writes
+code. Fine-tuning stages get 200 updates of 16 samples each, temporal ones 1000. Rows are written as they come, so
+several processes may share the work with `--only`. Fréchet distances are between features of the package's classifier, *not* FID. Writes
 `model_cards/results/baselines.json`.
 """
 
@@ -27,7 +27,7 @@ from diffusers_msfp.evaluation.providers import provide
 from diffusers_msfp.integration.recipe import STAGES, plan_stages
 
 COMMAND = "python tests/benchmarks/bench_baselines.py --data fashion_mnist.npz"
-SETTINGS = {"talora": {"train_steps": 200}}
+SETTINGS = {"talora": {"train_steps": 200}, "temporal": {"iterations": 1000}}
 OURS = ("ptq", "tfmq", "rounded", "full")
 CELLS = {f"w4a4 {recipe}": ("w4a4", recipe) for recipe in OURS}
 CELLS |= {

@@ -1,0 +1,58 @@
+"""The README's command lines, each run on the embedded model with as little as it takes."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from diffusers_msfp.assets import EMBEDDED_MODEL
+from diffusers_msfp.cli.app import app
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+LITTLE = {
+    "quantize": "--calibration-samples 2 --steps 2",
+    "compare": "--num 2 --steps 2",
+    "report": "--num 2 --steps 2 --no-speed",
+    "sample": "--num 1 --steps 2",
+    "evaluate": "--num 70 --steps 2",
+    "bench": "--repeats 2 --batch 1",
+    "finetune": "--batch-size 2 --steps 2 --rank 2",
+    "publish": "--num 1 --steps 1 --license mit --base-model org/base",
+}
+RECIPE = (
+    "--set temporal.iterations=2 --set rounding.iterations=2 --set rounding.num_samples=16 --set talora.train_steps=2"
+)
+
+
+def tour() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    lines = [line.partition("  #")[0].partition(" #")[0] for block in blocks for line in block.splitlines()]
+    return [line.removeprefix("diffusers-msfp ") for line in lines if line.startswith("diffusers-msfp ")]
+
+
+def test_the_tour_goes_from_quantizing_to_the_page():
+    verbs = [line.split()[0] for line in tour()]
+    order = ["quantize", "inspect", "evaluate", "finetune", "publish", "space"]
+    assert [verb for verb in dict.fromkeys(verbs) if verb in order] == order
+
+
+@pytest.mark.slow
+def test_every_command_line_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = np.random.default_rng(0).integers(0, 255, (200, 28, 28)).astype(np.uint8)
+    np.savez("fashion_mnist.npz", x_test=images, y_test=np.zeros(200))
+    for line in tour():
+        verb = line.split()[0]
+        if line.startswith("space run") or (verb == "publish" and "--dry-run" not in line):
+            continue  # a server, and the Hub: see tests/space and tests/hub
+        words = shlex.split(line.replace("SRC", str(EMBEDDED_MODEL)).replace("--minutes 10", "--train-steps 2"))
+        words += shlex.split(LITTLE.get(verb, "") + (f" {RECIPE}" if "--recipe" in words else ""))
+        if verb == "publish" and Path("DIR-publish").exists():
+            continue
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, (line, result.output, result.exception)
+    for made in ("DIR", "FULL", "TUNED", "SPACE", "DIR-publish", "report.html", "grid.png"):
+        assert Path(made).exists(), made
