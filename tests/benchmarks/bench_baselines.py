@@ -4,8 +4,8 @@
 
 The embedded model, 20 DDIM steps, one seed. Baselines are a scheme and a recipe, as reconstructed, not their authors'
 code. Fine-tuning stages get 200 updates of 16 samples each, temporal ones 1000. Rows are written as they come, so
-several processes may share the work with `--only`. Fréchet distances are between features of the package's classifier, *not* FID. Writes
-`model_cards/results/baselines.json`.
+several processes may share the work with `--only`. Fréchet distances are between features of the package's classifier,
+*not* FID. Writes `model_cards/results/baselines.json`.
 """
 
 import copy

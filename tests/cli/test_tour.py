@@ -22,9 +22,7 @@ LITTLE = {
     "finetune": "--batch-size 2 --steps 2 --rank 2",
     "publish": "--num 1 --steps 1 --license mit --base-model org/base",
 }
-RECIPE = (
-    "--set temporal.iterations=2 --set rounding.iterations=2 --set rounding.num_samples=16 --set talora.train_steps=2"
-)
+RECIPE = "temporal.iterations=2 rounding.iterations=2 rounding.num_samples=16 talora.train_steps=2"
 
 
 def tour() -> list[str]:
@@ -49,7 +47,9 @@ def test_every_command_line_runs(tmp_path, monkeypatch):
         if line.startswith("space run") or (verb == "publish" and "--dry-run" not in line):
             continue  # a server, and the Hub: see tests/space and tests/hub
         words = shlex.split(line.replace("SRC", str(EMBEDDED_MODEL)).replace("--minutes 10", "--train-steps 2"))
-        words += shlex.split(LITTLE.get(verb, "") + (f" {RECIPE}" if "--recipe" in words else ""))
+        words += shlex.split(LITTLE.get(verb, ""))
+        for setting in RECIPE.split() if "--recipe" in words else ():
+            words += ["--set", setting]
         if verb == "publish" and Path("DIR-publish").exists():
             continue
         result = CliRunner().invoke(app, words)
