@@ -100,7 +100,7 @@ def load_pipeline(source: str, *, config: str | None = None, **arguments) -> Dif
 
 
 def _require_hub_id(source: str) -> None:
-    if source.count("/") != 1:
+    if source.count("/") != 1 or source[0] in ".~/":
         raise SourceError(f"{source} must be a folder, a file or a Hub id like `user/model`, but it is none of them.")
 
 

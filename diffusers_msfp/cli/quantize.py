@@ -129,7 +129,7 @@ def quantize(
                     quantize_model(getattr(loaded, name), request)
             models |= {name: getattr(loaded, name) for name in encoders}
             if run.latest is not None:
-                stderr.print(f"going on after stage {run.latest.name}")
+                stderr.print(f"Going on after stage {len(run.figures)} of {len(plan)}, found in {run.latest}.")
                 loaded = load_pipeline(str(run.latest))
                 models = {name: getattr(loaded, name) for name in models}
             if calibration_state(loaded) == "observing":

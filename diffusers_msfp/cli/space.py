@@ -48,7 +48,7 @@ def space_run(
 
 def print_address(address: str) -> None:
     """Tell people where the page is."""
-    stderr.print(f"The page is at [bold]{address}[/]; Ctrl+C stops it.", soft_wrap=True)
+    stderr.print(f"The page is at [bold]{address}[/] (Ctrl+C stops it)", soft_wrap=True)
 
 
 def open_page(source: str | None = None, *, reference: str | None = None, title: str | None = None):

@@ -196,9 +196,9 @@ def _git_hash(source: Path | bytes) -> str:
 
 
 def _write(files: Files, out: Path) -> Path:
-    """All files in a new folder, complete or not at all."""
-    if out.exists():
-        raise ConfigError(f"{out} must not exist yet, but it does. Remove it or choose another folder.")
+    """All files in a folder, complete or not at all; an earlier dry run there is replaced."""
+    if out.exists() and not all((out / name).is_file() for name in ("README.md", "pipeline.py")):
+        raise ConfigError(f"{out} must be new or hold an earlier dry run, but it holds something else. Remove it.")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-", suffix=".part") as scratch:
         made = Path(scratch) / "made"
@@ -206,5 +206,7 @@ def _write(files: Files, out: Path) -> Path:
             target = made / place
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(source) if isinstance(source, bytes) else shutil.copyfile(source, target)
+        if out.exists():
+            out.rename(Path(scratch) / "old")
         made.rename(out)
     return out

@@ -76,7 +76,10 @@ def plan_stages(recipe: str, settings: Mapping[str, Mapping], **shared) -> list[
         try:
             plan.append((stage.name, kind.config(**shared | dict(stage.settings) | wanted)))
         except TypeError as error:
-            raise ConfigError(f"Settings of `{stage.name}` must have the types of its config: {error}.") from error
+            given = ", ".join(f"{key}={value!r}" for key, value in wanted.items())
+            raise ConfigError(
+                f"Settings of `{stage.name}` must have the types that `{kind.config.__name__}` says, but {given} came."
+            ) from error
     return plan
 
 

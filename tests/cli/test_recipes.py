@@ -157,7 +157,11 @@ def test_baselines_are_checkpoints_like_any_other(source, tmp_path, recipe):
         ("fullest", {}, "Unknown recipe 'fullest'. Known: ptq, tfmq"),
         ("tfmq", {"talora": {"rank": 4}}, r"must belong to a stage of recipe `tfmq` \(temporal\), but 'talora' came"),
         ("full", {"talora": {"ranks": 4}}, "A setting of `talora` must be one of num_adapters, .*, but 'ranks' came"),
-        ("full", {"talora": {"rank": "x"}}, "Settings of `talora` must have the types of its config"),
+        (
+            "full",
+            {"talora": {"rank": "x"}},
+            "Settings of `talora` must have the types that `FinetuneConfig` says, but rank='x' came",
+        ),
         ("tfmq", {"temporal": {"fsc": "some"}}, "`fsc` must be one of"),
     ],
 )

@@ -127,8 +127,10 @@ def test_a_dry_run_writes_what_would_be_uploaded_and_needs_no_hub(folder, tmp_pa
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "out", custom_pipeline="pipeline", trust_remote_code=True)
     assert pipe.quantization_report()["unet"]["scheme"] == "w4a4"
     assert json.loads(pipe.to_json_string())["_class_name"] == "DDPMPipeline"
-    with pytest.raises(ConfigError, match="must not exist yet"):
-        publish(folder, "user/tiny", license="mit", base_model="org/base", dry_run=tmp_path / "out", num=1, steps=1)
+    again = publish(folder, "user/tiny", license="mit", base_model="org/base", dry_run=tmp_path / "out", num=1, steps=1)
+    assert again["files"].keys() == report["files"].keys()
+    with pytest.raises(ConfigError, match="must be new or hold an earlier dry run, but it holds something else"):
+        publish(folder, "user/tiny", license="mit", base_model="org/base", dry_run=tmp_path, num=1, steps=1)
 
 
 def test_variants(hub, folder, packed_pipe, tmp_path):
