@@ -51,6 +51,7 @@ def create(
     beside = f"beside {result['reference']}" if result["reference"] else "alone, as no reference is known"
     stdout.print(
         f"[bold]{result['out']}[/]: {source} {beside}, {len(result['files'])} files, {megabytes(result['bytes'])}. "
-        f"Try it with `cd {result['out']} && python app.py`, publish it with `hf upload USER/SPACE {result['out']} --repo-type space`."
+        f"Try it with `cd {result['out']} && python app.py`, publish it with "
+        f"`hf upload USER/SPACE {result['out']} --repo-type space`."
     )
     return None
