@@ -21,6 +21,7 @@ from .schemes import SCHEMES
 from .workflow import (
     FinetuneConfig,
     RoundingConfig,
+    SplitConfig,
     TemporalConfig,
     calibrate,
     calibration_state,
@@ -30,6 +31,7 @@ from .workflow import (
     learn_rounding,
     maintain_temporal,
     set_engine,
+    split_shortcuts,
 )
 
 __version__ = "0.1.0"
@@ -45,6 +47,7 @@ __all__ = [
     "MSFPQuantizer",
     "QParams",
     "RoundingConfig",
+    "SplitConfig",
     "TemporalConfig",
     "calibrate",
     "calibration_state",
@@ -62,6 +65,7 @@ __all__ = [
     "quantize_pipeline",
     "search_qparams",
     "set_engine",
+    "split_shortcuts",
 ]
 
 register()

@@ -1,8 +1,7 @@
 """Recipes as data: which stages follow the search and calibration of `quantize`, in which order, with which settings.
 
 Each recipe of the package adds a stage to the one before. The others are baselines by the same code, as reconstructed:
-combined with the `int-…` schemes, they are what their papers do up to sizes and lengths. Q-Diffusion's shortcut
-splitting is left out: each input of a convolution has one range here.
+combined with the `int-…` schemes, they are what their papers do up to sizes and lengths.
 """
 
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ class Stage:
     """One stage.
 
     Args:
-        name (`str`): `"temporal"`, `"rounding"` or `"talora"`.
+        name (`str`): `"split"`, `"temporal"`, `"rounding"` or `"talora"`.
         settings (`Mapping`): that differ from the defaults of the stage's config.
     """
 
@@ -29,16 +28,16 @@ DEFAULT_RECIPE = "ptq"
 RECIPES: Registry[tuple[Stage, ...]] = Registry("recipe")
 """Stages by the recipe's name."""
 
-_TEMPORAL, _ROUNDING, _TALORA = (Stage(name) for name in ("temporal", "rounding", "talora"))
+_SPLIT, _TEMPORAL, _ROUNDING, _TALORA = (Stage(name) for name in ("split", "temporal", "rounding", "talora"))
 RECIPES.add("ptq", ())
 RECIPES.add("tfmq", (_TEMPORAL,))
 RECIPES.add("rounded", (_TEMPORAL, _ROUNDING))
 RECIPES.add("full", (_TEMPORAL, _ROUNDING, _TALORA))
-# Baselines: AdaRound block by block (Q-Diffusion); the same, then temporal maintenance with parameters for each
-# timestep in all layers, as TFMQ-DM's code has; a single merged LoRA with learned activation scales (EfficientDM, but
-# for its scales for each timestep).
+# Baselines: shortcuts split, AdaRound block by block (Q-Diffusion); AdaRound, then temporal maintenance with parameters
+# for each timestep in all layers, as TFMQ-DM's code has; a single merged LoRA with learned activation scales
+# (EfficientDM, but for its scales for each timestep).
 _PER_STEP = Stage("temporal", MappingProxyType({"fsc": "all"}))
 _ONE_LORA = {"num_adapters": 1, "placement": "merged", "denoising_factor_exponent": 0.0}
-RECIPES.add("q-diffusion", (_ROUNDING,))
+RECIPES.add("q-diffusion", (_SPLIT, _ROUNDING))
 RECIPES.add("tfmq-dm", (_ROUNDING, _PER_STEP))
 RECIPES.add("efficientdm", (Stage("talora", MappingProxyType(_ONE_LORA)),))

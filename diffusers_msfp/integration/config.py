@@ -73,6 +73,7 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
         calibration: dict | None = None,
         adapters: dict | None = None,
         temporal: dict | None = None,
+        split: dict | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = MSFPMethod.MSFP.value,
     ) -> None:
@@ -87,7 +88,7 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
                 f"This package reads checkpoints up to format version {FORMAT_VERSION}, but {format_version} came. "
                 f"Upgrade it: `pip install -U diffusers-msfp`."
             )
-        _check_record(layers, calibration, adapters, temporal)
+        _check_record(layers, calibration, adapters, temporal, split)
         self.format_version = format_version
         SCHEMES[scheme]
         self.scheme = scheme
@@ -102,6 +103,7 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
         self.calibration = calibration
         self.adapters = adapters
         self.temporal = temporal
+        self.split = split
 
     @classmethod
     def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs):
@@ -115,8 +117,8 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
         return (config, {}) if return_unused_kwargs else config
 
     def to_dict(self) -> dict:
-        """Everything, in types that JSON knows; `temporal`, younger than the format, only where there is some."""
-        temporal = {"temporal": copy.deepcopy(self.temporal)} if self.temporal is not None else {}
+        """Everything, in types that JSON knows; what is younger than the format only where there is some."""
+        younger = {"temporal": self.temporal, "split": self.split}
         return {
             "quant_method": self.quant_method.value,
             "format_version": self.format_version,
@@ -127,7 +129,7 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
             "layers": copy.deepcopy(self.layers),
             "calibration": copy.deepcopy(self.calibration),
             "adapters": copy.deepcopy(self.adapters),
-        } | temporal
+        } | {key: copy.deepcopy(value) for key, value in younger.items() if value is not None}
 
     def to_diff_dict(self) -> dict:
         """What differs from a default config; the method's name and version always."""
@@ -167,13 +169,13 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
         return f"{type(self).__name__} {json.dumps(self.to_diff_dict(), indent=2)}"
 
 
-def _check_record(layers: object, calibration: object, adapters: object, temporal: object) -> None:
+def _check_record(layers: object, calibration: object, adapters: object, temporal: object, split: object) -> None:
     """Refuse a record that this package cannot have written; what names layers is checked against the model later.
 
     Raises:
         CheckpointError: fields of another kind, or nested deeper than any record.
     """
-    level = [layers, calibration, adapters, temporal]
+    level = [layers, calibration, adapters, temporal, split]
     for _ in range(MAX_DEPTH):
         level = [
             part
@@ -197,6 +199,8 @@ def _check_record(layers: object, calibration: object, adapters: object, tempora
         AdapterPlan.from_dict(adapters)
     if temporal is not None:
         TemporalPlan.from_dict(temporal)
+    if not isinstance(split, Mapping | None):
+        raise CheckpointError(f"`split` in config.json must map layers to sizes, but {split!r} came: damaged file.")
 
 
 def _names(value: Sequence[str] | None, what: str) -> list[str]:

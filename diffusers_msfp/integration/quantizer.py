@@ -21,6 +21,7 @@ from ..talora.adapters import ADAPTER_TENSORS
 from ..temporal import FeatureTable, FiniteSet, TemporalPlan
 from ..workflow.adapters import prepare_skeleton, routing_of
 from ..workflow.convert import Conversion, convert_skeleton, replace_module
+from ..workflow.split import split_skeleton
 from ..workflow.state import calibration_state
 from ..workflow.temporal_model import temporal_skeleton
 from .attach import attach, detach, file_metadata, tensors_to_save
@@ -118,7 +119,10 @@ class MSFPQuantizer(DiffusersQuantizer):
             config.require_record()
         self._plan = config.plan(model)
         if self.pre_quantized:
-            convert_skeleton(model, config.layers, self._plan.layers)
+            parts = {
+                part: self._plan.layers.get(whole) for part, whole in split_skeleton(model, config.split or {}).items()
+            }
+            convert_skeleton(model, config.layers, self._plan.layers | parts)
             if config.adapters is not None:
                 prepare_skeleton(model, AdapterPlan.from_dict(config.adapters))
             if config.temporal is not None:

@@ -14,7 +14,16 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from ..errors import ConfigError, NonFiniteError
 from ..recipes import RECIPES
 from ..registry import Registry
-from ..workflow import FinetuneConfig, RoundingConfig, TemporalConfig, finetune, learn_rounding, maintain_temporal
+from ..workflow import (
+    FinetuneConfig,
+    RoundingConfig,
+    SplitConfig,
+    TemporalConfig,
+    finetune,
+    learn_rounding,
+    maintain_temporal,
+    split_shortcuts,
+)
 from ..workflow.sampling import with_ddim
 from .journal import Journal
 
@@ -41,6 +50,7 @@ WORK = ".work"
 STAGES: Registry[StageKind] = Registry("stage")
 """Kinds of stages by name."""
 
+STAGES.add("split", StageKind(SplitConfig, split_shortcuts, resumes=False))
 STAGES.add("temporal", StageKind(TemporalConfig, maintain_temporal, resumes=False))
 STAGES.add("rounding", StageKind(RoundingConfig, learn_rounding, "on_part"))
 STAGES.add("talora", StageKind(FinetuneConfig, finetune, "on_update"))

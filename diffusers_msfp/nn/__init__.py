@@ -2,5 +2,6 @@
 
 from .layers import QUANT_LAYERS, QuantConv1d, QuantConv2d, QuantLinear
 from .quant_layer import QuantLayer
+from .split import SplitLayer
 
-__all__ = ["QUANT_LAYERS", "QuantConv1d", "QuantConv2d", "QuantLayer", "QuantLinear"]
+__all__ = ["QUANT_LAYERS", "QuantConv1d", "QuantConv2d", "QuantLayer", "QuantLinear", "SplitLayer"]

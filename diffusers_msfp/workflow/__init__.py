@@ -8,6 +8,7 @@ from .finetune import Finetuner, finetune
 from .finetune_config import FinetuneConfig
 from .reconstruct import learn_rounding
 from .rounding_config import RoundingConfig
+from .split import SplitConfig, split_shortcuts
 from .state import calibration_state, freeze
 from .temporal import TemporalConfig, maintain_temporal
 
@@ -16,6 +17,7 @@ __all__ = [
     "FinetuneConfig",
     "Finetuner",
     "RoundingConfig",
+    "SplitConfig",
     "TemporalConfig",
     "calibrate",
     "calibration_state",
@@ -26,4 +28,5 @@ __all__ = [
     "learn_rounding",
     "maintain_temporal",
     "set_engine",
+    "split_shortcuts",
 ]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..nn.split import whole_name
 from ..schemes import resolve
 from .convert import quant_layers
 from .sampling import batched_calls, call_arguments, counting_steps, quiet, require_positive
@@ -77,7 +78,7 @@ def restart_observation(model: nn.Module) -> bool:
     config = model.config.quantization_config
     detach_sets(model)
     for name, layer in quant_layers(model):
-        candidates = resolve(name, config.scheme, config.scheme_overrides).activation
+        candidates = resolve(whole_name(name, layer), config.scheme, config.scheme_overrides).activation
         if candidates:
             layer.start_observing(candidates)
     if not any(layer.observing for _, layer in quant_layers(model)):

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import CheckpointError, ConfigError
 from ..formats import FORMATS
-from ..nn import QUANT_LAYERS, QuantLayer
+from ..nn import QUANT_LAYERS, QuantLayer, SplitLayer
 from ..numerics.rounding import check_finite
 from ..schemes import SCHEMES, LayerScheme, check_patterns, matches, resolve
 
@@ -219,3 +219,5 @@ def revert(model: nn.Module, dtype: torch.dtype) -> None:
     """Put float layers with decoded weights in place of all quantized ones; activations are float again."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
     replace_modules(model, {name: layer.to_float(dtype) for name, layer in layers.items()})
+    split = {name: module for name, module in model.named_modules() if isinstance(module, SplitLayer)}
+    replace_modules(model, {name: layer.merged() for name, layer in split.items()})

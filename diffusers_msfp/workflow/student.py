@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, ShapeError
 from ..losses import squared_error
 from ..nn import QuantLayer
+from ..nn.split import whole_name
 from ..numerics.rounding import check_finite
 from ..schemes import check_patterns
 from ..talora import AdapterBank, AdapterPlan, Gate, TimestepRouter, Trainee, adapter_rank
@@ -234,12 +235,13 @@ def original_weight(teacher: nn.Module, layer: QuantLayer) -> Tensor:
         ConfigError: the teacher has no such layer.
         ShapeError: its weight has another shape.
     """
+    place, columns = whole_name(layer.place, layer), getattr(layer, "columns", slice(None))
     try:
-        weight = teacher.get_submodule(layer.place).weight.detach()
+        weight = teacher.get_submodule(place).weight.detach()
     except AttributeError as error:
         raise ConfigError(
-            f"The teacher must be the model that was quantized, but {type(teacher).__name__} has no layer "
-            f"`{layer.place}`."
+            f"The teacher must be the model that was quantized, but {type(teacher).__name__} has no layer `{place}`."
         ) from error
+    weight = weight[:, columns]
     layer.check_original(weight)
     return weight

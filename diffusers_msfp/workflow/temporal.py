@@ -39,8 +39,8 @@ class TemporalConfig:
         penalty (`float`): weight of AdaRound's regulariser, the mean over all weights.
         fsc (`str`, *optional*): input parameters for each timestep in the `"block"`, as the paper has it, or in
             `"all"` layers, as its released code does; None for none.
-        cache_above (`float`, *optional*): store the outputs of layers whose relative error stays above this; 0 stores
-            all, None nothing.
+        cache_above (`float`, *optional*): store the outputs of layers whose relative error stays above this at some
+            timestep; 0 stores all, None nothing.
         num_samples (`int`): that ranges for `"all"` layers are taken from.
         seed (`int`): of the samples' noise.
 
@@ -86,9 +86,9 @@ def maintain_temporal(
 
     Returns:
         `dict`: `timesteps` (the finite set), `block` (layers that depend on the timestep alone), `sets` (layers with
-        parameters for each timestep), `cached` (layers whose outputs are stored), `errors` (layer → relative error
-        over the set: `ptq` before, `reconstructed` after TIAR and FSC, without stored outputs), `sets_bytes`,
-        `cache_bytes`.
+        parameters for each timestep), `cached` (layers whose outputs are stored), `errors` (layer → largest relative
+        error over the set's timesteps: `ptq` before, `reconstructed` after TIAR and FSC, without stored outputs),
+        `sets_bytes`, `cache_bytes`.
 
     Raises:
         ConfigError: pipelines that do not fit, or no quantized layer that depends on the timestep alone. Nothing is
@@ -175,10 +175,10 @@ def choose_cached(block: TemporalBlock, errors: Mapping[str, float], above: floa
 
 @torch.no_grad()
 def _errors_of_set(student: StudentBlock, roots: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict:
-    """Relative error of each layer, pooled over the entries' own timesteps."""
+    """Relative error of each layer, the largest over the entries' own timesteps."""
     outputs = student.run(roots)
     return {
-        name: ((y - targets[name])[:, 0].norm() / targets[name][:, 0].norm().clamp_min(1e-30)).item()
+        name: ((y - targets[name])[:, 0].norm(dim=-1) / targets[name][:, 0].norm(dim=-1).clamp_min(1e-30)).max().item()
         for name, y in outputs.items()
     }
 
