@@ -23,6 +23,9 @@ SILENT = {"queue": False, "show_progress": "hidden", "api_visibility": "private"
 INTO_VIEW = (
     "(...values) => { document.querySelector('#msfp-pictures').scrollIntoView({block: 'nearest'}); return values }"
 )
+ONE_CLICK = """() => document.addEventListener('click', click => {
+    if (click.detail > 1 && click.target.closest('#msfp-generate')) click.stopImmediatePropagation()
+}, true)"""  # Gradio's own guard against double clicks also swallows the first click after a stop
 INTRO = "Weights **and activations** of a diffusion model in low-bit floating point, a number format for every layer"
 BESIDE = ", beside full precision from the same noise"
 ADAPTED = " A router gives every timestep the adapter that serves it (TALoRA)."
@@ -109,7 +112,7 @@ def build_page(title: str, quantized: Contender, reference: Contender | None = N
             [history, scheduler, steps, *wishes.values()],
             [pictures, progress, strip, figures, gallery, history],
             show_progress_on=[pictures],
-            trigger_mode="once",
+            trigger_mode="multiple",
             concurrency_limit=1,
             api_name="generate",
             js=INTO_VIEW,
@@ -154,6 +157,7 @@ def launch(page, port: int | None = None) -> str:
         page.queue(max_size=MAX_WAITING).launch(
             server_port=port,
             css=CSS.read_text(encoding="utf-8"),
+            js=ONE_CLICK,
             theme=theme,
             show_error=True,
             quiet=True,

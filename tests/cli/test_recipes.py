@@ -194,5 +194,5 @@ def test_command(source, tmp_path):
     made = json.loads(result.stdout.splitlines()[-1])
     assert made["recipe"] == "q-diffusion"
     assert [stage["stage"] for stage in made["stages"]] == ["split", "rounding"]
-    assert made["stages"][0]["figures"]["parts"]
+    assert made["stages"][1]["figures"]["parts"]
     assert torch.is_tensor(DiffusionPipeline.from_pretrained(tmp_path / "out").unet.conv_in.weight_scale)

@@ -1,4 +1,4 @@
-"""The page in a real Chromium: `pip install playwright`, Debian's `chromium` in the path; see README."""
+"""The page in a real Chromium: extra `browser`, and Debian's `chromium` in the path; see README."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from PIL import Image
 from diffusers_msfp import FinetuneConfig, finetune, quantize_pipeline
 from diffusers_msfp.assets import EMBEDDED_MODEL
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +149,17 @@ def test_two_visitors_at_once_get_their_own_pictures(visit):
     generate(first, 32)
     assert np.array_equal(result(first, 32), theirs[1])
     assert first.locator("#msfp-results img").count() == 2
+
+
+def test_a_double_click_is_one(visit):
+    page = visit()
+    page.get_by_label("number input for Steps").fill("4")
+    page.get_by_label("Seed", exact=False).first.fill("61")
+    page.get_by_role("button", name="Generate").dblclick()
+    result(page, 61)
+    generate(page, 62)
+    result(page, 62)
+    assert page.locator("#msfp-results img").count() == 2
 
 
 def test_stop(visit):
