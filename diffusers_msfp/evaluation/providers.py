@@ -58,9 +58,11 @@ def _check(name: str, options: list[str], known) -> None:
 
 
 def _float(model: nn.Module) -> nn.Module:
-    """A copy with float weights; a quantized model's are decoded, since only their shapes matter here."""
-    made = copy.deepcopy(model)
-    return made.dequantize() if any(True for _ in quant_layers(made)) else made
+    """A copy with float weights; of a quantized model with random ones, since only their shapes matter here."""
+    if not any(True for _ in quant_layers(model)):
+        return copy.deepcopy(model)
+    config = {key: value for key, value in model.config.items() if key != "quantization_config"}
+    return type(model).from_config(config).eval()
 
 
 def _msfp(kind: str, options: list[str], model: nn.Module, call) -> nn.Module:

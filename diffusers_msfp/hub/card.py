@@ -72,6 +72,7 @@ def render_card(facts: Mapping, results: Results) -> str:
         quality=list(quality_rows(results.evaluation or {})),
         speed=list(speed_rows(results.speed or {})),
         routed=routed,
+        maintained=[part["temporal"] for part in facts["components"].values() if part.get("temporal")],
         missing=results.missing(facts["base_model"]),
         omitted=(results.evaluation or {}).get("omitted", {}),
         plots={"preview": PREVIEW, "timesteps": TIMESTEPS, "router": ROUTER},

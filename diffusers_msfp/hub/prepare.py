@@ -135,9 +135,12 @@ def task_of(cls: type[DiffusionPipeline]) -> str:
 
 def _licensed(origin: dict[str, str], folder: Path) -> dict[str, str]:
     """Licence and base as metadata wants them."""
-    if not origin.get("base_model"):
-        raise ConfigError("A card must name the model that was quantized, but none is known: pass `--base-model ID`.")
     name = origin.get("license")
+    if not origin.get("base_model"):
+        more = "" if name else " and, where its card does not say one, `--license ID`"
+        raise ConfigError(
+            f"A card must name the model that was quantized, but none is known: pass `--base-model ID`{more}."
+        )
     if not name:
         raise ConfigError(
             f"A card must say the licence, but the card of {origin['base_model']} does not, or cannot be read: pass "

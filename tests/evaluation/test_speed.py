@@ -1,5 +1,6 @@
 """Benchmarks: what they compare, in what order, and what they refuse."""
 
+import copy
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from conftest import make_condition_unet, make_dit, make_unet, make_vae
 from typer.testing import CliRunner
 
-from diffusers_msfp import cli
+from diffusers_msfp import FinetuneConfig, cli, finetune, quantize_pipeline
 from diffusers_msfp.cli.app import app
 from diffusers_msfp.errors import ConfigError, MSFPError, UnsupportedError
 from diffusers_msfp.evaluation import providers
@@ -52,6 +53,17 @@ def test_providers_are_what_their_names_say():
     ):
         with pytest.raises(ConfigError, match=message):
             provide(name, model, call)
+
+
+def test_a_model_with_adapters_is_compared_with_its_architecture(embedded):
+    pipe = copy.deepcopy(embedded)
+    quantize_pipeline(pipe, "w4a4", num_samples=1, num_inference_steps=2)
+    finetune(pipe, embedded, FinetuneConfig(train_steps=1, batch_size=2, num_inference_steps=2, placement="merged"))
+    rows = {row["provider"]: row for row in benchmark(pipe.unet, ["msfp"], repeats=2)}
+    assert list(rows) == [BASELINE, "msfp"]
+    made = provide("fp32", pipe.unet, step_of)
+    assert {n: p.shape for n, p in made.named_parameters()} == {n: p.shape for n, p in embedded.unet.named_parameters()}
+    assert "quantization_config" not in made.config
 
 
 def test_missing_peers_are_refused_or_left_out(monkeypatch):

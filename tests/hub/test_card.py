@@ -74,6 +74,17 @@ SPEED = {
 }
 
 
+def test_temporal_maintenance_is_told():
+    temporal = {"timesteps": [0.0, 950.0], "block": ["a", "b", "c"], "sets": ["a", "b"], "cached": ["c"]}
+    facts = FACTS | {"components": {"unet": FACTS["components"]["unet"] | {"temporal": temporal}}}
+    text = render_card(facts, Results())
+    assert (
+        "3 layers depend on the timestep alone. For each of 2 timesteps 2 layers have a range of their own, and\n1 have"
+        in text
+    )
+    assert "MSFP, temporal feature maintenance as reconstructed" in text
+
+
 def test_a_full_card():
     facts = FACTS | {"components": {"unet": FACTS["components"]["unet"] | {"adapters": ADAPTERS}}}
     text = render_card(facts, Results(evaluation=EVALUATION, speed=SPEED))
@@ -93,6 +104,7 @@ def test_a_full_card():
         "![which adapter serves which timesteps](results/router.png)",
     ):
         assert part in text, part
+    assert "temporal" not in text
     assert "Not measured: speed" not in text
     assert not re.search(r"\n\n\n|[ \t]\n|{[{%]", text), "blank lines, trailing blanks, left-over template"
     card = ModelCard(text)
