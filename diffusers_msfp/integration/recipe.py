@@ -65,8 +65,8 @@ def plan_stages(recipe: str, settings: Mapping[str, Mapping], **shared) -> list[
         **shared: settings of all stages, where neither says otherwise.
 
     Raises:
-        ConfigError: an unknown recipe or setting, a value that makes no sense, or settings of a stage that the recipe
-            does not have.
+        ConfigError: an unknown recipe or setting, a value that makes no sense, settings of a stage that the recipe
+            does not have, or a stage that would undo an earlier one.
     """
     stages = RECIPES[recipe]
     for name in settings:
@@ -90,6 +90,11 @@ def plan_stages(recipe: str, settings: Mapping[str, Mapping], **shared) -> list[
             raise ConfigError(
                 f"Settings of `{stage.name}` must have the types that `{kind.config.__name__}` says, but {given} came."
             ) from error
+    if {"rounding", "talora"} <= {name for name, _ in plan} and dict(plan)["talora"].placement == "merged":
+        raise ConfigError(
+            f"Merged adapters are rounded together with the float weight, so `talora.placement=merged` would undo the "
+            f"`rounding` of recipe `{recipe}`. Leave the placement at `side`, or take a recipe without rounding."
+        )
     return plan
 
 

@@ -206,7 +206,7 @@ def check_student(model: nn.Module, teacher: nn.Module) -> None:
         teacher (`nn.Module`): the float model it was quantized from.
 
     Raises:
-        ConfigError: the model is still observing, is float16, or has adapters.
+        ConfigError: the model is still observing, is float16, has adapters, or cannot take what the teacher takes.
         ShapeError: the teacher is another model.
     """
     if type(model) is not type(teacher):
@@ -219,6 +219,12 @@ def check_student(model: nn.Module, teacher: nn.Module) -> None:
         raise ConfigError(
             "Gradients of float16 models underflow, but this one is float16. Load it with "
             "`torch_dtype=torch.float32` or `torch.bfloat16`."
+        )
+    if model.dtype == torch.bfloat16 and teacher.dtype != torch.bfloat16:
+        raise ConfigError(
+            f"The teacher's inputs are shown to the quantized model, which is bfloat16, but the teacher is "
+            f"{str(teacher.dtype).removeprefix('torch.')}. Load it with `torch_dtype=torch.bfloat16`, or the quantized "
+            f"model in float32."
         )
     if calibration_state(model) == "observing":
         raise ConfigError("Only a calibrated model can be fine-tuned, but this one observes: call `calibrate(pipe)`.")

@@ -31,7 +31,9 @@ SETTINGS = {"talora": {"train_steps": 200}, "temporal": {"iterations": 1000}}
 OURS = ("ptq", "tfmq", "rounded", "full")
 CELLS = {f"w4a4 {recipe}": ("w4a4", recipe) for recipe in OURS}
 CELLS |= {
+    "w4a4 split": ("w4a4", "split"),
     "INT4": ("int-w4a4", "ptq"),
+    "INT4 split": ("int-w4a4", "split"),
     "signed FP4": ("w4a4-signed", "ptq"),
     "Q-Diffusion style": ("int-w4a4", "q-diffusion"),
     "TFMQ-DM style": ("int-w4a4", "tfmq-dm"),
@@ -74,7 +76,7 @@ def names_of(recipe: str) -> set[str]:
 def main(
     data: Annotated[str, typer.Option(help="fashion_mnist.npz, for real test images")],
     only: Annotated[str, typer.Option(help="names of cells separated by commas; all if left out")] = "",
-    num: Annotated[int, typer.Option(help="pictures of a cell")] = 500,
+    num: Annotated[int, typer.Option(help="pictures of a cell")] = 2000,
 ) -> None:
     """Make, evaluate, write rows."""
     reference = with_ddim(DiffusionPipeline.from_pretrained(EMBEDDED_MODEL))
