@@ -20,6 +20,7 @@ def bench(
     *,
     batch: int = 1,
     size: int | None = None,
+    steps: int = 1,
     repeats: int = 7,
     skip_missing: bool = False,
 ) -> dict:
@@ -29,6 +30,7 @@ def bench(
         model (`str`): a name in `SHAPES`, or a folder or Hub id of a pipeline or model, float or quantized.
         providers (`list[str]`, *optional*): see `evaluation.providers`.
         batch, size: of the samples.
+        steps (`int`): denoising steps that are timed as one.
         repeats (`int`): timed rounds.
         skip_missing (`bool`): leave out peers that are not installed or cannot run the model, instead of refusing.
 
@@ -44,7 +46,14 @@ def bench(
     names = providers or (("msfp",) if quantized else DEFAULT_PROVIDERS)
     with progress("timing steps") as report:
         rows = benchmark(
-            loaded, names, batch=batch, size=size, repeats=repeats, skip_missing=skip_missing, on_call=report
+            loaded,
+            names,
+            batch=batch,
+            size=size,
+            steps=steps,
+            repeats=repeats,
+            skip_missing=skip_missing,
+            on_call=report,
         )
     return {"model": model, "threads": torch.get_num_threads(), "rows": rows}
 

@@ -50,17 +50,19 @@ def example_inputs(model: ModelMixin, batch: int, size: int | None = None) -> di
     )
 
 
-def step_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Callable[[], object]:
-    """One call of a model with inputs in its dtype, images channels last."""
+def step_of(model: nn.Module, inputs: Mapping[str, Tensor], steps: int = 1) -> Callable[[], object]:
+    """Calls of a model with inputs in its dtype, images channels last; several have falling timesteps."""
     dtype = next(tensor.dtype for tensor in model.parameters() if tensor.is_floating_point())
     ready = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
     ready = {name: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for name, x in ready.items()}
 
-    def step() -> object:
+    def run() -> object:
         with torch.no_grad():
+            for left in range(steps - 1, 0, -1):
+                model(**ready | {"timestep": ready["timestep"] + 499 * left // steps})
             return model(**ready)
 
-    return step
+    return run
 
 
 def take_turns(calls: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2, on_call=None) -> dict:
@@ -83,6 +85,7 @@ def benchmark(
     *,
     batch: int = 1,
     size: int | None = None,
+    steps: int = 1,
     repeats: int = 7,
     with_floor: bool = True,
     skip_missing: bool = False,
@@ -94,15 +97,16 @@ def benchmark(
         model (`ModelMixin`): float32, or quantized for the provider `msfp`.
         names (`Sequence[str]`): see `providers`; the baseline `bf16:cl` is always among them.
         batch, size: of the samples.
+        steps (`int`): denoising steps that are timed as one.
         repeats (`int`): timed rounds.
         with_floor (`bool`): also measure the least that the first provider with an int8 engine could take.
         skip_missing (`bool`): leave out peers that are not installed or fail on the model, and say so.
         on_call (`Callable[[int, int], None]`, *optional*): called after each call with (done, total).
 
     Returns:
-        One `dict` each: `provider`, `batch`, `size`, `seconds` (median), `seconds_low` and `seconds_high` (quartiles),
-        `speedup` (the baseline's median through this one's; in each round, then the median), `engines` (layers by
-        engine), and with a floor `floor_seconds` and its parts.
+        One `dict` each: `provider`, `batch`, `size`, `steps`, `seconds` (of one step, median), `seconds_low` and
+        `seconds_high` (quartiles), `speedup` (the baseline's time through this one's in each round, median), `engines`
+        (layers by engine), and with a floor `floor_seconds` and its parts.
     """
     inputs = example_inputs(model, batch, size)
     names = list(dict.fromkeys((BASELINE, *names)))
@@ -116,13 +120,15 @@ def benchmark(
                 raise
             made.pop(name, None)
             logger.warning("%s is left out: %s", name, error)
-    seconds = take_turns({name: step_of(each, inputs) for name, each in made.items()}, repeats, on_call=on_call)
+    runs = {name: step_of(each, inputs, steps) for name, each in made.items()}
+    seconds = {name: [t / steps for t in times] for name, times in take_turns(runs, repeats, on_call=on_call).items()}
     rows = []
     for name, times in seconds.items():
         low, _, high = quantiles(times, n=4)
         ratios = [base / own for base, own in zip(seconds[BASELINE], times, strict=True)]
-        row = {"provider": name, "batch": batch, "size": size or model.config.sample_size, "seconds": median(times)}
-        row |= {"seconds_low": low, "seconds_high": high, "speedup": median(ratios), "engines": engines_of(made[name])}
+        row = {"provider": name, "batch": batch, "size": size or model.config.sample_size, "steps": steps}
+        row |= {"seconds": median(times), "seconds_low": low, "seconds_high": high, "speedup": median(ratios)}
+        row["engines"] = engines_of(made[name])
         if with_floor and row["engines"].get("int8") and "compile" not in name:
             found: Floor = floor_of(made[name], step_of(made[name], inputs))
             row |= {"floor_seconds": found.total, "floor_parts": found.parts}

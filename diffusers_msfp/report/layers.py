@@ -11,6 +11,7 @@ from ..calibration import Observation, observe
 from ..evaluation.layers import LAYERS, MAX_SNR_DB
 from ..formats import FORMATS
 from ..nn import QuantLayer
+from ..nn.split import whole_name
 from ..schemes import matches
 from ..workflow.convert import quant_layers
 
@@ -61,7 +62,8 @@ def layer_rows(
 
     Args:
         model (`nn.Module`): the candidate.
-        errors (`Mapping[str, Mapping]`): see `layer_snr`; empty without a reference.
+        errors (`Mapping[str, Mapping]`): see `layer_snr`; empty without a reference. Parts of a split layer share
+            error and input.
         inputs (`Mapping[str, Observation]`): see `watching_inputs`.
         described (`Sequence[Mapping]`): see `describe_checkpoint`; empty for other packages' checkpoints.
 
@@ -73,9 +75,12 @@ def layer_rows(
     """
     own = dict(quant_layers(model))
     known = {layer["name"]: layer for layer in described}
+    wholes = {name: whole_name(name, layer) for name, layer in own.items()}
+    parts = {whole: [name for name in wholes if wholes[name] == whole] for whole in wholes.values()}
     rows = []
-    for name in dict.fromkeys((*inputs, *errors, *known)):
-        error = errors.get(name, {})
+    for name in dict.fromkeys(part for each in (*inputs, *errors, *known) for part in parts.get(each, [each])):
+        whole = wholes.get(name, name)
+        error = errors.get(whole, {})
         row = {key: known[name][key] for key in DESCRIBED if name in known}
         row |= {
             "name": name,
@@ -83,7 +88,7 @@ def layer_rows(
             "snr_db": error.get("snr_db"),
             "snr_db_by_timestep": error.get("by_timestep"),
             "unchanged": error.get("snr_db") == MAX_SNR_DB,
-            "input": _histogram(inputs[name], input_levels(own.get(name))) if name in inputs else None,
+            "input": _histogram(inputs[whole], input_levels(own.get(name))) if whole in inputs else None,
         }
         rows.append(row | {"advice": advice(row)})
     return rows

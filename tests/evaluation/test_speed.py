@@ -66,6 +66,19 @@ def test_a_model_with_adapters_is_compared_with_its_architecture(embedded):
     assert "quantization_config" not in made.config
 
 
+def test_several_steps_are_timed_as_one():
+    seen = []
+
+    class Model(torch.nn.Linear):
+        def forward(self, sample, timestep):
+            seen.append(timestep.tolist())
+
+    step_of(Model(1, 1), {"sample": torch.zeros(2, 1), "timestep": torch.full((2,), 500)}, steps=4)()
+    assert seen == [[874, 874], [749, 749], [624, 624], [500, 500]]
+    rows = benchmark(make_unet(), ["w4a4"], steps=3, repeats=2, with_floor=False)
+    assert [row["steps"] for row in rows] == [3, 3]
+
+
 def test_missing_peers_are_refused_or_left_out(monkeypatch):
     monkeypatch.setitem(providers.PEERS, "sdnq", "no_such_module")
     with pytest.raises(UnsupportedError, match="Provider 'sdnq' needs `no_such_module`, which is not installed"):

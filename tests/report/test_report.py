@@ -14,7 +14,7 @@ import torch
 from conftest import make_condition_unet, make_dit_pipe, make_unet
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 
-from diffusers_msfp import cli, quantize_pipeline
+from diffusers_msfp import SplitConfig, cli, quantize_pipeline, split_shortcuts
 from diffusers_msfp.cli.app import main
 from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.evaluation import compare_pipelines, layer_snr
@@ -358,6 +358,16 @@ def test_bad_input_gives_one_line_and_no_page(arguments, reason, tiny_dir, packe
     assert re.search(re.escape(reason), " ".join(error.split())), error
     assert len(error.strip().splitlines()) == 1
     assert not list(tmp_path.glob("*.html"))
+
+
+def test_parts_of_a_split_layer_share_its_error(tiny_pipe, packed_pipe):
+    split_shortcuts(packed_pipe, tiny_pipe, SplitConfig(num_samples=1, num_inference_steps=2))
+    rows = {row["name"]: row for row in collect_report(packed_pipe, tiny_pipe, **RUN)["layers"]}
+    assert set(rows) == {name for name, _ in quant_layers(packed_pipe.unet)}
+    first, second = (rows[f"up_blocks.0.resnets.0.conv_shortcut.{part}"] for part in (0, 1))
+    assert first["snr_db"] == second["snr_db"] is not None
+    assert sum(first["input"]["counts"]) and sum(second["input"]["counts"])
+    assert first["input"]["levels"] != second["input"]["levels"]
 
 
 @pytest.mark.browser

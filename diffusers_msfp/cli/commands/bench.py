@@ -17,12 +17,13 @@ def bench(
     ] = "",
     batch: Annotated[int, typer.Option(min=1, help="Samples.")] = 1,
     size: Annotated[int | None, typer.Option(min=8, help="Height and width of a sample.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps that are timed as one.")] = 1,
     repeats: Annotated[int, typer.Option(min=2, help="Timed rounds.")] = 7,
     as_json: Json = False,
 ) -> None:
     """Time one denoising step against bfloat16, in turns."""
     names = [name.strip() for name in providers.split(",") if name.strip()]
-    result = cli.bench(model, names or None, batch=batch, size=size, repeats=repeats)
+    result = cli.bench(model, names or None, batch=batch, size=size, steps=steps, repeats=repeats)
     if as_json:
         return print_json(result)
     columns = ("provider", "ms per step", "quartiles", "× bf16 channels last", "× floor", "layers by engine")
