@@ -36,7 +36,7 @@ class TemporalProbe:
     def __init__(self, teacher, names: Collection[str], make_arguments: Callable, seed: int = 0) -> None:
         self.model = denoiser_of(teacher)
         self._position = timestep_position(self.model)
-        steps = {float(step.timesteps[0]): step for step in rollout(teacher, make_arguments, 0, 1, seed)}
+        steps = {step.timesteps[0].float().item(): step for step in rollout(teacher, make_arguments, 0, 1, seed)}
         if len(steps) < 2:
             raise ConfigError(
                 f"What depends on the timestep is found at two timesteps or more, but this sampler has {len(steps)}. "
