@@ -34,6 +34,8 @@ RECIPES.add("tfmq", (_TEMPORAL,))
 RECIPES.add("rounded", (_TEMPORAL, _ROUNDING))
 RECIPES.add("full", (_TEMPORAL, _ROUNDING, _TALORA))
 RECIPES.add("split", (_SPLIT,))
+RECIPES.add("split-rounded", (_SPLIT, _TEMPORAL, _ROUNDING))
+RECIPES.add("split-full", (_SPLIT, _TEMPORAL, _ROUNDING, _TALORA))
 # Baselines: shortcuts split, AdaRound block by block (Q-Diffusion); AdaRound, then temporal maintenance with parameters
 # for each timestep in all layers, as TFMQ-DM's code has; a single merged LoRA with learned activation scales
 # (EfficientDM, but for its scales for each timestep).

@@ -92,7 +92,7 @@ def floor_of(model: nn.Module, step: Callable[[], object]) -> Floor:
 def _kernel(layer, x: Tensor) -> float:
     """Seconds of a layer's kernel alone; quantizing its input is not counted where the engine can take codes."""
     prepared = layer.ready(x)
-    if prepared is None or not prepared.reads_codes:
+    if prepared is None or not prepared.reads_codes or (x.dtype != torch.uint8 and layer.takes_codes(x) is None):
         return fastest(lambda: layer(x))
     if x.dtype != torch.uint8:
         x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.contiguous()

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
+from ..nn import SplitLayer
+from ..nn.split import is_complete
 from ..workflow.convert import plain_name, revert
 from ..workflow.engine import engine_from_environment, set_engine
 from ..workflow.state import track, untrack
@@ -32,7 +34,16 @@ def attach(model: nn.Module, quantizer) -> None:
 
 
 def detach(model: nn.Module, dtype: torch.dtype) -> None:
-    """Put float layers in place of the quantized ones; the model answers like any other again."""
+    """Put float layers in place of the quantized ones; the model answers like any other again.
+
+    Raises:
+        UnsupportedError: users' adapters on a part of a split layer alone; nothing is changed then.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, SplitLayer) and not is_complete(module):
+            raise UnsupportedError(
+                f"`{name}` is split, and its parts cannot be joined with adapters on one of them: unload these first."
+            )
     set_engine(model, "reference")
     overrides.remove(model)
     detach_sets(model)

@@ -141,6 +141,12 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
         """A copy that one model may write its record into."""
         return copy.deepcopy(self)
 
+    def without_record(self) -> "MSFPConfig":
+        """A copy that says only what is wanted, for a model that is quantized anew."""
+        config = self.for_one_model()
+        config.layers = config.calibration = config.adapters = config.temporal = config.split = None
+        return config
+
     def weights_only(self) -> "MSFPConfig":
         """A copy whose schemes leave activations float."""
         config = self.for_one_model()

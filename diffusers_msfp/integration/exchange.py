@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, NonFiniteError, ShapeError, UnsupportedError
+from ..nn.split import whole_name
 from ..workflow.adapters import layers_by_name, refuse_merged
 from .talora_files import plan_of
 
@@ -43,7 +44,7 @@ def export_adapter(
 
     Raises:
         ConfigError: no such adapter or format.
-        UnsupportedError: merged adapters, or a grouped convolution, for which PEFT has no counterpart.
+        UnsupportedError: merged adapters, or a grouped convolution or split layer, for which PEFT has no counterpart.
     """
     ranks = _require(model, adapter, format)
     layers, tensors = layers_by_name(model), {}
@@ -52,6 +53,10 @@ def export_adapter(
         if getattr(layer, "groups", 1) > 1:
             raise UnsupportedError(
                 f"PEFT has no adapter for grouped convolutions like `{name}`: it cannot be exported."
+            )
+        if whole_name(name, layer) != name:
+            raise UnsupportedError(
+                f"Adapters on parts of a split layer like `{name}` fit no other model: they cannot be exported."
             )
         down, up = (tensor[adapter].contiguous() for tensor in (layer.adapters.down, layer.adapters.up))
         tensors[f"{name}.lora_A.weight"] = down

@@ -25,7 +25,7 @@ def quantize_model(
         on_layer (`Callable[[int, int], None]`, *optional*): called after each layer with (done, total).
     """
     door = MSFPQuantizer if isinstance(model, ModelMixin) else MSFPTransformersQuantizer
-    quantizer = door(config.for_one_model(), pre_quantized=True)
+    quantizer = door(config.without_record(), pre_quantized=True)
     plan = quantizer.quantization_config.plan(model)
     dtype = model.dtype
     convert(model, plan, on_layer)

@@ -114,15 +114,16 @@ class MSFPQuantizer(DiffusersQuantizer):
                 "A single file cannot be loaded and quantized in one call. Load the float pipeline with "
                 "`from_single_file`, then call `quantize_pipeline(pipe, scheme)`."
             )
+        if not self.pre_quantized:
+            self.quantization_config = self.quantization_config.without_record()
         config = self.quantization_config
         if self.pre_quantized:
             config.require_record()
         self._plan = config.plan(model)
         if self.pre_quantized:
-            parts = {
-                part: self._plan.layers.get(whole) for part, whole in split_skeleton(model, config.split or {}).items()
-            }
-            convert_skeleton(model, config.layers, self._plan.layers | parts)
+            wholes, plan = split_skeleton(model, config.split or {}), self._plan.layers
+            parts = {part: plan[whole] for part, whole in wholes.items() if whole in plan}
+            convert_skeleton(model, config.layers, plan | parts)
             if config.adapters is not None:
                 prepare_skeleton(model, AdapterPlan.from_dict(config.adapters))
             if config.temporal is not None:

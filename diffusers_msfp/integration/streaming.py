@@ -59,7 +59,7 @@ class StreamedModel:
         with no_init_weights(), init_empty_weights():
             self.model = cls.from_config(model_config).eval()
         self._tensors, self._names = tensors, _stored_names(self.model, tensors)
-        config = config.for_one_model()
+        config = config.without_record()
         self._plan = config.plan(self.model)
         self._floats = {name: self.model.get_submodule(name) for name in self._plan.layers}
         for name, scheme in self._plan.layers.items():

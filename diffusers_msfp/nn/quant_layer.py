@@ -43,7 +43,7 @@ from .stored import INPUT_TENSORS
 _CHUNK = 2**21  # weights encoded at once
 
 
-def _transplant(source: nn.Module, cls: type[nn.Module]) -> nn.Module:
+def transplant(source: nn.Module, cls: type[nn.Module]) -> nn.Module:
     """An empty module of another class with the plain attributes (sizes, strides, …) and the bias of `source`."""
     module = object.__new__(cls)
     nn.Module.__init__(module)
@@ -97,7 +97,7 @@ class QuantLayer(Execution, ABC):
             place (`str`): its full name in the model, used in messages and as a seed.
             num_banks (`int`): weights to make room for.
         """
-        layer = _transplant(module, cls)
+        layer = transplant(module, cls)
         layer.place, layer.weight_format = place, weight_format
         layer.input_format, layer.input_candidates, layer.observation = None, (), None
         layer.routing, layer.group, layer.adapters, layer.recall, layer.engine = None, 0, None, None, None
@@ -180,7 +180,7 @@ class QuantLayer(Execution, ABC):
 
     def to_float(self, dtype: torch.dtype) -> nn.Module:
         """A float layer with the decoded weight."""
-        module = _transplant(self, self.float_class)
+        module = transplant(self, self.float_class)
         module.weight = nn.Parameter(self.dequantize_weight().to(dtype))
         return module
 

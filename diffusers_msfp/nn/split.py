@@ -6,29 +6,36 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from .layers import QUANT_LAYERS
-from .quant_layer import QuantLayer
+from .quant_layer import QuantLayer, transplant
 
 
 class SplitLayer(nn.Module):
     """A linear or convolution in parts: `x * W = x₁ * W₁ + x₂ * W₂ + …`, with formats and ranges of each part's own.
 
-    Parts are children called `"0"`, `"1"`, …, float or quantized; the first has the bias. Each knows its `columns`, the
-    input channels of the whole that it reads.
+    Made by `split_layer`. Parts are children called `"0"`, `"1"`, …, float or quantized; the first has the bias. Each
+    knows its `columns`, the input channels of the whole that it reads. The whole keeps the original's class as a base
+    and its attributes, and calling its class gives a float layer, as of `QuantLayer`: PEFT can put adapters on it.
 
-    Args:
-        parts (`Sequence[nn.Module]`): see `split_layer`.
+    Attributes:
         axis (`int`): of the input's channels.
+        sizes (`list[int]`): input channels of each part.
 
     Source:
         Q-Diffusion (arXiv 2302.04304), section 3.3, on shortcuts.
     """
 
-    def __init__(self, parts: Sequence[nn.Module], axis: int) -> None:
-        super().__init__()
-        self.axis, self.sizes = axis, [part.columns.stop - part.columns.start for part in parts]
-        for index, part in enumerate(parts):
-            self.add_module(str(index), part)
+    float_class: type[nn.Module]
+
+    def __new__(cls, *args, **kwargs):
+        """A float layer for the public constructor; an empty object for `copy` and `pickle`."""
+        if args or kwargs:
+            return cls.float_class(*args, **kwargs)
+        return super().__new__(cls)
+
+    @property
+    def weight(self) -> Tensor:
+        """That of the first part; where it is tells others where to put adapters."""
+        return next(self.children()).weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Sum of the parts."""
@@ -43,14 +50,35 @@ class SplitLayer(nn.Module):
         """The whole layer; parts must be float."""
         parts = list(self.children())
         whole = _resized(parts[0], sum(self.sizes))
-        whole.weight = nn.Parameter(torch.cat([part.weight.detach() for part in parts], 1), requires_grad=False)
+        whole.weight = nn.Parameter(torch.cat([part.weight.detach() for part in parts], 1))
         whole.bias = parts[0].bias
         return whole
 
 
+class SplitLinear(SplitLayer, nn.Linear):
+    """`nn.Linear` in parts."""
+
+    float_class = nn.Linear
+
+
+class SplitConv2d(SplitLayer, nn.Conv2d):
+    """`nn.Conv2d` in parts."""
+
+    float_class = nn.Conv2d
+
+
+class SplitConv1d(SplitLayer, nn.Conv1d):
+    """`nn.Conv1d` in parts."""
+
+    float_class = nn.Conv1d
+
+
+SPLIT_LAYERS = {cls.float_class: cls for cls in (SplitLinear, SplitConv2d, SplitConv1d)}
+
+
 def can_split(layer: nn.Module) -> bool:
-    """Whether each output channel of a layer, float or quantized, reads all input channels."""
-    return isinstance(layer, (QuantLayer, *QUANT_LAYERS)) and getattr(layer, "groups", 1) == 1
+    """Whether a float layer can be split: each output channel reads all input channels, and it is no part itself."""
+    return type(layer) in SPLIT_LAYERS and getattr(layer, "groups", 1) == 1 and not hasattr(layer, "columns")
 
 
 def whole_name(name: str, layer: nn.Module) -> str:
@@ -67,17 +95,23 @@ def split_layer(layer: nn.Module, sizes: Sequence[int]) -> SplitLayer:
     """A float layer in parts.
 
     Args:
-        layer (`nn.Module`): a class in `QUANT_LAYERS`, ungrouped; on the meta device or not. Not changed.
+        layer (`nn.Module`): see `can_split`; on the meta device or not. Not changed.
         sizes (`Sequence[int]`): input channels of each part; their sum is the layer's.
     """
-    parts = []
-    for end, size in zip(accumulate(sizes), sizes, strict=True):
+    whole = transplant(layer, SPLIT_LAYERS[type(layer)])
+    whole.bias, whole.axis, whole.sizes = None, channel_axis(layer), list(sizes)
+    for index, (end, size) in enumerate(zip(accumulate(sizes), sizes, strict=True)):
         part = _resized(layer, size)
         part.columns = slice(end - size, end)
-        part.weight = nn.Parameter(layer.weight.detach()[:, part.columns], requires_grad=False)
-        part.bias = None if parts else layer.bias
-        parts.append(part)
-    return SplitLayer(parts, channel_axis(layer))
+        part.weight = nn.Parameter(layer.weight.detach()[:, part.columns])
+        part.bias = layer.bias if index == 0 else None
+        whole.add_module(str(index), part)
+    return whole
+
+
+def is_complete(layer: SplitLayer) -> bool:
+    """Whether its parts are quantized layers, with no adapters around one of them alone."""
+    return all(isinstance(part, QuantLayer) for part in layer.children())
 
 
 def _resized(layer: nn.Module, size: int) -> nn.Module:

@@ -80,7 +80,7 @@ def layer_rows(
     rows = []
     for name in dict.fromkeys(part for each in (*inputs, *errors, *known) for part in parts.get(each, [each])):
         whole = wholes.get(name, name)
-        error = errors.get(whole, {})
+        error, seen = errors.get(whole, {}), inputs.get(name, inputs.get(whole))
         row = {key: known[name][key] for key in DESCRIBED if name in known}
         row |= {
             "name": name,
@@ -88,7 +88,7 @@ def layer_rows(
             "snr_db": error.get("snr_db"),
             "snr_db_by_timestep": error.get("by_timestep"),
             "unchanged": error.get("snr_db") == MAX_SNR_DB,
-            "input": _histogram(inputs[whole], input_levels(own.get(name))) if whole in inputs else None,
+            "input": _histogram(seen, input_levels(own.get(name))) if seen is not None else None,
         }
         rows.append(row | {"advice": advice(row)})
     return rows

@@ -20,12 +20,19 @@ MAX_STEPS = 100
 MAX_WAITING = 64  # visitors
 SECONDS_FILES_STAY = 3600
 SILENT = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-INTO_VIEW = (
-    "(...values) => { document.querySelector('#msfp-pictures').scrollIntoView({block: 'nearest'}); return values }"
+ON_START = (
+    "(...values) => { window.msfpRuns = true;"
+    " document.querySelector('#msfp-pictures').scrollIntoView({block: 'nearest'}); return values }"
 )
-ONE_CLICK = """() => document.addEventListener('click', click => {
-    if (click.detail > 1 && click.target.closest('#msfp-generate')) click.stopImmediatePropagation()
-}, true)"""  # Gradio's own guard against double clicks also swallows the first click after a stop
+ONE_RUN = """() => {
+    const guard = event => {
+        const asks = event.key === 'Enter' ? event.target.matches('input, textarea')
+            : event.type === 'click' && event.target.closest('#msfp-generate')
+        if (asks && window.msfpRuns) event.stopImmediatePropagation()
+    }
+    for (const type of ['click', 'keydown', 'keypress']) document.addEventListener(type, guard, true)
+}"""  # Gradio's own guard also swallows the first click after a stop
+IDLE = "() => { window.msfpRuns = false }"
 INTRO = "Weights **and activations** of a diffusion model in low-bit floating point, a number format for every layer"
 BESIDE = ", beside full precision from the same noise"
 ADAPTED = " A router gives every timestep the adapter that serves it (TALoRA)."
@@ -115,9 +122,10 @@ def build_page(title: str, quantized: Contender, reference: Contender | None = N
             trigger_mode="multiple",
             concurrency_limit=1,
             api_name="generate",
-            js=INTO_VIEW,
+            js=ON_START,
         )
-        stop.click(lambda: STOPPED, None, progress, cancels=run, **SILENT)
+        run.then(None, js=IDLE)
+        stop.click(lambda: STOPPED, None, progress, cancels=run, js=IDLE, **SILENT)
     return page
 
 
@@ -157,7 +165,7 @@ def launch(page, port: int | None = None) -> str:
         page.queue(max_size=MAX_WAITING).launch(
             server_port=port,
             css=CSS.read_text(encoding="utf-8"),
-            js=ONE_CLICK,
+            js=ONE_RUN,
             theme=theme,
             show_error=True,
             quiet=True,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..nn import QuantLayer
+from ..nn.split import whole_name
 from ..talora import Trainee
 from .convert import quant_layers
 from .trajectory import DenoisingStep
@@ -102,7 +103,8 @@ def reconstruction_units(model: nn.Module, step: DenoisingStep, *, layerwise: bo
     Returns:
         `dict[str, list[str]]`: name of the part → names of its quantized layers; parts that do not run are missing.
     """
-    candidates = [name for name, layer in quant_layers(model)] if layerwise else list(_smallest(model, ""))
+    layers = dict.fromkeys(whole_name(name, layer) for name, layer in quant_layers(model))
+    candidates = layers if layerwise else _smallest(model, "")
     order, handles = [], []
     for name in candidates:
         module = model.get_submodule(name)

@@ -86,7 +86,9 @@ def split_shortcuts(
     """
     config, started = config or SplitConfig(), time.perf_counter()
     model, original = denoiser_of(pipe), denoiser_of(teacher)
-    check_student(model, original)
+    check_student(model, original, learns=False)
+    if any(name.endswith(".base_layer") for name, _ in original.named_modules()):
+        raise ConfigError("The teacher must be without adapters, but this one has some: unload or fuse them.")
     if finite_set_of(model) is not None:
         raise ConfigError("Layers are split before temporal maintenance. Start from the quantized model.")
     record, layers = model.config.quantization_config, layers_by_name(model)
@@ -94,7 +96,10 @@ def split_shortcuts(
     found = concatenated_inputs(original, rollout(teacher, make_arguments, 0, 1, config.seed)[0])
     found = {name: sizes for name, sizes in found.items() if name in layers}
     if not found:
-        logger.warning("%s has no quantized layer that reads a concatenation: nothing is split.", type(model).__name__)
+        logger.warning(
+            "%s has no quantized layer, or none left, that reads a concatenation: nothing is split.",
+            type(model).__name__,
+        )
     weights = {name: original_weight(original, layers[name]) for name in found}
     for name, weight in weights.items():
         check_finite(weight, f"The weight of layer `{name}`")
@@ -132,7 +137,7 @@ def concatenated_inputs(model: nn.Module, step) -> dict[str, tuple[int, ...]]:
         handles = [
             layer.register_forward_pre_hook(partial(look, name=name))
             for name, layer in model.named_modules()
-            if type(layer) in QUANT_LAYERS and can_split(layer)
+            if can_split(layer)
         ]
         try:
             model(*step.args, **step.kwargs)
@@ -217,12 +222,7 @@ def split_skeleton(model: nn.Module, split: Mapping[str, Sequence[int]]) -> dict
         except AttributeError:
             layer = None
         counted = isinstance(sizes, list) and all(type(size) is int and size > 0 for size in sizes) and sizes
-        if (
-            type(layer) not in QUANT_LAYERS
-            or not can_split(layer)
-            or not counted
-            or sum(sizes) != layer.weight.shape[1]
-        ):
+        if not can_split(layer) or not counted or sum(sizes) != layer.weight.shape[1]:
             raise CheckpointError(
                 f"config.json says that `{name}` of {type(model).__name__} is split into {sizes!r} input channels, but "
                 f"it cannot be: not its checkpoint."

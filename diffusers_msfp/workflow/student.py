@@ -198,12 +198,13 @@ class Student(nn.Module):
         return self.model
 
 
-def check_student(model: nn.Module, teacher: nn.Module) -> None:
-    """Refuse to train what cannot be trained, before anything is changed.
+def check_student(model: nn.Module, teacher: nn.Module, *, learns: bool = True) -> None:
+    """Refuse what cannot be changed with a teacher's help, before anything is changed.
 
     Args:
         model (`ModelMixin`): quantized.
         teacher (`nn.Module`): the float model it was quantized from.
+        learns (`bool`): by gradients.
 
     Raises:
         ConfigError: the model is still observing, is float16, has adapters, or cannot take what the teacher takes.
@@ -214,24 +215,35 @@ def check_student(model: nn.Module, teacher: nn.Module) -> None:
             f"The teacher must be the model that was quantized, a {type(model).__name__}, but "
             f"{type(teacher).__name__} came."
         )
+    if any(isinstance(module, QuantLayer) for module in teacher.modules()):
+        raise ConfigError("The teacher must be the full-precision original, but a quantized model came.")
     require_timesteps(model)
-    if model.dtype == torch.float16:
+    if learns and model.dtype == torch.float16:
         raise ConfigError(
             "Gradients of float16 models underflow, but this one is float16. Load it with "
             "`torch_dtype=torch.float32` or `torch.bfloat16`."
         )
-    if model.dtype == torch.bfloat16 and teacher.dtype != torch.bfloat16:
-        raise ConfigError(
-            f"The teacher's inputs are shown to the quantized model, which is bfloat16, but the teacher is "
-            f"{str(teacher.dtype).removeprefix('torch.')}. Load it with `torch_dtype=torch.bfloat16`, or the quantized "
-            f"model in float32."
-        )
+    if learns:
+        require_takes(model, teacher)
     if calibration_state(model) == "observing":
         raise ConfigError("Only a calibrated model can be fine-tuned, but this one observes: call `calibrate(pipe)`.")
     if routing_of(model) is not None:
         raise ConfigError("This model has adapters already. Start from the checkpoint that `quantize` wrote.")
     if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
         raise ConfigError("Users' adapters must be unloaded before fine-tuning, but this model has some.")
+
+
+def require_takes(model: nn.Module, teacher: nn.Module) -> None:
+    """Refuse a model that cannot be called with what its teacher was called with.
+
+    Raises:
+        ConfigError: it is bfloat16 and the teacher is not.
+    """
+    if model.dtype == torch.bfloat16 and teacher.dtype != torch.bfloat16:
+        raise ConfigError(
+            f"The quantized model is shown what its teacher reads, but it is bfloat16 and the teacher "
+            f"{str(teacher.dtype).removeprefix('torch.')}. Load the quantized model in float32, or both in bfloat16."
+        )
 
 
 def original_weight(teacher: nn.Module, layer: QuantLayer) -> Tensor:

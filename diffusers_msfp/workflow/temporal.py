@@ -20,6 +20,7 @@ from .adapters import layers_by_name, require_timesteps, routing_of
 from .finite_sets import observe_sets
 from .sampling import call_arguments, denoiser_of, require_positive
 from .state import calibration_state
+from .student import require_takes
 from .temporal_block import StudentBlock, cell_timesteps
 from .temporal_model import attach_sets, finite_set_of
 from .temporal_probe import TemporalProbe
@@ -107,6 +108,8 @@ def maintain_temporal(
     config = config or TemporalConfig()
     model, layers = denoiser_of(pipe), layers_by_name(denoiser_of(pipe))
     _require_fit(model, denoiser_of(teacher))
+    if config.fsc == "all":
+        require_takes(model, denoiser_of(teacher))
     make_arguments = call_arguments(teacher, prompts, config.num_inference_steps, arguments)
     probe = TemporalProbe(teacher, layers, make_arguments, config.seed)
     if not probe.block.layers:

@@ -32,6 +32,8 @@ OURS = ("ptq", "tfmq", "rounded", "full")
 CELLS = {f"w4a4 {recipe}": ("w4a4", recipe) for recipe in OURS}
 CELLS |= {
     "w4a4 split": ("w4a4", "split"),
+    "w4a4 split-rounded": ("w4a4", "split-rounded"),
+    "w4a4 split-full": ("w4a4", "split-full"),
     "INT4": ("int-w4a4", "ptq"),
     "INT4 split": ("int-w4a4", "split"),
     "signed FP4": ("w4a4-signed", "ptq"),

@@ -55,10 +55,11 @@ def test_providers_are_what_their_names_say():
             provide(name, model, call)
 
 
-def test_a_model_with_adapters_is_compared_with_its_architecture(embedded):
+@pytest.mark.parametrize("placement", ["merged", "side"])
+def test_a_model_with_adapters_is_compared_with_its_architecture(embedded, placement):
     pipe = copy.deepcopy(embedded)
     quantize_pipeline(pipe, "w4a4", num_samples=1, num_inference_steps=2)
-    finetune(pipe, embedded, FinetuneConfig(train_steps=1, batch_size=2, num_inference_steps=2, placement="merged"))
+    finetune(pipe, embedded, FinetuneConfig(train_steps=1, batch_size=2, num_inference_steps=2, placement=placement))
     rows = {row["provider"]: row for row in benchmark(pipe.unet, ["msfp"], repeats=2)}
     assert list(rows) == [BASELINE, "msfp"]
     made = provide("fp32", pipe.unet, step_of)

@@ -82,7 +82,7 @@ def test_temporal_maintenance_is_told():
         "3 layers depend on the timestep alone. For each of 2 timesteps 2 layers have a range of their own, and\n1 have"
         in text
     )
-    assert "MSFP, temporal feature maintenance as reconstructed" in text
+    assert "Temporal features are maintained after TFMQ-DM" in text
 
 
 def test_a_full_card():

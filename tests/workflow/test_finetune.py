@@ -199,7 +199,7 @@ def test_bad_requests_are_refused_before_anything_is_changed(packed_pipe, teache
     for parameter in half.unet.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.bfloat16()
-    with pytest.raises(ConfigError, match="is bfloat16, but the teacher is float32"):
+    with pytest.raises(ConfigError, match="is bfloat16 and the teacher float32"):
         finetune(half, teacher, FinetuneConfig(**SHORT))
     with pytest.raises(ConfigError, match="which it cannot tell apart. Use fewer steps"):
         check_timesteps([1.2, 0.9, 0.1], 1000)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import equal_state, make_condition_unet, make_dit_pipe, make_unet
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from diffusers_msfp import (
@@ -15,6 +16,7 @@ from diffusers_msfp import (
     SplitConfig,
     TemporalConfig,
     calibrate,
+    export_adapter,
     finetune,
     learn_rounding,
     maintain_temporal,
@@ -22,7 +24,7 @@ from diffusers_msfp import (
     set_engine,
     split_shortcuts,
 )
-from diffusers_msfp.errors import CheckpointError, ConfigError, NonFiniteError
+from diffusers_msfp.errors import CheckpointError, ConfigError, NonFiniteError, UnsupportedError
 from diffusers_msfp.nn.split import split_layer, whole_name
 from diffusers_msfp.workflow.calibrate import restart_observation
 from diffusers_msfp.workflow.sampling import call_arguments
@@ -68,9 +70,14 @@ def test_parts_sum_to_the_whole(layer, shape, sizes):
     split, x = split_layer(layer, sizes), torch.randn(shape)
     torch.testing.assert_close(split(x), layer(x))
     assert sum(part.bias is not None for part in split.children()) == (layer.bias is not None)
+    assert isinstance(split, type(layer))
+    assert set(split.state_dict()) == {f"{i}.weight" for i in range(len(sizes))} | (
+        {"0.bias"} if layer.bias is not None else set()
+    )
     merged = split.merged()
     assert type(merged) is type(layer)
     assert torch.equal(merged(x), layer(x))
+    assert merged.weight.requires_grad
 
 
 def test_shortcuts_of_up_blocks_are_found(teacher):
@@ -138,13 +145,60 @@ def test_all_later_stages_take_it(teacher, tmp_path):
     pipe = quantized(teacher)
     split_shortcuts(pipe, teacher, SHORT)
     maintain_temporal(pipe, teacher, TemporalConfig(iterations=1, num_inference_steps=3, fsc="block"))
-    result = learn_rounding(
-        pipe, teacher, RoundingConfig(iterations=2, num_samples=4, num_inference_steps=3, batch_size=2)
-    )
-    assert result["weights"] > 0
+    short = {"iterations": 2, "num_samples": 4, "num_inference_steps": 3, "batch_size": 2}
+    for granularity in ("block", "layer"):
+        result = learn_rounding(pipe, teacher, RoundingConfig(**short, granularity=granularity))
+        assert result["weights"] > 0
+    parts = {part["part"]: part["layers"] for part in result["parts"]}
+    assert all(parts[name] == 2 for name in SHORTCUTS)
     finetune(pipe, teacher, FinetuneConfig(train_steps=2, batch_size=2, rank=2, num_inference_steps=3))
     pipe.save_pretrained(tmp_path)
     assert torch.equal(predicted(DiffusionPipeline.from_pretrained(tmp_path)), predicted(pipe))
+    with pytest.raises(UnsupportedError, match=r"parts of a split layer like `up_blocks.*` fit no other model"):
+        export_adapter(pipe.unet, 0, tmp_path / "lora")
+
+
+def test_users_adapters_stand_beside_all_parts(teacher, tmp_path):
+    plain, pipe = quantized(teacher), quantized(teacher)
+    split_shortcuts(pipe, teacher, SHORT)
+    for each in (plain, pipe):
+        torch.manual_seed(0)
+        lora = LoraConfig(r=2, target_modules=["conv_shortcut", "to_q"], init_lora_weights=False)
+        before = predicted(each)
+        inject_adapter_in_model(lora, each.unet)
+        assert not torch.equal(predicted(each), before)
+        added = {name: p.shape for name, p in each.unet.named_parameters() if "lora" in name}
+        assert len([name for name in added if "up_blocks.0.resnets.1.conv_shortcut" in name]) == 2
+    assert added == {name: p.shape for name, p in plain.unet.named_parameters() if "lora" in name}
+    pipe.unet.save_pretrained(tmp_path)
+    assert equal_state(type(pipe.unet).from_pretrained(tmp_path), split_again(teacher))
+
+
+def split_again(teacher):
+    pipe = quantized(teacher)
+    split_shortcuts(pipe, teacher, SHORT)
+    return pipe.unet
+
+
+def test_adapters_on_one_part_are_in_the_way_of_joining_them(teacher):
+    model = split_again(teacher)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["conv_shortcut.0"]), model)
+    before = model.state_dict()
+    with pytest.raises(UnsupportedError, match="unload these first"):
+        model.dequantize()
+    assert before.keys() == model.state_dict().keys()
+
+
+def test_a_used_config_quantizes_another_model(teacher, tmp_path):
+    config = split_again(teacher).config.quantization_config
+    pipe = quantize_pipeline(copy.deepcopy(teacher), config, num_samples=2, num_inference_steps=3)
+    assert pipe.unet.config.quantization_config.split is None
+    assert config.split == SHORTCUTS
+    pipe.save_pretrained(tmp_path)
+    assert torch.equal(predicted(DiffusionPipeline.from_pretrained(tmp_path)), predicted(pipe))
+    teacher.save_pretrained(tmp_path / "float")
+    loaded = type(teacher.unet).from_pretrained(tmp_path / "float", subfolder="unet", quantization_config=config)
+    assert loaded.config.quantization_config.split is None
 
 
 def test_weights_alone_and_float_layers(teacher):
@@ -176,6 +230,12 @@ def test_refusals(teacher):
     with pytest.raises(NonFiniteError, match=r"up_blocks\.1\.resnets\.0\.conv_shortcut"):
         split_shortcuts(pipe, broken, SHORT)
     assert equal_state(before, pipe.unet)
+    with pytest.raises(ConfigError, match="full-precision original, but a quantized model came"):
+        split_shortcuts(pipe, quantized(teacher), SHORT)
+    adapted = copy.deepcopy(teacher)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["conv_shortcut"]), adapted.unet)
+    with pytest.raises(ConfigError, match="without adapters"):
+        split_shortcuts(pipe, adapted, SHORT)
     maintain_temporal(pipe, teacher, TemporalConfig(iterations=0, num_inference_steps=3))
     with pytest.raises(ConfigError, match="before temporal maintenance"):
         split_shortcuts(pipe, teacher, SHORT)
@@ -194,11 +254,22 @@ def test_refusals(teacher):
         {"conv_in": [True, 2]},
         {"conv_norm_out": [16, 16]},
         {"": [3]},
+        {"up_blocks.0.resnets.0.conv_shortcut": [64, 64], "up_blocks.0.resnets.0.conv_shortcut.1": [32, 32]},
     ],
 )
 def test_skeletons_of_others_are_refused(split):
     with pytest.raises(CheckpointError, match=r"config\.json"):
         split_skeleton(make_unet(), split)
+
+
+def test_observing_parts_of_a_layer_that_should_stay_float_are_refused(teacher, tmp_path):
+    pipe = quantized(teacher)
+    split_shortcuts(pipe, teacher, SHORT)
+    restart_observation(pipe.unet)
+    pipe.unet.config.quantization_config.modules_to_not_convert = ["up_blocks.0"]
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="its scheme has nothing to try"):
+        DiffusionPipeline.from_pretrained(tmp_path)
 
 
 def test_record_of_another_kind_is_refused():
