@@ -19,7 +19,7 @@ from diffusers_msfp.hub.prepare import as_json
 OWNER, BASE = "diffusers-msfp", "ddpm-fashion-mnist-32"
 CHECKPOINTS = {
     f"{BASE}-w4a8": ("w4a8", "ptq", {}),
-    f"{BASE}-w4a4-talora": ("w4a4", "full", {"talora": {"train_steps": 400}}),
+    f"{BASE}-w4a4-talora": ("w4a4", "split-full", {"talora": {"train_steps": 400}}),
 }
 """Name → scheme, recipe, and settings of its stages."""
 

@@ -13,6 +13,7 @@ from statistics import mean
 from harness import ROOT, read_results
 
 from diffusers_msfp import FORMATS
+from diffusers_msfp.recipes import RECIPES
 
 sys.path[:0] = [str(ROOT / "tests" / "integration"), str(ROOT / "tests")]
 
@@ -242,6 +243,8 @@ def baselines() -> Iterator[dict[str, str]]:
 
     rows = read_results("baselines")["rows"]
     for row in rows:
+        if row["recipe"] and list(row["stages"]) != [stage.name for stage in RECIPES[row["recipe"]]]:
+            raise ValueError(f"`{row['cell']}` was measured with other stages than its recipe has: measure it again.")
         table_row = {
             "method": row["cell"],
             "scheme": f"`{row['scheme']}`",
