@@ -181,7 +181,7 @@ def temporal() -> Iterator[dict[str, str]]:
             "": f"`{row['scheme']}`, {row['stage']}",
             "features, largest": f"{100 * row['features_max_20']:.2f} %",
             "mean": f"{100 * row['features_mean_20']:.2f} %",
-            "mean, 50 other steps": f"{100 * row['features_mean_50']:.2f} %",
+            "mean, 50 steps": f"{100 * row['features_mean_50']:.2f} %",
             "`eps_rel_l2`": f"{row['eps_rel_l2']:.4f}",
             "PSNR (dB)": f"{row['image_psnr_db']:.1f}",
             "stored": f"{(row['sets_bytes'] + row['cache_bytes']) / 1e3:.1f} kB" if done else "–",
