@@ -206,11 +206,14 @@ def test_vae_slicing_and_tiling():
     assert not torch.equal(tiled, whole)
 
 
-@feature("`enable_model_cpu_offload`, `enable_group_offload` (their hooks, on a CPU)")
-def test_offloading(pipe, before):
+@feature("`enable_model_cpu_offload` (its hooks, on a CPU)")
+def test_model_offload(pipe, before):
     pipe.enable_model_cpu_offload(device="cpu")
     assert (sample(pipe) == before).all()
-    pipe.remove_all_hooks()
+
+
+@feature("`enable_group_offload` (its hooks, on a CPU)")
+def test_group_offload(pipe, before):
     pipe.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
     assert (sample(pipe) == before).all()
 
