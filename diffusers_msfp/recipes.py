@@ -1,7 +1,8 @@
 """Recipes as data: which stages follow the search and calibration of `quantize`, in which order, with which settings.
 
-Each recipe of the package adds a stage to the one before. The others are baselines by the same code, as reconstructed:
-combined with the `int-…` schemes, they are what their papers do up to sizes and lengths.
+Each recipe of the package adds a stage to the one before; the `split…` ones split shortcuts first, which pays at 4-bit
+activations (`bench_baselines.py`). The others are baselines by the same code, as reconstructed: combined with the
+`int-…` schemes, they are what their papers do up to sizes and lengths.
 """
 
 from collections.abc import Mapping
