@@ -21,6 +21,8 @@ BASELINE = "bf16:cl"
 PEERS = {"sdnq": "sdnq", "quanto": "optimum.quanto", "torchao": "torchao"}
 """Kind of provider → module that it needs."""
 
+SDNQ_DTYPES = ("int8", "uint4", "fp4")
+
 
 def provide(name: str, model: nn.Module, call: Callable[[nn.Module], object]) -> nn.Module:
     """A copy of a float model, made ready.
@@ -86,10 +88,10 @@ def _peer(kind: str, options: list[str], model: nn.Module) -> nn.Module:
     if kind == "sdnq":
         import sdnq
 
-        _check(kind, options, {"int8", "uint4", "matmul"})
+        _check(kind, options, {*SDNQ_DTYPES, "matmul"})
         return sdnq.sdnq_post_load_quant(
             made,
-            weights_dtype="uint4" if "uint4" in options else "int8",
+            weights_dtype=next((dtype for dtype in SDNQ_DTYPES if dtype in options), "int8"),
             torch_dtype=torch.bfloat16,
             quant_conv=True,
             use_quantized_matmul="matmul" in options,

@@ -52,6 +52,7 @@ CELLS |= {
     "INT W8A8": ("int-w8a8", "ptq"),
     "w8a8 ptq": ("w8a8", "ptq"),
     "SDNQ uint4 weights": ("sdnq:uint4", None),
+    "SDNQ FP4 weights": ("sdnq:fp4", None),
     "SDNQ int8": ("sdnq:int8:matmul", None),
 }
 
