@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import numpy as np
 from torch import Tensor, nn
 
 from ..calibration import Observation, observe
+from ..calibration.watch import watching_calls
 from ..evaluation.layers import LAYERS, MAX_SNR_DB
 from ..formats import FORMATS
 from ..nn import QuantLayer
@@ -40,16 +40,11 @@ def watching_inputs(model: nn.Module) -> Iterator[dict[str, Observation]]:
     """Sample what goes into every linear and convolution while the model runs: name → observation, as they run."""
     seen: dict[str, Observation] = {}
 
-    def watch(_: nn.Module, args: tuple[Tensor, ...], *, name: str) -> None:
+    def watch(name: str, args: tuple[Tensor, ...]) -> None:
         observe(seen.setdefault(name, Observation()), args[0], name)
 
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LAYERS)]
-    handles = [module.register_forward_pre_hook(partial(watch, name=name)) for name, module in layers]
-    try:
+    with watching_calls({name: each for name, each in model.named_modules() if isinstance(each, LAYERS)}, watch):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def layer_rows(

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..calibration.watch import watching_calls
+
 Call = Callable[[], object]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -155,23 +157,16 @@ def root_inputs(roots: Mapping[str, nn.Module], calls: Sequence[Call]) -> dict[s
     found: dict[str, list[Tensor]] = {name: [] for name in roots}
     done = 0
 
-    def keep(name: str) -> Callable:
-        def hook(_layer: nn.Module, args: tuple) -> None:
-            if len(found[name]) == done:
-                x = args[0].detach()
-                found[name].append(x.reshape(-1, x.shape[-1])[0].to(torch.float32))
-            if all(len(rows) > done for rows in found.values()):
-                raise _Seen
+    def keep(name: str, args: tuple) -> None:
+        if len(found[name]) == done:
+            x = args[0].detach()
+            found[name].append(x.reshape(-1, x.shape[-1])[0].to(torch.float32))
+        if all(len(rows) > done for rows in found.values()):
+            raise _Seen
 
-        return hook
-
-    handles = [layer.register_forward_pre_hook(keep(name)) for name, layer in roots.items()]
-    try:
+    with watching_calls(roots, keep):
         for call in calls:
             with suppress(_Seen):
                 call()
             done += 1
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: torch.stack(rows) for name, rows in found.items()}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..calibration.watch import watching_calls
 from ..nn import QuantLayer
 from ..nn.split import whole_name
 from ..talora import Trainee
@@ -104,19 +105,12 @@ def reconstruction_units(model: nn.Module, step: DenoisingStep, *, layerwise: bo
         `dict[str, list[str]]`: name of the part → names of its quantized layers; parts that do not run are missing.
     """
     layers = dict.fromkeys(whole_name(name, layer) for name, layer in quant_layers(model))
-    candidates = layers if layerwise else _smallest(model, "")
-    order, handles = [], []
-    for name in candidates:
-        module = model.get_submodule(name)
-        handles.append(module.register_forward_pre_hook(lambda *_, name=name: order.append(name)))
-    try:
-        with torch.no_grad():
-            model(*step.args, **step.kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    candidates = {name: model.get_submodule(name) for name in (layers if layerwise else _smallest(model, ""))}
+    order: dict[str, None] = {}
+    with torch.no_grad(), watching_calls(candidates, lambda name, _: order.setdefault(name)):
+        model(*step.args, **step.kwargs)
     found = {}
-    for name in dict.fromkeys(order):
+    for name in order:
         inner = quant_layers(model.get_submodule(name))
         found[name] = [f"{name}.{layer}" if layer else name for layer, _ in inner]
     return found

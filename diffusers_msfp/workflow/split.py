@@ -5,17 +5,18 @@ in range, and the shortcut reads both as they are (Q-Diffusion, arXiv 2302.04304
 experiment: in a call of the full-precision model their input is what `torch.cat` has put together along channels.
 """
 
+import copy
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..calibration import observe
+from ..calibration.watch import watching_calls
 from ..errors import CheckpointError, ConfigError
 from ..nn import QUANT_LAYERS, QuantLayer, SplitLayer
 from ..nn.split import can_split, channel_axis, split_layer
@@ -94,15 +95,14 @@ def split_shortcuts(
     record, layers = model.config.quantization_config, layers_by_name(model)
     make_arguments = call_arguments(teacher, prompts, config.num_inference_steps, arguments)
     found = concatenated_inputs(original, rollout(teacher, make_arguments, 0, 1, config.seed)[0])
-    found = {name: sizes for name, sizes in found.items() if name in layers}
+    found = {name: list(sizes) for name, sizes in found.items() if name in layers}
     if not found:
         logger.warning(
             "%s has no quantized layer, or none left, that reads a concatenation: nothing is split.",
             type(model).__name__,
         )
-    weights = {name: original_weight(original, layers[name]) for name in found}
-    for name, weight in weights.items():
-        check_finite(weight, f"The weight of layer `{name}`")
+    for name in found:
+        check_finite(original_weight(original, layers[name]), f"The weight of layer `{name}`")
     split = {}
     for name, sizes in found.items():
         scheme = resolve(name, record.scheme, record.scheme_overrides)
@@ -115,10 +115,10 @@ def split_shortcuts(
                 if part.observing:
                     part.freeze()
         replace_modules(model, split)
-        record.split = (record.split or {}) | {name: list(sizes) for name, sizes in found.items()}
+        record.split = (record.split or {}) | copy.deepcopy(found)
         write_record(model)
         prepare_layers(model)
-    return {"split": {name: list(sizes) for name, sizes in found.items()}, "seconds": time.perf_counter() - started}
+    return {"split": found, "seconds": time.perf_counter() - started}
 
 
 def concatenated_inputs(model: nn.Module, step) -> dict[str, tuple[int, ...]]:
@@ -128,22 +128,14 @@ def concatenated_inputs(model: nn.Module, step) -> dict[str, tuple[int, ...]]:
         step (`DenoisingStep`): a call of the model.
     """
     found: dict[str, tuple[int, ...]] = {}
-    with _Concatenations() as made, torch.no_grad():
+    layers, made = {name: layer for name, layer in model.named_modules() if can_split(layer)}, _Concatenations()
 
-        def look(layer: nn.Module, args: tuple, *, name: str) -> None:
-            if args and args[0].ndim > 2 and (sizes := made.sizes(args[0], channel_axis(layer))):
-                found[name] = sizes
+    def look(name: str, args: tuple) -> None:
+        if args and args[0].ndim > 2 and (sizes := made.sizes(args[0], channel_axis(layers[name]))):
+            found[name] = sizes
 
-        handles = [
-            layer.register_forward_pre_hook(partial(look, name=name))
-            for name, layer in model.named_modules()
-            if can_split(layer)
-        ]
-        try:
-            model(*step.args, **step.kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
+    with made, torch.no_grad(), watching_calls(layers, look):
+        model(*step.args, **step.kwargs)
     return found
 
 
@@ -187,23 +179,15 @@ def _quantized(original: nn.Module, layer: QuantLayer, sizes: Sequence[int], sch
 def _observe(teacher, split: Mapping[str, SplitLayer], calls: list[dict]) -> None:
     """Show the parts what the teacher's layers read."""
 
-    def look(_layer: nn.Module, args: tuple, *, parts: SplitLayer) -> None:
-        for part, piece in zip(parts.children(), parts.pieces(args[0]), strict=True):
+    def look(name: str, args: tuple) -> None:
+        for part, piece in zip(split[name].children(), split[name].pieces(args[0]), strict=True):
             if part.observing:
                 observe(part.observation, piece, part.place)
 
-    original = denoiser_of(teacher)
-    handles = [
-        original.get_submodule(name).register_forward_pre_hook(partial(look, parts=parts))
-        for name, parts in split.items()
-    ]
-    try:
-        with quiet(teacher), torch.no_grad():
-            for call in calls:
-                teacher(**call)
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers = {name: denoiser_of(teacher).get_submodule(name) for name in split}
+    with quiet(teacher), torch.no_grad(), watching_calls(layers, look):
+        for call in calls:
+            teacher(**call)
 
 
 def split_skeleton(model: nn.Module, split: Mapping[str, Sequence[int]]) -> dict[str, str]:
