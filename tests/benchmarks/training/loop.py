@@ -1,0 +1,241 @@
+"""The training loop of every model: accelerate, moving average, atomic checkpoints, a curve and samples to look at."""
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from data import batch_generator
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import Tensor, nn
+
+WINDOW = 50
+"""Updates whose mean loss is one point of the curve."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is trained.
+
+    Args:
+        updates (`int`): in all; the learning rate falls to zero over the last `cooldown` of them.
+        batch_size (`int`): pictures of an update, over all processes.
+        learning_rate (`float`): its peak, after `warmup` updates.
+        ema_decay (`float`): of the moving average, which is what is kept.
+        weight_decay, clip (`float`): of AdamW; largest norm of the gradient.
+        seed (`int`): of weights, data order, noise.
+    """
+
+    updates: int = 60_000
+    batch_size: int = 64
+    learning_rate: float = 4e-4
+    warmup: int = 500
+    cooldown: float = 0.3
+    ema_decay: float = 0.9995
+    weight_decay: float = 1e-3
+    clip: float = 1.0
+    seed: int = 0
+
+    def rate(self, update: int) -> float:
+        """Learning rate of an update: linear warm-up, constant, linear to zero."""
+        remaining = (self.updates - update) / max(1.0, self.cooldown * self.updates)
+        return self.learning_rate * min(1.0, (update + 1) / self.warmup, max(0.0, remaining))
+
+
+@dataclass
+class Progress:
+    """What a run knows of itself; stored with each checkpoint.
+
+    Args:
+        update (`int`): updates made.
+        seconds (`float`): of training, over all sessions.
+        curve (`list[float]`): mean loss of each `WINDOW` updates.
+        window (`list[float]`): losses since the curve's last point.
+    """
+
+    update: int = 0
+    seconds: float = 0.0
+    curve: list[float] = field(default_factory=list)
+    window: list[float] = field(default_factory=list)
+
+    def add(self, loss: float) -> None:
+        """Count an update."""
+        self.update += 1
+        self.window.append(loss)
+        if len(self.window) == WINDOW:
+            self.curve.append(sum(self.window) / WINDOW)
+            self.window.clear()
+
+    def state_dict(self) -> dict:
+        """For accelerate."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict) -> None:
+        """For accelerate."""
+        vars(self).update(state)
+
+
+class Task(nn.Module):
+    """A model to be trained: its networks are children, its forward gives the loss."""
+
+    name: str
+
+    def draw(self, size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """The data and noise of one update, on the CPU."""
+        raise NotImplementedError
+
+    def sample_grid(self) -> Tensor:
+        """Pictures `(N, channels, H, W)` in [0, 1], of the weights that the networks have now."""
+        raise NotImplementedError
+
+    def pipeline(self) -> DiffusionPipeline:
+        """The networks in a stock pipeline."""
+        raise NotImplementedError
+
+
+def train(
+    task: Task,
+    out: Path,
+    settings: Settings,
+    *,
+    save_every: float = 240.0,
+    sample_every: int = 2000,
+    stop_at: int | None = None,
+    say: Callable[[str], None] = print,
+) -> Progress:
+    """Train, or go on where a run of the same folder stopped.
+
+    Args:
+        task (`Task`): what is trained, with weights drawn from the seed.
+        out (`Path`): checkpoints (`checkpoint-<update>`), `samples-<update>.png`, `loss.png`, `progress.json`.
+        settings (`Settings`): of the whole run.
+        save_every (`float`): seconds between checkpoints; `kill -9` costs no more than these.
+        sample_every (`int`): updates between grids.
+        stop_at (`int`, *optional*): stop at this update without finishing.
+        say (`Callable[[str], None]`): gets a line at each checkpoint.
+    """
+    bf16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not torch.cuda.is_available())
+    out.mkdir(parents=True, exist_ok=True)
+    task.to(memory_format=torch.channels_last)
+    trained = [p for p in task.parameters() if p.requires_grad]
+    rate, decay = settings.learning_rate, settings.weight_decay
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=decay, betas=(0.9, 0.99), fused=True)
+    model, optimizer = accelerator.prepare(task.train(), optimizer)
+    ema = EMAModel(trained, decay=settings.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
+    ema.to(accelerator.device)
+    progress = Progress()
+    accelerator.register_for_checkpointing(ema, progress)
+    if (latest := latest_checkpoint(out)) is not None:
+        accelerator.load_state(str(latest))
+        say(f"{task.name}: goes on at update {progress.update}")
+    stopping = _stop_on_signals()
+    share, rank = settings.batch_size // accelerator.num_processes, accelerator.process_index
+    begun, saved, first = time.monotonic() - progress.seconds, time.monotonic(), progress.update
+    started = time.monotonic()
+    end = min(settings.updates, stop_at or settings.updates)
+    while progress.update < end and not stopping:
+        batch = task.draw(settings.batch_size, batch_generator(settings.seed, progress.update))
+        mine = [part[rank * share : (rank + 1) * share].to(accelerator.device) for part in batch]
+        for group in optimizer.param_groups:
+            group["lr"] = settings.rate(progress.update)
+        with accelerator.autocast():
+            loss = model(*mine)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(trained, settings.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(trained)
+        progress.add(accelerator.reduce(loss.detach().float(), "mean").item())
+        last = progress.update == end or stopping
+        sampled = progress.update % sample_every == 0 or progress.update == settings.updates
+        if last or sampled or time.monotonic() - saved > save_every:
+            progress.seconds = time.monotonic() - begun
+            _save(accelerator, out, progress)
+            speed = (time.monotonic() - started) / (progress.update - first)
+            hours = speed * (settings.updates - progress.update) / 3600
+            recent = (progress.window or progress.curve[-1:])[-WINDOW:]
+            say(
+                f"{task.name}: update {progress.update}/{settings.updates}, loss {sum(recent) / len(recent):.4f}, "
+                f"{speed:.2f} s an update, {hours:.1f} h left"
+            )
+            if sampled and accelerator.is_main_process:
+                with _average(ema, trained):
+                    save_grid(task.sample_grid(), out / f"samples-{progress.update:06d}.png")
+            saved = time.monotonic()
+    ema.copy_to(trained)
+    return progress
+
+
+@contextmanager
+def _average(ema: EMAModel, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """The averaged weights in the model's place for a while."""
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        ema.restore(parameters)
+
+
+def latest_checkpoint(out: Path) -> Path | None:
+    """The newest complete one."""
+    return max(out.glob("checkpoint-*"), default=None)
+
+
+def _save(accelerator: Accelerator, out: Path, progress: Progress) -> None:
+    """Write beside, then rename: a checkpoint is there whole or not at all."""
+    part = out / "unfinished"
+    if accelerator.is_main_process:
+        shutil.rmtree(part, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(part))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        target = out / f"checkpoint-{progress.update:07d}"
+        if not target.exists():
+            part.rename(target)
+        for old in sorted(out.glob("checkpoint-*"))[:-1]:
+            shutil.rmtree(old)
+        _write(out / "progress.json", json.dumps(asdict(progress), indent=1) + "\n")
+        _plot(progress, out / "loss.png")
+
+
+def _write(file: Path, text: str) -> None:
+    part = file.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
+
+
+def _plot(progress: Progress, file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    axes = (figure := Figure(figsize=(6, 3.5), layout="constrained")).subplots()
+    axes.plot([WINDOW * (i + 1) for i in range(len(progress.curve))], progress.curve, linewidth=0.8)
+    axes.set(xlabel="update", ylabel=f"loss, mean of {WINDOW} updates", yscale="log")
+    figure.savefig(file, dpi=120)
+
+
+def save_grid(images: Tensor, file: Path, columns: int = 8, zoom: int = 3) -> None:
+    """A grid of pictures `(N, channels, H, W)` in [0, 1]."""
+    rows = [torch.cat(list(row), -1) for row in images.split(columns) if len(row) == columns]
+    grid = (torch.cat(rows, -2).permute(1, 2, 0) * 255).round().to(torch.uint8).squeeze(-1)
+    picture = Image.fromarray(grid.numpy())
+    picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(file)
+
+
+def _stop_on_signals() -> list[int]:
+    """Filled when the run is asked to end; it then saves and returns."""
+    asked: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _frame: asked.append(received))
+    return asked
