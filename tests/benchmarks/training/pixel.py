@@ -1,6 +1,5 @@
 """`cifar10-pixel`: an unconditional UNet on RGB pictures of 32 × 32, as the papers' CIFAR-10 rows."""
 
-
 import torch
 from data import Pictures, draw_pictures
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
