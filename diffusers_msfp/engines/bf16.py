@@ -23,7 +23,7 @@ class BF16Engine(Engine):
 
     def refusal(self, layer) -> str | None:
         """See `Engine.refusal`."""
-        device = layer.weight.device.type
+        device = layer.packed_weight.device.type
         return None if device == "cpu" else f"its weight is on {device}, not on the CPU"
 
     def prepare(self, layer) -> "BF16Layer":

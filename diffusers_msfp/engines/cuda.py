@@ -42,7 +42,7 @@ class CudaEngine(Engine):
 
     def refusal(self, layer) -> str | None:
         """See `Engine.refusal`."""
-        device = layer.weight.device
+        device = layer.packed_weight.device
         capability = self.capability(device)
         if capability is None:
             return f"its weight is on {device.type}, not on an NVIDIA GPU"
@@ -59,7 +59,7 @@ class CudaEngine(Engine):
 
     def code_dtype(self, layer) -> torch.dtype | None:
         """The best dtype for the codes of a layer; None if none is exact."""
-        dtypes = code_dtypes(layer.weight_format, layer.input_format, self.capability(layer.weight.device))
+        dtypes = code_dtypes(layer.weight_format, layer.input_format, self.capability(layer.packed_weight.device))
         many = layer.matrix_shape[1] > MAX_TERMS
         return next((dtype for dtype in dtypes if not (many and dtype == torch.int8)), None)
 
@@ -67,7 +67,7 @@ class CudaEngine(Engine):
         """See `Engine.prepare`."""
         from .cuda_layers import CudaConv, CudaLinear, FloatLinear  # Triton is optional
 
-        device, keep = layer.weight.device, self.memory == "fast"
+        device, keep = layer.packed_weight.device, self.memory == "fast"
         _say_what_is_left_out(self.capability(device))
         if layer.input_format is None:
             return FloatLinear(layer, keep)

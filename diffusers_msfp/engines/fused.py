@@ -5,16 +5,22 @@ nothing of it is saved. Where the layer behind it cannot take codes just then (i
 adapters beside its weight, or PEFT stands between), the leaf does what its original does.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
+from ..numerics import Codes
 from . import kernels
+
+_KNOWN = ("diffusers.", "diffusers_msfp.")
+"""Packages whose blocks run norm, activation and layer in this order."""
 
 
 class FusedGroupNorm(nn.GroupNorm):
     """Group norm, the SiLU that follows where there is one, and the next layer's quantization.
 
-    In: `(B, C, …)` float. Out: codes, uint8, channels last; float where the next layer takes none. Statistics and
+    In: `(B, C, …)` float. Out: `Codes`, channels last; float where the next layer takes none. Statistics and
     values are computed in float32 whatever the dtype of the input; they agree with torch's to relative 1e-6.
     """
 
@@ -25,8 +31,9 @@ class FusedGroupNorm(nn.GroupNorm):
             x (`Tensor`, `(B, C, …)`).
             added (`Tensor`, `(B, C)`, *optional*): added to `x` first.
         """
-        layer = getattr(*self.feeds)
-        adapter = layer.takes_codes(x) if hasattr(layer, "takes_codes") and x.ndim == 4 and x.numel() else None
+        layer = self.feeds.layer()
+        takes = x.ndim == 4 and x.numel() and hasattr(layer, "takes_codes") and self.feeds.undisturbed(self)
+        adapter = layer.takes_codes(x) if takes else None
         if adapter is None:
             return super().forward(x if added is None else x + added[:, :, None, None])
         x = x.contiguous(memory_format=torch.channels_last)
@@ -35,8 +42,37 @@ class FusedGroupNorm(nn.GroupNorm):
         codes, finite = kernels.norm(*arguments, prepared.grid(adapter), added)
         if not finite:
             prepared.refuse_infinite(kernels.norm(*arguments, None, added)[0])
-        prepared.codes_dtype = x.dtype
-        return codes
+        return prepared.hand_over(codes, adapter, x.dtype)
+
+
+@dataclass(frozen=True)
+class Feeds:
+    """What stands behind a fused norm, looked up at every call.
+
+    Args:
+        parent (`nn.Module`): runs the norm, the activation and the layer one right after the other.
+        name (`str`): of the layer in it.
+        activation (`str`, *optional*): of the SiLU in it.
+    """
+
+    parent: nn.Module
+    name: str
+    activation: str | None
+
+    def layer(self) -> nn.Module:
+        """The layer that reads the norm's result."""
+        return getattr(self.parent, self.name)
+
+    def undisturbed(self, norm: nn.Module) -> bool:
+        """Whether nobody has put a hook, another module or another forward in between."""
+        between = [norm]
+        if self.activation is not None:
+            between.append(getattr(self.parent, self.activation))
+            if type(between[-1]) is not PassingSiLU:
+                return False
+        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in between)
+        replaced = any("forward" in vars(module) for module in (*between, self.parent))
+        return not hooked and not replaced and type(self.parent).forward.__module__.startswith(_KNOWN)
 
 
 def _affine(norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
@@ -58,23 +94,23 @@ class PassingSiLU(nn.SiLU):
 
     def forward(self, x: Tensor) -> Tensor:
         """SiLU of floats; codes as they are."""
-        return x if x.dtype == torch.uint8 else super().forward(x)
+        return x if isinstance(x, Codes) else super().forward(x)
 
 
 _FUSED = {FusedGroupNorm: nn.GroupNorm, PassingSiLU: nn.SiLU}
 
 
-def fuse_norm(norm: nn.GroupNorm, activation: nn.SiLU | None, parent: nn.Module, name: str) -> None:
+def fuse_norm(norm: nn.GroupNorm, parent: nn.Module, name: str, activation: str | None) -> None:
     """Let a norm quantize for the layer that `parent` calls `name`.
 
     Args:
-        norm (`nn.GroupNorm`): runs before the layer, with nothing but `activation` and dropout between.
-        activation (`nn.SiLU`, *optional*): may be shared with other places.
+        norm (`nn.GroupNorm`): runs before the layer, with nothing but the activation and dropout between.
+        activation (`str`, *optional*): name of a SiLU in `parent`; it may be shared with other places.
     """
     norm.__class__ = FusedGroupNorm
-    norm.__dict__.update(feeds=(parent, name), silu=activation is not None)
+    norm.__dict__.update(feeds=Feeds(parent, name, activation), silu=activation is not None)
     if activation is not None:
-        activation.__class__ = PassingSiLU
+        getattr(parent, activation).__class__ = PassingSiLU
 
 
 def unfuse(module: nn.Module) -> None:

@@ -19,6 +19,7 @@ C gains a few hundredths of a millisecond in a step of more than a hundred; Numb
 no compiler on the user's machine.
 """
 
+from abc import abstractmethod
 from functools import lru_cache
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..formats import FPFormat
+from ..numerics import Codes
 from . import kernels
 from .engine import Engine, PreparedLayer, weight_unit
 from .geometry import Geometry
@@ -42,8 +44,8 @@ class Int8Engine(Engine):
 
     def refusal(self, layer) -> str | None:
         """See `Engine.refusal`."""
-        if layer.weight.device.type != "cpu":
-            return f"its weight is on {layer.weight.device.type}, not on the CPU"
+        if layer.packed_weight.device.type != "cpu":
+            return f"its weight is on {layer.packed_weight.device.type}, not on the CPU"
         if not available():
             return "this build of torch has no 8-bit operators of oneDNN"
         if layer.input_format is None:
@@ -151,7 +153,6 @@ class _Int8Layer(PreparedLayer):
         self.units = weight_unit(layer)
         self.bias = None if layer.bias is None else layer.bias.detach().to(torch.float32)
         self._table = torch.tensor(layer.weight_format.code_values, dtype=torch.int8)
-        self.codes_dtype = torch.float32  # of the output where codes came in; set by the module that made them
 
     def integers(self, bank: int) -> Tensor:
         """A bank's lattice integers, `(C, …)` int8."""
@@ -159,21 +160,30 @@ class _Int8Layer(PreparedLayer):
         matrix = kernels.expand(layer.packed_bank(bank), layer.weight_format.bits, layer.matrix_shape[1], self._table)
         return matrix.view(layer.logical_shape)
 
-    def dtype_for(self, x: Tensor) -> torch.dtype:
-        """Dtype of the output for an input."""
-        return self.codes_dtype if x.dtype == torch.uint8 else x.dtype
-
     @property
     def reads_codes(self) -> bool:
         """Whether another module may quantize its input: to one byte a value."""
         return not low_bits(self.layer.input_format)
 
-    def from_codes(self, codes: Tensor, adapter: int) -> Tensor:
-        """As the layer, for bytes that another module made with `grid(adapter)`; returns `codes_dtype`."""
-        return self.run(codes, adapter if self.layer.num_banks > 1 else 0, adapter)
+    def hand_over(self, values: Tensor, adapter: int, dtype: torch.dtype) -> Codes:
+        """Bytes that another module made with `grid(adapter)` from floats of this dtype, for `from_codes`."""
+        return Codes.wrap(values, self.layer, adapter, dtype, *self.grid(adapter).planes[0])
+
+    def from_codes(self, codes: Codes) -> Tensor:
+        """As the layer, for bytes that another module made."""
+        bank = codes.adapter if self.layer.num_banks > 1 else 0
+        return self.multiply(codes.bytes(), bank, codes.adapter, codes.float_dtype)
+
+    def run(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor) -> Tensor:
+        """See `PreparedLayer.run`."""
+        return self.multiply(x, bank, adapter, x.dtype)
+
+    @abstractmethod
+    def multiply(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor, dtype: torch.dtype) -> Tensor:
+        """The layer's output in a dtype, for floats or for bytes on the grid of an adapter."""
 
     def codes(self, x: Tensor, adapter: int | Tensor) -> list[Tensor]:
-        """Bytes of a float input, or bytes that came."""
+        """Bytes of a float input, or bytes that came from `from_codes`."""
         if x.dtype == torch.uint8:
             return [x]
         planes, finite = kernels.quantize(x, self.grid(adapter))
@@ -199,9 +209,8 @@ class Int8Linear(_Int8Layer):
         """See `PreparedLayer.expand`."""
         return _pack_linear(self.integers(bank))
 
-    def run(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor) -> Tensor:
+    def multiply(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor, dtype: torch.dtype) -> Tensor:
         """`(*, in)` float or bytes → `(*, out)`."""
-        dtype = self.dtype_for(x)
         rows = x.reshape(-1, x.shape[-1])
         if not rows.numel():
             return self.nothing(x)
@@ -234,11 +243,10 @@ class Int8Conv(_Int8Layer):
             return _pack_linear(weight.permute(0, 2, 3, 1).flatten(1))
         return _pack_conv(weight, self.units, at.stride, at.padding, at.dilation, at.groups, self._shape)
 
-    def run(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor) -> Tensor:
+    def multiply(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor, dtype: torch.dtype) -> Tensor:
         """`(B, in, …)` float or bytes → `(B, out, …)`."""
         if not x.numel():
             return self.nothing(x)
-        dtype = self.dtype_for(x)
 
         def convolve(images: Tensor) -> Tensor:
             images = images.contiguous(memory_format=torch.channels_last)

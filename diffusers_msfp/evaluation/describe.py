@@ -29,7 +29,7 @@ class StoredLayer:
     weight_format: FPFormat
     input_format: FPFormat | None
     logical_shape: tuple[int, ...]
-    weight = torch.empty(0, dtype=torch.uint8)
+    packed_weight = torch.empty(0, dtype=torch.uint8)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..engines.attention import attention
+from ..numerics import Codes
 from ..workflow.convert import quant_layers
 
 _TOUCHING = (nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.GELU, GEGLU)
@@ -73,7 +74,7 @@ def floor_of(model: nn.Module, step: Callable[[], object]) -> Floor:
             hooks.append(module.register_forward_pre_hook(lambda layer, args: calls.append((layer, args[0].clone()))))
         elif isinstance(module, _TOUCHING):
             hooks.append(
-                module.register_forward_hook(lambda _, args, out: touched.append((args[0].nbytes, out.nbytes)))
+                module.register_forward_hook(lambda _, args, out: touched.append((_bytes(args[0]), _bytes(out))))
             )
         elif isinstance(module, Attention):
             hooks.append(module.register_forward_pre_hook(partial(_remember, products), with_kwargs=True))
@@ -89,14 +90,18 @@ def floor_of(model: nn.Module, step: Callable[[], object]) -> Floor:
     )
 
 
+def _bytes(tensor: Tensor) -> int:
+    return (tensor.bytes() if isinstance(tensor, Codes) else tensor).nbytes
+
+
 def _kernel(layer, x: Tensor) -> float:
     """Seconds of a layer's kernel alone; quantizing its input is not counted where the engine can take codes."""
     prepared = layer.ready(x)
-    if prepared is None or not prepared.reads_codes or (x.dtype != torch.uint8 and layer.takes_codes(x) is None):
+    if prepared is None or not prepared.reads_codes or (not isinstance(x, Codes) and layer.takes_codes(x) is None):
         return fastest(lambda: layer(x))
-    if x.dtype != torch.uint8:
+    if not isinstance(x, Codes):
         x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.contiguous()
-        prepared.codes_dtype, (x,) = x.dtype, prepared.codes(x, 0)
+        x = prepared.hand_over(*prepared.codes(x, 0), 0, x.dtype)
     return fastest(lambda: layer(x))
 
 

@@ -12,6 +12,7 @@ from ..errors import CheckpointError, MSFPError
 from ..evaluation import sample_images
 from ..evaluation.describe import component_dirs
 from ..nn import QuantLayer
+from ..nn.stored import name_in_files
 from ..workflow.state import calibration_state, quantized_models
 from .layout import weights_by_variant
 
@@ -84,7 +85,7 @@ def _load(folder: Path, variant: str | None) -> DiffusionPipeline:
 def _check_tensors(files: Sequence[Path], model: ModelMixin) -> None:
     """The files of a model hold its tensors, packed ones as bytes, and no others."""
     packed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, QuantLayer)}
-    known, seen = set(model.state_dict()), set()
+    known, seen = {name_in_files(name) for name in model.state_dict()}, set()
     for file in files:
         try:
             with safe_open(file, framework="pt") as handle:

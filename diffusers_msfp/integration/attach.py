@@ -9,6 +9,7 @@ from torch import nn
 from ..errors import ConfigError, UnsupportedError
 from ..nn import SplitLayer
 from ..nn.split import is_complete
+from ..nn.stored import name_in_files
 from ..workflow.convert import plain_name, revert
 from ..workflow.engine import engine_from_environment, set_engine
 from ..workflow.state import track, untrack
@@ -52,12 +53,12 @@ def detach(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def tensors_to_save(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The model alone, under its own names, also while PEFT adapters are attached.
+    """The model alone, under the names of files, also while PEFT adapters are attached.
 
     Raises:
         ConfigError: tensors are offloaded.
     """
-    own = {plain_name(key): value for key, value in state_dict.items() if ".lora_" not in key}
+    own = {name_in_files(plain_name(key)): value for key, value in state_dict.items() if ".lora_" not in key}
     meta = [key for key, value in own.items() if value.is_meta]
     if meta:
         raise ConfigError(

@@ -160,6 +160,12 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
         """What to do with each layer of a model."""
         return Conversion.plan(model, self.scheme, self.modules_to_not_convert, self.scheme_overrides)
 
+    def quantized_layers(self) -> frozenset[str]:
+        """Names in the record; an entry that makes no sense has none, and is refused when layers are made from it."""
+        groups = [group for group in self.layers or () if isinstance(group, Mapping)]
+        lists = [names for group in groups if isinstance(names := group.get("modules"), list)]
+        return frozenset(name for names in lists for name in names if isinstance(name, str))
+
     def require_record(self) -> None:
         """Refuse a checkpoint's config that does not say what its layers are."""
         if self.layers is None:

@@ -38,7 +38,7 @@ def _num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embe
     layers = {id(layer): layer for _, layer in quant_layers(model)}
     for layer in layers.values():
         rows, length = layer.matrix_shape
-        count += rows * length - layer.weight.numel()
+        count += rows * length - layer.packed_weight.numel()
     return count
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import CheckpointError, UnsupportedError
 from ..nn import QUANT_LAYERS, QuantLayer
-from ..nn.stored import INPUT_TENSORS, OBSERVED, WEIGHT_TENSORS
+from ..nn.stored import INPUT_TENSORS, OBSERVED, PACKED_WEIGHT, WEIGHT_TENSORS, name_in_files, name_in_state
 from ..talora import AdapterBank, AdapterPlan, RoutingTable
 from ..talora.adapters import ADAPTER_TENSORS
 from ..temporal import FeatureTable, FiniteSet, TemporalPlan
@@ -30,7 +30,7 @@ from .config import MSFPConfig
 logger = logging.getLogger(__name__)
 
 STORED_TENSORS = {
-    QuantLayer: ("weight", *WEIGHT_TENSORS, *INPUT_TENSORS, *OBSERVED),
+    QuantLayer: (PACKED_WEIGHT, *WEIGHT_TENSORS, *INPUT_TENSORS, *OBSERVED),
     AdapterBank: ADAPTER_TENSORS,
     RoutingTable: ("table",),
     FiniteSet: ("timesteps",),
@@ -45,7 +45,7 @@ def _stored(module: nn.Module) -> tuple[str, ...]:
 
 def _check_floats(model: nn.Module) -> None:
     """Refuse biases, norms and the like that are not finite; packed models have few of them."""
-    packed = {id(module.weight) for module in model.modules() if isinstance(module, QuantLayer)}
+    packed = {id(module.packed_weight) for module in model.modules() if isinstance(module, QuantLayer)}
     for name, tensor in model.named_parameters():
         if id(tensor) not in packed and not tensor.is_meta and not torch.isfinite(tensor).all():
             raise CheckpointError(f"`{name}` must be finite, but NaN or infinity came: damaged file.")
@@ -62,6 +62,7 @@ class MSFPQuantizer(DiffusersQuantizer):
         self._plan: Conversion | None = None
         self._dtype = torch.float32
         self._loaded_keys: list[str] = []
+        self._packed = quantization_config.quantized_layers() if self.pre_quantized else frozenset()
 
     # ── loading ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -92,7 +93,7 @@ class MSFPQuantizer(DiffusersQuantizer):
         return 8
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str] | None) -> list[str]:
-        """Refuse packed weights from pickles, or from outside the model's folder.
+        """The names of a model's tensors for those of its files; packed weights from pickles or elsewhere are refused.
 
         Raises:
             CheckpointError: a file that is no safetensors file, or an index that leads elsewhere.
@@ -105,8 +106,8 @@ class MSFPQuantizer(DiffusersQuantizer):
                 )
             if file.parent != files[0].parent or not (file.parent / "config.json").is_file():
                 raise CheckpointError(f"Weights must lie in the model's folder, but its index names {file}.")
-        self._loaded_keys = loaded_keys
-        return loaded_keys
+        self._loaded_keys = [name_in_state(key, self._packed) for key in loaded_keys]
+        return self._loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
         if "state_dict" in kwargs:
@@ -130,8 +131,13 @@ class MSFPQuantizer(DiffusersQuantizer):
                 temporal_skeleton(model, TemporalPlan.from_dict(config.temporal))
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Cut what stays float loose from the file: a bias that is a view would keep a whole float shard mapped."""
-        if self.pre_quantized or self._plan is None:
+        """Packed tensors by the model's names; what stays float is cut loose from the file.
+
+        A bias that is a view would keep a whole float shard mapped.
+        """
+        if self.pre_quantized:
+            return {name_in_state(key, self._packed): value for key, value in state_dict.items()}
+        if self._plan is None:
             return state_dict
         ours = {f"{name}.weight" for name in self._plan.layers}
         return {key: value if key in ours else value.clone() for key, value in state_dict.items()}
@@ -166,7 +172,7 @@ class MSFPQuantizer(DiffusersQuantizer):
             if isinstance(module, QuantLayer):
                 return  # the same module under a second name
             layer = QUANT_LAYERS[type(module)].from_float(module, place, self._plan.layers[place], value)
-            layer.weight.data = layer.weight.data.to(target_device)
+            layer.packed_weight.data = layer.packed_weight.data.to(target_device)
             for name, stored in layer._buffers.items():
                 layer._buffers[name] = stored.to(target_device)
             replace_module(model, place, layer)
@@ -178,7 +184,8 @@ class MSFPQuantizer(DiffusersQuantizer):
         expected = module._parameters[tensor] if trained else module._buffers[tensor]
         if value.dtype != expected.dtype or value.shape != expected.shape:
             raise CheckpointError(
-                f"`{param_name}` must be {expected.dtype} of shape {tuple(expected.shape)}, but {value.dtype} of shape "
+                f"`{name_in_files(param_name)}` must be {expected.dtype} of shape {tuple(expected.shape)}, but "
+                f"{value.dtype} of shape "
                 f"{tuple(value.shape)} came: damaged file, or not this model's."
             )
         value = value.to(target_device)
@@ -192,8 +199,8 @@ class MSFPQuantizer(DiffusersQuantizer):
         if param_name.endswith(OBSERVED):
             return  # checked when it is placed
         raise CheckpointError(
-            f"`{param_name}` must have shape {tuple(current_param.shape)}, but {tuple(loaded_param.shape)} came: "
-            f"damaged file, or not this model's."
+            f"`{name_in_files(param_name)}` must have shape {tuple(current_param.shape)}, but "
+            f"{tuple(loaded_param.shape)} came: damaged file, or not this model's."
         )
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:  # noqa: ARG002
@@ -201,10 +208,10 @@ class MSFPQuantizer(DiffusersQuantizer):
         if not self.pre_quantized:
             return missing_keys
         if missing_keys:
-            raise CheckpointError(
-                f"A checkpoint must hold `{sorted(missing_keys)[0]}`, but it does not: damaged or incomplete file."
-            )
-        ours, known = {name for names in STORED_TENSORS.values() for name in names} - {"weight"}, model.state_dict()
+            missing = name_in_files(sorted(missing_keys)[0])
+            raise CheckpointError(f"A checkpoint must hold `{missing}`, but it does not: damaged or incomplete file.")
+        ours = {name for names in STORED_TENSORS.values() for name in names} - {PACKED_WEIGHT}
+        known = model.state_dict()
         for key in self._loaded_keys:
             if key.rpartition(".")[2] in ours and key not in known:
                 raise CheckpointError(f"config.json says nothing of `{key}`, but it came: not its weights.")

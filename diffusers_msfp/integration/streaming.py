@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError
 from ..formats import FORMATS
 from ..nn import QUANT_LAYERS, QuantLayer
+from ..nn.stored import name_in_files
 from ..workflow.convert import convert_skeleton
 from ..workflow.state import write_record
 from .attach import file_metadata
@@ -72,7 +73,7 @@ class StreamedModel:
             if layer.observing:
                 layer.observation.sample = layer.observation.sample.to("meta")
         MSFPQuantizer(config, pre_quantized=True).attach(self.model)
-        self._state = self.model.state_dict()
+        self._state = {name_in_files(name): tensor for name, tensor in self.model.state_dict().items()}
         self._layout = TensorLayout(self._state, file_metadata(config), max_shard_size)
         self._identity = {
             "arguments": {**config.to_dict(), "layers": None, "calibration": None, "max_shard_size": max_shard_size},
@@ -150,7 +151,8 @@ class StreamedModel:
             module = self._floats[empty.place]
             weight = self._read(f"{empty.place}.weight", module.weight)
             layer = QUANT_LAYERS[type(module)].from_float(module, empty.place, self._plan.layers[empty.place], weight)
-            packed = {name: t for name, t in layer.state_dict(prefix=f"{place}.").items() if not t.is_meta}
+            own = layer.state_dict(prefix=f"{place}.")
+            packed = {name_in_files(name): tensor for name, tensor in own.items() if not tensor.is_meta}
             chosen = layer.weight_format.name
         tensors = {name: packed[name] if name in packed else self._read(name, self._state[name]) for name in names}
         return {"place": place, "checksum": self._layout.write(folder, tensors), "format": chosen}

@@ -139,7 +139,7 @@ def _bank(layer, name: str, rank: int, plan: AdapterPlan, tensors: Mapping[str, 
                 f"`{name}.adapters.{key}` must be {expected.dtype} of shape {tuple(expected.shape)} (rank {rank}), but "
                 f"{value.dtype} of shape {tuple(value.shape)} came."
             )
-    own = {key: tensors[f"{name}.adapters.{key}"].to(layer.weight.device) for key in bank.state_dict()}
+    own = {key: tensors[f"{name}.adapters.{key}"].to(layer.packed_weight.device) for key in bank.state_dict()}
     bank.load_state_dict(own, assign=True)
     bank.requires_grad_(False)
     bank.check(name)

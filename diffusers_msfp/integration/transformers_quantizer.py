@@ -8,11 +8,12 @@ record in `config.json` are those of the first door.
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightRenaming
 from transformers.quantizers.base import HfQuantizer
 
 from ..errors import CheckpointError, MSFPError
 from ..nn import QUANT_LAYERS, QuantLayer
+from ..nn.stored import PACKED_WEIGHT, name_in_files
 from ..workflow.convert import Conversion, convert_skeleton, quant_layers, replace_module
 from .attach import attach, detach, file_metadata, tensors_to_save
 from .config import MSFPConfig
@@ -47,7 +48,7 @@ class MSFPTransformersQuantizer(HfQuantizer):
             for key in sorted(missing_keys):
                 if isinstance(model.get_submodule(key.rpartition(".")[0]), QuantLayer):
                     raise CheckpointError(
-                        f"A checkpoint must hold `{key}`, but it does not: damaged or incomplete file."
+                        f"A checkpoint must hold `{name_in_files(key)}`, but it does not: damaged or incomplete file."
                     )
             materialize(missing_keys, *args, **kwargs)
 
@@ -62,6 +63,11 @@ class MSFPTransformersQuantizer(HfQuantizer):
         """What transformers does with such a weight."""
         return _QuantizeWeight(self)
 
+    def get_weight_conversions(self) -> list[WeightRenaming]:
+        """The names of a model's packed tensors for those of its files."""
+        names = sorted(self.quantization_config.quantized_layers()) if self.pre_quantized else ()
+        return [WeightRenaming(f"^{name}.weight", f"{name}.{PACKED_WEIGHT}") for name in names]
+
     def get_new_dtype(self, converter, param, dtype: torch.dtype | None) -> torch.dtype | None:
         """What a stored tensor is cast to; floats where bytes should be stay what they are, to be found out."""
         return None if dtype == torch.uint8 else super().get_new_dtype(converter, param, dtype)
@@ -74,7 +80,7 @@ class MSFPTransformersQuantizer(HfQuantizer):
         except MSFPError as error:
             self.failure = self.failure or error
             return
-        layer.weight._is_hf_initialized = True
+        layer.packed_weight._is_hf_initialized = True
         layer._is_hf_initialized = True
         replace_module(model, place, layer)
 
@@ -83,10 +89,10 @@ class MSFPTransformersQuantizer(HfQuantizer):
             raise self.failure
         model.__dict__.pop("_move_missing_keys_from_meta_to_device", None)
         for name, layer in quant_layers(model):
-            if layer.weight.dtype != torch.uint8:
+            if layer.packed_weight.dtype != torch.uint8:
                 raise CheckpointError(
-                    f"`{name}.weight` must be torch.uint8, but {layer.weight.dtype} came: damaged file, or not this "
-                    f"model's."
+                    f"`{name}.weight` must be torch.uint8, but {layer.packed_weight.dtype} came: damaged file, or not "
+                    f"this model's."
                 )
             layer.check_stored()
         if self._plan is not None:

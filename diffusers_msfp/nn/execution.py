@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ..calibration import observe
-from ..numerics import QParams, decode, fake_quantize, select, unpack
+from ..errors import UnsupportedError
+from ..numerics import Codes, QParams, decode, fake_quantize, select, unpack
 from ..numerics.rounding import require_finite
 from ..numerics.route import Route
 from .engine import Engine, Prepared
@@ -29,7 +30,7 @@ class Execution(StoredTensors):
 
     def prepare(self) -> None:
         """Let the engine make the layer ready now, where it can; a call does it otherwise, but not while compiling."""
-        if self.engine is not None and not self.observing and not self.weight.is_meta:
+        if self.engine is not None and not self.observing and not self.packed_weight.is_meta:
             self.__dict__["prepared"] = self.engine.prepare(self)
 
     def ready(self, x: Tensor) -> Prepared | None:
@@ -46,6 +47,7 @@ class Execution(StoredTensors):
     def _apply(self, fn, recurse=True):
         """Move or cast; what an engine made ready stays behind."""
         self.changed()
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict:
@@ -76,6 +78,15 @@ class Execution(StoredTensors):
         codes = unpack(self.packed_bank(bank), self.weight_format.bits, self.matrix_shape[1])
         return decode(codes, self.weight_qparams()).view(self.logical_shape)
 
+    def decode_whole(self) -> Tensor:
+        """See `PackedLayer`; of one bank, for several are no single weight."""
+        if self.num_banks > 1:
+            raise UnsupportedError(
+                f"`{self.place}` must have one weight, but adapters are merged into {self.num_banks}: there is none to "
+                f"read. Fine-tune with `placement='side'` to keep one."
+            )
+        return self.dequantize_weight()
+
     def quantize_input(self, x: Tensor, adapter: int | Tensor = 0) -> Tensor:
         """The input as the layer uses it, float32: observed, fake-quantized, or as it is."""
         if self.observing:
@@ -89,15 +100,25 @@ class Execution(StoredTensors):
             return fake_quantize(x.to(torch.float32), qparams)
         return x.to(torch.float32)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Quantize the input, multiply by the weight, return the dtype of `x`.
+    def forward(self, input: Tensor) -> Tensor:
+        """Quantize the input, multiply by the weight, return the input's dtype.
 
         Args:
-            x (`Tensor`): float, or the codes that `takes_codes` said the layer would take.
+            input (`Tensor`): float, or the `Codes` that `takes_codes` said the layer would take.
+
+        Raises:
+            UnsupportedError: integers or complex numbers.
         """
-        if x.dtype == torch.uint8:
-            adapter = self._adapter_of_codes()
-            return self.prepared.from_codes(x, adapter)
+        x = input
+        if isinstance(x, Codes):
+            if x.reader is self and self.prepared is not None:
+                return self.prepared.from_codes(x)
+            x = x.decoded()
+        if not x.is_floating_point():
+            raise UnsupportedError(
+                f"Layer `{self.place}` reads floating-point inputs, but {x.dtype} came. Cast the input to the model's "
+                f"dtype, {self.weight.dtype}, first."
+            )
         if self.recall is not None:
             return self.recall.recall(self.routing.route(), x, self._forward)
         return self._forward(x)
@@ -148,5 +169,5 @@ class Execution(StoredTensors):
         Args:
             x (`Tensor`): what the other layer starts from.
         """
-        compiled = torch.compiler.is_compiling()  # the compiler fuses norms by itself
-        return self._adapter_of_codes() if not compiled and getattr(self.ready(x), "reads_codes", False) else None
+        apart = self.training or torch.compiler.is_compiling()  # dropout may be active; the compiler fuses by itself
+        return self._adapter_of_codes() if not apart and getattr(self.ready(x), "reads_codes", False) else None

@@ -5,7 +5,7 @@ PEFT finds it, and the original's attributes. Stored tensors:
 
 | name | shape | dtype | meaning |
 |---|---|---|---|
-| `weight` | `(K * C, 1, …, bytes)`, as many axes as the convolution's weight, 3 for a linear | uint8 | packed codes |
+| `packed_weight` | `(K * C, 1, …, bytes)`, as many axes as the convolution's weight, 3 for a linear | uint8 | codes |
 | `weight_scale` | `(C,)` | float32 | scale of each output channel |
 | `weight_error` | `()` | float32 | squared error of the weight divided by its sum of squares |
 | `input_scale`, `input_zero_point` | `()`; `(K,)`, K > 1; `(S,)` | float32 | of the input; absent if it stays float |
@@ -19,8 +19,8 @@ C is the number of output channels, K that of weight banks: 1, or one per adapte
 weights; banks share `weight_scale`. With one bank and no adapters the input may have S parameter sets, one for each
 timestep of a finite set. Which bank, adapter or set a call uses is asked of `routing`.
 
-The bytes stand in the *last* axis, where no float weight of more than one input feature can broadcast onto them: an
-adapter merged by force fails instead of corrupting codes.
+In files `packed_weight` is called `weight`. The attribute `weight` is the float weight that the codes stand for, read
+only and decoded when it is used, see `logical`.
 """
 
 from abc import ABC, abstractmethod
@@ -37,6 +37,7 @@ from ..numerics.rounding import check_finite
 from ..schemes import LayerScheme
 from .engine import Engine
 from .execution import Execution
+from .logical import PackedLayer
 from .routing import Recall, Routing
 from .stored import INPUT_TENSORS
 
@@ -54,7 +55,7 @@ def transplant(source: nn.Module, cls: type[nn.Module]) -> nn.Module:
     return module
 
 
-class QuantLayer(Execution, ABC):
+class QuantLayer(Execution, PackedLayer, ABC):
     """Abstract base of the quantized layers. Made by `from_float` or `skeleton`, never by its constructor.
 
     Calling the class like its float original returns a *float* layer of that kind: PEFT builds a convolution's
@@ -63,6 +64,7 @@ class QuantLayer(Execution, ABC):
 
     float_class: type[nn.Module]
     place: str
+    weight_dtype: torch.dtype
     weight_format: FPFormat
     input_format: FPFormat | None
     input_candidates: tuple[str, ...]
@@ -98,7 +100,7 @@ class QuantLayer(Execution, ABC):
             num_banks (`int`): weights to make room for.
         """
         layer = transplant(module, cls)
-        layer.place, layer.weight_format = place, weight_format
+        layer.place, layer.weight_format, layer.weight_dtype = place, weight_format, module.weight.dtype
         layer.input_format, layer.input_candidates, layer.observation = None, (), None
         layer.routing, layer.group, layer.adapters, layer.recall, layer.engine = None, 0, None, None, None
         layer.make_room(num_banks, device)
@@ -137,7 +139,7 @@ class QuantLayer(Execution, ABC):
         rows, length = self.matrix_shape
         axes = max(len(self.logical_shape), 3)
         shape = (num_banks * rows,) + (1,) * (axes - 2) + (packed_size(length, self.weight_format.bits),)
-        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.uint8, device=device), requires_grad=False)
+        self.packed_weight = nn.Parameter(torch.empty(shape, dtype=torch.uint8, device=device), requires_grad=False)
 
     def _store(self, weight: Tensor, bank: int = 0) -> None:
         """Encode and pack, some rows at a time: the temporaries of a large layer would outweigh it many times."""
@@ -151,7 +153,8 @@ class QuantLayer(Execution, ABC):
 
     def packed_bank(self, bank: int | Tensor) -> Tensor:
         """One bank's codes, `(C, bytes)`; a view where `bank` is a number."""
-        banks = self.weight.view(self.num_banks, self.matrix_shape[0], self.weight.shape[-1])
+        packed = self.packed_weight
+        banks = packed.view(self.num_banks, self.matrix_shape[0], packed.shape[-1])
         return select(banks, bank)
 
     @torch.no_grad()
@@ -162,7 +165,7 @@ class QuantLayer(Execution, ABC):
             weights (`Sequence[Tensor]`): float, each of `logical_shape`; values of the grid are stored as they are.
             original (`Tensor`, *optional*): what `weight_error` is measured against instead of each weight itself.
         """
-        self.make_room(len(weights), self.weight.device)
+        self.make_room(len(weights), self.packed_weight.device)
         error = energy = 0.0
         for bank, weight in enumerate(weights):
             self._store(weight, bank)
@@ -174,7 +177,7 @@ class QuantLayer(Execution, ABC):
     @torch.no_grad()
     def put_weight(self, packed: Tensor, error: Tensor) -> None:
         """Take codes that were packed before, of the same shape, with the error that was measured for them."""
-        self.weight.copy_(packed)
+        self.packed_weight.copy_(packed)
         self.weight_error.copy_(error)
         self.changed()
 
@@ -194,7 +197,7 @@ class QuantLayer(Execution, ABC):
     @property
     def num_banks(self) -> int:
         """K, packed weights that the layer holds."""
-        return max(1, self.weight.shape[0] // max(1, self.logical_shape[0]))
+        return max(1, self.packed_weight.shape[0] // max(1, self.logical_shape[0]))
 
     @property
     def num_sets(self) -> int:
@@ -247,7 +250,7 @@ class QuantLayer(Execution, ABC):
         values = self.observation.values()
         if len(values):
             result = search_activation(values, self.input_candidates)
-            self.expect_input(result.qparams.format, self.weight.device)
+            self.expect_input(result.qparams.format, self.packed_weight.device)
             stored = (result.qparams.scale, result.qparams.zero_point, result.error)
             for name, value in zip(INPUT_TENSORS, stored, strict=True):
                 getattr(self, name).copy_(value)

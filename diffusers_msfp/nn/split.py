@@ -6,10 +6,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from .logical import PackedLayer
 from .quant_layer import QuantLayer, transplant
 
 
-class SplitLayer(nn.Module):
+class SplitLayer(PackedLayer):
     """A linear or convolution in parts: `x * W = x₁ * W₁ + x₂ * W₂ + …`, with formats and ranges of each part's own.
 
     Made by `split_layer`. Parts are children called `"0"`, `"1"`, …, float or quantized; the first has the bias. Each
@@ -33,9 +34,25 @@ class SplitLayer(nn.Module):
         return super().__new__(cls)
 
     @property
-    def weight(self) -> Tensor:
-        """That of the first part; where it is tells others where to put adapters."""
-        return next(self.children()).weight
+    def packed_weight(self) -> Tensor:
+        """The first part's own tensor; where it is tells where the layer is."""
+        part = next(self.children())
+        return part.packed_weight if isinstance(part, QuantLayer) else part.weight
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of the parts."""
+        return next(self.children()).weight.dtype
+
+    @property
+    def logical_shape(self) -> tuple[int, ...]:
+        """Shape of the whole weight; output channels first."""
+        rows, _, *rest = next(self.children()).weight.shape
+        return (rows, sum(self.sizes), *rest)
+
+    def decode_whole(self) -> Tensor:
+        """See `PackedLayer`."""
+        return torch.cat([part.weight.detach().to(torch.float32) for part in self.children()], 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Sum of the parts."""
@@ -99,7 +116,7 @@ def split_layer(layer: nn.Module, sizes: Sequence[int]) -> SplitLayer:
         sizes (`Sequence[int]`): input channels of each part; their sum is the layer's.
     """
     whole = transplant(layer, SPLIT_LAYERS[type(layer)])
-    whole.bias, whole.axis, whole.sizes = None, channel_axis(layer), list(sizes)
+    whole.bias, whole.axis, whole.sizes, whole.place = None, channel_axis(layer), list(sizes), "a split layer"
     for index, (end, size) in enumerate(zip(accumulate(sizes), sizes, strict=True)):
         part = _resized(layer, size)
         part.columns = slice(end - size, end)

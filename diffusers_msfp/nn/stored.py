@@ -1,6 +1,6 @@
 """The tensors that a quantized layer keeps: exact under casts, checked when they are loaded."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,19 @@ from ..errors import CheckpointError
 OBSERVED = ("observed_sample", "observed_count", "observed_range")
 INPUT_TENSORS = ("input_scale", "input_zero_point", "input_error")
 WEIGHT_TENSORS = ("weight_scale", "weight_error")
+PACKED_WEIGHT = "packed_weight"
+"""The packed codes' name in a layer; files call them `weight`, as they call the float weight that they stand for."""
+
+
+def name_in_files(key: str) -> str:
+    """What files call a tensor of a model's state dict."""
+    return key.removesuffix(PACKED_WEIGHT) + "weight" if key.endswith(f".{PACKED_WEIGHT}") else key
+
+
+def name_in_state(key: str, quantized: Collection[str]) -> str:
+    """Inverse of `name_in_files`, with the names of a model's quantized layers."""
+    place, _, tensor = key.rpartition(".")
+    return f"{place}.{PACKED_WEIGHT}" if tensor == "weight" and place in quantized else key
 
 
 class StoredTensors(nn.Module):
@@ -40,6 +53,12 @@ class StoredTensors(nn.Module):
         """Stored tensors, and while observing what was seen; the sample is as long as it is full."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update({prefix + name: tensor for name, tensor in self.observed.items()})
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
+        """As of any module; codes may also have the name that they have in files."""
+        if f"{prefix}weight" in state_dict:
+            state_dict[f"{prefix}{PACKED_WEIGHT}"] = state_dict.pop(f"{prefix}weight")
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def load_observed(self, name: str, value: Tensor) -> None:
         """Take one of the `OBSERVED` tensors from a checkpoint, in any order.

@@ -1,9 +1,6 @@
 """Replace a model's float layers by quantized ones, and back."""
 
-import functools
-import inspect
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +18,6 @@ logger = logging.getLogger(__name__)
 
 # What people expect to see quantized; anything of these kinds that is not converted is reported.
 _WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)
-_READ_DTYPE = re.compile(r"self\.([\w.]+)\.weight\.dtype")
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ class Conversion:
         check_patterns([*overrides], list(weighted), "scheme_overrides")
         check_patterns(list(keep), [name for name, _ in model.named_modules() if name], "modules_to_not_convert")
         shared = Counter(id(module.weight) for module in weighted.values())
-        layers, skipped, cast = {}, {}, set(_cast_to(model))
+        layers, skipped = {}, {}
         for name, module in weighted.items():
             pattern = next((p for p in keep if matches(p, name)), None)
             if set(getattr(model, "_keep_in_fp32_modules", None) or ()) & set(name.split(".")):
@@ -79,8 +75,6 @@ class Conversion:
                 skipped[name] = f"no quantized counterpart for {type(module).__name__}"
             elif shared[id(module.weight)] > 1:
                 skipped[name] = "shares its weight with another layer"
-            elif name in cast:
-                skipped[name] = "the model's code casts to its weight's dtype"
             elif not module.weight.is_floating_point():
                 skipped[name] = f"its weight is {module.weight.dtype}: already quantized by something else"
             else:
@@ -95,21 +89,6 @@ class Conversion:
         if self.skipped:
             listed = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items())
             logger.warning("%s: %d layers stay float: %s.", type(model).__name__, len(self.skipped), listed)
-
-
-def _cast_to(model: nn.Module) -> Iterator[str]:
-    """Layers whose weight's dtype the model's own code reads, to cast something to it; packed bytes mislead it."""
-    for name, module in model.named_modules():
-        for child in _READ_DTYPE.findall(_source(type(module))):
-            yield f"{name}.{child}" if name else child
-
-
-@functools.cache
-def _source(cls: type[nn.Module]) -> str:
-    try:
-        return inspect.getsource(cls.forward)
-    except (OSError, TypeError):  # made at run time
-        return ""
 
 
 def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:

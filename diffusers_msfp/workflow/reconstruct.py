@@ -80,7 +80,9 @@ class Reconstructor:
         """Learn, part by part, and store the weights; see `learn_rounding`."""
         started, layers = time.perf_counter(), layers_by_name(self.model)
         layers = {key: layers[key] for inner in self.parts.values() for key in inner}
-        before = {key: (layer.weight.detach().clone(), layer.weight_error.clone()) for key, layer in layers.items()}
+        before = {
+            key: (layer.packed_weight.detach().clone(), layer.weight_error.clone()) for key, layer in layers.items()
+        }
         required = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         self.model.requires_grad_(False)
         records = []
@@ -149,7 +151,7 @@ def _summary(layers: dict[str, QuantLayer], before: dict, originals: dict[str, T
     ratios = []
     for key, layer in layers.items():
         (rows, length), bits = layer.matrix_shape, layer.weight_format.bits
-        then, now = (unpack(packed.view(rows, -1), bits, length) for packed in (before[key][0], layer.weight))
+        then, now = (unpack(packed.view(rows, -1), bits, length) for packed in (before[key][0], layer.packed_weight))
         weights += now.numel()
         changed += int((now != then).sum())
         zeros_before += int((then == 0).sum())  # -0 is never stored

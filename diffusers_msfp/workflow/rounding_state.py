@@ -12,7 +12,7 @@ from .adapters import base_fingerprint
 from .rounding_config import RoundingConfig
 from .training_state import check_settings, inputs_digest, write_settings
 
-STORED = ("weight", "weight_error")
+STORED = ("packed_weight", "weight_error")
 
 
 class RoundingFolder:

@@ -172,7 +172,7 @@ def _quantized(original: nn.Module, layer: QuantLayer, sizes: Sequence[int], sch
         quantized = QUANT_LAYERS[type(part)].from_float(part, f"{layer.place}.{index}", scheme)
         quantized.bias = layer.bias if index == 0 else None
         quantized.use_engine(layer.engine)
-        split.add_module(str(index), quantized.to(layer.weight.device))
+        split.add_module(str(index), quantized.to(layer.packed_weight.device))
     return split
 
 

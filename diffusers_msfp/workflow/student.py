@@ -72,7 +72,7 @@ class Student(nn.Module):
         trainees = {}
         for name, layer_rank in self.plan.rank_of().items():
             layer, original = layers[name], original_weight(teacher, layers[name])
-            bank = AdapterBank(layer.logical_shape, num_adapters, layer_rank, device=layer.weight.device)
+            bank = AdapterBank(layer.logical_shape, num_adapters, layer_rank, device=layer.packed_weight.device)
             bank.initialise(generator)
             trainees[name] = Trainee(layer, original, bank, placement, self.gate, self.plan.group_of(name))
         self._before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

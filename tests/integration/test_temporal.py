@@ -298,7 +298,7 @@ def test_inspect_and_the_report_show_it(cached, tmp_path):
 @pytest.mark.parametrize("placement", ["side", "merged"])
 def test_fine_tuning_leaves_the_block_without_adapters(cached, teacher, images, placement, tmp_path):
     block = cached.unet.config.quantization_config.temporal["block"]
-    expected = {name: cached.unet.get_submodule(name).weight.clone() for name in block}
+    expected = {name: cached.unet.get_submodule(name).packed_weight.clone() for name in block}
     finetune(
         cached, teacher, FinetuneConfig(train_steps=1, batch_size=2, num_inference_steps=3, rank=2, placement=placement)
     )
@@ -306,7 +306,7 @@ def test_fine_tuning_leaves_the_block_without_adapters(cached, teacher, images, 
         layer = cached.unet.get_submodule(name)
         assert layer.adapters is None
         assert layer.num_sets == len(SET)
-        assert torch.equal(layer.weight, expected[name])
+        assert torch.equal(layer.packed_weight, expected[name])
     cached.save_pretrained(tmp_path)
     loaded = DiffusionPipeline.from_pretrained(tmp_path)
     for timestep in (800, 123, MIXED):

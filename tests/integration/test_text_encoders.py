@@ -134,7 +134,7 @@ def test_t5(tmp_path):
         model = T5EncoderModel.from_pretrained(tmp_path / "float", quantization_config=config, dtype=dtype)
         assert error(model, reference) < 0.03
     names = {name.rpartition(".")[2] for name, _ in quant_layers(model)}
-    assert names == {"q", "k", "v", "o", "wi_0", "wi_1"}  # `wo`: the model casts to its dtype, and keeps it in float32
+    assert names == {"q", "k", "v", "o", "wi_0", "wi_1"}  # the model keeps `wo` in float32
     model.save_pretrained(tmp_path / "packed", max_shard_size="5KB")
     assert len(list((tmp_path / "packed").glob("*.safetensors"))) > 1
     again = T5EncoderModel.from_pretrained(tmp_path / "packed", dtype=torch.float16)
@@ -142,7 +142,7 @@ def test_t5(tmp_path):
     assert torch.equal(output(again), output(model))
 
 
-def test_what_a_model_casts_to_stays_float():
+def test_a_layer_whose_weight_is_asked_for_its_dtype():
     torch.manual_seed(0)
     config = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
@@ -150,10 +150,9 @@ def test_what_a_model_casts_to_stays_float():
     reference = CLIPVisionModel(config).eval()
     model = CLIPVisionModel(config).eval()
     model.load_state_dict(reference.state_dict())
-    plan = Conversion.plan(model, "w8a16")
-    (patches,) = (name for name in plan.skipped if name.endswith("patch_embedding"))
-    assert plan.skipped[patches] == "the model's code casts to its weight's dtype"
     quantize_model(model, MSFPConfig("w8a16"))
+    (patches,) = (layer for name, layer in quant_layers(model) if name.endswith("patch_embedding"))
+    assert patches.weight.dtype == torch.float32
     assert error(model, reference, pixel_values=pipelines.picture()) < 0.05
 
 

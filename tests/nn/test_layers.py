@@ -67,10 +67,12 @@ def test_state_is_packed_and_survives_copies(module, shape):
     x = torch.randn(shape)
     layer = quantized(module, x)
     rows, length = layer.matrix_shape
-    assert layer.weight.dtype == torch.uint8
-    assert layer.weight.numel() == rows * ((length + 1) // 2)
-    assert layer.weight.ndim == max(3, module.weight.ndim)
-    assert not layer.weight.requires_grad
+    assert layer.packed_weight.dtype == torch.uint8
+    assert layer.packed_weight.numel() == rows * ((length + 1) // 2)
+    assert layer.packed_weight.ndim == max(3, module.weight.ndim)
+    assert not layer.packed_weight.requires_grad
+    assert layer.weight.shape == module.weight.shape
+    assert layer.weight.dtype == module.weight.dtype
     y = layer(x)
     buffer = io.BytesIO()
     torch.save(layer, buffer)
@@ -111,7 +113,7 @@ def test_a_layer_that_saw_nothing_keeps_a_float_input():
     layer = QuantLinear.from_float(nn.Linear(4, 2), "place", SCHEMES["w4a4"].inner)
     assert not layer.freeze()
     assert layer.input_format is None
-    assert set(layer.state_dict()) == {"weight", "bias", "weight_scale", "weight_error"}
+    assert set(layer.state_dict()) == {"packed_weight", "bias", "weight_scale", "weight_error"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -130,7 +132,7 @@ def test_gradients_reach_input_and_bias_only():
     layer(x).sum().backward()
     assert x.grad.abs().sum() > 0
     assert layer.bias.grad is not None
-    assert layer.weight.grad is None
+    assert layer.packed_weight.grad is None
 
 
 def test_non_finite_values_name_the_layer():

@@ -95,7 +95,7 @@ def test_side_adapters_are_low_rank_convolutions_and_leave_the_base_alone(module
         assert torch.allclose(layer(x) - base(x), twin(x) * 0.5, atol=1e-5)
         routing.enabled = False
         assert torch.equal(layer(x), base(x))
-    assert torch.equal(layer.weight, base.weight)
+    assert torch.equal(layer.packed_weight, base.packed_weight)
 
 
 @pytest.mark.parametrize("placement", ["merged", "side"])
@@ -137,7 +137,7 @@ def test_switching_adapters_allocates_nothing():
     trainee, *_ = made(*LAYERS["3x3"], "merged")
     layer = trainee.finish(torch.float32)
     banks = layer.packed_bank(1)
-    assert banks.data_ptr() == layer.weight.data_ptr() + banks.numel()
+    assert banks.data_ptr() == layer.packed_weight.data_ptr() + banks.numel()
 
 
 def test_rank_is_scaled_down_for_narrow_layers():

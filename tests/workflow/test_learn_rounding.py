@@ -68,7 +68,7 @@ def test_it_lowers_the_error_of_a_trained_model(embedded, tmp_path):
     zeros = [(layer.dequantize_weight() == 0).float().sum() for layer in layers_of(pipe.unet).values()]
     assert result["sparsity"] == pytest.approx(sum(zeros).item() / result["weights"])
 
-    assert {key.rsplit(".", 1)[1] for key in differing(nearest, pipe.unet)} <= {"weight", "weight_error"}
+    assert {key.rsplit(".", 1)[1] for key in differing(nearest, pipe.unet)} <= {"packed_weight", "weight_error"}
     for name, layer in layers_of(pipe.unet).items():
         other, original = layers_of(nearest)[name], embedded.unet.get_submodule(name).weight
         assert layer.weight_error >= other.weight_error  # nearest is nearest
@@ -138,7 +138,8 @@ def test_options_run_and_change_codes_only(packed_pipe, teacher, settings):
     assert [name for *_, name in seen] == [part["part"] for part in result["parts"]]
     assert seen[-1][0] == seen[-1][1] == len(result["parts"])
     assert result["changed"] > 0
-    changed = {key.removesuffix(".weight") for key in differing(before, packed_pipe.unet) if key.endswith(".weight")}
+    differ = [key for key in differing(before, packed_pipe.unet) if key.endswith(".packed_weight")]
+    changed = {key.removesuffix(".packed_weight") for key in differ}
     assert changed <= set(layers_of(before))
     if "exclude" in settings:
         assert not any(name.startswith("time_emb") or name == "conv_out" for name in changed)
@@ -217,10 +218,10 @@ def test_what_temporal_maintenance_has_rounded_stays(teacher, scheme, fsc):
     quantize_pipeline(pipe, scheme, num_samples=2, num_inference_steps=2)
     settings = {"num_inference_steps": 4, "iterations": 5, "cache_above": None, "fsc": fsc}
     block = maintain_temporal(pipe, teacher, TemporalConfig(**settings))["block"]
-    before = {name: pipe.unet.get_submodule(name).weight.clone() for name in block}
+    before = {name: pipe.unet.get_submodule(name).packed_weight.clone() for name in block}
     learn_rounding(pipe, teacher, RoundingConfig(**SHORT))
     assert block
-    assert all(torch.equal(pipe.unet.get_submodule(name).weight, weight) for name, weight in before.items())
+    assert all(torch.equal(pipe.unet.get_submodule(name).packed_weight, weight) for name, weight in before.items())
     finetune(pipe, teacher, FinetuneConfig(train_steps=1, batch_size=2, num_inference_steps=4, rank=2))
     adapted = {name for names in pipe.unet.config.quantization_config.adapters["ranks"].values() for name in names}
     assert adapted
