@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from diffusers_msfp.errors import CheckpointError, MSFPError
 from diffusers_msfp.evaluation import describe_checkpoint
 from diffusers_msfp.integration import MSFPConfig
+from diffusers_msfp.integration.attach import tensors_to_save
 from diffusers_msfp.nn import QuantLayer
 
 FILE = mutations.FILE
@@ -124,7 +125,7 @@ def test_damaged_floats(folder, value, reason):
 def check_faithful(folder: Path, model: UNet2DModel, images: torch.Tensor) -> None:
     """The model holds the file's tensors and what its config records, and computes numbers or says why not."""
     record = json.loads((folder / "config.json").read_text())["quantization_config"]
-    stored, state = load_file(folder / FILE), model.state_dict()
+    stored, state = load_file(folder / FILE), tensors_to_save(model.state_dict())
     assert state.keys() == stored.keys() or _is_another_model(folder)
     for name, tensor in state.items():
         assert not tensor.is_meta, name
