@@ -68,7 +68,7 @@ def calibrate(
         stack.enter_context(counting_steps(observing[0], total, on_step or (lambda *_: bar.update())))
         stack.enter_context(torch.no_grad())
         for call in calls:
-            pipe(**call)
+            call.run(pipe)
     for model in observing:
         freeze(model)
 
