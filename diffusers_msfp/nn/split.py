@@ -37,9 +37,9 @@ class SplitLayer(nn.Module):
         """That of the first part; where it is tells others where to put adapters."""
         return next(self.children()).weight
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 – as the original calls it
         """Sum of the parts."""
-        first, *others = (part(piece) for part, piece in zip(self.children(), self.pieces(x), strict=True))
+        first, *others = (part(piece) for part, piece in zip(self.children(), self.pieces(input), strict=True))
         return sum(others, first)
 
     def pieces(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -37,8 +37,9 @@ class RoundedLayer(nn.Module):
         """The weight in use, `logical_shape`, float32: soft, or on the grid."""
         return (self.soft.hard() if self.hardened else self.soft()).view(self.layer.logical_shape)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 – as the float layer calls it
         """As the deployed layer will compute, with gradients."""
+        x = input
         bias = None if self.layer.bias is None else self.layer.bias.to(torch.float32)
         return self.layer.compute(self.layer.quantize_input(x), self.weight(), bias).to(x.dtype)
 

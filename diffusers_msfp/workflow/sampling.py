@@ -2,6 +2,7 @@
 
 import inspect
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -172,11 +173,15 @@ def known_arguments(pipe, given: dict) -> dict:
         ConfigError: another one is unknown.
     """
     parameters = inspect.signature(pipe.__call__).parameters
+    more = {"output_type"}
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return given
-    for name in given.keys() - parameters.keys() - {"output_type"}:
+        source = inspect.getsource(pipe.__call__)
+        if not type(pipe).__module__.startswith("diffusers.") or source.count("**kwargs") > 1:
+            return given  # whatever becomes of them
+        more |= set(re.findall(r'kwargs\.(?:pop|get)\("(\w+)"', source))  # names of older versions; others are dropped
+    for name in given.keys() - parameters.keys() - more:
         raise ConfigError(f"Arguments passed on must be among those of {type(pipe).__name__}, but `{name}` came.")
-    return {name: value for name, value in given.items() if name in parameters}
+    return {name: value for name, value in given.items() if name in parameters or name in more - {"output_type"}}
 
 
 def num_classes_of(pipe) -> int | None:
