@@ -10,13 +10,14 @@ from diffusers.quantizers import PipelineQuantizationConfig
 from ..errors import ConfigError
 from ..evaluation.describe import file_bytes, read_config
 from ..integration.config import MSFPConfig
-from ..integration.in_memory import choose_components, components_of, quantize_model
+from ..integration.in_memory import choose_components, components_of, quantize_model, refuse_several
 from ..integration.recipe import RecipeRun, plan_stages
 from ..integration.streaming import StreamedModel
 from ..integration.tensor_files import MAX_SHARD_SIZE
 from ..recipes import DEFAULT_RECIPE
 from ..schemes import DEFAULT_SCHEME
 from ..workflow import calibrate, calibration_state
+from ..workflow.calibrate import check_calibration
 from ..workflow.convert import quant_layers
 from ..workflow.sampling import require_positive
 from .load import fetch, load_pipeline, model_bytes, open_component, refuse_quantized
@@ -45,9 +46,9 @@ def quantize(
     """Quantize a checkpoint and write the packed one.
 
     Weights go from file to file layer by layer, so a float model need not fit into memory; then the pipeline's own
-    sampler sets the activation ranges. Text encoders are quantized, their weights alone, while the pipeline is loaded
-    for that. A component on its own cannot be sampled, so its activations go on observing:
-    they freeze after its first denoising run.
+    sampler sets the activation ranges. Before all that a call of the pipeline is tried, as far as its denoiser. Text
+    encoders are quantized, their weights alone, while the pipeline is loaded for that. A component on its own cannot be
+    sampled, so its activations go on observing: they freeze after its first denoising run.
 
     Until all is done, packed weights lie in the hidden folder `.<out>.part` beside `out`. After an interruption the
     same call goes on with the layer it had come to; other arguments or changed source files begin anew.
@@ -95,11 +96,23 @@ def quantize(
             f"Recipe `{recipe}` samples with the whole pipeline, but {source} is a single model. Quantize the "
             f"pipeline, or use `ptq`."
         )
-    if loaded is None:
+    if path.is_dir():
         bytes_before = sum(file_bytes(path / name) for name in (*streams, *encoders))
     else:
         bytes_before = sum(getattr(loaded, name).get_memory_footprint() for name in (*streams, *encoders))
 
+    if "." not in streams:
+        with stderr.status("trying a first step"):
+            if loaded is None:
+                empty = {name: stream.model for name, stream in streams.items()}
+                wanted = (
+                    PipelineQuantizationConfig(quant_mapping=dict.fromkeys(encoders, request)) if encoders else None
+                )
+                loaded = load_pipeline(source, **empty, quantization_config=wanted)
+            if any(calibration_state(stream.model) == "observing" for stream in streams.values()):
+                chosen = {name: getattr(loaded, name) for name in streams}
+                counts = {"num_samples": calibration_samples, "num_inference_steps": steps, "seed": seed}
+                check_calibration(loaded, chosen, prompts=prompts, **counts)
     seconds_calibration = 0.0
     with work_folder(out) as work:
         search_started = time.perf_counter()
@@ -118,15 +131,9 @@ def quantize(
             publish(places["."], out)
         else:
             models = {name: streams.pop(name).load(place) for name, place in places.items()}
-            if loaded is None:
-                wanted = (
-                    PipelineQuantizationConfig(quant_mapping=dict.fromkeys(encoders, request)) if encoders else None
-                )
-                loaded = load_pipeline(source, **models, quantization_config=wanted)
-            else:
-                loaded.register_modules(**models)
-                for name in encoders:
-                    quantize_model(getattr(loaded, name), request)
+            loaded.register_modules(**models)
+            for name in encoders if path.is_file() else ():  # those of a folder are quantized while they are loaded
+                quantize_model(getattr(loaded, name), request)
             models |= {name: getattr(loaded, name) for name in encoders}
             if run.latest is not None:
                 stderr.print(f"Going on after stage {len(run.figures)} of {len(plan)}, found in {run.latest}.")
@@ -200,6 +207,9 @@ def _parts(
         raise ConfigError(f"`components` selects parts of a pipeline, but {path} is a single model.")
     else:
         names = ["."]
+    for name in names if index else ():
+        if "Multi" in index[name][1]:
+            refuse_several(name, index[name][1], present)
     encoders = [name for name in names if index and index[name][0] == "transformers"]
     streams = {name: open_component(path / name, request, max_shard_size) for name in names if name not in encoders}
     return streams, encoders

@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 
 from ..errors import ConfigError
-from ..workflow.sampling import with_ddim
+from ..workflow.solvers import with_ddim
 from ..workflow.state import calibration_state, quantized_models
 from .compare import compare_pipelines
 from .features import default_features, extract, feature_network
