@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UnsupportedError
 
 OBSERVED = ("observed_sample", "observed_count", "observed_range")
 INPUT_TENSORS = ("input_scale", "input_zero_point", "input_error")
@@ -40,6 +40,19 @@ class StoredTensors(nn.Module):
         """Stored tensors, and while observing what was seen; the sample is as long as it is full."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update({prefix + name: tensor for name, tensor in self.observed.items()})
+
+    def requires_grad_(self, requires_grad: bool = True):
+        """As of a float layer, with True refused: packed weights cannot be trained.
+
+        Raises:
+            UnsupportedError: `requires_grad` is true.
+        """
+        if requires_grad:
+            raise UnsupportedError(
+                f"The weight of `{self.place}` is packed, so it cannot be trained, but `requires_grad_(True)` came. "
+                f"Train an adapter on it, or its bias alone (`layer.bias.requires_grad_(True)`)."
+            )
+        return super().requires_grad_(False)
 
     def load_observed(self, name: str, value: Tensor) -> None:
         """Take one of the `OBSERVED` tensors from a checkpoint, in any order.
