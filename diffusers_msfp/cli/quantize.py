@@ -14,13 +14,22 @@ from ..integration.in_memory import choose_components, components_of, quantize_m
 from ..integration.recipe import RecipeRun, plan_stages
 from ..integration.streaming import StreamedModel
 from ..integration.tensor_files import MAX_SHARD_SIZE
+from ..outputs import writing
 from ..recipes import DEFAULT_RECIPE
 from ..schemes import DEFAULT_SCHEME
 from ..workflow import calibrate, calibration_state
 from ..workflow.calibrate import check_calibration
 from ..workflow.convert import quant_layers
 from ..workflow.sampling import require_positive
-from .load import fetch, load_pipeline, model_bytes, open_component, refuse_quantized
+from .load import (
+    fetch,
+    load_pipeline,
+    model_bytes,
+    open_component,
+    refuse_quantized,
+    require_variant,
+    variant_of,
+)
 from .store import check_target, peak_rss_bytes, publish, work_folder, write_checkpoint
 from .terminal import progress, stderr
 
@@ -40,6 +49,7 @@ def quantize(
     scheme_overrides: dict[str, str] | None = None,
     components: list[str] | None = None,
     config: str | None = None,
+    variant: str | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
     overwrite: bool = False,
 ) -> dict:
@@ -64,6 +74,7 @@ def quantize(
         prompts (`list[str]`, *optional*): for pipelines that take prompts.
         modules_to_not_convert, scheme_overrides, components: as in `MSFPConfig`.
         config (`str`, *optional*): folder or Hub id with the configs of a single file.
+        variant (`str`, *optional*): of the float weights, like `"fp16"`; see `load.variant_of`.
         max_shard_size (`int` or `str`): of weight files, as in `save_pretrained`.
         overwrite (`bool`): replace `out` if it exists.
 
@@ -87,17 +98,19 @@ def quantize(
         components_to_quantize=components,
     )
     with stderr.status(f"opening {source}"):
-        path = fetch(source)
+        require_variant(variant, source)
+        path = fetch(source, variant)
         refuse_quantized(path)
+        variant = variant_of(path, variant)
         loaded = load_pipeline(source, config=config) if path.is_file() else None
-        streams, encoders = _parts(path, loaded, request, max_shard_size)
+        streams, encoders = _parts(path, loaded, request, max_shard_size, variant)
     if "." in streams and plan:
         raise ConfigError(
             f"Recipe `{recipe}` samples with the whole pipeline, but {source} is a single model. Quantize the "
             f"pipeline, or use `ptq`."
         )
     if path.is_dir():
-        bytes_before = sum(file_bytes(path / name) for name in (*streams, *encoders))
+        bytes_before = sum(file_bytes(path / name, variant) for name in (*streams, *encoders))
     else:
         bytes_before = sum(getattr(loaded, name).get_memory_footprint() for name in (*streams, *encoders))
 
@@ -108,7 +121,7 @@ def quantize(
                 wanted = (
                     PipelineQuantizationConfig(quant_mapping=dict.fromkeys(encoders, request)) if encoders else None
                 )
-                loaded = load_pipeline(source, **empty, quantization_config=wanted)
+                loaded = load_pipeline(source, **empty, variant=variant, quantization_config=wanted)
             if any(calibration_state(stream.model) == "observing" for stream in streams.values()):
                 chosen = {name: getattr(loaded, name) for name in streams}
                 counts = {"num_samples": calibration_samples, "num_inference_steps": steps, "seed": seed}
@@ -119,7 +132,8 @@ def quantize(
         places = {name: work / "weights" / name for name in streams}
         with progress("searching and packing weights") as report:
             for name, stream in streams.items():
-                stream.write(places[name], on_layer=report)
+                with writing(out):
+                    stream.write(places[name], on_layer=report)
         seconds_search = time.perf_counter() - search_started
         journals = [work / "weights" / f"{name}.jsonl" for name in streams] if plan else []
         lines = [journal.read_text(encoding="utf-8").splitlines()[0] for journal in journals]
@@ -155,7 +169,7 @@ def quantize(
             if plan:
                 run.run(
                     loaded,
-                    load_pipeline(source, config=config),
+                    load_pipeline(source, config=config, variant=variant),
                     prompts=prompts,
                     save=lambda pipe, folder: write_checkpoint(pipe, folder, work, max_shard_size),
                     progress=progress,
@@ -188,7 +202,11 @@ def quantize(
 
 
 def _parts(
-    path: Path, loaded: DiffusionPipeline | None, request: MSFPConfig, max_shard_size: int | str
+    path: Path,
+    loaded: DiffusionPipeline | None,
+    request: MSFPConfig,
+    max_shard_size: int | str,
+    variant: str | None,
 ) -> tuple[dict[str, StreamedModel], list[str]]:
     """What is to be quantized: diffusers' components by name, or a model on its own, called `.`; and transformers'."""
     if loaded is not None:
@@ -211,5 +229,6 @@ def _parts(
         if "Multi" in index[name][1]:
             refuse_several(name, index[name][1], present)
     encoders = [name for name in names if index and index[name][0] == "transformers"]
-    streams = {name: open_component(path / name, request, max_shard_size) for name in names if name not in encoders}
+    folders = {name: path / name for name in names if name not in encoders}
+    streams = {name: open_component(place, request, max_shard_size, variant) for name, place in folders.items()}
     return streams, encoders

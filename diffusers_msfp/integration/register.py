@@ -4,6 +4,7 @@ from diffusers.quantizers import auto as diffusers_auto
 from transformers.quantizers import auto as transformers_auto
 
 from ..errors import ConfigError
+from . import copies
 from .config import MSFPConfig, MSFPMethod
 from .quantizer import MSFPQuantizer
 from .transformers_quantizer import MSFPTransformersQuantizer
@@ -28,6 +29,7 @@ def register() -> None:
                 raise ConfigError(f"'msfp' must be free in {library.__name__.split('.')[0]}, but {taken} has it.")
     for table, cls in _tables(diffusers_auto, MSFPQuantizer):
         table.setdefault(METHOD, cls)
+    copies.install()
     if METHOD not in transformers_auto.AUTO_QUANTIZER_MAPPING:
         transformers_auto.register_quantizer(METHOD)(MSFPTransformersQuantizer)
     if METHOD not in transformers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING:

@@ -81,9 +81,11 @@ class StreamedModel:
         }
 
     @classmethod
-    def from_folder(cls, model_class: type[ModelMixin], folder: Path, *arguments, **named) -> "StreamedModel":
-        """A model that lies in a folder; arguments as above."""
-        tensors = TensorFolder(folder)
+    def from_folder(
+        cls, model_class: type[ModelMixin], folder: Path, *arguments, variant: str | None = None, **named
+    ) -> "StreamedModel":
+        """A model that lies in a folder, of `variant` where it has that; arguments as above."""
+        tensors = TensorFolder(folder, variant)
         sources = [folder / "config.json", *tensors.files]
         streamed = cls(model_class, model_class.load_config(folder), tensors, sources, *arguments, **named)
         streamed.model.register_to_config(_name_or_path=str(folder))

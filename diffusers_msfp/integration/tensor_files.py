@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
-from ..evaluation.describe import INDEX, WEIGHTS, weight_files
+from ..evaluation.describe import INDEX, WEIGHTS, weight_files, weights_by_variant
 
 MAX_SHARD_SIZE = "10GB"
 """diffusers' own default."""
@@ -23,16 +23,19 @@ class TensorFolder(Mapping):
     """The weights in a model's folder, name → tensor, mapped into memory when they are asked for.
 
     Args:
-        folder (`Path`): with what a plain load would read: safetensors, one file or sharded, or `.bin`.
+        folder (`Path`): with what a load would read: safetensors, one file or sharded, or `.bin`.
+        variant (`str`, *optional*): read its files where there are some.
 
     Raises:
         CheckpointError: no such files, or damaged ones.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.files = weight_files(folder, variants=False)
+    def __init__(self, folder: Path, variant: str | None = None) -> None:
+        self.files = weight_files(folder, variant, variants=False)
         if not self.files:
-            raise CheckpointError(f"{folder} must hold weights ({WEIGHTS}.safetensors), but there are none.")
+            variants = ", ".join(f"`{name}`" for name in weights_by_variant(folder))
+            there = f"those of {variants}: name one as `variant`" if variants else "none"
+            raise CheckpointError(f"{folder} must hold weights ({WEIGHTS}.safetensors), but there are {there}.")
         self._pickled: dict[Path, dict[str, Tensor]] = {}
         self._places = {name: file for file in self.files for name in self._open(file)}
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UnsupportedError
 
 OBSERVED = ("observed_sample", "observed_count", "observed_range")
 INPUT_TENSORS = ("input_scale", "input_zero_point", "input_error")
@@ -59,6 +59,19 @@ class StoredTensors(nn.Module):
         if f"{prefix}weight" in state_dict:
             state_dict[f"{prefix}{PACKED_WEIGHT}"] = state_dict.pop(f"{prefix}weight")
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def requires_grad_(self, requires_grad: bool = True):
+        """As of a float layer, with True refused: packed weights cannot be trained.
+
+        Raises:
+            UnsupportedError: `requires_grad` is true.
+        """
+        if requires_grad:
+            raise UnsupportedError(
+                f"The weight of `{self.place}` is packed, so it cannot be trained, but `requires_grad_(True)` came. "
+                f"Train an adapter on it, or its bias alone (`layer.bias.requires_grad_(True)`)."
+            )
+        return super().requires_grad_(False)
 
     def load_observed(self, name: str, value: Tensor) -> None:
         """Take one of the `OBSERVED` tensors from a checkpoint, in any order.

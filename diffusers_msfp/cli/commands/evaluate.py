@@ -9,7 +9,7 @@ from rich.table import Table
 from ... import cli
 from ...evaluation import FEATURES
 from ..terminal import megabytes, stdout
-from .options import Json, Prompts, Seed, print_json
+from .options import Json, Prompts, Seed, Variant, print_json
 
 WORST = 10
 FIGURES = {
@@ -39,6 +39,7 @@ def evaluate(
     ] = None,
     seed: Seed = 0,
     prompts: Prompts = None,
+    variant: Variant = None,
     out: Annotated[Path | None, typer.Option(help="Folder for results and pictures; DIR-evaluation.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -47,7 +48,16 @@ def evaluate(
     A run that was killed goes on. Several processes: `accelerate launch … -m diffusers_msfp evaluate …`.
     """
     result = cli.evaluate(
-        source, reference, data=data, num=num, steps=steps, features=features, seed=seed, prompts=prompts, out=out
+        source,
+        reference,
+        data=data,
+        num=num,
+        steps=steps,
+        features=features,
+        seed=seed,
+        prompts=prompts,
+        variant=variant,
+        out=out,
     )
     if result is None:  # not the first process
         return None
