@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import UnsupportedError
 from ..workflow.attention import use_engine_attention
 from ..workflow.convert import quant_layers
+from . import saving
 
 _REFUSED = {
     "fuse_lora": "A float adapter cannot be merged into packed 4-bit codes. Keep it beside them (that is what loading "
@@ -69,14 +70,20 @@ _ANSWERS = {
     "num_parameters": _num_parameters,
     "to": _to,
     "set_default_attn_processor": _set_default_attn_processor,
+    "save_config": saving.save_config,
+    "save_pretrained": saving.save_pretrained,
 } | {method: functools.partial(_refuse, method=method) for method in _REFUSED}
 
 
 def install(model: nn.Module) -> None:
     """Set the answers on the model object."""
     for method, answer in _ANSWERS.items():
+        if method == "save_pretrained" and hasattr(type(model), "save_config"):
+            continue  # diffusers' own calls `save_config`
         if hasattr(type(model), method):
-            setattr(model, method, functools.partial(answer, model))
+            bound = functools.partial(answer, model)
+            bound.__wrapped__ = getattr(type(model), method)  # for those who look which arguments there are
+            setattr(model, method, bound)
 
 
 def remove(model: nn.Module) -> None:
