@@ -95,15 +95,15 @@ def digest_of_files(files: list[Path]) -> Digest:
     return Digest(sums)
 
 
-def write_digest(folder: Path, digest: Digest, **changes: object) -> None:
+def write_digest(folder: Path, digest: Digest, record: Mapping | None = None) -> None:
     """Put a digest into a folder's `config.json`, in one step.
 
     Args:
-        **changes: other keys of the record to change.
+        record (`Mapping`, *optional*): instead of the one that is there.
     """
     file, part = folder / "config.json", folder / ".config.json.part"
     config = json.loads(file.read_text(encoding="utf-8"))
-    config["quantization_config"] |= {"digest": digest.to_dict(), **changes}
+    config["quantization_config"] = dict(record or config["quantization_config"]) | {"digest": digest.to_dict()}
     try:
         part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         part.replace(file)
