@@ -37,13 +37,13 @@ def check_incoming(module: nn.Module, state: Mapping[str, Tensor], prefix: str, 
         if not key.startswith(prefix):
             continue
         place = next((place for place in _places(key) if place in came), None)
-        if place is not None:
-            came[place][key.removeprefix(place)] = value
-        elif key.endswith(f".{FORMATS_TENSOR}"):
+        if key.endswith(f".{FORMATS_TENSOR}") and place != key.removesuffix(FORMATS_TENSOR):
             raise CheckpointError(
                 f"Each quantized layer of a state must be one of the model's, but {type(module).__name__} has none at "
                 f"`{key.removeprefix(prefix).rpartition('.')[0]}`: not its state, or split differently. {_WAY_OUT}"
             )
+        if place is not None:
+            came[place][key.removeprefix(place)] = value
     expected = {place: dict(layer.state_dict()) for place, layer in layers.items()}
     if any((came[place].keys() & own.keys()) - set(_CAST) for place, own in expected.items()):
         for place, layer in layers.items():

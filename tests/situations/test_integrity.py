@@ -8,12 +8,14 @@ from pathlib import Path
 import pipelines
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from conftest import equal_state, make_unet, run
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import CLIPTextModel
 
 from diffusers_msfp import (
@@ -170,7 +172,7 @@ def test_damaged_adapters_and_features(small, tmp_path):
     adapted = MSFPPipelineMixin.attach(side)
     adapted.save_talora(tmp_path / "adapters")
     maintained = copy.deepcopy(small)
-    maintain_temporal(maintained, small_pipe(), TemporalConfig(**TINY))
+    maintain_temporal(maintained, small_pipe(), TemporalConfig(**TINY, iterations=1, cache_above=0.0))
     maintained.unet.save_pretrained(tmp_path / "temporal")
     names = [*load_file(tmp_path / "temporal" / FILE), *load_file(tmp_path / "side" / FILE)]
     chosen = {kind: next(name for name in names if name.endswith(kind)) for kind in (".features", ".timesteps", ".up")}
@@ -251,7 +253,7 @@ def merged(pipe: DDPMPipeline, placement: str) -> UNet2DModel:
 
 
 def maintained(pipe: DDPMPipeline) -> UNet2DModel:
-    maintain_temporal(pipe, small_pipe(), TemporalConfig(**TINY))
+    maintain_temporal(pipe, small_pipe(), TemporalConfig(**TINY, iterations=1, cache_above=0.0))
     return pipe.unet
 
 
@@ -318,7 +320,7 @@ def test_parts_of_a_model(small):
 
 
 @pytest.mark.situation("`load_state_dict` of an equally quantized model, whose engine had made weights ready", "right")
-@pytest.mark.parametrize("way", ["plain", "assign", "file", "torch.save", "part", "accelerate", "copy"])
+@pytest.mark.parametrize("way", ["plain", "assign", "file", "torch.save", "part", "accelerate", "ddp", "copy"])
 def test_state_of_an_equal_model(small, way, tmp_path, images):
     other, model = small.unet, copy.deepcopy(small.unet)
     with torch.no_grad():
@@ -337,6 +339,14 @@ def test_state_of_an_equal_model(small, way, tmp_path, images):
     elif way == "part":
         for name, child in other.named_children():
             getattr(model, name).load_state_dict(child.state_dict())
+    elif way == "ddp":
+        store = dist.FileStore(str(tmp_path / "store"), 1)
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            first, second = DistributedDataParallel(other), DistributedDataParallel(model)  # broadcasts its state
+            second.load_state_dict(first.state_dict())
+        finally:
+            dist.destroy_process_group()
     elif way == "accelerate":
         first, second = Accelerator(cpu=True), Accelerator(cpu=True)
         first.prepare(other)
