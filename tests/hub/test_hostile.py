@@ -28,9 +28,7 @@ PLAN = {"placement": "side", "num_adapters": 2, "num_timesteps": 9, "ranks": {}}
 CLEAR = (MSFPError, ValueError, OSError, SafetensorError, RecursionError)
 
 
-@pytest.fixture(autouse=True)
-def _unchecked(monkeypatch):
-    monkeypatch.setenv("MSFP_CHECK_DIGEST", "0")
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 @pytest.fixture

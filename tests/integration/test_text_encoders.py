@@ -184,9 +184,9 @@ DAMAGES = {
 }
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_checkpoints_are_refused(damage, packed_dir, tmp_path, monkeypatch):
-    monkeypatch.setenv("MSFP_CHECK_DIGEST", "0")  # what is left then
+def test_damaged_checkpoints_are_refused(damage, packed_dir, tmp_path):
     changes, reason = DAMAGES[damage]
     shutil.copytree(packed_dir, tmp_path / "damaged")
     file = tmp_path / "damaged" / "model.safetensors"

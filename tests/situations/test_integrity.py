@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from conftest import equal_state, make_unet, run
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -102,6 +104,23 @@ def test_damaged_bytes(folder, name):
     flip(folder / FILE, name)
     with pytest.raises(CheckpointError, match=f"`{name}` must have the checksum"):
         UNet2DModel.from_pretrained(folder)
+
+
+@pytest.mark.situation("any bit of a weight file changed, header or data", "refused")
+def test_any_bit(small, folder):
+    original, rng = (folder / FILE).read_bytes(), random.Random(0)
+    start = 8 + int.from_bytes(original[:8], "little")
+    for index in range(40):
+        place = rng.randrange(*((0, start) if index % 2 else (start, len(original))))
+        damaged = bytearray(original)
+        damaged[place] ^= 1 << rng.randrange(8)
+        (folder / FILE).write_bytes(damaged)
+        try:
+            model = UNet2DModel.from_pretrained(folder)
+        except (CheckpointError, ValueError, OSError, SafetensorError):
+            continue
+        assert place < start, place
+        assert equal_state(model, small.unet)  # a bit of the file's notes about itself
 
 
 @pytest.mark.situation("shards of one checkpoint beside the config of another", "refused")
