@@ -14,6 +14,7 @@ from ..errors import UnsupportedError
 from ..nn import QuantLayer
 from ..workflow.attention import use_engine_attention
 from ..workflow.convert import quant_layers
+from . import saving
 from .peft_versions import require_peft
 
 _REFUSED = {
@@ -101,6 +102,8 @@ _ANSWERS = {
     "num_parameters": _num_parameters,
     "to": _to,
     "set_default_attn_processor": _set_default_attn_processor,
+    "save_config": saving.save_config,
+    "save_pretrained": saving.save_pretrained,
     **{name: functools.partial(_adapt, method=name) for name in ("add_adapter", "load_adapter", "load_lora_adapter")},
     **{name: functools.partial(_refuse, method=name) for name in _REFUSED},
 }
@@ -109,8 +112,12 @@ _ANSWERS = {
 def install(model: nn.Module) -> None:
     """Set the answers on the model object."""
     for method, answer in _ANSWERS.items():
+        if method == "save_pretrained" and hasattr(type(model), "save_config"):
+            continue  # diffusers' own calls `save_config`
         if hasattr(type(model), method):
-            setattr(model, method, functools.partial(answer, model))
+            bound = functools.partial(answer, model)
+            bound.__wrapped__ = getattr(type(model), method)  # for those who look which arguments there are
+            setattr(model, method, bound)
     for module in _with_packed(model):
         module.requires_grad_ = functools.partial(_require_no_gradients, module)
 

@@ -1,7 +1,6 @@
 """Tensor files larger than memory: read tensor by tensor, written tensor by tensor."""
 
 import json
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
 from ..evaluation.describe import INDEX, WEIGHTS, weight_files, weights_by_variant
+from .digest import checksum
 
 MAX_SHARD_SIZE = "10GB"
 """diffusers' own default."""
@@ -86,7 +86,7 @@ class TensorLayout:
             )
         except (ValueError, OverflowError) as error:
             raise ConfigError(f"`max_shard_size` must be a size like '5GB', but {max_shard_size!r} came.") from error
-        self._metadata = dict(metadata)
+        self._metadata, self._state = dict(metadata), state
         self._files: dict[str, tuple[bytes, int]] = {}  # name → header, number of bytes
         self._places: dict[str, tuple[str, int, int]] = {}  # name → file, first byte, number of bytes
         for file, names in self._split.filename_to_tensors.items():
@@ -115,9 +115,9 @@ class TensorLayout:
             with open(folder / name, "r+b") as file:
                 file.write(header)
 
-    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> int:
-        """Put tensors in their places; their checksum."""
-        checksum = 0
+    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Put tensors in their places; the checksum of each."""
+        checksums = {}
         for name, tensor in tensors.items():
             file, first, size = self._places[name]
             data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -126,18 +126,18 @@ class TensorLayout:
             with open(folder / file, "r+b") as handle:
                 handle.seek(first)
                 handle.write(data)
-            checksum = zlib.crc32(data, checksum)
-        return checksum
+            checksums[name] = checksum(name, self._state[name], data)
+        return checksums
 
-    def checksum(self, folder: Path, names: list[str]) -> int:
+    def checksums(self, folder: Path, names: list[str]) -> dict[str, str]:
         """Of tensors as they are in the files."""
-        checksum = 0
+        found = {}
         for name in names:
             file, first, size = self._places[name]
             with open(folder / file, "rb") as handle:
                 handle.seek(first)
-                checksum = zlib.crc32(handle.read(size), checksum)
-        return checksum
+                found[name] = checksum(name, self._state[name], handle.read(size))
+        return found
 
     def finish(self, folder: Path) -> None:
         """Write the index, if there are several files."""
