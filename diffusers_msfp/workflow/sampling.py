@@ -54,7 +54,7 @@ def call_arguments(
     prompts = list(prompts) if prompts is not None else list(DEFAULT_PROMPTS)
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ConfigError(f"`prompts` must be a non-empty list of strings, but {prompts!r} came.")
-    num_classes = num_classes_of(pipe)
+    labels = labels_of(pipe)
     known = {"prompt", "class_labels", "batch_size", "generator", "num_inference_steps", "output_type"}
     needed = [
         name
@@ -75,14 +75,14 @@ def call_arguments(
         if isinstance(generator, list):
             return [label for one in generator for label in draw_labels(1, one)]
         drawer = torch.Generator().manual_seed(generator.initial_seed())
-        return torch.randint(num_classes, (size,), generator=drawer).tolist()
+        return [labels[i] for i in torch.randint(len(labels), (size,), generator=drawer)]
 
     def make(start: int, size: int, generator: Generators) -> dict:
         arguments = {"generator": generator, "num_inference_steps": num_inference_steps}
         arguments["output_type"] = "latent" if skip_decoding else "np"
         if "prompt" in parameters:
             arguments["prompt"] = [prompts[(start + i) % len(prompts)] for i in range(size)]
-        elif "class_labels" in parameters and num_classes:
+        elif "class_labels" in parameters and labels:
             arguments["class_labels"] = draw_labels(size, generator)
         else:
             arguments["batch_size"] = size
@@ -95,6 +95,15 @@ def num_classes_of(pipe) -> int | None:
     """How many class labels a pipeline's models know; None where they take none."""
     models = [m for m in pipe.components.values() if isinstance(m, nn.Module) and hasattr(m, "config")]
     return next((n for m in models if (n := getattr(m.config, "num_embeds_ada_norm", None))), None)
+
+
+def labels_of(pipe) -> Sequence[int]:
+    """The class labels that a pipeline names (`id2label`), else all that its models know; empty where there are none.
+
+    A model may have embeddings for more labels than it was trained on.
+    """
+    named = getattr(pipe, "labels", None)
+    return sorted(set(named.values())) if named else range(num_classes_of(pipe) or 0)
 
 
 def batched_calls(make: Callable, models: Sequence[nn.Module], num_samples: int, seed: int) -> list[dict]:
@@ -130,7 +139,11 @@ def with_ddim(pipe, eta: float = 0.0):
     if eta:
         step = scheduler.step
         scheduler.step = lambda *args, **kwargs: step(*args, **{**kwargs, "eta": eta})
-    return type(pipe)(**{**pipe.components, "scheduler": scheduler})
+    options = inspect.signature(type(pipe).__init__).parameters.keys() & pipe.config.keys()
+    twin = type(pipe)(**{name: pipe.config[name] for name in options} | {**pipe.components, "scheduler": scheduler})
+    if hasattr(pipe, "labels"):  # names of classes, which no config holds
+        twin.labels = pipe.labels
+    return twin
 
 
 def denoiser_name(pipe) -> str:

@@ -84,9 +84,18 @@ class Progress:
 
 
 class Task(nn.Module):
-    """A model to be trained: its networks are children, its forward gives the loss."""
+    """A model to be trained: its networks are children, its forward gives the loss.
+
+    Args:
+        settings (`Settings`): of its training, and where a subclass has more, of its networks.
+    """
 
     name: str
+    defaults: type[Settings] = Settings
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.settings = settings
 
     def draw(self, size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         """The data and noise of one update, on the CPU."""
@@ -100,11 +109,15 @@ class Task(nn.Module):
         """The networks in a stock pipeline."""
         raise NotImplementedError
 
+    def export(self, folder: Path) -> None:
+        """Write the weights that the networks have now, in float16; the networks are cast."""
+        self.half().eval()
+        self.pipeline().save_pretrained(folder)
+
 
 def train(
     task: Task,
     out: Path,
-    settings: Settings,
     *,
     save_every: float = 240.0,
     sample_every: int = 2000,
@@ -116,12 +129,15 @@ def train(
     Args:
         task (`Task`): what is trained, with weights drawn from the seed.
         out (`Path`): checkpoints (`checkpoint-<update>`), `samples-<update>.png`, `loss.png`, `progress.json`.
-        settings (`Settings`): of the whole run.
         save_every (`float`): seconds between checkpoints; `kill -9` costs no more than these.
         sample_every (`int`): updates between grids.
-        stop_at (`int`, *optional*): stop at this update without finishing.
+        stop_at (`int`, *optional*): stop at this update without finishing; 0 only takes up the last checkpoint.
         say (`Callable[[str], None]`): gets a line at each checkpoint.
+
+    Returns:
+        `Progress`: of the run; the task's networks have the averaged weights.
     """
+    settings = task.settings
     bf16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not torch.cuda.is_available())
     out.mkdir(parents=True, exist_ok=True)
@@ -141,7 +157,12 @@ def train(
     share, rank = settings.batch_size // accelerator.num_processes, accelerator.process_index
     begun, saved, first = time.monotonic() - progress.seconds, time.monotonic(), progress.update
     started = time.monotonic()
-    end = min(settings.updates, stop_at or settings.updates)
+    end = settings.updates if stop_at is None else min(settings.updates, stop_at)
+
+    def save() -> None:
+        progress.seconds = time.monotonic() - begun
+        _save(accelerator, out, progress)
+
     while progress.update < end and not stopping:
         batch = task.draw(settings.batch_size, batch_generator(settings.seed, progress.update))
         mine = [part[rank * share : (rank + 1) * share].to(accelerator.device) for part in batch]
@@ -155,11 +176,10 @@ def train(
         optimizer.zero_grad()
         ema.step(trained)
         progress.add(accelerator.reduce(loss.detach().float(), "mean").item())
-        last = progress.update == end or stopping
+        last = progress.update == end
         sampled = progress.update % sample_every == 0 or progress.update == settings.updates
         if last or sampled or time.monotonic() - saved > save_every:
-            progress.seconds = time.monotonic() - begun
-            _save(accelerator, out, progress)
+            save()
             speed = (time.monotonic() - started) / (progress.update - first)
             hours = speed * (settings.updates - progress.update) / 3600
             recent = (progress.window or progress.curve[-1:])[-WINDOW:]
@@ -171,6 +191,9 @@ def train(
                 with _average(ema, trained):
                     save_grid(task.sample_grid(), out / f"samples-{progress.update:06d}.png")
             saved = time.monotonic()
+    if stopping:  # wherever the signal came
+        save()
+        say(f"{task.name}: stopped at update {progress.update}")
     ema.copy_to(trained)
     return progress
 

@@ -3,7 +3,7 @@
 import torch
 from data import Pictures, draw_pictures
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
-from loop import Task
+from loop import Settings, Task
 from torch import Tensor
 
 CHANNELS = (32, 64, 192, 192)
@@ -16,8 +16,8 @@ class PixelTask(Task):
 
     name = "cifar10-pixel"
 
-    def __init__(self, pictures: Pictures) -> None:
-        super().__init__()
+    def __init__(self, pictures: Pictures, settings: Settings) -> None:
+        super().__init__(settings)
         self.pictures = pictures
         self.unet = UNet2DModel(
             sample_size=32,
