@@ -65,8 +65,9 @@ def evaluate_pipelines(
         `reference_to_real`: `frechet_distance`, `spatial_frechet_distance`, `precision`, `recall`; the first also has
         `psnr_db` and `ssim` for equal noise; `classifier_score`: `reference`, `candidate`, `real`; and for conditional
         pipelines `class_agreement`: `reference`, `candidate`, the share of pictures that the features' classifier
-        takes for the class that was asked. Each figure has `value`, `low`, `high` (95 %) and `bias`, see `distances`. `omitted`: figure → why it is missing. `eps_mse`,
-        `eps_rel_l2`, `eps_rel_l2_by_timestep` as `compare_pipelines`; `layers` as `layer_snr`; `settings`, `origin`.
+        takes for the class that was asked. Each figure has `value`, `low`, `high` (95 %) and `bias`, see `distances`.
+        `omitted`: figure → why it is missing. `eps_mse`, `eps_rel_l2`, `eps_rel_l2_by_timestep` as
+        `compare_pipelines`; `layers` as `layer_snr`; `settings`, `origin`.
         None in all processes but the first.
 
     Raises:

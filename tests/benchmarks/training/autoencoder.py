@@ -18,7 +18,6 @@ from diffusers_msfp.evaluation.distances import frechet_distance
 from diffusers_msfp.evaluation.features import extract, feature_network
 
 FIGURES = "reconstruction.json"
-SAMPLES = 32
 _PART = 250
 
 
@@ -88,9 +87,9 @@ class AutoencoderTask(Task):
         """Posterior means of pictures `(N, 3, 32, 32)` uint8."""
         return self.vae.encode(images.to(self.vae.device, self.vae.dtype) / 127.5 - 1).latent_dist.mean
 
-    def sample_grid(self) -> Tensor:
-        """Test pictures, each row above its reconstruction."""
-        images = self.test.images[:SAMPLES]
+    def sample_grid(self, num: int = 64, steps: int = 0) -> Tensor:  # noqa: ARG002
+        """Test pictures, each row of eight above its reconstruction."""
+        images = self.test.images[: num // 2]
         pairs = torch.stack([(images / 255).unflatten(0, (-1, 8)), self.rebuild(images).unflatten(0, (-1, 8))], 1)
         return pairs.flatten(0, 2)
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 NONE = 1000
 """The label that `DiTPipeline` takes for "no class": hence an embedding of 1000 labels and one, ten of them used."""
 
-SAMPLES = 64
-
 
 @dataclass(frozen=True)
 class DiTSettings(Settings):
@@ -87,10 +85,14 @@ class DiTTask(Task):
         pipe.register_to_config(id2label=id2label)
         return pipe
 
-    def sample_grid(self) -> Tensor:
-        """50 DDIM steps from the noise of seed 0, the classes in turn."""
+    def sample_grid(self, num: int = 64, steps: int = 50) -> Tensor:
+        """The classes in turn."""
         pipe = self.pipeline()
         pipe.set_progress_bar_config(disable=True)
-        labels = [i % len(CIFAR10_CLASSES) for i in range(SAMPLES)]
+        labels = [i % len(CIFAR10_CLASSES) for i in range(num)]
         noise = torch.Generator().manual_seed(0)
-        return pipe(labels, self.settings.guidance, noise, num_inference_steps=50, output_type="pt").images.float().cpu()
+        return (
+            pipe(labels, self.settings.guidance, noise, num_inference_steps=steps, output_type="pt")
+            .images.float()
+            .cpu()
+        )

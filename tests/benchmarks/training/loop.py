@@ -50,6 +50,10 @@ class Settings:
         return self.learning_rate * min(1.0, (update + 1) / self.warmup, max(0.0, remaining))
 
 
+class OtherSettingsError(ValueError):
+    """A run was begun with other settings."""
+
+
 @dataclass
 class Progress:
     """What a run knows of itself; stored with each checkpoint.
@@ -101,8 +105,8 @@ class Task(nn.Module):
         """The data and noise of one update, on the CPU."""
         raise NotImplementedError
 
-    def sample_grid(self) -> Tensor:
-        """Pictures `(N, channels, H, W)` in [0, 1], of the weights that the networks have now."""
+    def sample_grid(self, num: int = 64, steps: int = 50) -> Tensor:
+        """Pictures `(num, channels, H, W)` in [0, 1], of the weights that the networks have now, from seed 0."""
         raise NotImplementedError
 
     def pipeline(self) -> DiffusionPipeline:
@@ -136,11 +140,16 @@ def train(
 
     Returns:
         `Progress`: of the run; the task's networks have the averaged weights.
+
+    Raises:
+        OtherSettingsError: the run of this folder was begun with other settings; only `updates` may change.
     """
     settings = task.settings
     bf16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not torch.cuda.is_available())
     out.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        _keep_settings(settings, out / "settings.json")
     task.to(memory_format=torch.channels_last)
     trained = [p for p in task.parameters() if p.requires_grad]
     rate, decay = settings.learning_rate, settings.weight_decay
@@ -196,6 +205,20 @@ def train(
         say(f"{task.name}: stopped at update {progress.update}")
     ema.copy_to(trained)
     return progress
+
+
+def _keep_settings(settings: Settings, file: Path) -> None:
+    """Write what a run is begun with; a run that goes on must have the same."""
+    asked = json.loads(json.dumps(asdict(settings)))
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else asked
+    changed = [name for name in asked if asked[name] != before.get(name) and name != "updates"]
+    if changed:
+        then, now = ({name: values.get(name) for name in changed} for values in (before, asked))
+        raise OtherSettingsError(
+            f"A run must go on with the settings that it was begun with, {then} in {file}, but {now} came. Give these "
+            f"again, or begin another run: `--out`."
+        )
+    _write(file, json.dumps(asked, indent=1) + "\n")
 
 
 @contextmanager

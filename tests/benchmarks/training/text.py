@@ -1,6 +1,7 @@
 """`cifar10-text`: captions to pictures on the autoencoder's latents, in a stock `StableDiffusionPipeline`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from captions import TOKENS, captions, make_tokenizer
@@ -10,8 +11,6 @@ from latents import Latents
 from loop import Settings, Task
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
-
-SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,9 @@ class TextTask(Task):
             attention_head_dim=tuple(size // settings.head_dim for size in settings.channels),
             norm_num_groups=settings.groups,
         )
-        self.scheduler = DDIMScheduler(clip_sample=False)  # T = 1000, β linear from 1e-4 to 0.02, epsilon
+        self.scheduler = DDIMScheduler(
+            clip_sample=False, steps_offset=1
+        )  # T = 1000, β linear from 1e-4 to 0.02, epsilon
         texts = [text for name in CIFAR10_CLASSES for text in captions(name)]
         tokens = self.tokenizer(["", *texts], padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
         self.no_caption, self.captions = tokens[0], tokens[1:].unflatten(0, (len(CIFAR10_CLASSES), -1))
@@ -109,15 +110,28 @@ class TextTask(Task):
             requires_safety_checker=False,
         )
 
-    def sample_grid(self) -> Tensor:
-        """50 DDIM steps from the noise of seed 0, the classes in turn."""
+    def export(self, folder: Path) -> None:
+        """The text encoder stays in float32, the dtype in which diffusers opens the other parts unless it is told one.
+
+        transformers opens a model in the dtype of its file.
+        """
+        self.half().eval()
+        self.text_encoder.float()
+        self.pipeline().save_pretrained(folder)
+
+    def sample_grid(self, num: int = 64, steps: int = 50) -> Tensor:
+        """The classes in turn."""
         pipe = self.pipeline()
         pipe.set_progress_bar_config(disable=True)
-        prompts = [captions(CIFAR10_CLASSES[i % len(CIFAR10_CLASSES)])[0] for i in range(SAMPLES)]
-        return pipe(
-            prompts,
-            num_inference_steps=50,
-            guidance_scale=self.settings.guidance,
-            generator=torch.Generator().manual_seed(0),
-            output_type="pt",
-        ).images.float().cpu()
+        prompts = [captions(CIFAR10_CLASSES[i % len(CIFAR10_CLASSES)])[0] for i in range(num)]
+        return (
+            pipe(
+                prompts,
+                num_inference_steps=steps,
+                guidance_scale=self.settings.guidance,
+                generator=torch.Generator().manual_seed(0),
+                output_type="pt",
+            )
+            .images.float()
+            .cpu()
+        )

@@ -21,7 +21,7 @@ from autoencoder import AutoencoderTask
 from data import load_cifar10
 from dit import DiTTask
 from latents import load_autoencoder, make_latents
-from loop import Task, train
+from loop import OtherSettingsError, Task, train
 from pixel import PixelTask
 from text import TextTask
 
@@ -75,7 +75,11 @@ def main(
     out = out or Path(".training") / name
     changes = {key: value for key, value in given.items() if value is not None}
     task = make_task(name, data, autoencoder, out.parent, **changes)
-    progress = train(task, out, save_every=save_every, sample_every=sample_every, stop_at=stop_at, say=_say)
+    try:
+        progress = train(task, out, save_every=save_every, sample_every=sample_every, stop_at=stop_at, say=_say)
+    except OtherSettingsError as error:
+        _say(str(error))
+        raise typer.Exit(1) from error
     asked = task.settings.updates if stop_at is None else stop_at
     if export is not None and progress.update >= asked:  # not where a signal ended it
         task.export(export)
