@@ -22,6 +22,7 @@ TRAINING = Path(__file__).parent / "benchmarks" / "training"
 sys.path.insert(0, str(TRAINING))
 
 import captions  # noqa: E402
+import model_card  # noqa: E402
 import train  # noqa: E402
 
 TIMEOUT = 300
@@ -120,6 +121,35 @@ def test_every_word_of_the_captions_is_one_token():
     for text in texts:
         assert len(tokenizer(text).input_ids) == 2 + len(text.split()) <= captions.TOKENS
     assert captions.captions("airplane")[0] == "a photo of an airplane"
+
+
+def make_card(name: str, data: Path, folder: Path, **arguments) -> tuple[str, dict]:
+    out = folder / "card"
+    model_card.main(name, data, run=folder / "runs" / name, out=out, num=66, steps=1, card_only=False, **arguments)
+    text = (out / "README.md").read_text(encoding="utf-8")
+    results = json.loads((out / model_card.RESULTS).read_text(encoding="utf-8"))
+    assert text == model_card.card(name, results)
+    assert Image.open(out / "samples.png").size == (3 * 256, 3 * 256)
+    assert results["training"]["updates"] == 2
+    for part in ("**Weak**: ", "not selected", "JPEG CIFAR-10", "*not* FID", "its training stopped after 2 updates"):
+        assert part in " ".join(text.split())
+    DiffusionPipeline.from_pretrained(out)
+    return text, results
+
+
+def test_card_of_a_conditional_model(data, tmp_path, autoencoder):
+    train_two("cifar10-latent-dit", data, tmp_path, autoencoder=autoencoder)
+    text, results = make_card("cifar10-latent-dit", data, tmp_path, autoencoder=autoencoder)
+    assert 0 <= results["figures"]["class_agreement"]["value"] < 0.6
+    assert "| class agreement |" in text
+    assert "PSNR" in text
+
+
+def test_cards_are_what_their_results_say():
+    for file in (TRAINING.parents[2] / "model_cards").glob(f"*/{model_card.RESULTS}"):
+        folder = file.parents[1]
+        expected = model_card.card(folder.name, json.loads(file.read_text(encoding="utf-8")))
+        assert (folder / "README.md").read_text(encoding="utf-8") == expected
 
 
 def start(data: Path, out: Path, *more: object) -> subprocess.Popen:
