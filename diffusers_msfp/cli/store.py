@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import ConfigError, NonFiniteError
 from ..integration.tensor_files import MAX_SHARD_SIZE
+from ..workflow.sampling import keep_labels
 from .terminal import stderr
 
 
@@ -46,6 +47,7 @@ def write_checkpoint(loaded, out: Path, folder: Path | None = None, max_shard_si
     folder = folder or _parent(out)
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{out.name}-", suffix=".part") as scratch:
         made = Path(scratch) / "made"
+        keep_labels(loaded)
         loaded.save_pretrained(made, max_shard_size=max_shard_size)
         publish(made, out)
 

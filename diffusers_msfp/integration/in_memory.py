@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from ..errors import ConfigError
 from ..schemes import DEFAULT_SCHEME
 from ..workflow import calibrate, calibration_state, convert
+from ..workflow.sampling import keep_labels
 from .config import DEFAULT_COMPONENTS, MSFPConfig
 from .quantizer import MSFPQuantizer
 from .transformers_quantizer import MSFPTransformersQuantizer
@@ -57,6 +58,7 @@ def quantize_pipeline(pipe, scheme: str | MSFPConfig = DEFAULT_SCHEME, **calibra
     """
     config = scheme if isinstance(scheme, MSFPConfig) else MSFPConfig(scheme=scheme)
     models = components_of(pipe, config).values()
+    keep_labels(pipe)
     for model in models:
         quantize_model(model, config)
     if any(calibration_state(model) == "observing" for model in models):

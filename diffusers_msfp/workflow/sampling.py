@@ -106,6 +106,15 @@ def labels_of(pipe) -> Sequence[int]:
     return sorted(set(named.values())) if named else range(num_classes_of(pipe) or 0)
 
 
+def keep_labels(pipe) -> None:
+    """Have `save_pretrained` write the names of a pipeline's labels, which diffusers reads but does not keep."""
+    if getattr(pipe, "labels", None) and not pipe.config.get("id2label"):
+        names: dict[str, list[str]] = {}
+        for name, label in pipe.labels.items():
+            names.setdefault(str(label), []).append(name)
+        pipe.register_to_config(id2label={label: ", ".join(found) for label, found in names.items()})
+
+
 def batched_calls(make: Callable, models: Sequence[nn.Module], num_samples: int, seed: int) -> list[dict]:
     """The arguments of each call that `num_samples` take; equal seeds give equal noise.
 

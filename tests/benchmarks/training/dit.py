@@ -23,7 +23,7 @@ class DiTSettings(Settings):
         guidance (`float`): of its samples.
     """
 
-    updates: int = 120_000
+    updates: int = 70_000
     learning_rate: float = 5e-4
     weight_decay: float = 1e-2
     heads: int = 9

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,13 +42,14 @@ def load_autoencoder(folder: Path) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def make_latents(vae: AutoencoderKL, pictures: Pictures, folder: Path) -> Latents:
+def make_latents(vae: AutoencoderKL, pictures: Pictures, folder: Path, say: Callable[[str], None] = print) -> Latents:
     """Encode, or read what `folder` has of this autoencoder and these pictures."""
     digest = hashlib.sha256(repr(vae.config.scaling_factor).encode())
     for tensor in (*vae.state_dict().values(), pictures.images):
         digest.update(tensor.contiguous().numpy().tobytes())
     file = folder / f"latents-{digest.hexdigest()[:16]}.safetensors"
     if not file.is_file():
+        say(f"latents of {len(pictures.images)} pictures and their mirror images, for {file}")
         found = []
         for part in pictures.images.split(_PART):
             both = torch.cat([part, part.flip(-1)]) / 127.5 - 1

