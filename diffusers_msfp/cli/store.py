@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from ..errors import ConfigError, NonFiniteError
 from ..integration.tensor_files import MAX_SHARD_SIZE
 from ..outputs import require_writable, writing
+from ..workflow.sampling import keep_labels
 from .terminal import stderr
 
 
@@ -49,6 +50,7 @@ def write_checkpoint(loaded, out: Path, folder: Path | None = None, max_shard_si
         folder = folder or _parent(out)
         with tempfile.TemporaryDirectory(dir=folder, prefix=f".{out.name}-", suffix=".part") as scratch:
             made = Path(scratch) / "made"
+            keep_labels(loaded)
             loaded.save_pretrained(made, max_shard_size=max_shard_size)
             publish(made, out)
 

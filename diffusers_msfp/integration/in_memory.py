@@ -9,6 +9,7 @@ from ..errors import ConfigError
 from ..schemes import DEFAULT_SCHEME
 from ..workflow import Conversion, calibration_state, convert
 from ..workflow.calibrate import check_calibration, observe_ranges
+from ..workflow.sampling import keep_labels
 from ..workflow.state import quantized_models
 from ..workflow.trial import refuse_upcast
 from .config import DEFAULT_COMPONENTS, MSFPConfig
@@ -88,6 +89,7 @@ def quantize_pipeline(pipe, scheme: str | MSFPConfig = DEFAULT_SCHEME, **calibra
     observing = [model for name, model in models.items() if name not in plans]
     if observing or any(scheme.activation for _, plan in plans.values() for scheme in plan.layers.values()):
         check_calibration(pipe, models, **{key: value for key, value in calibration.items() if key != "on_step"})
+    keep_labels(pipe)
     for name, (quantizer, plan) in plans.items():
         _quantize(models[name], quantizer, plan)
     if any(calibration_state(model) == "observing" for model in models.values()):

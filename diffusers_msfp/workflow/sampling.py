@@ -126,7 +126,7 @@ def call_arguments(
     for name in SET_BY_VERBS.keys() & given.keys():
         raise ConfigError(f"`{name}` cannot be passed on to the pipeline, since {SET_BY_VERBS[name]}. Leave it out.")
     given = known_arguments(pipe, given)
-    num_classes = num_classes_of(pipe)
+    labels = labels_of(pipe)
     known = {"prompt", "class_labels", "batch_size", "generator", "num_inference_steps", "output_type"}
     needed = [
         name
@@ -150,7 +150,7 @@ def call_arguments(
         if isinstance(generator, list):
             return [label for one in generator for label in draw_labels(1, one)]
         drawer = torch.Generator().manual_seed(generator.initial_seed())
-        return torch.randint(num_classes, (size,), generator=drawer).tolist()
+        return [labels[i] for i in torch.randint(len(labels), (size,), generator=drawer)]
 
     def make(start: int, size: int, generator: Generators) -> Call:
         arguments = {"generator": generator, "num_inference_steps": num_inference_steps, "batch_size": size}
@@ -158,7 +158,7 @@ def call_arguments(
         if "prompt" in parameters:
             arguments["prompt"] = [prompts[(start + i) % len(prompts)] for i in range(size)]
             del arguments["batch_size"]
-        if "class_labels" in parameters and num_classes:
+        if "class_labels" in parameters and labels:
             arguments["class_labels"] = draw_labels(size, generator)
         seed = (generator[0] if isinstance(generator, list) else generator).initial_seed()
         return Call({key: value for key, value in arguments.items() if key in parameters} | given, seed)
@@ -189,6 +189,24 @@ def num_classes_of(pipe) -> int | None:
     models = [m for m in pipe.components.values() if isinstance(m, nn.Module) and hasattr(m, "config")]
     numbers = [getattr(m.config, name, None) for m in models for name in ("num_embeds_ada_norm", "num_class_embeds")]
     return next((number for number in numbers if number), None)
+
+
+def labels_of(pipe) -> Sequence[int]:
+    """The class labels that a pipeline names (`id2label`), else all that its models know; empty where there are none.
+
+    A model may have embeddings for more labels than it was trained on.
+    """
+    named = getattr(pipe, "labels", None)
+    return sorted(set(named.values())) if named else range(num_classes_of(pipe) or 0)
+
+
+def keep_labels(pipe) -> None:
+    """Have `save_pretrained` write the names of a pipeline's labels, which diffusers reads but does not keep."""
+    if getattr(pipe, "labels", None) and not pipe.config.get("id2label"):
+        names: dict[str, list[str]] = {}
+        for name, label in pipe.labels.items():
+            names.setdefault(str(label), []).append(name)
+        pipe.register_to_config(id2label={label: ", ".join(found) for label, found in names.items()})
 
 
 def batched_calls(make: Callable, models: Sequence[nn.Module], num_samples: int, seed: int) -> list[Call]:

@@ -35,7 +35,7 @@ def evaluate(
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps, DDIM.")] = 20,
     features: Annotated[
         str | None,
-        typer.Option(help=f"{', '.join(FEATURES)} or MODULE:FUNCTION; fashion for 1×32×32 pictures, else inception."),
+        typer.Option(help=f"{', '.join(FEATURES)} or MODULE:FUNCTION; by default what fits the pictures' shape."),
     ] = None,
     seed: Seed = 0,
     prompts: Prompts = None,
@@ -85,6 +85,8 @@ def _figures(result: dict) -> Table:
     table.add_section()
     for name, figure in figures.get("classifier_score", {}).items():
         table.add_row(f"classifier score, {name}", _interval(figure))
+    for name, figure in figures.get("class_agreement", {}).items():
+        table.add_row(f"class agreement, {name}", _interval(figure))
     table.add_row("eps_rel_l2", f"{result['eps_rel_l2']:.4f}")
     table.add_row("eps_mse", f"{result['eps_mse']:.3g}")
     return table
