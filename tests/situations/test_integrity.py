@@ -396,7 +396,7 @@ def test_partial_states_without_packed_tensors(small):
     model, before = small.unet, copy.deepcopy(small.unet)
     model.load_state_dict({"conv_in.bias": torch.ones(8), "conv_norm_out.bias": torch.ones(8)}, strict=False)
     assert torch.equal(model.conv_in.bias, torch.ones(8))
-    assert torch.equal(model.state_dict()["conv_in.weight"], before.state_dict()["conv_in.weight"])
+    assert torch.equal(model.state_dict()["conv_in.packed_weight"], before.state_dict()["conv_in.packed_weight"])
 
 
 # ── convert-checkpoint ───────────────────────────────────────────────────────────────────────────────────────
