@@ -230,8 +230,21 @@ def test_a_refused_or_failed_calibration_does_not_stick(packed_pipe, monkeypatch
     with pytest.raises(ConfigError, match="non-empty list of strings"):
         calibrate(packed_pipe, prompts=[])
     assert equal_state(before, packed_pipe.unet)
+    step, calls = packed_pipe.scheduler.step, []
+
+    def fail_later(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 1:  # the first is the trial's
+            raise RuntimeError("broken")
+        return step(*args, **kwargs)
+
     monkeypatch.setattr(packed_pipe.scheduler, "step", None)
-    with pytest.raises(TypeError):
+    with pytest.raises(ConfigError, match="fails in its first step, before anything is changed: TypeError"):
+        calibrate(packed_pipe, num_samples=1, num_inference_steps=2)
+    assert equal_state(before, packed_pipe.unet)
+    packed_pipe.scheduler.set_timesteps(2)
+    monkeypatch.setattr(packed_pipe.scheduler, "step", fail_later)
+    with pytest.raises(ConfigError, match="RuntimeError: broken. The weights are quantized already"):
         calibrate(packed_pipe, num_samples=1, num_inference_steps=2)
     for timestep in (900, 100, 900):
         run(packed_pipe.unet, torch.randn(1, 3, 8, 8), timestep)
