@@ -1,6 +1,7 @@
-"""The oldest diffusers that is supported, each in an environment of its own; needs an index of packages."""
+"""The oldest supported libraries, in environments of their own; needs an index of packages."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,16 +9,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+DECLARED = dict(re.findall(r'"([\w.-]+)>=([\d.]+),<', (ROOT / "pyproject.toml").read_text(encoding="utf-8")))
+OLDEST = [f"{name}=={version}" for name, version in DECLARED.items() if name not in ("torch", "playwright")]
+SETS = {"oldest": OLDEST, "diffusers 0.41": ["diffusers==0.41.0"]}
+
+
+def test_every_dependency_has_a_range():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.findall(r'"([^"]+)"', text[text.index("dependencies = [") : text.index("[project.scripts]")])
+    bare = [entry for entry in listed if not re.match(r"[\w.-]+>=[\d.]+,<[\d.]+", entry)]
+    assert all(entry.startswith("diffusers-msfp[") for entry in bare), bare
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", ["0.40.0", "0.41.0"])
-def test_lifecycle_with_an_older_diffusers(version, tmp_path):
+@pytest.mark.parametrize("pins", SETS)
+def test_lifecycle_with_older_libraries(pins, tmp_path):
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
-    for packages in (["torch==2.13.0"], [f"{ROOT}[test]", f"diffusers=={version}"]):
+    for packages in (["torch==2.13.0"], [f"{ROOT}[test]", *SETS[pins]]):
         subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
-    tests = ["tests/integration", "tests/workflow", "tests/golden"]
+    tests = ["tests/integration", "tests/workflow", "tests/golden", "tests/cli"]
     # diffusers 0.40 cannot offload groups from a CPU to a CPU, quantized or not
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not group_offload", *tests]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
