@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -324,7 +325,10 @@ def test_version_and_help():
         assert verb in shown
 
 
-def test_demo(tmp_path):
+def test_demo(tmp_path, monkeypatch):
+    demo = sys.modules["diffusers_msfp.cli.demo"]
+    monkeypatch.setattr(demo, "quantize", partial(cli.quantize, calibration_samples=8, steps=10))
+    monkeypatch.setattr(demo, "compare", partial(cli.compare, num=2, steps=10))
     result = cli.demo(tmp_path, steps=2)
     picture = np.asarray(Image.open(result["picture"]))
     assert picture.std() > 10
