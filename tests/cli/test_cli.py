@@ -212,7 +212,7 @@ BAD = {
     "bad override": (["quantize", "{tiny}", "--out", "{out}", "--override", "conv"], "PATTERN=SCHEME"),
     "bad pattern": (["quantize", "{tiny}", "--out", "{out}", "--keep", "zzz"], "'zzz' matches none"),
     "bad component": (["quantize", "{tiny}", "--out", "{out}", "--component", "vae"], "must have a component"),
-    "zero samples": (["quantize", "{tiny}", "--out", "{out}", "--calibration-samples", "0"], "greater than or"),
+    "zero samples": (["quantize", "{tiny}", "--out", "{out}", "--calibration-samples", "0"], "not in the|greater than"),
     "inspect a float one": (["inspect", "{tiny}"], "no config.json in it says"),
     "not a picture": (["sample", "{tiny}", "--out", "{out}.txt", "--num", "1"], "must end in .png"),
     "no pipeline": (["sample", "{tiny}/unet", "--out", "{out}.png"], "must hold model_index.json"),
