@@ -319,7 +319,7 @@ def test_an_interrupted_run_leaves_nothing_that_looks_like_a_checkpoint(tmp_path
 
 
 def test_version_and_help():
-    assert process("--version").stdout.strip()
+    assert program("--version").stdout.strip()
     shown = program("--help").stdout
     for verb in ("quantize", "sample", "compare", "inspect", "demo", "finetune"):
         assert verb in shown
