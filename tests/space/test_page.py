@@ -17,7 +17,7 @@ from conftest import make_dit_pipe
 from gradio_client import Client
 from PIL import Image
 
-from diffusers_msfp import FinetuneConfig, cli, finetune
+from diffusers_msfp import FinetuneConfig, cli, finetune, quantize_pipeline
 from diffusers_msfp.cli.app import main
 from diffusers_msfp.cli.space import base_of, open_page
 from diffusers_msfp.errors import ConfigError
@@ -143,7 +143,12 @@ def test_served_and_called(packed_dir, tiny_dir, tmp_path):
         served.close(verbose=False)
 
 
-def test_the_embedded_model_is_the_default():
+def test_the_embedded_model_is_the_default(monkeypatch):
+    def quickly(pipe, scheme, *, num_samples, on_step):
+        assert num_samples == 32
+        return quantize_pipeline(pipe, scheme, num_samples=2, num_inference_steps=5, on_step=on_step)
+
+    monkeypatch.setattr(sys.modules["diffusers_msfp.cli.space"], "quantize_pipeline", quickly)
     built = open_page()
     assert built.title == "Fashion-MNIST in four bits"
     assert len(components(built, gr.ImageSlider)) == 1
