@@ -2,7 +2,7 @@
 
 Tensors that were exchanged, or whose bytes were damaged, may still decode to valid numbers; only a checksum tells. Each
 is the CRC-32 of name, dtype, shape and bytes: what zip and PNG rely on against accidents, and the fastest that every
-Python has (0.3 s for a file of 434 MB that is in the system's cache, one core; SHA-256 takes twice as long where the
+Python has (0.15 s for a file of 434 MB that is in the system's cache, one core; SHA-256 takes twice as long where the
 processor helps, and many times that elsewhere). Against malice it is no protection, nor could any digest be that lies
 beside the files: hashes of the Hub are.
 
