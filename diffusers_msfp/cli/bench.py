@@ -7,7 +7,7 @@ from diffusers import AutoModel
 
 from ..evaluation.shapes import SHAPES
 from ..evaluation.speed import benchmark
-from ..workflow.sampling import denoiser_of
+from ..workflow.denoisers import denoiser_of
 from .load import load_pipeline
 from .terminal import progress, stderr
 

@@ -1,7 +1,7 @@
 """`compare`: what a quantized pipeline lost."""
 
 from ..evaluation import compare_pipelines
-from ..workflow.sampling import denoiser_name, denoiser_of
+from ..workflow.denoisers import denoiser_name, denoiser_of
 from .load import load_pipeline, model_bytes
 from .terminal import progress
 

@@ -8,7 +8,7 @@ import torch
 from accelerate import PartialState
 
 from ..evaluation import evaluate_pipelines
-from ..workflow.sampling import denoiser_name, denoiser_of
+from ..workflow.denoisers import denoiser_name, denoiser_of
 from .load import load_pipeline, model_bytes
 from .store import peak_rss_bytes, write_json
 from .terminal import progress, stderr

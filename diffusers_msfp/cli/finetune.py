@@ -11,8 +11,8 @@ from diffusers import DDPMScheduler
 from ..errors import ConfigError
 from ..evaluation import image_grid, with_ddim
 from ..workflow import FinetuneConfig, Finetuner
+from ..workflow.denoisers import denoiser_name, denoiser_of
 from ..workflow.finetune import PREVIEWS
-from ..workflow.sampling import denoiser_name, denoiser_of
 from ..workflow.state import quantized_models
 from .load import SourceError, load_pipeline, model_bytes
 from .store import check_target, peak_rss_bytes, write_checkpoint

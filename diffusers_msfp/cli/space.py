@@ -12,7 +12,7 @@ from ..assets import EMBEDDED_MODEL
 from ..integration.config import MSFPConfig
 from ..integration.in_memory import quantize_pipeline
 from ..space import Contender, build_page, launch, require_comparable, require_gradio, write_space
-from ..workflow.sampling import denoiser_of
+from ..workflow.denoisers import denoiser_of
 from ..workflow.state import quantized_models
 from .load import SourceError, load_pipeline
 from .store import check_target, publish

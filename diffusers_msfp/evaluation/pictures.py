@@ -7,15 +7,8 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image, ImageDraw
 
-from ..workflow.sampling import (
-    batched_calls,
-    call_arguments,
-    counting_steps,
-    denoiser_of,
-    quiet,
-    require_positive,
-    with_ddim,
-)
+from ..workflow.denoisers import denoiser_of
+from ..workflow.sampling import batched_calls, call_arguments, counting_steps, quiet, require_positive, with_ddim
 
 MARGIN = 4
 LABEL_HEIGHT = 20

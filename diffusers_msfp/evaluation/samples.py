@@ -15,15 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..workflow.sampling import (
-    batch_size_for,
-    call_arguments,
-    counting_steps,
-    denoiser_of,
-    quiet,
-    require_positive,
-    with_ddim,
-)
+from ..workflow.denoisers import denoiser_of
+from ..workflow.sampling import batch_size_for, call_arguments, counting_steps, quiet, require_positive, with_ddim
 from ..workflow.state import quantized_models
 from ..workflow.training_state import inputs_digest, plain_config
 

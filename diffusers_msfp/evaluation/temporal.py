@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..workflow.adapters import layers_by_name
-from ..workflow.sampling import call_arguments, denoiser_of
+from ..workflow.denoisers import denoiser_of
+from ..workflow.sampling import call_arguments
 from ..workflow.temporal_probe import TemporalProbe
 
 

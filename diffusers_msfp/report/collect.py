@@ -22,8 +22,8 @@ from ..evaluation.providers import BASELINE, provide
 from ..evaluation.samples import draw_pictures
 from ..evaluation.speed import example_inputs, step_of, take_turns
 from ..workflow import calibration_state, set_engine
+from ..workflow.denoisers import denoiser_name, denoiser_of
 from ..workflow.engine import engine_from_environment
-from ..workflow.sampling import denoiser_name, denoiser_of
 from ..workflow.state import quantized_models
 from .layers import layer_rows, watching_inputs
 from .pictures import QUANTIZED, REFERENCE, picture_rows

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import NonFiniteError
 from ..losses import loss_weights, squared_error
 from .blocks import block_outputs, trainable_blocks
+from .denoisers import denoiser_of
 from .denoising_factor import denoising_factors
 from .finetune_config import (
     DEFAULT_UPDATES,
@@ -28,7 +29,7 @@ from .finetune_config import (
     exploration_factor,
     learning_rate_factor,
 )
-from .sampling import call_arguments, denoiser_of, quiet
+from .sampling import call_arguments, quiet
 from .student import Student
 from .training_state import Progress, TrainingFolder, inputs_digest, optimizer_for, plain_config
 from .trajectory import DenoisingStep, Trajectories, check_timesteps

@@ -9,7 +9,8 @@ from ..nn import QuantLayer
 from ..numerics import QParams
 from ..temporal import finite_set_search
 from .convert import prepare_layers, quant_layers
-from .sampling import batch_size_for, denoiser_of
+from .denoisers import denoiser_of
+from .sampling import batch_size_for
 from .temporal_block import Sets
 from .trajectory import rollout
 

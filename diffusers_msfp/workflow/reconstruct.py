@@ -21,10 +21,11 @@ from ..schemes import check_patterns, matches
 from .adapters import layers_by_name
 from .blocks import reconstruction_units
 from .convert import prepare_layers
+from .denoisers import denoiser_of
 from .rounded import Examples, Part
 from .rounding_config import RoundingConfig
 from .rounding_state import RoundingFolder
-from .sampling import call_arguments, denoiser_of
+from .sampling import call_arguments
 from .student import check_student, original_weight
 from .temporal_model import maintained_layers
 from .training_state import plain_config

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 from diffusers import DDIMScheduler
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import ConfigError
 from .state import quantized_models
@@ -131,24 +131,6 @@ def with_ddim(pipe, eta: float = 0.0):
         step = scheduler.step
         scheduler.step = lambda *args, **kwargs: step(*args, **{**kwargs, "eta": eta})
     return type(pipe)(**{**pipe.components, "scheduler": scheduler})
-
-
-def denoiser_name(pipe) -> str:
-    """Under which name a pipeline has the network that predicts noise."""
-    for name in ("unet", "transformer", "prior"):
-        if getattr(pipe, name, None) is not None:
-            return name
-    raise ConfigError(f"A pipeline must have a `unet`, `transformer` or `prior`, but {type(pipe).__name__} has none.")
-
-
-def denoiser_of(pipe) -> nn.Module:
-    """The network that predicts noise."""
-    return getattr(pipe, denoiser_name(pipe))
-
-
-def model_output(output) -> Tensor:
-    """What a denoiser predicts, whether it returns a tuple or an output object."""
-    return output[0] if isinstance(output, tuple) else output.sample
 
 
 @contextmanager

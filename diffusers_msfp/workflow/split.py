@@ -24,7 +24,8 @@ from ..numerics.rounding import check_finite
 from ..schemes import LayerScheme, resolve
 from .adapters import layers_by_name
 from .convert import prepare_layers, replace_module, replace_modules
-from .sampling import batched_calls, call_arguments, denoiser_of, quiet, require_positive
+from .denoisers import denoiser_of
+from .sampling import batched_calls, call_arguments, quiet, require_positive
 from .state import write_record
 from .student import check_student, original_weight
 from .temporal_model import finite_set_of

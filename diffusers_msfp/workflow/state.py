@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..nn import QuantLayer
 from .convert import describe_layers, prepare_layers, quant_layers
-from .timestep import timestep_of, timestep_position
+from .timestep import timestep_argument
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class RunTracker:
         """Look at the timestep of the coming call; a compiled model cannot change itself and is left alone."""
         if torch.compiler.is_compiling():
             return
-        timestep = timestep_of(timestep_position(model), args, kwargs)
+        timestep = timestep_argument(model).of(args, kwargs)
         if self.paused or timestep is None:
             return
         now = float(torch.as_tensor(timestep).max())

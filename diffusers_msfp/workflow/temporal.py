@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from ..errors import ConfigError, ShapeError
 from ..numerics.rounding import check_finite
 from ..temporal import SCOPES, TemporalBlock, TemporalPlan, store_features
-from .adapters import layers_by_name, require_timesteps, routing_of
+from .adapters import layers_by_name, routing_of
+from .denoisers import denoiser_of
 from .finite_sets import observe_sets
-from .sampling import call_arguments, denoiser_of, require_positive
+from .sampling import call_arguments, require_positive
 from .state import calibration_state
 from .student import require_takes
 from .temporal_block import StudentBlock, cell_timesteps
 from .temporal_model import attach_sets, finite_set_of
 from .temporal_probe import TemporalProbe
+from .timestep import require_timesteps
 
 CACHE_TOLERANCE = 1e-3
 """Relative error that stored features may have; float16 costs at most half of it."""

@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_map
 
 from ..errors import ConfigError
 from ..temporal import BlockLayer, TemporalBlock, find_block, root_inputs
-from .sampling import denoiser_of
-from .timestep import timestep_of, timestep_position
+from .denoisers import denoiser_of
+from .timestep import timestep_argument
 from .trajectory import DenoisingStep, rollout
 
 
@@ -35,7 +35,7 @@ class TemporalProbe:
 
     def __init__(self, teacher, names: Collection[str], make_arguments: Callable, seed: int = 0) -> None:
         self.model = denoiser_of(teacher)
-        self._position = timestep_position(self.model)
+        self._timestep = timestep_argument(self.model)
         steps = {step.timesteps[0].float().item(): step for step in rollout(teacher, make_arguments, 0, 1, seed)}
         if len(steps) < 2:
             raise ConfigError(
@@ -61,11 +61,6 @@ class TemporalProbe:
 
         return call
 
-    def _with_timestep(self, args: tuple, kwargs: dict, timestep: Any) -> tuple[tuple, dict]:
-        if kwargs.get("timestep") is not None:
-            return args, kwargs | {"timestep": timestep}
-        return (*args[: self._position], timestep, *args[self._position + 1 :]), kwargs
-
     def _vary(self, step: DenoisingStep, generator: torch.Generator) -> tuple[tuple, dict]:
         """The same timestep with other samples, prompts, labels and conditions, all of them valid."""
 
@@ -78,16 +73,16 @@ class TemporalProbe:
             return leaf if leaf.dtype == torch.bool else (leaf == 0).to(leaf.dtype)
 
         args, kwargs = tree_map(other, (step.args, step.kwargs))
-        return self._with_timestep(args, kwargs, timestep_of(self._position, step.args, step.kwargs))
+        return self._timestep.put(args, kwargs, self._timestep.of(step.args, step.kwargs))
 
     def arguments_at(self, timestep: float) -> tuple[tuple, dict]:
         """Arguments of a call of the denoiser at a timestep."""
         step = self._step
-        own = timestep_of(self._position, step.args, step.kwargs)
+        own = self._timestep.of(step.args, step.kwargs)
         if isinstance(own, Tensor):
             whole = own.is_floating_point() or timestep == int(timestep)
             timestep = torch.full_like(own, timestep, dtype=own.dtype if whole else torch.float32)
-        return self._with_timestep(step.args, step.kwargs, timestep)
+        return self._timestep.put(step.args, step.kwargs, timestep)
 
     def roots(self, timesteps: Tensor) -> dict[str, Tensor]:
         """What the block starts from, `(S, in)` float32 for each root."""
