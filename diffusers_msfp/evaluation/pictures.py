@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image, ImageDraw
 
-from ..workflow.denoisers import denoiser_of
+from ..workflow.denoisers import denoisers_of
 from ..workflow.sampling import batched_calls, call_arguments, counting_steps, quiet, require_positive, with_ddim
 
 MARGIN = 4
@@ -55,7 +55,7 @@ def sample_images(
     require_positive(num=num, steps=steps)
     if isinstance(pipe.scheduler, DDPMScheduler):
         pipe = with_ddim(pipe)
-    denoiser = denoiser_of(pipe)
-    calls = batched_calls(call_arguments(pipe, prompts, steps, {"output_type": "np"}), [denoiser], num, seed)
-    with quiet(pipe), torch.no_grad(), counting_steps(denoiser, len(calls) * steps, on_step):
+    denoisers = list(denoisers_of(pipe).values())
+    calls = batched_calls(call_arguments(pipe, prompts, steps, {"output_type": "np"}), denoisers, num, seed)
+    with quiet(pipe), torch.no_grad(), counting_steps(denoisers, len(calls) * steps, on_step):
         return np.concatenate([pipe(**call).images for call in calls])

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..workflow.denoisers import denoiser_of
+from ..workflow.denoisers import denoisers_of
 from ..workflow.sampling import batch_size_for, call_arguments, counting_steps, quiet, require_positive, with_ddim
 from ..workflow.state import quantized_models
 from ..workflow.training_state import inputs_digest, plain_config
@@ -65,16 +65,16 @@ def draw_pictures(
     """
     require_positive(num=num, steps=steps)
     pipe = with_ddim(pipe)
-    denoiser = denoiser_of(pipe)
+    denoisers = list(denoisers_of(pipe).values())
     make = call_arguments(pipe, prompts, steps, {"output_type": "pt"} | arguments)
-    size = min(num, 2 * batch_size_for([denoiser], num))
+    size = min(num, 2 * batch_size_for(denoisers, num))
     if folder is not None:
         folder = folder / _identity(pipe, steps, seed, prompts, arguments)
         folder.mkdir(parents=True, exist_ok=True)
     groups = [(start, min(start + size, num)) for start in range(0, num, size)][share[0] :: share[1]]
     kept = {group: _read(folder, group) for group in groups}
     missing = [group for group in groups if kept[group] is None]
-    with quiet(pipe), torch.no_grad(), counting_steps(denoiser, len(missing) * steps, on_step):
+    with quiet(pipe), torch.no_grad(), counting_steps(denoisers, len(missing) * steps, on_step):
         for start, end in missing:
             noise = [noise_generator(seed, index) for index in range(start, end)]
             images = pictures_tensor(pipe(**make(start, end - start, noise)).images)

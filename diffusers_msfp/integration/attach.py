@@ -11,7 +11,7 @@ from ..nn import SplitLayer
 from ..nn.split import is_complete
 from ..workflow.convert import plain_name, revert
 from ..workflow.engine import engine_from_environment, set_engine
-from ..workflow.state import track, untrack
+from ..workflow.state import RunTracker, track, untrack
 from ..workflow.temporal_model import detach_sets
 from . import overrides
 
@@ -29,7 +29,7 @@ def attach(model: nn.Module, quantizer) -> None:
     model.quantization_method = config.quant_method
     overrides.install(model)
     run = config.calibration or {}
-    track(model, run.get("last_timestep"), run.get("has_fallen", False))
+    track(model, RunTracker(*(run.get(key) for key in ("last_timestep", "has_fallen", "first_timestep"))))
     set_engine(model, engine_from_environment())
 
 

@@ -171,7 +171,8 @@ class RecipeRun:
                 except NonFiniteError as error:  # of these settings, not of the source
                     raise ConfigError(f"Stage `{name}` must have settings that keep numbers finite. {error}") from error
             save(pipe, self._place(index))
-            result.pop("losses", None)
+            for figures in (result, *(part for part in result.values() if isinstance(part, dict))):
+                figures.pop("losses", None)
             entry = {
                 "stage": name,
                 "settings": self._settings(index),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..nn import QuantLayer
+from ..nn.wrappers import forget_compiled
 from ..talora import AdapterBank, AdapterPlan, RoutingTable
 from .convert import plain_name, prepare_layers, quant_layers
 from .timestep import TimestepArgument, require_timesteps
@@ -63,6 +64,7 @@ def connect(model: nn.Module, plan: AdapterPlan, table: Tensor) -> None:
         layers[name].route_by(routing, plan.group_of(name))
     setattr(model, ROUTER, routing)
     model.register_forward_pre_hook(RouteHook(argument), with_kwargs=True)
+    forget_compiled()
     prepare_layers(model)
 
 
@@ -113,6 +115,7 @@ def remove_route_hooks(model: nn.Module, place: str) -> None:
         if isinstance(hook, RouteHook) and hook.place == place:
             del model._forward_pre_hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
+            forget_compiled()
 
 
 def refuse_merged(model: nn.Module, what: str) -> None:

@@ -2,6 +2,8 @@
 
 import copy
 import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -35,18 +37,18 @@ def is_denoiser(name: str, kind: type | None) -> bool:
     return name in DENOISERS and (name in _MAIN or kind is None or timestep_argument(kind).name is not None)
 
 
-def denoisers_of(pipe) -> dict[str, nn.Module]:
+def denoisers_of(pipe, *, required: bool = True) -> dict[str, nn.Module]:
     """All networks of a pipeline that predict noise, by name; only one where `focus` says so.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, but `required`.
     """
     focused = vars(pipe).get(_FOCUS)
     names = DENOISERS if focused is None else (focused,)
     parts = {name: getattr(pipe, name, None) for name in names}
     models = {name: unwrap(part) for name, part in parts.items() if isinstance(part, nn.Module)}
     found = {name: model for name, model in models.items() if is_denoiser(name, type(model))}
-    if not found:
+    if not found and required:
         raise ConfigError(
             f"A pipeline must have a `unet`, `transformer` or `prior` (or one of {', '.join(DENOISERS[3:])}), but "
             f"{type(pipe).__name__} has none."
@@ -64,27 +66,51 @@ def denoiser_of(pipe) -> nn.Module:
     return next(iter(denoisers_of(pipe).values()))
 
 
-def quantized_denoisers(pipe) -> dict[str, nn.Module]:
-    """Those with quantized layers; the first of all where there are none. Those that stay float are named in a warning.
+def each_quantized(pipe, teacher) -> dict[str, tuple]:
+    """A quantized pipeline and its float original for each quantized denoiser, looking at this one only.
 
-    Raises:
-        ConfigError: a pipeline without denoisers.
+    Where there are several, those that stay float are named in a warning.
+
+    Returns:
+        `dict`: name → the two pipelines; the first denoiser where none is quantized.
     """
     models = denoisers_of(pipe)
-    found = {name: model for name, model in models.items() if is_quantized(model)}
-    left = [name for name in models if name not in found]
-    if found and left:
-        logger.warning("%s: %s float: not quantized.", type(pipe).__name__, _stay(left))
-    return found or {name: models[name] for name in left[:1]}
+    if len(models) == len(denoisers_of(teacher)) == 1:
+        return {next(iter(models)): (pipe, teacher)}
+    found = [name for name, model in models.items() if is_quantized(model)] or list(models)[:1]
+    warn_of_float(type(pipe).__name__, [name for name in models if name not in found])
+    missing = [name for name in found if name not in denoisers_of(teacher)]
+    if missing:
+        raise ConfigError(
+            f"The teacher must have the denoisers of the quantized pipeline, but {type(teacher).__name__} has no "
+            f"`{missing[0]}`."
+        )
+    return {name: (focus(pipe, name), focus(teacher, name)) for name in found}
+
+
+def warn_of_float(owner: str, names: Sequence[str]) -> None:
+    """Say which denoisers of a pipeline are left alone."""
+    if names:
+        told = " and ".join(f"`{name}`" for name in names)
+        logger.warning("%s: the denoiser %s stays float.", owner, told)
+
+
+def by_denoiser(results: Mapping[str, dict]) -> dict:
+    """Results by denoiser; of a single one its own alone."""
+    return dict(results) if len(results) > 1 else next(iter(results.values()))
+
+
+def work_folders(folder: str | Path | None, names: Iterable[str]) -> dict[str, Path | None]:
+    """Where each denoiser's run keeps its state: in the folder itself, or in one below it where there are several."""
+    names = list(names)
+    if folder is None or len(names) == 1:
+        return dict.fromkeys(names, folder)
+    return {name: Path(folder) / name for name in names}
 
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether a model has quantized layers."""
     return any(isinstance(module, QuantLayer) for module in model.modules())
-
-
-def _stay(names: list[str]) -> str:
-    return f"{', '.join(f'`{name}`' for name in names)} {'stays' if len(names) == 1 else 'stay'}"
 
 
 def focus(pipe, name: str):

@@ -1,7 +1,7 @@
 """How to call any stock pipeline: what it needs, how many samples at once, quietly, counting its steps."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -79,6 +79,7 @@ def call_arguments(
 
     def make(start: int, size: int, generator: Generators) -> dict:
         arguments = {"generator": generator, "num_inference_steps": num_inference_steps}
+        arguments["prior_num_inference_steps"] = num_inference_steps  # of pipelines with a prior of their own
         arguments["output_type"] = "latent" if skip_decoding else "np"
         if "prompt" in parameters:
             arguments["prompt"] = [prompts[(start + i) % len(prompts)] for i in range(size)]
@@ -145,8 +146,8 @@ def quiet(pipe):
 
 
 @contextmanager
-def counting_steps(model: nn.Module, total: int, on_step: Callable[[int, int], None] | None):
-    """Report each call of the model."""
+def counting_steps(models: Iterable[nn.Module], total: int, on_step: Callable[[int, int], None] | None):
+    """Report each call of one of the models."""
     done = 0
 
     def count(*_) -> None:
@@ -155,8 +156,9 @@ def counting_steps(model: nn.Module, total: int, on_step: Callable[[int, int], N
         if on_step is not None:
             on_step(done, max(total, done))
 
-    handle = model.register_forward_hook(count)
+    handles = [model.register_forward_hook(count) for model in models]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

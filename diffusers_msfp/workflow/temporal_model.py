@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..nn import QuantLayer
+from ..nn.wrappers import forget_compiled
 from ..temporal import FeatureTable, FiniteSet, TemporalPlan
 from .adapters import RouteHook, layers_by_name, remove_route_hooks
 from .convert import prepare_layers
@@ -56,6 +57,7 @@ def attach_sets(model: nn.Module, plan: TemporalPlan, timesteps: Tensor, feature
         layers[name].route_by(finite_set)
     setattr(model, FiniteSet.place, finite_set)
     model.register_forward_pre_hook(SetHook(argument, plan.block if plan.cached_layers() else ()), with_kwargs=True)
+    forget_compiled()
     prepare_layers(model)
 
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from ..errors import ConfigError
 from ..temporal import BlockLayer, TemporalBlock, find_block, root_inputs
 from .denoisers import denoiser_of
 from .timestep import timestep_argument
@@ -28,23 +27,18 @@ class TemporalProbe:
         timesteps (`Tensor`, `(S,)`, float32): the sampler's finite set as its denoiser gets it, ascending.
         block (`TemporalBlock`): empty where no layer depends on the timestep alone.
         weights (`dict[str, Tensor]`): of its layers, float32.
-
-    Raises:
-        ConfigError: a sampler with one timestep only, from which nothing can be told.
     """
 
     def __init__(self, teacher, names: Collection[str], make_arguments: Callable, seed: int = 0) -> None:
         self.model = denoiser_of(teacher)
         self._timestep = timestep_argument(self.model)
         steps = {step.timesteps[0].float().item(): step for step in rollout(teacher, make_arguments, 0, 1, seed)}
-        if len(steps) < 2:
-            raise ConfigError(
-                f"What depends on the timestep is found at two timesteps or more, but this sampler has {len(steps)}. "
-                f"Use more steps."
-            )
         self.timesteps = torch.tensor(sorted(steps))
         first, last = steps[float(self.timesteps[0])], steps[float(self.timesteps[-1])]
         self._step = last
+        if len(steps) == 1:  # a sampler of one step: what depends on the timestep is told from another one
+            args, kwargs = self.arguments_at(_other(float(self.timesteps[0])))
+            first = DenoisingStep(last.timesteps, args, kwargs, last.output)
         modules = dict(self.model.named_modules())
         linears = {name: modules[name] for name in names if isinstance(modules.get(name), nn.Linear)}
         generator = torch.Generator().manual_seed(seed)
@@ -98,3 +92,9 @@ class TemporalProbe:
             return F.linear(x, self.weights[layer.name], None if bias is None else bias.to(torch.float32))
 
         return self.block.run(roots, apply)
+
+
+def _other(timestep: float) -> float:
+    """A timestep of the same kind, nearer to the image."""
+    half = timestep / 2
+    return 1.0 if not timestep else float(int(half)) if timestep == int(timestep) else half
