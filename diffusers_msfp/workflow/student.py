@@ -133,7 +133,9 @@ class Student(nn.Module):
         found = {timestep: (0.0, 0) for timestep in self.watched.tolist()}
         for step in steps:
             (output,), _ = self(step)
-            for timestep, error in zip(step.timesteps.tolist(), squared_error(output, step.output), strict=True):
+            for timestep, error in zip(
+                step.timesteps.float().tolist(), squared_error(output, step.output), strict=True
+            ):
                 total, number = found[timestep]
                 found[timestep] = (total + error.item(), number + 1)
         return found

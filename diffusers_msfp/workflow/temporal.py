@@ -6,6 +6,7 @@ reconstructed: the extension's rule for what to store was not found; here a laye
 above an error. Errors are relative for each layer and timestep, where the paper sums squared errors.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, ShapeError
+from ..errors import ConfigError, NothingToDoError, ShapeError
 from ..nn.wrappers import sees_through
 from ..numerics.rounding import check_finite
 from ..temporal import SCOPES, TemporalBlock, TemporalPlan, store_features
@@ -27,6 +28,8 @@ from .temporal_block import StudentBlock, cell_timesteps
 from .temporal_model import attach_sets, finite_set_of
 from .temporal_probe import TemporalProbe
 from .timestep import require_timesteps
+
+logger = logging.getLogger(__name__)
 
 CACHE_TOLERANCE = 1e-3
 """Relative error that stored features may have; float16 costs at most half of it."""
@@ -116,7 +119,15 @@ def maintain_temporal(
         _require_fit(model, denoiser_of(original))
         if config.fsc == "all":
             require_takes(model, denoiser_of(original))
-    ready = {name: _maintain(*view, config, prompts, arguments) for name, view in views.items()}
+    ready, refused = {}, None
+    for name, view in views.items():
+        try:
+            ready[name] = _maintain(*view, config, prompts, arguments)
+        except NothingToDoError as error:
+            refused = error
+            logger.warning("`%s`: %s", name, error)
+    if not ready:
+        raise refused
     return by_denoiser({name: apply() for name, apply in ready.items()})  # only now are models changed
 
 
@@ -126,7 +137,7 @@ def _maintain(pipe, teacher, config: TemporalConfig, prompts, arguments: dict) -
     make_arguments = call_arguments(teacher, prompts, config.num_inference_steps, arguments)
     probe = TemporalProbe(teacher, layers, make_arguments, config.seed)
     if not probe.block.layers:
-        raise ConfigError(
+        raise NothingToDoError(
             f"{type(model).__name__} must have a quantized linear that depends on the timestep alone, but it has none: "
             f"there is nothing to maintain."
         )

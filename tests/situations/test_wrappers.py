@@ -1,0 +1,207 @@
+"""Models in wrappers: `torch.compile`, data parallelism, accelerate's, PEFT's. Verbs see the model inside."""
+
+import copy
+import os
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import compile_regions
+from conftest import equal_state, make_unet, run
+from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from diffusers_msfp import (
+    FinetuneConfig,
+    MSFPPipelineMixin,
+    RoundingConfig,
+    TemporalConfig,
+    calibrate,
+    calibration_state,
+    finetune,
+    freeze,
+    learn_rounding,
+    maintain_temporal,
+    quantize_pipeline,
+    set_engine,
+    split_shortcuts,
+)
+from diffusers_msfp.errors import UnsupportedError
+from diffusers_msfp.evaluation import compare_pipelines, layer_snr, temporal_features
+from diffusers_msfp.nn.wrappers import unwrap
+from diffusers_msfp.workflow.convert import quant_layers
+from diffusers_msfp.workflow.engine import engines_of
+
+RUN = {"num_samples": 2, "num_inference_steps": 2}
+
+
+@pytest.fixture(autouse=True)
+def _no_compiled_code():
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """A group of one process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+def compiled_in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+def compiled_parts(model: nn.Module) -> nn.Module:
+    """As `compile_regions` does for repeated blocks."""
+    for blocks in (model.down_blocks, model.up_blocks):
+        for name, block in blocks.named_children():
+            blocks._modules[name] = compiled(block)
+    return model
+
+
+def peft_model(model: nn.Module) -> nn.Module:
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["to_q"]))
+
+
+WRAPPERS = {
+    "torch.compile": compiled,
+    "compile in place": compiled_in_place,
+    "compiled parts": compiled_parts,
+    "DataParallel": DataParallel,
+    "PEFT": peft_model,
+}
+
+
+def make_pipe() -> DDPMPipeline:
+    return DDPMPipeline(make_unet(), DDIMScheduler())
+
+
+def wrapped(pipe: DDPMPipeline, how: str) -> DDPMPipeline:
+    pipe = copy.deepcopy(pipe)
+    pipe.unet = WRAPPERS[how](pipe.unet)
+    return pipe
+
+
+def ranges(pipe: DDPMPipeline) -> dict:
+    layers = quant_layers(unwrap(pipe.unet))
+    return {name: (layer.input_format, layer.input_scale.tolist()) for name, layer in layers if layer.input_format}
+
+
+@pytest.mark.parametrize("how", [how for how in WRAPPERS if how != "PEFT"])
+@pytest.mark.situation("a float pipeline with a compiled or data-parallel denoiser is quantized", "right")
+def test_quantize(how, tmp_path):
+    expected = quantize_pipeline(make_pipe(), "w4a4", **RUN)
+    pipe = wrapped(make_pipe(), how)
+    outside = pipe.unet
+    assert quantize_pipeline(pipe, "w4a4", **RUN) is pipe
+    assert pipe.unet is outside
+    assert ranges(pipe) == ranges(expected)
+    model = unwrap(pipe.unet)
+    names = [name for group in model.config.quantization_config.layers for name in group["modules"]]
+    assert not any("_orig_mod" in name or name.startswith("module.") for name in names)
+    assert set(names) == set(dict(quant_layers(expected.unet)))
+    model.save_pretrained(tmp_path)
+    assert equal_state(UNet2DModel.from_pretrained(tmp_path), expected.unet)
+
+
+@pytest.mark.parametrize("how", WRAPPERS)
+@pytest.mark.situation("`calibrate` after `torch.compile(pipe.unet)`, in DDP, in PEFT's model", "right")
+def test_calibrate(how, packed_pipe, images):
+    pipe = wrapped(packed_pipe, how)
+    with torch.no_grad():
+        pipe.unet(images, 10)  # compiled once before
+    calibrate(pipe, **RUN, seed=5)
+    calibrate(packed_pipe, **RUN, seed=5)
+    assert calibration_state(pipe) == calibration_state(pipe.unet) == "frozen"
+    assert ranges(pipe) == ranges(packed_pipe)
+    assert torch.allclose(run(pipe.unet, images), run(packed_pipe.unet, images), atol=1e-4)
+
+
+@pytest.mark.parametrize("how", WRAPPERS)
+@pytest.mark.situation("`set_engine(compiled, …)`, and freezing it", "right")
+def test_engine_and_freeze(how, packed_pipe, images):
+    pipe = wrapped(packed_pipe, how)
+    set_engine(packed_pipe, "bf16")
+    set_engine(pipe.unet, "bf16")
+    assert engines_of(unwrap(pipe.unet)) == engines_of(packed_pipe.unet)
+    assert torch.allclose(run(pipe.unet, images), run(packed_pipe.unet, images), atol=0.05)
+    freeze(pipe.unet)
+    assert calibration_state(pipe.unet) == "frozen"
+
+
+@pytest.mark.parametrize("how", [how for how in WRAPPERS if how != "PEFT"])
+@pytest.mark.situation("comparing and training pipelines whose denoisers are compiled or data-parallel", "right")
+def test_compare_and_train(how, packed_pipe, images):
+    float_pipe = make_pipe()
+    pipe, teacher = wrapped(packed_pipe, how), wrapped(float_pipe, how)
+    if how != "DataParallel":
+        run(pipe.unet, images)
+    assert compare_pipelines(teacher, pipe, **RUN) == compare_pipelines(float_pipe, packed_pipe, **RUN)
+    assert layer_snr(teacher, pipe, **RUN) == layer_snr(float_pipe, packed_pipe, **RUN)
+    settings = {"num_inference_steps": 2, "batch_size": 2}
+    for student, original in ((pipe, teacher), (packed_pipe, float_pipe)):
+        split_shortcuts(student, original)
+        maintain_temporal(student, original, TemporalConfig(num_inference_steps=2, iterations=2))
+        learn_rounding(student, original, RoundingConfig(**settings, num_samples=2, iterations=2))
+        finetune(student, original, FinetuneConfig(**settings, train_steps=2, rank=2))
+    assert temporal_features(teacher, pipe, num_inference_steps=2)
+    assert equal_state_without_wrappers(pipe.unet, packed_pipe.unet)
+    for timestep in (0, 999):  # adapters follow the timestep in what is compiled, too
+        assert torch.allclose(
+            run(pipe.unet, images, torch.tensor(timestep)), run(packed_pipe.unet, images, timestep), atol=1e-4
+        )
+
+
+def equal_state_without_wrappers(a: nn.Module, b: nn.Module) -> bool:
+    left = {key.replace("_orig_mod.", ""): value for key, value in unwrap(a).state_dict().items()}
+    right = b.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+@pytest.mark.situation("`DistributedDataParallel` and what accelerate's `prepare` returns", "right")
+def test_distributed(packed_pipe, process_group, images):
+    for wrap in (DistributedDataParallel, Accelerator(cpu=True, mixed_precision="bf16").prepare):
+        pipe = copy.deepcopy(packed_pipe)
+        float_parts = [p.requires_grad_(p.is_floating_point()) for p in pipe.unet.parameters()]
+        assert float_parts
+        pipe.unet = wrap(pipe.unet)
+        calibrate(pipe, **RUN, seed=5)
+        set_engine(pipe.unet, "reference")
+        report = MSFPPipelineMixin.attach(pipe).quantization_report()
+        assert report["unet"]["calibration_state"] == "frozen"
+        with torch.no_grad():
+            assert torch.isfinite(pipe.unet(images, 10).sample).all()
+    assert os.environ.get("WORLD_SIZE", "1") == "1"
+
+
+@pytest.mark.situation("accelerate's `compile_regions`", "right")
+def test_compiled_regions(packed_pipe, images):
+    model = compile_regions(packed_pipe.unet, backend="eager")
+    names = [name for name, _ in quant_layers(unwrap(model))]
+    assert names == [name for name, _ in quant_layers(packed_pipe.unet)]
+    set_engine(model, "bf16")
+    assert torch.isfinite(run(model, images)).all()
+
+
+@pytest.mark.situation("a model in shards (FSDP)", "refused")
+def test_shards(packed_pipe):
+    class FullyShardedDataParallel(nn.Module):
+        """Has the shape of torch's, which needs a group of processes."""
+
+        def __init__(self, module):
+            super().__init__()
+            self._fsdp_wrapped_module = module
+
+    FullyShardedDataParallel.__module__ = "torch.distributed.fsdp"
+    with pytest.raises(UnsupportedError, match="Quantized weights cannot be cut into shards"):
+        set_engine(FullyShardedDataParallel(packed_pipe.unet), "reference")
