@@ -1,8 +1,7 @@
 """`compare`: what a quantized pipeline lost."""
 
 from ..evaluation import compare_pipelines
-from ..workflow.denoisers import denoiser_name, denoiser_of
-from .load import load_pipeline, model_bytes
+from .load import denoisers_bytes, load_pipeline
 from .terminal import progress
 
 
@@ -23,7 +22,7 @@ def compare(
         num, steps, seed, eta, prompts: see `compare_pipelines`.
 
     Returns:
-        `dict`: as `compare_pipelines`, with `bytes_ref` and `bytes_cand` (weight files of the denoiser).
+        `dict`: as `compare_pipelines`, with `bytes_ref` and `bytes_cand` (weight files of the denoisers).
     """
     reference, candidate = load_pipeline(ref), load_pipeline(cand)
     with progress("comparing") as report:
@@ -38,5 +37,5 @@ def compare(
             on_step=report,
         )
     for key, source, pipe in (("bytes_ref", ref, reference), ("bytes_cand", cand, candidate)):
-        result[key] = model_bytes(source, denoiser_of(pipe), denoiser_name(pipe))
+        result[key] = denoisers_bytes(source, pipe)
     return result

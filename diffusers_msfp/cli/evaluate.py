@@ -8,8 +8,7 @@ import torch
 from accelerate import PartialState
 
 from ..evaluation import evaluate_pipelines
-from ..workflow.denoisers import denoiser_name, denoiser_of
-from .load import load_pipeline, model_bytes
+from .load import denoisers_bytes, load_pipeline
 from .store import peak_rss_bytes, write_json
 from .terminal import progress, stderr
 
@@ -86,7 +85,7 @@ def evaluate(
     if result is None:
         return None
     for key, place, pipe in (("bytes_reference", reference, original), ("bytes_candidate", source, candidate)):
-        result[key] = model_bytes(place, denoiser_of(pipe), denoiser_name(pipe))
+        result[key] = denoisers_bytes(place, pipe)
     result |= {
         "source": source,
         "reference": reference,

@@ -11,6 +11,7 @@ from ..errors import MSFPError
 from ..evaluation.describe import file_bytes, read_config
 from ..integration.config import MSFPConfig
 from ..integration.streaming import StreamedModel
+from ..workflow.denoisers import denoisers_of
 
 OTHER_QUANTIZERS = {"sdnq": "sdnq"}
 """Methods that diffusers knows only after an import: `quant_method` → package."""
@@ -160,6 +161,11 @@ def model_bytes(source: str, model: ModelMixin, name: str) -> int:
     folder = Path(source) / name if name != "." else Path(source)
     on_disk = file_bytes(folder) if folder.is_dir() else 0
     return on_disk or model.get_memory_footprint()
+
+
+def denoisers_bytes(source: str, pipe: DiffusionPipeline) -> int:
+    """Size of the weights of all denoisers of a pipeline."""
+    return sum(model_bytes(source, model, name) for name, model in denoisers_of(pipe).items())
 
 
 def refuse_quantized(folder: Path) -> None:
