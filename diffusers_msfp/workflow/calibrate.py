@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..errors import ConfigError
@@ -67,7 +68,7 @@ def calibrate(
         for model in observing:
             stack.callback(setattr, tracker(model), "paused", False)
         if on_step is None:
-            bar = stack.enter_context(pipe.progress_bar(total=total))
+            bar = stack.enter_context(DiffusionPipeline.progress_bar(pipe, total=total))  # combined ones give none
             bar.set_description("calibrating")
         stack.enter_context(quiet(pipe))
         stack.enter_context(counting_steps(counted, total, on_step or (lambda *_: bar.update())))

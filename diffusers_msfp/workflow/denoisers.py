@@ -124,7 +124,8 @@ def scheduler_of(pipe):
     """The scheduler that leads a pipeline's (first) denoiser: a prior or a decoder may have one of its own."""
     stage = denoiser_name(pipe).partition("_")[0]  # prior, decoder, super
     own = {"prior": "prior_scheduler", "decoder": "decoder_scheduler", "super": "super_res_scheduler"}.get(stage)
-    return getattr(pipe, own or "scheduler", None) or pipe.scheduler
+    found = getattr(pipe, own or "scheduler", None)
+    return pipe.scheduler if found is None else found
 
 
 def model_output(output) -> Tensor:

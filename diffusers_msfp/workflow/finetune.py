@@ -101,6 +101,8 @@ class Finetuner:
             teacher, make_arguments, config.batch_size, config.seed, self.accelerator.process_index, world
         )
         timesteps = self.trajectories.timesteps()
+        num_timesteps = max(int(scheduler.config.get("num_train_timesteps") or 1), 1 + math.ceil(max(timesteps)))
+        check_timesteps(timesteps, num_timesteps)
         self.weights = loss_weights(
             denoising_factors(scheduler, config.num_inference_steps, **_for_step(scheduler, arguments))
             if config.denoising_factor_exponent
@@ -108,8 +110,6 @@ class Finetuner:
             config.denoising_factor_exponent,
             config.denoising_factor_floor,
         )
-        num_timesteps = max(int(scheduler.config.get("num_train_timesteps") or 1), 1 + math.ceil(max(timesteps)))
-        check_timesteps(timesteps, num_timesteps)
         self.student = Student(
             model,
             original,

@@ -52,6 +52,7 @@ class Reconstructor:
         **arguments,
     ) -> None:
         self.config, self.on_part = config or RoundingConfig(), on_part
+        self._before: dict[str, tuple[Tensor, Tensor]] = {}
         view, *others = each_quantized(pipe, teacher).values()
         if others:
             raise ConfigError(
@@ -91,6 +92,7 @@ class Reconstructor:
         started, layers = time.perf_counter(), layers_by_name(self.model)
         layers = {key: layers[key] for inner in self.parts.values() for key in inner}
         before = {key: (layer.weight.detach().clone(), layer.weight_error.clone()) for key, layer in layers.items()}
+        self._before = before
         required = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         self.model.requires_grad_(False)
         records = []
@@ -108,14 +110,20 @@ class Reconstructor:
                 if self.on_part is not None:
                     self.on_part(number + 1, len(self.parts), name)
         except BaseException:
-            for key, (weight, error) in before.items():
-                layers[key].put_weight(weight, error)
+            self.restore()
             raise
         finally:
             for parameter, needed in required:
                 parameter.requires_grad_(needed)
         prepare_layers(self.model)
         return {"parts": records, "seconds": time.perf_counter() - started} | _summary(layers, before, self.originals)
+
+    def restore(self) -> None:
+        """Give the layers the weights that they had before `run`."""
+        layers = layers_by_name(self.model)
+        for key, (weight, error) in self._before.items():
+            layers[key].put_weight(weight, error)
+        prepare_layers(self.model)
 
     def _learn(self, number: int, name: str, inner: list[str]) -> tuple[dict[str, Tensor], dict]:
         """The rounded weights of one part, and what became of it."""
@@ -218,4 +226,9 @@ def learn_rounding(pipe, teacher, config: RoundingConfig | None = None, **argume
     runs = {
         name: Reconstructor(*view, config, work_dir=folders[name], **arguments) for name, view in views.items()
     }  # all are checked before the first changes anything
-    return by_denoiser({name: run.run() for name, run in runs.items()})
+    try:
+        return by_denoiser({name: run.run() for name, run in runs.items()})
+    except BaseException:
+        for run in runs.values():
+            run.restore()
+        raise

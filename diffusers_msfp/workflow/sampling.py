@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import nn
 
 from ..errors import ConfigError
@@ -136,13 +136,16 @@ def with_ddim(pipe, eta: float = 0.0):
 
 @contextmanager
 def quiet(pipe):
-    """Without the pipeline's own progress bars."""
-    before = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(**before | {"disable": True})
+    """Without the progress bars of the pipeline and of those that it is combined from."""
+    parts = [pipe, *(part for part in vars(pipe).values() if isinstance(part, DiffusionPipeline))]
+    before = [dict(getattr(part, "_progress_bar_config", {})) for part in parts]
+    for part, config in zip(parts, before, strict=True):
+        part._progress_bar_config = config | {"disable": True}
     try:
         yield
     finally:
-        pipe.set_progress_bar_config(**before)
+        for part, config in zip(parts, before, strict=True):
+            part._progress_bar_config = config
 
 
 @contextmanager
