@@ -146,8 +146,8 @@ class Examples:
         columns = list(zip(per_example, zip(*parts, strict=True), strict=True))
         if not all(each or _all_equal(column) for each, column in columns):
             raise ConfigError(
-                f"Examples of the part `{name}` are drawn from all steps, but these call it with something that differs "
-                f"and has no entry for each example. Leave it out: `exclude=[{name!r}]`."
+                f"Examples of the part `{name}` are drawn from all steps, but these call it with what differs and "
+                f"has no entry for each example. Leave it out: `exclude=[{name!r}]`."
             )
         joined = [torch.cat(column) if each else column[0] for each, column in columns]
         timesteps = torch.cat([step.timesteps for step in steps[: len(parts)]])

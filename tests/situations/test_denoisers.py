@@ -1,6 +1,7 @@
 """Pipelines with more than one denoiser: all of them, or the one that stays float is named."""
 
 import copy
+import functools
 import json
 import logging
 
@@ -8,7 +9,7 @@ import pipelines
 import pytest
 import torch
 from conftest import make_unet
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, KandinskyV22CombinedPipeline
 from safetensors.torch import load_file
 
 from diffusers_msfp import (
@@ -185,7 +186,14 @@ def test_a_denoiser_that_is_never_called():
 
 
 @pytest.mark.situation("`quantize` and `compare` on the command line with two denoisers", "right")
-def test_command_line(tmp_path):
+def test_command_line(tmp_path, monkeypatch):
+    call = KandinskyV22CombinedPipeline.__call__
+
+    @functools.wraps(call)
+    def small(self, **arguments):
+        return call(self, **arguments | pipelines.SMALL_KANDINSKY)
+
+    monkeypatch.setattr(KandinskyV22CombinedPipeline, "__call__", small)
     pipelines.make_kandinsky().save_pretrained(tmp_path / "float")
     made = quantize(
         str(tmp_path / "float"), tmp_path / "out", scheme="w8a8", calibration_samples=1, steps=2, prompts=["a hat"]
