@@ -107,11 +107,11 @@ def compare_pipelines(
                 for name, model in originals.items()
             ]
             try:
-                expected = pictures_tensor(reference(**call).images)
+                expected = pictures_tensor(reference(**call))
             finally:
                 for handle in handles:
                     handle.remove()
-            came = pictures_tensor(candidate(**same).images)
+            came = pictures_tensor(candidate(**same))
             ratios.append(psnr_db(expected, came))
             if on_pictures is not None:
                 on_pictures(expected, came)

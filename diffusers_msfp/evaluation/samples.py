@@ -29,11 +29,19 @@ def noise_generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed((start + index) % 2**32)
 
 
-def pictures_tensor(images: Tensor | np.ndarray) -> Tensor:
-    """What a pipeline puts out for `pt`, or for `np` where it knows no other, as `(N, channels, H, W)`, float32."""
+def pictures_tensor(output) -> Tensor:
+    """The pictures, or a video's, that a pipeline puts out for `pt`, or for `np` where it knows no other.
+
+    Args:
+        output (`BaseOutput`): its first field counts: `images`, `frames`.
+
+    Returns:
+        `Tensor`, `(N, channels, H, W)` or `(N, frames, channels, H, W)`, float32.
+    """
+    images = output[0]
     if isinstance(images, Tensor):
         return images.float().cpu()
-    return torch.from_numpy(np.asarray(images, dtype=np.float32)).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.asarray(images, dtype=np.float32)).movedim(-1, -3)
 
 
 def draw_pictures(
@@ -77,7 +85,7 @@ def draw_pictures(
     with quiet(pipe), torch.no_grad(), counting_steps(denoisers, len(missing) * steps, on_step):
         for start, end in missing:
             noise = [noise_generator(seed, index) for index in range(start, end)]
-            images = pictures_tensor(pipe(**make(start, end - start, noise)).images)
+            images = pictures_tensor(pipe(**make(start, end - start, noise)))
             kept[start, end] = images.numpy().astype(np.float16)
             if folder is not None:
                 _write(folder, (start, end), kept[start, end])
