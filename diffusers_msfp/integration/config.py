@@ -232,8 +232,10 @@ def _check_record(layers: object, calibration: object, adapters: object, tempora
             f"`layers` in config.json must be a list, but {type(layers).__name__} came: damaged file."
         )
     if calibration is not None:
-        timestep = calibration.get("last_timestep") if isinstance(calibration, Mapping) else ""
-        if not isinstance(timestep, int | float | None) or calibration.get("has_fallen", False) not in (True, False):
+        kept = calibration if isinstance(calibration, Mapping) else {"last_timestep": ""}
+        timesteps = [kept.get(key) for key in ("last_timestep", "first_timestep")]
+        numbers = all(isinstance(timestep, int | float | None) for timestep in timesteps)
+        if not numbers or kept.get("has_fallen", False) not in (True, False):
             raise CheckpointError(f"`calibration` in config.json must say the state, but {calibration!r} came.")
     if adapters is not None:
         AdapterPlan.from_dict(adapters)

@@ -13,6 +13,7 @@ from diffusers import (
     DiffusionPipeline,
     EulerDiscreteScheduler,
     LCMScheduler,
+    UNet2DModel,
 )
 from torch import nn
 
@@ -70,14 +71,17 @@ class Rising(nn.Module):
 
 @torch.no_grad()
 @pytest.mark.situation("a model whose timestep is called `t` and rises", "right")
-def test_observation_of_a_rising_timestep_ends(images):
+def test_observation_of_a_rising_timestep_ends(images, tmp_path):
     model = make_unet()
     observing(model)
     for timestep in (0, 400, 800):
         model(images, timestep)
         assert calibration_state(model) == "observing"
-    model(images, 0)
-    assert calibration_state(model) == "frozen"
+    model.save_pretrained(tmp_path)  # it goes on after loading
+    for each in (model, UNet2DModel.from_pretrained(tmp_path)):
+        assert each.config.quantization_config.calibration["first_timestep"] == 0
+        each(images, 0)
+        assert calibration_state(each) == "frozen"
     assert timestep_argument(Rising()) == ("t", 1)
     assert model_output(Rising()(list(images), 0.5)).shape == images.shape
 

@@ -126,8 +126,11 @@ def test_quantize(how, packed_pipe, tmp_path):
     model = unwrap(pipe.unet)
     names = [name for group in model.config.quantization_config.layers for name in group["modules"]]
     assert set(names) == set(dict(quant_layers(packed_pipe.unet)))
-    model.save_pretrained(tmp_path)
-    assert equal_state(UNet2DModel.from_pretrained(tmp_path), packed_pipe.unet)
+    if how == "DataParallel":  # diffusers itself cannot save the pipeline
+        model.save_pretrained(tmp_path / "unet")
+    else:
+        pipe.save_pretrained(tmp_path)
+    assert equal_state(UNet2DModel.from_pretrained(tmp_path / "unet"), packed_pipe.unet)
 
 
 @pytest.mark.parametrize("how", WRAPPERS)
@@ -136,7 +139,8 @@ def test_quantize(how, packed_pipe, tmp_path):
 )
 def test_calibrate(how, packed_pipe, images):
     pipe = wrapped(packed_pipe, how)
-    run(pipe.unet, images)  # compiled before
+    if how == "torch.compile":  # code compiled before must not be used afterwards
+        run(pipe.unet, images)
     for each in (pipe, packed_pipe):
         calibrate(each, **RUN, seed=5)
         set_engine(each.unet, "bf16")
@@ -147,7 +151,7 @@ def test_calibrate(how, packed_pipe, images):
     assert torch.allclose(run(pipe.unet, images), run(packed_pipe.unet, images), atol=0.02)
 
 
-@pytest.mark.parametrize("how", ["torch.compile", "compile in place", "DataParallel"])
+@pytest.mark.parametrize("how", ["torch.compile", "DataParallel"])
 @pytest.mark.situation("comparing and training pipelines whose denoisers are compiled or data-parallel", "right")
 def test_compare_and_train(how, packed_pipe, images):
     float_pipe = make_pipe()
@@ -189,7 +193,8 @@ def test_compiled_regions(packed_pipe, images):
     model = compile_regions(packed_pipe.unet, backend="eager")
     assert [name for name, _ in quant_layers(unwrap(model))] == [name for name, _ in quant_layers(packed_pipe.unet)]
     set_engine(model, "bf16")
-    assert set(engines_of(model)) == {"bf16"} | set(engines_of(model)) - {"int8"}
+    set_engine(packed_pipe, "bf16")
+    assert engines_of(model) == engines_of(packed_pipe.unet)
 
 
 @pytest.mark.situation("a model in shards (FSDP)", "refused")
