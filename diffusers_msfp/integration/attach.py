@@ -16,6 +16,9 @@ from ..workflow.state import track, untrack
 from ..workflow.temporal_model import detach_sets
 from . import overrides
 
+_WRAPPED = ("base_layer", "original_module")
+"""What PEFT's wrappers call the layer that was there before."""
+
 
 def attach(model: nn.Module, quantizer) -> None:
     """Make a model with quantized layers know that it is one; its config has the record already.
@@ -58,7 +61,7 @@ def tensors_to_save(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: tensors are offloaded.
     """
-    own = {name_in_files(plain_name(key)): value for key, value in state_dict.items() if ".lora_" not in key}
+    own = {name_in_files(plain_name(key)): value for key, value in without_adapters(state_dict).items()}
     meta = [key for key, value in own.items() if value.is_meta]
     if meta:
         raise ConfigError(
@@ -66,6 +69,14 @@ def tensors_to_save(state_dict: Mapping[str, Any]) -> dict[str, Any]:
             f"model without `device_map` and offloading, then save it."
         )
     return own
+
+
+def without_adapters(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """What was there before adapters of any kind: PEFT's wrappers keep it under names of their own."""
+    steps = {key: [(key[:i], key[i + 1 :].split(".")[0]) for i, c in enumerate(key) if c == "."] for key in state_dict}
+    wrappers = {place for walk in steps.values() for place, child in walk if child in _WRAPPED}
+    added = {key for key, walk in steps.items() if any(p in wrappers and c not in _WRAPPED for p, c in walk)}
+    return {key: value for key, value in state_dict.items() if key not in added}
 
 
 def file_metadata(config) -> dict[str, str]:

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedError
+from ..nn.logical import ReadableState
 from ..workflow.attention import use_engine_attention
 from ..workflow.convert import quant_layers
+from .attaching import all_or_nothing, refuse_widened
 
 _REFUSED = {
     "fuse_lora": "A float adapter cannot be merged into packed 4-bit codes. Keep it beside them (that is what loading "
@@ -65,11 +67,32 @@ def _set_default_attn_processor(model: nn.Module) -> None:
     type(model).set_default_attn_processor(model)
 
 
+def _attach(model: nn.Module, *args, method: str, hotswap: bool = False, adapter_name: str | None = None, **kwargs):
+    """As diffusers' or transformers' own; an error changes nothing."""
+    if hotswap:
+        kwargs["hotswap"] = hotswap
+    if adapter_name is not None:
+        kwargs["adapter_name"] = adapter_name
+    refuse_widened(model)
+    with all_or_nothing(model, adapter_name if hotswap else None):
+        return getattr(type(model), method)(model, *args, **kwargs)
+
+
+def _state_dict(model: nn.Module, *args, **kwargs):
+    """As of any module; it also knows the float weights by their names."""
+    state = type(model).state_dict(model, *args, **kwargs)
+    return state if args or "destination" in kwargs else ReadableState(state, model)
+
+
 _ANSWERS = {
+    "state_dict": _state_dict,
     "num_parameters": _num_parameters,
     "to": _to,
     "set_default_attn_processor": _set_default_attn_processor,
 } | {method: functools.partial(_refuse, method=method) for method in _REFUSED}
+_ANSWERS |= {
+    method: functools.partial(_attach, method=method) for method in ("add_adapter", "load_adapter", "load_lora_adapter")
+}
 
 
 def install(model: nn.Module) -> None:

@@ -105,8 +105,8 @@ def prepare_layers(model: nn.Module) -> None:
 
 
 def plain_name(name: str) -> str:
-    """A module or tensor name without the level that PEFT puts between a layer and its place."""
-    return name.replace(".base_layer", "")
+    """A module or tensor name without the levels that PEFT puts between a layer and its place."""
+    return name.replace(".base_layer", "").replace(".original_module", "")
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
