@@ -123,11 +123,6 @@ class PackedLayer(nn.Module):
         dtype = self.weight_dtype if self.bias is None else self.bias.dtype
         return LogicalWeight(self.decode_whole, self.logical_shape, dtype, self.packed_weight.device, self.place)
 
-    @property
-    def whole_bias(self) -> Tensor | None:
-        """The layer's bias."""
-        return self.bias
-
     def float_copy(self) -> nn.Module:
         """A float layer with the decoded weight, of the model's dtype, and a bias of its own.
 

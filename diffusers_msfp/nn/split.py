@@ -58,9 +58,14 @@ class SplitLayer(PackedLayer):
         return torch.cat([part.weight.detach().to(torch.float32) for part in self.children()], 1)
 
     @property
-    def whole_bias(self) -> Tensor | None:
-        """See `PackedLayer`; the first part has it."""
+    def bias(self) -> Tensor | None:
+        """The first part's own."""
         return next(self.children()).bias
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of `PackedLayer`; the bias is left to the first part."""
+        if name != "bias":
+            super().register_parameter(name, param)
 
     def float_copy(self) -> nn.Module:
         """See `PackedLayer`."""
@@ -129,7 +134,7 @@ def split_layer(layer: nn.Module, sizes: Sequence[int], place: str = "a split la
         place (`str`): its full name in the model, for messages.
     """
     whole = transplant(layer, SPLIT_LAYERS[type(layer)])
-    whole.bias, whole.axis, whole.sizes, whole.place = None, channel_axis(layer), list(sizes), place
+    whole.axis, whole.sizes, whole.place = channel_axis(layer), list(sizes), place
     for index, (end, size) in enumerate(zip(accumulate(sizes), sizes, strict=True)):
         part = _resized(layer, size)
         part.columns = slice(end - size, end)

@@ -24,8 +24,7 @@ def float_layer(source: PackedLayer, cls: type[nn.Module]) -> nn.Module:
     for key in _OF_HOOKS:
         module.__dict__.pop(key, None)
     module.weight = nn.Parameter(source.decode_whole().to(source.weight.dtype))
-    bias = source.whole_bias
-    module.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+    module.bias = None if source.bias is None else nn.Parameter(source.bias.detach().clone())
     return module
 
 
