@@ -123,6 +123,11 @@ class PackedLayer(nn.Module):
         dtype = self.weight_dtype if self.bias is None else self.bias.dtype
         return LogicalWeight(self.decode_whole, self.logical_shape, dtype, self.packed_weight.device, self.place)
 
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        if not isinstance(value, LogicalWeight) or value.layer is not self:  # PEFT gives it back when it unloads
+            self.weight.refuse()
+
     def float_copy(self) -> nn.Module:
         """A float layer with the decoded weight, of the model's dtype, and a bias of its own.
 

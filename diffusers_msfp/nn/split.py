@@ -62,9 +62,16 @@ class SplitLayer(PackedLayer):
         """The first part's own."""
         return next(self.children()).bias
 
+    @bias.setter
+    def bias(self, value: nn.Parameter | None) -> None:
+        for part in list(self.children())[:1]:
+            part.bias = value
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of `PackedLayer`; the bias is left to the first part."""
-        if name != "bias":
+        """As of `PackedLayer`; the bias is the first part's."""
+        if name == "bias":
+            SplitLayer.bias.fset(self, param)
+        else:
             super().register_parameter(name, param)
 
     def float_copy(self) -> nn.Module:
