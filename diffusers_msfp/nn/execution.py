@@ -1,7 +1,7 @@
 """How a quantized layer is run: by the engine that was chosen for it, or by the reference, which defines the result."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..calibration import observe
 from ..errors import UnsupportedError
@@ -11,6 +11,7 @@ from ..numerics.route import Route
 from .engine import Engine, Prepared
 from .incoming import check_incoming
 from .stored import FORMATS_TENSOR, OBSERVED, StoredTensors
+from .transplant import float_layer
 
 
 class Execution(StoredTensors):
@@ -98,6 +99,15 @@ class Execution(StoredTensors):
                 f"read. Fine-tune with `placement='side'` to keep one."
             )
         return self.dequantize_weight()
+
+    def float_copy(self) -> nn.Module:
+        """See `PackedLayer`; its input stays float."""
+        if self.adapters is not None or self.recall is not None:
+            raise UnsupportedError(
+                f"`{self.place}` cannot be trained as a whole: timestep-aware adapters or stored features belong to "
+                f"it. Leave it out of `modules_to_save` and `target_modules`, or unload them first."
+            )
+        return float_layer(self, self.float_class)
 
     def quantize_input(self, x: Tensor, adapter: int | Tensor = 0) -> Tensor:
         """The input as the layer uses it, float32: observed, fake-quantized, or as it is."""

@@ -116,7 +116,7 @@ def prepare_layers(model: nn.Module) -> None:
 
 def plain_name(name: str) -> str:
     """A module or tensor name without the levels that PEFT and `torch.compile` put between a layer and its place."""
-    return own_name(name).replace(".base_layer", "")
+    return own_name(name).replace(".base_layer", "").replace(".original_module", "")
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -186,7 +186,7 @@ def _quantized(original: nn.Module, layer: QuantLayer, sizes: Sequence[int], sch
     """The layer in quantized parts; parts observe if the layer's input is quantized."""
     if layer.input_format is None:
         scheme = LayerScheme(scheme.weight, ())
-    split = split_layer(original, sizes)
+    split = split_layer(original, sizes, layer.place)
     for index, part in enumerate(list(split.children())):
         quantized = QUANT_LAYERS[type(part)].from_float(part, f"{layer.place}.{index}", scheme)
         quantized.bias = layer.bias if index == 0 else None
@@ -230,6 +230,6 @@ def split_skeleton(model: nn.Module, split: Mapping[str, Sequence[int]]) -> dict
                 f"config.json says that `{name}` of {type(model).__name__} is split into {sizes!r} input channels, but "
                 f"it cannot be: not its checkpoint."
             )
-        replace_module(model, name, split_layer(layer, sizes))
+        replace_module(model, name, split_layer(layer, sizes, name))
         parts |= {f"{name}.{index}": name for index in range(len(sizes))}
     return parts
