@@ -30,7 +30,7 @@ def asked_classes(
     """
     classes = [name.lower() for name in getattr(network, "classes", ())]
     make = call_arguments(pipe, prompts, 1, arguments)
-    asked = make(0, num, [noise_generator(seed, index) for index in range(num)])
+    asked = make(0, num, [noise_generator(seed, index) for index in range(num)]).arguments
     if "prompt" not in asked and "class_labels" not in asked:
         return None, None
     if not classes:

@@ -131,7 +131,8 @@ def install(model: nn.Module) -> None:
             continue  # diffusers' own calls `save_config`
         if hasattr(type(model), method):
             bound = functools.partial(answer, model)
-            bound.__wrapped__ = getattr(type(model), method)  # for those who look which arguments there are
+            if method.startswith("save"):
+                bound.__wrapped__ = getattr(type(model), method)  # for those who look which arguments there are
             setattr(model, method, bound)
     for module in _with_packed(model):
         module.requires_grad_ = functools.partial(_require_no_gradients, module)

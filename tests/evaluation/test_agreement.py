@@ -6,10 +6,12 @@ from conftest import make_dit_pipe
 from diffusers import DDPMPipeline
 from pipelines import make_small_pipe
 
+from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.evaluation import Features, evaluate_pipelines
 from diffusers_msfp.evaluation.agreement import asked_classes, class_agreement
 from diffusers_msfp.evaluation.samples import draw_pictures
-from diffusers_msfp.workflow.sampling import labels_of, with_ddim
+from diffusers_msfp.workflow.sampling import labels_of
+from diffusers_msfp.workflow.solvers import with_ddim
 
 NAMES = ("ship", "dog", "frog")
 
@@ -71,7 +73,8 @@ def test_prompts_by_the_one_class_that_they_name():
             f"1 of 2 prompts do not name one class of these features: {word}",
         )
     assert asked(pipe)[1].startswith("6 of 6 prompts do not name one class")
-    assert asked(pipe, prompt="a ship")[1] == "`prompt` came for each call, not for each picture"
+    with pytest.raises(ConfigError, match="prompts are given as"):
+        asked(pipe, prompt="a ship")
 
 
 def test_where_it_cannot_be_told(dit, tiny_pipe):

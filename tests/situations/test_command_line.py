@@ -41,7 +41,7 @@ def half(tiny_dir, tmp_path) -> Path:
 
 
 @pytest.fixture
-def both(half, packed_dir, tmp_path) -> Path:
+def both(half, packed_dir, tmp_path, unchecked) -> Path:
     """A packed pipeline with plain weights and those of a variant, which are others."""
     folder = tmp_path / "both"
     shutil.copytree(packed_dir, folder)
