@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from ..compat.torch import tree_map
 from ..errors import ConfigError
 from ..workflow.sampling import (
     batched_calls,

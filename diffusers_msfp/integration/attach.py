@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compat.peft import own_name
 from ..errors import ConfigError, UnsupportedError
 from ..nn import SplitLayer
 from ..nn.split import is_complete
 from ..nn.stored import name_in_files
-from ..workflow.convert import plain_name, revert
+from ..workflow.convert import revert
 from ..workflow.engine import engine_from_environment, set_engine
 from ..workflow.state import track, untrack
 from ..workflow.temporal_model import detach_sets
@@ -58,7 +59,7 @@ def tensors_to_save(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: tensors are offloaded.
     """
-    own = {name_in_files(plain_name(key)): value for key, value in state_dict.items() if ".lora_" not in key}
+    own = {name_in_files(own_name(key)): value for key, value in state_dict.items() if ".lora_" not in key}
     meta = [key for key, value in own.items() if value.is_meta]
     if meta:
         raise ConfigError(

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..compat.peft import pattern_value
 from ..errors import CheckpointError, ConfigError, NonFiniteError, ShapeError, UnsupportedError
 from ..nn.split import whole_name
 from ..workflow.adapters import layers_by_name, refuse_merged
@@ -145,8 +145,7 @@ def _require(model: nn.Module, adapter: int, format: str) -> dict[str, int]:
 
 def _for_layer(config: Mapping, what: str, name: str, default: float) -> float:
     """A value of PEFT's `rank_pattern` or `alpha_pattern` for one layer."""
-    pattern = config.get(f"{what}_pattern") or {}
-    return pattern.get(get_pattern_key(pattern.keys(), name), default)
+    return pattern_value(config.get(f"{what}_pattern") or {}, name, default)
 
 
 def _read(folder: Path, prefix: str) -> tuple[dict[str, Tensor], dict]:

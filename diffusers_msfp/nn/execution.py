@@ -44,11 +44,10 @@ class Execution(StoredTensors):
     def _wants_gradients(self, x: Tensor) -> bool:
         return x.requires_grad or any(tensor.requires_grad for tensor in self.parameters())
 
-    def _apply(self, fn, recurse=True):
-        """Move or cast; what an engine made ready stays behind."""
+    def before_move(self, fn) -> None:
+        """What an engine made ready stays behind when the model is moved or cast."""
         self.changed()
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
-        return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict:
         """For copies and pickles: without what an engine made ready."""

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from ..compat.torch import tree_map
 from ..errors import UnsupportedError
 
 _ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)

@@ -3,8 +3,9 @@
 from collections.abc import Collection, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..compat.torch import CastAware, tensors_of
 from ..errors import CheckpointError
 
 OBSERVED = ("observed_sample", "observed_count", "observed_range")
@@ -25,7 +26,7 @@ def name_in_state(key: str, quantized: Collection[str]) -> str:
     return f"{place}.{PACKED_WEIGHT}" if tensor == "weight" and place in quantized else key
 
 
-class StoredTensors(nn.Module):
+class StoredTensors(CastAware):
     """Abstract base of `QuantLayer`: what concerns its tensors as a checkpoint's, not as numbers to compute with."""
 
     @property
@@ -45,9 +46,8 @@ class StoredTensors(nn.Module):
 
     def exact_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Buffers that must stay float32 whatever the model is cast to."""
-        for name in (*WEIGHT_TENSORS, *INPUT_TENSORS):
-            if (tensor := self._buffers.get(name)) is not None:
-                yield name, tensor
+        own = tensors_of(self)
+        yield from ((name, own[name]) for name in (*WEIGHT_TENSORS, *INPUT_TENSORS) if name in own)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         """Stored tensors, and while observing what was seen; the sample is as long as it is full."""
@@ -75,31 +75,22 @@ class StoredTensors(nn.Module):
             )
         (target[: len(value)] if name == OBSERVED[0] else target).copy_(value)
 
-    def _apply(self, fn, recurse=True):
-        """Move with the model, but keep scales exact when it is cast."""
-        exact = dict(self.exact_tensors())
-        super()._apply(fn, recurse)
-        for name, tensor in exact.items():
-            moved = self._buffers[name]
-            if moved.dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(moved.device)
-        return self
-
     def check_stored(self) -> None:
         """Refuse tensors that no quantization could have written.
 
         Raises:
             CheckpointError: a scale that is not finite and positive, a positive zero point, or an error that is NaN.
         """
+        own = tensors_of(self)
         for name in ("weight_error", "input_error"):
-            error = self._buffers.get(name)
+            error = own.get(name)
             if error is not None and not torch.isfinite(error).all():
                 raise CheckpointError(f"`{self.place}.{name}` must be finite, but it is not: damaged file.")
         for name in ("weight_scale", "input_scale"):
-            scale = self._buffers.get(name)
+            scale = own.get(name)
             if scale is not None and not (torch.isfinite(scale).all() and (scale > 0).all()):
                 raise CheckpointError(f"`{self.place}.{name}` must be finite and > 0, but it is not: damaged file.")
-        zero_point = self._buffers.get("input_zero_point")
+        zero_point = own.get("input_zero_point")
         if zero_point is not None:
             fits = zero_point == 0 if self.input_format.signed else zero_point <= 0
             if not (torch.isfinite(zero_point) & fits).all():

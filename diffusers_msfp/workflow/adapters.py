@@ -9,10 +9,12 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from ..compat.peft import own_name
+from ..compat.torch import remove_pre_hooks
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..nn import QuantLayer
 from ..talora import AdapterBank, AdapterPlan, RoutingTable
-from .convert import plain_name, prepare_layers, quant_layers
+from .convert import prepare_layers, quant_layers
 from .timestep import UNKNOWN, timestep_of, timestep_position
 
 ROUTER = RoutingTable.place
@@ -123,10 +125,7 @@ def disconnect(model: nn.Module) -> None:
 
 def remove_route_hooks(model: nn.Module, place: str) -> None:
     """Look up nothing at this place any more."""
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, RouteHook) and hook.place == place:
-            del model._forward_pre_hooks[key]
-            model._forward_pre_hooks_with_kwargs.pop(key, None)
+    remove_pre_hooks(model, lambda hook: isinstance(hook, RouteHook) and hook.place == place)
 
 
 def refuse_merged(model: nn.Module, what: str) -> None:
@@ -157,5 +156,5 @@ def base_fingerprint(model: nn.Module) -> str:
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Adapters beside the weights, and the table, by the names they have in the model's state dict."""
     wanted = {f"{ROUTER}.table"}
-    own = {plain_name(key): value for key, value in model.state_dict().items()}
+    own = {own_name(key): value for key, value in model.state_dict().items()}
     return {key: value for key, value in own.items() if key in wanted or ".adapters." in key}

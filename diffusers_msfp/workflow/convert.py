@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..compat.peft import is_wrapped, own_name
+from ..compat.torch import replace_children
 from ..errors import CheckpointError, ConfigError
 from ..formats import FORMATS
 from ..nn import QUANT_LAYERS, QuantLayer, SplitLayer
@@ -56,7 +58,7 @@ class Conversion:
                 f"A model can be quantized once, but {len(already)} layers already are ({already[0]}, …). "
                 f"Call `model.dequantize()` first."
             )
-        if any(name.endswith(".base_layer") for name in weighted):
+        if any(is_wrapped(name) for name in weighted):
             raise ConfigError(
                 "A model must be quantized before adapters are attached, but this one has some. Fuse them "
                 "(`fuse_lora`, then `unload_lora`) or unload them first."
@@ -95,18 +97,13 @@ def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
     """Quantized layers with the names they have without adapters around them."""
     for name, module in model.named_modules():
         if isinstance(module, QuantLayer):
-            yield plain_name(name), module
+            yield own_name(name), module
 
 
 def prepare_layers(model: nn.Module) -> None:
     """Let engines make all layers ready that changed; a model must be ready before it is compiled."""
     for _, layer in quant_layers(model):
         layer.prepare()
-
-
-def plain_name(name: str) -> str:
-    """A module or tensor name without the level that PEFT puts between a layer and its place."""
-    return name.replace(".base_layer", "")
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -118,8 +115,7 @@ def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
     """`replace_module` for many names at once, in one walk over the model."""
     instead = {id(model.get_submodule(name)): module for name, module in new.items()}
     for parent in list(model.modules()):  # as it is now: a new module may hold an old one
-        for attribute, child in parent._modules.items():
-            parent._modules[attribute] = instead.get(id(child), child)
+        replace_children(parent, instead)
 
 
 def convert(model: nn.Module, plan: Conversion, on_layer: Callable[[int, int], None] | None = None) -> None:

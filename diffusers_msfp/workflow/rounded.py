@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from ..compat.torch import tree_flatten, tree_leaves, tree_unflatten
 from ..losses import squared_error
 from ..nn import QuantLayer
 from ..rounding import SoftRounding

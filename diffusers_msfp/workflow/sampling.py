@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
+from ..compat.diffusers import progress_bar_config
 from ..errors import ConfigError
 from .state import quantized_models
 
@@ -154,7 +155,7 @@ def model_output(output) -> Tensor:
 @contextmanager
 def quiet(pipe):
     """Without the pipeline's own progress bars."""
-    before = dict(getattr(pipe, "_progress_bar_config", {}))
+    before = progress_bar_config(pipe)
     pipe.set_progress_bar_config(**before | {"disable": True})
     try:
         yield

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..calibration import observe
 from ..calibration.watch import watching_calls
+from ..compat.peft import is_wrapped
 from ..errors import CheckpointError, ConfigError
 from ..nn import QUANT_LAYERS, QuantLayer, SplitLayer
 from ..nn.split import can_split, channel_axis, split_layer
@@ -88,7 +89,7 @@ def split_shortcuts(
     config, started = config or SplitConfig(), time.perf_counter()
     model, original = denoiser_of(pipe), denoiser_of(teacher)
     check_student(model, original, learns=False)
-    if any(name.endswith(".base_layer") for name, _ in original.named_modules()):
+    if any(is_wrapped(name) for name, _ in original.named_modules()):
         raise ConfigError("The teacher must be without adapters, but this one has some: unload or fuse them.")
     if finite_set_of(model) is not None:
         raise ConfigError("Layers are split before temporal maintenance. Start from the quantized model.")

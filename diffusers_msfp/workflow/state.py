@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from ..compat.torch import pre_hooks, remove_pre_hooks
 from ..errors import ConfigError
 from ..nn import QuantLayer
 from .convert import describe_layers, prepare_layers, quant_layers
@@ -51,15 +52,12 @@ class RunTracker:
 
 def tracker(model: nn.Module) -> RunTracker | None:
     """The model's tracker, if it is observing."""
-    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, RunTracker)), None)
+    return next((hook for hook in pre_hooks(model) if isinstance(hook, RunTracker)), None)
 
 
 def untrack(model: nn.Module) -> None:
     """Stop watching for the end of a run."""
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, RunTracker):
-            del model._forward_pre_hooks[key]
-            model._forward_pre_hooks_with_kwargs.pop(key, None)
+    remove_pre_hooks(model, lambda hook: isinstance(hook, RunTracker))
 
 
 def track(model: nn.Module, last_timestep: float | None = None, has_fallen: bool = False) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from ..compat.torch import tree_flatten, tree_map, tree_unflatten
 from ..errors import ConfigError
 from .sampling import denoiser_of, model_output, quiet
 from .timestep import timestep_of, timestep_position
