@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "diffusers_msfp"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
-    0: ("errors", "registry", "formats", "schemes", "recipes", "assets", "compat"),
+    0: ("errors", "outputs", "registry", "formats", "schemes", "recipes", "assets", "compat"),
     1: ("numerics",),
     2: ("calibration",),
     3: ("engines", "nn", "talora", "temporal", "rounding", "losses"),

@@ -1,10 +1,11 @@
-"""A DDPM trained on Fashion-MNIST, fp16, 1.8 M parameters (card in `model_cards/`), and a classifier for its data.
+"""A DDPM trained on Fashion-MNIST, fp16, 1.8 M parameters (card in `model_cards/`), and two classifiers.
 
-The classifier's weights belong to `evaluation.features.FashionFeatures`; `tests/benchmarks/fashion_features.py` trains
-them.
+Their weights belong to `evaluation.features.FashionFeatures`, which `tests/benchmarks/fashion_features.py` trains, and
+to `evaluation.features.Cifar10Features`, whose origin and licence stand in `cifar10-resnet56.md`.
 """
 
 from pathlib import Path
 
 EMBEDDED_MODEL = Path(__file__).parent / "ddpm-fashion-mnist-32"
 FASHION_FEATURES = Path(__file__).parent / "fashion-features.safetensors"
+CIFAR10_FEATURES = Path(__file__).parent / "cifar10-resnet56.safetensors"

@@ -2,6 +2,7 @@
 
 from .bench import bench
 from .compare import compare
+from .convert_checkpoint import convert_checkpoint
 from .demo import demo
 from .evaluate import evaluate
 from .finetune import finetune
@@ -15,6 +16,7 @@ from .space import space_create, space_run
 __all__ = [
     "bench",
     "compare",
+    "convert_checkpoint",
     "demo",
     "evaluate",
     "finetune",

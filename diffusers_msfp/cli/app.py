@@ -11,9 +11,11 @@ from typing import Annotated
 
 import typer
 from diffusers.utils import logging as diffusers_logging
+from rich.markup import escape
 
 from .. import __version__
 from ..errors import MSFPError
+from ..outputs import reason_of
 from .commands import COMMANDS, GROUPS
 from .terminal import stderr
 
@@ -54,7 +56,8 @@ def main() -> None:
     try:
         app()
     except (MSFPError, OSError) as error:
-        stderr.print(f"[red]error:[/] {' '.join(str(error).split())}", soft_wrap=True, highlight=False)
+        said = reason_of(error) if isinstance(error, OSError) else str(error)
+        stderr.print(f"[red]error:[/] {escape(' '.join(said.split()))}", soft_wrap=True, highlight=False)
         sys.exit(2)
     except KeyboardInterrupt:
         stderr.print("interrupted")

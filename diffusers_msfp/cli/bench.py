@@ -1,14 +1,12 @@
 """`bench`: how fast a model's step is in several ways."""
 
-from pathlib import Path
-
 import torch
-from diffusers import AutoModel
+from diffusers import DiffusionPipeline
 
 from ..evaluation.shapes import SHAPES
 from ..evaluation.speed import benchmark
 from ..workflow.sampling import denoiser_of
-from .load import load_pipeline
+from .load import load_any, require_variant
 from .terminal import progress, stderr
 
 DEFAULT_PROVIDERS = ("fp32", "bf16", "w4a4", "w4a8")
@@ -22,6 +20,7 @@ def bench(
     size: int | None = None,
     steps: int = 1,
     repeats: int = 7,
+    variant: str | None = None,
     skip_missing: bool = False,
 ) -> dict:
     """Time one denoising step.
@@ -32,6 +31,7 @@ def bench(
         batch, size: of the samples.
         steps (`int`): denoising steps that are timed as one.
         repeats (`int`): timed rounds.
+        variant (`str`, *optional*): of the weights of a folder or Hub id.
         skip_missing (`bool`): leave out peers that are not installed or cannot run the model, instead of refusing.
 
     Returns:
@@ -41,7 +41,7 @@ def bench(
         MSFPError: an unknown model or provider.
     """
     with stderr.status(f"preparing {model}"):
-        loaded = _load(model)
+        loaded = _load(model, variant)
     quantized = getattr(loaded, "is_quantized", False)
     names = providers or (("msfp",) if quantized else DEFAULT_PROVIDERS)
     with progress("timing steps") as report:
@@ -58,10 +58,10 @@ def bench(
     return {"model": model, "threads": torch.get_num_threads(), "rows": rows}
 
 
-def _load(model: str):
+def _load(model: str, variant: str | None):
     if model in SHAPES:
         torch.manual_seed(0)
         return SHAPES[model]().eval()
-    if (Path(model) / "config.json").is_file():
-        return AutoModel.from_pretrained(model).eval()
-    return denoiser_of(load_pipeline(model)).eval()
+    require_variant(variant, model)
+    loaded = load_any(model, variant=variant)
+    return denoiser_of(loaded).eval() if isinstance(loaded, DiffusionPipeline) else loaded

@@ -2,7 +2,7 @@
 
 from ..evaluation import compare_pipelines
 from ..workflow.sampling import denoiser_name, denoiser_of
-from .load import load_pipeline, model_bytes
+from .load import load_pipeline, model_bytes, require_variant
 from .terminal import progress
 
 
@@ -15,17 +15,20 @@ def compare(
     seed: int = 0,
     eta: float = 0.0,
     prompts: list[str] | None = None,
+    variant: str | None = None,
 ) -> dict:
     """Error of a candidate pipeline against a reference for equal noise.
 
     Args:
         ref, cand (`str`): folders, Hub ids or single files of pipelines of the same architecture.
         num, steps, seed, eta, prompts: see `compare_pipelines`.
+        variant (`str`, *optional*): of the weights, where a pipeline has it.
 
     Returns:
         `dict`: as `compare_pipelines`, with `bytes_ref` and `bytes_cand` (weight files of the denoiser).
     """
-    reference, candidate = load_pipeline(ref), load_pipeline(cand)
+    require_variant(variant, ref, cand)
+    reference, candidate = (load_pipeline(source, variant=variant) for source in (ref, cand))
     with progress("comparing") as report:
         result = compare_pipelines(
             reference,
@@ -38,5 +41,5 @@ def compare(
             on_step=report,
         )
     for key, source, pipe in (("bytes_ref", ref, reference), ("bytes_cand", cand, candidate)):
-        result[key] = model_bytes(source, denoiser_of(pipe), denoiser_name(pipe))
+        result[key] = model_bytes(source, denoiser_of(pipe), denoiser_name(pipe), variant)
     return result

@@ -6,6 +6,7 @@ import numpy as np
 
 from ..assets import EMBEDDED_MODEL
 from ..evaluation import image_grid, sample_images
+from ..outputs import require_writable_file, require_writable_folder, writing
 from .compare import compare
 from .load import load_pipeline
 from .quantize import quantize
@@ -28,6 +29,8 @@ def demo(out: str | Path = "msfp-demo", *, steps: int = 50, seed: int = 0) -> di
         `quantize` and `compare`.
     """
     out = Path(out)
+    require_writable_folder(out)
+    require_writable_file(out / "demo.png")
     out.mkdir(parents=True, exist_ok=True)
     rows, labels, figures = [], [], {}
 
@@ -44,5 +47,6 @@ def demo(out: str | Path = "msfp-demo", *, steps: int = 50, seed: int = 0) -> di
         figures[scheme] = made | compare(str(EMBEDDED_MODEL), str(target), seed=seed)
         draw(target, f"{scheme}, {made['bytes_after'] / 1e6:.2f} MB")
     picture = out / "demo.png"
-    image_grid(np.concatenate(rows), columns=PICTURES, scale=2, labels=labels).save(picture)
+    with writing(picture):
+        image_grid(np.concatenate(rows), columns=PICTURES, scale=2, labels=labels).save(picture)
     return {"picture": str(picture), "schemes": figures}

@@ -8,8 +8,9 @@ import torch
 from accelerate import PartialState
 
 from ..evaluation import evaluate_pipelines
+from ..outputs import require_writable_folder
 from ..workflow.sampling import denoiser_name, denoiser_of
-from .load import load_pipeline, model_bytes
+from .load import load_pipeline, model_bytes, require_variant
 from .store import peak_rss_bytes, write_json
 from .terminal import progress, stderr
 
@@ -26,6 +27,7 @@ def evaluate(
     features: str | None = None,
     seed: int = 0,
     prompts: list[str] | None = None,
+    variant: str | None = None,
     out: str | Path | None = None,
 ) -> dict | None:
     """Evaluate a pipeline and write `results.json`.
@@ -38,6 +40,7 @@ def evaluate(
         source (`str`): folder or Hub id of the pipeline, quantized by whatever diffusers can load.
         reference (`str`): its full-precision original.
         data, num, steps, features, seed, prompts: see `evaluate_pipelines`.
+        variant (`str`, *optional*): of the weights, where a pipeline has it.
         out (`str` or `Path`, *optional*): folder to write; `<source>-evaluation` by default, for a Hub id in the
             working folder.
 
@@ -55,7 +58,10 @@ def evaluate(
         name = source.rstrip("/\\")
         out = f"{name if Path(source).exists() else name.rpartition('/')[2]}-evaluation"
     out = Path(out)
-    original, candidate = load_pipeline(reference), load_pipeline(source)
+    for folder in (out, out / "pictures"):
+        require_writable_folder(folder)
+    require_variant(variant, source, reference)
+    original, candidate = (load_pipeline(each, variant=variant) for each in (reference, source))
     for pipe in (original, candidate):
         pipe.to(process.device)
     with progress("evaluating") as report:
@@ -86,7 +92,7 @@ def evaluate(
     if result is None:
         return None
     for key, place, pipe in (("bytes_reference", reference, original), ("bytes_candidate", source, candidate)):
-        result[key] = model_bytes(place, denoiser_of(pipe), denoiser_name(pipe))
+        result[key] = model_bytes(place, denoiser_of(pipe), denoiser_name(pipe), variant)
     result |= {
         "source": source,
         "reference": reference,
@@ -94,6 +100,5 @@ def evaluate(
         "peak_rss_bytes": peak_rss_bytes(),
         "out": str(out),
     }
-    out.mkdir(parents=True, exist_ok=True)
     write_json(result, out / "results.json")
     return result

@@ -10,11 +10,12 @@ from diffusers import DDPMScheduler
 
 from ..errors import ConfigError
 from ..evaluation import image_grid, with_ddim
+from ..outputs import require_writable_folder
 from ..workflow import FinetuneConfig, Finetuner
 from ..workflow.finetune import PREVIEWS
 from ..workflow.sampling import denoiser_name, denoiser_of
 from ..workflow.state import quantized_models
-from .load import SourceError, load_pipeline, model_bytes
+from .load import SourceError, load_pipeline, model_bytes, require_variant
 from .store import check_target, peak_rss_bytes, write_checkpoint
 from .terminal import progress, stderr
 
@@ -26,6 +27,7 @@ def finetune(
     config: FinetuneConfig | None = None,
     *,
     prompts: list[str] | None = None,
+    variant: str | None = None,
     overwrite: bool = False,
 ) -> dict | None:
     """Fine-tune a quantized checkpoint and write the result.
@@ -40,6 +42,7 @@ def finetune(
         out (`str` or `Path`): folder to write; appears only when everything has succeeded.
         config (`FinetuneConfig`, *optional*): settings.
         prompts (`list[str]`, *optional*): for pipelines that take prompts.
+        variant (`str`, *optional*): of the weights, where a pipeline has it.
         overwrite (`bool`): replace `out` if it exists.
 
     Returns:
@@ -54,7 +57,9 @@ def finetune(
     main = process.is_main_process
     out, config = check_target(out, overwrite), config or FinetuneConfig()
     training = out.parent / f"{out.name}-training"
-    pipe, original = load_pipeline(source), load_pipeline(teacher)
+    require_writable_folder(training)
+    require_variant(variant, source, teacher)
+    pipe, original = (load_pipeline(each, variant=variant) for each in (source, teacher))
     if not list(quantized_models(pipe)):
         raise SourceError(f"{source} must be quantized, but it is not: run `diffusers-msfp quantize` first.")
     if list(quantized_models(original)):
@@ -110,7 +115,7 @@ def finetune(
         "loss_first": float(np.mean(losses[:tenth])),
         "loss_last": float(np.mean(losses[-tenth:])),
         "intervals": denoiser.timestep_router.intervals(),
-        "bytes_before": model_bytes(source, denoiser, name),
+        "bytes_before": model_bytes(source, denoiser, name, variant),
         "bytes_after": model_bytes(str(out), denoiser, name),
         "peak_rss_bytes": peak_rss_bytes(),
         "training_dir": str(training),

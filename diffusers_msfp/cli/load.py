@@ -8,9 +8,10 @@ import torch
 from diffusers import AutoModel, DiffusionPipeline, ModelMixin
 
 from ..errors import MSFPError
-from ..evaluation.describe import file_bytes, read_config
+from ..evaluation.describe import file_bytes, read_config, weights_by_variant
 from ..integration.config import MSFPConfig
 from ..integration.streaming import StreamedModel
+from .terminal import stderr
 
 OTHER_QUANTIZERS = {"sdnq": "sdnq"}
 """Methods that diffusers knows only after an import: `quant_method` → package."""
@@ -20,27 +21,81 @@ class SourceError(MSFPError):
     """Something named on the command line that cannot be loaded."""
 
 
-def fetch(source: str) -> Path:
+def fetch(source: str, variant: str | None = None) -> Path:
     """Where a source lies: a folder or file as it is, a Hub id's pipeline in the cache, downloaded if need be.
 
     Raises:
-        SourceError: there is nothing.
+        SourceError: there is nothing, or nothing of this variant.
     """
     path = Path(source)
     if path.exists():
         return path
     _require_hub_id(source)
     try:
-        return Path(DiffusionPipeline.download(source))
+        return Path(DiffusionPipeline.download(source, variant=variant))
     except (OSError, ValueError) as error:
         raise SourceError(f"{source} cannot be loaded: {_first_line(error)}") from error
 
 
-def load_any(source: str, **arguments) -> DiffusionPipeline | ModelMixin:
+def require_variant(variant: str | None, *sources: str | Path | None) -> None:
+    """Refuse a variant that none of the sources can have; those that lack it are read without.
+
+    Raises:
+        SourceError: no folder among them has weights of it.
+    """
+    places = [Path(source) for source in sources if source is not None]
+    if variant is None or any(not place.exists() for place in places):  # the Hub knows
+        return
+    known = {each for place in places for found in _variants(place).values() for each in found}
+    if variant not in known:
+        names = ", ".join(sorted(f"`{name}`" if name else "plain ones" for name in known)) or "none"
+        where = " and ".join(map(str, places))
+        raise SourceError(
+            f"{where} must hold weights of the variant `{variant}`, but there are {names}. Leave `--variant` out, or "
+            f"name one that is there."
+        )
+
+
+def variant_of(source: str | Path, variant: str | None = None) -> str | None:
+    """The variant to read of a folder's weights: the one that is wanted if it is there, else one that alone is there.
+
+    Args:
+        source (`str` or `Path`): a pipeline's or model's folder; anything else is not looked at.
+        variant (`str`, *optional*): what is wanted.
+
+    Raises:
+        SourceError: there are several variants, and no plain weights.
+    """
+    found = _variants(Path(source))
+    if not found or any(variant in each for each in found.values() if variant is not None):
+        return variant
+    lacking = {part: set(each) for part, each in found.items() if None not in each}
+    if not lacking:
+        return None
+    common = set.intersection(*lacking.values())
+    if len(common) != 1:
+        names = ", ".join(sorted(f"`{name}`" for each in lacking.values() for name in each))
+        raise SourceError(f"{source} must hold plain weights, but there are {names} alone. Name one with `--variant`.")
+    (only,) = common
+    stderr.print(
+        f"{source} has no plain weights but those of the variant `{only}`, which are read (`--variant {only}`).",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return only
+
+
+def _variants(folder: Path) -> dict[Path, dict[str | None, list[Path]]]:
+    """Weights by variant of each model in a folder."""
+    parts = (folder, *components_on_disk(folder)) if folder.is_dir() else ()
+    return {part: found for part in parts if (found := weights_by_variant(part))}
+
+
+def load_any(source: str, *, variant: str | None = None, **arguments) -> DiffusionPipeline | ModelMixin:
     """A pipeline, or the model in a component's own folder, quantized by whatever package is installed.
 
     Args:
-        source (`str`): see `load_pipeline`.
+        source, variant: see `load_pipeline`.
         **arguments: for `from_pretrained`.
 
     Raises:
@@ -50,9 +105,9 @@ def load_any(source: str, **arguments) -> DiffusionPipeline | ModelMixin:
     if folder.is_dir():
         _import_quantizers(folder)
     if not (folder / "config.json").is_file() or (folder / "model_index.json").is_file():
-        return load_pipeline(source, **arguments)
+        return load_pipeline(source, variant=variant, **arguments)
     try:
-        return AutoModel.from_pretrained(source, **arguments).eval()
+        return AutoModel.from_pretrained(source, variant=variant_of(source, variant), **arguments).eval()
     except MSFPError:
         raise
     except (OSError, ValueError) as error:
@@ -73,12 +128,15 @@ def _import_quantizers(folder: Path) -> None:
                 ) from error
 
 
-def load_pipeline(source: str, *, config: str | None = None, **arguments) -> DiffusionPipeline:
+def load_pipeline(
+    source: str, *, config: str | None = None, variant: str | None = None, **arguments
+) -> DiffusionPipeline:
     """A pipeline from a folder, a Hub id or a single file.
 
     Args:
         source (`str`): where it is.
         config (`str`, *optional*): folder or Hub id with the configs for a single file; found by diffusers if absent.
+        variant (`str`, *optional*): read its weights where a model has them, like `"fp16"`; see `variant_of`.
         **arguments: for `from_pretrained`.
 
     Raises:
@@ -92,7 +150,7 @@ def load_pipeline(source: str, *, config: str | None = None, **arguments) -> Dif
     elif not (path / "model_index.json").is_file():
         raise SourceError(f"A pipeline's folder must hold model_index.json, but {source} has none.")
     try:
-        return DiffusionPipeline.from_pretrained(source, **arguments)
+        return DiffusionPipeline.from_pretrained(source, variant=variant_of(source, variant), **arguments)
     except MSFPError:
         raise
     except (OSError, ValueError, RecursionError) as error:
@@ -104,8 +162,10 @@ def _require_hub_id(source: str) -> None:
         raise SourceError(f"{source} must be a folder, a file or a Hub id like `user/model`, but it is none of them.")
 
 
-def open_component(folder: Path, request: MSFPConfig, max_shard_size: int | str) -> StreamedModel:
-    """The float model in a folder, its weights still unread.
+def open_component(
+    folder: Path, request: MSFPConfig, max_shard_size: int | str, variant: str | None = None
+) -> StreamedModel:
+    """The float model in a folder, its weights, of a variant where it has that, still unread.
 
     Raises:
         SourceError: its config names no diffusers model, or it cannot be read.
@@ -118,7 +178,7 @@ def open_component(folder: Path, request: MSFPConfig, max_shard_size: int | str)
             f"but config.json names {name!r}."
         )
     try:
-        return StreamedModel.from_folder(cls, folder, request, max_shard_size)
+        return StreamedModel.from_folder(cls, folder, request, max_shard_size, variant=variant)
     except MSFPError:
         raise
     except (OSError, ValueError) as error:
@@ -155,10 +215,10 @@ def components_on_disk(folder: Path) -> list[Path]:
     return [p for p in sorted(folder.iterdir()) if p.is_dir() and read_config(p)]
 
 
-def model_bytes(source: str, model: ModelMixin, name: str) -> int:
+def model_bytes(source: str, model: ModelMixin, name: str, variant: str | None = None) -> int:
     """Size of a component's weights: its files where they are at hand, else its tensors in memory."""
     folder = Path(source) / name if name != "." else Path(source)
-    on_disk = file_bytes(folder) if folder.is_dir() else 0
+    on_disk = file_bytes(folder, variant) if folder.is_dir() else 0
     return on_disk or model.get_memory_footprint()
 
 

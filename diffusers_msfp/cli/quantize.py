@@ -10,16 +10,26 @@ from diffusers.quantizers import PipelineQuantizationConfig
 from ..errors import ConfigError
 from ..evaluation.describe import file_bytes, read_config
 from ..integration.config import MSFPConfig
-from ..integration.in_memory import choose_components, components_of, quantize_model
+from ..integration.in_memory import choose_components, components_of, quantize_model, refuse_several
 from ..integration.recipe import RecipeRun, plan_stages
 from ..integration.streaming import StreamedModel
 from ..integration.tensor_files import MAX_SHARD_SIZE
+from ..outputs import writing
 from ..recipes import DEFAULT_RECIPE
 from ..schemes import DEFAULT_SCHEME
 from ..workflow import calibrate, calibration_state
+from ..workflow.calibrate import check_calibration
 from ..workflow.convert import quant_layers
 from ..workflow.sampling import require_positive
-from .load import fetch, load_pipeline, model_bytes, open_component, refuse_quantized
+from .load import (
+    fetch,
+    load_pipeline,
+    model_bytes,
+    open_component,
+    refuse_quantized,
+    require_variant,
+    variant_of,
+)
 from .store import check_target, peak_rss_bytes, publish, work_folder, write_checkpoint
 from .terminal import progress, stderr
 
@@ -39,15 +49,16 @@ def quantize(
     scheme_overrides: dict[str, str] | None = None,
     components: list[str] | None = None,
     config: str | None = None,
+    variant: str | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
     overwrite: bool = False,
 ) -> dict:
     """Quantize a checkpoint and write the packed one.
 
     Weights go from file to file layer by layer, so a float model need not fit into memory; then the pipeline's own
-    sampler sets the activation ranges. Text encoders are quantized, their weights alone, while the pipeline is loaded
-    for that. A component on its own cannot be sampled, so its activations go on observing:
-    they freeze after its first denoising run.
+    sampler sets the activation ranges. Before all that a call of the pipeline is tried, as far as its denoiser. Text
+    encoders are quantized, their weights alone, while the pipeline is loaded for that. A component on its own cannot be
+    sampled, so its activations go on observing: they freeze after its first denoising run.
 
     Until all is done, packed weights lie in the hidden folder `.<out>.part` beside `out`. After an interruption the
     same call goes on with the layer it had come to; other arguments or changed source files begin anew.
@@ -63,6 +74,7 @@ def quantize(
         prompts (`list[str]`, *optional*): for pipelines that take prompts.
         modules_to_not_convert, scheme_overrides, components: as in `MSFPConfig`.
         config (`str`, *optional*): folder or Hub id with the configs of a single file.
+        variant (`str`, *optional*): of the float weights, like `"fp16"`; see `load.variant_of`.
         max_shard_size (`int` or `str`): of weight files, as in `save_pretrained`.
         overwrite (`bool`): replace `out` if it exists.
 
@@ -86,27 +98,42 @@ def quantize(
         components_to_quantize=components,
     )
     with stderr.status(f"opening {source}"):
-        path = fetch(source)
+        require_variant(variant, source)
+        path = fetch(source, variant)
         refuse_quantized(path)
+        variant = variant_of(path, variant)
         loaded = load_pipeline(source, config=config) if path.is_file() else None
-        streams, encoders = _parts(path, loaded, request, max_shard_size)
+        streams, encoders = _parts(path, loaded, request, max_shard_size, variant)
     if "." in streams and plan:
         raise ConfigError(
             f"Recipe `{recipe}` samples with the whole pipeline, but {source} is a single model. Quantize the "
             f"pipeline, or use `ptq`."
         )
-    if loaded is None:
-        bytes_before = sum(file_bytes(path / name) for name in (*streams, *encoders))
+    if path.is_dir():
+        bytes_before = sum(file_bytes(path / name, variant) for name in (*streams, *encoders))
     else:
         bytes_before = sum(getattr(loaded, name).get_memory_footprint() for name in (*streams, *encoders))
 
+    if "." not in streams:
+        with stderr.status("trying a first step"):
+            if loaded is None:
+                empty = {name: stream.model for name, stream in streams.items()}
+                wanted = (
+                    PipelineQuantizationConfig(quant_mapping=dict.fromkeys(encoders, request)) if encoders else None
+                )
+                loaded = load_pipeline(source, **empty, variant=variant, quantization_config=wanted)
+            if any(calibration_state(stream.model) == "observing" for stream in streams.values()):
+                chosen = {name: getattr(loaded, name) for name in streams}
+                counts = {"num_samples": calibration_samples, "num_inference_steps": steps, "seed": seed}
+                check_calibration(loaded, chosen, prompts=prompts, **counts)
     seconds_calibration = 0.0
     with work_folder(out) as work:
         search_started = time.perf_counter()
         places = {name: work / "weights" / name for name in streams}
         with progress("searching and packing weights") as report:
             for name, stream in streams.items():
-                stream.write(places[name], on_layer=report)
+                with writing(out):
+                    stream.write(places[name], on_layer=report)
         seconds_search = time.perf_counter() - search_started
         journals = [work / "weights" / f"{name}.jsonl" for name in streams] if plan else []
         lines = [journal.read_text(encoding="utf-8").splitlines()[0] for journal in journals]
@@ -118,15 +145,9 @@ def quantize(
             publish(places["."], out)
         else:
             models = {name: streams.pop(name).load(place) for name, place in places.items()}
-            if loaded is None:
-                wanted = (
-                    PipelineQuantizationConfig(quant_mapping=dict.fromkeys(encoders, request)) if encoders else None
-                )
-                loaded = load_pipeline(source, **models, quantization_config=wanted)
-            else:
-                loaded.register_modules(**models)
-                for name in encoders:
-                    quantize_model(getattr(loaded, name), request)
+            loaded.register_modules(**models)
+            for name in encoders if path.is_file() else ():  # those of a folder are quantized while they are loaded
+                quantize_model(getattr(loaded, name), request)
             models |= {name: getattr(loaded, name) for name in encoders}
             if run.latest is not None:
                 stderr.print(f"Going on after stage {len(run.figures)} of {len(plan)}, found in {run.latest}.")
@@ -148,7 +169,7 @@ def quantize(
             if plan:
                 run.run(
                     loaded,
-                    load_pipeline(source, config=config),
+                    load_pipeline(source, config=config, variant=variant),
                     prompts=prompts,
                     save=lambda pipe, folder: write_checkpoint(pipe, folder, work, max_shard_size),
                     progress=progress,
@@ -181,7 +202,11 @@ def quantize(
 
 
 def _parts(
-    path: Path, loaded: DiffusionPipeline | None, request: MSFPConfig, max_shard_size: int | str
+    path: Path,
+    loaded: DiffusionPipeline | None,
+    request: MSFPConfig,
+    max_shard_size: int | str,
+    variant: str | None,
 ) -> tuple[dict[str, StreamedModel], list[str]]:
     """What is to be quantized: diffusers' components by name, or a model on its own, called `.`; and transformers'."""
     if loaded is not None:
@@ -200,6 +225,10 @@ def _parts(
         raise ConfigError(f"`components` selects parts of a pipeline, but {path} is a single model.")
     else:
         names = ["."]
+    for name in names if index else ():
+        if "Multi" in index[name][1]:
+            refuse_several(name, index[name][1], present)
     encoders = [name for name in names if index and index[name][0] == "transformers"]
-    streams = {name: open_component(path / name, request, max_shard_size) for name in names if name not in encoders}
+    folders = {name: path / name for name in names if name not in encoders}
+    streams = {name: open_component(place, request, max_shard_size, variant) for name, place in folders.items()}
     return streams, encoders

@@ -6,9 +6,10 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..errors import ConfigError
+from ..outputs import require_writable_file
 from ..report import collect_report, render_report
 from ..workflow.sampling import denoiser_name, denoiser_of
-from .load import fetch, load_any, load_pipeline, model_bytes
+from .load import fetch, load_any, load_pipeline, model_bytes, require_variant
 from .store import write_text
 from .terminal import progress
 
@@ -24,6 +25,7 @@ def report(
     steps: int = 20,
     seed: int = 0,
     prompts: list[str] | None = None,
+    variant: str | None = None,
     dtype: str = "float32",
     speed: bool = True,
     overwrite: bool = False,
@@ -35,6 +37,7 @@ def report(
         out (`str` or `Path`): HTML file to write.
         reference (`str`, *optional*): the full-precision pipeline.
         num, steps, seed, prompts: see `collect_report`.
+        variant (`str`, *optional*): of the weights, where a model has it.
         dtype (`str`): that the checkpoint runs in.
         speed (`bool`): time a step.
         overwrite (`bool`): replace an existing page.
@@ -49,13 +52,17 @@ def report(
     out = Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"`out` must end in .html, but {out} came.")
-    if out.is_dir() or (out.exists() and not overwrite):
+    if out.exists() and not out.is_dir() and not overwrite:
         raise ConfigError(f"{out} must not exist yet, but it does. Choose another file, or pass `--overwrite`.")
     if dtype not in DTYPES:
         raise ConfigError(f"`dtype` must be one of {', '.join(DTYPES)}, but {dtype!r} came.")
-    original = load_pipeline(reference) if reference is not None else None
-    folder = fetch(source)
-    candidate = load_any(str(folder), **({} if dtype == "float32" else {"torch_dtype": getattr(torch, dtype)}))
+    require_writable_file(out)
+    require_variant(variant, source, reference)
+    original = load_pipeline(reference, variant=variant) if reference is not None else None
+    folder = fetch(source, variant)
+    candidate = load_any(
+        str(folder), variant=variant, **({} if dtype == "float32" else {"torch_dtype": getattr(torch, dtype)})
+    )
     with progress("measuring") as told:
         data = collect_report(
             candidate,
@@ -70,9 +77,10 @@ def report(
         )
     model = denoiser_of(candidate) if isinstance(candidate, DiffusionPipeline) else candidate
     data |= {"name": _short(source), "reference": reference and _short(reference), "out": str(out)}
-    data["bytes"] = model_bytes(str(folder), model, data["component"])
-    data["bytes_reference"] = original and model_bytes(reference, denoiser_of(original), denoiser_name(original))
-    out.parent.mkdir(parents=True, exist_ok=True)
+    data["bytes"] = model_bytes(str(folder), model, data["component"], variant)
+    data["bytes_reference"] = original and model_bytes(
+        reference, denoiser_of(original), denoiser_name(original), variant
+    )
     write_text(render_report(data), out)
     return data
 

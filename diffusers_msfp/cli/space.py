@@ -11,10 +11,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..assets import EMBEDDED_MODEL
 from ..integration.config import MSFPConfig
 from ..integration.in_memory import quantize_pipeline
+from ..outputs import writing
 from ..space import Contender, build_page, launch, require_comparable, require_gradio, write_space
 from ..workflow.sampling import denoiser_of
 from ..workflow.state import quantized_models
-from .load import SourceError, load_pipeline
+from .load import SourceError, load_pipeline, require_variant
 from .store import check_target, publish
 from .terminal import progress, stderr
 
@@ -27,17 +28,18 @@ def space_run(
     *,
     reference: str | None = None,
     title: str | None = None,
+    variant: str | None = None,
     port: int | None = None,
     on_start=None,
 ) -> None:
     """Serve the page until the process is interrupted.
 
     Args:
-        source, reference, title: see `open_page`.
+        source, reference, title, variant: see `open_page`.
         port (`int`, *optional*): the first free one from 7860 on by default.
         on_start (`Callable[[str], None]`, *optional*): called with the page's address.
     """
-    page = open_page(source, reference=reference, title=title)
+    page = open_page(source, reference=reference, title=title, variant=variant)
     address = launch(page, port)
     (on_start or print_address)(address)
     try:
@@ -51,7 +53,9 @@ def print_address(address: str) -> None:
     stderr.print(f"The page is at [bold]{address}[/] (Ctrl+C stops it)", soft_wrap=True)
 
 
-def open_page(source: str | None = None, *, reference: str | None = None, title: str | None = None):
+def open_page(
+    source: str | None = None, *, reference: str | None = None, title: str | None = None, variant: str | None = None
+):
     """Load pipelines and build their page.
 
     Args:
@@ -60,6 +64,7 @@ def open_page(source: str | None = None, *, reference: str | None = None, title:
         reference (`str`, *optional*): the full-precision pipeline; by default the one that the source's model card
             names as its base. Without one the page shows the quantized pipeline alone.
         title (`str`, *optional*): of the page; the source's name by default.
+        variant (`str`, *optional*): of the weights, where a pipeline has it.
 
     Returns:
         `gradio.Blocks`.
@@ -75,9 +80,10 @@ def open_page(source: str | None = None, *, reference: str | None = None, title:
             quantize_pipeline(quantized, EMBEDDED_SCHEME, num_samples=32, on_step=report)
     else:
         with stderr.status(f"opening {source}"):
-            quantized = load_pipeline(source)
+            require_variant(variant, source, reference)
+            quantized = load_pipeline(source, variant=variant)
         _require_quantized(quantized, source)
-        original = _original(source, reference, denoiser_of(quantized).dtype)
+        original = _original(source, reference, denoiser_of(quantized).dtype, variant)
     pipes = [pipe.to("cuda") if torch.cuda.is_available() else pipe for pipe in (quantized, original) if pipe]
     contenders = [Contender(pipe) for pipe in pipes]
     if len(contenders) == 2:
@@ -90,7 +96,7 @@ def _require_quantized(pipe, source: str) -> None:
         raise SourceError(f"{source} must be quantized, but it is not: run `diffusers-msfp quantize` first.")
 
 
-def _original(source: str, reference: str | None, dtype: torch.dtype) -> DiffusionPipeline | None:
+def _original(source: str, reference: str | None, dtype: torch.dtype, variant: str | None) -> DiffusionPipeline | None:
     """The full-precision pipeline; None, with a note, where it is not known or the one on the card cannot be had."""
     wanted = reference or base_of(source)
     if wanted is None:
@@ -98,7 +104,7 @@ def _original(source: str, reference: str | None, dtype: torch.dtype) -> Diffusi
         return None
     try:
         with stderr.status(f"opening {wanted}"):
-            return load_pipeline(wanted, torch_dtype=dtype)
+            return load_pipeline(wanted, variant=variant, torch_dtype=dtype)
     except SourceError as error:
         if reference:
             raise
@@ -128,7 +134,13 @@ def _name(source: str) -> str:
 
 
 def space_create(
-    source: str, out: str | Path, *, reference: str | None = None, title: str | None = None, overwrite: bool = False
+    source: str,
+    out: str | Path,
+    *,
+    reference: str | None = None,
+    title: str | None = None,
+    variant: str | None = None,
+    overwrite: bool = False,
 ) -> dict:
     """Write a Space that serves the page of a quantized pipeline.
 
@@ -139,6 +151,7 @@ def space_create(
         reference (`str`, *optional*): folder or Hub id of the full-precision pipeline; by default what the source's
             model card names as its base, or none.
         title (`str`, *optional*): the source's name by default.
+        variant (`str`, *optional*): of the weights, where a pipeline has it.
         overwrite (`bool`): replace a Space that is there.
 
     Returns:
@@ -149,17 +162,20 @@ def space_create(
         ConfigError: `out` exists, or holds something else than a Space.
     """
     out = check_target(out, overwrite, marks=("app.py",), what="Spaces")
+    require_variant(variant, source, reference)
     if Path(source).exists():
-        _require_quantized(load_pipeline(source), source)
+        _require_quantized(load_pipeline(source, variant=variant), source)
     title, reference = title or _name(source), reference or base_of(source)
     for place in (source, reference):
         if place is not None and not Path(place).is_dir() and place.count("/") != 1:
             raise SourceError(f"{place} must be a folder or a Hub id like `user/model`, but it is none of them.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-", suffix=".part") as scratch:
-        made = Path(scratch) / "made"
-        made.mkdir()
-        files = write_space(made, title, source, reference, _card(source).license or "apache-2.0")
-        size = sum((made / file).stat().st_size for file in files)
-        publish(made, out)
+    license = _card(source).license or "apache-2.0"
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-", suffix=".part") as scratch:
+            made = Path(scratch) / "made"
+            made.mkdir()
+            files = write_space(made, title, source, reference, license, variant)
+            size = sum((made / file).stat().st_size for file in files)
+            publish(made, out)
     return {"out": str(out), "title": title, "reference": reference, "files": files, "bytes": size}

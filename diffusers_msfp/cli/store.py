@@ -14,22 +14,25 @@ from filelock import FileLock, Timeout
 
 from ..errors import ConfigError, NonFiniteError
 from ..integration.tensor_files import MAX_SHARD_SIZE
+from ..outputs import require_writable, writing
+from ..workflow.sampling import keep_labels
 from .terminal import stderr
 
 
 def check_target(
     out: str | Path, overwrite: bool, marks: Sequence[str] = ("model_index.json", "config.json"), what="checkpoints"
 ) -> Path:
-    """Refuse a place that holds something that was not asked to be replaced.
+    """Refuse a place that holds something that was not asked to be replaced, or that cannot be written.
 
     Args:
         marks (`Sequence[str]`): files of which a folder that may be replaced has one.
         what (`str`): the plural of such folders.
 
     Raises:
-        ConfigError: it exists, or is not such a folder where one is to be replaced.
+        ConfigError: it exists, is not such a folder where one is to be replaced, or cannot be written.
     """
     out = Path(out)
+    require_writable(out)
     if out.exists() and not overwrite:
         raise ConfigError(f"{out} must not exist yet, but it does. Choose another folder, or pass `--overwrite`.")
     if (
@@ -43,11 +46,13 @@ def check_target(
 
 def write_checkpoint(loaded, out: Path, folder: Path | None = None, max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
     """Save to `folder`, or beside `out`, and move into place in one step: nothing half-written looks finished."""
-    folder = folder or _parent(out)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{out.name}-", suffix=".part") as scratch:
-        made = Path(scratch) / "made"
-        loaded.save_pretrained(made, max_shard_size=max_shard_size)
-        publish(made, out)
+    with writing(out):
+        folder = folder or _parent(out)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f".{out.name}-", suffix=".part") as scratch:
+            made = Path(scratch) / "made"
+            keep_labels(loaded)
+            loaded.save_pretrained(made, max_shard_size=max_shard_size)
+            publish(made, out)
 
 
 def write_json(content: dict, out: Path) -> None:
@@ -56,13 +61,15 @@ def write_json(content: dict, out: Path) -> None:
 
 
 def write_text(content: str, out: Path) -> None:
-    """A file, complete or not at all."""
+    """A file, complete or not at all; folders above it are made if they are missing."""
     part = out.with_name(f".{out.name}.part")
-    try:
-        part.write_text(content, encoding="utf-8")
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
+    with writing(out):
+        _parent(out)
+        try:
+            part.write_text(content, encoding="utf-8")
+            part.replace(out)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def publish(made: Path, out: Path) -> None:
@@ -81,10 +88,11 @@ def work_folder(out: Path) -> Iterator[Path]:
     """The hidden folder `.<out>.part` beside `out`, which a run that is interrupted leaves to the next one.
 
     Raises:
-        ConfigError: another run is at work in it.
+        ConfigError: another run is at work in it, or it cannot be made.
     """
-    work = _parent(out) / f".{out.name}.part"
-    work.mkdir(exist_ok=True)
+    with writing(out):
+        work = _parent(out) / f".{out.name}.part"
+        work.mkdir(exist_ok=True)
     try:
         with FileLock(work / "lock", timeout=0):
             yield work

@@ -1,6 +1,6 @@
 """What quantization costs, in figures and pictures; what a checkpoint holds."""
 
-from ..workflow.sampling import with_ddim
+from ..workflow.solvers import with_ddim
 from .compare import compare_pipelines
 from .describe import describe_checkpoint
 from .evaluate import evaluate_pipelines

@@ -20,9 +20,10 @@ from ..workflow.sampling import (
     model_output,
     quiet,
     require_positive,
-    with_ddim,
 )
+from ..workflow.solvers import with_ddim
 from ..workflow.timestep import timestep_of, timestep_position
+from ..workflow.used_output import used_part
 from .samples import pictures_tensor
 
 MAX_PSNR_DB = 100.0
@@ -47,7 +48,9 @@ def compare_pipelines(
     on_pictures: Callable[[Tensor, Tensor], None] | None = None,
     **arguments,
 ) -> dict:
-    """Error of the denoiser and of the pictures for equal noise, on DDIM.
+    """Error of the denoiser and of the pictures for equal noise, on DDIM where it can take the scheduler's place.
+
+    Variances that a model puts out beside its prediction are not counted.
 
     Args:
         reference, candidate (`DiffusionPipeline`): of the same architecture; neither is changed.
@@ -64,7 +67,8 @@ def compare_pipelines(
         images of [0, 1]).
 
     Raises:
-        ConfigError: the denoisers give outputs of different shapes, or numbers below 1.
+        ConfigError: the denoisers give outputs of different shapes, numbers below 1, or an `eta` for a pipeline that
+            DDIM cannot sample.
     """
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
     reference, candidate = with_ddim(reference, eta), with_ddim(candidate, eta)
@@ -94,6 +98,7 @@ def compare_pipelines(
                 f"Both denoisers must give the same shape, but {tuple(expected.shape)} and {tuple(came.shape)} came: "
                 f"the candidate is not a quantized version of the reference."
             )
+        expected, came = (used_part(reference, each, args, kwargs) for each in (expected, came))
         key = float(torch.as_tensor(timestep).flatten()[0])
         error[key] += (came - expected).square().sum().item()
         energy[key] += expected.square().sum().item()
@@ -107,10 +112,10 @@ def compare_pipelines(
         for call, same in zip(calls, again, strict=True):
             handle = denoiser_of(reference).register_forward_hook(watch, with_kwargs=True)
             try:
-                expected = pictures_tensor(reference(**call).images)
+                expected = pictures_tensor(call.run(reference).images)
             finally:
                 handle.remove()
-            came = pictures_tensor(candidate(**same).images)
+            came = pictures_tensor(same.run(candidate).images)
             ratios.append(psnr_db(expected, came))
             if on_pictures is not None:
                 on_pictures(expected, came)

@@ -1,6 +1,7 @@
 """What a quantized checkpoint holds, read from its files alone."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from ..workflow.engine import engine_named
 WEIGHTS = "diffusion_pytorch_model"
 TRANSFORMERS_WEIGHTS = "model"
 INDEX = f"{WEIGHTS}.safetensors.index.json"
+_WEIGHTS_OF = re.compile(
+    rf"(?:{WEIGHTS}|{TRANSFORMERS_WEIGHTS}|pytorch_model)(?:\.([\w-]+?))?(?:-\d{{5}}-of-\d{{5}})?(?:\.([\w-]+))?"
+    r"\.(safetensors|bin)"
+)
 OBSERVING = "its input is being observed, which the reference does"
 
 
@@ -71,8 +76,26 @@ def read_config(folder: Path, name: str = "config.json") -> dict:
     return config if isinstance(config, dict) else {}
 
 
-def weight_files(folder: Path, *, variants: bool = True) -> list[Path]:
-    """The weight files that a plain load of this component reads: one file, or its shards; else those of variants."""
+def weights_by_variant(folder: Path) -> dict[str | None, list[Path]]:
+    """Variant → weight files in a model's folder, safetensors where there are some; None stands for the plain ones."""
+    found: dict[str | None, list[Path]] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if match := _WEIGHTS_OF.fullmatch(path.name):
+            found.setdefault(match[1] or match[2], []).append(path)
+    safe = {variant: [file for file in files if file.suffix == ".safetensors"] for variant, files in found.items()}
+    return {variant: safe[variant] or files for variant, files in found.items()}
+
+
+def weight_files(folder: Path, variant: str | None = None, *, variants: bool = True) -> list[Path]:
+    """The weight files that a load of this component reads: one file, or its shards.
+
+    Args:
+        folder (`Path`): a model's.
+        variant (`str`, *optional*): read it where the model has it, else the plain files, as diffusers does.
+        variants (`bool`): where there are no plain files, take those of variants.
+    """
+    if variant is not None and (own := weights_by_variant(folder).get(variant)):
+        return own
     for stem in (WEIGHTS, TRANSFORMERS_WEIGHTS):
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
@@ -92,16 +115,17 @@ def weight_files(folder: Path, *, variants: bool = True) -> list[Path]:
     return sorted(folder.glob(f"{WEIGHTS}*.safetensors")) if variants else []
 
 
-def file_bytes(folder: Path) -> int:
+def file_bytes(folder: Path, variant: str | None = None) -> int:
     """Size of a component's weights on disk."""
-    return sum(file.stat().st_size for file in weight_files(folder))
+    return sum(file.stat().st_size for file in weight_files(folder, variant))
 
 
-def describe_checkpoint(path: str | Path) -> dict:
+def describe_checkpoint(path: str | Path, variant: str | None = None) -> dict:
     """Layers of a quantized checkpoint with formats, scales and errors.
 
     Args:
         path (`str` or `Path`): folder of a pipeline or of one of its components.
+        variant (`str`, *optional*): see `weight_files`.
 
     Returns:
         `dict`: component → `scheme`, `calibration_state`, `format_version`, `bytes`, and `layers`: a list of `name`,
@@ -118,15 +142,15 @@ def describe_checkpoint(path: str | Path) -> dict:
     described = {}
     for name, folder in component_dirs(Path(path)).items():
         try:
-            described[name] = _describe_component(folder)
+            described[name] = _describe_component(folder, variant)
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{folder} is no complete checkpoint: {error} is missing or malformed.") from error
     return described
 
 
-def _describe_component(folder: Path) -> dict:
+def _describe_component(folder: Path, variant: str | None) -> dict:
     record = read_config(folder)["quantization_config"]
-    tensors, shapes = _small_tensors(folder)
+    tensors, shapes = _small_tensors(folder, variant)
     layers, auto = [], engine_named("auto")
     for group in record.get("layers") or ():
         for name in group["modules"]:
@@ -161,7 +185,7 @@ def _describe_component(folder: Path) -> dict:
         "scheme": record.get("scheme"),
         "calibration_state": (record.get("calibration") or {}).get("state"),
         "format_version": record.get("format_version"),
-        "bytes": file_bytes(folder),
+        "bytes": file_bytes(folder, variant),
         "layers": layers,
         "adapters": _describe_adapters(record, tensors),
         "temporal": _describe_temporal(record, tensors),
@@ -184,10 +208,10 @@ def _describe_temporal(record: dict, tensors: dict) -> dict | None:
     return plan.summary(tensors[f"{FiniteSet.place}.timesteps"].tolist(), channels)
 
 
-def _small_tensors(folder: Path) -> tuple[dict, dict]:
+def _small_tensors(folder: Path, variant: str | None) -> tuple[dict, dict]:
     """Scales, zero points and errors, and the shapes of the packed weights; packed weights are not read."""
     tensors, shapes = {}, {}
-    for file in weight_files(folder):
+    for file in weight_files(folder, variant):
         try:
             with safe_open(file, framework="pt") as handle:
                 for key in handle.keys():  # noqa: SIM118

@@ -16,8 +16,9 @@ import torch
 from accelerate import PartialState
 
 from ..errors import ConfigError
-from ..workflow.sampling import with_ddim
+from ..workflow.solvers import with_ddim
 from ..workflow.state import calibration_state, quantized_models
+from .agreement import class_agreement
 from .compare import compare_pipelines
 from .features import default_features, extract, feature_network
 from .layers import layer_snr
@@ -50,7 +51,7 @@ def evaluate_pipelines(
         reference, candidate (`DiffusionPipeline`): of the same architecture; neither is changed.
         data (`str` or `Path`, *optional*): real pictures, see `load_real`.
         num, steps (`int`): pictures of each pipeline, denoising steps.
-        features (`str`, *optional*): see `feature_network`; `fashion` for 1 × 32 × 32 pictures, else `inception`.
+        features (`str`, *optional*): see `feature_network`; by default as `default_features`.
         seed (`int`): of noise and resampling.
         prompts (`list[str]`, *optional*): taken in turn where the pipeline takes prompts.
         folder (`str` or `Path`, *optional*): keeps pictures, so that a killed run goes on and the reference's are made
@@ -62,9 +63,11 @@ def evaluate_pipelines(
     Returns:
         `dict`: `figures`, with `candidate_to_reference`, and where there is data `candidate_to_real` and
         `reference_to_real`: `frechet_distance`, `spatial_frechet_distance`, `precision`, `recall`; the first also has
-        `psnr_db` and `ssim` for equal noise; and `classifier_score`: `reference`, `candidate`, `real`. Each figure has
-        `value`, `low`, `high` (95 %) and `bias`, see `distances`. `omitted`: figure → why it is missing. `eps_mse`,
-        `eps_rel_l2`, `eps_rel_l2_by_timestep` as `compare_pipelines`; `layers` as `layer_snr`; `settings`, `origin`.
+        `psnr_db` and `ssim` for equal noise; `classifier_score`: `reference`, `candidate`, `real`; and for conditional
+        pipelines `class_agreement`: `reference`, `candidate`, the share of pictures that the features' classifier
+        takes for the class that was asked. Each figure has `value`, `low`, `high` (95 %) and `bias`, see `distances`.
+        `omitted`: figure → why it is missing. `eps_mse`, `eps_rel_l2`, `eps_rel_l2_by_timestep` as
+        `compare_pipelines`; `layers` as `layer_snr`; `settings`, `origin`.
         None in all processes but the first.
 
     Raises:
@@ -110,7 +113,14 @@ def evaluate_pipelines(
     if not process.is_main_process:
         return None
     everything = sets if real is None else sets | {"real": real}
-    figures, omitted = compare_sets({name: extract(network, images) for name, images in everything.items()}, seed)
+    found = {name: extract(network, images) for name, images in everything.items()}
+    figures, omitted = compare_sets(found, seed)
+    own_sets = {name: found[name] for name in pipes}
+    shares, reason = class_agreement(
+        reference, network, own_sets, num=num, seed=seed, prompts=prompts, arguments=arguments
+    )
+    figures |= {"class_agreement": shares} if shares else {}
+    omitted |= {"class_agreement": reason} if reason else {}
     own, missing = compare_pictures(sets["reference"], sets["candidate"], seed)
     figures["candidate_to_reference"] |= own
     omitted |= {f"candidate_to_reference.{name}": reason for name, reason in missing.items()}

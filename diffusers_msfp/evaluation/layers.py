@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..talora import RoutingTable
-from ..workflow.sampling import batched_calls, call_arguments, denoiser_of, quiet, require_positive, with_ddim
+from ..workflow.sampling import batched_calls, call_arguments, denoiser_of, quiet, require_positive
+from ..workflow.solvers import with_ddim
 from ..workflow.timestep import timestep_of, timestep_position
+from ..workflow.used_output import counted, used_channels
 
 MAX_SNR_DB = 100.0
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -39,6 +41,8 @@ def layer_snr(
     **arguments,
 ) -> dict[str, dict]:
     """Signal-to-noise ratio of every linear and convolution in the denoiser.
+
+    Of the last one, channels that put out a variance are not counted.
 
     Args:
         reference, candidate (`DiffusionPipeline`): of the same architecture; neither is changed.
@@ -74,9 +78,16 @@ def layer_snr(
     router, position = getattr(student, "timestep_router", None), timestep_position(teacher)
     signal, noise = defaultdict(lambda: defaultdict(float)), defaultdict(lambda: defaultdict(float))
     done, running = 0, math.nan
+    used, trying = None, False
 
     def begin(_module, args, kwargs) -> None:
-        nonlocal done, running
+        nonlocal done, running, used, trying
+        if trying:
+            return
+        if not done:
+            trying = True
+            used = used_channels(reference, teacher, args, kwargs)
+            trying = False
         timestep = timestep_of(position, args, kwargs)
         if isinstance(router, RoutingTable) and timestep is not None:
             router.enter(timestep)
@@ -84,18 +95,22 @@ def layer_snr(
         if on_step is not None:
             on_step(done, max(done, len(calls) * num_inference_steps))
 
-    def measure(module, args, output, *, name: str, layer: nn.Module) -> None:
-        x, *rest = args
+    def measure(module, args, kwargs, output, *, name: str, layer: nn.Module) -> None:
+        if trying:
+            return
+        x, *rest = (*args, *kwargs.values())
         came = output if layer is module else layer(x.to(student.dtype), *rest)
+        output, came = counted(used, name, [output, came])
         signal[name][running] += output.double().square().sum().item()
         noise[name][running] += _energy(came, output)
 
     handles = [teacher.register_forward_pre_hook(begin, with_kwargs=True)]
-    handles += [layer.register_forward_hook(partial(measure, name=n, layer=own)) for n, (layer, own) in pairs.items()]
+    for name, (layer, own) in pairs.items():
+        handles.append(layer.register_forward_hook(partial(measure, name=name, layer=own), with_kwargs=True))
     try:
         with quiet(reference), torch.no_grad():
             for call in calls:
-                reference(**call)
+                call.run(reference)
     finally:
         for handle in handles:
             handle.remove()

@@ -14,8 +14,8 @@ from ..workflow.sampling import (
     denoiser_of,
     quiet,
     require_positive,
-    with_ddim,
 )
+from ..workflow.solvers import with_ddim
 
 MARGIN = 4
 LABEL_HEIGHT = 20
@@ -65,4 +65,4 @@ def sample_images(
     denoiser = denoiser_of(pipe)
     calls = batched_calls(call_arguments(pipe, prompts, steps, {"output_type": "np"}), [denoiser], num, seed)
     with quiet(pipe), torch.no_grad(), counting_steps(denoiser, len(calls) * steps, on_step):
-        return np.concatenate([pipe(**call).images for call in calls])
+        return np.concatenate([call.run(pipe).images for call in calls])

@@ -22,8 +22,8 @@ from ..workflow.sampling import (
     denoiser_of,
     quiet,
     require_positive,
-    with_ddim,
 )
+from ..workflow.solvers import with_ddim
 from ..workflow.state import quantized_models
 from ..workflow.training_state import inputs_digest, plain_config
 
@@ -84,7 +84,7 @@ def draw_pictures(
     with quiet(pipe), torch.no_grad(), counting_steps(denoiser, len(missing) * steps, on_step):
         for start, end in missing:
             noise = [noise_generator(seed, index) for index in range(start, end)]
-            images = pictures_tensor(pipe(**make(start, end - start, noise)).images)
+            images = pictures_tensor(make(start, end - start, noise).run(pipe).images)
             kept[start, end] = images.numpy().astype(np.float16)
             if folder is not None:
                 _write(folder, (start, end), kept[start, end])

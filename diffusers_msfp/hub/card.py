@@ -140,6 +140,8 @@ def quality_rows(evaluation: Mapping) -> Iterator[dict[str, str]]:
                 yield _estimate(f"{title}, {label}", estimate)
     for name, estimate in figures.get("classifier_score", {}).items():
         yield _estimate(f"classifier score, {SETS.get(name, name)}", estimate)
+    for name, estimate in figures.get("class_agreement", {}).items():
+        yield _estimate(f"class agreement, {SETS.get(name, name)}", estimate)
 
 
 def _estimate(label: str, estimate: Mapping[str, float]) -> dict[str, str]:

@@ -10,11 +10,10 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError, MSFPError
 from ..evaluation import sample_images
-from ..evaluation.describe import component_dirs
+from ..evaluation.describe import component_dirs, weights_by_variant
 from ..nn import QuantLayer
 from ..nn.stored import name_in_files
 from ..workflow.state import calibration_state, quantized_models
-from .layout import weights_by_variant
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Checked:
 
     Args:
         pipe (`DiffusionPipeline`): as it was loaded.
-        variant (`str`, *optional*): that it was loaded as; None where plain weights are there.
+        variant (`str`, *optional*): that it was loaded as; None for plain weights.
         images (`np.ndarray`, `(N, H, W, channels)`): samples in [0, 1].
     """
 
@@ -35,6 +34,7 @@ class Checked:
 def check_checkpoint(
     folder: Path,
     *,
+    variant: str | None = None,
     num: int,
     steps: int,
     seed: int,
@@ -45,6 +45,7 @@ def check_checkpoint(
 
     Args:
         folder (`Path`): a pipeline with at least one quantized component.
+        variant (`str`, *optional*): that is sampled; the plain one by default, where there is one.
         num, steps, seed, prompts, on_step: see `sample_images`.
 
     Raises:
@@ -52,13 +53,17 @@ def check_checkpoint(
             no model reads, or samples NaN.
     """
     files = {name: weights_by_variant(path) for name, path in component_dirs(folder).items()}
-    wanted = sorted({variant for found in files.values() for variant in found}, key=lambda variant: variant or "")
-    if not wanted:
+    there = {each for found in files.values() for each in found}
+    if not there:
         raise CheckpointError(f"{folder} must hold weights as safetensors, but it holds none.")
-    for variant in reversed(wanted):  # the plain one last: it is sampled
-        pipe = _load(folder, variant)
+    if variant is not None and variant not in there:
+        known = ", ".join(sorted(f"`{each}`" if each else "plain ones" for each in there))
+        raise CheckpointError(f"{folder} must hold weights of the variant `{variant}`, but it has {known}.")
+    wanted = sorted(there, key=lambda each: (each != variant, each or ""))
+    for each in reversed(wanted):  # the first one last: it is sampled
+        pipe = _load(folder, each)
         for name, found in files.items():
-            _check_tensors(found.get(variant, ()), getattr(pipe, name))
+            _check_tensors(found.get(each, ()), getattr(pipe, name))
     if any(calibration_state(model) == "observing" for model in quantized_models(pipe)):
         raise CheckpointError(
             f"A published checkpoint must be calibrated, but {folder} still observes its activations. Call "

@@ -24,7 +24,6 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 TENSORS = (".safetensors", *PICKLES)
 LIBRARIES = ("diffusers", "transformers")
 _MODEL_FILE = re.compile(rf"(config\.json|{WEIGHTS}[\w.-]*\.safetensors(\.index[\w.-]*\.json)?)")
-_WEIGHTS_OF = re.compile(rf"{WEIGHTS}(?:\.([\w-]+?))?(?:-\d{{5}}-of-\d{{5}})?\.safetensors")
 
 PIPELINE = '''\
 """Loads this repository where `diffusers_msfp` is installed but not imported.
@@ -127,15 +126,6 @@ def components(index: Mapping) -> dict[str, tuple[str, str]]:
         if len(entry) != 2 or not all(isinstance(part, str) for part in entry) or not name.isidentifier():
             raise CheckpointError(f"{MODEL_INDEX} must map components to [library, class], but {name!r}: {entry} came.")
         found[name] = (entry[0], entry[1])
-    return found
-
-
-def weights_by_variant(folder: Path) -> dict[str | None, list[Path]]:
-    """Variant → weight files in a model's folder; None stands for the plain ones."""
-    found: dict[str | None, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
-        if match := _WEIGHTS_OF.fullmatch(path.name):
-            found.setdefault(match[1], []).append(path)
     return found
 
 

@@ -55,6 +55,7 @@ def prepare(
     origin: Mapping[str, str],
     *,
     revision: str | None = None,
+    variant: str | None = None,
     results: Iterable[Path] = (),
     num: int = 8,
     steps: int = 20,
@@ -69,6 +70,7 @@ def prepare(
         repo (`str`): Hub id.
         origin (`Mapping[str, str]`): `base_model`, `license`, and what the base's card says beside them.
         revision (`str`, *optional*): branch that it will be on.
+        variant (`str`, *optional*): that is sampled and named on the card.
         results (`Iterable[Path]`): results files beside those in `folder`.
         num, steps, seed, prompts, on_step: of the card's samples.
 
@@ -79,7 +81,9 @@ def prepare(
     origin = _licensed(dict(origin), folder)
     files, left = read_layout(folder, origin["base_model"])
     found = read_results(folder, results)
-    checked = check_checkpoint(folder, num=num, steps=steps, seed=seed, prompts=prompts, on_step=on_step)
+    checked = check_checkpoint(
+        folder, variant=variant, num=num, steps=steps, seed=seed, prompts=prompts, on_step=on_step
+    )
     named = {"revision": revision, "variant": checked.variant}
     arguments = [json.dumps(repo), *(f"{key}={json.dumps(value)}" for key, value in named.items() if value)]
     facts = {
@@ -121,7 +125,7 @@ def describe(folder: Path, checked: Checked) -> dict[str, dict]:
     for name, part in report.items():
         del part["engines"]
         part["parameters"] = getattr(checked.pipe, name).num_parameters()
-        part["file_bytes"] = file_bytes(component_dirs(folder)[name])
+        part["file_bytes"] = file_bytes(component_dirs(folder)[name], checked.variant)
     return report
 
 

@@ -15,6 +15,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.hf_api import RepoFile
 
 from ..errors import ConfigError, HubError, MSFPError
+from ..outputs import require_writable, writing
 from .base import base_of, card_of, check_repo_id
 from .layout import Files, components, pipeline_index
 from .prepare import prepare
@@ -30,6 +31,7 @@ def publish(
     base_model: str | None = None,
     private: bool = False,
     revision: str | None = None,
+    variant: str | None = None,
     create_pr: bool = False,
     dry_run: str | Path | None = None,
     results: Iterable[str | Path] = (),
@@ -52,6 +54,7 @@ def publish(
             base's card and the checkpoint's configs say.
         private (`bool`): make a private repository; a public one that exists already is refused.
         revision (`str`, *optional*): branch, made if it does not exist.
+        variant (`str`, *optional*): that is sampled and named on the card; all that are there are published.
         create_pr (`bool`): open a pull request instead of committing.
         dry_run (`str` or `Path`, *optional*): write there what would be uploaded, and stop.
         results (`Iterable`): more results files.
@@ -67,13 +70,15 @@ def publish(
 
     Raises:
         CheckpointError: the checkpoint does not load, does not sample, or holds what should not be published.
-        ConfigError: licence or base are not known, or arguments contradict each other.
+        ConfigError: licence or base are not known, arguments contradict each other, or a dry run cannot be written.
         HubError: the Hub refused, was not reached, or holds other bytes than were sent.
     """
     folder = Path(folder)
     check_repo_id(repo, "`repo`")
     if create_pr and revision:
         raise ConfigError(f"A pull request goes to main, but `revision={revision!r}` came too. Leave it out.")
+    if dry_run is not None:
+        _check_target(Path(dry_run))
     index = pipeline_index(folder)
     api = HfApi(endpoint=endpoint, token=token)
     base_model = base_model or base_of(folder)
@@ -85,6 +90,7 @@ def publish(
         repo,
         {"base_model": base_model, **known},
         revision=revision,
+        variant=variant,
         results=[Path(path) for path in results],
         num=num,
         steps=steps,
@@ -195,10 +201,21 @@ def _git_hash(source: Path | bytes) -> str:
     return _hash(hashlib.sha1(b"blob %d\0" % _size(source), usedforsecurity=False), source)
 
 
-def _write(files: Files, out: Path) -> Path:
-    """All files in a folder, complete or not at all; an earlier dry run there is replaced."""
+def _check_target(out: Path) -> None:
+    """Refuse a dry run where something else lies, or nothing can be written."""
     if out.exists() and not all((out / name).is_file() for name in ("README.md", "pipeline.py")):
         raise ConfigError(f"{out} must be new or hold an earlier dry run, but it holds something else. Remove it.")
+    require_writable(out)
+
+
+def _write(files: Files, out: Path) -> Path:
+    """All files in a folder, complete or not at all; an earlier dry run there is replaced."""
+    with writing(out):
+        _write_all(files, out)
+    return out
+
+
+def _write_all(files: Files, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-", suffix=".part") as scratch:
         made = Path(scratch) / "made"
@@ -209,4 +226,3 @@ def _write(files: Files, out: Path) -> Path:
         if out.exists():
             out.rename(Path(scratch) / "old")
         made.rename(out)
-    return out

@@ -1,16 +1,12 @@
 """What both doors, diffusers' and transformers', do with a model that has quantized layers, and how it is undone."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import nn
 
-from ..compat.peft import own_name
-from ..errors import ConfigError, UnsupportedError
+from ..errors import UnsupportedError
 from ..nn import SplitLayer
+from ..nn.incoming import unwatch_states, watch_states
 from ..nn.split import is_complete
-from ..nn.stored import name_in_files
 from ..workflow.convert import revert
 from ..workflow.engine import engine_from_environment, set_engine
 from ..workflow.state import track, untrack
@@ -30,6 +26,7 @@ def attach(model: nn.Module, quantizer) -> None:
     model.hf_quantizer = quantizer
     model.quantization_method = config.quant_method
     overrides.install(model)
+    watch_states(model)
     run = config.calibration or {}
     track(model, run.get("last_timestep"), run.get("has_fallen", False))
     set_engine(model, engine_from_environment())
@@ -48,27 +45,7 @@ def detach(model: nn.Module, dtype: torch.dtype) -> None:
             )
     set_engine(model, "reference")
     overrides.remove(model)
+    unwatch_states(model)
     detach_sets(model)
     untrack(model)
     revert(model, dtype)
-
-
-def tensors_to_save(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The model alone, under the names of files, also while PEFT adapters are attached.
-
-    Raises:
-        ConfigError: tensors are offloaded.
-    """
-    own = {name_in_files(own_name(key)): value for key, value in state_dict.items() if ".lora_" not in key}
-    meta = [key for key, value in own.items() if value.is_meta]
-    if meta:
-        raise ConfigError(
-            f"All tensors must be in memory to be saved, but {len(meta)} are offloaded ({meta[0]}, …). Load the "
-            f"model without `device_map` and offloading, then save it."
-        )
-    return own
-
-
-def file_metadata(config) -> dict[str, str]:
-    """What each weight file says about itself."""
-    return {"quant_method": config.quant_method.value, "format_version": str(config.format_version)}

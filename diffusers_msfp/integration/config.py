@@ -17,10 +17,12 @@ from ..schemes import DEFAULT_SCHEME, SCHEMES, weights_only
 from ..talora import AdapterPlan
 from ..temporal import TemporalPlan
 from ..workflow import Conversion
+from .digest import VARIABLE, Digest, checking
+from .version2 import check_version_1, check_version_2
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_DEPTH = 8
 DEFAULT_COMPONENTS = ("unet", "transformer", "prior", "controlnet")
 
@@ -50,7 +52,10 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
         calibration (`dict`): `state` (`"observing"` or `"frozen"`), and while observing the run's last timestep.
         adapters (`dict`, *optional*): see `talora.AdapterPlan`; None where there are none.
         temporal (`dict`, *optional*): see `temporal.TemporalPlan`; None without temporal maintenance.
-        format_version (`int`): of the checkpoint, 1.
+        split (`dict`, *optional*): split layer → input channels of each part.
+        digest (`dict`, *optional*): see `digest.Digest`; only in files, a model has none.
+        format_version (`int`): of the checkpoint, 1 or 2; see `version2` for what 2 adds. A model that was loaded from
+            version 1 is saved as such.
 
     Raises:
         ConfigError: an unknown scheme, or arguments of the wrong kind.
@@ -74,6 +79,7 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
         adapters: dict | None = None,
         temporal: dict | None = None,
         split: dict | None = None,
+        digest: dict | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = MSFPMethod.MSFP.value,
     ) -> None:
@@ -104,21 +110,33 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
         self.adapters = adapters
         self.temporal = temporal
         self.split = split
+        if digest is not None:
+            Digest.from_dict(digest)
+        self.digest = digest
 
     @classmethod
     def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs):
-        """Read a record: unknown keys are left out with a warning, a newer version is refused."""
+        """Read a record: unknown keys get a warning in version 1 and are refused in version 2; newer ones are too.
+
+        Raises:
+            CheckpointError: see above; malformed, or of a kind that this package cannot execute.
+        """
         known = set(inspect.signature(cls.__init__).parameters) - {"self"}
-        version = config_dict.get("format_version", FORMAT_VERSION)
-        unknown = sorted(set(config_dict) - known)
-        config = cls(**{key: value for key, value in config_dict.items() if key in known}, **kwargs)
-        if unknown:
+        version = config_dict.get("format_version", 1)
+        own = {key: value for key, value in config_dict.items() if key in known} | {"format_version": version}
+        if version == FORMAT_VERSION:
+            check_version_2(config_dict, known)
+        elif version == 1:
+            check_version_1(config_dict)
+            own.pop("digest", None)
+        config = cls(**own, **kwargs)
+        if unknown := sorted(set(config_dict) - (known - {"digest"} if version == 1 else known | set(config_dict))):
             logger.warning("Unknown keys in an MSFP config of version %s are ignored: %s.", version, ", ".join(unknown))
         return (config, {}) if return_unused_kwargs else config
 
     def to_dict(self) -> dict:
         """Everything, in types that JSON knows; what is younger than the format only where there is some."""
-        younger = {"temporal": self.temporal, "split": self.split}
+        younger = {"temporal": self.temporal, "split": self.split, "digest": self.digest}
         return {
             "quant_method": self.quant_method.value,
             "format_version": self.format_version,
@@ -144,7 +162,8 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
     def without_record(self) -> "MSFPConfig":
         """A copy that says only what is wanted, for a model that is quantized anew."""
         config = self.for_one_model()
-        config.layers = config.calibration = config.adapters = config.temporal = config.split = None
+        config.layers = config.calibration = config.adapters = config.temporal = config.split = config.digest = None
+        config.format_version = FORMAT_VERSION
         return config
 
     def weights_only(self) -> "MSFPConfig":
@@ -167,9 +186,23 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
         return frozenset(name for names in lists for name in names if isinstance(name, str))
 
     def require_record(self) -> None:
-        """Refuse a checkpoint's config that does not say what its layers are."""
+        """Refuse a checkpoint's config that does not say what its layers are, or lacks its digest.
+
+        Raises:
+            CheckpointError: so it is.
+        """
         if self.layers is None:
             raise CheckpointError("config.json of a quantized model must have `layers`, but it has none: damaged file.")
+        if self.format_version > 1 and self.digest is None and checking():
+            raise CheckpointError(
+                f"config.json of format version {self.format_version} must have `digest`, but it has none: damaged "
+                f"file, or one that was not saved to its end. `{VARIABLE}=0` in the environment loads it unchecked."
+            )
+
+    def take_digest(self) -> Digest | None:
+        """The digest to check files by, which a model in memory does not keep; None where there is nothing to check."""
+        record, self.digest = self.digest, None
+        return Digest.from_dict(record) if record is not None and checking() else None
 
     def _resolve_quant_config(self, is_diffusers: bool = True, module_name: str | None = None):  # noqa: ARG002
         """Called by diffusers for each component of a pipeline: this config or None."""

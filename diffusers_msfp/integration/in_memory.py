@@ -7,7 +7,11 @@ from transformers import PreTrainedModel
 
 from ..errors import ConfigError
 from ..schemes import DEFAULT_SCHEME
-from ..workflow import calibrate, calibration_state, convert
+from ..workflow import Conversion, calibration_state, convert
+from ..workflow.calibrate import check_calibration, observe_ranges
+from ..workflow.sampling import keep_labels
+from ..workflow.state import quantized_models
+from ..workflow.trial import refuse_upcast
 from .config import DEFAULT_COMPONENTS, MSFPConfig
 from .quantizer import MSFPQuantizer
 from .transformers_quantizer import MSFPTransformersQuantizer
@@ -24,9 +28,28 @@ def quantize_model(
         config (`MSFPConfig`): not changed; the model gets a copy with its record.
         on_layer (`Callable[[int, int], None]`, *optional*): called after each layer with (done, total).
     """
+    _quantize(model, *_planned(model, config), on_layer)
+
+
+Quantizer = MSFPQuantizer | MSFPTransformersQuantizer
+
+
+def _planned(model: ModelMixin | PreTrainedModel, config: MSFPConfig) -> tuple[Quantizer, Conversion]:
+    """What is to be done with a model, everything checked that can fail."""
     door = MSFPQuantizer if isinstance(model, ModelMixin) else MSFPTransformersQuantizer
     quantizer = door(config.without_record(), pre_quantized=True)
     plan = quantizer.quantization_config.plan(model)
+    plan.check(model)
+    return quantizer, plan
+
+
+def _quantize(
+    model: ModelMixin | PreTrainedModel,
+    quantizer: Quantizer,
+    plan: Conversion,
+    on_layer: Callable[[int, int], None] | None = None,
+) -> None:
+    """Do it."""
     dtype = model.dtype
     convert(model, plan, on_layer)
     quantizer.attach(model)
@@ -38,8 +61,11 @@ def quantize_model(
 def quantize_pipeline(pipe, scheme: str | MSFPConfig = DEFAULT_SCHEME, **calibration):
     """Quantize a float pipeline in place: weights, then activation ranges from its own samples.
 
+    All arguments are checked, and a first step of the float pipeline is tried, before a weight is replaced. Where the
+    calibration fails all the same, the same call with corrected arguments goes on with it.
+
     Args:
-        pipe (`DiffusionPipeline`): float.
+        pipe (`DiffusionPipeline`): float, or left by a call whose calibration failed.
         scheme (`str` or `MSFPConfig`): a name in `SCHEMES`, or a config for more say.
         **calibration: arguments of `calibrate`.
 
@@ -47,7 +73,8 @@ def quantize_pipeline(pipe, scheme: str | MSFPConfig = DEFAULT_SCHEME, **calibra
         `pipe`, quantized and frozen, ready to be saved.
 
     Raises:
-        ConfigError: no component to quantize, or an unknown scheme.
+        ConfigError: no component to quantize, an unknown scheme, or arguments with which the pipeline does not run.
+        NonFiniteError: a weight, or what the sampler makes, holds NaN or infinity.
 
     Example:
         ```py
@@ -56,12 +83,29 @@ def quantize_pipeline(pipe, scheme: str | MSFPConfig = DEFAULT_SCHEME, **calibra
         ```
     """
     config = scheme if isinstance(scheme, MSFPConfig) else MSFPConfig(scheme=scheme)
-    models = components_of(pipe, config).values()
-    for model in models:
-        quantize_model(model, config)
-    if any(calibration_state(model) == "observing" for model in models):
-        calibrate(pipe, **calibration)
+    models = components_of(pipe, config)
+    plans = {name: _planned(model, config) for name, model in models.items() if not _is_left(model, config)}
+    refuse_upcast(pipe, models)
+    observing = [model for name, model in models.items() if name not in plans]
+    if observing or any(scheme.activation for _, plan in plans.values() for scheme in plan.layers.values()):
+        check_calibration(pipe, models, **{key: value for key, value in calibration.items() if key != "on_step"})
+    keep_labels(pipe)
+    for name, (quantizer, plan) in plans.items():
+        _quantize(models[name], quantizer, plan)
+    if any(calibration_state(model) == "observing" for model in models.values()):
+        observe_ranges(pipe, **calibration)
     return pipe
+
+
+def _is_left(model: ModelMixin | PreTrainedModel, config: MSFPConfig) -> bool:
+    """Whether an earlier call with the same config has quantized a model's weights and not come to its end."""
+    if not list(quantized_models(model)) or calibration_state(model) != "observing":
+        return False
+    wanted, done = config.without_record(), model.config.quantization_config
+    return all(getattr(wanted, key) == getattr(done, key) for key in _REQUEST)
+
+
+_REQUEST = ("scheme", "modules_to_not_convert", "scheme_overrides")
 
 
 def components_of(pipe, config: MSFPConfig) -> dict[str, ModelMixin | PreTrainedModel]:
@@ -78,7 +122,26 @@ def components_of(pipe, config: MSFPConfig) -> dict[str, ModelMixin | PreTrained
                 f"`components_to_quantize` may name models of diffusers and transformers only, but `{name}` is "
                 f"{type(component).__name__}."
             )
+        if getattr(component, "config", None) is None:
+            refuse_several(name, type(component).__name__, components)
     return found
+
+
+def refuse_several(name: str, kind: str, present: Collection[str]) -> None:
+    """Refuse a component that holds several models, each with a config of its own.
+
+    Args:
+        name (`str`), kind (`str`): of the component, and its class.
+        present (`Collection[str]`): components of its pipeline.
+
+    Raises:
+        ConfigError: always.
+    """
+    others = [other for other in DEFAULT_COMPONENTS if other in present and other != name]
+    raise ConfigError(
+        f"Each component to quantize must be one model, but `{name}` is a {kind}, which holds several. Leave it float: "
+        f"`components_to_quantize={others}`."
+    )
 
 
 def choose_components(present: Collection[str], owner: str, config: MSFPConfig) -> list[str]:

@@ -4,13 +4,18 @@ The class of the model stays the stock one, so that its name in a checkpoint is 
 """
 
 import functools
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import UnsupportedError
+from ..nn import QuantLayer
 from ..workflow.attention import use_engine_attention
 from ..workflow.convert import quant_layers
+from . import saving
+from .peft_versions import require_peft
 
 _REFUSED = {
     "fuse_lora": "A float adapter cannot be merged into packed 4-bit codes. Keep it beside them (that is what loading "
@@ -65,21 +70,61 @@ def _set_default_attn_processor(model: nn.Module) -> None:
     type(model).set_default_attn_processor(model)
 
 
+def _adapt(model: nn.Module, *args, method: str, **kwargs):
+    """As the model's own method, where PEFT is new enough for whoever loads something in this call."""
+    require_peft("transformers" if isinstance(model, PreTrainedModel) else "diffusers")
+    state, pipeline = args[0] if args else None, kwargs.get("_pipeline")
+    parts = {key.partition(".")[0] for key in state} if isinstance(state, Mapping) else ()
+    if any(isinstance(getattr(pipeline, part, None), PreTrainedModel) for part in parts):
+        require_peft("transformers")  # the pipeline goes on with its text encoders when this model has its adapter
+    return getattr(type(model), method)(model, *args, **kwargs)
+
+
+def _require_no_gradients(module: nn.Module, requires_grad: bool = True) -> nn.Module:
+    """As `nn.Module.requires_grad_`, with True refused before anything is changed: packed weights cannot be trained."""
+    if requires_grad:
+        raise UnsupportedError(
+            f"The weights of this MSFP-quantized {type(module).__name__} are packed, so they cannot be trained, but "
+            f"`requires_grad_(True)` came. Train adapters: `diffusers_msfp.finetune(pipe, teacher)`, or PEFT's by "
+            f"`model.add_adapter(LoraConfig(…))`; biases and norms one by one (`parameter.requires_grad_(True)`)."
+        )
+    return type(module).requires_grad_(module, requires_grad)
+
+
+def _with_packed(model: nn.Module) -> Iterator[nn.Module]:
+    """The model and those of its modules that hold quantized layers."""
+    places = {name for name, module in model.named_modules() if isinstance(module, QuantLayer)}
+    above = {"".join(name[:end]) for name in places for end in (0, *(i for i, c in enumerate(name) if c == "."))}
+    yield from (module for name, module in model.named_modules() if name in above)
+
+
 _ANSWERS = {
     "num_parameters": _num_parameters,
     "to": _to,
     "set_default_attn_processor": _set_default_attn_processor,
-} | {method: functools.partial(_refuse, method=method) for method in _REFUSED}
+    "save_config": saving.save_config,
+    "save_pretrained": saving.save_pretrained,
+    **{name: functools.partial(_adapt, method=name) for name in ("add_adapter", "load_adapter", "load_lora_adapter")},
+    **{name: functools.partial(_refuse, method=name) for name in _REFUSED},
+}
 
 
 def install(model: nn.Module) -> None:
     """Set the answers on the model object."""
     for method, answer in _ANSWERS.items():
+        if method == "save_pretrained" and hasattr(type(model), "save_config"):
+            continue  # diffusers' own calls `save_config`
         if hasattr(type(model), method):
-            setattr(model, method, functools.partial(answer, model))
+            bound = functools.partial(answer, model)
+            bound.__wrapped__ = getattr(type(model), method)  # for those who look which arguments there are
+            setattr(model, method, bound)
+    for module in _with_packed(model):
+        module.requires_grad_ = functools.partial(_require_no_gradients, module)
 
 
 def remove(model: nn.Module) -> None:
     """Let the model answer like any other."""
     for method in _ANSWERS:
         model.__dict__.pop(method, None)
+    for module in model.modules():
+        module.__dict__.pop("requires_grad_", None)

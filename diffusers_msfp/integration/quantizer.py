@@ -15,7 +15,15 @@ from torch import nn
 
 from ..errors import CheckpointError, UnsupportedError
 from ..nn import QUANT_LAYERS, QuantLayer
-from ..nn.stored import INPUT_TENSORS, OBSERVED, PACKED_WEIGHT, WEIGHT_TENSORS, name_in_files, name_in_state
+from ..nn.stored import (
+    FORMATS_TENSOR,
+    INPUT_TENSORS,
+    OBSERVED,
+    PACKED_WEIGHT,
+    WEIGHT_TENSORS,
+    name_in_files,
+    name_in_state,
+)
 from ..talora import AdapterBank, AdapterPlan, RoutingTable
 from ..talora.adapters import ADAPTER_TENSORS
 from ..temporal import FeatureTable, FiniteSet, TemporalPlan
@@ -24,8 +32,11 @@ from ..workflow.convert import Conversion, convert_skeleton, replace_module
 from ..workflow.split import split_skeleton
 from ..workflow.state import calibration_state
 from ..workflow.temporal_model import temporal_skeleton
-from .attach import attach, detach, file_metadata, tensors_to_save
+from .attach import attach, detach
 from .config import MSFPConfig
+from .digest import Digest
+from .file_checks import check_floats, check_formats, check_places, formats_of, without_formats
+from .saving import file_metadata, tensors_to_save
 
 logger = logging.getLogger(__name__)
 
@@ -43,14 +54,6 @@ def _stored(module: nn.Module) -> tuple[str, ...]:
     return next((names for cls, names in STORED_TENSORS.items() if isinstance(module, cls)), ())
 
 
-def _check_floats(model: nn.Module) -> None:
-    """Refuse biases, norms and the like that are not finite; packed models have few of them."""
-    packed = {id(module.packed_weight) for module in model.modules() if isinstance(module, QuantLayer)}
-    for name, tensor in model.named_parameters():
-        if id(tensor) not in packed and not tensor.is_meta and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"`{name}` must be finite, but NaN or infinity came: damaged file.")
-
-
 class MSFPQuantizer(DiffusersQuantizer):
     """Connects `MSFPConfig` with `ModelMixin.from_pretrained` and `save_pretrained`."""
 
@@ -63,6 +66,8 @@ class MSFPQuantizer(DiffusersQuantizer):
         self._dtype = torch.float32
         self._loaded_keys: list[str] = []
         self._packed = quantization_config.quantized_layers() if self.pre_quantized else frozenset()
+        self._digest: Digest | None = None
+        self._formats: dict[str, torch.Tensor] = {}
 
     # ── loading ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -98,16 +103,11 @@ class MSFPQuantizer(DiffusersQuantizer):
         Raises:
             CheckpointError: a file that is no safetensors file, or an index that leads elsewhere.
         """
-        files = [Path(file) for file in checkpoint_files or () if self.pre_quantized]
-        for file in files:
-            if file.suffix != ".safetensors":
-                raise CheckpointError(
-                    f"Packed weights are stored as safetensors, but {file.name} came: not one of ours."
-                )
-            if file.parent != files[0].parent or not (file.parent / "config.json").is_file():
-                raise CheckpointError(f"Weights must lie in the model's folder, but its index names {file}.")
         self._loaded_keys = [name_in_state(key, self._packed) for key in loaded_keys]
-        return self._loaded_keys
+        if not self.pre_quantized:
+            return loaded_keys
+        check_places([Path(file) for file in checkpoint_files or ()])
+        return without_formats(self._loaded_keys, self.quantization_config)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
         if "state_dict" in kwargs:
@@ -120,6 +120,7 @@ class MSFPQuantizer(DiffusersQuantizer):
         config = self.quantization_config
         if self.pre_quantized:
             config.require_record()
+            self._digest = config.take_digest()
         self._plan = config.plan(model)
         if self.pre_quantized:
             wholes, plan = split_skeleton(model, config.split or {}), self._plan.layers
@@ -129,14 +130,19 @@ class MSFPQuantizer(DiffusersQuantizer):
                 prepare_skeleton(model, AdapterPlan.from_dict(config.adapters))
             if config.temporal is not None:
                 temporal_skeleton(model, TemporalPlan.from_dict(config.temporal))
+            self._formats = formats_of(model)
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Packed tensors by the model's names; what stays float is cut loose from the file.
+        """Check packed tensors as they lie in the file, before any is cast, and call them as the model does.
 
-        A bias that is a view would keep a whole float shard mapped.
+        Of a float file, cut what stays float loose: a bias that is a view would keep a whole float shard mapped.
         """
         if self.pre_quantized:
-            return {name_in_state(key, self._packed): value for key, value in state_dict.items()}
+            if self._digest is not None:
+                self._digest.check(state_dict)
+            check_formats(state_dict, self._formats)
+            names = without_formats(state_dict, self.quantization_config)
+            return {name_in_state(name, self._packed): state_dict[name] for name in names}
         if self._plan is None:
             return state_dict
         ours = {f"{name}.weight" for name in self._plan.layers}
@@ -210,8 +216,11 @@ class MSFPQuantizer(DiffusersQuantizer):
         if missing_keys:
             missing = name_in_files(sorted(missing_keys)[0])
             raise CheckpointError(f"A checkpoint must hold `{missing}`, but it does not: damaged or incomplete file.")
-        ours = {name for names in STORED_TENSORS.values() for name in names} - {PACKED_WEIGHT}
-        known = model.state_dict()
+        ours = {FORMATS_TENSOR, *(name for names in STORED_TENSORS.values() for name in names)} - {PACKED_WEIGHT}
+        known = model.state_dict() | (self._formats if self.quantization_config.format_version > 1 else {})
+        for key in known.keys() & self._formats.keys():
+            if key not in self._loaded_keys:
+                raise CheckpointError(f"A checkpoint must hold `{key}`, but it does not: damaged or incomplete file.")
         for key in self._loaded_keys:
             if key.rpartition(".")[2] in ours and key not in known:
                 raise CheckpointError(f"config.json says nothing of `{key}`, but it came: not its weights.")
@@ -226,7 +235,7 @@ class MSFPQuantizer(DiffusersQuantizer):
             elif isinstance(module, FeatureTable):
                 module.check(name)
         if self.pre_quantized:
-            _check_floats(model)
+            check_floats(model)
         on_the_fly = not self.pre_quantized
         self.attach(model)
         if on_the_fly:
@@ -251,7 +260,8 @@ class MSFPQuantizer(DiffusersQuantizer):
         safe_serialization: bool = False,  # noqa: ARG002
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The model alone, under its own names, also while adapters are attached."""
-        return tensors_to_save(state_dict), file_metadata(self.quantization_config)
+        config = self.quantization_config
+        return tensors_to_save(state_dict, config), file_metadata(config)
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         if routing_of(model) is not None:

@@ -24,7 +24,7 @@ from ..workflow import (
     maintain_temporal,
     split_shortcuts,
 )
-from ..workflow.sampling import with_ddim
+from ..workflow.solvers import with_ddim
 from .journal import Journal
 
 

@@ -3,6 +3,7 @@
 from ..compat import diffusers as diffusers_tables
 from ..compat import transformers as transformers_tables
 from ..errors import ConfigError
+from . import copies
 from .config import MSFPConfig, MSFPMethod
 from .quantizer import MSFPQuantizer
 from .transformers_quantizer import MSFPTransformersQuantizer
@@ -29,3 +30,4 @@ def register() -> None:
     for table, cls in zip(diffusers_tables.quantization_tables(), ours[diffusers_tables], strict=True):
         table.setdefault(METHOD, cls)
     transformers_tables.register(METHOD, *ours[transformers_tables])
+    copies.install()

@@ -18,13 +18,14 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError
 from ..formats import FORMATS
 from ..nn import QUANT_LAYERS, QuantLayer
-from ..nn.stored import name_in_files
-from ..workflow.convert import convert_skeleton
+from ..nn.stored import FORMATS_TENSOR, name_in_files
+from ..workflow.convert import convert_skeleton, quant_layers
 from ..workflow.state import write_record
-from .attach import file_metadata
 from .config import MSFPConfig
+from .digest import Digest, dtype_name
 from .journal import Journal
 from .quantizer import MSFPQuantizer
+from .saving import file_metadata
 from .tensor_files import MAX_SHARD_SIZE, TensorFolder, TensorLayout
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class StreamedModel:
             if layer.observing:
                 layer.observation.sample = layer.observation.sample.to("meta")
         MSFPQuantizer(config, pre_quantized=True).attach(self.model)
-        self._state = {name_in_files(name): tensor for name, tensor in self.model.state_dict().items()}
+        self._state = _with_formats(self.model)
         self._layout = TensorLayout(self._state, file_metadata(config), max_shard_size)
         self._identity = {
             "arguments": {**config.to_dict(), "layers": None, "calibration": None, "max_shard_size": max_shard_size},
@@ -81,9 +82,11 @@ class StreamedModel:
         }
 
     @classmethod
-    def from_folder(cls, model_class: type[ModelMixin], folder: Path, *arguments, **named) -> "StreamedModel":
-        """A model that lies in a folder; arguments as above."""
-        tensors = TensorFolder(folder)
+    def from_folder(
+        cls, model_class: type[ModelMixin], folder: Path, *arguments, variant: str | None = None, **named
+    ) -> "StreamedModel":
+        """A model that lies in a folder, of `variant` where it has that; arguments as above."""
+        tensors = TensorFolder(folder, variant)
         sources = [folder / "config.json", *tensors.files]
         streamed = cls(model_class, model_class.load_config(folder), tensors, sources, *arguments, **named)
         streamed.model.register_to_config(_name_or_path=str(folder))
@@ -112,7 +115,7 @@ class StreamedModel:
         done = {
             entry["place"]: entry
             for entry in journal.entries
-            if self._layout.checksum(folder, places[entry["place"]]) == entry["checksum"]
+            if self._layout.checksums(folder, places[entry["place"]]) == entry["checksums"]
         }
         journal.keep(list(done.values()))
         layers = {
@@ -135,7 +138,11 @@ class StreamedModel:
                     on_layer(finished, len(layers))
         self._layout.finish(folder)
         write_record(self.model)
+        record = self.model.config.quantization_config
+        sums = {name: value for entry in done.values() for name, value in entry["checksums"].items()}
+        record.digest = Digest({(name, dtype_name(self._state[name])): value for name, value in sums.items()}).to_dict()
         self.model.save_config(folder)
+        record.digest = None
 
     def load(self, folder: Path) -> ModelMixin:
         """The written model; it remembers the folder of the float one as its own, not one that is moved later."""
@@ -155,11 +162,24 @@ class StreamedModel:
             packed = {name_in_files(name): tensor for name, tensor in own.items() if not tensor.is_meta}
             chosen = layer.weight_format.name
         tensors = {name: packed[name] if name in packed else self._read(name, self._state[name]) for name in names}
-        return {"place": place, "checksum": self._layout.write(folder, tensors), "format": chosen}
+        return {"place": place, "checksums": self._layout.write(folder, tensors), "format": chosen}
 
     def _read(self, name: str, like: Tensor) -> Tensor:
         """A stored tensor in the model's dtype; a buffer that is not stored is as the model made it."""
         return self._tensors[self._names[name]].to(like.dtype) if name in self._names else like
+
+
+def _with_formats(model: ModelMixin) -> dict[str, Tensor]:
+    """The state of a model without weights, as files have it, with room for formats, which the search will choose."""
+    layers, state, before = dict(quant_layers(model)), {}, ""
+    for key, value in [*model.state_dict().items(), ("", None)]:
+        place = key.rpartition(".")[0]
+        if place != before and before in layers:
+            state[f"{before}.{FORMATS_TENSOR}"] = layers[before].formats_tensor()
+        if key:
+            state[name_in_files(key)] = value
+        before = place
+    return state
 
 
 def _stored_names(model: ModelMixin, tensors: Mapping[str, Tensor]) -> dict[str, str]:

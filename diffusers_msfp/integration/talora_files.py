@@ -1,7 +1,7 @@
 """Adapters beside the weights as files of their own: saved, loaded onto their base, taken off again.
 
-A folder holds `talora_config.json` (see `talora.AdapterPlan`) and `talora.safetensors`, whose tensors have the names
-that they have in the model.
+A folder holds `talora_config.json` (see `talora.AdapterPlan`, and `digest`) and `talora.safetensors`, whose tensors
+have the names that they have in the model.
 """
 
 import json
@@ -29,6 +29,8 @@ from ..workflow.adapters import (
     routing_of,
 )
 from ..workflow.state import calibration_state
+from .config import MSFPConfig
+from .digest import Digest, checking
 
 CONFIG, TENSORS = "talora_config.json", "talora.safetensors"
 
@@ -60,7 +62,8 @@ def save_talora(model: nn.Module, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous() for name, tensor in adapter_tensors(model).items()}
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(plan.to_dict(), indent=1) + "\n", encoding="utf-8")
+    record = plan.to_dict() | {"digest": Digest.of(tensors).to_dict()}
+    (folder / CONFIG).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def load_talora(model: nn.Module, source: str | Path, **hub) -> None:
@@ -166,11 +169,12 @@ def _read(folder: Path) -> tuple[AdapterPlan, dict[str, Tensor]]:
         files = [folder / TENSORS]
     else:
         parts = [folder, *sorted(p for p in folder.iterdir() if p.is_dir())]
-        found = [(p, (read_config(p).get("quantization_config") or {}).get("adapters")) for p in parts]
-        part, record = next(((p, r) for p, r in found if r), (None, None))
+        found = [(p, read_config(p).get("quantization_config") or {}) for p in parts]
+        part, checkpoint = next(((p, r) for p, r in found if r.get("adapters")), (None, {}))
         if part is None:
             raise CheckpointError(f"{folder} must hold {CONFIG}, or a checkpoint with adapters, but it holds neither.")
-        files = weight_files(part)
+        config = MSFPConfig.from_dict(checkpoint)
+        record, files = config.adapters | {"digest": config.digest}, weight_files(part)
     if not isinstance(record, Mapping):
         raise CheckpointError(f"{CONFIG} must be a JSON object, but {type(record).__name__} came.")
     tensors: dict[str, Tensor] = {}
@@ -181,4 +185,7 @@ def _read(folder: Path) -> tuple[AdapterPlan, dict[str, Tensor]]:
                 tensors |= {key: handle.get_tensor(key) for key in keys}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} must be a safetensors file, but it is not ({error}).") from error
-    return AdapterPlan.from_dict(record), tensors
+    plan = AdapterPlan.from_dict({key: value for key, value in record.items() if key != "digest"})
+    if record.get("digest") is not None and checking():  # files of before version 2 have none
+        Digest.from_dict(record["digest"]).check(tensors)
+    return plan, tensors

@@ -1,7 +1,6 @@
 """Tensor files larger than memory: read tensor by tensor, written tensor by tensor."""
 
 import json
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,7 +12,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
-from ..evaluation.describe import INDEX, WEIGHTS, weight_files
+from ..evaluation.describe import INDEX, WEIGHTS, weight_files, weights_by_variant
+from .digest import checksum
 
 MAX_SHARD_SIZE = "10GB"
 """diffusers' own default."""
@@ -23,16 +23,19 @@ class TensorFolder(Mapping):
     """The weights in a model's folder, name → tensor, mapped into memory when they are asked for.
 
     Args:
-        folder (`Path`): with what a plain load would read: safetensors, one file or sharded, or `.bin`.
+        folder (`Path`): with what a load would read: safetensors, one file or sharded, or `.bin`.
+        variant (`str`, *optional*): read its files where there are some.
 
     Raises:
         CheckpointError: no such files, or damaged ones.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.files = weight_files(folder, variants=False)
+    def __init__(self, folder: Path, variant: str | None = None) -> None:
+        self.files = weight_files(folder, variant, variants=False)
         if not self.files:
-            raise CheckpointError(f"{folder} must hold weights ({WEIGHTS}.safetensors), but there are none.")
+            variants = ", ".join(f"`{name}`" for name in weights_by_variant(folder))
+            there = f"those of {variants}: name one as `variant`" if variants else "none"
+            raise CheckpointError(f"{folder} must hold weights ({WEIGHTS}.safetensors), but there are {there}.")
         self._pickled: dict[Path, dict[str, Tensor]] = {}
         self._places = {name: file for file in self.files for name in self._open(file)}
 
@@ -83,7 +86,7 @@ class TensorLayout:
             )
         except (ValueError, OverflowError) as error:
             raise ConfigError(f"`max_shard_size` must be a size like '5GB', but {max_shard_size!r} came.") from error
-        self._metadata = dict(metadata)
+        self._metadata, self._state = dict(metadata), state
         self._files: dict[str, tuple[bytes, int]] = {}  # name → header, number of bytes
         self._places: dict[str, tuple[str, int, int]] = {}  # name → file, first byte, number of bytes
         for file, names in self._split.filename_to_tensors.items():
@@ -112,9 +115,9 @@ class TensorLayout:
             with open(folder / name, "r+b") as file:
                 file.write(header)
 
-    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> int:
-        """Put tensors in their places; their checksum."""
-        checksum = 0
+    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Put tensors in their places; the checksum of each."""
+        checksums = {}
         for name, tensor in tensors.items():
             file, first, size = self._places[name]
             data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -123,18 +126,18 @@ class TensorLayout:
             with open(folder / file, "r+b") as handle:
                 handle.seek(first)
                 handle.write(data)
-            checksum = zlib.crc32(data, checksum)
-        return checksum
+            checksums[name] = checksum(name, self._state[name], data)
+        return checksums
 
-    def checksum(self, folder: Path, names: list[str]) -> int:
+    def checksums(self, folder: Path, names: list[str]) -> dict[str, str]:
         """Of tensors as they are in the files."""
-        checksum = 0
+        found = {}
         for name in names:
             file, first, size = self._places[name]
             with open(folder / file, "rb") as handle:
                 handle.seek(first)
-                checksum = zlib.crc32(handle.read(size), checksum)
-        return checksum
+                found[name] = checksum(name, self._state[name], handle.read(size))
+        return found
 
     def finish(self, folder: Path) -> None:
         """Write the index, if there are several files."""

@@ -5,6 +5,8 @@ run to set their ranges: schemes that name any count as their weights-only count
 record in `config.json` are those of the first door.
 """
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -13,10 +15,12 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..errors import CheckpointError, MSFPError
 from ..nn import QUANT_LAYERS, QuantLayer
-from ..nn.stored import PACKED_WEIGHT, name_in_files
+from ..nn.stored import FORMATS_TENSOR, PACKED_WEIGHT, name_in_files
 from ..workflow.convert import Conversion, convert_skeleton, quant_layers, replace_module
-from .attach import attach, detach, file_metadata, tensors_to_save
+from .attach import attach, detach
 from .config import MSFPConfig
+from .file_checks import check_files, formats_of
+from .saving import file_metadata, tensors_to_save
 
 
 class MSFPTransformersQuantizer(HfQuantizer):
@@ -35,13 +39,23 @@ class MSFPTransformersQuantizer(HfQuantizer):
 
     # ── loading ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:  # noqa: ARG002
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: list[str] | None = None,
+        **kwargs,  # noqa: ARG002
+    ) -> None:
         config = self.quantization_config
         if not self.pre_quantized:
             self._plan = config.plan(model)
             return
         config.require_record()
+        digest = config.take_digest()
         convert_skeleton(model, config.layers, {})
+        if config.format_version > 1:
+            check_files([Path(file) for file in checkpoint_files or ()], digest, formats_of(model))
+            ignored = model._keys_to_ignore_on_load_unexpected or ()
+            model._keys_to_ignore_on_load_unexpected = {*ignored, rf"\.{FORMATS_TENSOR}$"}  # they have been checked
         materialize = model._move_missing_keys_from_meta_to_device
 
         def refuse_missing(missing_keys, *args, **kwargs) -> None:
@@ -87,7 +101,8 @@ class MSFPTransformersQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:  # noqa: ARG002
         if self.failure is not None:
             raise self.failure
-        model.__dict__.pop("_move_missing_keys_from_meta_to_device", None)
+        for name in ("_move_missing_keys_from_meta_to_device", "_keys_to_ignore_on_load_unexpected"):
+            model.__dict__.pop(name, None)
         for name, layer in quant_layers(model):
             if layer.packed_weight.dtype != torch.uint8:
                 raise CheckpointError(
@@ -110,7 +125,8 @@ class MSFPTransformersQuantizer(HfQuantizer):
         """Packed tensors; with PEFT adapters attached, transformers saves these alone."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
-        return tensors_to_save(model.state_dict()), file_metadata(self.quantization_config)
+        config = self.quantization_config
+        return tensors_to_save(model.state_dict(), config), file_metadata(config)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> nn.Module:
         detach(model, dtype or model.dtype)

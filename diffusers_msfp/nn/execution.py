@@ -9,7 +9,8 @@ from ..numerics import Codes, QParams, decode, fake_quantize, select, unpack
 from ..numerics.rounding import require_finite
 from ..numerics.route import Route
 from .engine import Engine, Prepared
-from .stored import StoredTensors
+from .incoming import check_incoming
+from .stored import FORMATS_TENSOR, OBSERVED, StoredTensors
 
 
 class Execution(StoredTensors):
@@ -48,6 +49,17 @@ class Execution(StoredTensors):
         """What an engine made ready stays behind when the model is moved or cast."""
         self.changed()
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
+        """Take a state of the same formats; what an engine made ready of the old one goes."""
+        check_incoming(self, state_dict, prefix)
+        own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        own.pop(prefix + FORMATS_TENSOR, None)
+        for name in OBSERVED:
+            if (value := own.pop(prefix + name, None)) is not None:
+                self.load_observed(name, value)
+        super()._load_from_state_dict(own, prefix, *arguments)
+        self.changed()
 
     def __getstate__(self) -> dict:
         """For copies and pickles: without what an engine made ready."""

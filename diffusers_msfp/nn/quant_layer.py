@@ -11,6 +11,7 @@ PEFT finds it, and the original's attributes. Stored tensors:
 | `input_scale`, `input_zero_point` | `()`; `(K,)`, K > 1; `(S,)` | float32 | of the input; absent if it stays float |
 | `input_error` | `()` | float32 | as `weight_error` |
 | `observed_sample`, `observed_count`, `observed_range` | see `Observation` | | only while observing |
+| `formats` | `(2, 3)` | uint8 | of weight and input, see `stored.formats_tensor`; made when it is asked for |
 | `bias` | as the original | as the model | untouched |
 | `adapters.down`, `adapters.up` | see `talora.AdapterBank` | float16 | only with adapters beside the weight |
 | `recall.features` | `(S, C)` | float16 or float32 | outputs known for timesteps, see `temporal.FeatureTable` |

@@ -54,9 +54,9 @@ class SplitLayer(PackedLayer):
         """See `PackedLayer`."""
         return torch.cat([part.weight.detach().to(torch.float32) for part in self.children()], 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 – as the original calls it
         """Sum of the parts."""
-        first, *others = (part(piece) for part, piece in zip(self.children(), self.pieces(x), strict=True))
+        first, *others = (part(piece) for part, piece in zip(self.children(), self.pieces(input), strict=True))
         return sum(others, first)
 
     def pieces(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from ..compat.torch import CastAware, tensors_of
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UnsupportedError
+from ..formats import FPFormat
 
+FORMATS_TENSOR = "formats"
 OBSERVED = ("observed_sample", "observed_count", "observed_range")
 INPUT_TENSORS = ("input_scale", "input_zero_point", "input_error")
 WEIGHT_TENSORS = ("weight_scale", "weight_error")
@@ -24,6 +26,36 @@ def name_in_state(key: str, quantized: Collection[str]) -> str:
     """Inverse of `name_in_files`, with the names of a model's quantized layers."""
     place, _, tensor = key.rpartition(".")
     return f"{place}.{PACKED_WEIGHT}" if tensor == "weight" and place in quantized else key
+
+
+_OBSERVING = 255
+
+
+def formats_tensor(weight: FPFormat, input: FPFormat | None, observing: bool = False) -> Tensor:
+    """A layer's formats as a checkpoint's tensor, so that no state can be read with other ones.
+
+    Args:
+        weight (`FPFormat`), input (`FPFormat`, *optional*): None if the input stays float.
+        observing (`bool`): whether the input's format is not chosen yet.
+
+    Returns:
+        `Tensor`, `(2, 3)`, uint8: signed, exponent bits, mantissa bits of the weight and of the input; zeros for a
+        float input, 255 for one that is being observed.
+    """
+    rows = [[fmt.signed, fmt.exponent_bits, fmt.mantissa_bits] if fmt else [0, 0, 0] for fmt in (weight, input)]
+    read = [_OBSERVING] * 3 if observing else rows[1]
+    return torch.tensor([rows[0], read], dtype=torch.uint8, device="cpu")  # models are made on the meta device
+
+
+def say_formats(tensor: Tensor) -> str:
+    """What `formats_tensor` made, in words."""
+    if tensor.dtype != torch.uint8 or tuple(tensor.shape) != (2, 3):
+        return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+    words = []
+    for signed, exponent, mantissa in tensor.tolist():
+        named = f"fp{signed + exponent + mantissa}_{'' if signed else 'u'}e{exponent}m{mantissa}"
+        words.append("observing" if signed == _OBSERVING else named if exponent else "float")
+    return f"weight {words[0]}, input {words[1]}"
 
 
 class StoredTensors(CastAware):
@@ -49,16 +81,38 @@ class StoredTensors(CastAware):
         own = tensors_of(self)
         yield from ((name, own[name]) for name in (*WEIGHT_TENSORS, *INPUT_TENSORS) if name in own)
 
+    def formats_tensor(self) -> Tensor:
+        """See the function of this name."""
+        return formats_tensor(self.weight_format, self.input_format, self.observing)
+
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        """Stored tensors, and while observing what was seen; the sample is as long as it is full."""
+        """Stored tensors with their formats, and while observing what was seen; the sample is as long as it is full.
+
+        A layer without weights yet, on the meta device, has no formats to say: a checkpoint's record does.
+        """
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update({prefix + name: tensor for name, tensor in self.observed.items()})
+        if not self.weight_scale.is_meta:
+            destination[prefix + FORMATS_TENSOR] = self.formats_tensor()
 
     def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
         """As of any module; codes may also have the name that they have in files."""
         if f"{prefix}weight" in state_dict:
             state_dict[f"{prefix}{PACKED_WEIGHT}"] = state_dict.pop(f"{prefix}weight")
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def requires_grad_(self, requires_grad: bool = True):
+        """As of a float layer, with True refused: packed weights cannot be trained.
+
+        Raises:
+            UnsupportedError: `requires_grad` is true.
+        """
+        if requires_grad:
+            raise UnsupportedError(
+                f"The weight of `{self.place}` is packed, so it cannot be trained, but `requires_grad_(True)` came. "
+                f"Train an adapter on it, or its bias alone (`layer.bias.requires_grad_(True)`)."
+            )
+        return super().requires_grad_(False)
 
     def load_observed(self, name: str, value: Tensor) -> None:
         """Take one of the `OBSERVED` tensors from a checkpoint, in any order.

@@ -24,6 +24,7 @@ from ..evaluation.speed import example_inputs, step_of, take_turns
 from ..workflow import calibration_state, set_engine
 from ..workflow.engine import engine_from_environment
 from ..workflow.sampling import denoiser_name, denoiser_of
+from ..workflow.solvers import with_parts
 from ..workflow.state import quantized_models
 from .layers import layer_rows, watching_inputs
 from .pictures import QUANTIZED, REFERENCE, picture_rows
@@ -128,7 +129,7 @@ def _in_place_of(reference: DiffusionPipeline | None, model: ModelMixin) -> Diff
             f"A denoiser alone must be of the class of the reference's, {type(original).__name__}, but "
             f"{type(model).__name__} came. Name the pipeline that it was made from."
         )
-    return type(reference)(**reference.components | {denoiser_name(reference): model})
+    return with_parts(reference, **{denoiser_name(reference): model})
 
 
 def _require_calibrated(pipe) -> None:

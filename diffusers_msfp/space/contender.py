@@ -11,7 +11,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from ..errors import ConfigError
 from ..workflow.adapters import routing_of
 from ..workflow.engine import resident_bytes
-from ..workflow.sampling import call_arguments, denoiser_of, num_classes_of, require_positive, takes_ddim
+from ..workflow.sampling import call_arguments, denoiser_of, num_classes_of, require_positive
+from ..workflow.solvers import takes_ddim
 from ..workflow.state import quantized_models
 from .denoise import decoder_of
 
@@ -127,7 +128,7 @@ class Contender:
         if self.guidance_scale is not None and guidance_scale is not None:
             given["guidance_scale"] = guidance_scale
         make = call_arguments(self.pipe, [prompt] if prompt else None, steps, given)
-        return lambda: make(0, 1, torch.Generator().manual_seed(int(seed)))
+        return lambda: make(0, 1, torch.Generator().manual_seed(int(seed))).arguments
 
 
 def require_comparable(quantized: Contender, reference: Contender) -> None:

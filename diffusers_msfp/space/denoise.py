@@ -5,7 +5,6 @@ scheduler and waits to be asked for the next. So two pipelines take turns: equal
 while the other computes. Visitors share the models; pipeline object, scheduler and generator are each request's own.
 """
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,8 @@ from time import perf_counter
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..workflow.solvers import solver_from, with_parts
 
 DECODED_PREVIEWS = 5  # of one run of a latent model; each costs a pass of the decoder
 
@@ -74,8 +75,7 @@ def denoise(pipe, scheduler: type, call: dict) -> Iterator[Step]:
         if stopped:
             raise _Stopped
 
-    own = copy.copy(pipe)
-    own.scheduler = _watched(scheduler.from_config(pipe.scheduler.config), hand_over)
+    own = with_parts(pipe, scheduler=_watched(solver_from(scheduler, pipe.scheduler), hand_over))
     own.set_progress_bar_config(disable=True)
     with ThreadPoolExecutor(1) as thread:
         run = thread.submit(own, **call)

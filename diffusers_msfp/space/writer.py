@@ -13,7 +13,7 @@ APP = '''\
 
 from diffusers_msfp.cli import space_run
 
-space_run({source!r}, reference={reference!r}, title={title!r})
+space_run({source!r}, reference={reference!r}, title={title!r}{variant})
 '''
 REQUIREMENTS = "diffusers-msfp[cpu,space]\n"
 README = """\
@@ -35,7 +35,14 @@ To publish it: `hf upload USER/SPACE . --repo-type space`. It runs on a CPU; Zer
 """
 
 
-def write_space(folder: Path, title: str, source: str, reference: str | None, license: str = "apache-2.0") -> list[str]:
+def write_space(
+    folder: Path,
+    title: str,
+    source: str,
+    reference: str | None,
+    license: str = "apache-2.0",
+    variant: str | None = None,
+) -> list[str]:
     """Write a Space; what is a folder here is copied into it, what is a Hub id stays one.
 
     Args:
@@ -44,6 +51,7 @@ def write_space(folder: Path, title: str, source: str, reference: str | None, li
         source (`str`): folder or Hub id of the quantized pipeline.
         reference (`str`, *optional*): folder or Hub id of the full-precision one.
         license (`str`): of the model, in the Hub's words.
+        variant (`str`, *optional*): of the weights that the page reads.
 
     Returns:
         `list[str]`: names of all files, sorted.
@@ -69,7 +77,12 @@ def write_space(folder: Path, title: str, source: str, reference: str | None, li
         models=models or None,
     )
     texts = {
-        "app.py": APP.format(title=title, source=places["model"], reference=places["reference"]),
+        "app.py": APP.format(
+            title=title,
+            source=places["model"],
+            reference=places["reference"],
+            variant=f", variant={variant!r}" if variant else "",
+        ),
         "requirements.txt": REQUIREMENTS,
         "README.md": README.format(header=card.to_yaml(), title=title),
     }

@@ -9,6 +9,7 @@ from .trainee import PLACEMENTS
 
 MAX_ADAPTERS = 256  # the table's entries are bytes
 MAX_RANK_DIGITS = 5
+READS = ("float", "codes")
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,11 @@ class AdapterPlan:
             last group.
         base (`str`, *optional*): fingerprint of the packed weights that adapters beside them were trained for.
         training (`Mapping`): how it was made; for people, not read.
+        reads (`str`): what adapters beside the weights read, the layer's `"float"` input or its `"codes"`, which this
+            version cannot execute yet. Absent means `"float"`; format version 2.
 
     Raises:
-        CheckpointError: anything that no training could have written.
+        CheckpointError: anything that no training could have written, or adapters that read codes.
     """
 
     placement: str
@@ -36,6 +39,7 @@ class AdapterPlan:
     router_groups: tuple[str, ...] = ()
     base: str | None = None
     training: Mapping = field(default_factory=dict)
+    reads: str = "float"
 
     def __post_init__(self) -> None:
         problem, patterns = None, self.router_groups
@@ -49,6 +53,13 @@ class AdapterPlan:
             problem = f"`num_timesteps` must lie in 1 … {2**20}, but {self.num_timesteps!r} came"
         elif not (isinstance(self.ranks, Mapping) and all(_is_rank_entry(*item) for item in self.ranks.items())):
             problem = "`ranks` must map ranks to lists of layer names, but it does not"
+        elif self.reads not in READS:
+            problem = f"`reads` must be one of {', '.join(READS)}, but {self.reads!r} came"
+        elif self.reads == "codes":
+            raise CheckpointError(
+                "This package cannot execute `adapters` that read codes: it needs a newer package: `pip install -U "
+                "diffusers-msfp`."
+            )
         if problem:
             raise CheckpointError(f"In `adapters` of config.json {problem}: damaged file.")
         object.__setattr__(self, "router_groups", tuple(patterns))
@@ -67,7 +78,9 @@ class AdapterPlan:
 
     def to_dict(self) -> dict:
         """In types that JSON knows."""
-        return asdict(self) | {"router_groups": list(self.router_groups)}
+        record = asdict(self) | {"router_groups": list(self.router_groups)}
+        del record["reads"]  # the default, which version 1 does not say
+        return record
 
     @property
     def groups(self) -> int:

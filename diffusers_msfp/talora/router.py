@@ -32,7 +32,7 @@ class TimestepRouter(nn.Module):
         super().__init__()
         self.num_timesteps, self.num_adapters, self.groups = num_timesteps, num_adapters, groups
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # that of the CPU alone
             self.mlp = nn.Sequential(nn.Linear(EMBEDDING, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, groups * num_adapters))
 
     def embed(self, timestep: Tensor) -> Tensor:

@@ -73,8 +73,9 @@ class Trainee(nn.Module):
         zero_point = (self.relative_zero_point * self.layer.input_scale).clamp_max(0)
         return QParams.unchecked(self.layer.input_format, scale, zero_point)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 – as the float layer calls it
         """As the deployed layer will compute, with gradients; every sample with its own adapter."""
+        x = input
         layer, gate = self.layer, self.gate.value[:, self.group]  # (B, h)
         exact = x.to(torch.float32)
         bias = None if layer.bias is None else layer.bias.to(torch.float32)

@@ -1,18 +1,19 @@
 """Calibration with the pipeline's own sampler."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, MSFPError
 from ..nn.split import whole_name
 from ..schemes import resolve
 from .convert import quant_layers
 from .sampling import batched_calls, call_arguments, counting_steps, quiet, require_positive
 from .state import freeze, quantized_models, track, tracker, write_record
 from .temporal_model import detach_sets
+from .trial import describe, refuse_upcast, try_calls
 
 
 def calibrate(
@@ -42,18 +43,69 @@ def calibrate(
         **arguments: passed on to the pipeline, e.g. `image=…` for image-to-image or `guidance_scale=…`.
 
     Raises:
-        ConfigError: nothing to calibrate, numbers below 1, or a pipeline that needs an argument that is not given.
+        ConfigError: nothing to calibrate, numbers below 1, or arguments with which the pipeline does not run; nothing
+            is changed then. If the run fails later on, the error says how to go on.
+        NonFiniteError: samples become infinite or NaN.
     """
-    require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
-    models = list(quantized_models(pipe))
+    models = named_quantized(pipe)
     if not models or not callable(pipe) or isinstance(pipe, nn.Module):
         raise ConfigError(
             f"Calibration needs a pipeline with quantized components, but {type(pipe).__name__} has none. Load it with "
             f"`quantization_config=MSFPConfig()` or call `quantize_pipeline(pipe, scheme)`."
         )
+    counts = {"num_samples": num_samples, "num_inference_steps": num_inference_steps, "seed": seed}
+    check_calibration(pipe, models, prompts=prompts, **counts, **arguments)
+    observe_ranges(pipe, prompts=prompts, on_step=on_step, **counts, **arguments)
+
+
+def named_quantized(pipe) -> dict[str, nn.Module]:
+    """The components of a pipeline that have quantized layers, by name."""
+    found, parts = list(quantized_models(pipe)), getattr(pipe, "components", None)
+    return {name: part for name, part in parts.items() if part in found} if isinstance(parts, dict) else {}
+
+
+def check_calibration(
+    pipe,
+    models: Mapping[str, nn.Module],
+    *,
+    num_samples: int = 64,
+    num_inference_steps: int = 20,
+    prompts: Sequence[str] | None = None,
+    seed: int = 0,
+    **arguments,
+) -> None:
+    """Refuse what a calibration would fail with, as far as one step shows it; nothing is changed.
+
+    Args:
+        pipe (`DiffusionPipeline`): whose models need not be quantized yet, nor have weights.
+        models (`Mapping[str, nn.Module]`): quantized or to be, by name.
+        num_samples, num_inference_steps, prompts, seed, **arguments: see `calibrate`.
+
+    Raises:
+        ConfigError, NonFiniteError: see `calibrate`.
+    """
+    require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
+    refuse_upcast(pipe, models)
     make_arguments = call_arguments(pipe, prompts, num_inference_steps, arguments)
-    calls = batched_calls(make_arguments, models, num_samples, seed)
-    observing = [model for model in models if restart_observation(model)]
+    ordered = [part for part in pipe.components.values() if any(part is model for model in models.values())]
+    try_calls(pipe, batched_calls(make_arguments, ordered, num_samples, seed))
+
+
+def observe_ranges(
+    pipe,
+    *,
+    num_samples: int = 64,
+    num_inference_steps: int = 20,
+    prompts: Sequence[str] | None = None,
+    seed: int = 0,
+    on_step: Callable[[int, int], None] | None = None,
+    **arguments,
+) -> None:
+    """What `calibrate` does after its checks; arguments are the same."""
+    calls = batched_calls(
+        call_arguments(pipe, prompts, num_inference_steps, arguments), list(quantized_models(pipe)), num_samples, seed
+    )
+    observing = [model for model in quantized_models(pipe) if restart_observation(model)]
     if not observing:
         raise ConfigError("Nothing to calibrate: no layer of this pipeline has a quantized activation (weights only).")
 
@@ -67,10 +119,19 @@ def calibrate(
         stack.enter_context(quiet(pipe))
         stack.enter_context(counting_steps(observing[0], total, on_step or (lambda *_: bar.update())))
         stack.enter_context(torch.no_grad())
-        for call in calls:
-            pipe(**call)
-    for model in observing:
-        freeze(model)
+        try:
+            for call in calls:
+                call.run(pipe)
+            for model in observing:
+                freeze(model)
+        except Exception as error:  # a pipeline may fail in any way
+            kind = type(error) if isinstance(error, MSFPError) else ConfigError
+            raise kind(
+                f"{type(pipe).__name__} must run while its activations are observed, but it fails: {describe(error)} "
+                f"The weights are quantized already and stay so; the activations are float and still observed. To go "
+                f"on, call `calibrate(pipe, …)` or `quantize_pipeline` again with corrected arguments; on the command "
+                f"line, run the command again, which keeps what is packed."
+            ) from error
 
 
 def restart_observation(model: nn.Module) -> bool:

@@ -86,6 +86,15 @@ class Conversion:
             raise ConfigError(f"A model must have a layer to quantize ({kinds}), but {type(model).__name__} has none.")
         return cls(layers, skipped)
 
+    def check(self, model: nn.Module) -> None:
+        """Refuse weights that cannot be quantized.
+
+        Raises:
+            NonFiniteError: a weight holds NaN or infinity.
+        """
+        for name in self.layers:
+            check_finite(model.get_submodule(name).weight, f"The weight of layer `{name}`")
+
     def report(self, model: nn.Module) -> None:
         """Say once what stays float and why."""
         if self.skipped:
@@ -127,8 +136,7 @@ def convert(model: nn.Module, plan: Conversion, on_layer: Callable[[int, int], N
     Raises:
         NonFiniteError: a weight holds NaN or infinity; checked for all layers before the first is changed.
     """
-    for name in plan.layers:
-        check_finite(model.get_submodule(name).weight, f"The weight of layer `{name}`")
+    plan.check(model)
     for done, (name, scheme) in enumerate(plan.layers.items(), start=1):
         module = model.get_submodule(name)
         replace_module(model, name, QUANT_LAYERS[type(module)].from_float(module, name, scheme))

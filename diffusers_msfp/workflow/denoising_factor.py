@@ -4,22 +4,21 @@ import copy
 import inspect
 
 import torch
-from diffusers.utils import logging as diffusers_logging
 
-from ..errors import ConfigError
+from ..errors import ConfigError, NonFiniteError
+from .finite_steps import SHAPE, learns_variance, no_finite_step, probe_of
 
 # What makes a step non-linear in the model's output.
 NONLINEAR = ("clip_sample", "thresholding", "use_dynamic_thresholding")
-SHAPE = (1, 1, 8, 8)
 
 
 def denoising_factors(scheduler, num_inference_steps: int, **step_arguments) -> dict[float, float]:
     """`gamma_t` of each step: the coefficient with which the model's output enters the next sample.
 
     A copy of the scheduler makes every step twice, with outputs that differ by one, from the same sample, noise and
-    history; clipping and thresholding are off. Exact for samplers that are linear in the output, whatever it predicts
-    (epsilon, v, sample or flow). Samples count in the unit in which the model sees them, so that Euler's unscaled
-    samples give the same factors as DDIM's.
+    history; clipping and thresholding are off, and a learned variance is a fixed one. Exact for samplers that are
+    linear in the output, whatever it predicts (epsilon, v, sample or flow). Samples count in the unit in which the
+    model sees them, so that Euler's unscaled samples give the same factors as DDIM's.
 
     Args:
         scheduler (`SchedulerMixin`): not changed.
@@ -31,23 +30,20 @@ def denoising_factors(scheduler, num_inference_steps: int, **step_arguments) -> 
 
     Raises:
         ConfigError: the scheduler cannot be probed.
+        NonFiniteError: a step has no finite coefficient, as with zero terminal SNR where epsilon is predicted.
 
     Source:
         arXiv 2505.21591 (DFA), as reconstructed; this way of obtaining the coefficient is ours.
     """
     changes = {key: False for key in NONLINEAR if key in scheduler.config}
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
+    changes |= {"variance_type": "fixed_small"} if learns_variance(scheduler) else {}
     try:
-        probe = type(scheduler).from_config(scheduler.config, **changes)
-        probe.set_timesteps(num_inference_steps)
+        probe = probe_of(scheduler, num_inference_steps, **changes)
     except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise ConfigError(
             f"{type(scheduler).__name__} must offer {num_inference_steps} steps, but it fails: {error}. Take another "
             f"number of steps."
         ) from error
-    finally:
-        diffusers_logging.set_verbosity(verbosity)
     if "generator" in inspect.signature(probe.step).parameters:
         step_arguments = {"generator": 0} | step_arguments
     sample = torch.zeros(SHAPE)
@@ -67,6 +63,8 @@ def denoising_factors(scheduler, num_inference_steps: int, **step_arguments) -> 
                 f"{type(scheduler).__name__} must make a step from a sample, a timestep and an output, but it fails: "
                 f"{error}. Turn the denoising factor off (exponent 0)."
             ) from error
+        if not difference.isfinite().all():
+            raise NonFiniteError(no_finite_step(scheduler, float(timestep)))
         found.setdefault(float(timestep), []).append(difference.double().mean().abs().item())
     return {timestep: sum(values) / len(values) for timestep, values in found.items()}
 
@@ -82,3 +80,9 @@ def _step(scheduler, output: torch.Tensor, timestep: torch.Tensor, sample: torch
     if arguments.get("generator") == 0:
         arguments["generator"] = torch.Generator().manual_seed(0)
     return scheduler.step(output, timestep, sample, **arguments).prev_sample
+
+
+def step_arguments(scheduler, arguments: dict) -> dict:
+    """Those of a pipeline's arguments that its scheduler's step takes, such as `eta`."""
+    known = inspect.signature(scheduler.step).parameters
+    return {key: value for key, value in arguments.items() if key in known}

@@ -4,7 +4,6 @@ EfficientDM's data-free distillation (arXiv 2310.03270) with several adapters an
 `losses.py` (DFA); as reconstructed from summaries of arXiv 2505.21591. Processes are accelerate's.
 """
 
-import inspect
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 from ..errors import NonFiniteError
 from ..losses import loss_weights, squared_error
 from .blocks import block_outputs, trainable_blocks
-from .denoising_factor import denoising_factors
+from .denoising_factor import denoising_factors, step_arguments
 from .finetune_config import (
     DEFAULT_UPDATES,
     FinetuneConfig,
@@ -29,9 +28,11 @@ from .finetune_config import (
     learning_rate_factor,
 )
 from .sampling import call_arguments, denoiser_of, quiet
+from .solvers import with_parts
 from .student import Student
 from .training_state import Progress, TrainingFolder, inputs_digest, optimizer_for, plain_config
 from .trajectory import DenoisingStep, Trajectories, check_timesteps
+from .used_output import counted, used_channels
 
 TIMED_UPDATES = 6  # before the length of a run of so many minutes is set; the first is not counted
 PREVIEWS = 8
@@ -81,16 +82,18 @@ class Finetuner:
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
         )
         make_arguments = call_arguments(teacher, prompts, config.num_inference_steps, arguments)
+        self._previewed = with_parts(pipe, scheduler=teacher.scheduler)
         self.preview_arguments = call_arguments(
-            pipe, prompts, config.num_inference_steps, {"output_type": "np"} | arguments
+            self._previewed, prompts, config.num_inference_steps, {"output_type": "np"} | arguments
         )
         world = self.accelerator.num_processes
         self.trajectories = Trajectories(
             teacher, make_arguments, config.batch_size, config.seed, self.accelerator.process_index, world
         )
         timesteps = self.trajectories.timesteps()
+        stepped = step_arguments(teacher.scheduler, arguments)
         self.weights = loss_weights(
-            denoising_factors(teacher.scheduler, config.num_inference_steps, **_for_step(teacher.scheduler, arguments))
+            denoising_factors(teacher.scheduler, config.num_inference_steps, **stepped)
             if config.denoising_factor_exponent
             else dict.fromkeys(timesteps, 1.0),
             config.denoising_factor_exponent,
@@ -123,7 +126,10 @@ class Finetuner:
             student.router.warm_start(self._loads(len(timesteps)))
         if config.gradient_checkpointing:
             student.checkpoint_gradients()
-        self.blocks = trainable_blocks(student.model) if config.blockwise else {}
+        self.blocks, self.used = {}, None
+        if config.blockwise:
+            self.blocks, step = trainable_blocks(student.model), self.trajectories[0]
+            self.used = used_channels(self.teacher, denoiser_of(self.teacher), step.args, step.kwargs)
         self.trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self.ema = EMAModel(self.trainable, decay=config.ema_decay) if config.ema_decay else None
         self.progress = Progress(student, self.ema)
@@ -212,6 +218,7 @@ class Finetuner:
             targets = [step.output]
         else:
             targets = block_outputs(denoiser_of(self.teacher), block, step, gradients=False)
+            outputs, targets = (counted(self.used, block, each) for each in (outputs, targets))
         weight = torch.tensor([self._weight(t) for t in step.timesteps.tolist()], device=step.output.device)
         loss = sum(
             (
@@ -264,14 +271,10 @@ class Finetuner:
     @torch.no_grad()
     def preview(self, *, teacher: bool = False) -> np.ndarray:
         """Pictures of the student as it is, or of the teacher, for equal noise; `(8, H, W, C)` in [0, 1]."""
-        pipe = (
-            self.teacher
-            if teacher
-            else type(self.pipe)(**{**self.pipe.components, "scheduler": self.teacher.scheduler})
-        )
+        pipe = self.teacher if teacher else self._previewed
         generators = [torch.Generator().manual_seed(self.config.seed + i) for i in range(PREVIEWS)]
         with quiet(pipe), self.student.routed():
-            return np.asarray(pipe(**self.preview_arguments(0, PREVIEWS, generators)).images)
+            return np.asarray(self.preview_arguments(0, PREVIEWS, generators).run(pipe).images)
 
 
 def finetune(pipe, teacher, config: FinetuneConfig | None = None, **arguments) -> dict:
@@ -290,9 +293,3 @@ def finetune(pipe, teacher, config: FinetuneConfig | None = None, **arguments) -
         ```
     """
     return Finetuner(pipe, teacher, config, **arguments).run()
-
-
-def _for_step(scheduler, arguments: dict) -> dict:
-    """Those of a pipeline's arguments that its scheduler's step takes, such as `eta`."""
-    known = inspect.signature(scheduler.step).parameters
-    return {key: value for key, value in arguments.items() if key in known}

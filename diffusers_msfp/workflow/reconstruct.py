@@ -29,6 +29,7 @@ from .student import check_student, original_weight
 from .temporal_model import maintained_layers
 from .training_state import plain_config
 from .trajectory import Trajectories
+from .used_output import used_channels
 
 EVALUATIONS = 10
 HELD_OUT = 8  # one of so many examples judges and does not teach
@@ -70,6 +71,7 @@ class Reconstructor:
         batch = min(config.batch_size, config.num_samples)
         trajectories = Trajectories(teacher, make_arguments, batch, config.seed)
         self.steps = [trajectories[number] for number in range(config.num_samples // batch)]
+        self.used = used_channels(teacher, self.teacher, self.steps[0].args, self.steps[0].kwargs)
         found = reconstruction_units(self.model, self.steps[0], layerwise=config.granularity == "layer")
         chosen = {name: [key for key in inner if key in self.originals] for name, inner in found.items()}
         self.parts = {name: inner for name, inner in chosen.items() if inner}
@@ -111,9 +113,11 @@ class Reconstructor:
     def _learn(self, number: int, name: str, inner: list[str]) -> tuple[dict[str, Tensor], dict]:
         """The rounded weights of one part, and what became of it."""
         config, originals = self.config, {key: self.originals[key] for key in inner}
-        part = Part(self.model, name, originals, scale_aware=config.scale_aware)  # first: it is handed no codes
+        options = {"scale_aware": config.scale_aware, "used": self.used}
+        part = Part(self.model, name, originals, **options)  # first: it is handed no codes
         try:
-            examples = Examples.collect(self.model, self.teacher, name, self.steps, config.memory_mb * 2**20)
+            memory = config.memory_mb * 2**20
+            examples = Examples.collect(self.model, self.teacher, name, self.steps, memory, self.used)
             generator = torch.Generator().manual_seed(config.seed + number)
             order = torch.randperm(len(examples), generator=generator)
             held_out = max(1, len(order) // HELD_OUT)

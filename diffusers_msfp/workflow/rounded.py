@@ -15,6 +15,7 @@ from .blocks import block_call, block_outputs, float_outputs
 from .convert import replace_module
 from .temporal_model import finite_set_of
 from .trajectory import DenoisingStep
+from .used_output import UsedChannels, counted
 
 
 class RoundedLayer(nn.Module):
@@ -36,8 +37,9 @@ class RoundedLayer(nn.Module):
         """The weight in use, `logical_shape`, float32: soft, or on the grid."""
         return (self.soft.hard() if self.hardened else self.soft()).view(self.layer.logical_shape)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 – as the float layer calls it
         """As the deployed layer will compute, with gradients."""
+        x = input
         bias = None if self.layer.bias is None else self.layer.bias.to(torch.float32)
         return self.layer.compute(self.layer.quantize_input(x), self.weight(), bias).to(x.dtype)
 
@@ -50,10 +52,19 @@ class Part:
         name (`str`): of the block or layer.
         originals (`dict[str, Tensor]`): float weights of the layers to learn, by their names.
         scale_aware (`bool`): see `SoftRounding`.
+        used (`UsedChannels`, *optional*): of the model.
     """
 
-    def __init__(self, model: nn.Module, name: str, originals: dict[str, Tensor], *, scale_aware: bool) -> None:
-        self.model, self.name, self.originals = model, name, originals
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        originals: dict[str, Tensor],
+        *,
+        scale_aware: bool,
+        used: UsedChannels | None = None,
+    ) -> None:
+        self.model, self.name, self.originals, self.used = model, name, originals, used
         self.layers = {
             key: RoundedLayer(model.get_submodule(key), original, scale_aware=scale_aware)
             for key, original in originals.items()
@@ -75,7 +86,7 @@ class Part:
     def loss(self, call: tuple[tuple, dict], targets: list[Tensor], timesteps: Tensor) -> Tensor:
         """Mean squared error of what the part puts out, `()`."""
         with self.finite_set.at(timesteps) if self.finite_set is not None else nullcontext():
-            outputs = float_outputs(self.module(*call[0], **call[1]))
+            outputs = counted(self.used, self.name, float_outputs(self.module(*call[0], **call[1])))
         return sum(squared_error(output, target).mean() for output, target in zip(outputs, targets, strict=True))
 
     def penalty(self, exponent: float) -> Tensor:
@@ -119,21 +130,28 @@ class Examples:
 
     @classmethod
     def collect(
-        cls, model: nn.Module, teacher: nn.Module, name: str, steps: list[DenoisingStep], memory: int
+        cls,
+        model: nn.Module,
+        teacher: nn.Module,
+        name: str,
+        steps: list[DenoisingStep],
+        memory: int,
+        used: UsedChannels | None = None,
     ) -> "Examples":
         """Run both models up to the part's end.
 
         Args:
             memory (`int`): bytes to stay below, but one step at least is taken.
+            used (`UsedChannels`, *optional*): of the model.
         """
-        parts, targets, used = [], [], 0
+        parts, targets, taken = [], [], 0
         for step in steps:
             leaves, structure = tree_flatten(block_call(model, name, step))
-            outputs = block_outputs(teacher, name, step, gradients=False)
+            outputs = counted(used, name, block_outputs(teacher, name, step, gradients=False))
             size = sum(leaf.nbytes for leaf in tree_leaves((leaves, outputs)) if isinstance(leaf, Tensor))
-            if parts and used + size > memory:
+            if parts and taken + size > memory:
                 break
-            used += size
+            taken += size
             parts.append(leaves)
             targets.append(outputs)
         rows = len(targets[0][0])

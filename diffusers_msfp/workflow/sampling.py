@@ -1,15 +1,20 @@
-"""How to call any stock pipeline: what it needs, how many samples at once, quietly, counting its steps."""
+"""How to call any stock pipeline: what it needs, how many samples at once, from which seed, quietly."""
 
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from ..compat.diffusers import progress_bar_config
 from ..errors import ConfigError
+from .finite_steps import require_finite_steps
 from .state import quantized_models
 
 DEFAULT_PROMPTS = (
@@ -45,17 +50,84 @@ def batch_size_for(models: Sequence[nn.Module], num_samples: int) -> int:
 
 
 Generators = torch.Generator | list[torch.Generator]
+SET_BY_VERBS = {
+    "generator": "everything random follows `seed`",
+    "batch_size": "the number of samples says how many are drawn",
+    "prompt": "prompts are given as `prompts=[…]` and taken in turn",
+    "return_dict": "results are read by their names",
+}
+"""Arguments of pipelines that cannot be passed on, and why."""
+
+
+@contextmanager
+def drawing_from(seed: int, pipe: object = None) -> Iterator[None]:
+    """Let everything that draws random numbers without a generator of its own follow a seed.
+
+    The states of torch (on the CPU and where the pipeline runs), numpy and `random` are afterwards what they were.
+
+    Args:
+        seed (`int`): equal seeds give equal draws, which are independent of those of a generator with this seed.
+        pipe (`DiffusionPipeline`, *optional*): whose devices' generators count too.
+    """
+    own, numpys, torchs = (int(n) for n in np.random.SeedSequence(seed % 2**64).generate_state(3))
+    with ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.callback(torch.set_rng_state, torch.get_rng_state())
+        random.seed(own)
+        np.random.seed(numpys)
+        torch.set_rng_state(torch.Generator().manual_seed(torchs).get_state())
+        for device in _accelerators(pipe):
+            module = torch.get_device_module(device)
+            where = () if device.type == "mps" else (device,)
+            stack.callback(module.set_rng_state, module.get_rng_state(*where), *where)
+            module.set_rng_state(torch.Generator(device).manual_seed(torchs).get_state(), *where)
+        yield
+
+
+def _accelerators(pipe: object) -> set[torch.device]:
+    """Devices that a pipeline computes on, but for the CPU."""
+    used = [getattr(pipe, name, None) for name in ("device", "_execution_device")]
+    parts = getattr(pipe, "components", None) or {}
+    used += [getattr(part, "device", None) for part in parts.values() if isinstance(part, nn.Module)]
+    return {each for each in used if isinstance(each, torch.device) and each.type not in ("cpu", "meta")}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a pipeline.
+
+    Args:
+        arguments (`dict[str, Any]`): of the call.
+        seed (`int`): of what the pipeline draws without its generator.
+    """
+
+    arguments: dict[str, Any]
+    seed: int
+
+    def run(self, pipe) -> Any:
+        """What the pipeline returns; the user's random states stay as they are."""
+        with drawing_from(self.seed, pipe):
+            return pipe(**self.arguments)
 
 
 def call_arguments(
     pipe, prompts: Sequence[str] | None, num_inference_steps: int, given: dict
-) -> Callable[[int, int, Generators], dict]:
-    """How to call this pipeline: a function of (index of the first sample, batch size, generator or one a sample)."""
+) -> Callable[[int, int, Generators], Call]:
+    """How to call this pipeline: a function of (index of the first sample, batch size, generator or one a sample).
+
+    Raises:
+        ConfigError: something that the pipeline needs is missing, or is given that is not for the caller to give.
+        NonFiniteError: its scheduler makes infinity or NaN of finite samples.
+    """
     parameters = inspect.signature(pipe.__call__).parameters
     prompts = list(prompts) if prompts is not None else list(DEFAULT_PROMPTS)
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ConfigError(f"`prompts` must be a non-empty list of strings, but {prompts!r} came.")
-    num_classes = num_classes_of(pipe)
+    for name in SET_BY_VERBS.keys() & given.keys():
+        raise ConfigError(f"`{name}` cannot be passed on to the pipeline, since {SET_BY_VERBS[name]}. Leave it out.")
+    given = known_arguments(pipe, given)
+    labels = labels_of(pipe)
     known = {"prompt", "class_labels", "batch_size", "generator", "num_inference_steps", "output_type"}
     needed = [
         name
@@ -69,6 +141,9 @@ def call_arguments(
             f"{type(pipe).__name__} cannot run without {', '.join(f'`{name}`' for name in needed)}. Pass them on: "
             f"`{needed[0]}=…`."
         )
+    if getattr(pipe, "scheduler", None) is not None:
+        with drawing_from(0):
+            require_finite_steps(pipe.scheduler, num_inference_steps)
     decoder = getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
     skip_decoding = decoder is not None and decoder not in list(quantized_models(pipe))
 
@@ -76,30 +151,67 @@ def call_arguments(
         if isinstance(generator, list):
             return [label for one in generator for label in draw_labels(1, one)]
         drawer = torch.Generator().manual_seed(generator.initial_seed())
-        return torch.randint(num_classes, (size,), generator=drawer).tolist()
+        return [labels[i] for i in torch.randint(len(labels), (size,), generator=drawer)]
 
-    def make(start: int, size: int, generator: Generators) -> dict:
-        arguments = {"generator": generator, "num_inference_steps": num_inference_steps}
+    def make(start: int, size: int, generator: Generators) -> Call:
+        arguments = {"generator": generator, "num_inference_steps": num_inference_steps, "batch_size": size}
         arguments["output_type"] = "latent" if skip_decoding else "np"
         if "prompt" in parameters:
             arguments["prompt"] = [prompts[(start + i) % len(prompts)] for i in range(size)]
-        elif "class_labels" in parameters and num_classes:
+            del arguments["batch_size"]
+        if "class_labels" in parameters and labels:
             arguments["class_labels"] = draw_labels(size, generator)
-        else:
-            arguments["batch_size"] = size
-        return {key: value for key, value in arguments.items() if key in parameters} | given
+        seed = (generator[0] if isinstance(generator, list) else generator).initial_seed()
+        return Call({key: value for key, value in arguments.items() if key in parameters} | given, seed)
 
     return make
+
+
+def known_arguments(pipe, given: dict) -> dict:
+    """Arguments that a pipeline's call takes; an output type that it does not know is left out.
+
+    Raises:
+        ConfigError: another one is unknown.
+    """
+    parameters = inspect.signature(pipe.__call__).parameters
+    more = {"output_type"}
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        source = inspect.getsource(pipe.__call__)
+        if not type(pipe).__module__.startswith("diffusers.") or source.count("**kwargs") > 1:
+            return given  # whatever becomes of them
+        more |= set(re.findall(r'kwargs\.(?:pop|get)\("(\w+)"', source))  # names of older versions; others are dropped
+    for name in given.keys() - parameters.keys() - more:
+        raise ConfigError(f"Arguments passed on must be among those of {type(pipe).__name__}, but `{name}` came.")
+    return {name: value for name, value in given.items() if name in parameters or name in more - {"output_type"}}
 
 
 def num_classes_of(pipe) -> int | None:
     """How many class labels a pipeline's models know; None where they take none."""
     models = [m for m in pipe.components.values() if isinstance(m, nn.Module) and hasattr(m, "config")]
-    return next((n for m in models if (n := getattr(m.config, "num_embeds_ada_norm", None))), None)
+    numbers = [getattr(m.config, name, None) for m in models for name in ("num_embeds_ada_norm", "num_class_embeds")]
+    return next((number for number in numbers if number), None)
 
 
-def batched_calls(make: Callable, models: Sequence[nn.Module], num_samples: int, seed: int) -> list[dict]:
-    """The arguments of each call that `num_samples` take; equal seeds give equal noise.
+def labels_of(pipe) -> Sequence[int]:
+    """The class labels that a pipeline names (`id2label`), else all that its models know; empty where there are none.
+
+    A model may have embeddings for more labels than it was trained on.
+    """
+    named = getattr(pipe, "labels", None)
+    return sorted(set(named.values())) if named else range(num_classes_of(pipe) or 0)
+
+
+def keep_labels(pipe) -> None:
+    """Have `save_pretrained` write the names of a pipeline's labels, which diffusers reads but does not keep."""
+    if getattr(pipe, "labels", None) and not pipe.config.get("id2label"):
+        names: dict[str, list[str]] = {}
+        for name, label in pipe.labels.items():
+            names.setdefault(str(label), []).append(name)
+        pipe.register_to_config(id2label={label: ", ".join(found) for label, found in names.items()})
+
+
+def batched_calls(make: Callable, models: Sequence[nn.Module], num_samples: int, seed: int) -> list[Call]:
+    """The calls that `num_samples` take; equal seeds give equal noise.
 
     Args:
         make (`Callable`): see `call_arguments`.
@@ -110,28 +222,6 @@ def batched_calls(make: Callable, models: Sequence[nn.Module], num_samples: int,
         make(start, min(size, num_samples - start), torch.Generator().manual_seed(seed + start))
         for start in range(0, num_samples, size)
     ]
-
-
-def takes_ddim(scheduler) -> bool:
-    """Whether DDIM, or another solver of the same equation, can take a scheduler's place: not where it is a flow's."""
-    config = scheduler.config
-    return "beta_schedule" in config and config.get("prediction_type") in ("epsilon", "v_prediction", "sample")
-
-
-def with_ddim(pipe, eta: float = 0.0):
-    """The same pipeline on a DDIM scheduler; one whose model predicts a flow keeps its own.
-
-    Args:
-        pipe (`DiffusionPipeline`): not changed.
-        eta (`float`): 0 is deterministic, 1 as noisy as DDPM.
-    """
-    if not takes_ddim(pipe.scheduler):
-        return pipe
-    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    if eta:
-        step = scheduler.step
-        scheduler.step = lambda *args, **kwargs: step(*args, **{**kwargs, "eta": eta})
-    return type(pipe)(**{**pipe.components, "scheduler": scheduler})
 
 
 def denoiser_name(pipe) -> str:

@@ -188,7 +188,7 @@ def _observe(teacher, split: Mapping[str, SplitLayer], calls: list[dict]) -> Non
     layers = {name: denoiser_of(teacher).get_submodule(name) for name in split}
     with quiet(teacher), torch.no_grad(), watching_calls(layers, look):
         for call in calls:
-            teacher(**call)
+            call.run(teacher)
 
 
 def split_skeleton(model: nn.Module, split: Mapping[str, Sequence[int]]) -> dict[str, str]:

@@ -100,15 +100,15 @@ class Student(nn.Module):
             block (`str`, *optional*): compute gradients in this part of the model only, see `block_outputs`.
 
         Returns:
-            `tuple[list[Tensor], Tensor]`: what the model, or the block, puts out, and the router's balance loss over
-            the timesteps set by `watch_timesteps`.
+            `tuple[list[Tensor], Tensor]`: what the model predicts, or the block puts out, and the router's balance
+            loss over the timesteps set by `watch_timesteps`.
         """
         self.choose(step.timesteps, noise)
         order = self.gate.value[:, 0].argmax(1).argsort(stable=True)  # so that a layer's adapters see adjoining rows
         self.gate.set(self.gate.value[order])
         step = step.rows(order)
         if block is None:
-            outputs = [model_output(self.model(*step.args, **step.kwargs))]
+            outputs = [model_output(self.model(*step.args, **step.kwargs))[:, : step.output.shape[1]]]
         else:
             outputs = block_outputs(self.model, block, step, gradients=True)
         back = order.argsort()

@@ -19,6 +19,7 @@ from ..compat.torch import tree_flatten, tree_map, tree_unflatten
 from ..errors import ConfigError
 from .sampling import denoiser_of, model_output, quiet
 from .timestep import timestep_of, timestep_position
+from .used_output import used_part
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class DenoisingStep:
     Args:
         timesteps (`Tensor`, `(R,)`): of its rows.
         args (`tuple`), kwargs (`dict`): of the call.
-        output (`Tensor`, `(R, …)`): what the teacher predicts.
+        output (`Tensor`, `(R, …)`): what the teacher predicts, without variances that it may put out beside it.
     """
 
     timesteps: Tensor
@@ -64,7 +65,7 @@ def rollout(pipe, make_arguments: Callable, first: int, size: int, seed: int) ->
     steps: list[DenoisingStep] = []
 
     def keep(_module, args, kwargs, output) -> None:
-        predicted = model_output(output)
+        predicted = used_part(pipe, model_output(output), args, kwargs)
         timesteps = torch.as_tensor(timestep_of(position, args, kwargs), device=predicted.device).flatten()
         steps.append(DenoisingStep(timesteps.expand(len(predicted)), args, kwargs, predicted))
 
@@ -72,7 +73,7 @@ def rollout(pipe, make_arguments: Callable, first: int, size: int, seed: int) ->
     handle = denoiser.register_forward_hook(keep, with_kwargs=True)
     try:
         with quiet(pipe), torch.no_grad():
-            pipe(**make_arguments(first, size, generators if size > 1 else generators[0]))
+            make_arguments(first, size, generators if size > 1 else generators[0]).run(pipe)
     finally:
         handle.remove()
     return steps

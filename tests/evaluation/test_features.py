@@ -5,8 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from diffusers_msfp.assets import CIFAR10_FEATURES
 from diffusers_msfp.errors import ConfigError, ShapeError, UnsupportedError
 from diffusers_msfp.evaluation.features import FEATURES, Features, default_features, extract, feature_network
 
@@ -30,15 +32,32 @@ def test_the_fashion_network():
         network(torch.rand(2, 3, 8, 8))
 
 
+def test_the_cifar10_network():
+    images = torch.rand(5, 3, 32, 32)
+    network = feature_network("cifar10-resnet56")
+    found = extract(network, images)
+    assert [part.shape for part in (found.pooled, found.spatial, found.logits)] == [(5, 64), (5, 128), (5, 10)]
+    assert sum(parameter.numel() for parameter in network.parameters()) == 853_018
+    assert torch.equal(network.state_dict()["bn1.running_var"], load_file(CIFAR10_FEATURES)["bn1.running_var"].float())
+    torch.testing.assert_close(found.spatial.view(5, 8, 16).mean(2), found.pooled[:, :8])
+    torch.testing.assert_close(network.linear(found.pooled.float()).double(), found.logits)
+    licence = CIFAR10_FEATURES.with_suffix(".md").read_text(encoding="utf-8")
+    assert "Yerlan Idelbayev" in licence
+    assert "Redistributions in binary form must reproduce the above copyright notice" in licence
+    with pytest.raises(ShapeError, match=r"`cifar10-resnet56` need pictures of shape \(3, 32, 32\), but \(1, 32, 32\)"):
+        network(torch.rand(2, 1, 32, 32))
+
+
 def test_names():
-    assert set(FEATURES) == {"inception", "fashion"}
+    assert set(FEATURES) == {"inception", "fashion", "cifar10-resnet56"}
     assert default_features((1, 32, 32)) == "fashion"
-    assert default_features((3, 32, 32)) == "inception"
+    assert default_features((3, 32, 32)) == "cifar10-resnet56"
+    assert default_features((3, 64, 64)) == "inception"
     own = extract(feature_network(f"{__name__}:flat_features"), torch.rand(3, 3, 2, 2))
     assert own.pooled.shape == (3, 12)
     assert own.spatial is None
     assert own.logits is None
-    with pytest.raises(ConfigError, match="Unknown feature network 'vgg'. Known: inception, fashion"):
+    with pytest.raises(ConfigError, match="Unknown feature network 'vgg'. Known: inception, fashion, cifar10-resnet56"):
         feature_network("vgg")
     for name in ("no_such_module:f", f"{__name__}:no_such_function"):
         with pytest.raises(ConfigError, match="must be a `module:function` that can be imported"):

@@ -1,11 +1,12 @@
-"""How the golden checkpoints were made. They are never made again: `test_golden.py` proves that version 1 still reads.
+"""How the golden checkpoints were made. They are never made again: `test_golden.py` proves that they still read.
 
 A run overwrites them, and another machine gives other last bits; a new format version gets folders of its own.
 
-    python tests/golden/make.py
+    python tests/golden/make.py v1|v2
 """
 
 import copy
+import sys
 from pathlib import Path
 
 import torch
@@ -15,10 +16,12 @@ from safetensors.torch import save_file
 from diffusers_msfp import FinetuneConfig, MSFPConfig, finetune, freeze
 from diffusers_msfp.integration.in_memory import quantize_model
 
-if __name__ == "__main__":
-    here = Path(__file__).parent
+HERE = Path(__file__).parent
+
+
+def make_unet(**changes) -> UNet2DModel:
     torch.manual_seed(0)
-    unet = UNet2DModel(
+    arguments = dict(
         sample_size=8,
         in_channels=1,
         out_channels=1,
@@ -28,24 +31,57 @@ if __name__ == "__main__":
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=4,
         norm_num_groups=4,
-    ).eval()
-    teacher = copy.deepcopy(unet)
-    quantize_model(unet, MSFPConfig(scheme="w4a4", scheme_overrides={"mid_block": "w6a6", "to_q": "w4a16"}))
-    x = torch.randn(2, 1, 8, 8)
+    )
+    return UNet2DModel(**arguments | changes).eval()
+
+
+def tune(unet: UNet2DModel, teacher: UNet2DModel, placement: str) -> UNet2DModel:
+    pipe = DDPMPipeline(copy.deepcopy(unet), DDIMScheduler())
+    settings = {"train_steps": 20, "num_inference_steps": 5, "batch_size": 4, "rank": 2, "learning_rate": 1.0}
+    config = FinetuneConfig(placement=placement, router_groups=("down_blocks.*",), **settings)
+    finetune(pipe, DDPMPipeline(teacher, DDIMScheduler()), config)
+    return pipe.unet
+
+
+def calibrate(unet: UNet2DModel, x: torch.Tensor) -> None:
     with torch.no_grad():
         for timestep in (900, 500, 100):
             unet(x, timestep)
-        freeze(unet)
-        y = unet(x, 500).sample
-    expected = {"x": x, "v1": y}
-    unet.save_pretrained(here / "v1")
+    freeze(unet)
+
+
+def version_1() -> None:
+    """With a package that knew version 1 alone; today's is told to write it."""
+    unet = make_unet()
+    teacher = copy.deepcopy(unet)
+    quantize_model(unet, MSFPConfig(scheme="w4a4", scheme_overrides={"mid_block": "w6a6", "to_q": "w4a16"}))
+    unet.config.quantization_config.format_version = 1
+    x = torch.randn(2, 1, 8, 8)
+    calibrate(unet, x)
+    with torch.no_grad():
+        expected = {"x": x, "v1": unet(x, 500).sample}
+    unet.save_pretrained(HERE / "v1")
     for placement in ("merged", "side"):
-        pipe = DDPMPipeline(copy.deepcopy(unet), DDIMScheduler())
-        settings = {"train_steps": 20, "num_inference_steps": 5, "batch_size": 4, "rank": 2, "learning_rate": 1.0}
-        groups = ("down_blocks.*",)
-        config = FinetuneConfig(placement=placement, router_groups=groups, **settings)
-        finetune(pipe, DDPMPipeline(teacher, DDIMScheduler()), config)
-        pipe.unet.save_pretrained(here / f"v1-{placement}")
+        tuned = tune(unet, teacher, placement)
+        tuned.save_pretrained(HERE / f"v1-{placement}")
         with torch.no_grad():
-            expected[f"v1-{placement}"] = pipe.unet(x, torch.tensor([900, 100])).sample
-    save_file(expected, here / "expected.safetensors")
+            expected[f"v1-{placement}"] = tuned(x, torch.tensor([900, 100])).sample
+    save_file(expected, HERE / "expected.safetensors")
+
+
+def version_2() -> None:
+    """One block down and up, with adapters beside the weights: every kind of tensor but parameter sets."""
+    blocks = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    unet = make_unet(**blocks, add_attention=False)
+    teacher = copy.deepcopy(unet)
+    quantize_model(unet, MSFPConfig(scheme="w4a4", scheme_overrides={"mid_block": "w6a6", "to_q": "w4a16"}))
+    x = torch.randn(2, 1, 8, 8)
+    calibrate(unet, x)
+    tuned = tune(unet, teacher, "side")
+    tuned.save_pretrained(HERE / "v2")
+    with torch.no_grad():
+        save_file({"x": x, "v2": tuned(x, torch.tensor([900, 100])).sample}, HERE / "expected-v2.safetensors")
+
+
+if __name__ == "__main__":
+    {"v1": version_1, "v2": version_2}[sys.argv[1]]()

@@ -1,14 +1,16 @@
-"""Format version 1 for good: a checkpoint from the past loads, gives the same result, and is written the same."""
+"""Format versions for good: a checkpoint from the past loads, gives the same result, and is written the same."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import equal_state
 from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
-import diffusers_msfp  # noqa: F401
+from diffusers_msfp import cli
 
 HERE = Path(__file__).parent
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -21,13 +23,14 @@ def parts(file: Path) -> tuple[dict, bytes]:
     return json.loads(content[8:end]), content[end:]
 
 
-CHECKPOINTS = {"v1": torch.tensor(500), "v1-merged": torch.tensor([900, 100]), "v1-side": torch.tensor([900, 100])}
+BOTH = torch.tensor([900, 100])
+CHECKPOINTS = {"v1": torch.tensor(500), "v1-merged": BOTH, "v1-side": BOTH, "v2": BOTH}
 
 
 @pytest.mark.parametrize(("name", "timesteps"), CHECKPOINTS.items(), ids=CHECKPOINTS)
 def test_reads_and_computes_the_same(name, timesteps):
     unet = UNet2DModel.from_pretrained(HERE / name)
-    expected = load_file(HERE / "expected.safetensors")
+    expected = load_file(HERE / ("expected-v2.safetensors" if name == "v2" else "expected.safetensors"))
     with torch.no_grad():
         y = unet(expected["x"], timesteps).sample
     # float32 sums may differ in their last bits between machines, and a value on a border then moves a step
@@ -36,7 +39,9 @@ def test_reads_and_computes_the_same(name, timesteps):
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_is_written_byte_by_byte_the_same(name, tmp_path):
-    UNet2DModel.from_pretrained(HERE / name).save_pretrained(tmp_path)
+    model = UNet2DModel.from_pretrained(HERE / name)
+    assert model.config.quantization_config.format_version == int(name[1])
+    model.save_pretrained(tmp_path)
     (header, data), (new_header, new_data) = (parts(folder / WEIGHTS) for folder in (HERE / name, tmp_path))
     assert header == new_header
     assert data == new_data
@@ -44,6 +49,8 @@ def test_is_written_byte_by_byte_the_same(name, tmp_path):
         json.loads((folder / "config.json").read_text())["quantization_config"] for folder in (HERE / name, tmp_path)
     ]
     assert records[0] == records[1]
+    assert records[0]["format_version"] == int(name[1])
+    assert ("digest" in records[0]) == (name == "v2")
 
 
 @pytest.mark.parametrize("placement", ["merged", "side"])
@@ -59,6 +66,23 @@ def test_adapters_have_their_place(placement):
     assert (adapters, banks) == (
         (set(), 2) if placement == "merged" else ({"down", "up", "input_scale", "input_zero_point"}, 1)
     )
+
+
+@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if name != "v2"])
+def test_version_1_becomes_version_2_with_the_same_tensors(name, tmp_path):
+    shutil.copytree(HERE / name, tmp_path / name)
+    before = load_file(HERE / name / WEIGHTS)
+    assert cli.convert_checkpoint(tmp_path / name)["converted"] == ["."]
+    after = load_file(tmp_path / name / WEIGHTS)
+    assert {key for key in after.keys() - before.keys() if not key.endswith(".formats")} == set()
+    assert all(torch.equal(after[key], value) and after[key].dtype == value.dtype for key, value in before.items())
+    left, right = UNet2DModel.from_pretrained(HERE / name), UNet2DModel.from_pretrained(tmp_path / name)
+    assert equal_state(left, right)
+    left.config.quantization_config.format_version = 2
+    left.save_pretrained(tmp_path / "saved")
+    assert parts(tmp_path / "saved" / WEIGHTS) == parts(tmp_path / name / WEIGHTS)
+    records = [json.loads((tmp_path / place / "config.json").read_text()) for place in ("saved", name)]
+    assert records[0]["quantization_config"] == records[1]["quantization_config"]
 
 
 def test_holds_every_kind_of_tensor():

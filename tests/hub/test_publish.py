@@ -300,6 +300,7 @@ def test_pickles(folder):
     refuse(folder, "published as safetensors, but .*diffusion_pytorch_model.bin is a pickle")
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_float_copies_and_tensors_that_nothing_reads(folder):
     file = folder / WEIGHTS
     tensors = load_file(file)

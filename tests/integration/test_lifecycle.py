@@ -215,7 +215,8 @@ def test_device_map_auto(condition_unet, tmp_path):
 def test_config_json_is_plain_and_says_what_was_done(packed_dir):
     record = json.loads((Path(packed_dir) / "unet" / "config.json").read_text())["quantization_config"]
     assert record["quant_method"] == "msfp"
-    assert record["format_version"] == 1
+    assert record["format_version"] == 2
+    assert set(record["digest"]) == {"algorithm", "groups"}
     assert record["calibration"] == {"state": "frozen"}
     modules = [name for group in record["layers"] for name in group["modules"]]
     assert len(modules) == len(set(modules)) == len(quant_layer_names(load(Path(packed_dir) / "unet")))
@@ -397,17 +398,18 @@ def edit_tensor(path: Path, key: str, value: torch.Tensor | None) -> Path:
 
 
 def test_newer_version_is_refused_and_unknown_keys_warn(packed_dir, tmp_path, caplog):
-    with pytest.raises(CheckpointError, match="up to format version 1, but 2 came"):
-        load(edit_record(packed_dir, tmp_path, format_version=2))
+    with pytest.raises(CheckpointError, match="up to format version 2, but 3 came"):
+        load(edit_record(packed_dir, tmp_path, format_version=3))
     with pytest.raises(TypeError, match="surprise"):
         MSFPConfig(surprise=1)
     (tmp_path / "edited" / "config.json").unlink()
     import shutil
 
     shutil.rmtree(tmp_path / "edited")
-    model = load(edit_record(packed_dir, tmp_path, surprise=1))
+    with pytest.raises(CheckpointError, match="only known keys, but `quantization_config` in config.json has surprise"):
+        load(edit_record(packed_dir, tmp_path, surprise=1))
+    MSFPConfig.from_dict({"quant_method": "msfp", "format_version": 1, "surprise": 1})
     assert "surprise" in caplog.text
-    assert calibration_state(model) == "frozen"
 
 
 @pytest.mark.parametrize(
@@ -429,6 +431,7 @@ def test_impossible_records_are_refused(packed_dir, tmp_path, changes, reason):
         load(edit_record(packed_dir, tmp_path, **changes))
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [

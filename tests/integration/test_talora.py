@@ -223,6 +223,7 @@ def damaged(folder, change) -> None:
     save_file(tensors, file, {"format": "pt"})
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -339,6 +340,7 @@ def test_adapters_for_another_base_are_refused_and_change_nothing(side, tmp_path
         load_talora(observing, tmp_path)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -240,6 +240,7 @@ SCALE = "time_embedding.linear_1.input_scale"
 TIMESTEPS = "temporal_set.timesteps"
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

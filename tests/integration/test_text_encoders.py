@@ -183,6 +183,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoints_are_refused(damage, packed_dir, tmp_path):
     changes, reason = DAMAGES[damage]

@@ -113,7 +113,7 @@ def test_a_layer_that_saw_nothing_keeps_a_float_input():
     layer = QuantLinear.from_float(nn.Linear(4, 2), "place", SCHEMES["w4a4"].inner)
     assert not layer.freeze()
     assert layer.input_format is None
-    assert set(layer.state_dict()) == {"packed_weight", "bias", "weight_scale", "weight_error"}
+    assert set(layer.state_dict()) == {"packed_weight", "bias", "weight_scale", "weight_error", "formats"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

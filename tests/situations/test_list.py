@@ -11,7 +11,7 @@ VERDICTS = ("right", "refused")
 
 
 def situations() -> list[tuple[str, str, str]]:
-    """`(kind, situation, verdict)` of every test here marked `situation(text, verdict)`, in the files' order."""
+    """`(kind, situation, verdict)` of every test marked `situation(text, verdict)`, in the files' order."""
     found = []
     for file in sorted(HERE.glob("test_*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

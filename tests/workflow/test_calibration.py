@@ -11,6 +11,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
@@ -21,6 +22,7 @@ from diffusers import (
 import diffusers_msfp
 from diffusers_msfp import MSFPConfig, calibrate, calibration_state, freeze, quantize_pipeline, set_engine
 from diffusers_msfp.calibration.observer import CAPACITY
+from diffusers_msfp.cli.store import write_checkpoint
 from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.integration.in_memory import quantize_model
 from diffusers_msfp.nn import QuantLayer
@@ -202,6 +204,25 @@ def test_class_labels():
     quantize_pipeline(pipe, both, num_samples=1, num_inference_steps=2)
     assert pipe.vae.decoder.conv_out.input_format is not None
     assert calibration_state(pipe.vae) == "frozen"
+
+
+def test_only_named_labels_are_drawn_and_their_names_stay(tmp_path):
+    """A model may know more labels than it was trained on."""
+    pipe = make_dit_pipe()
+    pipe.labels = {"puppy": 5, "dog": 5, "ship": 8}
+    pipe.save_pretrained(tmp_path / "float")
+    heard = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda _, _args, kwargs: heard.extend(kwargs["class_labels"].tolist()), with_kwargs=True
+    )
+    quantize_pipeline(pipe, "w4a4", num_samples=8, num_inference_steps=1)
+    hook.remove()
+    assert set(heard) == {5, 8, 1000}
+    pipe.save_pretrained(tmp_path / "packed")
+    write_checkpoint(DiffusionPipeline.from_pretrained(tmp_path / "packed"), tmp_path / "again")
+    for folder in ("packed", "again"):
+        assert DiffusionPipeline.from_pretrained(tmp_path / folder).labels == pipe.labels
+    assert DiffusionPipeline.from_pretrained(tmp_path / "float").labels == {}, "what plain diffusers does"
 
 
 def test_a_refused_or_failed_calibration_does_not_stick(packed_pipe, monkeypatch):

@@ -6,6 +6,7 @@ What a verb does is in the file of the same name one folder up. A new one gets a
 
 from .bench import bench
 from .compare import compare
+from .convert_checkpoint import convert_checkpoint
 from .demo import demo
 from .evaluate import evaluate
 from .finetune import finetune
@@ -16,7 +17,7 @@ from .report import report
 from .sample import sample
 from .space import space
 
-COMMANDS = (quantize, finetune, sample, compare, evaluate, bench, inspect, report, publish, demo)
+COMMANDS = (quantize, finetune, sample, compare, evaluate, bench, inspect, report, publish, convert_checkpoint, demo)
 """In the order of `--help`."""
 
 GROUPS = (space,)

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from ... import cli
 from ..terminal import stdout
-from .options import Json, print_json
+from .options import Json, Variant, print_json
 
 
 def bench(
@@ -19,11 +19,12 @@ def bench(
     size: Annotated[int | None, typer.Option(min=8, help="Height and width of a sample.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps that are timed as one.")] = 1,
     repeats: Annotated[int, typer.Option(min=2, help="Timed rounds.")] = 7,
+    variant: Variant = None,
     as_json: Json = False,
 ) -> None:
     """Time one denoising step against bfloat16, in turns."""
     names = [name.strip() for name in providers.split(",") if name.strip()]
-    result = cli.bench(model, names or None, batch=batch, size=size, steps=steps, repeats=repeats)
+    result = cli.bench(model, names or None, batch=batch, size=size, steps=steps, repeats=repeats, variant=variant)
     if as_json:
         return print_json(result)
     columns = ("provider", "ms per step", "quartiles", "× bf16 channels last", "× floor", "layers by engine")

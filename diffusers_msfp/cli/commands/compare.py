@@ -7,7 +7,7 @@ from rich.table import Table
 
 from ... import cli
 from ..terminal import megabytes, stdout
-from .options import Json, Prompts, Seed, print_json
+from .options import Json, Prompts, Seed, Variant, print_json
 
 
 def compare(
@@ -18,10 +18,11 @@ def compare(
     seed: Seed = 0,
     eta: Annotated[float, typer.Option(min=0, max=1, help="DDIM's eta.")] = 0.0,
     prompts: Prompts = None,
+    variant: Variant = None,
     as_json: Json = False,
 ) -> None:
     """Measure what a quantized pipeline lost."""
-    result = cli.compare(ref, cand, num=num, steps=steps, seed=seed, eta=eta, prompts=prompts)
+    result = cli.compare(ref, cand, num=num, steps=steps, seed=seed, eta=eta, prompts=prompts, variant=variant)
     if as_json:
         return print_json(result)
     table = Table("figure", "value", title=f"{cand} against {ref}")

@@ -9,7 +9,7 @@ from rich.table import Table
 from ... import cli
 from ...evaluation import FEATURES
 from ..terminal import megabytes, stdout
-from .options import Json, Prompts, Seed, print_json
+from .options import Json, Prompts, Seed, Variant, print_json
 
 WORST = 10
 FIGURES = {
@@ -35,10 +35,11 @@ def evaluate(
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps, DDIM.")] = 20,
     features: Annotated[
         str | None,
-        typer.Option(help=f"{', '.join(FEATURES)} or MODULE:FUNCTION; fashion for 1×32×32 pictures, else inception."),
+        typer.Option(help=f"{', '.join(FEATURES)} or MODULE:FUNCTION; by default what fits the pictures' shape."),
     ] = None,
     seed: Seed = 0,
     prompts: Prompts = None,
+    variant: Variant = None,
     out: Annotated[Path | None, typer.Option(help="Folder for results and pictures; DIR-evaluation.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -47,7 +48,16 @@ def evaluate(
     A run that was killed goes on. Several processes: `accelerate launch … -m diffusers_msfp evaluate …`.
     """
     result = cli.evaluate(
-        source, reference, data=data, num=num, steps=steps, features=features, seed=seed, prompts=prompts, out=out
+        source,
+        reference,
+        data=data,
+        num=num,
+        steps=steps,
+        features=features,
+        seed=seed,
+        prompts=prompts,
+        variant=variant,
+        out=out,
     )
     if result is None:  # not the first process
         return None
@@ -75,6 +85,8 @@ def _figures(result: dict) -> Table:
     table.add_section()
     for name, figure in figures.get("classifier_score", {}).items():
         table.add_row(f"classifier score, {name}", _interval(figure))
+    for name, figure in figures.get("class_agreement", {}).items():
+        table.add_row(f"class agreement, {name}", _interval(figure))
     table.add_row("eps_rel_l2", f"{result['eps_rel_l2']:.4f}")
     table.add_row("eps_mse", f"{result['eps_mse']:.3g}")
     return table

@@ -9,7 +9,7 @@ from ... import cli
 from ...talora import PLACEMENTS
 from ...workflow import FinetuneConfig
 from ..terminal import megabytes, stderr, stdout
-from .options import Json, Prompts, Seed, print_json, print_router
+from .options import Json, Prompts, Seed, Variant, print_json, print_router
 
 
 def finetune(
@@ -37,6 +37,7 @@ def finetune(
     preview_every: Annotated[int, typer.Option(help="Updates between preview pictures; 0 is none.")] = 200,
     seed: Seed = 0,
     prompts: Prompts = None,
+    variant: Variant = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing checkpoint.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -61,7 +62,7 @@ def finetune(
         preview_every=preview_every,
         seed=seed,
     )
-    result = cli.finetune(source, teacher, out, config, prompts=prompts, overwrite=overwrite)
+    result = cli.finetune(source, teacher, out, config, prompts=prompts, variant=variant, overwrite=overwrite)
     if result is None:  # not the first process
         return None
     if as_json:

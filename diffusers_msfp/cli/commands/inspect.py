@@ -8,17 +8,18 @@ import typer
 
 from ... import cli
 from ..terminal import megabytes, stdout
-from .options import Json, print_json, print_router
+from .options import Json, Variant, print_json, print_router
 
 COLUMNS = ("layer", "weight", "scale", "error", "input", "scale", "zero point", "error", "engine")
 
 
 def inspect(
     source: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a quantized checkpoint.")],
+    variant: Variant = None,
     as_json: Json = False,
 ) -> None:
     """List the layers of a quantized checkpoint, and the engine that `auto` would take for each on this CPU."""
-    result = cli.inspect(source)
+    result = cli.inspect(source, variant=variant)
     if as_json:
         return print_json(result)
     for name, part in result.items():

@@ -12,6 +12,10 @@ from ..terminal import stdout
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise.")]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="For pipelines that take prompts; repeatable.")]
+Variant = Annotated[
+    str | None,
+    typer.Option(help="Of the weights that are read, like `fp16`, where a model has it; else plain ones, or the only."),
+]
 Source = Annotated[str, typer.Argument(help="Folder, Hub id or single file of a pipeline.")]
 
 

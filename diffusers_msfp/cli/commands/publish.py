@@ -7,7 +7,7 @@ import typer
 
 from ... import cli
 from ..terminal import megabytes, stderr, stdout
-from .options import Json, Prompts, Seed, print_json
+from .options import Json, Prompts, Seed, Variant, print_json
 
 
 def publish(
@@ -26,6 +26,7 @@ def publish(
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of each.")] = 20,
     seed: Seed = 0,
     prompts: Prompts = None,
+    variant: Variant = None,
     as_json: Json = False,
 ) -> None:
     """Check a quantized checkpoint, write its card, upload both, compare what arrived."""
@@ -43,6 +44,7 @@ def publish(
         steps=steps,
         seed=seed,
         prompts=prompts,
+        variant=variant,
     )
     if as_json:
         return print_json(result)

@@ -11,7 +11,7 @@ from ...integration.tensor_files import MAX_SHARD_SIZE
 from ...recipes import DEFAULT_RECIPE, RECIPES
 from ...schemes import DEFAULT_SCHEME, SCHEMES
 from ..terminal import megabytes, stdout
-from .options import Json, Prompts, Seed, parse_value, print_json
+from .options import Json, Prompts, Seed, Variant, parse_value, print_json
 
 
 def quantize(
@@ -30,6 +30,7 @@ def quantize(
     override: Annotated[list[str] | None, typer.Option(help="PATTERN=SCHEME for single layers; repeatable.")] = None,
     component: Annotated[list[str] | None, typer.Option(help="Component to quantize; repeatable.")] = None,
     config: Annotated[str | None, typer.Option(help="Folder or Hub id with the configs of a single file.")] = None,
+    variant: Variant = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = MAX_SHARD_SIZE,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing checkpoint.")] = False,
     as_json: Json = False,
@@ -62,6 +63,7 @@ def quantize(
         scheme_overrides=overrides,
         components=component,
         config=config,
+        variant=variant,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
     )

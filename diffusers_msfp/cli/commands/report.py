@@ -8,7 +8,7 @@ import typer
 from ... import cli
 from ..report import DTYPES
 from ..terminal import megabytes, stdout
-from .options import Json, Prompts, Seed, print_json
+from .options import Json, Prompts, Seed, Variant, print_json
 
 
 def report(
@@ -21,6 +21,7 @@ def report(
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps, DDIM.")] = 20,
     seed: Seed = 0,
     prompts: Prompts = None,
+    variant: Variant = None,
     dtype: Annotated[str, typer.Option(help=f"That the checkpoint runs in: {', '.join(DTYPES)}.")] = DTYPES[0],
     speed: Annotated[bool, typer.Option(help="Time a step against bfloat16.")] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing page.")] = False,
@@ -35,6 +36,7 @@ def report(
         steps=steps,
         seed=seed,
         prompts=prompts,
+        variant=variant,
         dtype=dtype,
         speed=speed,
         overwrite=overwrite,

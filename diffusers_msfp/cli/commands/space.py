@@ -8,7 +8,7 @@ import typer
 from ... import cli
 from ..space import print_address
 from ..terminal import megabytes, stdout
-from .options import Json, print_json
+from .options import Json, Variant, print_json
 
 space = typer.Typer(
     name="space", help="A page that shows a quantized model beside full precision.", no_args_is_help=True
@@ -27,12 +27,13 @@ def run(
     ] = None,
     reference: Reference = None,
     title: Title = None,
+    variant: Variant = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="The first free one from 7860 by default.")] = None,
     as_json: Json = False,
 ) -> None:
     """Serve the page on this machine."""
     on_start = (lambda address: print_json({"address": address})) if as_json else print_address
-    cli.space_run(source, reference=reference, title=title, port=port, on_start=on_start)
+    cli.space_run(source, reference=reference, title=title, variant=variant, port=port, on_start=on_start)
 
 
 @space.command()
@@ -41,11 +42,12 @@ def create(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     reference: Reference = None,
     title: Title = None,
+    variant: Variant = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing Space.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write a Hugging Face Space that serves the page."""
-    result = cli.space_create(source, out, reference=reference, title=title, overwrite=overwrite)
+    result = cli.space_create(source, out, reference=reference, title=title, variant=variant, overwrite=overwrite)
     if as_json:
         return print_json(result)
     beside = f"beside {result['reference']}" if result["reference"] else "alone, as no reference is known"

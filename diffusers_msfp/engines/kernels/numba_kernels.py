@@ -1,6 +1,9 @@
 """The CPU kernels in Numba, over both cores: see `numba_rows` for the arithmetic."""
 
+import functools
+import os
 import threading
+from types import FunctionType
 
 import numba
 import numpy as np
@@ -58,15 +61,6 @@ def _norm(x, added, groups, weight, bias, eps, silu, grid, out):
     return finite.all()
 
 
-@jit()
-def _norm_alone(x, added, groups, weight, bias, eps, silu, grid, out):
-    """`_norm` in the calling thread."""
-    finite = True
-    for b in range(x.shape[0]):
-        finite = norm_image(x[b], added[b], groups, weight, bias, eps, silu, grid, out[b]) and finite
-    return finite
-
-
 @jit(parallel=_LOOPS)
 def _expand_pairs(packed, table, out):
     """4-bit codes, two to a byte: `table` holds both integers of each byte."""
@@ -111,6 +105,33 @@ def _softmax(scores, sums):
 _LOCK = threading.Lock()  # one of Numba's thread pools ends the process when two threads use it at once
 
 
+class _Pool:
+    """Numba's threads: a process that was forked when they had started does not have them.
+
+    GNU OpenMP ends such a process, a DataLoader's worker for one, when it tries to use them.
+    """
+
+    started = lost = False
+
+    @classmethod
+    def forked(cls) -> None:
+        """In a new child: once lost, they cannot be had again."""
+        cls.lost = cls.started
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_Pool.forked)
+
+
+@functools.cache
+def _alone(kernel):
+    """A parallel kernel's twin for the calling thread: same code, same results."""
+    code = kernel.py_func
+    twin = FunctionType(code.__code__, code.__globals__, f"{code.__name__}_alone")
+    twin.__qualname__, twin.__module__ = twin.__name__, code.__module__  # the cache on disk goes by the name
+    return jit()(twin)
+
+
 def _array(x: Tensor):
     """A NumPy view; bfloat16 as uint16."""
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
@@ -132,7 +153,10 @@ def _numbers(grid: InputGrid) -> tuple:
 
 def _run(kernel, *arguments):
     """A parallel kernel with as many threads as torch has; Numba's start would change that number for torch too."""
+    if _Pool.lost:
+        return _alone(kernel)(*arguments)
     with _LOCK:
+        _Pool.started = True
         threads = torch.get_num_threads()
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
         result = kernel(*arguments)
@@ -184,7 +208,7 @@ def norm(
     numbers = (*_numbers(grid), np.int32(grid.offset)) if grid else (*[np.float32(0)] * 4, *[np.int32(0)] * 3)
     affine = _array(weight), _array(bias), float(eps), bool(silu)
     arguments = rows(x), added.numpy(), groups, *affine, numbers, rows(out)
-    return out, bool(_norm_alone(*arguments) if x.numel() < _SERIAL_NORM else _run(_norm, *arguments))
+    return out, bool(_alone(_norm)(*arguments) if x.numel() < _SERIAL_NORM else _run(_norm, *arguments))
 
 
 def expand(packed: Tensor, bits: int, length: int, table: Tensor) -> Tensor:

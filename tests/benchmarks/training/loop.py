@@ -50,6 +50,10 @@ class Settings:
         return self.learning_rate * min(1.0, (update + 1) / self.warmup, max(0.0, remaining))
 
 
+class OtherSettingsError(ValueError):
+    """A run was begun with other settings."""
+
+
 @dataclass
 class Progress:
     """What a run knows of itself; stored with each checkpoint.
@@ -84,27 +88,40 @@ class Progress:
 
 
 class Task(nn.Module):
-    """A model to be trained: its networks are children, its forward gives the loss."""
+    """A model to be trained: its networks are children, its forward gives the loss.
+
+    Args:
+        settings (`Settings`): of its training, and where a subclass has more, of its networks.
+    """
 
     name: str
+    defaults: type[Settings] = Settings
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.settings = settings
 
     def draw(self, size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         """The data and noise of one update, on the CPU."""
         raise NotImplementedError
 
-    def sample_grid(self) -> Tensor:
-        """Pictures `(N, channels, H, W)` in [0, 1], of the weights that the networks have now."""
+    def sample_grid(self, num: int = 64, steps: int = 50) -> Tensor:
+        """Pictures `(num, channels, H, W)` in [0, 1], of the weights that the networks have now, from seed 0."""
         raise NotImplementedError
 
     def pipeline(self) -> DiffusionPipeline:
         """The networks in a stock pipeline."""
         raise NotImplementedError
 
+    def export(self, folder: Path) -> None:
+        """Write the weights that the networks have now, in float16; the networks are cast."""
+        self.half().eval()
+        self.pipeline().save_pretrained(folder)
+
 
 def train(
     task: Task,
     out: Path,
-    settings: Settings,
     *,
     save_every: float = 240.0,
     sample_every: int = 2000,
@@ -116,15 +133,23 @@ def train(
     Args:
         task (`Task`): what is trained, with weights drawn from the seed.
         out (`Path`): checkpoints (`checkpoint-<update>`), `samples-<update>.png`, `loss.png`, `progress.json`.
-        settings (`Settings`): of the whole run.
         save_every (`float`): seconds between checkpoints; `kill -9` costs no more than these.
         sample_every (`int`): updates between grids.
-        stop_at (`int`, *optional*): stop at this update without finishing.
+        stop_at (`int`, *optional*): stop at this update without finishing; 0 only takes up the last checkpoint.
         say (`Callable[[str], None]`): gets a line at each checkpoint.
+
+    Returns:
+        `Progress`: of the run; the task's networks have the averaged weights.
+
+    Raises:
+        OtherSettingsError: the run of this folder was begun with other settings; only `updates` may change.
     """
+    settings = task.settings
     bf16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not torch.cuda.is_available())
     out.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        _keep_settings(settings, out / "settings.json")
     task.to(memory_format=torch.channels_last)
     trained = [p for p in task.parameters() if p.requires_grad]
     rate, decay = settings.learning_rate, settings.weight_decay
@@ -141,7 +166,12 @@ def train(
     share, rank = settings.batch_size // accelerator.num_processes, accelerator.process_index
     begun, saved, first = time.monotonic() - progress.seconds, time.monotonic(), progress.update
     started = time.monotonic()
-    end = min(settings.updates, stop_at or settings.updates)
+    end = settings.updates if stop_at is None else min(settings.updates, stop_at)
+
+    def save() -> None:
+        progress.seconds = time.monotonic() - begun
+        _save(accelerator, out, progress)
+
     while progress.update < end and not stopping:
         batch = task.draw(settings.batch_size, batch_generator(settings.seed, progress.update))
         mine = [part[rank * share : (rank + 1) * share].to(accelerator.device) for part in batch]
@@ -155,11 +185,10 @@ def train(
         optimizer.zero_grad()
         ema.step(trained)
         progress.add(accelerator.reduce(loss.detach().float(), "mean").item())
-        last = progress.update == end or stopping
+        last = progress.update == end
         sampled = progress.update % sample_every == 0 or progress.update == settings.updates
         if last or sampled or time.monotonic() - saved > save_every:
-            progress.seconds = time.monotonic() - begun
-            _save(accelerator, out, progress)
+            save()
             speed = (time.monotonic() - started) / (progress.update - first)
             hours = speed * (settings.updates - progress.update) / 3600
             recent = (progress.window or progress.curve[-1:])[-WINDOW:]
@@ -171,8 +200,25 @@ def train(
                 with _average(ema, trained):
                     save_grid(task.sample_grid(), out / f"samples-{progress.update:06d}.png")
             saved = time.monotonic()
+    if stopping:  # wherever the signal came
+        save()
+        say(f"{task.name}: stopped at update {progress.update}")
     ema.copy_to(trained)
     return progress
+
+
+def _keep_settings(settings: Settings, file: Path) -> None:
+    """Write what a run is begun with; a run that goes on must have the same."""
+    asked = json.loads(json.dumps(asdict(settings)))
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else asked
+    changed = [name for name in asked if asked[name] != before.get(name) and name != "updates"]
+    if changed:
+        then, now = ({name: values.get(name) for name in changed} for values in (before, asked))
+        raise OtherSettingsError(
+            f"A run must go on with the settings that it was begun with, {then} in {file}, but {now} came. Give these "
+            f"again, or begin another run: `--out`."
+        )
+    _write(file, json.dumps(asked, indent=1) + "\n")
 
 
 @contextmanager

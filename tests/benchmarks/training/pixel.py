@@ -3,12 +3,11 @@
 import torch
 from data import Pictures, draw_pictures
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
-from loop import Task
+from loop import Settings, Task
 from torch import Tensor
 
 CHANNELS = (32, 64, 192, 192)
 GROUPS = 8
-SAMPLES = 64
 
 
 class PixelTask(Task):
@@ -16,8 +15,8 @@ class PixelTask(Task):
 
     name = "cifar10-pixel"
 
-    def __init__(self, pictures: Pictures) -> None:
-        super().__init__()
+    def __init__(self, pictures: Pictures, settings: Settings) -> None:
+        super().__init__(settings)
         self.pictures = pictures
         self.unet = UNet2DModel(
             sample_size=32,
@@ -47,9 +46,9 @@ class PixelTask(Task):
         """As it is published; few steps need DDIM."""
         return DDPMPipeline(self.unet, self.scheduler)
 
-    def sample_grid(self) -> Tensor:
-        """50 DDIM steps from the noise of seed 0."""
+    def sample_grid(self, num: int = 64, steps: int = 50) -> Tensor:
+        """On DDIM."""
         pipe = DDPMPipeline(self.unet, DDIMScheduler.from_config(self.scheduler.config))
         pipe.set_progress_bar_config(disable=True)
-        images = pipe(SAMPLES, torch.Generator().manual_seed(0), num_inference_steps=50, output_type="np").images
+        images = pipe(num, torch.Generator().manual_seed(0), num_inference_steps=steps, output_type="np").images
         return torch.from_numpy(images).permute(0, 3, 1, 2)

@@ -1,0 +1,35 @@
+"""`convert-checkpoint`: a checkpoint of an older format version as the present one."""
+
+import tempfile
+from pathlib import Path
+
+from ..errors import ConfigError
+from ..integration.config import FORMAT_VERSION
+from ..integration.migrate import migrate, outdated_components
+from .store import publish
+
+
+def convert_checkpoint(source: str | Path) -> dict:
+    """Raise a pipeline's or model's folder to the present format version, in place, completely or not at all.
+
+    Every tensor keeps its bits. The new folder grows beside the old one, is loaded, and takes its place.
+
+    Args:
+        source (`str` or `Path`): the folder.
+
+    Returns:
+        `dict`: `format_version`, `converted` and `already` (names of components; `.` is the folder itself), `out`.
+
+    Raises:
+        MSFPError: no quantized checkpoint, a damaged or newer one, or links instead of files; nothing is changed.
+    """
+    folder = Path(source).absolute()
+    if not folder.is_dir():
+        raise ConfigError(f"A checkpoint to convert must be a folder, but {source} is none. Download it first.")
+    old, already = outdated_components(folder)
+    if old:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", suffix=".part") as scratch:
+            made = Path(scratch) / "made"
+            migrate(folder, old, made)
+            publish(made, folder)
+    return {"format_version": FORMAT_VERSION, "converted": old, "already": already, "out": str(folder)}

@@ -1,0 +1,94 @@
+"""Copies of pipelines on another sampler, or with another model, than their own."""
+
+import copy
+import functools
+import inspect
+
+import torch
+from diffusers import DDIMInverseScheduler, DDIMScheduler, LCMScheduler, TCDScheduler
+
+from ..errors import ConfigError
+from .finite_steps import learns_variance
+
+OTHER_EQUATIONS = (LCMScheduler, TCDScheduler, DDIMInverseScheduler)
+"""Schedulers with the configs of diffusion's solvers that do something else."""
+
+
+def with_parts(pipe, **parts):
+    """A copy of a pipeline in which some components are others; the rest is shared.
+
+    It keeps class, config, progress bar and whatever else its constructor or its user has set; models and their hooks
+    are not copied.
+
+    Args:
+        pipe (`DiffusionPipeline`): not changed.
+        **parts: components by name, taken as they are: a pipeline's constructor may change a scheduler.
+    """
+    other = copy.copy(pipe)
+    other.register_modules(**parts)
+    return other
+
+
+def solver_from(cls: type, scheduler):
+    """A scheduler of another class with the settings of this one; it clips samples only if this one does."""
+    clips = {"clip_sample": False} if "clip_sample" in inspect.signature(cls).parameters else {}
+    return cls.from_config(scheduler.config, **clips | {k: scheduler.config[k] for k in clips if k in scheduler.config})
+
+
+def ddim_for(scheduler) -> DDIMScheduler | None:
+    """DDIM with a scheduler's settings; None where it would not solve the same equation.
+
+    That is so for a flow's schedulers, for those of consistency models, for other noise schedules than DDIM has, and
+    for models that learn variances, whose steps need them.
+    """
+    config = scheduler.config
+    same = "beta_schedule" in config and config.get("prediction_type") in ("epsilon", "v_prediction", "sample")
+    if not same or learns_variance(scheduler) or isinstance(scheduler, OTHER_EQUATIONS):
+        return None
+    try:
+        ddim = solver_from(DDIMScheduler, scheduler)
+    except (NotImplementedError, TypeError, ValueError):  # a schedule that it does not know
+        return None
+    own = getattr(scheduler, "alphas_cumprod", None)
+    if not isinstance(own, torch.Tensor) or own.shape != ddim.alphas_cumprod.shape:
+        return None
+    own = own.to(ddim.alphas_cumprod)
+    divides = config["prediction_type"] == "epsilon" and bool((own[-1] > 0) & (ddim.alphas_cumprod[-1] <= 0))
+    return None if divides or not torch.allclose(own, ddim.alphas_cumprod, atol=1e-6) else ddim
+
+
+def takes_ddim(scheduler) -> bool:
+    """Whether DDIM, or another solver of the same equation, can take a scheduler's place; see `ddim_for`."""
+    return ddim_for(scheduler) is not None
+
+
+def with_ddim(pipe, eta: float = 0.0):
+    """A copy of a pipeline on DDIM; the pipeline itself where its scheduler must be kept, see `ddim_for`.
+
+    Args:
+        pipe (`DiffusionPipeline`): not changed.
+        eta (`float`): 0 is deterministic, 1 as noisy as DDPM.
+
+    Raises:
+        ConfigError: an `eta` for a pipeline that keeps its own scheduler.
+    """
+    ddim = ddim_for(pipe.scheduler)
+    if ddim is None:
+        if eta:
+            raise ConfigError(
+                f"`eta` is DDIM's, but {type(pipe).__name__} keeps its own {type(pipe.scheduler).__name__}, which DDIM "
+                f"cannot replace. Leave `eta` at 0."
+            )
+        return pipe
+    if eta:
+        step = ddim.step
+        signature = inspect.signature(step)
+
+        @functools.wraps(step)  # pipelines look at the signature for what they may pass
+        def noisy(*args, **kwargs):
+            bound = signature.bind(*args, **kwargs)
+            bound.arguments["eta"] = eta
+            return step(*bound.args, **bound.kwargs)
+
+        ddim.step = noisy
+    return with_parts(pipe, scheduler=ddim)

@@ -1,0 +1,203 @@
+"""The trainer of the real models: all of them for two updates; killed, stopped, resumed."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKL, DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPTokenizer
+
+TRAINING = Path(__file__).parent / "benchmarks" / "training"
+sys.path.insert(0, str(TRAINING))
+
+import captions  # noqa: E402
+import model_card  # noqa: E402
+import train  # noqa: E402
+
+TIMEOUT = 300
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Twenty coarse pictures for training and sixteen for tests, as JPEG CIFAR-10 is stored."""
+    files = []
+    for colours in np.random.default_rng(0).integers(0, 256, (36, 4, 4, 3), dtype=np.uint8):
+        Image.fromarray(colours).resize((32, 32)).save(file := io.BytesIO(), format="JPEG")
+        files.append(np.frombuffer(file.getvalue(), np.uint8))
+    path = tmp_path_factory.mktemp("data") / "pictures.npz"
+    np.savez(
+        path,
+        data=np.concatenate(files),
+        offsets=np.cumsum([0, *map(len, files)]),
+        label=np.arange(36) % 10,
+        is_train=np.arange(36) < 20,
+    )
+    return path
+
+
+@pytest.fixture
+def _own_signals():
+    """The trainer takes signals and accelerate's state for itself."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def train_two(name: str, data: Path, folder: Path, **arguments) -> Path:
+    """Two updates of a hundred, and what they export."""
+    export = folder / "export"
+    train.main(name, data, out=folder / "runs" / name, updates=100, batch_size=2, stop_at=2, export=export, **arguments)
+    assert {"checkpoint-0000002", "loss.png", "progress.json"} <= {p.name for p in (folder / "runs" / name).iterdir()}
+    return export
+
+
+@pytest.fixture
+def autoencoder(data, tmp_path, _own_signals) -> Path:
+    return train_two("cifar10-autoencoder", data, tmp_path / "autoencoder")
+
+
+def test_autoencoder(autoencoder):
+    vae = AutoencoderKL.from_pretrained(autoencoder)
+    figures = json.loads((autoencoder / "reconstruction.json").read_text())
+    assert figures["pictures"] == 16
+    assert 0 < figures["psnr_db"] < 30
+    latents = vae.encode(torch.rand(2, 3, 32, 32) * 2 - 1).latent_dist.mean
+    assert latents.shape == (2, 4, 16, 16)
+    assert vae.config.scaling_factor == figures["scaling_factor"] != 0.18215
+    stored = load_file(autoencoder / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+
+
+@pytest.mark.usefixtures("_own_signals")
+def test_pixel(data, tmp_path):
+    pipe = DiffusionPipeline.from_pretrained(train_two("cifar10-pixel", data, tmp_path))
+    assert pipe(2, num_inference_steps=2, output_type="np").images.shape == (2, 32, 32, 3)
+
+
+def test_latent_transformer(data, tmp_path, autoencoder):
+    pipe = DiffusionPipeline.from_pretrained(train_two("cifar10-latent-dit", data, tmp_path, autoencoder=autoencoder))
+    assert pipe.get_label_ids(["ship", "dog"]) == [8, 5]
+    images = pipe([8, 5], num_inference_steps=2, output_type="np").images
+    assert images.shape == (2, 32, 32, 3)
+    table = pipe.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
+    assert len(table) == 1001
+    assert not table[10:1000].any()
+    assert table[:10].any(1).all()
+    assert table[1000].any()
+
+
+def test_text(data, tmp_path, autoencoder):
+    export = train_two("cifar10-text", data, tmp_path, autoencoder=autoencoder)
+    pipe = DiffusionPipeline.from_pretrained(export)
+    images = pipe(["a photo of a ship", "a frog"], num_inference_steps=2, output_type="np").images
+    assert images.shape == (2, 32, 32, 3)
+    tokenizer = CLIPTokenizer.from_pretrained(export / "tokenizer")
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    text = "a blurry picture of an automobile"
+    ids = tokenizer(text).input_ids
+    assert [ids[0], ids[-1], len(ids)] == [start, end, 2 + len(text.split())]
+    assert tokenizer.decode(ids[1:-1]) == text
+    assert tokenizer("").input_ids == [start, end]
+    assert len(tokenizer("zebras").input_ids) > 3, "no word of the captions, so several pieces"
+
+
+def test_every_word_of_the_captions_is_one_token():
+    texts = [text for name in captions.CIFAR10_CLASSES for text in captions.captions(name)]
+    tokenizer = captions.make_tokenizer()
+    for text in texts:
+        assert len(tokenizer(text).input_ids) == 2 + len(text.split()) <= captions.TOKENS
+    assert captions.captions("airplane")[0] == "a photo of an airplane"
+
+
+def make_card(name: str, data: Path, folder: Path, **arguments) -> tuple[str, dict]:
+    out = folder / "card"
+    model_card.main(name, data, run=folder / "runs" / name, out=out, num=66, steps=1, card_only=False, **arguments)
+    text = (out / "README.md").read_text(encoding="utf-8")
+    results = json.loads((out / model_card.RESULTS).read_text(encoding="utf-8"))
+    assert text == model_card.card(name, results)
+    assert Image.open(out / "samples.png").size == (3 * 256, 3 * 256)
+    assert results["training"]["updates"] == 2
+    for part in ("**Weak**: ", "not selected", "JPEG CIFAR-10", "*not* FID", "its training stopped after 2 updates"):
+        assert part in " ".join(text.split())
+    DiffusionPipeline.from_pretrained(out)
+    return text, results
+
+
+def test_card_of_a_conditional_model(data, tmp_path, autoencoder):
+    train_two("cifar10-latent-dit", data, tmp_path, autoencoder=autoencoder)
+    text, results = make_card("cifar10-latent-dit", data, tmp_path, autoencoder=autoencoder)
+    assert 0 <= results["figures"]["class_agreement"]["value"] < 0.6
+    assert "| class agreement |" in text
+    assert "PSNR" in text
+
+
+def test_cards_are_what_their_results_say():
+    for file in (TRAINING.parents[2] / "model_cards").glob(f"*/{model_card.RESULTS}"):
+        folder = file.parents[1]
+        expected = model_card.card(folder.name, json.loads(file.read_text(encoding="utf-8")))
+        assert (folder / "README.md").read_text(encoding="utf-8") == expected
+
+
+def start(data: Path, out: Path, *more: object) -> subprocess.Popen:
+    command = [sys.executable, TRAINING / "train.py", "cifar10-autoencoder", "--data", data, "--out", out, *more]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*map(str, command), "--batch-size", "2"], env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finished(process: subprocess.Popen) -> str:
+    _, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, err
+    return err
+
+
+def wait_for(folder: Path, pattern: str) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not list(folder.glob(pattern)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_killed_stopped_and_resumed_it_is_the_same_run(data, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finished(start(data, whole, "--updates", 60, "--export", tmp_path / "export"))
+    process = start(data, killed, "--updates", 60, "--save-every", 0)
+    wait_for(killed, "checkpoint-000000[3-9]")
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not list(killed.glob("checkpoint-0000060"))
+    process = start(data, killed, "--updates", 60, "--save-every", 0, "--export", tmp_path / "unfinished")
+    wait_for(killed, "checkpoint-00000[1-5]?")
+    process.send_signal(signal.SIGTERM)
+    told = finished(process)
+    (left,) = killed.glob("checkpoint-*")
+    assert "goes on at update" in told
+    assert f"stopped at update {int(left.name[-7:])}\n" in told
+    assert not (tmp_path / "unfinished").exists()
+    assert "goes on at update" in finished(start(data, killed, "--updates", 60))
+    for file in ("model.safetensors", "custom_checkpoint_0.pkl", "optimizer.bin"):
+        one, two = (folder / "checkpoint-0000060" / file for folder in (whole, killed))
+        assert one.read_bytes() == two.read_bytes(), file
+    curves = [json.loads((folder / "progress.json").read_text()) for folder in (whole, killed)]
+    assert len(curves[0]["curve"]) == 1
+    assert [c["curve"] + c["window"] for c in curves][0] == [c["curve"] + c["window"] for c in curves][1]
+    assert (whole / "samples-000060.png").read_bytes() == (killed / "samples-000060.png").read_bytes()
+    other = start(data, killed, "--seed", 1)
+    assert "must go on with the settings that it was begun with, {'seed': 0}" in " ".join(
+        other.communicate()[1].split()
+    )
