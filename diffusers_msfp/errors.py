@@ -25,6 +25,10 @@ class ConfigError(MSFPError):
     """A configuration that cannot be honoured."""
 
 
+class NothingToDoError(ConfigError):
+    """A stage that has nothing to work on in this model; recipes go on without it."""
+
+
 class CheckpointError(MSFPError):
     """A checkpoint that is damaged, foreign, or newer than this package."""
 

@@ -3,28 +3,41 @@
 import torch
 from conftest import make_condition_unet, make_vae
 from diffusers import (
+    AutoencoderKLWan,
     ControlNetModel,
     DDIMScheduler,
+    DDPMWuerstchenScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    KandinskyV22CombinedPipeline,
     LDMPipeline,
     PNDMScheduler,
+    PriorTransformer,
     SD3Transformer2DModel,
+    StableCascadeCombinedPipeline,
+    StableCascadeUNet,
     StableDiffusion3Pipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    UnCLIPScheduler,
     UNet2DModel,
     VQModel,
+    WanPipeline,
+    WanTransformer3DModel,
 )
+from diffusers.pipelines.stable_cascade.pipeline_stable_cascade import PaellaVQModel
 from transformers import (
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     T5Config,
     T5EncoderModel,
 )
@@ -190,4 +203,150 @@ def make_flux() -> FluxPipeline:
         text_encoder=make_clip(),
         text_encoder_2=make_t5(),
         **{name: make_tokenizer() for name in ("tokenizer", "tokenizer_2")},
+    )
+
+
+def make_cascade() -> StableCascadeCombinedPipeline:
+    """Two denoisers, `prior_prior` and `decoder`, which take a `timestep_ratio`."""
+    torch.manual_seed(0)
+    layers = {"down_num_layers_per_block": (1,), "up_num_layers_per_block": (1,)}
+    layers |= {"down_blocks_repeat_mappers": (1,), "up_blocks_repeat_mappers": (1,), "dropout": (0.0,)}
+    layers |= {"block_out_channels": (16,), "num_attention_heads": (2,), "conditioning_dim": 16}
+    layers |= {"clip_text_pooled_in_channels": 16, "timestep_ratio_embedding_dim": 16, "switch_level": None}
+    layers |= {"block_types_per_layer": (("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),)}
+    text = {"clip_text_in_channels": 16, "clip_image_in_channels": 16}
+    prior = StableCascadeUNet(in_channels=16, out_channels=16, **layers, **text)
+    decoder = StableCascadeUNet(in_channels=4, out_channels=4, effnet_in_channels=16, **layers)
+    for model in (prior, decoder):  # its zero layers would say nothing
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.2)
+    return StableCascadeCombinedPipeline(
+        tokenizer=make_tokenizer(),
+        text_encoder=make_clip(CLIPTextModelWithProjection),
+        decoder=decoder.eval(),
+        scheduler=DDPMWuerstchenScheduler(),
+        vqgan=PaellaVQModel(bottleneck_blocks=1, num_vq_embeddings=2, embed_dim=8).eval(),
+        prior_prior=prior.eval(),
+        prior_text_encoder=make_clip(CLIPTextModelWithProjection),
+        prior_tokenizer=make_tokenizer(),
+        prior_scheduler=DDPMWuerstchenScheduler(),
+    )
+
+
+SMALL_CASCADE = {"height": 128, "width": 128}
+"""For `make_cascade`: latents of a few pixels."""
+
+
+def make_kandinsky() -> KandinskyV22CombinedPipeline:
+    """Two denoisers: a `prior_prior`, which returns `predicted_image_embedding`, and a `unet`."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        projection_dim=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
+    )
+    prior = PriorTransformer(num_attention_heads=2, attention_head_dim=8, embedding_dim=16, num_layers=1)
+    prior.clip_std = torch.nn.Parameter(torch.ones(prior.clip_std.shape))
+    unet = make_condition_unet(
+        **SMALL,
+        out_channels=8,
+        addition_embed_type="image",
+        encoder_hid_dim=16,
+        encoder_hid_dim_type="image_proj",
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        resnet_time_scale_shift="scale_shift",
+    )
+    movq = VQModel(
+        block_out_channels=(32, 32),
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+        norm_num_groups=4,
+        latent_channels=4,
+        num_vq_embeddings=12,
+        vq_embed_dim=4,
+        norm_type="spatial",
+    )
+    return KandinskyV22CombinedPipeline(
+        unet=unet,
+        scheduler=DDIMScheduler(),
+        movq=movq.eval(),
+        prior_prior=prior.eval(),
+        prior_image_encoder=CLIPVisionModelWithProjection(vision).eval(),
+        prior_text_encoder=make_clip(CLIPTextModelWithProjection),
+        prior_tokenizer=make_tokenizer(),
+        prior_scheduler=UnCLIPScheduler(num_train_timesteps=1000, prediction_type="sample"),
+        prior_image_processor=CLIPImageProcessor(crop_size=32, size=32),
+    )
+
+
+SMALL_KANDINSKY = {"height": 64, "width": 64}
+"""For `make_kandinsky`."""
+
+
+def make_wan() -> WanPipeline:
+    """Two denoisers, `transformer` for the noisy half of the steps and `transformer_2` for the other."""
+
+    def transformer(seed: int) -> WanTransformer3DModel:
+        torch.manual_seed(seed)
+        return WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=16,
+            out_channels=16,
+            text_dim=32,
+            freq_dim=32,
+            ffn_dim=32,
+            num_layers=1,
+            rope_max_seq_len=32,
+        ).eval()
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval()
+    return WanPipeline(
+        tokenizer=make_tokenizer(),
+        text_encoder=make_t5(),
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=transformer(1),
+        transformer_2=transformer(2),
+        boundary_ratio=0.8,
+    )
+
+
+def small_wan() -> dict:
+    """Arguments for `make_wan`, of one short video."""
+    embeddings = torch.randn(2, 1, 8, 32, generator=torch.Generator().manual_seed(3))
+    prompts = {"prompt": None, "prompt_embeds": embeddings[0], "negative_prompt_embeds": embeddings[1]}
+    return prompts | {"height": 16, "width": 16, "num_frames": 1}
+
+
+def make_small_wan() -> WanPipeline:
+    """With one denoiser."""
+    torch.manual_seed(0)
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1,
+        rope_max_seq_len=32,
+    ).eval()
+    vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval()
+    return WanPipeline(
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder=make_t5(),
+        tokenizer=make_tokenizer(),
     )

@@ -1,8 +1,7 @@
 """`compare`: what a quantized pipeline lost."""
 
 from ..evaluation import compare_pipelines
-from ..workflow.sampling import denoiser_name, denoiser_of
-from .load import load_pipeline, model_bytes, require_variant
+from .load import denoisers_bytes, load_pipeline, require_variant
 from .terminal import progress
 
 
@@ -25,7 +24,7 @@ def compare(
         variant (`str`, *optional*): of the weights, where a pipeline has it.
 
     Returns:
-        `dict`: as `compare_pipelines`, with `bytes_ref` and `bytes_cand` (weight files of the denoiser).
+        `dict`: as `compare_pipelines`, with `bytes_ref` and `bytes_cand` (weight files of the denoisers).
     """
     require_variant(variant, ref, cand)
     reference, candidate = (load_pipeline(source, variant=variant) for source in (ref, cand))
@@ -41,5 +40,5 @@ def compare(
             on_step=report,
         )
     for key, source, pipe in (("bytes_ref", ref, reference), ("bytes_cand", cand, candidate)):
-        result[key] = model_bytes(source, denoiser_of(pipe), denoiser_name(pipe), variant)
+        result[key] = denoisers_bytes(source, pipe, variant)
     return result

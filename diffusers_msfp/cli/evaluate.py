@@ -9,8 +9,7 @@ from accelerate import PartialState
 
 from ..evaluation import evaluate_pipelines
 from ..outputs import require_writable_folder
-from ..workflow.sampling import denoiser_name, denoiser_of
-from .load import load_pipeline, model_bytes, require_variant
+from .load import denoisers_bytes, load_pipeline, require_variant
 from .store import peak_rss_bytes, write_json
 from .terminal import progress, stderr
 
@@ -92,7 +91,7 @@ def evaluate(
     if result is None:
         return None
     for key, place, pipe in (("bytes_reference", reference, original), ("bytes_candidate", source, candidate)):
-        result[key] = model_bytes(place, denoiser_of(pipe), denoiser_name(pipe), variant)
+        result[key] = denoisers_bytes(place, pipe, variant)
     result |= {
         "source": source,
         "reference": reference,

@@ -12,8 +12,8 @@ from ..errors import ConfigError
 from ..evaluation import image_grid, with_ddim
 from ..outputs import require_writable_folder
 from ..workflow import FinetuneConfig, Finetuner
+from ..workflow.denoisers import denoiser_name, denoiser_of
 from ..workflow.finetune import PREVIEWS
-from ..workflow.sampling import denoiser_name, denoiser_of
 from ..workflow.state import quantized_models
 from .load import SourceError, load_pipeline, model_bytes, require_variant
 from .store import check_target, peak_rss_bytes, write_checkpoint

@@ -11,6 +11,7 @@ from ..errors import MSFPError
 from ..evaluation.describe import file_bytes, read_config, weights_by_variant
 from ..integration.config import MSFPConfig
 from ..integration.streaming import StreamedModel
+from ..workflow.denoisers import denoisers_of
 from .terminal import stderr
 
 OTHER_QUANTIZERS = {"sdnq": "sdnq"}
@@ -220,6 +221,11 @@ def model_bytes(source: str, model: ModelMixin, name: str, variant: str | None =
     folder = Path(source) / name if name != "." else Path(source)
     on_disk = file_bytes(folder, variant) if folder.is_dir() else 0
     return on_disk or model.get_memory_footprint()
+
+
+def denoisers_bytes(source: str, pipe: DiffusionPipeline, variant: str | None = None) -> int:
+    """Size of the weights of all denoisers of a pipeline."""
+    return sum(model_bytes(source, model, name, variant) for name, model in denoisers_of(pipe).items())
 
 
 def refuse_quantized(folder: Path) -> None:

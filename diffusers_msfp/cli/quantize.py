@@ -9,8 +9,9 @@ from diffusers.quantizers import PipelineQuantizationConfig
 
 from ..errors import ConfigError
 from ..evaluation.describe import file_bytes, read_config
+from ..integration.components import class_named
 from ..integration.config import MSFPConfig
-from ..integration.in_memory import choose_components, components_of, quantize_model, refuse_several
+from ..integration.in_memory import components_of, quantize_model, refuse_several
 from ..integration.recipe import RecipeRun, plan_stages
 from ..integration.streaming import StreamedModel
 from ..integration.tensor_files import MAX_SHARD_SIZE
@@ -21,6 +22,7 @@ from ..workflow import calibrate, calibration_state
 from ..workflow.calibrate import check_calibration
 from ..workflow.convert import quant_layers
 from ..workflow.sampling import require_positive
+from ..workflow.solvers import exchange_parts
 from .load import (
     fetch,
     load_pipeline,
@@ -145,7 +147,7 @@ def quantize(
             publish(places["."], out)
         else:
             models = {name: streams.pop(name).load(place) for name, place in places.items()}
-            loaded.register_modules(**models)
+            exchange_parts(loaded, **models)
             for name in encoders if path.is_file() else ():  # those of a folder are quantized while they are loaded
                 quantize_model(getattr(loaded, name), request)
             models |= {name: getattr(loaded, name) for name in encoders}
@@ -219,8 +221,9 @@ def _parts(
         return streams, [name for name in found if name not in streams]
     index = read_config(path, "model_index.json")
     if index:
-        present = [name for name, part in index.items() if isinstance(part, list) and part[0] is not None]
-        names = choose_components(present, index.get("_class_name"), request)
+        listed = {name: part for name, part in index.items() if isinstance(part, list) and part[0] is not None}
+        present = {name: class_named(part) for name, part in listed.items()}
+        names = request.choose_components(present, index.get("_class_name"))
     elif request.components_to_quantize:
         raise ConfigError(f"`components` selects parts of a pipeline, but {path} is a single model.")
     else:

@@ -13,7 +13,7 @@ from ..integration.config import MSFPConfig
 from ..integration.in_memory import quantize_pipeline
 from ..outputs import writing
 from ..space import Contender, build_page, launch, require_comparable, require_gradio, write_space
-from ..workflow.sampling import denoiser_of
+from ..workflow.denoisers import denoiser_of
 from ..workflow.state import quantized_models
 from .load import SourceError, load_pipeline, require_variant
 from .store import check_target, publish

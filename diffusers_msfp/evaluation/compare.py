@@ -7,22 +7,18 @@ is called with, the candidate is called with too, in every stock pipeline. Pictu
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..errors import ConfigError
-from ..workflow.sampling import (
-    batched_calls,
-    call_arguments,
-    denoiser_of,
-    model_output,
-    quiet,
-    require_positive,
-)
+from ..nn.wrappers import sees_through
+from ..workflow.denoisers import denoisers_of, is_quantized, model_output
+from ..workflow.sampling import batched_calls, call_arguments, quiet, require_positive
 from ..workflow.solvers import with_ddim
-from ..workflow.timestep import timestep_of, timestep_position
+from ..workflow.timestep import first_timestep, timestep_argument
 from ..workflow.used_output import used_part
 from .samples import pictures_tensor
 
@@ -35,6 +31,7 @@ def psnr_db(a: Tensor, b: Tensor) -> Tensor:
     return (-10 * torch.log10(error)).clamp_max(MAX_PSNR_DB)
 
 
+@sees_through(changes=False)
 def compare_pipelines(
     reference,
     candidate,
@@ -63,33 +60,37 @@ def compare_pipelines(
 
     Returns:
         `dict`: `eps_mse` (mean squared difference of the outputs), `eps_rel_l2` (`sqrt(Σ‖Δ‖² / Σ‖reference‖²)`), both
-        pooled over samples and timesteps; `eps_rel_l2_by_timestep` (timestep → value); `image_psnr_db` (mean over
-        images of [0, 1]).
+        pooled over samples, timesteps and denoisers; `eps_rel_l2_by_timestep` (timestep → value); `image_psnr_db`
+        (mean over images of [0, 1]); and where there are several denoisers, `denoisers` (name → the first three and
+        `quantized`).
 
     Raises:
-        ConfigError: the denoisers give outputs of different shapes, numbers below 1, or an `eta` for a pipeline that
-            DDIM cannot sample.
+        ConfigError: other denoisers, outputs of different shapes, numbers below 1, or an `eta` for a pipeline that DDIM
+            cannot sample.
     """
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
     reference, candidate = with_ddim(reference, eta), with_ddim(candidate, eta)
-    student = denoiser_of(candidate)
+    originals, students = paired_denoisers(reference, candidate)
     make_arguments = call_arguments(reference, prompts, num_inference_steps, {"output_type": "pt"} | arguments)
-    calls, again = (batched_calls(make_arguments, [student], num_samples, seed) for _ in range(2))  # generators advance
-    error, energy, count = defaultdict(float), defaultdict(float), 0
+    models = list(students.values())
+    calls, again = (batched_calls(make_arguments, models, num_samples, seed) for _ in range(2))  # generators advance
+    figures = {name: _Figures() for name in originals}
     done = 0
     asking = False  # the candidate may be the reference itself
     total = len(calls) * num_inference_steps
 
-    def as_candidate(value):
-        is_data = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1  # no timesteps
-        return value.to(student.dtype) if is_data else value
-
-    def watch(module, args, kwargs, output) -> None:
-        nonlocal count, done, asking
+    def watch(module, args, kwargs, output, *, name: str) -> None:
+        nonlocal done, asking
         if asking:
             return
-        timestep = timestep_of(timestep_position(module), args, kwargs)
+        student = students[name]
+
+        def as_candidate(value):
+            is_data = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1  # no timesteps
+            return value.to(student.dtype) if is_data else value
+
         asking = True
+        timestep = timestep_argument(module).of(args, kwargs)
         args, kwargs = tree_map(as_candidate, (args, kwargs))
         expected, came = model_output(output).double(), model_output(student(*args, **kwargs)).double()
         asking = False
@@ -99,10 +100,7 @@ def compare_pipelines(
                 f"the candidate is not a quantized version of the reference."
             )
         expected, came = (used_part(reference, each, args, kwargs) for each in (expected, came))
-        key = float(torch.as_tensor(timestep).flatten()[0])
-        error[key] += (came - expected).square().sum().item()
-        energy[key] += expected.square().sum().item()
-        count += expected.numel()
+        figures[name].add(first_timestep(timestep), expected, came)
         done += 1
         if on_step is not None:
             on_step(done, max(done, total))
@@ -110,19 +108,72 @@ def compare_pipelines(
     ratios = []
     with quiet(reference), quiet(candidate), torch.no_grad():
         for call, same in zip(calls, again, strict=True):
-            handle = denoiser_of(reference).register_forward_hook(watch, with_kwargs=True)
+            handles = [
+                model.register_forward_hook(partial(watch, name=name), with_kwargs=True)
+                for name, model in originals.items()
+            ]
             try:
-                expected = pictures_tensor(call.run(reference).images)
+                expected = pictures_tensor(call.run(reference))
             finally:
-                handle.remove()
-            came = pictures_tensor(same.run(candidate).images)
+                for handle in handles:
+                    handle.remove()
+            came = pictures_tensor(same.run(candidate))
             ratios.append(psnr_db(expected, came))
             if on_pictures is not None:
                 on_pictures(expected, came)
-    by_timestep = {f"{t:g}": math.sqrt(error[t] / energy[t]) for t in sorted(error, reverse=True)}
-    return {
-        "eps_mse": sum(error.values()) / count,
-        "eps_rel_l2": math.sqrt(sum(error.values()) / sum(energy.values())),
-        "eps_rel_l2_by_timestep": by_timestep,
-        "image_psnr_db": torch.cat(ratios).mean().item(),
-    }
+    pooled = sum(figures.values(), _Figures()).result()
+    own = {name: figures[name].result() | {"quantized": is_quantized(model)} for name, model in students.items()}
+    return pooled | ({"denoisers": own} if len(own) > 1 else {}) | {"image_psnr_db": torch.cat(ratios).mean().item()}
+
+
+def paired_denoisers(reference, candidate) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """The denoisers of two pipelines under the reference's names; one each are a pair whatever they are called.
+
+    Raises:
+        ConfigError: the candidate has others.
+    """
+    originals, students = denoisers_of(reference), denoisers_of(candidate)
+    if len(originals) == len(students) == 1:
+        return originals, dict(zip(originals, students.values(), strict=True))
+    if originals.keys() != students.keys():
+        raise ConfigError(
+            f"Both pipelines must have the same denoisers, but {', '.join(originals)} and {', '.join(students)} came: "
+            f"the candidate is not a quantized version of the reference."
+        )
+    return originals, students
+
+
+class _Figures:
+    """Error of a denoiser's outputs by timestep."""
+
+    def __init__(self) -> None:
+        self.error, self.energy, self.count = defaultdict(float), defaultdict(float), 0
+
+    def add(self, timestep: float, expected: Tensor, came: Tensor) -> None:
+        """Take the outputs of one call into account, float64."""
+        self.error[timestep] += (came - expected).square().sum().item()
+        self.energy[timestep] += expected.square().sum().item()
+        self.count += expected.numel()
+
+    def __add__(self, other: "_Figures") -> "_Figures":
+        both = _Figures()
+        for part in (self, other):
+            both.count += part.count
+            for timestep in part.error:
+                both.error[timestep] += part.error[timestep]
+                both.energy[timestep] += part.energy[timestep]
+        return both
+
+    def result(self) -> dict:
+        """`eps_mse`, `eps_rel_l2` and `eps_rel_l2_by_timestep`; None for a denoiser that was never called."""
+        error, energy = sum(self.error.values()), sum(self.energy.values())
+        by_timestep = {f"{t:g}": _relative(self.error[t], self.energy[t]) for t in sorted(self.error, reverse=True)}
+        return {
+            "eps_mse": error / self.count if self.count else None,
+            "eps_rel_l2": _relative(error, energy) if self.count else None,
+            "eps_rel_l2_by_timestep": by_timestep,
+        }
+
+
+def _relative(error: float, energy: float) -> float:
+    return math.sqrt(error / energy) if energy else math.inf if error else 0.0

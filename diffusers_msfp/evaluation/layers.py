@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..nn.wrappers import sees_through
 from ..talora import RoutingTable
-from ..workflow.sampling import batched_calls, call_arguments, denoiser_of, quiet, require_positive
+from ..workflow.sampling import batched_calls, call_arguments, quiet, require_positive
 from ..workflow.solvers import with_ddim
-from ..workflow.timestep import timestep_of, timestep_position
+from ..workflow.timestep import first_timestep, timestep_argument
 from ..workflow.used_output import counted, used_channels
+from .compare import paired_denoisers
 
 MAX_SNR_DB = 100.0
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -29,6 +31,7 @@ def snr_db(signal: float, noise: float) -> float:
     return MAX_SNR_DB if noise <= signal * 1e-10 else 10 * math.log10(signal / noise) if signal else -MAX_SNR_DB
 
 
+@sees_through(changes=False)
 def layer_snr(
     reference,
     candidate,
@@ -40,7 +43,7 @@ def layer_snr(
     on_step: Callable[[int, int], None] | None = None,
     **arguments,
 ) -> dict[str, dict]:
-    """Signal-to-noise ratio of every linear and convolution in the denoiser.
+    """Signal-to-noise ratio of every linear and convolution in the denoisers.
 
     Of the last one, channels that put out a variance are not counted.
 
@@ -49,65 +52,57 @@ def layer_snr(
         num_samples, num_inference_steps, seed, prompts, on_step, **arguments: see `compare_pipelines`.
 
     Returns:
-        `dict`: layer → `snr_db`, `10 log10(Σ‖float‖² / Σ‖Δ‖²)` over all samples and timesteps, at most 100, and
-        `by_timestep`: timestep → the same.
+        `dict`: layer (of several denoisers: `component:layer`) → `snr_db`, `10 log10(Σ‖float‖² / Σ‖Δ‖²)` over all
+        samples and timesteps, at most 100, and `by_timestep`: timestep → the same.
 
     Raises:
         ConfigError: no layer of the reference has a counterpart of its name.
     """
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
     reference = with_ddim(reference)
-    teacher, student = denoiser_of(reference), denoiser_of(candidate)
-    calls = batched_calls(
-        call_arguments(reference, prompts, num_inference_steps, {"output_type": "pt"} | arguments),
-        [student],
-        num_samples,
-        seed,
-    )
-    counterparts = dict(student.named_modules())
-    pairs = {
-        name: (layer, counterparts[name])
-        for name, layer in teacher.named_modules()
-        if isinstance(layer, LAYERS) and name in counterparts
-    }
-    if not pairs:
-        raise ConfigError(
-            f"A quantized {type(teacher).__name__} must have layers of the same names as its float original, but "
-            f"{type(student).__name__} has none of them: the candidate is not a quantized version of the reference."
-        )
-    router, position = getattr(student, "timestep_router", None), timestep_position(teacher)
+    originals, students = paired_denoisers(reference, candidate)
+    make_arguments = call_arguments(reference, prompts, num_inference_steps, {"output_type": "pt"} | arguments)
+    calls = batched_calls(make_arguments, list(students.values()), num_samples, seed)
     signal, noise = defaultdict(lambda: defaultdict(float)), defaultdict(lambda: defaultdict(float))
     done, running = 0, math.nan
-    used, trying = None, False
+    used, trying = {}, False
 
-    def begin(_module, args, kwargs) -> None:
-        nonlocal done, running, used, trying
+    def begin(module, args, kwargs, *, component: str, student: nn.Module) -> None:
+        nonlocal done, running, trying
         if trying:
             return
-        if not done:
+        if component not in used:
             trying = True
-            used = used_channels(reference, teacher, args, kwargs)
+            used[component] = used_channels(reference, module, args, kwargs)
             trying = False
-        timestep = timestep_of(position, args, kwargs)
+        timestep = timestep_argument(module).of(args, kwargs)
+        router = getattr(student, "timestep_router", None)
         if isinstance(router, RoutingTable) and timestep is not None:
             router.enter(timestep)
-        running, done = math.nan if timestep is None else float(torch.as_tensor(timestep).flatten()[0]), done + 1
+        running, done = first_timestep(timestep), done + 1
         if on_step is not None:
             on_step(done, max(done, len(calls) * num_inference_steps))
 
-    def measure(module, args, kwargs, output, *, name: str, layer: nn.Module) -> None:
+    def measure(module, args, kwargs, output, *, component: str, name: str, key: str, layer: nn.Module, dtype) -> None:
         if trying:
             return
         x, *rest = (*args, *kwargs.values())
-        came = output if layer is module else layer(x.to(student.dtype), *rest)
-        output, came = counted(used, name, [output, came])
-        signal[name][running] += output.double().square().sum().item()
-        noise[name][running] += _energy(came, output)
+        came = output if layer is module else layer(x.to(dtype), *rest)
+        output, came = counted(used[component], name, [output, came])
+        signal[key][running] += output.double().square().sum().item()
+        noise[key][running] += _energy(came, output)
 
-    handles = [teacher.register_forward_pre_hook(begin, with_kwargs=True)]
-    for name, (layer, own) in pairs.items():
-        handles.append(layer.register_forward_hook(partial(measure, name=name, layer=own), with_kwargs=True))
+    handles, names = [], []
     try:
+        for component, teacher in originals.items():
+            student, prefix = students[component], f"{component}:" if len(originals) > 1 else ""
+            start = partial(begin, component=component, student=student)
+            handles.append(teacher.register_forward_pre_hook(start, with_kwargs=True))
+            for name, (layer, own) in _pairs(teacher, student).items():
+                where = {"component": component, "name": name, "key": prefix + name}
+                look = partial(measure, **where, layer=own, dtype=student.dtype)
+                handles.append(layer.register_forward_hook(look, with_kwargs=True))
+                names.append(prefix + name)
         with quiet(reference), torch.no_grad():
             for call in calls:
                 call.run(reference)
@@ -119,9 +114,25 @@ def layer_snr(
             "snr_db": snr_db(sum(signal[name].values()), sum(noise[name].values())),
             "by_timestep": {f"{t:g}": snr_db(signal[name][t], noise[name][t]) for t in sorted(signal[name])[::-1]},
         }
-        for name in pairs
+        for name in names
         if name in signal
     }
+
+
+def _pairs(teacher: nn.Module, student: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """Layers of a float model with those of the same names in its quantized version."""
+    counterparts = dict(student.named_modules())
+    pairs = {
+        name: (layer, counterparts[name])
+        for name, layer in teacher.named_modules()
+        if isinstance(layer, LAYERS) and name in counterparts
+    }
+    if not pairs:
+        raise ConfigError(
+            f"A quantized {type(teacher).__name__} must have layers of the same names as its float original, but "
+            f"{type(student).__name__} has none of them: the candidate is not a quantized version of the reference."
+        )
+    return pairs
 
 
 def _energy(a: Tensor, b: Tensor) -> float:

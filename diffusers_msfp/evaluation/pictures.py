@@ -7,14 +7,8 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image, ImageDraw
 
-from ..workflow.sampling import (
-    batched_calls,
-    call_arguments,
-    counting_steps,
-    denoiser_of,
-    quiet,
-    require_positive,
-)
+from ..workflow.denoisers import denoisers_of
+from ..workflow.sampling import batched_calls, call_arguments, counting_steps, quiet, require_positive
 from ..workflow.solvers import with_ddim
 
 MARGIN = 4
@@ -62,7 +56,7 @@ def sample_images(
     require_positive(num=num, steps=steps)
     if isinstance(pipe.scheduler, DDPMScheduler):
         pipe = with_ddim(pipe)
-    denoiser = denoiser_of(pipe)
-    calls = batched_calls(call_arguments(pipe, prompts, steps, {"output_type": "np"}), [denoiser], num, seed)
-    with quiet(pipe), torch.no_grad(), counting_steps(denoiser, len(calls) * steps, on_step):
+    denoisers = list(denoisers_of(pipe).values())
+    calls = batched_calls(call_arguments(pipe, prompts, steps, {"output_type": "np"}), denoisers, num, seed)
+    with quiet(pipe), torch.no_grad(), counting_steps(denoisers, len(calls) * steps, on_step):
         return np.concatenate([call.run(pipe).images for call in calls])

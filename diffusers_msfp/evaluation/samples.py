@@ -15,14 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..workflow.sampling import (
-    batch_size_for,
-    call_arguments,
-    counting_steps,
-    denoiser_of,
-    quiet,
-    require_positive,
-)
+from ..workflow.denoisers import denoisers_of
+from ..workflow.sampling import batch_size_for, call_arguments, counting_steps, quiet, require_positive
 from ..workflow.solvers import with_ddim
 from ..workflow.state import quantized_models
 from ..workflow.training_state import inputs_digest, plain_config
@@ -36,11 +30,21 @@ def noise_generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed((start + index) % 2**32)
 
 
-def pictures_tensor(images: Tensor | np.ndarray) -> Tensor:
-    """What a pipeline puts out for `pt`, or for `np` where it knows no other, as `(N, channels, H, W)`, float32."""
+def pictures_tensor(output) -> Tensor:
+    """The pictures, or a video's, that a pipeline puts out for `pt`, or for `np` where it knows no other.
+
+    Args:
+        output (`BaseOutput` or `tuple`): `images`, `frames`, or else the first field.
+
+    Returns:
+        `Tensor`, `(N, channels, H, W)` or `(N, frames, channels, H, W)`, float32.
+    """
+    named = (getattr(output, name, None) for name in ("images", "frames"))
+    images = next((images for images in named if images is not None), None)
+    images = output[0] if images is None else images
     if isinstance(images, Tensor):
         return images.float().cpu()
-    return torch.from_numpy(np.asarray(images, dtype=np.float32)).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.asarray(images, dtype=np.float32)).movedim(-1, -3)
 
 
 def draw_pictures(
@@ -72,19 +76,19 @@ def draw_pictures(
     """
     require_positive(num=num, steps=steps)
     pipe = with_ddim(pipe)
-    denoiser = denoiser_of(pipe)
+    denoisers = list(denoisers_of(pipe).values())
     make = call_arguments(pipe, prompts, steps, {"output_type": "pt"} | arguments)
-    size = min(num, 2 * batch_size_for([denoiser], num))
+    size = min(num, 2 * batch_size_for(denoisers, num))
     if folder is not None:
         folder = folder / _identity(pipe, steps, seed, prompts, arguments)
         folder.mkdir(parents=True, exist_ok=True)
     groups = [(start, min(start + size, num)) for start in range(0, num, size)][share[0] :: share[1]]
     kept = {group: _read(folder, group) for group in groups}
     missing = [group for group in groups if kept[group] is None]
-    with quiet(pipe), torch.no_grad(), counting_steps(denoiser, len(missing) * steps, on_step):
+    with quiet(pipe), torch.no_grad(), counting_steps(denoisers, len(missing) * steps, on_step):
         for start, end in missing:
             noise = [noise_generator(seed, index) for index in range(start, end)]
-            images = pictures_tensor(make(start, end - start, noise).run(pipe).images)
+            images = pictures_tensor(make(start, end - start, noise).run(pipe))
             kept[start, end] = images.numpy().astype(np.float16)
             if folder is not None:
                 _write(folder, (start, end), kept[start, end])

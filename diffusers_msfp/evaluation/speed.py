@@ -10,6 +10,7 @@ from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DConditionModel, U
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
+from ..nn.wrappers import sees_through
 from ..workflow.engine import engines_of
 from .floor import Floor, floor_of
 from .providers import BASELINE, PEERS, provide
@@ -79,6 +80,7 @@ def take_turns(calls: Mapping[str, Callable[[], object]], repeats: int, warmup: 
     return seconds
 
 
+@sees_through(changes=False)
 def benchmark(
     model: ModelMixin,
     names: Sequence[str],

@@ -5,11 +5,14 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..nn.wrappers import sees_through
 from ..workflow.adapters import layers_by_name
-from ..workflow.sampling import call_arguments, denoiser_of
+from ..workflow.denoisers import denoiser_of
+from ..workflow.sampling import call_arguments
 from ..workflow.temporal_probe import TemporalProbe
 
 
+@sees_through(changes=False)
 @torch.no_grad()
 def temporal_features(
     reference,

@@ -9,7 +9,7 @@ from ..nn.incoming import unwatch_states, watch_states
 from ..nn.split import is_complete
 from ..workflow.convert import revert
 from ..workflow.engine import engine_from_environment, set_engine
-from ..workflow.state import track, untrack
+from ..workflow.state import RunTracker, track, untrack
 from ..workflow.temporal_model import detach_sets
 from . import overrides
 
@@ -28,7 +28,7 @@ def attach(model: nn.Module, quantizer) -> None:
     overrides.install(model)
     watch_states(model)
     run = config.calibration or {}
-    track(model, run.get("last_timestep"), run.get("has_fallen", False))
+    track(model, RunTracker(*(run.get(key) for key in ("last_timestep", "has_fallen", "first_timestep"))))
     set_engine(model, engine_from_environment())
 
 

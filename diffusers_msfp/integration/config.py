@@ -17,6 +17,8 @@ from ..schemes import DEFAULT_SCHEME, SCHEMES, weights_only
 from ..talora import AdapterPlan
 from ..temporal import TemporalPlan
 from ..workflow import Conversion
+from ..workflow.denoisers import DENOISERS, is_denoiser, warn_of_float
+from .components import components_being_loaded
 from .digest import VARIABLE, Digest, checking
 from .version2 import check_version_1, check_version_2
 
@@ -24,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 MAX_DEPTH = 8
-DEFAULT_COMPONENTS = ("unet", "transformer", "prior", "controlnet")
 
 
 class MSFPMethod(str, Enum):
@@ -44,7 +45,7 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
             matches as a substring of a module's name, one with `*` as a glob over the whole name.
         scheme_overrides (`Mapping[str, str]`, *optional*): pattern → scheme for single layers; the last match wins.
         components_to_quantize (`Sequence[str]`, *optional*): components of a pipeline, e.g. `["unet", "text_encoder"]`;
-            by default those of `unet`, `transformer`, `prior` and `controlnet` that it has.
+            by default all its denoisers (`unet`, `transformer`, `transformer_2`, `prior`, …) and `controlnet`.
 
     The remaining arguments are the record that a checkpoint carries; they are written by the package, not by hand:
 
@@ -206,9 +207,42 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
 
     def _resolve_quant_config(self, is_diffusers: bool = True, module_name: str | None = None):  # noqa: ARG002
         """Called by diffusers for each component of a pipeline: this config or None."""
-        wanted = self.components_to_quantize or DEFAULT_COMPONENTS
-        _require_component(wanted)
-        return self.for_one_model() if module_name in wanted else None
+        components = components_being_loaded()
+        if components is not None:
+            self.choose_components(components, "this one", named=module_name)
+        kind = (components or {}).get(module_name)
+        return self.for_one_model() if self.selects(module_name, kind) else None
+
+    def selects(self, name: str | None, kind: type | None) -> bool:
+        """Whether a component of this name and class (None: unknown) is to be quantized."""
+        if self.components_to_quantize:
+            return name in self.components_to_quantize
+        return name == "controlnet" or is_denoiser(name, kind)
+
+    def choose_components(
+        self, present: Mapping[str, type | None], owner: str, *, named: str | None = None
+    ) -> list[str]:
+        """Of the components that a pipeline has, those that are to be quantized; denoisers left float are warned of.
+
+        Args:
+            present (`Mapping[str, type]`): name → class, None where it is not known.
+            owner (`str`): whose they are, for the message.
+            named (`str`, *optional*): the only one that may be warned of.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        found = [name for name, kind in present.items() if self.selects(name, kind)]
+        if not found:
+            wanted = self.components_to_quantize or ("unet", "transformer", "prior", "controlnet", "…")
+            raise ConfigError(
+                f"A pipeline must have a component to quantize ({', '.join(wanted)}), but {owner} has "
+                f"{', '.join(present) or 'none'}. Name one with `components_to_quantize=[…]`."
+            )
+        if any(is_denoiser(name, present[name]) for name in found):
+            left = [name for name, kind in present.items() if is_denoiser(name, kind) and name not in found]
+            warn_of_float(owner, [name for name in left if named in (None, name)])
+        return sorted(found, key=[*(self.components_to_quantize or DENOISERS), "controlnet"].index)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {json.dumps(self.to_diff_dict(), indent=2)}"
@@ -237,8 +271,10 @@ def _check_record(layers: object, calibration: object, adapters: object, tempora
             f"`layers` in config.json must be a list, but {type(layers).__name__} came: damaged file."
         )
     if calibration is not None:
-        timestep = calibration.get("last_timestep") if isinstance(calibration, Mapping) else ""
-        if not isinstance(timestep, int | float | None) or calibration.get("has_fallen", False) not in (True, False):
+        kept = calibration if isinstance(calibration, Mapping) else {"last_timestep": ""}
+        timesteps = [kept.get(key) for key in ("last_timestep", "first_timestep")]
+        numbers = all(isinstance(timestep, int | float | None) for timestep in timesteps)
+        if not numbers or kept.get("has_fallen", False) not in (True, False):
             raise CheckpointError(f"`calibration` in config.json must say the state, but {calibration!r} came.")
     if adapters is not None:
         AdapterPlan.from_dict(adapters)
@@ -256,20 +292,3 @@ def _names(value: Sequence[str] | None, what: str) -> list[str]:
     if not all(isinstance(name, str) and name for name in names):
         raise ConfigError(f"`{what}` must be a list of non-empty strings, but {value!r} came.")
     return names
-
-
-def _require_component(wanted: Sequence[str]) -> None:
-    """Refuse a pipeline without any of the wanted components.
-
-    diffusers asks component by component and never says which there are; its loader's own frame knows. Where that
-    frame looks different (another version of diffusers) the check does not happen.
-    """
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code.co_name != "from_pretrained":
-        frame = frame.f_back
-    components = frame.f_locals.get("init_dict") if frame is not None else None
-    if isinstance(components, Mapping) and not set(wanted) & set(components):
-        raise ConfigError(
-            f"A pipeline must have a component to quantize ({', '.join(wanted)}), but this one has "
-            f"{', '.join(components)}. Name one with `components_to_quantize=[…]`."
-        )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, NonFiniteError, ShapeError, UnsupportedError
 from ..nn.split import whole_name
+from ..nn.wrappers import sees_through
 from ..workflow.adapters import layers_by_name, refuse_merged
 from .talora_files import plan_of
 
@@ -26,6 +27,7 @@ PEFT_PREFIX = "base_model.model."
 FORMATS = ("peft", "diffusers")
 
 
+@sees_through
 def export_adapter(
     model: nn.Module, adapter: int, folder: str | Path, format: str = "peft", prefix: str = "unet"
 ) -> Path:
@@ -78,6 +80,7 @@ def export_adapter(
     return folder / DIFFUSERS_FILE
 
 
+@sees_through
 def import_adapter(model: nn.Module, adapter: int, folder: str | Path, prefix: str = "unet") -> None:
     """Read a LoRA into one adapter of the hub; layers that it does not have get none there.
 

@@ -3,20 +3,24 @@
 from collections.abc import Callable, Collection
 
 from diffusers import ModelMixin
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError
+from ..nn.wrappers import seen_through, sees_through, unwrap
 from ..schemes import DEFAULT_SCHEME
 from ..workflow import Conversion, calibration_state, convert
 from ..workflow.calibrate import check_calibration, observe_ranges
+from ..workflow.denoisers import DENOISERS
 from ..workflow.sampling import keep_labels
 from ..workflow.state import quantized_models
 from ..workflow.trial import refuse_upcast
-from .config import DEFAULT_COMPONENTS, MSFPConfig
+from .config import MSFPConfig
 from .quantizer import MSFPQuantizer
 from .transformers_quantizer import MSFPTransformersQuantizer
 
 
+@sees_through
 def quantize_model(
     model: ModelMixin | PreTrainedModel, config: MSFPConfig, on_layer: Callable[[int, int], None] | None = None
 ) -> None:
@@ -83,18 +87,23 @@ def quantize_pipeline(pipe, scheme: str | MSFPConfig = DEFAULT_SCHEME, **calibra
         ```
     """
     config = scheme if isinstance(scheme, MSFPConfig) else MSFPConfig(scheme=scheme)
+    with seen_through(pipe) as (bare,):
+        _quantize_components(bare, config, calibration)
+    keep_labels(pipe)
+    return pipe
+
+
+def _quantize_components(pipe, config: MSFPConfig, calibration: dict) -> None:
     models = components_of(pipe, config)
     plans = {name: _planned(model, config) for name, model in models.items() if not _is_left(model, config)}
     refuse_upcast(pipe, models)
     observing = [model for name, model in models.items() if name not in plans]
     if observing or any(scheme.activation for _, plan in plans.values() for scheme in plan.layers.values()):
         check_calibration(pipe, models, **{key: value for key, value in calibration.items() if key != "on_step"})
-    keep_labels(pipe)
     for name, (quantizer, plan) in plans.items():
         _quantize(models[name], quantizer, plan)
     if any(calibration_state(model) == "observing" for model in models.values()):
         observe_ranges(pipe, **calibration)
-    return pipe
 
 
 def _is_left(model: ModelMixin | PreTrainedModel, config: MSFPConfig) -> bool:
@@ -115,7 +124,9 @@ def components_of(pipe, config: MSFPConfig) -> dict[str, ModelMixin | PreTrained
         ConfigError: there are none, or one that was named is no model.
     """
     components = {name: part for name, part in getattr(pipe, "components", {}).items() if part is not None}
-    found = {name: components[name] for name in choose_components(components, type(pipe).__name__, config)}
+    components |= {name: unwrap(part) for name, part in components.items() if isinstance(part, nn.Module)}
+    kinds = {name: type(part) for name, part in components.items()}
+    found = {name: components[name] for name in config.choose_components(kinds, type(pipe).__name__)}
     for name, component in found.items():
         if not isinstance(component, (ModelMixin, PreTrainedModel)):
             raise ConfigError(
@@ -137,24 +148,8 @@ def refuse_several(name: str, kind: str, present: Collection[str]) -> None:
     Raises:
         ConfigError: always.
     """
-    others = [other for other in DEFAULT_COMPONENTS if other in present and other != name]
+    others = [other for other in (*DENOISERS, "controlnet") if other in present and other != name]
     raise ConfigError(
         f"Each component to quantize must be one model, but `{name}` is a {kind}, which holds several. Leave it float: "
         f"`components_to_quantize={others}`."
     )
-
-
-def choose_components(present: Collection[str], owner: str, config: MSFPConfig) -> list[str]:
-    """Of the components that a pipeline has, those that a config selects.
-
-    Raises:
-        ConfigError: there are none.
-    """
-    wanted = config.components_to_quantize or DEFAULT_COMPONENTS
-    found = [name for name in wanted if name in present]
-    if not found:
-        raise ConfigError(
-            f"A pipeline must have a component to quantize ({', '.join(wanted)}), but {owner} has "
-            f"{', '.join(present) or 'none'}. Name one with `components_to_quantize=[…]`."
-        )
-    return found

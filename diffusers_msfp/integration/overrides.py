@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedError
 from ..nn import QuantLayer
+from ..nn.logical import ReadableState
 from ..workflow.attention import use_engine_attention
 from ..workflow.convert import quant_layers
 from . import saving
+from .attaching import all_or_nothing, leave_out_parts, refuse_widened
 from .peft_versions import require_peft
 
 _REFUSED = {
@@ -70,14 +72,27 @@ def _set_default_attn_processor(model: nn.Module) -> None:
     type(model).set_default_attn_processor(model)
 
 
-def _adapt(model: nn.Module, *args, method: str, **kwargs):
-    """As the model's own method, where PEFT is new enough for whoever loads something in this call."""
+def _attach(model: nn.Module, *args, method: str, hotswap: bool = False, adapter_name: str | None = None, **kwargs):
+    """As the model's own method, where PEFT is new enough for whoever loads in this call; an error changes nothing."""
     require_peft("transformers" if isinstance(model, PreTrainedModel) else "diffusers")
     state, pipeline = args[0] if args else None, kwargs.get("_pipeline")
     parts = {key.partition(".")[0] for key in state} if isinstance(state, Mapping) else ()
     if any(isinstance(getattr(pipeline, part, None), PreTrainedModel) for part in parts):
         require_peft("transformers")  # the pipeline goes on with its text encoders when this model has its adapter
-    return getattr(type(model), method)(model, *args, **kwargs)
+    if hotswap:
+        kwargs["hotswap"] = hotswap
+    if adapter_name is not None:
+        kwargs["adapter_name"] = adapter_name
+    refuse_widened(model)
+    leave_out_parts(model, args[0] if args else kwargs.get("adapter_config"))
+    with all_or_nothing(model, adapter_name if hotswap else None):
+        return getattr(type(model), method)(model, *args, **kwargs)
+
+
+def _state_dict(model: nn.Module, *args, **kwargs):
+    """As of any module; it also knows the float weights by their names."""
+    state = type(model).state_dict(model, *args, **kwargs)
+    return state if args or "destination" in kwargs else ReadableState(state, model)
 
 
 def _require_no_gradients(module: nn.Module, requires_grad: bool = True) -> nn.Module:
@@ -99,12 +114,13 @@ def _with_packed(model: nn.Module) -> Iterator[nn.Module]:
 
 
 _ANSWERS = {
+    "state_dict": _state_dict,
     "num_parameters": _num_parameters,
     "to": _to,
     "set_default_attn_processor": _set_default_attn_processor,
     "save_config": saving.save_config,
     "save_pretrained": saving.save_pretrained,
-    **{name: functools.partial(_adapt, method=name) for name in ("add_adapter", "load_adapter", "load_lora_adapter")},
+    **{name: functools.partial(_attach, method=name) for name in ("add_adapter", "load_adapter", "load_lora_adapter")},
     **{name: functools.partial(_refuse, method=name) for name in _REFUSED},
 }
 

@@ -13,9 +13,11 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..errors import ConfigError
+from ..nn.wrappers import unwrap
 from ..temporal import TemporalPlan
 from ..workflow.adapters import refuse_merged, routing_of
 from ..workflow.convert import quant_layers
+from ..workflow.denoisers import is_quantized
 from ..workflow.engine import engines_of
 from ..workflow.state import calibration_state, freeze, quantized_models, tracker
 from ..workflow.temporal_model import finite_set_of
@@ -103,7 +105,8 @@ class MSFPPipelineMixin:
         """
         report = {}
         for name, model in self.components.items():
-            if not isinstance(model, nn.Module) or model not in list(quantized_models(self)):
+            model = unwrap(model) if isinstance(model, nn.Module) else None
+            if model is None or not is_quantized(model):
                 continue
             layers = [layer for _, layer in quant_layers(model)]
             inputs = Counter("observing" if layer.observing else str(layer.input_format or "float") for layer in layers)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from diffusers import DDPMScheduler, DiffusionPipeline
 
-from ..errors import ConfigError, NonFiniteError
+from ..errors import ConfigError, NonFiniteError, NothingToDoError
 from ..recipes import RECIPES
 from ..registry import Registry
 from ..workflow import (
@@ -26,6 +27,8 @@ from ..workflow import (
 )
 from ..workflow.solvers import with_ddim
 from .journal import Journal
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -168,10 +171,14 @@ class RecipeRun:
                     options[kind.callback] = lambda done, total, note, report=report: report(done, total, _short(note))
                 try:
                     result = kind.run(pipe, teacher, config, prompts=prompts, **options)
+                except NothingToDoError as error:
+                    logger.warning("Stage `%s` is left out: %s", name, error)
+                    result = {"left_out": str(error)}
                 except NonFiniteError as error:  # of these settings, not of the source
                     raise ConfigError(f"Stage `{name}` must have settings that keep numbers finite. {error}") from error
             save(pipe, self._place(index))
-            result.pop("losses", None)
+            for figures in (result, *(part for part in result.values() if isinstance(part, dict))):
+                figures.pop("losses", None)
             entry = {
                 "stage": name,
                 "settings": self._settings(index),

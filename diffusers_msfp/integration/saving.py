@@ -15,6 +15,9 @@ from ..nn.stored import FORMATS_TENSOR, name_in_files
 from ..workflow.convert import plain_name
 from .digest import Digest, checksum, dtype_name, recorded_digest
 
+_WRAPPED = ("base_layer", "original_module")
+"""What PEFT's wrappers call the layer that was there before."""
+
 
 def tensors_to_save(state_dict: Mapping[str, Any], config) -> dict[str, Any]:
     """The model alone, under the names of files, also while PEFT adapters are attached.
@@ -25,7 +28,7 @@ def tensors_to_save(state_dict: Mapping[str, Any], config) -> dict[str, Any]:
     Raises:
         ConfigError: tensors are offloaded.
     """
-    own = {name_in_files(plain_name(key)): value for key, value in state_dict.items() if ".lora_" not in key}
+    own = {name_in_files(plain_name(key)): value for key, value in without_adapters(state_dict).items()}
     if config.format_version == 1:
         own = {key: value for key, value in own.items() if not key.endswith(f".{FORMATS_TENSOR}")}
     meta = [key for key, value in own.items() if value.is_meta]
@@ -35,6 +38,14 @@ def tensors_to_save(state_dict: Mapping[str, Any], config) -> dict[str, Any]:
             f"model without `device_map` and offloading, then save it."
         )
     return own
+
+
+def without_adapters(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """What was there before adapters of any kind: PEFT's wrappers keep it under names of their own."""
+    steps = {key: [(key[:i], key[i + 1 :].split(".")[0]) for i, c in enumerate(key) if c == "."] for key in state_dict}
+    wrappers = {place for walk in steps.values() for place, child in walk if child in _WRAPPED}
+    added = {key for key, walk in steps.items() if any(p in wrappers and c not in _WRAPPED for p, c in walk)}
+    return {key: value for key, value in state_dict.items() if key not in added}
 
 
 def file_metadata(config) -> dict[str, str]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, ShapeError
 from ..evaluation.describe import read_config, weight_files
+from ..nn.wrappers import sees_through
 from ..talora import AdapterBank, AdapterPlan, RoutingTable
 from ..workflow.adapters import (
     ROUTER,
@@ -49,6 +50,7 @@ def plan_of(model: nn.Module) -> AdapterPlan:
     return AdapterPlan.from_dict(model.config.quantization_config.adapters)
 
 
+@sees_through
 def save_talora(model: nn.Module, folder: str | Path) -> None:
     """Write a model's adapters without the model.
 
@@ -66,6 +68,7 @@ def save_talora(model: nn.Module, folder: str | Path) -> None:
     (folder / CONFIG).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
+@sees_through
 def load_talora(model: nn.Module, source: str | Path, **hub) -> None:
     """Put saved adapters beside the weights of the quantized model that they were trained for.
 
@@ -118,6 +121,7 @@ def load_talora(model: nn.Module, source: str | Path, **hub) -> None:
     model.config.quantization_config.adapters = plan.to_dict()
 
 
+@sees_through
 def unload_talora(model: nn.Module) -> None:
     """Take adapters beside the weights off; the model is bit for bit what it was without them.
 

@@ -28,7 +28,7 @@ from ..errors import CheckpointError
 
 MAX_ENTRIES = 2**16
 LAYER_KEYS = {"weight", "input", "modules"}
-CALIBRATION_KEYS = {"state", "last_timestep", "has_fallen"}
+CALIBRATION_KEYS = {"state", "last_timestep", "has_fallen", "first_timestep"}
 NEWER = "it needs a newer package: `pip install -U diffusers-msfp`."
 
 

@@ -1,7 +1,7 @@
 """How a quantized layer is run: by the engine that was chosen for it, or by the reference, which defines the result."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..calibration import observe
 from ..errors import UnsupportedError
@@ -11,6 +11,7 @@ from ..numerics.route import Route
 from .engine import Engine, Prepared
 from .incoming import check_incoming
 from .stored import FORMATS_TENSOR, OBSERVED, StoredTensors
+from .transplant import float_layer
 
 
 class Execution(StoredTensors):
@@ -99,6 +100,15 @@ class Execution(StoredTensors):
             )
         return self.dequantize_weight()
 
+    def float_copy(self) -> nn.Module:
+        """See `PackedLayer`; its input stays float."""
+        if self.adapters is not None or self.recall is not None:
+            raise UnsupportedError(
+                f"`{self.place}` cannot be trained as a whole: timestep-aware adapters or stored features belong to "
+                f"it. Leave it out of `modules_to_save` and `target_modules`, or unload them first."
+            )
+        return float_layer(self, self.float_class)
+
     def quantize_input(self, x: Tensor, adapter: int | Tensor = 0) -> Tensor:
         """The input as the layer uses it, float32: observed, fake-quantized, or as it is."""
         if self.observing:
@@ -113,7 +123,7 @@ class Execution(StoredTensors):
         return x.to(torch.float32)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Quantize the input, multiply by the weight, return the input's dtype.
+        """Quantize the input, multiply by the weight, return the dtype that the float layer would.
 
         Args:
             input (`Tensor`): float, or the `Codes` that `takes_codes` said the layer would take.
@@ -139,10 +149,10 @@ class Execution(StoredTensors):
         if self.num_sets:
             route = self.routing.route()
             if torch.compiler.is_compiling():  # a set for each row: no need to compute all
-                return self.run(x, 0, Route.rows(route.index, x.shape[0])).to(x.dtype)
-            return route.apply(lambda rows, index: self.run(rows, 0, index), x, self.num_sets).to(x.dtype)
+                return self.run(x, 0, Route.rows(route.index, x.shape[0])).to(result_dtype(x))
+            return route.apply(lambda rows, index: self.run(rows, 0, index), x, self.num_sets).to(result_dtype(x))
         if self.num_banks == 1 and not self._beside:
-            return self.run(x).to(x.dtype)
+            return self.run(x).to(result_dtype(x))
 
         def run(rows: Tensor, adapter: int | Tensor) -> Tensor:
             if not self._beside:
@@ -151,7 +161,7 @@ class Execution(StoredTensors):
             return self.run(rows, 0, adapter) + correction * self.routing.strength
 
         num_adapters = self.adapters.num_adapters if self._beside else self.num_banks
-        return self.routing.route(self.group).apply(run, x, num_adapters).to(x.dtype)
+        return self.routing.route(self.group).apply(run, x, num_adapters).to(result_dtype(x))
 
     def run(self, x: Tensor, bank: int | Tensor = 0, adapter: int | Tensor = 0) -> Tensor:
         """The layer with one bank and the input's parameters of one adapter or set, by its engine.
@@ -182,4 +192,12 @@ class Execution(StoredTensors):
             x (`Tensor`): what the other layer starts from.
         """
         apart = self.training or torch.compiler.is_compiling()  # dropout may be active; the compiler fuses by itself
+        apart = apart or result_dtype(x) != x.dtype
         return self._adapter_of_codes() if not apart and getattr(self.ready(x), "reads_codes", False) else None
+
+
+def result_dtype(x: Tensor) -> torch.dtype:
+    """What a float layer makes of this input: its dtype, or that of autocast."""
+    device = x.device.type
+    cast = x.dtype != torch.float64 and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if cast else x.dtype

@@ -8,6 +8,9 @@ A wrapper subclass as the parameter itself (as torchao has it) was weighed and l
 counts or saves parameters would have to go through it, while plain bytes pass through all of them unchanged.
 """
 
+import copy
+import sys
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -41,6 +44,11 @@ class LogicalWeight(Tensor):
 
     def __init__(self, decode: Callable[[], Tensor], shape, dtype: torch.dtype, device, place: str) -> None:  # noqa: ARG002
         self._decode, self._place = decode, place
+
+    @property
+    def layer(self) -> nn.Module | None:
+        """The layer whose weight it is; None if it was made without one."""
+        return getattr(self._decode, "__self__", None)
 
     def decoded(self) -> Tensor:
         """A float tensor of one's own."""
@@ -94,7 +102,11 @@ class LogicalWeight(Tensor):
 
 
 class PackedLayer(nn.Module):
-    """Abstract base of layers that have a float weight only to be read."""
+    """Abstract base of layers that have a float weight only to be read.
+
+    PEFT trains copies of layers (`modules_to_save`, `LNTuningConfig`). Codes cannot be trained, so a copy that PEFT
+    makes is the float layer that this one stands for; all other copies are packed.
+    """
 
     place: str
     packed_weight: Tensor
@@ -111,6 +123,29 @@ class PackedLayer(nn.Module):
         dtype = self.weight_dtype if self.bias is None else self.bias.dtype
         return LogicalWeight(self.decode_whole, self.logical_shape, dtype, self.packed_weight.device, self.place)
 
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        if not isinstance(value, LogicalWeight) or value.layer is not self:  # PEFT gives it back when it unloads
+            self.weight.refuse()
+
+    def float_copy(self) -> nn.Module:
+        """A float layer with the decoded weight, of the model's dtype, and a bias of its own.
+
+        Raises:
+            UnsupportedError: it has no single weight, or more than a weight.
+        """
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict:
+        return self.__dict__.copy()
+
+    def __deepcopy__(self, memo: dict) -> nn.Module:
+        if _asked_by().startswith("peft."):
+            return self.float_copy()
+        layer = memo[id(self)] = type(self).__new__(type(self))
+        layer.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return layer
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As of any module; `weight` is refused."""
         if name == "weight":
@@ -120,3 +155,50 @@ class PackedLayer(nn.Module):
 
 def _plain(value):
     return value.decoded() if isinstance(value, LogicalWeight) else value
+
+
+def _asked_by() -> str:
+    """The module whose code called `copy.deepcopy`."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__") in ("copy", __name__):
+        frame = frame.f_back
+    return frame.f_globals.get("__name__") or ""
+
+
+class ReadableState(OrderedDict):
+    """A state dict that also answers to the float weights' names, for loaders of LoRA files that look up shapes.
+
+    Only `state["layer.weight"]` does; iteration, length and `in` know the tensors that are there. Copies and pickles
+    are plain state dicts.
+
+    Args:
+        state (`Mapping[str, Tensor]`): of the model.
+        model (`nn.Module`, *optional*): whose weights are read; None for what others make of such a state dict.
+    """
+
+    def __init__(self, state=(), model: nn.Module | None = None) -> None:
+        super().__init__(state)
+        self._metadata, self._model = getattr(state, "_metadata", OrderedDict()), model
+
+    def __missing__(self, key: str) -> Tensor:
+        place, _, tensor = key.rpartition(".")
+        try:
+            asked = self._model is not None and tensor == "weight"
+            weight = self._model.get_submodule(place).weight if asked else None
+        except AttributeError:
+            weight = None
+        if isinstance(weight, LogicalWeight):
+            return weight
+        raise KeyError(key)
+
+    def copy(self) -> OrderedDict:
+        """A plain state dict."""
+        state = OrderedDict(self)
+        state._metadata = self._metadata
+        return state
+
+    def __copy__(self) -> OrderedDict:
+        return self.copy()
+
+    def __reduce__(self):
+        return OrderedDict, (), {"_metadata": self._metadata}, None, iter(self.items())

@@ -41,19 +41,9 @@ from .execution import Execution
 from .logical import PackedLayer
 from .routing import Recall, Routing
 from .stored import INPUT_TENSORS
+from .transplant import transplant
 
 _CHUNK = 2**21  # weights encoded at once
-
-
-def transplant(source: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """An empty module of another class with the plain attributes (sizes, strides, …) and the bias of `source`."""
-    module = object.__new__(cls)
-    nn.Module.__init__(module)
-    own = set(module.__dict__) | set(QuantLayer.__annotations__)
-    module.__dict__.update({key: value for key, value in vars(source).items() if key not in own})
-    module.train(source.training)
-    module.register_parameter("bias", source.bias)
-    return module
 
 
 class QuantLayer(Execution, PackedLayer, ABC):

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from .logical import PackedLayer
-from .quant_layer import QuantLayer, transplant
+from .quant_layer import QuantLayer
+from .transplant import float_layer, transplant
 
 
 class SplitLayer(PackedLayer):
@@ -26,6 +27,8 @@ class SplitLayer(PackedLayer):
     """
 
     float_class: type[nn.Module]
+    axis: int
+    sizes: list[int]
 
     def __new__(cls, *args, **kwargs):
         """A float layer for the public constructor; an empty object for `copy` and `pickle`."""
@@ -53,6 +56,27 @@ class SplitLayer(PackedLayer):
     def decode_whole(self) -> Tensor:
         """See `PackedLayer`."""
         return torch.cat([part.weight.detach().to(torch.float32) for part in self.children()], 1)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The first part's own."""
+        return next(self.children()).bias
+
+    @bias.setter
+    def bias(self, value: nn.Parameter | None) -> None:
+        for part in list(self.children())[:1]:
+            part.bias = value
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of `PackedLayer`; the bias is the first part's."""
+        if name == "bias":
+            SplitLayer.bias.fset(self, param)
+        else:
+            super().register_parameter(name, param)
+
+    def float_copy(self) -> nn.Module:
+        """See `PackedLayer`."""
+        return float_layer(self, self.float_class)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 – as the original calls it
         """Sum of the parts."""
@@ -108,15 +132,16 @@ def channel_axis(layer: nn.Module) -> int:
     return -1 if isinstance(layer, nn.Linear) else 1
 
 
-def split_layer(layer: nn.Module, sizes: Sequence[int]) -> SplitLayer:
+def split_layer(layer: nn.Module, sizes: Sequence[int], place: str = "a split layer") -> SplitLayer:
     """A float layer in parts.
 
     Args:
         layer (`nn.Module`): see `can_split`; on the meta device or not. Not changed.
         sizes (`Sequence[int]`): input channels of each part; their sum is the layer's.
+        place (`str`): its full name in the model, for messages.
     """
     whole = transplant(layer, SPLIT_LAYERS[type(layer)])
-    whole.bias, whole.axis, whole.sizes, whole.place = None, channel_axis(layer), list(sizes), "a split layer"
+    whole.axis, whole.sizes, whole.place = channel_axis(layer), list(sizes), place
     for index, (end, size) in enumerate(zip(accumulate(sizes), sizes, strict=True)):
         part = _resized(layer, size)
         part.columns = slice(end - size, end)

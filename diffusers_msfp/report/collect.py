@@ -21,15 +21,17 @@ from ..evaluation.evaluate import origin
 from ..evaluation.providers import BASELINE, provide
 from ..evaluation.samples import draw_pictures
 from ..evaluation.speed import example_inputs, step_of, take_turns
+from ..nn.wrappers import sees_through
 from ..workflow import calibration_state, set_engine
+from ..workflow.denoisers import denoiser_name, denoiser_of, denoisers_of
 from ..workflow.engine import engine_from_environment
-from ..workflow.sampling import denoiser_name, denoiser_of
 from ..workflow.solvers import with_parts
 from ..workflow.state import quantized_models
 from .layers import layer_rows, watching_inputs
 from .pictures import QUANTIZED, REFERENCE, picture_rows
 
 SPEED_REPEATS = 9
+OTHER_DENOISERS = "Layers and speed on this page are those of `{component}`; the pipeline also has {others}."
 NEEDS_REFERENCE = "It needs the full-precision original: name it with `--reference`."
 NEEDS_PIPELINE = "A denoiser alone draws no pictures: name the pipeline that it was made from with `--reference`."
 NEEDS_FOLDER = "Formats are read from the checkpoint's files: save it first."
@@ -38,6 +40,7 @@ OTHER_PACKAGE = "Only checkpoints that diffusers-msfp made tell them."
 OnStep = Callable[[int, int, str], None]
 
 
+@sees_through(changes=False)
 def collect_report(
     candidate: DiffusionPipeline | ModelMixin,
     reference: DiffusionPipeline | None = None,
@@ -77,12 +80,18 @@ def collect_report(
     if pipe is not None:
         _require_calibrated(pipe)
     missing: dict[str, str] = {}
+    others = (
+        [name for name in denoisers_of(pipe) if name != component] if pipe is candidate and pipe is not None else []
+    )
+    if others:
+        missing["denoisers"] = OTHER_DENOISERS.format(component=component, others=" and ".join(others))
     comparison, pictures, errors, inputs = None, [], {}, {}
     if reference is not None:
         comparison, pictures = _compare(reference, pipe, num_samples, run, on_step)
         with watching_inputs(denoiser_of(reference)) as inputs:
             told = _stage(on_step, "layers")
-            errors = layer_snr(reference, pipe, num_samples=max(1, num_samples // 2), on_step=told, **run)
+            measured = layer_snr(reference, pipe, num_samples=max(1, num_samples // 2), on_step=told, **run)
+        errors = {name.removeprefix(f"{denoiser_name(pipe)}:"): value for name, value in measured.items()}
     elif pipe is not None:
         missing |= dict.fromkeys(("comparison", "snr"), NEEDS_REFERENCE)
         pictures, inputs = _draw(pipe, num_samples, num_inference_steps, seed, prompts, on_step)

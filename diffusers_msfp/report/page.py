@@ -25,6 +25,7 @@ MEASURED = {
     "inputs": "what each layer reads",
     "formats": "formats, errors of weights, engines",
     "speed": "speed",
+    "denoisers": "layers of other denoisers",
 }
 """What may be missing, in words."""
 

@@ -73,6 +73,11 @@ class Trainee(nn.Module):
         zero_point = (self.relative_zero_point * self.layer.input_scale).clamp_max(0)
         return QParams.unchecked(self.layer.input_format, scale, zero_point)
 
+    @property
+    def weight(self) -> Tensor:
+        """What others read of the quantized layer, see `LogicalWeight`."""
+        return self.layer.weight
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 – as the float layer calls it
         """As the deployed layer will compute, with gradients; every sample with its own adapter."""
         x = input

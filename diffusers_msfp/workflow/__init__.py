@@ -4,8 +4,9 @@ from .calibrate import calibrate
 from .convert import Conversion, convert
 from .denoising_factor import denoising_factors
 from .engine import set_engine
-from .finetune import Finetuner, finetune
+from .finetune import Finetuner
 from .finetune_config import FinetuneConfig
+from .finetuning import finetune
 from .reconstruct import learn_rounding
 from .rounding_config import RoundingConfig
 from .split import SplitConfig, split_shortcuts

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..nn import QuantLayer
+from ..nn.wrappers import forget_compiled
 from ..talora import AdapterBank, AdapterPlan, RoutingTable
 from .convert import plain_name, prepare_layers, quant_layers
-from .timestep import UNKNOWN, timestep_of, timestep_position
+from .timestep import TimestepArgument, require_timesteps
 
 ROUTER = RoutingTable.place
 
@@ -22,16 +23,16 @@ class RouteHook:
     """Forward pre-hook that looks up the choices of the coming call.
 
     Args:
-        position (`int`): of the timestep among the positional arguments.
+        argument (`TimestepArgument`): where the model takes its timestep.
         place (`str`): where the model has what knows them.
     """
 
-    def __init__(self, position: int, place: str = ROUTER) -> None:
-        self.position, self.place = position, place
+    def __init__(self, argument: TimestepArgument, place: str = ROUTER) -> None:
+        self.argument, self.place = argument, place
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Enter the call's timestep."""
-        timestep = timestep_of(self.position, args, kwargs)
+        timestep = self.argument.of(args, kwargs)
         if timestep is None:
             raise ConfigError(
                 f"{type(model).__name__} has layers that follow the timestep, so each call must have a `timestep`, but "
@@ -50,33 +51,20 @@ def layers_by_name(model: nn.Module) -> dict[str, QuantLayer]:
     return dict(quant_layers(model))
 
 
-def require_timesteps(model: nn.Module) -> int:
-    """Where the model takes its timestep.
-
-    Raises:
-        UnsupportedError: it takes none.
-    """
-    position = timestep_position(model)
-    if position == UNKNOWN:
-        raise UnsupportedError(
-            f"What follows the timestep needs a model that takes a `timestep`, but {type(model).__name__} takes none."
-        )
-    return position
-
-
 def connect(model: nn.Module, plan: AdapterPlan, table: Tensor) -> None:
     """Put the table on the model and point every layer with adapters to it.
 
     Args:
         table (`Tensor`, `(groups, T)`, uint8): see `RoutingTable`.
     """
-    position = require_timesteps(model)
+    argument = require_timesteps(model)
     routing = RoutingTable(table, plan.num_adapters)
     layers = layers_by_name(model)
     for name in plan.rank_of():
         layers[name].route_by(routing, plan.group_of(name))
     setattr(model, ROUTER, routing)
-    model.register_forward_pre_hook(RouteHook(position), with_kwargs=True)
+    model.register_forward_pre_hook(RouteHook(argument), with_kwargs=True)
+    forget_compiled()
     prepare_layers(model)
 
 
@@ -127,6 +115,7 @@ def remove_route_hooks(model: nn.Module, place: str) -> None:
         if isinstance(hook, RouteHook) and hook.place == place:
             del model._forward_pre_hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
+            forget_compiled()
 
 
 def refuse_merged(model: nn.Module, what: str) -> None:

@@ -4,18 +4,22 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..errors import ConfigError, MSFPError
 from ..nn.split import whole_name
+from ..nn.wrappers import sees_through, unwrap
 from ..schemes import resolve
 from .convert import quant_layers
+from .denoisers import denoisers_of
 from .sampling import batched_calls, call_arguments, counting_steps, quiet, require_positive
 from .state import freeze, quantized_models, track, tracker, write_record
 from .temporal_model import detach_sets
 from .trial import describe, refuse_upcast, try_calls
 
 
+@sees_through
 def calibrate(
     pipe,
     *,
@@ -109,19 +113,22 @@ def observe_ranges(
     if not observing:
         raise ConfigError("Nothing to calibrate: no layer of this pipeline has a quantized activation (weights only).")
 
+    denoisers = denoisers_of(pipe, required=False)
+    counted = [model for model in observing if model in denoisers.values()] or observing[:1]
     total = len(calls) * num_inference_steps
     with ExitStack() as stack:
         for model in observing:
             stack.callback(setattr, tracker(model), "paused", False)
         if on_step is None:
-            bar = stack.enter_context(pipe.progress_bar(total=total))
+            bar = stack.enter_context(DiffusionPipeline.progress_bar(pipe, total=total))  # combined ones give none
             bar.set_description("calibrating")
         stack.enter_context(quiet(pipe))
-        stack.enter_context(counting_steps(observing[0], total, on_step or (lambda *_: bar.update())))
+        stack.enter_context(counting_steps(counted, total, on_step or (lambda *_: bar.update())))
         stack.enter_context(torch.no_grad())
         try:
             for call in calls:
                 call.run(pipe)
+            _require_seen(pipe, observing)
             for model in observing:
                 freeze(model)
         except Exception as error:  # a pipeline may fail in any way
@@ -132,6 +139,22 @@ def observe_ranges(
                 f"on, call `calibrate(pipe, …)` or `quantize_pipeline` again with corrected arguments; on the command "
                 f"line, run the command again, which keeps what is packed."
             ) from error
+
+
+def _require_seen(pipe, models: Sequence[nn.Module]) -> None:
+    """Refuse to freeze a model that no run has called, before any is frozen.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    names = {id(unwrap(part)): name for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    for model in models:
+        if not any(int(layer.observation.count) for _, layer in quant_layers(model) if layer.observing):
+            raise ConfigError(
+                f"Each quantized component must be called in calibration, but `{names.get(id(model))}` was not with "
+                f"these arguments and this number of steps. Call `calibrate` again with others; until then its "
+                f"activations, and those of all components with it, stay float."
+            )
 
 
 def restart_observation(model: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import CheckpointError, ConfigError
 from ..formats import FORMATS
 from ..nn import QUANT_LAYERS, QuantLayer, SplitLayer
+from ..nn.wrappers import own_name
 from ..numerics.rounding import check_finite
 from ..schemes import SCHEMES, LayerScheme, check_patterns, matches, resolve
 
@@ -114,8 +115,8 @@ def prepare_layers(model: nn.Module) -> None:
 
 
 def plain_name(name: str) -> str:
-    """A module or tensor name without the level that PEFT puts between a layer and its place."""
-    return name.replace(".base_layer", "")
+    """A module or tensor name without the levels that PEFT and `torch.compile` put between a layer and its place."""
+    return own_name(name).replace(".base_layer", "").replace(".original_module", "")
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

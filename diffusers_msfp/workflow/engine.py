@@ -9,6 +9,7 @@ from torch import nn
 from ..engines import ENGINES, MEMORY_MODES, AutoEngine, Engine
 from ..errors import ConfigError
 from ..nn import QuantLayer
+from ..nn.wrappers import sees_through, unwrap
 from .attention import use_engine_attention
 from .convert import quant_layers
 from .fused import fuse, undo
@@ -18,6 +19,7 @@ ENGINE_VARIABLE = "MSFP_ENGINE"
 DEFAULT_ENGINE = "auto"
 
 
+@sees_through
 def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, memory: str = "fast") -> None:
     """Run quantized layers by another engine from now on; nothing of it is saved.
 
@@ -78,6 +80,7 @@ def _engine_of(layer: QuantLayer) -> str:
 
 def resident_bytes(model: ModelMixin) -> int:
     """Memory of a model's tensors and of what its engines keep ready beside them, in bytes."""
+    model = unwrap(model)
     prepared = [layer.prepared for _, layer in quant_layers(model) if layer.prepared is not None]
     return model.get_memory_footprint() + sum(each.kept_bytes for each in prepared)
 

@@ -4,6 +4,7 @@ EfficientDM's data-free distillation (arXiv 2310.03270) with several adapters an
 `losses.py` (DFA); as reconstructed from summaries of arXiv 2505.21591. Processes are accelerate's.
 """
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,11 @@ from accelerate.utils import DistributedDataParallelKwargs, is_tensorboard_avail
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from ..errors import NonFiniteError
+from ..errors import ConfigError, NonFiniteError
 from ..losses import loss_weights, squared_error
+from ..nn.wrappers import seen_through, sees_through
 from .blocks import block_outputs, trainable_blocks
+from .denoisers import denoiser_of, denoisers_of, each_quantized, scheduler_of
 from .denoising_factor import denoising_factors, step_arguments
 from .finetune_config import (
     DEFAULT_UPDATES,
@@ -27,7 +30,7 @@ from .finetune_config import (
     exploration_factor,
     learning_rate_factor,
 )
-from .sampling import call_arguments, denoiser_of, quiet
+from .sampling import call_arguments, quiet
 from .solvers import with_parts
 from .student import Student
 from .training_state import Progress, TrainingFolder, inputs_digest, optimizer_for, plain_config
@@ -39,7 +42,7 @@ PREVIEWS = 8
 
 
 class Finetuner:
-    """One fine-tuning run; `finetune` is the short form.
+    """One fine-tuning run of one denoiser; `finetune` is the short form.
 
     Args:
         pipe (`DiffusionPipeline`): quantized and calibrated; changed in place by `run`.
@@ -57,6 +60,7 @@ class Finetuner:
         ConfigError: settings or pipelines that do not fit.
     """
 
+    @sees_through
     def __init__(
         self,
         pipe,
@@ -69,9 +73,17 @@ class Finetuner:
         on_preview: Callable[[int, np.ndarray], None] | None = None,
         **arguments,
     ) -> None:
+        view, *others = each_quantized(pipe, teacher).values()
+        if others:
+            raise ConfigError(
+                f"One denoiser learns at a time, but {type(pipe).__name__} has several quantized ones: "
+                f"{', '.join(denoisers_of(pipe))}. Call `finetune(pipe, teacher)`, which trains one after the other."
+            )
+        pipe, teacher = view
         self.pipe, self.teacher, self.config = pipe, teacher, config or FinetuneConfig()
         self.on_update, self.on_preview, self._first = on_update, on_preview, 0.0
         config, model, original = self.config, denoiser_of(pipe), denoiser_of(teacher)
+        scheduler = scheduler_of(teacher)
         work_dir = Path(work_dir) if work_dir else None
         self.accelerator = Accelerator(
             gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -91,16 +103,16 @@ class Finetuner:
             teacher, make_arguments, config.batch_size, config.seed, self.accelerator.process_index, world
         )
         timesteps = self.trajectories.timesteps()
-        stepped = step_arguments(teacher.scheduler, arguments)
+        num_timesteps = max(int(scheduler.config.get("num_train_timesteps") or 1), 1 + math.ceil(max(timesteps)))
+        check_timesteps(timesteps, num_timesteps)
+        stepped = step_arguments(scheduler, arguments)
         self.weights = loss_weights(
-            denoising_factors(teacher.scheduler, config.num_inference_steps, **stepped)
+            denoising_factors(scheduler, config.num_inference_steps, **stepped)
             if config.denoising_factor_exponent
             else dict.fromkeys(timesteps, 1.0),
             config.denoising_factor_exponent,
             config.denoising_factor_floor,
         )
-        num_timesteps = int(teacher.scheduler.config.num_train_timesteps)
-        check_timesteps(timesteps, num_timesteps)
         self.student = Student(
             model,
             original,
@@ -112,7 +124,7 @@ class Finetuner:
             seed=config.seed,
         )
         try:
-            inputs = inputs_digest(original, prompts, arguments, plain_config(teacher.scheduler)) if work_dir else ""
+            inputs = inputs_digest(original, prompts, arguments, plain_config(scheduler)) if work_dir else ""
             self._prepare(timesteps, work_dir, inputs)
         except BaseException:
             self.student.abandon()
@@ -157,11 +169,12 @@ class Finetuner:
         """
         progress = self.progress
         try:
-            while not progress.total or progress.update < progress.total:
-                self.update()
+            with seen_through(self.pipe, self.teacher):
+                while not progress.total or progress.update < progress.total:
+                    self.update()
             if self.ema is not None:
                 self.ema.copy_to(self.trainable)
-            scheduler = type(self.teacher.scheduler).__name__
+            scheduler = type(scheduler_of(self.teacher)).__name__
             model = self.student.finish({**self.config.to_dict(), "updates": progress.update, "scheduler": scheduler})
         except BaseException:
             self.student.abandon()
@@ -275,21 +288,3 @@ class Finetuner:
         generators = [torch.Generator().manual_seed(self.config.seed + i) for i in range(PREVIEWS)]
         with quiet(pipe), self.student.routed():
             return np.asarray(self.preview_arguments(0, PREVIEWS, generators).run(pipe).images)
-
-
-def finetune(pipe, teacher, config: FinetuneConfig | None = None, **arguments) -> dict:
-    """Fine-tune a quantized pipeline in place, with timestep-aware adapters (TALoRA) and an aligned loss (DFA).
-
-    Arguments are those of `Finetuner`, the result is that of `Finetuner.run`.
-
-    Raises:
-        MSFPError: settings or pipelines that do not fit; nothing is changed then.
-
-    Example:
-        ```py
-        pipe = DiffusionPipeline.from_pretrained("model-w4a4")
-        finetune(pipe, DiffusionPipeline.from_pretrained("model"), FinetuneConfig(minutes=30))
-        pipe.save_pretrained("model-w4a4-talora")
-        ```
-    """
-    return Finetuner(pipe, teacher, config, **arguments).run()

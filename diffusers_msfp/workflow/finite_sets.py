@@ -9,7 +9,8 @@ from ..nn import QuantLayer
 from ..numerics import QParams
 from ..temporal import finite_set_search
 from .convert import prepare_layers, quant_layers
-from .sampling import batch_size_for, denoiser_of
+from .denoisers import denoiser_of
+from .sampling import batch_size_for
 from .temporal_block import Sets
 from .trajectory import rollout
 
@@ -45,7 +46,7 @@ def observe_sets(
     calls: dict[float, list] = {timestep: [] for timestep in timesteps.tolist()}
     for start in range(0, num_samples, size):
         for step in rollout(teacher, make_arguments, start, min(size, num_samples - start), seed):
-            calls[float(step.timesteps[0])].append(step)
+            calls[step.timesteps[0].float().item()].append(step)
     found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in layers}
     try:
         for steps in calls.values():

@@ -15,16 +15,18 @@ from torch import Tensor
 
 from ..errors import ConfigError, NonFiniteError
 from ..nn import QuantLayer
+from ..nn.wrappers import seen_through, sees_through
 from ..numerics import unpack
 from ..rounding import annealed_exponent
 from ..schemes import check_patterns, matches
 from .adapters import layers_by_name
 from .blocks import reconstruction_units
 from .convert import prepare_layers
+from .denoisers import by_denoiser, denoiser_of, each_quantized, scheduler_of, work_folders
 from .rounded import Examples, Part
 from .rounding_config import RoundingConfig
 from .rounding_state import RoundingFolder
-from .sampling import call_arguments, denoiser_of
+from .sampling import call_arguments
 from .student import check_student, original_weight
 from .temporal_model import maintained_layers
 from .training_state import plain_config
@@ -38,6 +40,7 @@ HELD_OUT = 8  # one of so many examples judges and does not teach
 class Reconstructor:
     """One run of learned rounding; `learn_rounding` is the short form. Arguments are the same."""
 
+    @sees_through
     def __init__(
         self,
         pipe,
@@ -50,6 +53,14 @@ class Reconstructor:
         **arguments,
     ) -> None:
         self.config, self.on_part = config or RoundingConfig(), on_part
+        self._before: dict[str, tuple[Tensor, Tensor]] = {}
+        view, *others = each_quantized(pipe, teacher).values()
+        if others:
+            raise ConfigError(
+                f"One denoiser is rounded at a time, but {type(pipe).__name__} has several quantized ones. Call "
+                f"`learn_rounding(pipe, teacher)`, which takes one after the other."
+            )
+        pipe, teacher = view
         config, self.model, self.teacher = self.config, denoiser_of(pipe), denoiser_of(teacher)
         check_student(self.model, self.teacher)
         maintained = maintained_layers(self.model)
@@ -65,7 +76,7 @@ class Reconstructor:
             for name, layer in layers.items()
             if not any(matches(pattern, name) for pattern in config.exclude)
         }
-        inputs = prompts, arguments, plain_config(teacher.scheduler)
+        inputs = prompts, arguments, plain_config(scheduler_of(teacher))
         self.folder = RoundingFolder(work_dir, self.model, self.teacher, config, *inputs)
         make_arguments = call_arguments(teacher, prompts, config.num_inference_steps, arguments)
         batch = min(config.batch_size, config.num_samples)
@@ -85,6 +96,7 @@ class Reconstructor:
         before = {
             key: (layer.packed_weight.detach().clone(), layer.weight_error.clone()) for key, layer in layers.items()
         }
+        self._before = before
         required = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         self.model.requires_grad_(False)
         records = []
@@ -93,7 +105,8 @@ class Reconstructor:
                 own = {key: layers[key] for key in inner}
                 record = self.folder.load(number, own)
                 if record is None:
-                    weights, record = self._learn(number, name, inner)
+                    with seen_through(self.model, self.teacher):
+                        weights, record = self._learn(number, name, inner)
                     for key, weight in weights.items():
                         own[key].store_banks([weight], self.originals[key].to(torch.float32))
                     self.folder.save(number, own, record)
@@ -101,14 +114,20 @@ class Reconstructor:
                 if self.on_part is not None:
                     self.on_part(number + 1, len(self.parts), name)
         except BaseException:
-            for key, (weight, error) in before.items():
-                layers[key].put_weight(weight, error)
+            self.restore()
             raise
         finally:
             for parameter, needed in required:
                 parameter.requires_grad_(needed)
         prepare_layers(self.model)
         return {"parts": records, "seconds": time.perf_counter() - started} | _summary(layers, before, self.originals)
+
+    def restore(self) -> None:
+        """Give the layers the weights that they had before `run`."""
+        layers = layers_by_name(self.model)
+        for key, (weight, error) in self._before.items():
+            layers[key].put_weight(weight, error)
+        prepare_layers(self.model)
 
     def _learn(self, number: int, name: str, inner: list[str]) -> tuple[dict[str, Tensor], dict]:
         """The rounded weights of one part, and what became of it."""
@@ -171,8 +190,9 @@ def _summary(layers: dict[str, QuantLayer], before: dict, originals: dict[str, T
     }
 
 
+@sees_through
 def learn_rounding(pipe, teacher, config: RoundingConfig | None = None, **arguments) -> dict:
-    """Learn, in place, which way the weights of a quantized pipeline's denoiser round.
+    """Learn, in place, which way the weights of a quantized pipeline's denoisers round.
 
     Formats, scales and activation ranges stay; no byte is added and nothing changes at run time. Layers that temporal
     maintenance has rounded already keep what it gave them.
@@ -190,7 +210,8 @@ def learn_rounding(pipe, teacher, config: RoundingConfig | None = None, **argume
         `dict`: `parts` (each with `part`, number of `layers`, `examples` and `iterations`, and the mean squared error
         of the part's output on examples kept apart `before` and `after`), `seconds`, `weights` (their number),
         `changed` (share of weights no longer rounded to nearest), `sparsity` and `sparsity_before` (share of exact
-        zeros) and `maxval_over_amax` (mean over channels: sparsity depends on where the range search clips).
+        zeros) and `maxval_over_amax` (mean over channels: sparsity depends on where the range search clips). For each
+        denoiser by name where several are quantized.
 
     Raises:
         ConfigError: settings or pipelines that do not fit; nothing is changed then.
@@ -205,4 +226,15 @@ def learn_rounding(pipe, teacher, config: RoundingConfig | None = None, **argume
         pipe.save_pretrained("model-w4a8-rounded")
         ```
     """
-    return Reconstructor(pipe, teacher, config, **arguments).run()
+    views = each_quantized(pipe, teacher)
+    work_dir = arguments.pop("work_dir", None)
+    folders = work_folders(work_dir, views)
+    runs = {
+        name: Reconstructor(*view, config, work_dir=folders[name], **arguments) for name, view in views.items()
+    }  # all are checked before the first changes anything
+    try:
+        return by_denoiser({name: run.run() for name, run in runs.items()})
+    except BaseException:
+        for run in runs.values():
+            run.restore()
+        raise

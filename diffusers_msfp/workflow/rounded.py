@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
+from ..errors import ConfigError
 from ..losses import squared_error
 from ..nn import QuantLayer
 from ..rounding import SoftRounding
@@ -33,7 +34,12 @@ class RoundedLayer(nn.Module):
         self.soft = SoftRounding(original.flatten(1), layer.weight_qparams(), scale_aware=scale_aware)
         self.hardened = False
 
+    @property
     def weight(self) -> Tensor:
+        """What others read of the quantized layer, see `LogicalWeight`."""
+        return self.layer.weight
+
+    def rounded(self) -> Tensor:
         """The weight in use, `logical_shape`, float32: soft, or on the grid."""
         return (self.soft.hard() if self.hardened else self.soft()).view(self.layer.logical_shape)
 
@@ -41,7 +47,7 @@ class RoundedLayer(nn.Module):
         """As the deployed layer will compute, with gradients."""
         x = input
         bias = None if self.layer.bias is None else self.layer.bias.to(torch.float32)
-        return self.layer.compute(self.layer.quantize_input(x), self.weight(), bias).to(x.dtype)
+        return self.layer.compute(self.layer.quantize_input(x), self.rounded(), bias).to(x.dtype)
 
 
 class Part:
@@ -119,14 +125,14 @@ class Examples:
         structure (`TreeSpec`): of the arguments.
         targets (`list[Tensor]`): the teacher's outputs, a row for each example.
         timesteps (`Tensor`, `(B,)`): of each example.
-        per_example (`list[bool]`): which leaves have a row for each example.
+        per_example (`list[int]`): how many rows each leaf has for an example; 0 where all examples share it.
     """
 
     leaves: list
     structure: Any
     targets: list[Tensor]
     timesteps: Tensor
-    per_example: list[bool]
+    per_example: list[int]
 
     @classmethod
     def collect(
@@ -143,6 +149,9 @@ class Examples:
         Args:
             memory (`int`): bytes to stay below, but one step at least is taken.
             used (`UsedChannels`, *optional*): of the model.
+
+        Raises:
+            ConfigError: steps call the part with something that differs and cannot be told from example to example.
         """
         parts, targets, taken = [], [], 0
         for step in steps:
@@ -155,9 +164,15 @@ class Examples:
             parts.append(leaves)
             targets.append(outputs)
         rows = len(targets[0][0])
-        per_example = [_per_example(leaf, rows) for leaf in parts[0]]
-        columns = zip(per_example, zip(*parts, strict=True), strict=True)
-        joined = [torch.cat(column) if several else column[0] for several, column in columns]
+        paths = [path for path, _ in tree_flatten_with_path(tree_unflatten(parts[0], structure))[0]]
+        per_example = [_rows_each(path, leaf, rows) for path, leaf in zip(paths, parts[0], strict=True)]
+        columns = list(zip(per_example, zip(*parts, strict=True), strict=True))
+        if not all(each or _all_equal(column) for each, column in columns):
+            raise ConfigError(
+                f"Examples of the part `{name}` are drawn from all steps, but these call it with what differs and "
+                f"has no entry for each example. Leave it out: `exclude=[{name!r}]`."
+            )
+        joined = [torch.cat(column) if each else column[0] for each, column in columns]
         timesteps = torch.cat([step.timesteps for step in steps[: len(parts)]])
         return cls(
             joined, structure, [torch.cat(column) for column in zip(*targets, strict=True)], timesteps, per_example
@@ -169,10 +184,22 @@ class Examples:
     def batch(self, rows: Tensor) -> tuple[tuple[tuple, dict], list[Tensor], Tensor]:
         """Arguments, targets and timesteps of some examples."""
         columns = zip(self.per_example, self.leaves, strict=True)
-        leaves = [leaf[rows] if several else leaf for several, leaf in columns]
+        leaves = [
+            leaf.unflatten(0, (-1, each))[rows.to(leaf.device)].flatten(0, 1) if each else leaf
+            for each, leaf in columns
+        ]
         call, targets = tree_unflatten(leaves, self.structure), [target[rows] for target in self.targets]
         return call, targets, self.timesteps[rows]
 
 
-def _per_example(leaf: Any, number: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == number
+def _rows_each(path: tuple, leaf: Any, number: int) -> int:
+    """How many rows of an argument belong to each of so many examples; diffusers' masks have one for each head."""
+    if not isinstance(leaf, Tensor) or not leaf.ndim:
+        return 0
+    is_mask = str(getattr(path[-1], "key", "")).endswith("attention_mask")
+    return len(leaf) // number if len(leaf) == number or (is_mask and len(leaf) % number == 0) else 0
+
+
+def _all_equal(column: tuple) -> bool:
+    tensors = isinstance(column[0], Tensor)
+    return all(part is column[0] or not tensors or torch.equal(part, column[0]) for part in column)

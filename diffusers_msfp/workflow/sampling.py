@@ -3,14 +3,15 @@
 import inspect
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from diffusers import DiffusionPipeline
+from torch import nn
 
 from ..errors import ConfigError
 from .finite_steps import require_finite_steps
@@ -123,7 +124,7 @@ def call_arguments(
     prompts = list(prompts) if prompts is not None else list(DEFAULT_PROMPTS)
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ConfigError(f"`prompts` must be a non-empty list of strings, but {prompts!r} came.")
-    for name in SET_BY_VERBS.keys() & given.keys():
+    for name in (name for name in SET_BY_VERBS if given.get(name) is not None):  # None makes room for embeddings
         raise ConfigError(f"`{name}` cannot be passed on to the pipeline, since {SET_BY_VERBS[name]}. Leave it out.")
     given = known_arguments(pipe, given)
     labels = labels_of(pipe)
@@ -154,6 +155,7 @@ def call_arguments(
 
     def make(start: int, size: int, generator: Generators) -> Call:
         arguments = {"generator": generator, "num_inference_steps": num_inference_steps, "batch_size": size}
+        arguments["prior_num_inference_steps"] = num_inference_steps  # of pipelines with a prior of their own
         arguments["output_type"] = "latent" if skip_decoding else "np"
         if "prompt" in parameters:
             arguments["prompt"] = [prompts[(start + i) % len(prompts)] for i in range(size)]
@@ -223,38 +225,23 @@ def batched_calls(make: Callable, models: Sequence[nn.Module], num_samples: int,
     ]
 
 
-def denoiser_name(pipe) -> str:
-    """Under which name a pipeline has the network that predicts noise."""
-    for name in ("unet", "transformer", "prior"):
-        if getattr(pipe, name, None) is not None:
-            return name
-    raise ConfigError(f"A pipeline must have a `unet`, `transformer` or `prior`, but {type(pipe).__name__} has none.")
-
-
-def denoiser_of(pipe) -> nn.Module:
-    """The network that predicts noise."""
-    return getattr(pipe, denoiser_name(pipe))
-
-
-def model_output(output) -> Tensor:
-    """What a denoiser predicts, whether it returns a tuple or an output object."""
-    return output[0] if isinstance(output, tuple) else output.sample
-
-
 @contextmanager
 def quiet(pipe):
-    """Without the pipeline's own progress bars."""
-    before = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(**before | {"disable": True})
+    """Without the progress bars of the pipeline and of those that it is combined from."""
+    parts = [pipe, *(part for part in vars(pipe).values() if isinstance(part, DiffusionPipeline))]
+    before = [dict(getattr(part, "_progress_bar_config", {})) for part in parts]
+    for part, config in zip(parts, before, strict=True):
+        part._progress_bar_config = config | {"disable": True}
     try:
         yield
     finally:
-        pipe.set_progress_bar_config(**before)
+        for part, config in zip(parts, before, strict=True):
+            part._progress_bar_config = config
 
 
 @contextmanager
-def counting_steps(model: nn.Module, total: int, on_step: Callable[[int, int], None] | None):
-    """Report each call of the model."""
+def counting_steps(models: Iterable[nn.Module], total: int, on_step: Callable[[int, int], None] | None):
+    """Report each call of one of the models."""
     done = 0
 
     def count(*_) -> None:
@@ -263,8 +250,9 @@ def counting_steps(model: nn.Module, total: int, on_step: Callable[[int, int], N
         if on_step is not None:
             on_step(done, max(total, done))
 
-    handle = model.register_forward_hook(count)
+    handles = [model.register_forward_hook(count) for model in models]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

@@ -5,7 +5,7 @@ import functools
 import inspect
 
 import torch
-from diffusers import DDIMInverseScheduler, DDIMScheduler, LCMScheduler, TCDScheduler
+from diffusers import DDIMInverseScheduler, DDIMScheduler, DiffusionPipeline, LCMScheduler, TCDScheduler
 
 from ..errors import ConfigError
 from .finite_steps import learns_variance
@@ -25,8 +25,24 @@ def with_parts(pipe, **parts):
         **parts: components by name, taken as they are: a pipeline's constructor may change a scheduler.
     """
     other = copy.copy(pipe)
-    other.register_modules(**parts)
+    for name, inner in _inner_pipelines(pipe).items():
+        vars(other)[name] = copy.copy(inner)
+    exchange_parts(other, **parts)
     return other
+
+
+def exchange_parts(pipe, **parts) -> None:
+    """Put other components into a pipeline, and into those of which it is combined; names as in `components`."""
+    instead = {id(old): part for name, part in parts.items() if (old := getattr(pipe, name, None)) is not None}
+    for inner in _inner_pipelines(pipe).values():
+        own = {name: instead[id(old)] for name, old in inner.components.items() if id(old) in instead}
+        inner.register_modules(**own)
+    pipe.register_modules(**parts)
+
+
+def _inner_pipelines(pipe) -> dict[str, DiffusionPipeline]:
+    """The pipelines of which a combined one is made, by the names of its attributes."""
+    return {name: value for name, value in vars(pipe).items() if isinstance(value, DiffusionPipeline)}
 
 
 def solver_from(cls: type, scheduler):

@@ -8,7 +8,7 @@ experiment: in a call of the full-precision model their input is what `torch.cat
 import copy
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +20,13 @@ from ..calibration.watch import watching_calls
 from ..errors import CheckpointError, ConfigError
 from ..nn import QUANT_LAYERS, QuantLayer, SplitLayer
 from ..nn.split import can_split, channel_axis, split_layer
+from ..nn.wrappers import sees_through
 from ..numerics.rounding import check_finite
 from ..schemes import LayerScheme, resolve
 from .adapters import layers_by_name
 from .convert import prepare_layers, replace_module, replace_modules
-from .sampling import batched_calls, call_arguments, denoiser_of, quiet, require_positive
+from .denoisers import by_denoiser, denoiser_of, each_quantized
+from .sampling import batched_calls, call_arguments, quiet, require_positive
 from .state import write_record
 from .student import check_student, original_weight
 from .temporal_model import finite_set_of
@@ -56,6 +58,7 @@ class SplitConfig:
         require_positive(num_samples=self.num_samples, num_inference_steps=self.num_inference_steps)
 
 
+@sees_through
 def split_shortcuts(
     pipe, teacher, config: SplitConfig | None = None, *, prompts: Sequence[str] | None = None, **arguments
 ) -> dict:
@@ -73,7 +76,7 @@ def split_shortcuts(
 
     Returns:
         `dict`: `split` (layer → input channels of each part; empty, with a warning, where nothing is concatenated) and
-        `seconds`.
+        `seconds`. For each denoiser by name where several are quantized.
 
     Raises:
         ConfigError: pipelines that do not fit; nothing is changed then.
@@ -85,13 +88,24 @@ def split_shortcuts(
         split_shortcuts(pipe, DiffusionPipeline.from_pretrained("model"))
         ```
     """
-    config, started = config or SplitConfig(), time.perf_counter()
-    model, original = denoiser_of(pipe), denoiser_of(teacher)
+    config, views = config or SplitConfig(), each_quantized(pipe, teacher)
+    for own, original in views.values():
+        _require_fit(denoiser_of(own), denoiser_of(original))
+    ready = {name: _split(*view, config, prompts, arguments) for name, view in views.items()}
+    return by_denoiser({name: apply() for name, apply in ready.items()})  # only now are models changed
+
+
+def _require_fit(model: nn.Module, original: nn.Module) -> None:
     check_student(model, original, learns=False)
     if any(name.endswith(".base_layer") for name, _ in original.named_modules()):
         raise ConfigError("The teacher must be without adapters, but this one has some: unload or fuse them.")
     if finite_set_of(model) is not None:
         raise ConfigError("Layers are split before temporal maintenance. Start from the quantized model.")
+
+
+def _split(pipe, teacher, config: SplitConfig, prompts, arguments: dict) -> Callable[[], dict]:
+    """The new layers of one denoiser; the function that is returned puts them in, and gives the verb's result."""
+    started, model, original = time.perf_counter(), denoiser_of(pipe), denoiser_of(teacher)
     record, layers = model.config.quantization_config, layers_by_name(model)
     make_arguments = call_arguments(teacher, prompts, config.num_inference_steps, arguments)
     found = concatenated_inputs(original, rollout(teacher, make_arguments, 0, 1, config.seed)[0])
@@ -114,11 +128,16 @@ def split_shortcuts(
             for part in each.children():
                 if part.observing:
                     part.freeze()
-        replace_modules(model, split)
-        record.split = (record.split or {}) | copy.deepcopy(found)
-        write_record(model)
-        prepare_layers(model)
-    return {"split": found, "seconds": time.perf_counter() - started}
+
+    def apply() -> dict:
+        if split:
+            replace_modules(model, split)
+            record.split = (record.split or {}) | copy.deepcopy(found)
+            write_record(model)
+            prepare_layers(model)
+        return {"split": found, "seconds": time.perf_counter() - started}
+
+    return apply
 
 
 def concatenated_inputs(model: nn.Module, step) -> dict[str, tuple[int, ...]]:
@@ -167,7 +186,7 @@ def _quantized(original: nn.Module, layer: QuantLayer, sizes: Sequence[int], sch
     """The layer in quantized parts; parts observe if the layer's input is quantized."""
     if layer.input_format is None:
         scheme = LayerScheme(scheme.weight, ())
-    split = split_layer(original, sizes)
+    split = split_layer(original, sizes, layer.place)
     for index, part in enumerate(list(split.children())):
         quantized = QUANT_LAYERS[type(part)].from_float(part, f"{layer.place}.{index}", scheme)
         quantized.bias = layer.bias if index == 0 else None
@@ -211,6 +230,6 @@ def split_skeleton(model: nn.Module, split: Mapping[str, Sequence[int]]) -> dict
                 f"config.json says that `{name}` of {type(model).__name__} is split into {sizes!r} input channels, but "
                 f"it cannot be: not its checkpoint."
             )
-        replace_module(model, name, split_layer(layer, sizes))
+        replace_module(model, name, split_layer(layer, sizes, name))
         parts |= {f"{name}.{index}": name for index in range(len(sizes))}
     return parts

@@ -13,40 +13,73 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..nn import QuantLayer
+from ..nn.wrappers import sees_through, unwrap
 from .convert import describe_layers, prepare_layers, quant_layers
-from .timestep import timestep_of, timestep_position
+from .timestep import timestep_argument
 
 logger = logging.getLogger(__name__)
+
+ONE_STEP_CALLS = 32
+"""After so many calls in a row at one timestep it is said how to end the observation."""
 
 
 class RunTracker:
     """Forward pre-hook that freezes a model when its first denoising run is over.
 
+    Some models count the timestep upwards, from the noise to the image; their run ends when it comes back to where it
+    began.
+
     Args:
         last_timestep (`float`, *optional*): of the previous call; None before the first.
         has_fallen (`bool`): whether the timestep has fallen since observation began.
+        first_timestep (`float`, *optional*): of a run that has only risen.
     """
 
-    def __init__(self, last_timestep: float | None = None, has_fallen: bool = False) -> None:
+    def __init__(
+        self, last_timestep: float | None = None, has_fallen: bool = False, first_timestep: float | None = None
+    ) -> None:
         self.last_timestep = last_timestep
-        self.has_fallen = has_fallen
+        self.has_fallen = bool(has_fallen)
+        self.first_timestep = last_timestep if first_timestep is None else first_timestep
         self.paused = False
+        self._repeated = 0
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Look at the timestep of the coming call; a compiled model cannot change itself and is left alone."""
         if torch.compiler.is_compiling():
             return
-        timestep = timestep_of(timestep_position(model), args, kwargs)
+        timestep = timestep_argument(model).of(args, kwargs)
         if self.paused or timestep is None:
             return
         now = float(torch.as_tensor(timestep).max())
-        if self.last_timestep is not None:
-            if now > self.last_timestep and self.has_fallen:
-                freeze(model)
-                return
+        if self.last_timestep is None:
+            self.first_timestep = now
+        elif now > self.last_timestep and self.has_fallen or self.has_risen and now <= self.first_timestep:
+            freeze(model)
+            return
+        else:
             self.has_fallen |= now < self.last_timestep
+            self._repeated = self._repeated + 1 if now == self.last_timestep else 0
+        if self._repeated == ONE_STEP_CALLS:
+            logger.warning(
+                "%s has been called %d times at timestep %g and at no other: where a sampler makes one step, the end "
+                "of a run cannot be seen. Activations stay float until `freeze(pipe)` or `calibrate(pipe)`.",
+                type(model).__name__,
+                ONE_STEP_CALLS + 1,
+                now,
+            )
         self.last_timestep = now
         write_record(model)
+
+    @property
+    def has_risen(self) -> bool:
+        """Whether this run counts upwards."""
+        return self.last_timestep is not None and not self.has_fallen and self.last_timestep > self.first_timestep
+
+    def record(self) -> dict:
+        """What a checkpoint keeps of it, to go on after loading."""
+        risen = {"first_timestep": self.first_timestep} if self.has_risen else {}
+        return {"last_timestep": self.last_timestep, "has_fallen": self.has_fallen} | risen
 
 
 def tracker(model: nn.Module) -> RunTracker | None:
@@ -62,11 +95,11 @@ def untrack(model: nn.Module) -> None:
             model._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def track(model: nn.Module, last_timestep: float | None = None, has_fallen: bool = False) -> None:
+def track(model: nn.Module, hook: RunTracker | None = None) -> None:
     """Watch for the end of a denoising run, if any layer of the model is observing."""
     untrack(model)
     if calibration_state(model) == "observing":
-        model.register_forward_pre_hook(RunTracker(last_timestep, has_fallen), with_kwargs=True)
+        model.register_forward_pre_hook(hook or RunTracker(), with_kwargs=True)
     write_record(model)
 
 
@@ -78,15 +111,16 @@ def write_record(model: nn.Module) -> None:
     config.layers = describe_layers(model)
     config.calibration = {"state": calibration_state(model)}
     if (hook := tracker(model)) is not None:
-        config.calibration |= {"last_timestep": hook.last_timestep, "has_fallen": hook.has_fallen}
+        config.calibration |= hook.record()
 
 
 def quantized_models(model_or_pipe: object) -> Iterator[nn.Module]:
-    """The model itself, or the components of a pipeline that have quantized layers."""
+    """The model itself, or the components of a pipeline, that have quantized layers, without wrappers around them."""
     components = getattr(model_or_pipe, "components", None)
     candidates = components.values() if isinstance(components, dict) else [model_or_pipe]
-    for model in candidates:
-        if isinstance(model, nn.Module) and any(isinstance(m, QuantLayer) for m in model.modules()):
+    for part in candidates:
+        model = unwrap(part) if isinstance(part, nn.Module) else None
+        if model is not None and any(isinstance(m, QuantLayer) for m in model.modules()):
             yield model
 
 
@@ -114,6 +148,7 @@ def calibration_state(model: nn.Module) -> str:
     return "observing" if observing else "frozen"
 
 
+@sees_through
 def freeze(model: nn.Module) -> None:
     """End the observation now: choose every input's format, scale and zero point from what was seen.
 

@@ -13,13 +13,13 @@ from ..nn.split import whole_name
 from ..numerics.rounding import check_finite
 from ..schemes import check_patterns
 from ..talora import AdapterBank, AdapterPlan, Gate, TimestepRouter, Trainee, adapter_rank
-from .adapters import base_fingerprint, connect, layers_by_name, require_timesteps, routing_of
+from .adapters import base_fingerprint, connect, layers_by_name, routing_of
 from .blocks import block_outputs
 from .convert import replace_module
-from .sampling import model_output
+from .denoisers import model_output
 from .state import calibration_state, write_record
 from .temporal_model import maintained_layers
-from .timestep import timestep_of, timestep_position
+from .timestep import require_timesteps, timestep_argument
 from .trajectory import DenoisingStep
 
 
@@ -116,10 +116,10 @@ class Student(nn.Module):
     @contextmanager
     def routed(self) -> Iterator[None]:
         """Let the model be called by a pipeline, whose timesteps the router sees."""
-        position = timestep_position(self.model)
+        argument = timestep_argument(self.model)
 
         def choose(_model: nn.Module, args: tuple, kwargs: dict) -> None:
-            self.choose(torch.as_tensor(timestep_of(position, args, kwargs)).reshape(-1)[:1])
+            self.choose(torch.as_tensor(argument.of(args, kwargs)).reshape(-1)[:1])
 
         handle = self.model.register_forward_pre_hook(choose, with_kwargs=True)
         try:
@@ -133,7 +133,9 @@ class Student(nn.Module):
         found = {timestep: (0.0, 0) for timestep in self.watched.tolist()}
         for step in steps:
             (output,), _ = self(step)
-            for timestep, error in zip(step.timesteps.tolist(), squared_error(output, step.output), strict=True):
+            for timestep, error in zip(
+                step.timesteps.float().tolist(), squared_error(output, step.output), strict=True
+            ):
                 total, number = found[timestep]
                 found[timestep] = (total + error.item(), number + 1)
         return found

@@ -6,24 +6,30 @@ reconstructed: the extension's rule for what to store was not found; here a laye
 above an error. Errors are relative for each layer and timestep, where the paper sums squared errors.
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, ShapeError
+from ..errors import ConfigError, NothingToDoError, ShapeError
+from ..nn.wrappers import sees_through
 from ..numerics.rounding import check_finite
 from ..temporal import SCOPES, TemporalBlock, TemporalPlan, store_features
-from .adapters import layers_by_name, require_timesteps, routing_of
+from .adapters import layers_by_name, routing_of
+from .denoisers import by_denoiser, denoiser_of, each_quantized
 from .finite_sets import observe_sets
-from .sampling import call_arguments, denoiser_of, require_positive
+from .sampling import call_arguments, require_positive
 from .state import calibration_state
 from .student import require_takes
 from .temporal_block import StudentBlock, cell_timesteps
 from .temporal_model import attach_sets, finite_set_of
 from .temporal_probe import TemporalProbe
+from .timestep import require_timesteps
+
+logger = logging.getLogger(__name__)
 
 CACHE_TOLERANCE = 1e-3
 """Relative error that stored features may have; float16 costs at most half of it."""
@@ -69,6 +75,7 @@ class TemporalConfig:
             )
 
 
+@sees_through
 def maintain_temporal(
     pipe, teacher, config: TemporalConfig | None = None, *, prompts: Sequence[str] | None = None, **arguments
 ) -> dict:
@@ -89,7 +96,7 @@ def maintain_temporal(
         `dict`: `timesteps` (the finite set), `block` (layers that depend on the timestep alone), `sets` (layers with
         parameters for each timestep), `cached` (layers whose outputs are stored), `errors` (layer → largest relative
         error over the set's timesteps: `ptq` before, `reconstructed` after TIAR and FSC, without stored outputs),
-        `sets_bytes`, `cache_bytes`.
+        `sets_bytes`, `cache_bytes`. For each denoiser by name where several are quantized.
 
     Raises:
         ConfigError: pipelines that do not fit, or no quantized layer that depends on the timestep alone. Nothing is
@@ -106,14 +113,31 @@ def maintain_temporal(
         ```
     """
     config = config or TemporalConfig()
+    views = each_quantized(pipe, teacher)
+    for own, original in views.values():
+        model = denoiser_of(own)
+        _require_fit(model, denoiser_of(original))
+        if config.fsc == "all":
+            require_takes(model, denoiser_of(original))
+    ready, refused = {}, None
+    for name, view in views.items():
+        try:
+            ready[name] = _maintain(*view, config, prompts, arguments)
+        except NothingToDoError as error:
+            refused = error
+            logger.warning("`%s`: %s", name, error)
+    if not ready:
+        raise refused
+    return by_denoiser({name: apply() for name, apply in ready.items()})  # only now are models changed
+
+
+def _maintain(pipe, teacher, config: TemporalConfig, prompts, arguments: dict) -> Callable[[], dict]:
+    """All that one denoiser needs; the function that is returned changes it and gives `maintain_temporal`'s result."""
     model, layers = denoiser_of(pipe), layers_by_name(denoiser_of(pipe))
-    _require_fit(model, denoiser_of(teacher))
-    if config.fsc == "all":
-        require_takes(model, denoiser_of(teacher))
     make_arguments = call_arguments(teacher, prompts, config.num_inference_steps, arguments)
     probe = TemporalProbe(teacher, layers, make_arguments, config.seed)
     if not probe.block.layers:
-        raise ConfigError(
+        raise NothingToDoError(
             f"{type(model).__name__} must have a quantized linear that depends on the timestep alone, but it has none: "
             f"there is nothing to maintain."
         )
@@ -143,19 +167,22 @@ def maintain_temporal(
         counts = {"num_samples": config.num_samples, "seed": config.seed}
         sets = sets | observe_sets(model, teacher, make_arguments, probe.timesteps, sets, **counts)
 
-    for name, weight in student.weights.items() if config.iterations else ():  # only now is the model changed
-        layers[name].store_banks([weight], originals[name])
-    for name, parameters in sets.items():
-        layers[name].store_input(*parameters)
-    cached: dict[str, list[str]] = {}
-    for name, table in features.items():
-        cached.setdefault(str(table.dtype).removeprefix("torch."), []).append(name)
-    plan = TemporalPlan(len(cells), probe.block.names, tuple(sets), cached, asdict(config))
-    attach_sets(model, plan, probe.timesteps.to(model.device), features)
-    model.config.quantization_config.temporal = plan.to_dict()
-    channels = {name: layer.logical_shape[0] for name, layer in layers.items()}
-    errors = {name: {"ptq": before[name], "reconstructed": reconstructed[name]} for name in targets}
-    return plan.summary(probe.timesteps.tolist(), channels) | {"errors": errors}
+    def apply() -> dict:
+        for name, weight in student.weights.items() if config.iterations else ():
+            layers[name].store_banks([weight], originals[name])
+        for name, parameters in sets.items():
+            layers[name].store_input(*parameters)
+        cached: dict[str, list[str]] = {}
+        for name, table in features.items():
+            cached.setdefault(str(table.dtype).removeprefix("torch."), []).append(name)
+        plan = TemporalPlan(len(cells), probe.block.names, tuple(sets), cached, asdict(config))
+        attach_sets(model, plan, probe.timesteps.to(model.device), features)
+        model.config.quantization_config.temporal = plan.to_dict()
+        channels = {name: layer.logical_shape[0] for name, layer in layers.items()}
+        errors = {name: {"ptq": before[name], "reconstructed": reconstructed[name]} for name in targets}
+        return plan.summary(probe.timesteps.tolist(), channels) | {"errors": errors}
+
+    return apply
 
 
 def choose_cached(block: TemporalBlock, errors: Mapping[str, float], above: float | None) -> list[str]:

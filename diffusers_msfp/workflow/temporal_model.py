@@ -11,16 +11,18 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..nn import QuantLayer
+from ..nn.wrappers import forget_compiled
 from ..temporal import FeatureTable, FiniteSet, TemporalPlan
-from .adapters import RouteHook, layers_by_name, remove_route_hooks, require_timesteps
+from .adapters import RouteHook, layers_by_name, remove_route_hooks
 from .convert import prepare_layers
+from .timestep import TimestepArgument, require_timesteps
 
 
 class SetHook(RouteHook):
     """`RouteHook` that leaves out cached features where users' adapters on the block would change them."""
 
-    def __init__(self, position: int, block: tuple[str, ...]) -> None:
-        super().__init__(position, FiniteSet.place)
+    def __init__(self, argument: TimestepArgument, block: tuple[str, ...]) -> None:
+        super().__init__(argument, FiniteSet.place)
         self.block = block
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -47,14 +49,15 @@ def attach_sets(model: nn.Module, plan: TemporalPlan, timesteps: Tensor, feature
         timesteps (`Tensor`, `(S,)`, float32): ascending.
         features (`Mapping[str, Tensor]`): `(S, C)` of each layer that is cached.
     """
-    position = require_timesteps(model)
+    argument = require_timesteps(model)
     finite_set, layers = FiniteSet(timesteps), layers_by_name(model)
     for name, table in features.items():
         layers[name].recall = FeatureTable(table)
     for name in plan.layers:
         layers[name].route_by(finite_set)
     setattr(model, FiniteSet.place, finite_set)
-    model.register_forward_pre_hook(SetHook(position, plan.block if plan.cached_layers() else ()), with_kwargs=True)
+    model.register_forward_pre_hook(SetHook(argument, plan.block if plan.cached_layers() else ()), with_kwargs=True)
+    forget_compiled()
     prepare_layers(model)
 
 

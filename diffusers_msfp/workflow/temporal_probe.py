@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from ..errors import ConfigError
 from ..temporal import BlockLayer, TemporalBlock, find_block, root_inputs
-from .sampling import denoiser_of
-from .timestep import timestep_of, timestep_position
+from .denoisers import denoiser_of
+from .timestep import timestep_argument
 from .trajectory import DenoisingStep, rollout
 
 
@@ -28,23 +27,18 @@ class TemporalProbe:
         timesteps (`Tensor`, `(S,)`, float32): the sampler's finite set as its denoiser gets it, ascending.
         block (`TemporalBlock`): empty where no layer depends on the timestep alone.
         weights (`dict[str, Tensor]`): of its layers, float32.
-
-    Raises:
-        ConfigError: a sampler with one timestep only, from which nothing can be told.
     """
 
     def __init__(self, teacher, names: Collection[str], make_arguments: Callable, seed: int = 0) -> None:
         self.model = denoiser_of(teacher)
-        self._position = timestep_position(self.model)
+        self._timestep = timestep_argument(self.model)
         steps = {step.timesteps[0].float().item(): step for step in rollout(teacher, make_arguments, 0, 1, seed)}
-        if len(steps) < 2:
-            raise ConfigError(
-                f"What depends on the timestep is found at two timesteps or more, but this sampler has {len(steps)}. "
-                f"Use more steps."
-            )
         self.timesteps = torch.tensor(sorted(steps))
         first, last = steps[float(self.timesteps[0])], steps[float(self.timesteps[-1])]
         self._step = last
+        if len(steps) == 1:  # a sampler of one step: what depends on the timestep is told from another one
+            args, kwargs = self.arguments_at(_other(float(self.timesteps[0])))
+            first = DenoisingStep(last.timesteps, args, kwargs, last.output)
         modules = dict(self.model.named_modules())
         linears = {name: modules[name] for name in names if isinstance(modules.get(name), nn.Linear)}
         generator = torch.Generator().manual_seed(seed)
@@ -61,11 +55,6 @@ class TemporalProbe:
 
         return call
 
-    def _with_timestep(self, args: tuple, kwargs: dict, timestep: Any) -> tuple[tuple, dict]:
-        if kwargs.get("timestep") is not None:
-            return args, kwargs | {"timestep": timestep}
-        return (*args[: self._position], timestep, *args[self._position + 1 :]), kwargs
-
     def _vary(self, step: DenoisingStep, generator: torch.Generator) -> tuple[tuple, dict]:
         """The same timestep with other samples, prompts, labels and conditions, all of them valid."""
 
@@ -78,16 +67,16 @@ class TemporalProbe:
             return leaf if leaf.dtype == torch.bool else (leaf == 0).to(leaf.dtype)
 
         args, kwargs = tree_map(other, (step.args, step.kwargs))
-        return self._with_timestep(args, kwargs, timestep_of(self._position, step.args, step.kwargs))
+        return self._timestep.put(args, kwargs, self._timestep.of(step.args, step.kwargs))
 
     def arguments_at(self, timestep: float) -> tuple[tuple, dict]:
         """Arguments of a call of the denoiser at a timestep."""
         step = self._step
-        own = timestep_of(self._position, step.args, step.kwargs)
+        own = self._timestep.of(step.args, step.kwargs)
         if isinstance(own, Tensor):
             whole = own.is_floating_point() or timestep == int(timestep)
             timestep = torch.full_like(own, timestep, dtype=own.dtype if whole else torch.float32)
-        return self._with_timestep(step.args, step.kwargs, timestep)
+        return self._timestep.put(step.args, step.kwargs, timestep)
 
     def roots(self, timesteps: Tensor) -> dict[str, Tensor]:
         """What the block starts from, `(S, in)` float32 for each root."""
@@ -103,3 +92,9 @@ class TemporalProbe:
             return F.linear(x, self.weights[layer.name], None if bias is None else bias.to(torch.float32))
 
         return self.block.run(roots, apply)
+
+
+def _other(timestep: float) -> float:
+    """A timestep of the same kind, nearer to the image."""
+    half = timestep / 2
+    return 1.0 if not timestep else float(int(half)) if timestep == int(timestep) else half

@@ -1,23 +1,73 @@
-"""The timestep of a model's call, wherever the model takes it."""
+"""The timestep of a model's call, wherever the model takes it and whatever it calls it."""
 
+import functools
 import inspect
+import math
 from numbers import Real
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-UNKNOWN = -1
+from ..errors import UnsupportedError
+
+NAMES = ("timestep", "timesteps", "timestep_ratio", "t", "r")
+"""What models call it; the first that a model has counts."""
+
+Timestep = int | float | torch.Tensor
 
 
-def timestep_position(model: nn.Module) -> int:
-    """Position of `timestep` among the arguments of the model's forward; `UNKNOWN` where it has none."""
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
-    return names.index("timestep") if "timestep" in names else UNKNOWN
+class TimestepArgument(NamedTuple):
+    """Where a model takes its timestep.
+
+    Args:
+        name (`str`, *optional*): of the argument; None where the model takes none.
+        position (`int`): among the arguments of its forward.
+    """
+
+    name: str | None
+    position: int
+
+    def of(self, args: tuple, kwargs: dict) -> Timestep | None:
+        """The timestep of a call; None where there is none."""
+        timestep = kwargs.get(self.name)
+        if timestep is None and 0 <= self.position < len(args):
+            timestep = args[self.position]
+        return timestep if isinstance(timestep, (Real, torch.Tensor)) else None
+
+    def put(self, args: tuple, kwargs: dict, timestep: Timestep) -> tuple[tuple, dict]:
+        """The arguments of the same call at another timestep."""
+        if kwargs.get(self.name) is not None:
+            return args, kwargs | {self.name: timestep}
+        return (*args[: self.position], timestep, *args[self.position + 1 :]), kwargs
 
 
-def timestep_of(position: int, args: tuple, kwargs: dict) -> int | float | torch.Tensor | None:
-    """The timestep of a call; None where there is none."""
-    timestep = kwargs.get("timestep")
-    if timestep is None and 0 <= position < len(args):
-        timestep = args[position]
-    return timestep if isinstance(timestep, (Real, torch.Tensor)) else None
+def timestep_argument(model: nn.Module | type[nn.Module]) -> TimestepArgument:
+    """Where a model, or a class of models, takes its timestep."""
+    return _argument_of(model if isinstance(model, type) else type(model))
+
+
+@functools.cache
+def _argument_of(cls: type[nn.Module]) -> TimestepArgument:
+    names = list(inspect.signature(cls.forward).parameters)[1:]
+    name = next((name for name in NAMES if name in names), None)
+    return TimestepArgument(name, -1 if name is None else names.index(name))
+
+
+def require_timesteps(model: nn.Module) -> TimestepArgument:
+    """Where the model takes its timestep.
+
+    Raises:
+        UnsupportedError: it takes none.
+    """
+    argument = timestep_argument(model)
+    if argument.name is None:
+        raise UnsupportedError(
+            f"What follows the timestep needs a model that takes a `timestep`, but {type(model).__name__} takes none."
+        )
+    return argument
+
+
+def first_timestep(timestep: Timestep | None) -> float:
+    """Of a call with one for all its samples; NaN where it has none."""
+    return math.nan if timestep is None else float(torch.as_tensor(timestep).flatten()[0])

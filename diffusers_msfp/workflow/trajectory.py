@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..errors import ConfigError
-from .sampling import denoiser_of, model_output, quiet
-from .timestep import timestep_of, timestep_position
+from .denoisers import denoiser_name, denoiser_of, model_output
+from .sampling import quiet
+from .timestep import TimestepArgument, require_timesteps, timestep_argument
 from .used_output import used_part
 
 
@@ -50,6 +51,12 @@ def _has_rows(leaf: Any, number: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == number
 
 
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    return type(a) is type(b) and (not isinstance(a, int | float | str) or a == b)
+
+
 def rollout(pipe, make_arguments: Callable, first: int, size: int, seed: int) -> list[DenoisingStep]:
     """Sample `size` trajectories and keep every call of the denoiser.
 
@@ -59,14 +66,18 @@ def rollout(pipe, make_arguments: Callable, first: int, size: int, seed: int) ->
         first (`int`): number of the first sample.
         size (`int`): samples at once.
         seed (`int`): sample i is drawn with seed + i.
+
+    Raises:
+        UnsupportedError: the denoiser takes no timestep.
+        ConfigError: the pipeline never calls it.
     """
     denoiser = denoiser_of(pipe)
-    position = timestep_position(denoiser)
+    argument = require_timesteps(denoiser)
     steps: list[DenoisingStep] = []
 
     def keep(_module, args, kwargs, output) -> None:
         predicted = used_part(pipe, model_output(output), args, kwargs)
-        timesteps = torch.as_tensor(timestep_of(position, args, kwargs), device=predicted.device).flatten()
+        timesteps = torch.as_tensor(argument.of(args, kwargs), device=predicted.device).flatten()
         steps.append(DenoisingStep(timesteps.expand(len(predicted)), args, kwargs, predicted))
 
     generators = [torch.Generator().manual_seed(seed + first + i) for i in range(size)]
@@ -76,33 +87,45 @@ def rollout(pipe, make_arguments: Callable, first: int, size: int, seed: int) ->
             make_arguments(first, size, generators if size > 1 else generators[0]).run(pipe)
     finally:
         handle.remove()
+    if not steps:
+        raise ConfigError(
+            f"{type(pipe).__name__} must call its `{denoiser_name(pipe)}` to show how it works, but never does with "
+            f"these arguments and this number of steps."
+        )
     return steps
 
 
-def mix(steps: list[DenoisingStep], choice: list[int], position: int) -> DenoisingStep:
+def mix(steps: list[DenoisingStep], choice: list[int], argument: TimestepArgument) -> DenoisingStep:
     """One call in which each row comes from a step of its own.
 
     Args:
-        steps (`list[DenoisingStep]`): of one rollout, equal in everything that has no rows.
+        steps (`list[DenoisingStep]`): of one rollout.
         choice (`list[int]`): for each row, which step.
-        position (`int`): of the timestep among the positional arguments.
+        argument (`TimestepArgument`): where the model takes its timestep.
+
+    Raises:
+        ConfigError: calls that differ in something without rows.
     """
 
     def pick(parts: list) -> Any:
-        if not _has_rows(parts[0], len(choice)) or all(part is parts[0] for part in parts):
+        if all(part is parts[0] for part in parts):
+            return parts[0]
+        if not _has_rows(parts[0], len(choice)):
+            if not all(_equal(part, parts[0]) for part in parts):
+                raise ConfigError(
+                    "Steps of a trajectory are mixed sample by sample, but this pipeline calls its denoiser with "
+                    "something that has no entry for each sample and changes from step to step: it cannot be a teacher."
+                )
             return parts[0]
         return torch.stack([parts[step][row] for row, step in enumerate(choice)])
 
-    leaves = [tree_flatten((step.args, step.kwargs)) for step in steps]
+    leaves = [tree_flatten(argument.put(step.args, step.kwargs, 0)) for step in steps]
     args, kwargs = tree_unflatten(
         [pick(list(parts)) for parts in zip(*(leaf for leaf, _ in leaves), strict=True)], leaves[0][1]
     )
     timesteps = torch.stack([steps[step].timesteps[row] for row, step in enumerate(choice)])
-    if kwargs.get("timestep") is not None:
-        kwargs["timestep"] = timesteps
-    else:
-        args = (*args[:position], timesteps, *args[position + 1 :])
-    return DenoisingStep(timesteps, tuple(args), kwargs, pick([step.output for step in steps]))
+    args, kwargs = argument.put(args, kwargs, timesteps)
+    return DenoisingStep(timesteps, args, kwargs, pick([step.output for step in steps]))
 
 
 class Trajectories:
@@ -140,7 +163,7 @@ class Trajectories:
         ]
         rows = len(self._steps[0].output)  # guidance calls the denoiser with every sample twice
         choice = [order[row % self.share] for row in range(rows)]
-        return mix(self._steps, choice, timestep_position(denoiser_of(self.pipe)))
+        return mix(self._steps, choice, timestep_argument(denoiser_of(self.pipe)))
 
     def _roll(self, number: int) -> None:
         self._number, self._first = number, number * self.batch_size + self.rank * self.share

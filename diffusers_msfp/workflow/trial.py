@@ -13,7 +13,7 @@ from ..errors import ConfigError, MSFPError, NonFiniteError
 from ..nn import QuantLayer
 from .sampling import Call, quiet
 from .solvers import with_parts
-from .timestep import UNKNOWN, timestep_position
+from .timestep import timestep_argument
 
 
 class _Reached(Exception):
@@ -101,7 +101,7 @@ def _size(call: Call) -> int:
 
 
 def _has_timestep(model: nn.Module) -> bool:
-    return timestep_position(model) != UNKNOWN
+    return timestep_argument(model).name is not None
 
 
 def _is_meta(model: nn.Module) -> bool:

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..calibration.watch import watching_calls
 from ..nn.split import whole_name
+from .denoisers import model_output
 from .finite_steps import learns_variance
-from .sampling import model_output
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

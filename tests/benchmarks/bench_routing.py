@@ -1,9 +1,10 @@
-"""What routing costs a step: the quantized model without adapters, with merged ones, with adapters beside the weights.
+"""What adapters cost a step: the quantized model without, with merged ones, with some beside the weights, with a LoRA.
 
-    python tests/benchmarks/bench_routing.py
+    python tests/benchmarks/bench_routing.py [--shapes embedded,ddpm-cifar10]
 
 Variants take turns in one process, and every call has another adapter than the one before. Medians and the ratio to the
-model without adapters; also what a switch of the adapter itself takes. Writes `model_cards/results/routing.json`.
+model without adapters; for a user's plain LoRA the ratio to bf16, channels last, with the same LoRA. Also what a switch
+of the adapter itself takes. Writes `model_cards/results/routing.json`.
 """
 
 import copy
@@ -14,6 +15,7 @@ import torch
 import typer
 from diffusers import DiffusionPipeline, UNet2DModel
 from harness import write_results
+from peft import LoraConfig, inject_adapter_in_model
 
 from diffusers_msfp import MSFPConfig, freeze
 from diffusers_msfp.assets import EMBEDDED_MODEL
@@ -23,11 +25,16 @@ from diffusers_msfp.workflow.student import Student
 
 TIMESTEPS = (100, 900)
 SIDE_RANK = 7  # about the bytes of two merged banks on the package's model
+LORA = {"r": 8, "target_modules": ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]}
+BASELINES = {"lora": "bf16 with lora"}  # the others': without
 
 
 def embedded() -> UNet2DModel:
     """The package's model."""
     return DiffusionPipeline.from_pretrained(EMBEDDED_MODEL).unet
+
+
+SHAPES = {"embedded": embedded, "ddpm-cifar10": ddpm_cifar10}
 
 
 def variants(build) -> dict[str, UNet2DModel]:
@@ -47,21 +54,28 @@ def variants(build) -> dict[str, UNet2DModel]:
         made[placement] = student.finish()
         made[placement].timestep_router.table[:, 500:] = 1
         made[placement].timestep_router.table[:, :500] = 0
+    made["lora"] = copy.deepcopy(base)
+    made["bf16 with lora"] = copy.deepcopy(teacher).to(torch.bfloat16, memory_format=torch.channels_last)
+    for name in ("lora", "bf16 with lora"):
+        inject_adapter_in_model(LoraConfig(**LORA, init_lora_weights=False), made[name])
     return made
 
 
 @torch.no_grad()
-def main(rounds: int = 60, batch: int = 8) -> None:
+def main(rounds: int = 60, batch: int = 8, shapes: str = ",".join(SHAPES)) -> None:
     """Time, print, write."""
     rows = []
-    for shape, build in {"embedded": embedded, "ddpm-cifar10": ddpm_cifar10}.items():
-        models = variants(build)
+    for shape in shapes.split(","):
+        models = variants(SHAPES[shape])
         x = torch.randn(batch, models["without"].config.in_channels, 32, 32)
+        inputs = {
+            name: x.to(next(p.dtype for p in m.parameters() if p.is_floating_point())) for name, m in models.items()
+        }
         seconds = {name: [] for name in models}
         for index in range(rounds + 2):
             for name in sorted(models, key=lambda name: (len(name) * index) % 7):  # no variant always goes first
                 started = time.perf_counter()
-                models[name](x, TIMESTEPS[index % 2])
+                models[name](inputs[name], TIMESTEPS[index % 2])
                 seconds[name].append(time.perf_counter() - started)
         router = models["merged"].timestep_router
         started = time.perf_counter()
@@ -69,11 +83,16 @@ def main(rounds: int = 60, batch: int = 8) -> None:
             router.enter(TIMESTEPS[index % 2])
         switch = (time.perf_counter() - started) / 1000
         for name, values in seconds.items():
-            pairs = [a / b for a, b in zip(values[2:], seconds["without"][2:], strict=True)]
+            against = BASELINES.get(name, "without")
+            pairs = [a / b for a, b in zip(values[2:], seconds[against][2:], strict=True)]
             low, _, high = quantiles(pairs, n=4)
             row = {"shape": shape, "batch": batch, "adapters": name, "seconds": round(median(values[2:]), 4)}
-            row |= {"ratio": round(median(pairs), 3), "ratio_quartiles": [round(low, 3), round(high, 3)]}
-            row |= {"switch_microseconds": round(switch * 1e6, 1) if name != "without" else 0.0}
+            row |= {
+                "against": against,
+                "ratio": round(median(pairs), 3),
+                "ratio_quartiles": [round(low, 3), round(high, 3)],
+            }
+            row |= {"switch_microseconds": round(switch * 1e6, 1) if name in ("merged", "side") else 0.0}
             row |= {"bytes": models[name].get_memory_footprint()}
             rows.append(row)
             typer.echo(row, err=True)

@@ -137,7 +137,8 @@ def routing() -> Iterator[dict[str, str]]:
         yield {
             "model, adapters": f"{row['shape']}, batch {row['batch']}, {row['adapters']}",
             "step": f"{1e3 * row['seconds']:.0f} ms",
-            "ratio (quartiles)": "{:.3f} ({:.3f} – {:.3f})".format(row["ratio"], *row["ratio_quartiles"]),
+            "ratio (quartiles)": "{:.3f} ({:.3f} – {:.3f})".format(row["ratio"], *row["ratio_quartiles"])
+            + (f" to {row['against']}" if row.get("against", "without") != "without" else ""),
             "switching": f"{row['switch_microseconds']:.0f} µs",
             "tensors": f"{row['bytes'] / 1e6:.2f} MB",
         }

@@ -28,6 +28,9 @@ def compare(
     table = Table("figure", "value", title=f"{cand} against {ref}")
     for key in ("eps_mse", "eps_rel_l2"):
         table.add_row(key, f"{result[key]:.5f}")
+    for name, figures in result.get("denoisers", {}).items():
+        error = "never called" if figures["eps_rel_l2"] is None else f"{figures['eps_rel_l2']:.5f}"
+        table.add_row(f"eps_rel_l2 of {name}", error + ("" if figures["quantized"] else " (float)"))
     table.add_row("image_psnr_db", f"{result['image_psnr_db']:.2f}")
     table.add_row("size", f"{megabytes(result['bytes_ref'])} → {megabytes(result['bytes_cand'])}")
     stdout.print(table)

@@ -1,0 +1,33 @@
+"""Another class for a layer's sizes and bias."""
+
+from torch import nn
+
+from .logical import PackedLayer
+
+_OF_HOOKS = ("_hf_hook", "_old_forward", "forward")  # bound to the layer that they were set on
+
+
+def transplant(source: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """An empty module of another class with the plain attributes (sizes, strides, …) and the bias of `source`."""
+    module = object.__new__(cls)
+    nn.Module.__init__(module)
+    own = set(module.__dict__).union(*(_annotated(kind) for kind in (*type(source).__mro__, *cls.__mro__)))
+    module.__dict__.update({key: value for key, value in vars(source).items() if key not in own})
+    module.train(source.training)
+    module.register_parameter("bias", source.bias)
+    return module
+
+
+def float_layer(source: PackedLayer, cls: type[nn.Module]) -> nn.Module:
+    """A float layer of a class with the weight that a packed one stands for, sharing nothing with it."""
+    module = transplant(source, cls)
+    for key in _OF_HOOKS:
+        module.__dict__.pop(key, None)
+    module.weight = nn.Parameter(source.decode_whole().to(source.weight.dtype))
+    module.bias = None if source.bias is None else nn.Parameter(source.bias.detach().clone())
+    return module
+
+
+def _annotated(kind: type) -> set[str]:
+    """What a quantized layer keeps about its quantization."""
+    return set(vars(kind).get("__annotations__", ())) if issubclass(kind, PackedLayer) else set()
