@@ -1,6 +1,7 @@
 """One kind of dictionary for everything that has a name: formats, schemes, recipes."""
 
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from typing import Generic, TypeVar
 
 from .errors import ConfigError
@@ -32,8 +33,9 @@ class Registry(Mapping[str, T], Generic[T]):
         try:
             return self._items[name]
         except (KeyError, TypeError):
-            known = ", ".join(self._items)
-            raise self._error(f"Unknown {self._kind} {name!r}. Known: {known}.") from None
+            near = get_close_matches(name.lower(), self._items, n=1) if isinstance(name, str) else []
+            meant = f" Did you mean `{near[0]}`?" if near else ""
+            raise self._error(f"Unknown {self._kind} {name!r}.{meant} Known: {', '.join(self._items)}.") from None
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and name in self._items

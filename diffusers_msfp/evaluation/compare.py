@@ -19,6 +19,7 @@ from ..workflow.denoisers import denoisers_of, is_quantized, model_output
 from ..workflow.sampling import batched_calls, call_arguments, quiet, require_positive
 from ..workflow.solvers import with_ddim
 from ..workflow.timestep import first_timestep, timestep_argument
+from ..workflow.trial import describe
 from ..workflow.used_output import used_part
 from .samples import pictures_tensor
 
@@ -92,7 +93,14 @@ def compare_pipelines(
         asking = True
         timestep = timestep_argument(module).of(args, kwargs)
         args, kwargs = tree_map(as_candidate, (args, kwargs))
-        expected, came = model_output(output).double(), model_output(student(*args, **kwargs)).double()
+        try:
+            expected, came = model_output(output).double(), model_output(student(*args, **kwargs)).double()
+        except (RuntimeError, TypeError) as error:
+            raise ConfigError(
+                f"Both denoisers must take the same inputs, but {type(student).__name__} fails on what "
+                f"{type(module).__name__} was called with: {describe(error)} The candidate is not a quantized version "
+                f"of the reference."
+            ) from error
         asking = False
         if expected.shape != came.shape:
             raise ConfigError(

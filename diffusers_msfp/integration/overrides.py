@@ -128,8 +128,6 @@ _ANSWERS = {
 def install(model: nn.Module) -> None:
     """Set the answers on the model object."""
     for method, answer in _ANSWERS.items():
-        if method == "save_pretrained" and hasattr(type(model), "save_config"):
-            continue  # diffusers' own calls `save_config`
         if hasattr(type(model), method):
             bound = functools.partial(answer, model)
             if method.startswith("save"):

@@ -1,5 +1,6 @@
 """What a quantized model writes into files: its own tensors, what each file says of itself, and the digest of all."""
 
+import inspect
 import json
 import re
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from ..evaluation.describe import TRANSFORMERS_WEIGHTS
 from ..nn.stored import FORMATS_TENSOR, name_in_files
 from ..workflow.convert import plain_name
@@ -70,7 +71,25 @@ def save_config(model: nn.Module, save_directory: str | Path, *args, **kwargs) -
         config.digest = given
 
 
-def save_pretrained(model: nn.Module, save_directory: str | Path, *args, push_to_hub: bool = False, **kwargs) -> None:
+def save_pretrained(model: nn.Module, save_directory: str | Path, *args, **kwargs) -> None:
+    """As the model's own method.
+
+    Raises:
+        UnsupportedError: other files than safetensors are asked for; nothing is written then.
+    """
+    given = inspect.signature(type(model).save_pretrained).bind(model, save_directory, *args, **kwargs).arguments
+    given |= given.get("kwargs", {})
+    if given.get("safe_serialization") is False or given.get("use_flashpack"):
+        raise UnsupportedError(
+            f"Packed weights are stored as safetensors, which can be checked when they are loaded, but the quantized "
+            f"{type(model).__name__} was to be saved as something else. Leave `safe_serialization` and `use_flashpack` "
+            f"out."
+        )
+    save = type(model).save_pretrained if hasattr(type(model), "save_config") else _save_transformer
+    save(model, save_directory, *args, **kwargs)  # diffusers' own calls `save_config`
+
+
+def _save_transformer(model: nn.Module, save_directory: str | Path, *args, push_to_hub: bool = False, **kwargs) -> None:
     """As `PreTrainedModel.save_pretrained`, which may give tensors other names: digested as they lie in the files.
 
     Until config.json has the digest, the folder counts as one that was not saved to its end.

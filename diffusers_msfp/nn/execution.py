@@ -129,9 +129,14 @@ class Execution(StoredTensors):
             input (`Tensor`): float, or the `Codes` that `takes_codes` said the layer would take.
 
         Raises:
-            UnsupportedError: integers or complex numbers.
+            UnsupportedError: integers or complex numbers; tracing by `torch.jit`.
         """
         x = input
+        if torch.jit.is_tracing():
+            raise UnsupportedError(
+                f"`torch.jit.trace` cannot record `{self.place}`, which is quantized. Use `torch.export.export` or "
+                f"`torch.compile`, or trace what `model.dequantize()` gives."
+            )
         if isinstance(x, Codes):
             if x.reader is self and self.prepared is not None:
                 return self.prepared.from_codes(x)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -33,10 +34,10 @@ PIXELS_PER_BATCH = 2**14
 
 
 def require_positive(**numbers: int) -> None:
-    """Refuse counts below 1, by name."""
+    """Refuse counts below 1, and what is no whole number, by name."""
     for name, value in numbers.items():
-        if value < 1:
-            raise ConfigError(f"`{name}` must be at least 1, but {value} came.")
+        if not isinstance(value, Integral) or value < 1:
+            raise ConfigError(f"`{name}` must be a whole number of at least 1, but {value!r} came.")
 
 
 def batch_size_for(models: Sequence[nn.Module], num_samples: int) -> int:
@@ -121,7 +122,7 @@ def call_arguments(
         NonFiniteError: its scheduler makes infinity or NaN of finite samples.
     """
     parameters = inspect.signature(pipe.__call__).parameters
-    prompts = list(prompts) if prompts is not None else list(DEFAULT_PROMPTS)
+    prompts = [prompts] if isinstance(prompts, str) else list(DEFAULT_PROMPTS if prompts is None else prompts)
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ConfigError(f"`prompts` must be a non-empty list of strings, but {prompts!r} came.")
     for name in (name for name in SET_BY_VERBS if given.get(name) is not None):  # None makes room for embeddings
@@ -218,6 +219,8 @@ def batched_calls(make: Callable, models: Sequence[nn.Module], num_samples: int,
         make (`Callable`): see `call_arguments`.
         models (`Sequence[nn.Module]`): as for `batch_size_for`.
     """
+    if not isinstance(seed, Integral):
+        raise ConfigError(f"`seed` must be a whole number, but {seed!r} came.")
     size = batch_size_for(models, num_samples)
     return [
         make(start, min(size, num_samples - start), torch.Generator().manual_seed(seed + start))
