@@ -4,12 +4,16 @@ import ast
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin, SchedulerMixin
+from torch import nn
+from transformers import PreTrainedModel
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "diffusers_msfp"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
-    0: ("errors", "outputs", "registry", "formats", "schemes", "recipes", "assets"),
+    0: ("errors", "outputs", "registry", "formats", "schemes", "recipes", "assets", "compat"),
     1: ("numerics",),
     2: ("calibration",),
     3: ("engines", "nn", "talora", "temporal", "rounding", "losses"),
@@ -18,6 +22,8 @@ LAYERS = {
     6: ("hub",),
     7: ("cli", "__init__", "__main__"),
 }
+BASE = ("errors", "registry", "outputs", "compat", "formats", "schemes", "recipes")
+"""The lowest layer's own order: each may import those before it."""
 SIDEWAYS = {("evaluation", "workflow"), ("__main__", "cli"), ("cli", "__init__")}
 MAX_LINES = 300
 
@@ -54,19 +60,79 @@ def test_imports_point_downwards(file):
             continue
         other = name.split(".")[1] if "." in name else "__init__"
         other = other if (PACKAGE / other).exists() or (PACKAGE / f"{other}.py").exists() else "__init__"
-        allowed = own == other or (own, other) in SIDEWAYS or layer_of(other) < layer_of(own) or layer_of(own) == 0
+        base = own in BASE and other in BASE and BASE.index(other) < BASE.index(own)
+        allowed = own == other or (own, other) in SIDEWAYS or layer_of(other) < layer_of(own) or base
         assert allowed, f"{own} must not import {other}"
 
 
-def test_lower_layers_do_not_know_the_higher_libraries():
-    for file in FILES:
-        layer = layer_of(part_of(file))
-        libraries = {name.split(".")[0] for name in imports(file)} | {
-            "torch.nn" for name in imports(file) if name.startswith("torch.nn")
-        }
-        assert layer >= 1 or "torch" not in libraries, file
-        assert layer >= 3 or "torch.nn" not in libraries, file
-        assert layer >= 4 or "diffusers" not in libraries, file
+def libraries(file: Path) -> set[str]:
+    """Other packages that a file imports; `torch.nn` counts as one, however it is imported."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name.split(".")[0] for name in found} | {"torch.nn" for name in found if name.startswith("torch.nn")}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_lower_layers_do_not_know_the_higher_libraries(file):
+    if part_of(file) == "compat":  # which knows them for all others
+        return
+    layer, known = layer_of(part_of(file)), libraries(file)
+    assert layer >= 1 or "torch" not in known
+    assert layer >= 2 or "torch.nn" not in known
+    assert layer >= 4 or not {"diffusers", "transformers", "peft"} & known
+
+
+def private_names() -> set[str]:
+    """Private names of torch, diffusers and transformers; those of the instances too."""
+    owners = (nn.Module, torch.Tensor, torch, torch.ops, torch.ops.mkldnn, ModelMixin, DiffusionPipeline)
+    owners += (PreTrainedModel, SchedulerMixin, ConfigMixin)
+    names = {name for owner in owners for name in dir(owner)} | set(vars(nn.Module()))
+    names |= {"_hf_hook", "_old_forward", "_is_hf_initialized", "_hf_peft_config_loaded", "_overwritten_params"}
+    names |= {"_progress_bar_config", "_orig_mod", "_internal_dict", "_getframe", "_schema"}
+    return {name for name in names if name.startswith("_") and not name.startswith("__")}
+
+
+PRIVATE = private_names()
+
+
+def private_uses(file: Path) -> list[str]:
+    """Private names of other packages that a file uses, overrides or imports; names of its own are not counted."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    inherited = {name for name in dir(nn.Module) if name.startswith("_") and not name.startswith("__")}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            found += [f"def {each.name}" for each in node.body if getattr(each, "name", None) in inherited]
+        elif isinstance(node, ast.Attribute) and node.attr in PRIVATE - own:
+            found.append(node.attr)
+        elif isinstance(node, ast.Constant) and node.value in PRIVATE:
+            found.append(repr(node.value))
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            path = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+            found += [f"import {part}" for part in path if part.startswith("_") and part != "__version__"]
+    return found
+
+
+def test_private_names_are_found(tmp_path):
+    for code, name in (
+        ("x._buffers['a']", "_buffers"),
+        ("getattr(model, '_hf_hook')", "'_hf_hook'"),
+        ("from torch.utils._pytree import tree_map", "import _pytree"),
+        ("class A:\n    def _apply(self, fn): ...", "def _apply"),
+    ):
+        (tmp_path / "module.py").write_text(code)
+        assert private_uses(tmp_path / "module.py") == [name]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_internals_of_other_packages_are_used_in_compat_alone(file):
+    if part_of(file) != "compat":
+        assert not private_uses(file)
 
 
 def test_no_cycles_between_modules():

@@ -7,6 +7,7 @@ import diffusers
 import torch
 from diffusers import AutoModel, DiffusionPipeline, ModelMixin
 
+from ..compat.diffusers import single_file_origin
 from ..errors import MSFPError
 from ..evaluation.describe import file_bytes, read_config, weights_by_variant
 from ..integration.config import MSFPConfig
@@ -188,14 +189,12 @@ def open_component(
 
 def _from_single_file(path: Path, config: str | None) -> DiffusionPipeline:
     """The float pipeline in a single file; its class is the one that its configs name."""
-    from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
-
     if path.suffix not in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
         raise SourceError(f"A single-file checkpoint must end in .safetensors or .ckpt, but {path} came.")
     try:
         where = config
         if where is None:
-            where = fetch_diffusers_config(load_single_file_checkpoint(str(path)))["pretrained_model_name_or_path"]
+            where = single_file_origin(path)
         index = DiffusionPipeline.load_config(where)
         name = index.get("_class_name")
         cls = getattr(diffusers, str(name), None)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..compat.torch import is_hooked
 from ..numerics import Codes
 from . import kernels
 
@@ -70,7 +71,7 @@ class Feeds:
             between.append(getattr(self.parent, self.activation))
             if type(between[-1]) is not PassingSiLU:
                 return False
-        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in between)
+        hooked = any(map(is_hooked, between))
         replaced = any("forward" in vars(module) for module in (*between, self.parent))
         return not hooked and not replaced and type(self.parent).forward.__module__.startswith(_KNOWN)
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..compat.torch import padding_ends
+
 
 class Geometry:
     """Sizes of a convolution's two-dimensional case.
@@ -20,7 +22,7 @@ class Geometry:
         self.flat, self.groups = len(layer.kernel_size) == 1, layer.groups
         self.kernel_size = self._pair(layer.kernel_size, 1)
         self.stride, self.dilation = self._pair(layer.stride, 1), self._pair(layer.dilation, 1)
-        ends = list(layer._reversed_padding_repeated_twice)  # (left, right, top, bottom)
+        ends = padding_ends(layer)  # (left, right, top, bottom)
         simple = layer.padding_mode == "zeros" and ends[::2] == ends[1::2]
         self.padding = self._pair(ends[::2][::-1], 0) if simple else [0, 0]
         self.ends = None if simple else ends

@@ -26,6 +26,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..compat.torch import (
+    has_bf16_instructions,
+    has_int8_operators,
+    int8_conv,
+    int8_linear,
+    pack_int8_conv,
+    pack_int8_linear,
+)
 from ..formats import FPFormat
 from ..numerics import Codes
 from . import kernels
@@ -46,7 +54,7 @@ class Int8Engine(Engine):
         """See `Engine.refusal`."""
         if layer.packed_weight.device.type != "cpu":
             return f"its weight is on {layer.packed_weight.device.type}, not on the CPU"
-        if not available():
+        if not has_int8_operators():
             return "this build of torch has no 8-bit operators of oneDNN"
         if layer.input_format is None:
             return "its input is not quantized"
@@ -66,15 +74,10 @@ class Int8Engine(Engine):
         return (Int8Linear if isinstance(layer, nn.Linear) else Int8Conv)(layer, self.memory == "fast")
 
 
-def available() -> bool:
-    """Whether this build of torch has the operators."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qconv_pointwise")
-
-
 @lru_cache
 def writes(dtype: torch.dtype) -> bool:
     """Whether fast kernels write this dtype; AVX2's write bfloat16 a thousand times more slowly than float32."""
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and has_bf16_instructions())
 
 
 def _largest_byte(fmt: FPFormat) -> int:
@@ -92,17 +95,13 @@ def products_are_exact(largest_input: int, largest_weight: int) -> bool:
     ones, geometry = torch.ones(16), ((1, 1), (1, 1), (1, 1), 1)
     for value in (largest_weight, -largest_weight):
         weight = torch.full((16, 64, 1, 1), value, dtype=torch.int8)
-        packed = _pack_conv(F.pad(weight, (1, 1, 1, 1)), ones, *geometry, x.shape)
+        packed = pack_int8_conv(F.pad(weight, (1, 1, 1, 1)), ones, *geometry, x.shape)
         convolved = _conv(x, 1.0, 0, packed, ones, None, *geometry)
-        multiplied = _linear(x[:, :, 0, 0].contiguous(), 1.0, 0, _pack_linear(weight[:, :, 0, 0]), ones, None)
+        multiplied = _linear(x[:, :, 0, 0].contiguous(), 1.0, 0, pack_int8_linear(weight[:, :, 0, 0]), ones, None)
         expected = float(64 * largest_input * value)
         if not bool((convolved == expected).all() and (multiplied == expected).all()):
             return False
     return True
-
-
-def _pack_linear(weight: Tensor) -> Tensor:
-    return torch.ops.onednn.qlinear_prepack(weight, None)
 
 
 @lru_cache(maxsize=256)
@@ -111,38 +110,14 @@ def _zeros(size: int) -> Tensor:
 
 
 def _linear(x: Tensor, unit: float, zero: int, packed: Tensor, units: Tensor, bias, dtype=torch.float32) -> Tensor:
-    return torch.ops.onednn.qlinear_pointwise(
-        x, unit, zero, packed, units, _zeros(len(units)), bias, 1.0, 0, dtype, "none", [], ""
-    )
-
-
-def _pack_conv(weight: Tensor, units: Tensor, stride, padding, dilation, groups: int, shape) -> Tensor:
-    return torch.ops.onednn.qconv_prepack(weight, units, 1.0, 0, stride, padding, dilation, groups, list(shape))
+    return int8_linear(x, unit, zero, packed, units, _zeros(len(units)), bias, dtype)
 
 
 def _conv(
     x: Tensor, unit: float, zero: int, packed: Tensor, units: Tensor, bias, stride, padding, dilation, groups: int,
     dtype=torch.float32,
 ) -> Tensor:  # fmt: skip
-    return torch.ops.onednn.qconv_pointwise(
-        x,
-        unit,
-        zero,
-        packed,
-        units,
-        _zeros(len(units)),
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        1.0,
-        0,
-        dtype,
-        "none",
-        [],
-        "",
-    )
+    return int8_conv(x, unit, zero, packed, units, _zeros(len(units)), bias, stride, padding, dilation, groups, dtype)
 
 
 class _Int8Layer(PreparedLayer):
@@ -207,7 +182,7 @@ class Int8Linear(_Int8Layer):
 
     def expand(self, bank: int) -> Tensor:
         """See `PreparedLayer.expand`."""
-        return _pack_linear(self.integers(bank))
+        return pack_int8_linear(self.integers(bank))
 
     def multiply(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor, dtype: torch.dtype) -> Tensor:
         """`(*, in)` float or bytes → `(*, out)`."""
@@ -240,8 +215,8 @@ class Int8Conv(_Int8Layer):
         weight, at = self.integers(bank), self.geometry
         weight = weight.unsqueeze(2) if at.flat else weight
         if as_matrix:
-            return _pack_linear(weight.permute(0, 2, 3, 1).flatten(1))
-        return _pack_conv(weight, self.units, at.stride, at.padding, at.dilation, at.groups, self._shape)
+            return pack_int8_linear(weight.permute(0, 2, 3, 1).flatten(1))
+        return pack_int8_conv(weight, self.units, at.stride, at.padding, at.dilation, at.groups, self._shape)
 
     def multiply(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor, dtype: torch.dtype) -> Tensor:
         """`(B, in, …)` float or bytes → `(B, out, …)`."""

@@ -11,10 +11,10 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from ..compat.torch import tree_map
+from ..compat.wrappers import sees_through
 from ..errors import ConfigError
-from ..nn.wrappers import sees_through
 from ..workflow.denoisers import denoisers_of, is_quantized, model_output
 from ..workflow.sampling import batched_calls, call_arguments, quiet, require_positive
 from ..workflow.solvers import with_ddim

@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..compat.wrappers import sees_through
 from ..errors import ConfigError
-from ..nn.wrappers import sees_through
 from ..talora import RoutingTable
 from ..workflow.sampling import batched_calls, call_arguments, quiet, require_positive
 from ..workflow.solvers import with_ddim

@@ -9,8 +9,8 @@ import torch
 from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
+from ..compat.wrappers import sees_through
 from ..errors import UnsupportedError
-from ..nn.wrappers import sees_through
 from ..workflow.engine import engines_of
 from .floor import Floor, floor_of
 from .providers import BASELINE, PEERS, provide

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..nn.wrappers import sees_through
+from ..compat.wrappers import sees_through
 from ..workflow.adapters import layers_by_name
 from ..workflow.denoisers import denoiser_of
 from ..workflow.sampling import call_arguments

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
+from ..compat.diffusers import forget_widened_weights, widened_weights
 from ..errors import UnsupportedError
 from ..nn import SplitLayer
 from ..nn.logical import LogicalWeight
@@ -91,8 +92,7 @@ def refuse_widened(model: nn.Module) -> None:
     Raises:
         UnsupportedError: the quantized layer is back in its place then.
     """
-    replaced = getattr(model, "_overwritten_params", None) or {}
-    layers = [weight.layer for weight in replaced.values() if isinstance(weight, LogicalWeight)]
+    layers = [weight.layer for weight in widened_weights(model).values() if isinstance(weight, LogicalWeight)]
     if not layers:
         return
     names = {plain_name(name): name for name, module in model.named_modules() if type(module) is nn.Linear}
@@ -101,7 +101,7 @@ def refuse_widened(model: nn.Module) -> None:
     for key, value in model.config.items():
         if getattr(model.config, key, value) is not value:
             setattr(model.config, key, value)
-    del model._overwritten_params
+    forget_widened_weights(model)
     places = ", ".join(f"`{layer.place}`" for layer in layers)
     raise UnsupportedError(
         f"A LoRA must fit the layers that it adapts, but this one reads more channels than {places} of the quantized "

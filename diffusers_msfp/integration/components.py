@@ -1,9 +1,8 @@
 """Which components a pipeline has, as its index says."""
 
-import inspect
-from collections.abc import Mapping
-
 import diffusers
+
+from ..compat import diffusers as loading
 
 
 def class_named(entry: object) -> type | None:
@@ -14,13 +13,6 @@ def class_named(entry: object) -> type | None:
 
 
 def components_being_loaded() -> dict[str, type | None] | None:
-    """Name and class of the components of the pipeline that is being loaded.
-
-    diffusers asks component by component and never says which there are; its loader's own frame knows. Where that
-    frame looks different (another version of diffusers) the answer is None.
-    """
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code.co_name != "from_pretrained":
-        frame = frame.f_back
-    components = frame.f_locals.get("init_dict") if frame is not None else None
-    return {name: class_named(entry) for name, entry in components.items()} if isinstance(components, Mapping) else None
+    """Name and class of the components of the pipeline that is being loaded; None where that cannot be told."""
+    entries = loading.components_being_loaded()
+    return None if entries is None else {name: class_named(entry) for name, entry in entries.items()}

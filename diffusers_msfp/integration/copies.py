@@ -8,13 +8,13 @@ module; packed ones fit nowhere, so the first that is read is refused, with the 
 
 import functools
 import inspect
-import sys
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 
 from diffusers import ModelMixin
 from torch import nn
 
+from ..compat.diffusers import saves_averages
 from ..errors import UnsupportedError
 from ..workflow.convert import quant_layers
 from .config import MSFPMethod
@@ -38,8 +38,7 @@ def install() -> None:
 def _from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
     """A float model with this config; what a quantized model's says about its quantization is left out."""
     if isinstance(config, Mapping) and _is_ours(config.get("quantization_config")):
-        caller = sys._getframe(1)
-        if caller.f_code.co_name == "save_pretrained" and type(caller.f_locals.get("self")).__name__ == "EMAModel":
+        if saves_averages():
             raise UnsupportedError(
                 f"An `EMAModel` saves averages as a float {cls.__name__}, but this one has those of an MSFP-quantized "
                 f"model, whose packed weights fit no float model. Average the parameters of adapters alone and save "

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..compat.peft import pattern_value
+from ..compat.wrappers import sees_through
 from ..errors import CheckpointError, ConfigError, NonFiniteError, ShapeError, UnsupportedError
 from ..nn.split import whole_name
-from ..nn.wrappers import sees_through
 from ..workflow.adapters import layers_by_name, refuse_merged
 from .talora_files import plan_of
 
@@ -148,8 +148,7 @@ def _require(model: nn.Module, adapter: int, format: str) -> dict[str, int]:
 
 def _for_layer(config: Mapping, what: str, name: str, default: float) -> float:
     """A value of PEFT's `rank_pattern` or `alpha_pattern` for one layer."""
-    pattern = config.get(f"{what}_pattern") or {}
-    return pattern.get(get_pattern_key(pattern.keys(), name), default)
+    return pattern_value(config.get(f"{what}_pattern") or {}, name, default)
 
 
 def _read(folder: Path, prefix: str) -> tuple[dict[str, Tensor], dict]:

@@ -6,8 +6,8 @@ from diffusers import ModelMixin
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..compat.wrappers import seen_through, sees_through, unwrap
 from ..errors import ConfigError
-from ..nn.wrappers import seen_through, sees_through, unwrap
 from ..schemes import DEFAULT_SCHEME
 from ..workflow import Conversion, calibration_state, convert
 from ..workflow.calibrate import check_calibration, observe_ranges

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..compat.diffusers import kept_in_float32
 from ..errors import UnsupportedError
 from ..nn import QuantLayer
 from ..nn.logical import ReadableState
@@ -57,7 +58,7 @@ def _to(model: nn.Module, *args, **kwargs) -> nn.Module:
             f"A quantized {type(model).__name__} cannot be cast: it was loaded as {model.dtype}, but {dtype} came. "
             f"Load it with `torch_dtype={dtype}`; for `from_pipe` pass `torch_dtype={model.dtype}`."
         )
-    if dtype is not None and not getattr(model, "_keep_in_fp32_modules", None):
+    if dtype is not None and not kept_in_float32(model):
         nn.Module.to(model, dtype)  # what came after loading, such as an IP-Adapter's layers
     kwargs.pop("dtype", None)
     args = tuple(arg for arg in args if not isinstance(arg, torch.dtype) and arg is not None)

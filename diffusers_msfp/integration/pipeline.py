@@ -12,8 +12,8 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ..compat.wrappers import unwrap
 from ..errors import ConfigError
-from ..nn.wrappers import unwrap
 from ..temporal import TemporalPlan
 from ..workflow.adapters import refuse_merged, routing_of
 from ..workflow.convert import quant_layers

@@ -13,6 +13,8 @@ from accelerate.utils import CustomDtype
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 
+from ..compat.diffusers import set_config
+from ..compat.torch import put_tensor, tensors_of
 from ..errors import CheckpointError, UnsupportedError
 from ..nn import QUANT_LAYERS, QuantLayer
 from ..nn.stored import (
@@ -178,27 +180,21 @@ class MSFPQuantizer(DiffusersQuantizer):
             if isinstance(module, QuantLayer):
                 return  # the same module under a second name
             layer = QUANT_LAYERS[type(module)].from_float(module, place, self._plan.layers[place], value)
-            layer.packed_weight.data = layer.packed_weight.data.to(target_device)
-            for name, stored in layer._buffers.items():
-                layer._buffers[name] = stored.to(target_device)
+            for name, stored in tensors_of(layer).items():
+                if name != "bias":
+                    put_tensor(layer, name, stored.to(target_device))
             replace_module(model, place, layer)
             return
         if tensor in OBSERVED:
             module.load_observed(tensor, value)
             return
-        trained = tensor in module._parameters
-        expected = module._parameters[tensor] if trained else module._buffers[tensor]
+        expected = tensors_of(module)[tensor]
         if value.dtype != expected.dtype or value.shape != expected.shape:
             raise CheckpointError(
                 f"`{name_in_files(param_name)}` must be {expected.dtype} of shape {tuple(expected.shape)}, but "
-                f"{value.dtype} of shape "
-                f"{tuple(value.shape)} came: damaged file, or not this model's."
+                f"{value.dtype} of shape {tuple(value.shape)} came: damaged file, or not this model's."
             )
-        value = value.to(target_device)
-        if trained:
-            module._parameters[tensor] = nn.Parameter(value, requires_grad=False)
-        else:
-            module._buffers[tensor] = value
+        put_tensor(module, tensor, value.to(target_device))
 
     def check_quantized_param_shape(self, param_name: str, current_param, loaded_param) -> None:
         """Refuse a shape that the skeleton does not expect; an observer's sample has no fixed length."""
@@ -270,10 +266,10 @@ class MSFPQuantizer(DiffusersQuantizer):
                 "beside the weights (`unload_talora`) and call `dequantize` again; merged ones cannot be undone."
             )
         detach(model, model.dtype)
-        config = dict(model._internal_dict)
+        config = dict(model.config)
         for key in ("quantization_config", "_pre_quantization_dtype"):
             config.pop(key, None)
-        model._internal_dict = type(model._internal_dict)(config)
+        set_config(model, config)
         del model.quantization_method
         return model
 

@@ -1,8 +1,7 @@
 """Make diffusers and transformers know the method `"msfp"`: one through its tables, the other by its decorators."""
 
-from diffusers.quantizers import auto as diffusers_auto
-from transformers.quantizers import auto as transformers_auto
-
+from ..compat import diffusers as diffusers_tables
+from ..compat import transformers as transformers_tables
 from ..errors import ConfigError
 from . import copies
 from .config import MSFPConfig, MSFPMethod
@@ -20,25 +19,15 @@ def register() -> None:
     Raises:
         ConfigError: something else is registered under this name; nothing is entered then.
     """
-    quantizers = {diffusers_auto: MSFPQuantizer, transformers_auto: MSFPTransformersQuantizer}
-    for library, quantizer in quantizers.items():
-        for table, cls in _tables(library, quantizer):
+    ours = {diffusers_tables: (MSFPQuantizer, MSFPConfig), transformers_tables: (MSFPTransformersQuantizer, MSFPConfig)}
+    for library, classes in ours.items():
+        name = library.__name__.rpartition(".")[2]
+        for table, cls in zip(library.quantization_tables(), classes, strict=True):
             present = table.get(METHOD, cls)
-            if present is not cls and not _own(library, present):
+            if present is not cls and present.__module__.partition(".")[0] != name:
                 taken = f"{present.__module__}.{present.__name__}"
-                raise ConfigError(f"'msfp' must be free in {library.__name__.split('.')[0]}, but {taken} has it.")
-    for table, cls in _tables(diffusers_auto, MSFPQuantizer):
+                raise ConfigError(f"'msfp' must be free in {name}, but {taken} has it.")
+    for table, cls in zip(diffusers_tables.quantization_tables(), ours[diffusers_tables], strict=True):
         table.setdefault(METHOD, cls)
+    transformers_tables.register(METHOD, *ours[transformers_tables])
     copies.install()
-    if METHOD not in transformers_auto.AUTO_QUANTIZER_MAPPING:
-        transformers_auto.register_quantizer(METHOD)(MSFPTransformersQuantizer)
-    if METHOD not in transformers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
-        transformers_auto.register_quantization_config(METHOD)(MSFPConfig)
-
-
-def _tables(library, quantizer: type) -> tuple:
-    return (library.AUTO_QUANTIZER_MAPPING, quantizer), (library.AUTO_QUANTIZATION_CONFIG_MAPPING, MSFPConfig)
-
-
-def _own(library, entry: type) -> bool:
-    return entry.__module__.startswith(f"{library.__name__.partition('.')[0]}.")

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..compat.peft import has_adapters
 from ..errors import ConfigError, UnsupportedError
 from ..evaluation.describe import TRANSFORMERS_WEIGHTS
 from ..nn.stored import FORMATS_TENSOR, name_in_files
@@ -98,7 +99,7 @@ def _save_transformer(model: nn.Module, save_directory: str | Path, *args, push_
     hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr") if key in kwargs}
     hub |= {"token": kwargs["token"]} if "token" in kwargs else {}
     type(model).save_pretrained(model, save_directory, *args, **kwargs)
-    adapters_alone = getattr(model, "_hf_peft_config_loaded", False)
+    adapters_alone = has_adapters(model)
     writes = kwargs.get("is_main_process", args[0] if args else True) and not adapters_alone
     if writes and model.config.quantization_config.format_version > 1:
         files = files_of(Path(save_directory), TRANSFORMERS_WEIGHTS, kwargs.get("variant"))

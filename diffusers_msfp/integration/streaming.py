@@ -12,9 +12,9 @@ from pathlib import Path
 
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
-from diffusers.models.modeling_utils import no_init_weights
 from torch import Tensor
 
+from ..compat.diffusers import no_init_weights, rename_old_keys
 from ..errors import CheckpointError, ConfigError
 from ..formats import FORMATS
 from ..nn import QUANT_LAYERS, QuantLayer
@@ -185,7 +185,7 @@ def _with_formats(model: ModelMixin) -> dict[str, Tensor]:
 def _stored_names(model: ModelMixin, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """What the model's tensors are called where they are stored."""
     names = {name: name for name in tensors}
-    model._fix_state_dict_keys_on_load(names)  # of attention blocks, as old checkpoints call them
+    rename_old_keys(model, names)  # of attention blocks, as old checkpoints call them
     for name, expected in model.state_dict().items():
         if name not in names:
             if expected.is_meta:

@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..compat.wrappers import sees_through
 from ..errors import CheckpointError, ConfigError, ShapeError
 from ..evaluation.describe import read_config, weight_files
-from ..nn.wrappers import sees_through
 from ..talora import AdapterBank, AdapterPlan, RoutingTable
 from ..workflow.adapters import (
     ROUTER,

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightRenaming
 from transformers.quantizers.base import HfQuantizer
 
+from ..compat.peft import has_adapters
+from ..compat.transformers import ConversionOps, WeightRenaming, mark_initialised, unwatch_loading, watch_loading
 from ..errors import CheckpointError, MSFPError
 from ..nn import QUANT_LAYERS, QuantLayer
 from ..nn.stored import FORMATS_TENSOR, PACKED_WEIGHT, name_in_files
@@ -54,19 +55,16 @@ class MSFPTransformersQuantizer(HfQuantizer):
         convert_skeleton(model, config.layers, {})
         if config.format_version > 1:
             check_files([Path(file) for file in checkpoint_files or ()], digest, formats_of(model))
-            ignored = model._keys_to_ignore_on_load_unexpected or ()
-            model._keys_to_ignore_on_load_unexpected = {*ignored, rf"\.{FORMATS_TENSOR}$"}  # they have been checked
-        materialize = model._move_missing_keys_from_meta_to_device
 
-        def refuse_missing(missing_keys, *args, **kwargs) -> None:
-            for key in sorted(missing_keys):
+        def refuse_missing(missing_keys: list[str]) -> None:
+            for key in missing_keys:
                 if isinstance(model.get_submodule(key.rpartition(".")[0]), QuantLayer):
                     raise CheckpointError(
                         f"A checkpoint must hold `{name_in_files(key)}`, but it does not: damaged or incomplete file."
                     )
-            materialize(missing_keys, *args, **kwargs)
 
-        model._move_missing_keys_from_meta_to_device = refuse_missing  # transformers would fill them with noise
+        checked = rf"\.{FORMATS_TENSOR}$" if config.format_version > 1 else None
+        watch_loading(model, refuse_missing, ignored=checked)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs) -> bool:  # noqa: ARG002
         """Whether a float tensor is the weight of a layer to quantize."""
@@ -94,15 +92,13 @@ class MSFPTransformersQuantizer(HfQuantizer):
         except MSFPError as error:
             self.failure = self.failure or error
             return
-        layer.packed_weight._is_hf_initialized = True
-        layer._is_hf_initialized = True
+        mark_initialised(layer.packed_weight, layer)
         replace_module(model, place, layer)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:  # noqa: ARG002
         if self.failure is not None:
             raise self.failure
-        for name in ("_move_missing_keys_from_meta_to_device", "_keys_to_ignore_on_load_unexpected"):
-            model.__dict__.pop(name, None)
+        unwatch_loading(model)
         for name, layer in quant_layers(model):
             if layer.packed_weight.dtype != torch.uint8:
                 raise CheckpointError(
@@ -123,7 +119,7 @@ class MSFPTransformersQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict | None, dict[str, str]]:
         """Packed tensors; with PEFT adapters attached, transformers saves these alone."""
-        if getattr(model, "_hf_peft_config_loaded", False):
+        if has_adapters(model):
             return None, {}
         config = self.quantization_config
         return tensors_to_save(model.state_dict(), config), file_metadata(config)

@@ -10,7 +10,7 @@ from ..numerics.rounding import require_finite
 from ..numerics.route import Route
 from .engine import Engine, Prepared
 from .incoming import check_incoming
-from .stored import FORMATS_TENSOR, OBSERVED, StoredTensors
+from .stored import FORMATS_TENSOR, OBSERVED, PACKED_WEIGHT, StoredTensors
 from .transplant import float_layer
 
 
@@ -46,21 +46,29 @@ class Execution(StoredTensors):
     def _wants_gradients(self, x: Tensor) -> bool:
         return x.requires_grad or any(tensor.requires_grad for tensor in self.parameters())
 
-    def _apply(self, fn, recurse=True):
-        """Move or cast; what an engine made ready stays behind."""
+    def before_move(self, fn) -> None:
+        """What an engine made ready stays behind when the model is moved or cast."""
         self.changed()
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
-        return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
-        """Take a state of the same formats; what an engine made ready of the old one goes."""
-        check_incoming(self, state_dict, prefix)
-        own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+    def take_state(self, state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        """Of a state of the same formats, what is stored as tensors; codes may have the name that they have in files.
+
+        Raises:
+            CheckpointError: see `check_incoming`.
+        """
+        check_incoming(self, state, prefix)
+        own = {key: value for key, value in state.items() if key.startswith(prefix)}
         own.pop(prefix + FORMATS_TENSOR, None)
         for name in OBSERVED:
             if (value := own.pop(prefix + name, None)) is not None:
                 self.load_observed(name, value)
-        super()._load_from_state_dict(own, prefix, *arguments)
+        if (codes := own.pop(f"{prefix}weight", None)) is not None:
+            own[prefix + PACKED_WEIGHT] = codes
+        return own
+
+    def after_state(self) -> None:
+        """What an engine made ready of the old state goes."""
         self.changed()
 
     def __getstate__(self) -> dict:

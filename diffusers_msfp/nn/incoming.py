@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..compat.torch import remove_load_hooks
 from ..errors import CheckpointError
 from .stored import FORMATS_TENSOR, OBSERVED, PACKED_WEIGHT, StoredTensors, say_formats
 
@@ -114,6 +115,4 @@ def watch_states(model: nn.Module) -> None:
 def unwatch_states(model: nn.Module) -> None:
     """Let torch load as it does."""
     for module in model.modules():
-        hooks = module._load_state_dict_pre_hooks
-        for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is check_incoming]:
-            del hooks[key]
+        remove_load_hooks(module, check_incoming)

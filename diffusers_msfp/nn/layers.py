@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..compat.torch import convolve
 from .quant_layer import QuantLayer
 
 
@@ -31,7 +32,7 @@ class _QuantConvNd(QuantLayer):
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The original's convolution with its stride, dilation, groups and padding mode."""
-        return self._conv_forward(x, weight, bias)
+        return convolve(self, x, weight, bias)
 
 
 class QuantConv2d(_QuantConvNd, nn.Conv2d):

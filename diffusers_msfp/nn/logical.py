@@ -9,14 +9,14 @@ counts or saves parameters would have to go through it, while plain bytes pass t
 """
 
 import copy
-import sys
 from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from ..compat.peft import asked_by_peft
+from ..compat.torch import empty_shell, tree_map, written_arguments
 from ..errors import UnsupportedError
 
 _ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
@@ -40,7 +40,7 @@ class LogicalWeight(Tensor):
     @staticmethod
     def __new__(cls, decode: Callable[[], Tensor], shape, dtype: torch.dtype, device: torch.device, place: str):
         """An empty shell; nothing is decoded."""
-        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=False)
+        return empty_shell(cls, shape, dtype, device)
 
     def __init__(self, decode: Callable[[], Tensor], shape, dtype: torch.dtype, device, place: str) -> None:  # noqa: ARG002
         self._decode, self._place = decode, place
@@ -61,10 +61,9 @@ class LogicalWeight(Tensor):
         if func in _ALIASES:
             weight = args[0]
             return cls(weight._decode, weight.shape, weight.dtype, weight.device, weight._place)
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and isinstance(value, cls):
-                value.refuse()
+        for written in written_arguments(func, args):
+            if isinstance(written, cls):
+                written.refuse()
         return func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
 
     def refuse(self) -> None:
@@ -140,7 +139,7 @@ class PackedLayer(nn.Module):
         return self.__dict__.copy()
 
     def __deepcopy__(self, memo: dict) -> nn.Module:
-        if _asked_by().startswith("peft."):
+        if asked_by_peft():
             return self.float_copy()
         layer = memo[id(self)] = type(self).__new__(type(self))
         layer.__setstate__(copy.deepcopy(self.__getstate__(), memo))
@@ -155,14 +154,6 @@ class PackedLayer(nn.Module):
 
 def _plain(value):
     return value.decoded() if isinstance(value, LogicalWeight) else value
-
-
-def _asked_by() -> str:
-    """The module whose code called `copy.deepcopy`."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_globals.get("__name__") in ("copy", __name__):
-        frame = frame.f_back
-    return frame.f_globals.get("__name__") or ""
 
 
 class ReadableState(OrderedDict):

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import Observation, search_activation, search_weight
+from ..compat.torch import tensors_of
 from ..errors import ShapeError
 from ..formats import FPFormat
 from ..numerics import QParams, encode, pack, packed_size, select
@@ -193,7 +194,7 @@ class QuantLayer(Execution, PackedLayer, ABC):
     @property
     def num_sets(self) -> int:
         """S, parameter sets of the input among which the timestep chooses; 0 without."""
-        scale = self._buffers.get("input_scale")
+        scale = tensors_of(self).get("input_scale")
         return scale.shape[0] if scale is not None and scale.ndim and self.num_banks == 1 else 0
 
     @property
@@ -230,7 +231,8 @@ class QuantLayer(Execution, PackedLayer, ABC):
         self.input_candidates, self.input_format = tuple(candidates), None
         self.observation = observation or Observation()
         for name in INPUT_TENSORS:
-            self._buffers.pop(name, None)
+            if name in tensors_of(self):
+                delattr(self, name)
 
     def freeze(self) -> bool:
         """Choose the input's format, scale and zero point from what was seen.

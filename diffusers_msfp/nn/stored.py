@@ -3,8 +3,9 @@
 from collections.abc import Collection, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..compat.torch import StatefulModule, tensors_of
 from ..errors import CheckpointError, UnsupportedError
 from ..formats import FPFormat
 
@@ -57,7 +58,7 @@ def say_formats(tensor: Tensor) -> str:
     return f"weight {words[0]}, input {words[1]}"
 
 
-class StoredTensors(nn.Module):
+class StoredTensors(StatefulModule):
     """Abstract base of `QuantLayer`: what concerns its tensors as a checkpoint's, not as numbers to compute with."""
 
     @property
@@ -77,29 +78,20 @@ class StoredTensors(nn.Module):
 
     def exact_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Buffers that must stay float32 whatever the model is cast to."""
-        for name in (*WEIGHT_TENSORS, *INPUT_TENSORS):
-            if (tensor := self._buffers.get(name)) is not None:
-                yield name, tensor
+        own = tensors_of(self)
+        yield from ((name, own[name]) for name in (*WEIGHT_TENSORS, *INPUT_TENSORS) if name in own)
 
     def formats_tensor(self) -> Tensor:
         """See the function of this name."""
         return formats_tensor(self.weight_format, self.input_format, self.observing)
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        """Stored tensors with their formats, and while observing what was seen; the sample is as long as it is full.
+    def more_state(self) -> dict[str, Tensor]:
+        """The formats, and while observing what was seen; the sample is as long as it is full.
 
         A layer without weights yet, on the meta device, has no formats to say: a checkpoint's record does.
         """
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({prefix + name: tensor for name, tensor in self.observed.items()})
-        if not self.weight_scale.is_meta:
-            destination[prefix + FORMATS_TENSOR] = self.formats_tensor()
-
-    def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
-        """As of any module; codes may also have the name that they have in files."""
-        if f"{prefix}weight" in state_dict:
-            state_dict[f"{prefix}{PACKED_WEIGHT}"] = state_dict.pop(f"{prefix}weight")
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        said = {} if self.weight_scale.is_meta else {FORMATS_TENSOR: self.formats_tensor()}
+        return self.observed | said
 
     def requires_grad_(self, requires_grad: bool = True):
         """As of a float layer, with True refused: packed weights cannot be trained.
@@ -129,31 +121,22 @@ class StoredTensors(nn.Module):
             )
         (target[: len(value)] if name == OBSERVED[0] else target).copy_(value)
 
-    def _apply(self, fn, recurse=True):
-        """Move with the model, but keep scales exact when it is cast."""
-        exact = dict(self.exact_tensors())
-        super()._apply(fn, recurse)
-        for name, tensor in exact.items():
-            moved = self._buffers[name]
-            if moved.dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(moved.device)
-        return self
-
     def check_stored(self) -> None:
         """Refuse tensors that no quantization could have written.
 
         Raises:
             CheckpointError: a scale that is not finite and positive, a positive zero point, or an error that is NaN.
         """
+        own = tensors_of(self)
         for name in ("weight_error", "input_error"):
-            error = self._buffers.get(name)
+            error = own.get(name)
             if error is not None and not torch.isfinite(error).all():
                 raise CheckpointError(f"`{self.place}.{name}` must be finite, but it is not: damaged file.")
         for name in ("weight_scale", "input_scale"):
-            scale = self._buffers.get(name)
+            scale = own.get(name)
             if scale is not None and not (torch.isfinite(scale).all() and (scale > 0).all()):
                 raise CheckpointError(f"`{self.place}.{name}` must be finite and > 0, but it is not: damaged file.")
-        zero_point = self._buffers.get("input_zero_point")
+        zero_point = own.get("input_zero_point")
         if zero_point is not None:
             fits = zero_point == 0 if self.input_format.signed else zero_point <= 0
             if not (torch.isfinite(zero_point) & fits).all():

@@ -2,9 +2,8 @@
 
 from torch import nn
 
+from ..compat.accelerate import SET_BY_HOOKS
 from .logical import PackedLayer
-
-_OF_HOOKS = ("_hf_hook", "_old_forward", "forward")  # bound to the layer that they were set on
 
 
 def transplant(source: nn.Module, cls: type[nn.Module]) -> nn.Module:
@@ -21,7 +20,7 @@ def transplant(source: nn.Module, cls: type[nn.Module]) -> nn.Module:
 def float_layer(source: PackedLayer, cls: type[nn.Module]) -> nn.Module:
     """A float layer of a class with the weight that a packed one stands for, sharing nothing with it."""
     module = transplant(source, cls)
-    for key in _OF_HOOKS:
+    for key in SET_BY_HOOKS:
         module.__dict__.pop(key, None)
     module.weight = nn.Parameter(source.decode_whole().to(source.weight.dtype))
     module.bias = None if source.bias is None else nn.Parameter(source.bias.detach().clone())

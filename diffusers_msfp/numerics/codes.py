@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+
+from ..compat.torch import tree_map, without_functions
 
 
 class Codes(Tensor):
@@ -35,7 +36,7 @@ class Codes(Tensor):
 
     def bytes(self) -> Tensor:
         """The plain tensor, uint8."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_functions():
             return self.as_subclass(Tensor)
 
     def decoded(self) -> Tensor:

@@ -7,6 +7,7 @@ In float32: `y = x * (1/unit) + k`, clamped to the lattice's range; `step = 2^ma
 import torch
 from torch import Tensor
 
+from ..compat.torch import assert_later
 from ..errors import NonFiniteError, ShapeError
 from ..formats import FPFormat
 from .qparams import QParams
@@ -70,7 +71,7 @@ def check_finite(x: Tensor, where: str) -> None:
 def require_finite(x: Tensor, where: str) -> None:
     """`check_finite` that a compiled model can make too, with a shorter message."""
     if torch.compiler.is_compiling():
-        torch._assert_async(torch.isfinite(x).all(), f"{where} must be finite.")
+        assert_later(torch.isfinite(x).all(), f"{where} must be finite.")
     else:
         check_finite(x, where)
 

@@ -15,13 +15,13 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from ..calibration import Observation
+from ..compat.wrappers import sees_through
 from ..errors import ConfigError, UnsupportedError
 from ..evaluation import compare_pipelines, describe_checkpoint, layer_snr, with_ddim
 from ..evaluation.evaluate import origin
 from ..evaluation.providers import BASELINE, provide
 from ..evaluation.samples import draw_pictures
 from ..evaluation.speed import example_inputs, step_of, take_turns
-from ..nn.wrappers import sees_through
 from ..workflow import calibration_state, set_engine
 from ..workflow.denoisers import denoiser_name, denoiser_of, denoisers_of
 from ..workflow.engine import engine_from_environment

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..compat.torch import StatefulModule
 from ..errors import CheckpointError
 from ..numerics import select
 
@@ -26,8 +27,8 @@ def adapter_rank(weight_shape: tuple[int, ...], rank: int) -> int:
     return max(1, min(rank, min(weight_shape[:2]) // 2))
 
 
-class AdapterBank(nn.Module):
-    """All low-rank pairs of one layer, stacked.
+class AdapterBank(StatefulModule):
+    """All low-rank pairs of one layer, stacked; they keep their dtype when the model is cast.
 
     Args:
         weight_shape (`tuple[int, ...]`): of the layer's float weight, `(out, in / groups, *kernel)`.
@@ -99,17 +100,6 @@ class AdapterBank(nn.Module):
         """Store the pairs in another dtype, for good."""
         for name in ("down", "up"):
             setattr(self, name, nn.Parameter(getattr(self, name).detach().to(dtype), requires_grad=False))
-        return self
-
-    def _apply(self, fn, recurse=True):
-        """Move with the model, but keep every tensor's dtype when the model is cast."""
-        before = {name: tensor.data for name, tensor in (*self._parameters.items(), *self._buffers.items())}
-        super()._apply(fn, recurse)
-        for name, tensor in before.items():
-            moved = getattr(self, name)
-            if moved.dtype != tensor.dtype:
-                kept = tensor.to(moved.device)
-                setattr(self, name, nn.Parameter(kept, requires_grad=False) if name in self._parameters else kept)
         return self
 
     @staticmethod

@@ -6,6 +6,7 @@ The table is a plain buffer that is saved with the model.
 import torch
 from torch import Tensor, nn
 
+from ..compat.torch import assert_later
 from ..errors import CheckpointError, ConfigError
 from ..numerics.route import ByTimestep, Route, Timestep
 
@@ -65,7 +66,7 @@ class RoutingTable(ByTimestep, nn.Module):
         """
         if torch.compiler.is_compiling():
             wanted = torch.as_tensor(timestep, device=self.table.device).reshape(-1)
-            torch._assert_async(self._inside(wanted), "A timestep lies outside the router's table.")
+            assert_later(self._inside(wanted), "A timestep lies outside the router's table.")
             index = self.table.index_select(1, self._nearest(wanted)).to(torch.int64)  # (groups, B)
             return [Route(row.reshape(()) if row.numel() == 1 else row) for row in index]
         wanted = torch.as_tensor(timestep).detach().reshape(-1).to("cpu")

@@ -8,25 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..calibration import search_activation
 from ..calibration.search import is_anomalous
+from ..compat.torch import StatefulModule
 from ..errors import CheckpointError
 from ..formats import FPFormat
 from ..numerics import QParams, fake_quantize
 from ..numerics.route import ByTimestep, Route, Timestep
-
-
-class _Exact(nn.Module):
-    """Buffers that keep their dtype when the model is cast."""
-
-    def _apply(self, fn, recurse=True):
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, tensor in before.items():
-            self._buffers[name] = tensor.to(self._buffers[name].device) if tensor.is_floating_point() else tensor
-        return self
 
 
 @dataclass(frozen=True)
@@ -43,7 +33,7 @@ class Entry(Route):
     certainly: bool | None = None
 
 
-class FiniteSet(ByTimestep, _Exact):
+class FiniteSet(ByTimestep, StatefulModule):
     """The timesteps of a set; a quantized layer's `Routing`.
 
     Args:
@@ -92,7 +82,7 @@ class FiniteSet(ByTimestep, _Exact):
         return [Entry(index, None, exact, certainly)]
 
 
-class FeatureTable(_Exact):
+class FeatureTable(StatefulModule):
     """A layer's exact outputs for the timesteps of the set; in their stead the layer is not computed.
 
     Args:

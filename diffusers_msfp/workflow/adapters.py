@@ -9,9 +9,10 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from ..compat.torch import remove_pre_hooks
+from ..compat.wrappers import forget_compiled
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..nn import QuantLayer
-from ..nn.wrappers import forget_compiled
 from ..talora import AdapterBank, AdapterPlan, RoutingTable
 from .convert import plain_name, prepare_layers, quant_layers
 from .timestep import TimestepArgument, require_timesteps
@@ -111,11 +112,8 @@ def disconnect(model: nn.Module) -> None:
 
 def remove_route_hooks(model: nn.Module, place: str) -> None:
     """Look up nothing at this place any more."""
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, RouteHook) and hook.place == place:
-            del model._forward_pre_hooks[key]
-            model._forward_pre_hooks_with_kwargs.pop(key, None)
-            forget_compiled()
+    if remove_pre_hooks(model, lambda hook: isinstance(hook, RouteHook) and hook.place == place):
+        forget_compiled()
 
 
 def refuse_merged(model: nn.Module, what: str) -> None:

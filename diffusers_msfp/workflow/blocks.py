@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ..calibration.watch import watching_calls
+from ..compat.torch import tree_leaves
 from ..nn import QuantLayer
 from ..nn.split import whole_name
 from ..talora import Trainee

@@ -7,9 +7,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ..compat.wrappers import sees_through, unwrap
 from ..errors import ConfigError, MSFPError
 from ..nn.split import whole_name
-from ..nn.wrappers import sees_through, unwrap
 from ..schemes import resolve
 from .convert import quant_layers
 from .denoisers import denoisers_of

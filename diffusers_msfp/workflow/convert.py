@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..compat.diffusers import kept_in_float32
+from ..compat.peft import is_wrapped, name_inside
+from ..compat.torch import replace_children
+from ..compat.wrappers import own_name
 from ..errors import CheckpointError, ConfigError
 from ..formats import FORMATS
 from ..nn import QUANT_LAYERS, QuantLayer, SplitLayer
-from ..nn.wrappers import own_name
 from ..numerics.rounding import check_finite
 from ..schemes import SCHEMES, LayerScheme, check_patterns, matches, resolve
 
@@ -57,7 +60,7 @@ class Conversion:
                 f"A model can be quantized once, but {len(already)} layers already are ({already[0]}, …). "
                 f"Call `model.dequantize()` first."
             )
-        if any(name.endswith(".base_layer") for name in weighted):
+        if any(is_wrapped(name) for name in weighted):
             raise ConfigError(
                 "A model must be quantized before adapters are attached, but this one has some. Fuse them "
                 "(`fuse_lora`, then `unload_lora`) or unload them first."
@@ -68,7 +71,7 @@ class Conversion:
         layers, skipped = {}, {}
         for name, module in weighted.items():
             pattern = next((p for p in keep if matches(p, name)), None)
-            if set(getattr(model, "_keep_in_fp32_modules", None) or ()) & set(name.split(".")):
+            if kept_in_float32(model) & set(name.split(".")):
                 skipped[name] = f"{type(model).__name__} keeps it in float32"
             elif pattern is not None:
                 skipped[name] = f"matches {pattern!r} in modules_to_not_convert"
@@ -105,7 +108,7 @@ def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
     """Quantized layers with the names they have without adapters around them."""
     for name, module in model.named_modules():
         if isinstance(module, QuantLayer):
-            yield plain_name(name), module
+            yield own_name(name), module
 
 
 def prepare_layers(model: nn.Module) -> None:
@@ -116,7 +119,7 @@ def prepare_layers(model: nn.Module) -> None:
 
 def plain_name(name: str) -> str:
     """A module or tensor name without the levels that PEFT and `torch.compile` put between a layer and its place."""
-    return own_name(name).replace(".base_layer", "").replace(".original_module", "")
+    return name_inside(own_name(name))
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -128,8 +131,7 @@ def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
     """`replace_module` for many names at once, in one walk over the model."""
     instead = {id(model.get_submodule(name)): module for name, module in new.items()}
     for parent in list(model.modules()):  # as it is now: a new module may hold an old one
-        for attribute, child in parent._modules.items():
-            parent._modules[attribute] = instead.get(id(child), child)
+        replace_children(parent, instead)
 
 
 def convert(model: nn.Module, plan: Conversion, on_layer: Callable[[int, int], None] | None = None) -> None:

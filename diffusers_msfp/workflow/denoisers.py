@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..compat.wrappers import unwrap
 from ..errors import ConfigError
 from ..nn import QuantLayer
-from ..nn.wrappers import unwrap
 from .timestep import timestep_argument
 
 logger = logging.getLogger(__name__)

@@ -6,10 +6,10 @@ from collections import Counter
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
+from ..compat.wrappers import sees_through, unwrap
 from ..engines import ENGINES, MEMORY_MODES, AutoEngine, Engine
 from ..errors import ConfigError
 from ..nn import QuantLayer
-from ..nn.wrappers import sees_through, unwrap
 from .attention import use_engine_attention
 from .convert import quant_layers
 from .fused import fuse, undo

@@ -16,9 +16,9 @@ from accelerate.utils import DistributedDataParallelKwargs, is_tensorboard_avail
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+from ..compat.wrappers import seen_through, sees_through
 from ..errors import ConfigError, NonFiniteError
 from ..losses import loss_weights, squared_error
-from ..nn.wrappers import seen_through, sees_through
 from .blocks import block_outputs, trainable_blocks
 from .denoisers import denoiser_of, denoisers_of, each_quantized, scheduler_of
 from .denoising_factor import denoising_factors, step_arguments

@@ -1,6 +1,6 @@
 """`finetune`: every quantized denoiser of a pipeline, one after the other."""
 
-from ..nn.wrappers import sees_through
+from ..compat.wrappers import sees_through
 from .denoisers import by_denoiser, each_quantized, work_folders
 from .finetune import Finetuner
 from .finetune_config import FinetuneConfig

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..compat.wrappers import seen_through, sees_through
 from ..errors import ConfigError, NonFiniteError
 from ..nn import QuantLayer
-from ..nn.wrappers import seen_through, sees_through
 from ..numerics import unpack
 from ..rounding import annealed_exponent
 from ..schemes import check_patterns, matches

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
+from ..compat.torch import tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 from ..errors import ConfigError
 from ..losses import squared_error
 from ..nn import QuantLayer

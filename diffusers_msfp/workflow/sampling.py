@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ..compat.diffusers import execution_device, progress_bar_config, set_progress_bar_config, source_of
 from ..errors import ConfigError
 from .finite_steps import require_finite_steps
 from .state import quantized_models
@@ -88,7 +89,7 @@ def drawing_from(seed: int, pipe: object = None) -> Iterator[None]:
 
 def _accelerators(pipe: object) -> set[torch.device]:
     """Devices that a pipeline computes on, but for the CPU."""
-    used = [getattr(pipe, name, None) for name in ("device", "_execution_device")]
+    used = [getattr(pipe, "device", None), execution_device(pipe)]
     parts = getattr(pipe, "components", None) or {}
     used += [getattr(part, "device", None) for part in parts.values() if isinstance(part, nn.Module)]
     return {each for each in used if isinstance(each, torch.device) and each.type not in ("cpu", "meta")}
@@ -178,8 +179,8 @@ def known_arguments(pipe, given: dict) -> dict:
     parameters = inspect.signature(pipe.__call__).parameters
     more = {"output_type"}
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        source = inspect.getsource(pipe.__call__)
-        if not type(pipe).__module__.startswith("diffusers.") or source.count("**kwargs") > 1:
+        source = source_of(pipe.__call__)
+        if source is None or not type(pipe).__module__.startswith("diffusers.") or source.count("**kwargs") > 1:
             return given  # whatever becomes of them
         more |= set(re.findall(r'kwargs\.(?:pop|get)\("(\w+)"', source))  # names of older versions; others are dropped
     for name in given.keys() - parameters.keys() - more:
@@ -232,14 +233,14 @@ def batched_calls(make: Callable, models: Sequence[nn.Module], num_samples: int,
 def quiet(pipe):
     """Without the progress bars of the pipeline and of those that it is combined from."""
     parts = [pipe, *(part for part in vars(pipe).values() if isinstance(part, DiffusionPipeline))]
-    before = [dict(getattr(part, "_progress_bar_config", {})) for part in parts]
+    before = [progress_bar_config(part) for part in parts]
     for part, config in zip(parts, before, strict=True):
-        part._progress_bar_config = config | {"disable": True}
+        set_progress_bar_config(part, config | {"disable": True})
     try:
         yield
     finally:
         for part, config in zip(parts, before, strict=True):
-            part._progress_bar_config = config
+            set_progress_bar_config(part, config)
 
 
 @contextmanager

@@ -17,10 +17,11 @@ from torch.overrides import TorchFunctionMode
 
 from ..calibration import observe
 from ..calibration.watch import watching_calls
+from ..compat.peft import is_wrapped
+from ..compat.wrappers import sees_through
 from ..errors import CheckpointError, ConfigError
 from ..nn import QUANT_LAYERS, QuantLayer, SplitLayer
 from ..nn.split import can_split, channel_axis, split_layer
-from ..nn.wrappers import sees_through
 from ..numerics.rounding import check_finite
 from ..schemes import LayerScheme, resolve
 from .adapters import layers_by_name
@@ -97,7 +98,7 @@ def split_shortcuts(
 
 def _require_fit(model: nn.Module, original: nn.Module) -> None:
     check_student(model, original, learns=False)
-    if any(name.endswith(".base_layer") for name, _ in original.named_modules()):
+    if any(is_wrapped(name) for name, _ in original.named_modules()):
         raise ConfigError("The teacher must be without adapters, but this one has some: unload or fuse them.")
     if finite_set_of(model) is not None:
         raise ConfigError("Layers are split before temporal maintenance. Start from the quantized model.")

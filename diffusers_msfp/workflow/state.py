@@ -11,9 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from ..compat.torch import pre_hooks, remove_pre_hooks
+from ..compat.wrappers import sees_through, unwrap
 from ..errors import ConfigError
 from ..nn import QuantLayer
-from ..nn.wrappers import sees_through, unwrap
 from .convert import describe_layers, prepare_layers, quant_layers
 from .timestep import timestep_argument
 
@@ -84,15 +85,12 @@ class RunTracker:
 
 def tracker(model: nn.Module) -> RunTracker | None:
     """The model's tracker, if it is observing."""
-    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, RunTracker)), None)
+    return next((hook for hook in pre_hooks(model) if isinstance(hook, RunTracker)), None)
 
 
 def untrack(model: nn.Module) -> None:
     """Stop watching for the end of a run."""
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, RunTracker):
-            del model._forward_pre_hooks[key]
-            model._forward_pre_hooks_with_kwargs.pop(key, None)
+    remove_pre_hooks(model, lambda hook: isinstance(hook, RunTracker))
 
 
 def track(model: nn.Module, hook: RunTracker | None = None) -> None:

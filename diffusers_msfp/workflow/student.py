@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..compat.peft import is_wrapped
 from ..errors import ConfigError, ShapeError
 from ..losses import squared_error
 from ..nn import QuantLayer
@@ -231,7 +232,7 @@ def check_student(model: nn.Module, teacher: nn.Module, *, learns: bool = True) 
         raise ConfigError("Only a calibrated model can be fine-tuned, but this one observes: call `calibrate(pipe)`.")
     if routing_of(model) is not None:
         raise ConfigError("This model has adapters already. Start from the checkpoint that `quantize` wrote.")
-    if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
+    if any(is_wrapped(name) for name, _ in model.named_modules()):
         raise ConfigError("Users' adapters must be unloaded before fine-tuning, but this model has some.")
 
 

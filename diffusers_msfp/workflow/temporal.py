@@ -14,8 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..compat.wrappers import sees_through
 from ..errors import ConfigError, NothingToDoError, ShapeError
-from ..nn.wrappers import sees_through
 from ..numerics.rounding import check_finite
 from ..temporal import SCOPES, TemporalBlock, TemporalPlan, store_features
 from .adapters import layers_by_name, routing_of

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..compat.wrappers import forget_compiled
 from ..errors import CheckpointError
 from ..nn import QuantLayer
-from ..nn.wrappers import forget_compiled
 from ..temporal import FeatureTable, FiniteSet, TemporalPlan
 from .adapters import RouteHook, layers_by_name, remove_route_hooks
 from .convert import prepare_layers

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
 
+from ..compat.torch import tree_map
 from ..temporal import BlockLayer, TemporalBlock, find_block, root_inputs
 from .denoisers import denoiser_of
 from .timestep import timestep_argument

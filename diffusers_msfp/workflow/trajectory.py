@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from ..compat.torch import tree_flatten, tree_map, tree_unflatten
 from ..errors import ConfigError
 from .denoisers import denoiser_name, denoiser_of, model_output
 from .sampling import quiet

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
+from ..compat.diffusers import source_of
 from ..errors import ConfigError, MSFPError, NonFiniteError
 from ..nn import QuantLayer
 from .sampling import Call, quiet
@@ -87,10 +88,8 @@ def refuse_upcast(pipe, models: Mapping[str, nn.Module]) -> None:
 @functools.cache
 def _casts(cls: type) -> bool:
     """Whether a pipeline's code looks at `force_upcast`."""
-    try:
-        return "force_upcast" in inspect.getsource(inspect.getmodule(cls))
-    except (OSError, TypeError):  # made at run time
-        return True
+    source = source_of(inspect.getmodule(cls))
+    return source is None or "force_upcast" in source
 
 
 def _size(call: Call) -> int:

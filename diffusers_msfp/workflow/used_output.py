@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ..calibration.watch import watching_calls
+from ..compat.torch import tree_leaves
 from ..nn.split import whole_name
 from .denoisers import model_output
 from .finite_steps import learns_variance

@@ -28,9 +28,9 @@ from diffusers_msfp import (
     set_engine,
     split_shortcuts,
 )
+from diffusers_msfp.compat.wrappers import unwrap
 from diffusers_msfp.errors import UnsupportedError
 from diffusers_msfp.evaluation import compare_pipelines, layer_snr, temporal_features
-from diffusers_msfp.nn.wrappers import unwrap
 from diffusers_msfp.workflow.convert import quant_layers
 from diffusers_msfp.workflow.engine import engines_of
 

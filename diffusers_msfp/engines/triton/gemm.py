@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...compat.torch import float8_matmul, int8_matmul
+
 _MULTIPLE = 16
 _MIN_ROWS = 32  # 17 would do, but makes an awkward matrix
 
@@ -37,9 +39,9 @@ def matmul(x: Tensor, weight: Tensor) -> Tensor:
     if extra or x.shape[1] != weight.shape[1]:
         x = F.pad(x.view(torch.uint8), (0, weight.shape[1] - x.shape[1], 0, extra)).view(x.dtype)
     if x.dtype == torch.int8:
-        return torch._int_mm(x.contiguous(), weight.t())[:rows]
+        return int8_matmul(x.contiguous(), weight.t())[:rows]
     one = torch.ones((), device=x.device)
-    return torch._scaled_mm(x.contiguous(), weight.t(), one, one, out_dtype=torch.float32, use_fast_accum=False)
+    return float8_matmul(x.contiguous(), weight.t(), one)
 
 
 def linear(

@@ -1,0 +1,109 @@
+"""Internals of diffusers (all in 0.40 to 0.42)."""
+
+import inspect
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from diffusers.models.modeling_utils import no_init_weights  # float models on the meta device, without drawing weights
+from diffusers.quantizers import auto
+
+__all__ = [
+    "components_being_loaded",
+    "execution_device",
+    "forget_widened_weights",
+    "kept_in_float32",
+    "no_init_weights",
+    "progress_bar_config",
+    "quantization_tables",
+    "rename_old_keys",
+    "saves_averages",
+    "set_config",
+    "set_progress_bar_config",
+    "single_file_origin",
+    "source_of",
+    "widened_weights",
+]
+
+
+def quantization_tables() -> tuple[dict, dict]:
+    """Method → quantizer, and method → config; a third-party quantizer can only be entered here."""
+    return auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+
+
+def components_being_loaded() -> dict | None:
+    """The components of the pipeline that `from_pretrained` is loading right now: name → `[library, class]`.
+
+    A pipeline's config is asked for one component at a time and never told which there are; only the loader's own frame
+    knows. Where that frame looks different (another version of diffusers), None.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "from_pretrained":
+        frame = frame.f_back
+    components = frame.f_locals.get("init_dict") if frame is not None else None
+    return dict(components) if isinstance(components, Mapping) else None
+
+
+def progress_bar_config(pipe) -> dict:
+    """What `set_progress_bar_config` was last called with; there is no getter."""
+    return dict(getattr(pipe, "_progress_bar_config", {}))
+
+
+def set_progress_bar_config(pipe, config: Mapping) -> None:
+    """Replace it; pipelines that are combined override the public method, and one of them turns on offloading there."""
+    pipe._progress_bar_config = dict(config)
+
+
+def rename_old_keys(model, names: dict) -> None:
+    """Give attention weights of old checkpoints their new names, in place, as loading does it."""
+    model._fix_state_dict_keys_on_load(names)
+
+
+def saves_averages() -> bool:
+    """Whether the caller of the calling function is `EMAModel.save_pretrained`, which makes a model of a config."""
+    caller = sys._getframe(2)
+    return caller.f_code.co_name == "save_pretrained" and type(caller.f_locals.get("self")).__name__ == "EMAModel"
+
+
+def execution_device(pipe):
+    """Where a pipeline computes while parts of it are offloaded; None where it does not say."""
+    return getattr(pipe, "_execution_device", None)
+
+
+def kept_in_float32(model) -> frozenset[str]:
+    """Names of modules whose weights a model of diffusers or transformers keeps in float32."""
+    return frozenset(getattr(model, "_keep_in_fp32_modules", None) or ())
+
+
+def widened_weights(model) -> dict:
+    """Weights for which a control LoRA of Flux has just put wider layers in place, by name."""
+    return dict(getattr(model, "_overwritten_params", None) or {})
+
+
+def forget_widened_weights(model) -> None:
+    """Let the pipeline believe that it has widened nothing."""
+    del model._overwritten_params
+
+
+def source_of(thing: object) -> str | None:
+    """The code of a pipeline's class, module or method; None where there is none to read, as in a frozen program."""
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):
+        return None
+
+
+def set_config(model, config: Mapping) -> None:
+    """Replace a model's config; `register_to_config` can add, but not remove."""
+    model._internal_dict = type(model._internal_dict)(dict(config))
+
+
+def single_file_origin(path: Path) -> str:
+    """The Hub id of the pipeline whose layout a single file has.
+
+    Raises:
+        KeyError, ValueError, OSError: as diffusers raises them for a file that it does not know.
+    """
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
+
+    return fetch_diffusers_config(load_single_file_checkpoint(str(path)))["pretrained_model_name_or_path"]

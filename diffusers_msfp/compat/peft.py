@@ -1,0 +1,42 @@
+"""Internals of PEFT (all since 0.17)."""
+
+import sys
+from collections.abc import Mapping
+
+from peft.utils.other import get_pattern_key  # which key of `rank_pattern` or `alpha_pattern` fits a module
+
+__all__ = ["asked_by_peft", "has_adapters", "is_wrapped", "name_inside", "pattern_value"]
+
+_BASE = ".base_layer"
+_OWN = ("diffusers_msfp.nn.logical", "diffusers_msfp.nn.quant_layer", "diffusers_msfp.nn.split")
+
+
+def name_inside(name: str) -> str:
+    """A module or tensor name without the levels that PEFT puts between a layer and its place."""
+    return name.replace(_BASE, "").replace(".original_module", "")
+
+
+def is_wrapped(name: str) -> bool:
+    """Whether a module of this name has adapters around it."""
+    return name.endswith(_BASE)
+
+
+def has_adapters(model) -> bool:
+    """Whether diffusers' or transformers' mixin has attached adapters to a model."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def asked_by_peft() -> bool:
+    """Whether PEFT's code has called `copy.deepcopy`, which called this through a module's `__deepcopy__`.
+
+    PEFT trains copies of layers (`modules_to_save`) and has no hook for how a layer is copied.
+    """
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__", "") in ("copy", *_OWN):
+        frame = frame.f_back
+    return frame is not None and (frame.f_globals.get("__name__") or "").startswith("peft.")
+
+
+def pattern_value(patterns: Mapping[str, float], name: str, default: float) -> float:
+    """The value of a pattern table for a module."""
+    return patterns.get(get_pattern_key(patterns.keys(), name), default)

@@ -1,0 +1,240 @@
+"""Internals of torch (all since 2.6, the oldest that is supported)."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import (  # the public `torch.utils.pytree` came with 2.10 only
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
+
+__all__ = [
+    "StatefulModule",
+    "assert_later",
+    "convolve",
+    "empty_shell",
+    "float8_matmul",
+    "has_bf16_instructions",
+    "has_int8_operators",
+    "int8_conv",
+    "int8_linear",
+    "int8_matmul",
+    "is_hooked",
+    "pack_int8_conv",
+    "pack_int8_linear",
+    "padding_ends",
+    "pre_hooks",
+    "put_tensor",
+    "remove_load_hooks",
+    "remove_pre_hooks",
+    "replace_children",
+    "tensors_of",
+    "tree_flatten",
+    "tree_flatten_with_path",
+    "tree_leaves",
+    "tree_map",
+    "tree_unflatten",
+    "without_functions",
+    "written_arguments",
+]
+
+
+# ── processors and operators ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def has_bf16_instructions() -> bool:
+    """Whether the CPU multiplies bfloat16 (`torch.cpu` tells of AMX only)."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def has_int8_operators() -> bool:
+    """Whether this build of torch has oneDNN's 8-bit operators, which Inductor uses and nobody documents."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qconv_pointwise")
+
+
+def pack_int8_linear(weight: Tensor) -> Tensor:
+    """`(N, K)` int8 as `int8_linear` wants it."""
+    return torch.ops.onednn.qlinear_prepack(weight, None)
+
+
+def int8_linear(
+    x: Tensor, unit: float, zero: int, packed: Tensor, units: Tensor, zeros: Tensor, bias: Tensor | None, dtype
+) -> Tensor:
+    """`unit * units[n] * Σ_k (x[m, k] - zero) * weight[n, k] + bias[n]`.
+
+    Args:
+        x (`Tensor`, `(M, K)`, uint8), packed (`Tensor`): see `pack_int8_linear`.
+        units, zeros (`Tensor`, `(N,)`, float32 and int64): of the weight; zeros are 0.
+        bias (`Tensor`, `(N,)` float32, *optional*).
+        dtype (`torch.dtype`): of the result.
+    """
+    return torch.ops.onednn.qlinear_pointwise(x, unit, zero, packed, units, zeros, bias, 1.0, 0, dtype, "none", [], "")
+
+
+def pack_int8_conv(weight: Tensor, units: Tensor, stride, padding, dilation, groups: int, shape) -> Tensor:
+    """`(N, C / groups, H, W)` int8 as `int8_conv` wants it for inputs like one of this shape."""
+    return torch.ops.onednn.qconv_prepack(weight, units, 1.0, 0, stride, padding, dilation, groups, list(shape))
+
+
+def int8_conv(
+    x: Tensor, unit: float, zero: int, packed: Tensor, units: Tensor, zeros: Tensor, bias: Tensor | None,
+    stride, padding, dilation, groups: int, dtype,
+) -> Tensor:  # fmt: skip
+    """The convolution's counterpart of `int8_linear`; `x` `(B, C, H, W)` uint8, channels last."""
+    return torch.ops.onednn.qconv_pointwise(
+        x,
+        unit,
+        zero,
+        packed,
+        units,
+        zeros,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        1.0,
+        0,
+        dtype,
+        "none",
+        [],
+        "",
+    )
+
+
+def int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """`(M, K)` and `(K, N)` int8 → int32; more than 16 rows on a GPU."""
+    return torch._int_mm(x, weight)
+
+
+def float8_matmul(x: Tensor, weight: Tensor, one: Tensor) -> Tensor:
+    """`(M, K)` and `(K, N)` float8 → float32, summed exactly."""
+    return torch._scaled_mm(x, weight, one, one, out_dtype=torch.float32, use_fast_accum=False)
+
+
+def assert_later(condition: Tensor, message: str) -> None:
+    """An assertion that a compiled model can make without waiting for the device."""
+    torch._assert_async(condition, message)
+
+
+def convolve(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution layer's operation with another weight, in its padding mode."""
+    return layer._conv_forward(x, weight, bias)
+
+
+def padding_ends(layer: nn.Module) -> list[int]:
+    """A convolution's padding as `F.pad` takes it: `(left, right, top, bottom)`."""
+    return list(layer._reversed_padding_repeated_twice)
+
+
+def without_functions():
+    """A context in which subclasses of tensors are plain tensors to Python."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+# ── modules ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pre_hooks(module: nn.Module) -> Iterator:
+    """The hooks that run before a module; torch has no list of them."""
+    yield from module._forward_pre_hooks.values()
+
+
+def remove_pre_hooks(module: nn.Module, unwanted: Callable[[object], bool]) -> int:
+    """Take off the hooks that are not wanted any more, and say how many; a handle would not survive a copy."""
+    found = [key for key, hook in module._forward_pre_hooks.items() if unwanted(hook)]
+    for key in found:
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+    return len(found)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether anybody looks at what a module reads or gives."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def replace_children(parent: nn.Module, instead: Mapping[int, nn.Module]) -> None:
+    """Put other modules where children stand, by `id` of the child, under any name and in containers too."""
+    for name, child in parent._modules.items():
+        parent._modules[name] = instead.get(id(child), child)
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own parameters and buffers, by name."""
+    own = (*module._parameters.items(), *module._buffers.items())
+    return {name: tensor for name, tensor in own if tensor is not None}
+
+
+class StatefulModule(nn.Module):
+    """Abstract base of modules with a say in how they are cast, saved and loaded; torch has no public names for it."""
+
+    def exact_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Own parameters and buffers that move with the model, but are never cast; all of them unless overridden."""
+        yield from tensors_of(self).items()
+
+    def before_move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Called before `fn` is applied to each tensor of the module."""
+
+    def more_state(self) -> dict[str, Tensor]:
+        """Tensors that a state dict has beside parameters and buffers, by name."""
+        return {}
+
+    def take_state(self, state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:  # noqa: ARG002
+        """What torch is to load of a state dict whose names for this module begin with `prefix`."""
+        return state
+
+    def after_state(self) -> None:
+        """Called when a state has been loaded."""
+
+    def _apply(self, fn, recurse=True):
+        """What `to`, `half`, `cuda` and the like come down to."""
+        self.before_move(fn)
+        exact = {name: tensor.data for name, tensor in self.exact_tensors()}  # a parameter is cast in place
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            is_buffer = name in self._buffers
+            moved = self._buffers[name] if is_buffer else self._parameters[name]
+            if moved.dtype != before.dtype:
+                back = before.to(moved.device)
+                setattr(self, name, back if is_buffer else nn.Parameter(back, requires_grad=moved.requires_grad))
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: tensor for name, tensor in self.more_state().items()})
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
+        super()._load_from_state_dict(self.take_state(state_dict, prefix), prefix, *arguments)
+        self.after_state()
+
+
+def remove_load_hooks(module: nn.Module, unwanted: Callable) -> None:
+    """Take off a function that `register_load_state_dict_pre_hook` put on; a handle would not survive a copy."""
+    hooks = module._load_state_dict_pre_hooks
+    for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is unwanted]:
+        del hooks[key]
+
+
+def put_tensor(module: nn.Module, name: str, value: Tensor) -> None:
+    """Put a tensor in the place of a parameter, which then wants no gradient, or of a buffer; shapes may differ."""
+    if name in module._parameters:
+        module._parameters[name] = nn.Parameter(value, requires_grad=False)
+    else:
+        module._buffers[name] = value
+
+
+def empty_shell(cls: type[Tensor], shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of a subclass that has no memory, only a shape, for `__torch_dispatch__` to fill with meaning."""
+    return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=False)
+
+
+def written_arguments(func, args: tuple) -> Iterator:
+    """Those of an operator's positional arguments that it writes into."""
+    for argument, value in zip(func._schema.arguments, args, strict=False):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield value

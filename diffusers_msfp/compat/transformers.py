@@ -1,0 +1,65 @@
+"""Internals of transformers (all since 5.0)."""
+
+from collections.abc import Callable
+
+from transformers.core_model_loading import ConversionOps, WeightRenaming  # how loading converts and renames tensors
+from transformers.quantizers import auto
+
+__all__ = [
+    "ConversionOps",
+    "WeightRenaming",
+    "mark_initialised",
+    "quantization_tables",
+    "register",
+    "unwatch_loading",
+    "watch_loading",
+]
+
+
+def quantization_tables() -> tuple[dict, dict]:
+    """Method → quantizer, and method → config; to see what stands under a name before it is registered."""
+    return auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+
+
+def register(method: str, quantizer: type, config: type) -> None:
+    """Enter a method by transformers' own decorators, once."""
+    quantizers, configs = quantization_tables()
+    if method not in quantizers:
+        auto.register_quantizer(method)(quantizer)
+    if method not in configs:
+        auto.register_quantization_config(method)(config)
+
+
+def mark_initialised(*things: object) -> None:
+    """Tell the loader that modules or parameters have their values; it would fill others with noise."""
+    for thing in things:
+        thing._is_hf_initialized = True
+
+
+_FILL = "_move_missing_keys_from_meta_to_device"
+_IGNORED = "_keys_to_ignore_on_load_unexpected"
+
+
+def watch_loading(model, look: Callable[[list[str]], None], ignored: str | None = None) -> None:
+    """Say what of a checkpoint's keys this model's loading is to look at, until `unwatch_loading`.
+
+    Args:
+        look (`Callable[[list[str]], None]`): gets the keys that are missing before the loader fills them with noise,
+            and may raise.
+        ignored (`str`, *optional*): pattern of keys that may come without a place.
+    """
+    if ignored is not None:
+        setattr(model, _IGNORED, {*(getattr(model, _IGNORED) or ()), ignored})
+    fill = getattr(model, _FILL)
+
+    def watched(missing_keys, *args, **kwargs) -> None:
+        look(sorted(missing_keys))
+        fill(missing_keys, *args, **kwargs)
+
+    setattr(model, _FILL, watched)
+
+
+def unwatch_loading(model) -> None:
+    """Take off what `watch_loading` put on."""
+    for name in (_FILL, _IGNORED):
+        model.__dict__.pop(name, None)

@@ -1,0 +1,223 @@
+"""One canary for each internal of another package: fails with a sentence when a new version changes it."""
+
+import copy
+import inspect
+from pathlib import Path
+
+import diffusers.loaders.single_file_utils as single_file_utils
+import pytest
+import torch
+from conftest import make_unet
+from diffusers import DiffusionPipeline
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from diffusers_msfp import MSFPConfig
+from diffusers_msfp.compat import diffusers, peft, transformers
+from diffusers_msfp.compat import torch as torch_compat
+from diffusers_msfp.engines.fused import fuse_norm
+from diffusers_msfp.workflow.attention import BF16AttnProcessor
+from diffusers_msfp.workflow.fused import FusedResnetBlock2D
+
+
+def test_trees():
+    tree = {"a": [torch.ones(2), 3], "b": (None,)}
+    leaves, shape = torch_compat.tree_flatten(tree)
+    assert len(leaves) == len(torch_compat.tree_leaves(tree)) == 3, "torch's trees have other leaves than before"
+    assert torch_compat.tree_unflatten(leaves, shape)["a"][1] == 3, "torch's trees are put together otherwise"
+    assert torch_compat.tree_map(lambda leaf: leaf, tree)["b"] == (None,), "torch's trees map `None` otherwise"
+
+
+def test_what_the_processor_can():
+    assert torch_compat.has_bf16_instructions() in (True, False), "torch tells otherwise whether it has bfloat16"
+    if torch_compat.has_bf16_instructions() and (info := Path("/proc/cpuinfo")).exists():
+        assert "bf16" in info.read_text(), "torch claims bfloat16 instructions that the processor does not name"
+
+
+@pytest.mark.skipif(not torch_compat.has_int8_operators(), reason="this build of torch has no oneDNN")
+def test_int8_operators():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 15, (4, 32), dtype=torch.uint8, generator=generator)
+    weight = torch.randint(-7, 8, (16, 32), dtype=torch.int8, generator=generator)
+    units, zeros, bias = torch.rand(16), torch.zeros(16, dtype=torch.int64), torch.rand(16)
+    packed = torch_compat.pack_int8_linear(weight)
+    y = torch_compat.int8_linear(x, 0.5, 3, packed, units, zeros, bias, torch.float32)
+    expected = 0.5 * units * ((x.float() - 3) @ weight.float().T) + bias
+    torch.testing.assert_close(y, expected, msg="oneDNN's 8-bit linear takes other arguments than before")
+
+    x = torch.randint(0, 15, (2, 8, 5, 5), dtype=torch.uint8, generator=generator)
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight = torch.randint(-7, 8, (16, 8, 3, 3), dtype=torch.int8, generator=generator)
+    geometry = ([2, 1], [1, 1], [1, 1], 1)
+    packed = torch_compat.pack_int8_conv(weight, units, *geometry, x.shape)
+    y = torch_compat.int8_conv(x, 0.5, 3, packed, units, zeros, bias, *geometry, torch.float32)
+    expected = F.conv2d(0.5 * (x.float() - 3), weight.float() * units.view(-1, 1, 1, 1), bias, *geometry)
+    torch.testing.assert_close(y, expected, msg="oneDNN's 8-bit convolution takes other arguments than before")
+
+
+def test_integer_products():
+    x = torch.randint(-7, 8, (32, 16), dtype=torch.int8)
+    product = torch_compat.int8_matmul(x, x.T.contiguous())
+    assert torch.equal(product, (x.int() @ x.int().T)), "torch._int_mm is not an exact product any more"
+    parameters = inspect.signature(torch_compat.float8_matmul).parameters
+    assert list(parameters) == ["x", "weight", "one"]
+    schema = str(torch.ops.aten._scaled_mm.default._schema)
+    for name in ("scale_a", "scale_b", "out_dtype", "use_fast_accum"):
+        assert name in schema, f"torch._scaled_mm has no argument `{name}` any more"
+
+
+def test_late_assertions():
+    torch_compat.assert_later(torch.tensor(True), "never said")
+    with pytest.raises(RuntimeError, match="said"):
+        torch_compat.assert_later(torch.tensor(False), "said")
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_convolution_layers(mode):
+    layer = nn.Conv2d(2, 3, (3, 5), padding=(1, 2), padding_mode=mode)
+    x, weight = torch.randn(1, 2, 6, 6), torch.randn(3, 2, 3, 5)
+    ends = torch_compat.padding_ends(layer)
+    assert ends == [2, 2, 1, 1], "convolutions keep their padding otherwise"
+    padded = F.pad(x, ends, mode="constant" if mode == "zeros" else mode)
+    expected = F.conv2d(padded, weight, layer.bias)
+    torch.testing.assert_close(torch_compat.convolve(layer, x, weight, layer.bias), expected)
+
+
+def test_hooks_and_children():
+    module = nn.Sequential(nn.Linear(2, 2))
+    assert not torch_compat.is_hooked(module)
+    module.register_forward_pre_hook(lambda *_: None, with_kwargs=True)
+    assert torch_compat.is_hooked(module), "torch keeps hooks elsewhere"
+    assert len(list(torch_compat.pre_hooks(module))) == 1, "torch keeps hooks elsewhere"
+    torch_compat.remove_pre_hooks(module, lambda hook: callable(hook))
+    module(torch.zeros(1, 2))
+    assert not torch_compat.is_hooked(module), "a hook was not taken off"
+    other = nn.Linear(2, 5)
+    torch_compat.replace_children(module, {id(module[0]): other})
+    assert module[0] is other, "torch keeps children elsewhere"
+    assert set(torch_compat.tensors_of(other)) == {"weight", "bias"}, "torch keeps parameters elsewhere"
+
+
+def test_what_is_never_cast():
+    class Kept(torch_compat.StatefulModule):
+        def __init__(self):
+            super().__init__()
+            self.parameter = nn.Parameter(torch.tensor(1 / 3), requires_grad=False)
+            self.register_buffer("buffer", torch.tensor(1 / 3))
+            self.moves = 0
+
+        def before_move(self, fn):
+            self.moves += 1
+
+    module = Kept().half()
+    assert module.moves == 1, "torch casts modules by another way"
+    for tensor in (module.parameter, module.buffer):
+        assert tensor.dtype == torch.float32, "torch casts modules by another way"
+        assert tensor.item() == torch.tensor(1 / 3).item(), "a tensor was rounded on the way"
+
+
+def test_tables_of_quantizers():
+    for library in (diffusers, transformers):
+        for table in library.quantization_tables():
+            assert "msfp" in table, f"{library.__name__.rpartition('.')[2]} keeps its quantizers elsewhere"
+
+
+def test_components_that_are_being_loaded(tiny_dir, monkeypatch):
+    seen = []
+    assert diffusers.components_being_loaded() is None
+    resolve = MSFPConfig._resolve_quant_config
+
+    def watch(self, *args, **kwargs):
+        seen.append(diffusers.components_being_loaded())
+        return resolve(self, *args, **kwargs)
+
+    monkeypatch.setattr(MSFPConfig, "_resolve_quant_config", watch)
+    DiffusionPipeline.from_pretrained(tiny_dir, quantization_config=MSFPConfig("w4a16"))
+    assert seen, "diffusers asks a pipeline's config for its components by another method"
+    assert {"unet", "scheduler"} <= seen[0].keys(), "diffusers' loader calls its table of components otherwise"
+
+
+def test_progress_bars(tiny_pipe):
+    tiny_pipe.set_progress_bar_config(disable=True)
+    assert diffusers.progress_bar_config(tiny_pipe) == {"disable": True}, "pipelines keep their progress bar elsewhere"
+
+
+def test_old_names_of_attention_weights():
+    model = make_unet()
+    names = {"mid_block.attentions.0.query.weight": 0}
+    diffusers.rename_old_keys(model, names)
+    assert list(names) == ["mid_block.attentions.0.to_q.weight"], "diffusers renames old keys otherwise"
+
+
+def test_configs_can_be_replaced():
+    model = make_unet()
+    diffusers.set_config(model, {**model.config, "more": 1} | {"sample_size": 9})
+    assert (model.config.sample_size, model.config.more) == (9, 1), "diffusers keeps a model's config elsewhere"
+
+
+def test_float_models_without_weights():
+    with diffusers.no_init_weights():
+        assert isinstance(make_unet(), nn.Module)
+
+
+def test_single_files_are_recognised():
+    for name in ("fetch_diffusers_config", "load_single_file_checkpoint"):
+        assert hasattr(single_file_utils, name), f"diffusers has no `{name}` for single files any more"
+
+
+def test_transformers_fills_missing_weights_by_this_method():
+    name = "_move_missing_keys_from_meta_to_device"
+    assert hasattr(PreTrainedModel, name), "transformers fills missing weights by another method"
+    assert "missing_keys" in inspect.signature(getattr(PreTrainedModel, name)).parameters
+
+
+def test_transformers_renames_tensors():
+    renaming = transformers.WeightRenaming("^a.fc1.weight", "a.fc1.packed_weight")
+    assert renaming.rename_source_key("a.fc1.weight")[0] == "a.fc1.packed_weight", "transformers renames otherwise"
+    assert renaming.rename_source_key("a.fc1.weight_scale")[0] == "a.fc1.weight_scale", "transformers renames too much"
+
+
+def test_names_and_patterns_of_peft():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = inject_adapter_in_model(LoraConfig(target_modules=["0"]), nn.Sequential(nn.Linear(2, 2)))
+    (wrapped,) = (name for name, module in model.named_modules() if type(module) is nn.Linear and "base" in name)
+    assert peft.is_wrapped(wrapped), "PEFT calls the wrapped layer otherwise"
+    assert peft.name_inside(f"{wrapped}.weight") == "0.weight", "PEFT calls the wrapped layer otherwise"
+    assert peft.pattern_value({"q$": 3, "x": 4}, "a.x", 1) == 4, "PEFT's patterns match otherwise"
+    assert peft.pattern_value({}, "a.x", 1) == 1
+
+
+# ── bodies of diffusers that are written again, against diffusers' own ───────────────────────────────────────────
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, {"out_channels": 16}, {"output_scale_factor": 2.0}, {"skip_time_act": True}])
+def test_residual_block(changes):
+    torch.manual_seed(0)
+    block = ResnetBlock2D(**{"in_channels": 8, "temb_channels": 12, "groups": 4} | changes).eval()
+    x, temb = torch.randn(2, 8, 6, 6), torch.randn(2, 12)
+    expected = block(x, temb)
+    again = copy.deepcopy(block)
+    again.__class__ = FusedResnetBlock2D
+    for norm, conv in (("norm1", "conv1"), ("norm2", "conv2")):
+        fuse_norm(getattr(again, norm), again, conv, "nonlinearity")
+    torch.testing.assert_close(again(x, temb), expected, msg="diffusers' ResnetBlock2D computes otherwise")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cross", [False, True])
+def test_attention_processor(cross):
+    torch.manual_seed(0)
+    sizes = {"query_dim": 32, "heads": 2, "dim_head": 16, "cross_attention_dim": 24 if cross else None}
+    attention = Attention(**sizes, norm_num_groups=None if cross else 4, residual_connection=True).bfloat16().eval()
+    x = torch.randn(2, 200, 32).bfloat16()
+    context = torch.randn(2, 200, 24).bfloat16() if cross else None
+    attention.set_processor(AttnProcessor2_0())
+    expected = attention(x, context).float()
+    attention.set_processor(BF16AttnProcessor())
+    error = (attention(x, context).float() - expected).norm() / expected.norm()
+    assert error < 0.02, "diffusers' AttnProcessor2_0 computes otherwise"
