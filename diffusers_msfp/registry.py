@@ -35,7 +35,7 @@ class Registry(Mapping[str, T], Generic[T]):
         except (KeyError, TypeError):
             near = get_close_matches(name.lower(), self._items, n=1) if isinstance(name, str) else []
             meant = f" Did you mean `{near[0]}`?" if near else ""
-            raise self._error(f"Unknown {self._kind} {name!r}.{meant} Known: {', '.join(self._items)}.") from None
+            raise self._error(f"Unknown {self._kind} {name!r}. Known: {', '.join(self._items)}.{meant}") from None
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and name in self._items

@@ -37,8 +37,10 @@ PIXELS_PER_BATCH = 2**14
 def require_positive(**numbers: int) -> None:
     """Refuse counts below 1, and what is no whole number, by name."""
     for name, value in numbers.items():
-        if not isinstance(value, Integral) or value < 1:
-            raise ConfigError(f"`{name}` must be a whole number of at least 1, but {value!r} came.")
+        if not isinstance(value, Integral):
+            raise ConfigError(f"`{name}` must be a whole number, but {value!r} came.")
+        if value < 1:
+            raise ConfigError(f"`{name}` must be at least 1, but {value} came.")
 
 
 def batch_size_for(models: Sequence[nn.Module], num_samples: int) -> int:

@@ -165,7 +165,7 @@ def test_baselines_are_checkpoints_like_any_other(source, tmp_path, recipe):
         (
             "full",
             {"talora": {"rank": "x"}},
-            "Settings of `talora` must have the types .*, but rank='x' came",
+            "`rank` must be a whole number, but 'x' came",
         ),
         ("tfmq", {"temporal": {"fsc": "some"}}, "`fsc` must be one of"),
     ],

@@ -11,7 +11,6 @@ from diffusers import (
     SanaTransformer2DModel,
     T2IAdapter,
     UNetMotionModel,
-    UNetSpatioTemporalConditionModel,
     UVit2DModel,
 )
 from torch import nn
@@ -36,11 +35,6 @@ def _blocks(kind: str, widths: tuple[int, int]) -> dict:
 
 def motion() -> UNetMotionModel:
     return UNetMotionModel(**_blocks("Motion", (8, 16)), motion_num_attention_heads=2, norm_num_groups=4)
-
-
-def video() -> UNetSpatioTemporalConditionModel:
-    added = {"projection_class_embeddings_input_dim": 24, "addition_time_embed_dim": 8, "in_channels": 8}
-    return UNetSpatioTemporalConditionModel(**_blocks("SpatioTemporal", (32, 64)), **added)
 
 
 def pixart() -> PixArtTransformer2DModel:
@@ -77,10 +71,6 @@ def latents(batch: int, *shape: int) -> dict:
 
 CASES = {
     "AnimateDiff's UNet": (motion, lambda: {"sample": torch.randn(1, 4, 2, 8, 8), "timestep": 5} | text(2)),
-    "Stable Video Diffusion's UNet": (
-        video,
-        lambda: {"sample": torch.randn(1, 2, 8, 8, 8), "timestep": 5.0, "added_time_ids": torch.randn(1, 3)} | text(1),
-    ),
     "PixArt": (
         pixart,
         lambda: latents(2, 4, 8, 8) | text(2) | {"added_cond_kwargs": {"aspect_ratio": None, "resolution": None}},

@@ -92,14 +92,14 @@ def test_embeddings():
 def test_numbers(given):
     pipe = DDPMPipeline(make_unet(), DDIMScheduler())
     (name,) = given
-    with pytest.raises(ConfigError, match=f"`{name}` must be a whole number"):
+    with pytest.raises(ConfigError, match=f"`{name}` must be (a whole number|at least 1)"):
         quantize_pipeline(pipe, "w4a4", **RUN | given)
     assert not any(isinstance(module, QuantLayer) for module in pipe.unet.modules())
 
 
 @pytest.mark.situation("a scheme in other letters", "refused")
 def test_scheme_in_capitals():
-    with pytest.raises(ConfigError, match="Unknown scheme 'W4A4'. Did you mean `w4a4`?"):
+    with pytest.raises(ConfigError, match="Unknown scheme 'W4A4'. Known: .* Did you mean `w4a4`?"):
         MSFPConfig("W4A4")
 
 

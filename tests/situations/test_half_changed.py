@@ -121,8 +121,8 @@ def test_vae_without_upcast():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"num_samples": 0}, "`num_samples` must be a whole number of at least 1"),
-        ({"num_inference_steps": 0}, "`num_inference_steps` must be a whole number of at least 1"),
+        ({"num_samples": 0}, "`num_samples` must be at least 1"),
+        ({"num_inference_steps": 0}, "`num_inference_steps` must be at least 1"),
         ({"prompts": []}, "non-empty list of strings"),
         ({"colour": "red"}, "among those of StableDiffusionImg2ImgPipeline, but `colour` came"),
         ({"prompt": "a fox"}, r"prompts are given as `prompts=\[…\]`"),
