@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..workflow.denoisers import denoisers_of
+from ..workflow.runs import inputs_digest, plain_config
 from ..workflow.sampling import batch_size_for, call_arguments, counting_steps, quiet, require_positive
 from ..workflow.solvers import with_ddim
 from ..workflow.state import quantized_models
-from ..workflow.training_state import inputs_digest, plain_config
 
 OnStep = Callable[[int, int], None]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compat.wrappers import sees_through
-from ..workflow.adapters import layers_by_name
+from ..workflow.convert import layers_by_name
 from ..workflow.denoisers import denoiser_of
 from ..workflow.sampling import call_arguments
 from ..workflow.temporal_probe import TemporalProbe

@@ -18,7 +18,8 @@ from ..compat.peft import pattern_value
 from ..compat.wrappers import sees_through
 from ..errors import CheckpointError, ConfigError, NonFiniteError, ShapeError, UnsupportedError
 from ..nn.split import whole_name
-from ..workflow.adapters import layers_by_name, refuse_merged
+from ..workflow.adapters import refuse_merged
+from ..workflow.convert import layers_by_name
 from .talora_files import plan_of
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"

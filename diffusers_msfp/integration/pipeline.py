@@ -15,12 +15,12 @@ from torch import nn
 from ..compat.wrappers import unwrap
 from ..errors import ConfigError
 from ..temporal import TemporalPlan
-from ..workflow.adapters import refuse_merged, routing_of
+from ..workflow.adapters import refuse_merged
 from ..workflow.convert import quant_layers
 from ..workflow.denoisers import is_quantized
 from ..workflow.engine import engines_of
+from ..workflow.routes import finite_set_of, routing_of
 from ..workflow.state import calibration_state, freeze, quantized_models, tracker
-from ..workflow.temporal_model import finite_set_of
 from . import talora_files
 from .talora_files import plan_of
 

@@ -29,8 +29,9 @@ from ..nn.stored import (
 from ..talora import AdapterBank, AdapterPlan, RoutingTable
 from ..talora.adapters import ADAPTER_TENSORS
 from ..temporal import FeatureTable, FiniteSet, TemporalPlan
-from ..workflow.adapters import prepare_skeleton, routing_of
+from ..workflow.adapters import prepare_skeleton
 from ..workflow.convert import Conversion, convert_skeleton, replace_module
+from ..workflow.routes import routing_of
 from ..workflow.split import split_skeleton
 from ..workflow.state import calibration_state
 from ..workflow.temporal_model import temporal_skeleton

@@ -18,18 +18,11 @@ from ..compat.wrappers import sees_through
 from ..errors import CheckpointError, ConfigError, ShapeError
 from ..evaluation.describe import read_config, weight_files
 from ..talora import AdapterBank, AdapterPlan, RoutingTable
-from ..workflow.adapters import (
-    ROUTER,
-    adapter_tensors,
-    base_fingerprint,
-    connect,
-    disconnect,
-    layers_by_name,
-    refuse_merged,
-    require_timesteps,
-    routing_of,
-)
+from ..workflow.adapters import adapter_tensors, connect, disconnect, refuse_merged
+from ..workflow.convert import base_fingerprint, layers_by_name
+from ..workflow.routes import ROUTER, routing_of
 from ..workflow.state import calibration_state
+from ..workflow.timestep import require_timesteps
 from .config import MSFPConfig
 from .digest import Digest, checking
 

@@ -9,9 +9,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from ..errors import ConfigError
-from ..workflow.adapters import routing_of
 from ..workflow.denoisers import denoiser_of
 from ..workflow.engine import resident_bytes
+from ..workflow.routes import routing_of
 from ..workflow.sampling import call_arguments, num_classes_of, require_positive
 from ..workflow.solvers import takes_ddim
 from ..workflow.state import quantized_models

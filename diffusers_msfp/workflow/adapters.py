@@ -4,52 +4,16 @@ The model gets a submodule `timestep_router` with the table, and a forward pre-h
 timestep; its layers get banks or adapters and ask the table's running route.
 """
 
-import hashlib
-
 import torch
 from torch import Tensor, nn
 
-from ..compat.torch import remove_pre_hooks
 from ..compat.wrappers import forget_compiled
-from ..errors import CheckpointError, ConfigError, UnsupportedError
+from ..errors import CheckpointError, UnsupportedError
 from ..nn import QuantLayer
 from ..talora import AdapterBank, AdapterPlan, RoutingTable
-from .convert import plain_name, prepare_layers, quant_layers
-from .timestep import TimestepArgument, require_timesteps
-
-ROUTER = RoutingTable.place
-
-
-class RouteHook:
-    """Forward pre-hook that looks up the choices of the coming call.
-
-    Args:
-        argument (`TimestepArgument`): where the model takes its timestep.
-        place (`str`): where the model has what knows them.
-    """
-
-    def __init__(self, argument: TimestepArgument, place: str = ROUTER) -> None:
-        self.argument, self.place = argument, place
-
-    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Enter the call's timestep."""
-        timestep = self.argument.of(args, kwargs)
-        if timestep is None:
-            raise ConfigError(
-                f"{type(model).__name__} has layers that follow the timestep, so each call must have a `timestep`, but "
-                f"none came."
-            )
-        getattr(model, self.place).enter(timestep)
-
-
-def routing_of(model: nn.Module) -> RoutingTable | None:
-    """The model's routing table; None without adapters."""
-    return getattr(model, ROUTER, None)
-
-
-def layers_by_name(model: nn.Module) -> dict[str, QuantLayer]:
-    """Quantized layers by their plain names."""
-    return dict(quant_layers(model))
+from .convert import layers_by_name, plain_name, prepare_layers
+from .routes import ROUTER, RouteHook, remove_route_hooks, routing_of
+from .timestep import require_timesteps
 
 
 def connect(model: nn.Module, plan: AdapterPlan, table: Tensor) -> None:
@@ -64,7 +28,7 @@ def connect(model: nn.Module, plan: AdapterPlan, table: Tensor) -> None:
     for name in plan.rank_of():
         layers[name].route_by(routing, plan.group_of(name))
     setattr(model, ROUTER, routing)
-    model.register_forward_pre_hook(RouteHook(argument), with_kwargs=True)
+    model.register_forward_pre_hook(RouteHook(argument, ROUTER), with_kwargs=True)
     forget_compiled()
     prepare_layers(model)
 
@@ -110,12 +74,6 @@ def disconnect(model: nn.Module) -> None:
     prepare_layers(model)
 
 
-def remove_route_hooks(model: nn.Module, place: str) -> None:
-    """Look up nothing at this place any more."""
-    if remove_pre_hooks(model, lambda hook: isinstance(hook, RouteHook) and hook.place == place):
-        forget_compiled()
-
-
 def refuse_merged(model: nn.Module, what: str) -> None:
     """Refuse what needs a base to fall back to.
 
@@ -129,16 +87,6 @@ def refuse_merged(model: nn.Module, what: str) -> None:
             f"{what} is not possible for merged adapters: each is a packed weight of its own, and there is no base "
             f"without them. Use a checkpoint that was fine-tuned with `placement='side'`."
         )
-
-
-def base_fingerprint(model: nn.Module) -> str:
-    """What tells one quantized model from another: SHA-256 of names, formats, weights and their scales."""
-    digest = hashlib.sha256()
-    for name, layer in sorted(layers_by_name(model).items()):
-        digest.update(f"{name}:{layer.weight_format}:{layer.input_format}".encode())
-        for tensor in (layer.packed_weight, layer.weight_scale):
-            digest.update(tensor.detach().cpu().contiguous().numpy())
-    return digest.hexdigest()
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:

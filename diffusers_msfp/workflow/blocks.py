@@ -13,16 +13,15 @@ from ..calibration.watch import watching_calls
 from ..compat.torch import tree_leaves
 from ..nn import QuantLayer
 from ..nn.split import whole_name
-from ..talora import Trainee
 from .convert import quant_layers
 from .trajectory import DenoisingStep
 
 
-def trainable_blocks(model: nn.Module) -> dict[str, int]:
-    """Names of the blocks in the model's order, with the number of trainable layers in each."""
+def trainable_blocks(model: nn.Module, kind: type[nn.Module]) -> dict[str, int]:
+    """Names of the blocks in the model's order, with the number of trainable layers, of a kind, in each."""
     found = {}
     for name, block in _children(model):
-        trainees = sum(isinstance(module, Trainee) for module in block.modules())
+        trainees = sum(isinstance(module, kind) for module in block.modules())
         if trainees:
             found[name] = trainees
     return found

@@ -1,5 +1,6 @@
 """Replace a model's float layers by quantized ones, and back."""
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -109,6 +110,21 @@ def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
     for name, module in model.named_modules():
         if isinstance(module, QuantLayer):
             yield own_name(name), module
+
+
+def layers_by_name(model: nn.Module) -> dict[str, QuantLayer]:
+    """Quantized layers by their plain names."""
+    return dict(quant_layers(model))
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """What tells one quantized model from another: SHA-256 of names, formats, weights and their scales."""
+    digest = hashlib.sha256()
+    for name, layer in sorted(layers_by_name(model).items()):
+        digest.update(f"{name}:{layer.weight_format}:{layer.input_format}".encode())
+        for tensor in (layer.packed_weight, layer.weight_scale):
+            digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def prepare_layers(model: nn.Module) -> None:

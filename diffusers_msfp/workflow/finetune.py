@@ -19,6 +19,7 @@ from torch import Tensor
 from ..compat.wrappers import seen_through, sees_through
 from ..errors import ConfigError, NonFiniteError
 from ..losses import loss_weights, squared_error
+from ..talora import Trainee
 from .blocks import block_outputs, trainable_blocks
 from .denoisers import denoiser_of, denoisers_of, each_quantized, scheduler_of
 from .denoising_factor import denoising_factors, step_arguments
@@ -30,10 +31,11 @@ from .finetune_config import (
     exploration_factor,
     learning_rate_factor,
 )
+from .runs import inputs_digest, plain_config
 from .sampling import call_arguments, quiet
 from .solvers import with_parts
 from .student import Student
-from .training_state import Progress, TrainingFolder, inputs_digest, optimizer_for, plain_config
+from .training_state import Progress, TrainingFolder, optimizer_for
 from .trajectory import DenoisingStep, Trajectories, check_timesteps
 from .used_output import counted, used_channels
 
@@ -140,7 +142,7 @@ class Finetuner:
             student.checkpoint_gradients()
         self.blocks, self.used = {}, None
         if config.blockwise:
-            self.blocks, step = trainable_blocks(student.model), self.trajectories[0]
+            self.blocks, step = trainable_blocks(student.model, Trainee), self.trajectories[0]
             self.used = used_channels(self.teacher, denoiser_of(self.teacher), step.args, step.kwargs)
         self.trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self.ema = EMAModel(self.trainable, decay=config.ema_decay) if config.ema_decay else None

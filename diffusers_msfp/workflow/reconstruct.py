@@ -19,17 +19,16 @@ from ..nn import QuantLayer
 from ..numerics import unpack
 from ..rounding import annealed_exponent
 from ..schemes import check_patterns, matches
-from .adapters import layers_by_name
 from .blocks import reconstruction_units
-from .convert import prepare_layers
+from .checks import check_student, original_weight
+from .convert import layers_by_name, prepare_layers
 from .denoisers import by_denoiser, denoiser_of, each_quantized, scheduler_of, work_folders
 from .rounded import Examples, Part
 from .rounding_config import RoundingConfig
 from .rounding_state import RoundingFolder
+from .routes import maintained_layers
+from .runs import plain_config
 from .sampling import call_arguments
-from .student import check_student, original_weight
-from .temporal_model import maintained_layers
-from .training_state import plain_config
 from .trajectory import Trajectories
 from .used_output import used_channels
 

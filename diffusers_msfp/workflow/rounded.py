@@ -14,7 +14,7 @@ from ..nn import QuantLayer
 from ..rounding import SoftRounding
 from .blocks import block_call, block_outputs, float_outputs
 from .convert import replace_module
-from .temporal_model import finite_set_of
+from .routes import finite_set_of
 from .trajectory import DenoisingStep
 from .used_output import UsedChannels, counted
 

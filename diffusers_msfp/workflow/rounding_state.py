@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..nn import QuantLayer
-from .adapters import base_fingerprint
+from .convert import base_fingerprint
 from .rounding_config import RoundingConfig
-from .training_state import check_settings, inputs_digest, write_settings
+from .runs import check_settings, inputs_digest, write_settings
 
 STORED = ("packed_weight", "weight_error")
 

@@ -24,13 +24,12 @@ from ..nn import QUANT_LAYERS, QuantLayer, SplitLayer
 from ..nn.split import can_split, channel_axis, split_layer
 from ..numerics.rounding import check_finite
 from ..schemes import LayerScheme, resolve
-from .adapters import layers_by_name
-from .convert import prepare_layers, replace_module, replace_modules
+from .checks import check_student, original_weight
+from .convert import layers_by_name, prepare_layers, replace_module, replace_modules
 from .denoisers import by_denoiser, denoiser_of, each_quantized
+from .routes import finite_set_of
 from .sampling import batched_calls, call_arguments, quiet, require_positive
 from .state import write_record
-from .student import check_student, original_weight
-from .temporal_model import finite_set_of
 from .trajectory import rollout
 
 logger = logging.getLogger(__name__)

@@ -18,14 +18,15 @@ from ..compat.wrappers import sees_through
 from ..errors import ConfigError, NothingToDoError, ShapeError
 from ..numerics.rounding import check_finite
 from ..temporal import SCOPES, TemporalBlock, TemporalPlan, store_features
-from .adapters import layers_by_name, routing_of
+from .checks import require_takes
+from .convert import layers_by_name
 from .denoisers import by_denoiser, denoiser_of, each_quantized
 from .finite_sets import observe_sets
+from .routes import finite_set_of, routing_of
 from .sampling import call_arguments, require_positive
 from .state import calibration_state
-from .student import require_takes
 from .temporal_block import StudentBlock, cell_timesteps
-from .temporal_model import attach_sets, finite_set_of
+from .temporal_model import attach_sets
 from .temporal_probe import TemporalProbe
 from .timestep import require_timesteps
 

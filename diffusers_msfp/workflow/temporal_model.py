@@ -13,8 +13,8 @@ from ..compat.wrappers import forget_compiled
 from ..errors import CheckpointError
 from ..nn import QuantLayer
 from ..temporal import FeatureTable, FiniteSet, TemporalPlan
-from .adapters import RouteHook, layers_by_name, remove_route_hooks
-from .convert import prepare_layers
+from .convert import layers_by_name, prepare_layers
+from .routes import RouteHook, finite_set_of, remove_route_hooks
 from .timestep import TimestepArgument, require_timesteps
 
 
@@ -29,17 +29,6 @@ class SetHook(RouteHook):
         """Enter the call's timestep."""
         finite_set_of(model).cached = all(isinstance(model.get_submodule(name), QuantLayer) for name in self.block)
         super().__call__(model, args, kwargs)
-
-
-def finite_set_of(model: nn.Module) -> FiniteSet | None:
-    """The model's set of timesteps; None without temporal maintenance."""
-    return getattr(model, FiniteSet.place, None)
-
-
-def maintained_layers(model: nn.Module) -> set[str]:
-    """Names of the layers that temporal maintenance has rounded or given parameters for each timestep."""
-    record = model.config.quantization_config.temporal or {}
-    return {*record.get("block", ()), *record.get("sets", ())}
 
 
 def attach_sets(model: nn.Module, plan: TemporalPlan, timesteps: Tensor, features: Mapping[str, Tensor]) -> None:

@@ -34,7 +34,8 @@ from diffusers_msfp.integration import talora_files
 from diffusers_msfp.integration.in_memory import quantize_model
 from diffusers_msfp.integration.talora_files import load_talora, save_talora, unload_talora
 from diffusers_msfp.talora import AdapterBank, AdapterPlan, adapter_rank
-from diffusers_msfp.workflow.adapters import connect, layers_by_name
+from diffusers_msfp.workflow.adapters import connect
+from diffusers_msfp.workflow.convert import layers_by_name
 
 LOW, HIGH = 10, 900  # timesteps with adapters of their own
 CLASSES = ("merged", "side")

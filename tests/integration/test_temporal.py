@@ -27,9 +27,9 @@ from diffusers_msfp.errors import CheckpointError, ConfigError, ShapeError
 from diffusers_msfp.evaluation import temporal_features
 from diffusers_msfp.numerics import Codes
 from diffusers_msfp.temporal import BlockLayer, TemporalBlock
+from diffusers_msfp.workflow.routes import finite_set_of
 from diffusers_msfp.workflow.temporal import choose_cached
 from diffusers_msfp.workflow.temporal_block import cell_timesteps
-from diffusers_msfp.workflow.temporal_model import finite_set_of
 
 SET = (800, 600, 400, 200, 0)
 STEPS = {"num_inference_steps": len(SET), "num_samples": 2}
