@@ -4,35 +4,30 @@ Importing this package registers the quantization method `"msfp"` with diffusers
 """
 
 from .calibration import search_qparams
+from .engines.choose import set_engine
 from .errors import MSFPError
 from .formats import FORMATS, FPFormat
 from .hub import publish
-from .integration import (
+from .methods.rounding.config import RoundingConfig
+from .methods.rounding.learn import learn_rounding
+from .methods.split.shortcuts import SplitConfig, split_shortcuts
+from .methods.talora.config import FinetuneConfig
+from .methods.talora.finetune import finetune
+from .methods.temporal.maintain import TemporalConfig, maintain_temporal
+from .numerics import QParams, decode, encode, fake_quantize
+from .plugin import (
     MSFPConfig,
     MSFPPipelineMixin,
     MSFPQuantizer,
+    calibrate,
     export_adapter,
     import_adapter,
     quantize_pipeline,
     register,
 )
-from .numerics import QParams, decode, encode, fake_quantize
+from .sampling.denoising_factor import denoising_factors
+from .sampling.observation import calibration_state, freeze
 from .schemes import SCHEMES
-from .workflow import (
-    FinetuneConfig,
-    RoundingConfig,
-    SplitConfig,
-    TemporalConfig,
-    calibrate,
-    calibration_state,
-    denoising_factors,
-    finetune,
-    freeze,
-    learn_rounding,
-    maintain_temporal,
-    set_engine,
-    split_shortcuts,
-)
 
 __version__ = "0.1.0"
 

@@ -13,18 +13,22 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "diffusers_msfp"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
-    0: ("errors", "outputs", "registry", "formats", "schemes", "recipes", "assets", "compat"),
+    0: ("errors", "registry", "outputs", "compat", "formats", "schemes", "recipes", "assets"),
     1: ("numerics",),
     2: ("calibration",),
-    3: ("engines", "nn", "talora", "temporal", "rounding", "losses"),
-    4: ("workflow", "evaluation"),
-    5: ("integration", "report", "space"),
-    6: ("hub",),
-    7: ("cli", "__init__", "__main__"),
+    3: ("layers",),
+    4: ("sampling",),
+    5: ("engines",),
+    6: ("methods",),
+    7: ("checkpoint",),
+    8: ("plugin", "evaluation"),
+    9: ("report", "space"),
+    10: ("hub",),
+    11: ("cli", "__init__", "__main__"),
 }
 BASE = ("errors", "registry", "outputs", "compat", "formats", "schemes", "recipes")
 """The lowest layer's own order: each may import those before it."""
-SIDEWAYS = {("evaluation", "workflow"), ("__main__", "cli"), ("cli", "__init__")}
+SIDEWAYS = {("__main__", "cli"), ("cli", "__init__")}
 MAX_LINES = 300
 
 

@@ -6,8 +6,8 @@ from torch import nn
 
 from diffusers_msfp import FORMATS, SCHEMES
 from diffusers_msfp.errors import ConfigError
+from diffusers_msfp.layers.convert import Conversion
 from diffusers_msfp.schemes import LayerScheme, matches, resolve, weights_only
-from diffusers_msfp.workflow.convert import Conversion
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -5,7 +5,7 @@ from diffusers import DiffusionPipeline
 
 from ..evaluation.shapes import SHAPES
 from ..evaluation.speed import benchmark
-from ..workflow.denoisers import denoiser_of
+from ..sampling.denoisers import denoiser_of
 from .load import load_any, require_variant
 from .terminal import progress, stderr
 

@@ -4,8 +4,8 @@ import tempfile
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..integration.config import FORMAT_VERSION
-from ..integration.migrate import migrate, outdated_components
+from ..plugin.config import FORMAT_VERSION
+from ..plugin.files.migrate import migrate, outdated_components
 from .store import publish
 
 

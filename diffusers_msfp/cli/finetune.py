@@ -9,12 +9,13 @@ from accelerate import PartialState
 from diffusers import DDPMScheduler
 
 from ..errors import ConfigError
-from ..evaluation import image_grid, with_ddim
+from ..evaluation import image_grid
+from ..methods.talora.config import FinetuneConfig
+from ..methods.talora.finetuner import PREVIEWS, Finetuner
 from ..outputs import require_writable_folder
-from ..workflow import FinetuneConfig, Finetuner
-from ..workflow.denoisers import denoiser_name, denoiser_of
-from ..workflow.finetune import PREVIEWS
-from ..workflow.state import quantized_models
+from ..sampling.denoisers import denoiser_name, denoiser_of
+from ..sampling.observation import quantized_models
+from ..sampling.solvers import with_ddim
 from .load import SourceError, load_pipeline, model_bytes, require_variant
 from .store import check_target, peak_rss_bytes, write_checkpoint
 from .terminal import progress, stderr

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..evaluation import describe_checkpoint
+from ..checkpoint.describe import describe_checkpoint
 from .load import require_variant, variant_of
 
 

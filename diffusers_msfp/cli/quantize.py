@@ -7,31 +7,23 @@ from pathlib import Path
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.quantizers import PipelineQuantizationConfig
 
+from ..checkpoint.describe import file_bytes, read_config
+from ..checkpoint.tensor_files import MAX_SHARD_SIZE
 from ..errors import ConfigError
-from ..evaluation.describe import file_bytes, read_config
-from ..integration.components import class_named
-from ..integration.config import MSFPConfig
-from ..integration.in_memory import components_of, quantize_model, refuse_several
-from ..integration.recipe import RecipeRun, plan_stages
-from ..integration.streaming import StreamedModel
-from ..integration.tensor_files import MAX_SHARD_SIZE
+from ..layers.convert import quant_layers
 from ..outputs import writing
+from ..plugin.calibrate import calibrate, check_calibration
+from ..plugin.components import class_named
+from ..plugin.config import MSFPConfig
+from ..plugin.files.streaming import StreamedModel
+from ..plugin.quantize import components_of, quantize_model, refuse_several
+from ..plugin.recipe import RecipeRun, plan_stages
 from ..recipes import DEFAULT_RECIPE
+from ..sampling.calls import require_positive
+from ..sampling.observation import calibration_state
+from ..sampling.solvers import exchange_parts
 from ..schemes import DEFAULT_SCHEME
-from ..workflow import calibrate, calibration_state
-from ..workflow.calibrate import check_calibration
-from ..workflow.convert import quant_layers
-from ..workflow.sampling import require_positive
-from ..workflow.solvers import exchange_parts
-from .load import (
-    fetch,
-    load_pipeline,
-    model_bytes,
-    open_component,
-    refuse_quantized,
-    require_variant,
-    variant_of,
-)
+from .load import fetch, load_pipeline, model_bytes, open_component, refuse_quantized, require_variant, variant_of
 from .store import check_target, peak_rss_bytes, publish, work_folder, write_checkpoint
 from .terminal import progress, stderr
 

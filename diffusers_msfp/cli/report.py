@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 from ..errors import ConfigError
 from ..outputs import require_writable_file
 from ..report import collect_report, render_report
-from ..workflow.denoisers import denoiser_name, denoiser_of
+from ..sampling.denoisers import denoiser_name, denoiser_of
 from .load import fetch, load_any, load_pipeline, model_bytes, require_variant
 from .store import write_text
 from .terminal import progress

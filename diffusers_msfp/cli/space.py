@@ -9,12 +9,12 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..assets import EMBEDDED_MODEL
-from ..integration.config import MSFPConfig
-from ..integration.in_memory import quantize_pipeline
 from ..outputs import writing
+from ..plugin.config import MSFPConfig
+from ..plugin.quantize import quantize_pipeline
+from ..sampling.denoisers import denoiser_of
+from ..sampling.observation import quantized_models
 from ..space import Contender, build_page, launch, require_comparable, require_gradio, write_space
-from ..workflow.denoisers import denoiser_of
-from ..workflow.state import quantized_models
 from .load import SourceError, load_pipeline, require_variant
 from .store import check_target, publish
 from .terminal import progress, stderr

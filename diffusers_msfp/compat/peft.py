@@ -8,7 +8,7 @@ from peft.utils.other import get_pattern_key  # which key of `rank_pattern` or `
 __all__ = ["asked_by_peft", "has_adapters", "is_wrapped", "name_inside", "pattern_value"]
 
 _BASE = ".base_layer"
-_OWN = ("diffusers_msfp.nn.logical", "diffusers_msfp.nn.quant_layer", "diffusers_msfp.nn.split")
+_OWN = ("diffusers_msfp.layers.logical", "diffusers_msfp.layers.quant_layer", "diffusers_msfp.layers.split")
 
 
 def name_inside(name: str) -> str:

@@ -1,13 +1,13 @@
 """What quantization costs, in figures and pictures; what a checkpoint holds."""
 
-from ..workflow.solvers import with_ddim
+from ..checkpoint.describe import describe_checkpoint
+from ..methods.temporal.features import temporal_features
+from ..sampling.solvers import with_ddim
 from .compare import compare_pipelines
-from .describe import describe_checkpoint
 from .evaluate import evaluate_pipelines
 from .features import FEATURES, Features
 from .layers import layer_snr
 from .pictures import image_grid, sample_images
-from .temporal import temporal_features
 
 __all__ = [
     "FEATURES",

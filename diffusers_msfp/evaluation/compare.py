@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from ..compat.torch import tree_map
 from ..compat.wrappers import sees_through
 from ..errors import ConfigError
-from ..workflow.denoisers import denoisers_of, is_quantized, model_output
-from ..workflow.sampling import batched_calls, call_arguments, quiet, require_positive
-from ..workflow.solvers import with_ddim
-from ..workflow.timestep import first_timestep, timestep_argument
-from ..workflow.trial import describe
-from ..workflow.used_output import used_part
+from ..sampling.calls import batched_calls, call_arguments, quiet, require_positive
+from ..sampling.denoisers import denoisers_of, is_quantized, model_output
+from ..sampling.solvers import with_ddim
+from ..sampling.timestep import first_timestep, timestep_argument
+from ..sampling.trial import describe
+from ..sampling.used_output import used_part
 from .samples import pictures_tensor
 
 MAX_PSNR_DB = 100.0

@@ -16,8 +16,8 @@ import torch
 from accelerate import PartialState
 
 from ..errors import ConfigError
-from ..workflow.solvers import with_ddim
-from ..workflow.state import calibration_state, quantized_models
+from ..sampling.observation import calibration_state, quantized_models
+from ..sampling.solvers import with_ddim
 from .agreement import class_agreement
 from .compare import compare_pipelines
 from .features import default_features, extract, feature_network

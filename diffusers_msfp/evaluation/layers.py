@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ..compat.wrappers import sees_through
 from ..errors import ConfigError
-from ..talora import RoutingTable
-from ..workflow.sampling import batched_calls, call_arguments, quiet, require_positive
-from ..workflow.solvers import with_ddim
-from ..workflow.timestep import first_timestep, timestep_argument
-from ..workflow.used_output import counted, used_channels
+from ..methods.talora import RoutingTable
+from ..sampling.calls import batched_calls, call_arguments, quiet, require_positive
+from ..sampling.solvers import with_ddim
+from ..sampling.timestep import first_timestep, timestep_argument
+from ..sampling.used_output import counted, used_channels
 from .compare import paired_denoisers
 
 MAX_SNR_DB = 100.0

@@ -10,8 +10,8 @@ from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DConditionModel, U
 from torch import Tensor, nn
 
 from ..compat.wrappers import sees_through
+from ..engines.choose import engines_of
 from ..errors import UnsupportedError
-from ..workflow.engine import engines_of
 from .floor import Floor, floor_of
 from .providers import BASELINE, PEERS, provide
 

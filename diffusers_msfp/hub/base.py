@@ -14,8 +14,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from ..checkpoint.describe import read_config
 from ..errors import ConfigError
-from ..evaluation.describe import read_config
 from .layout import MODEL_INDEX, components
 
 TAKEN = ("license", "license_name", "license_link", "pipeline_tag")

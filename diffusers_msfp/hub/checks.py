@@ -8,12 +8,12 @@ import numpy as np
 from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError, safe_open
 
+from ..checkpoint.describe import component_dirs, weights_by_variant
 from ..errors import CheckpointError, MSFPError
 from ..evaluation import sample_images
-from ..evaluation.describe import component_dirs, weights_by_variant
-from ..nn import QuantLayer
-from ..nn.stored import name_in_files
-from ..workflow.state import calibration_state, quantized_models
+from ..layers import QuantLayer
+from ..layers.stored import name_in_files
+from ..sampling.observation import calibration_state, quantized_models
 
 
 @dataclass(frozen=True)

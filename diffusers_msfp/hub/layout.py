@@ -13,8 +13,8 @@ from pathlib import Path
 import diffusers
 from diffusers import DiffusionPipeline
 
+from ..checkpoint.describe import WEIGHTS, read_config
 from ..errors import CheckpointError, ConfigError
-from ..evaluation.describe import WEIGHTS, read_config
 
 Files = dict[str, Path | bytes]
 """Path in the repository → a file to copy, or what to write."""

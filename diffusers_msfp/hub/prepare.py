@@ -11,10 +11,10 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from PIL.Image import Image
 
+from ..checkpoint.describe import component_dirs, file_bytes
 from ..errors import ConfigError
 from ..evaluation import image_grid
-from ..evaluation.describe import component_dirs, file_bytes
-from ..integration import MSFPPipelineMixin
+from ..plugin import MSFPPipelineMixin
 from .card import PREVIEW, ROUTER, TIMESTEPS, render_card
 from .checks import Checked, check_checkpoint
 from .layout import Files, read_layout

@@ -15,18 +15,18 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from ..calibration import Observation
+from ..checkpoint.describe import describe_checkpoint
 from ..compat.wrappers import sees_through
+from ..engines.choose import engine_from_environment, set_engine
 from ..errors import ConfigError, UnsupportedError
-from ..evaluation import compare_pipelines, describe_checkpoint, layer_snr, with_ddim
+from ..evaluation import compare_pipelines, layer_snr
 from ..evaluation.evaluate import origin
 from ..evaluation.providers import BASELINE, provide
 from ..evaluation.samples import draw_pictures
 from ..evaluation.speed import example_inputs, step_of, take_turns
-from ..workflow import calibration_state, set_engine
-from ..workflow.denoisers import denoiser_name, denoiser_of, denoisers_of
-from ..workflow.engine import engine_from_environment
-from ..workflow.solvers import with_parts
-from ..workflow.state import quantized_models
+from ..sampling.denoisers import denoiser_name, denoiser_of, denoisers_of
+from ..sampling.observation import calibration_state, quantized_models
+from ..sampling.solvers import with_ddim, with_parts
 from .layers import layer_rows, watching_inputs
 from .pictures import QUANTIZED, REFERENCE, picture_rows
 

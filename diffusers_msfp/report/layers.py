@@ -10,10 +10,10 @@ from ..calibration import Observation, observe
 from ..calibration.watch import watching_calls
 from ..evaluation.layers import LAYERS, MAX_SNR_DB
 from ..formats import FORMATS
-from ..nn import QuantLayer
-from ..nn.split import whole_name
+from ..layers import QuantLayer
+from ..layers.convert import quant_layers
+from ..layers.split import whole_name
 from ..schemes import matches
-from ..workflow.convert import quant_layers
 
 BINS = 56
 QUANTILES = (0.0005, 0.9995)

@@ -8,13 +8,13 @@ from inspect import signature
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
+from ..engines.choose import resident_bytes
 from ..errors import ConfigError
-from ..workflow.denoisers import denoiser_of
-from ..workflow.engine import resident_bytes
-from ..workflow.routes import routing_of
-from ..workflow.sampling import call_arguments, num_classes_of, require_positive
-from ..workflow.solvers import takes_ddim
-from ..workflow.state import quantized_models
+from ..methods.routes import routing_of
+from ..sampling.calls import call_arguments, num_classes_of, require_positive
+from ..sampling.denoisers import denoiser_of
+from ..sampling.observation import quantized_models
+from ..sampling.solvers import takes_ddim
 from .denoise import decoder_of
 
 SOLVERS = {

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..workflow.solvers import solver_from, with_parts
+from ..sampling.solvers import solver_from, with_parts
 
 DECODED_PREVIEWS = 5  # of one run of a latent model; each costs a pass of the decoder
 

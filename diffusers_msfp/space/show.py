@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..errors import ConfigError
 from ..evaluation.compare import psnr_db
-from ..workflow.sampling import DEFAULT_PROMPTS
+from ..sampling.calls import DEFAULT_PROMPTS
 from .contender import Contender
 from .denoise import Step, side_by_side
 from .markup import adapter_at, adapter_strip, beside, enlarge, figures_table, progress_line

@@ -15,11 +15,11 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from diffusers_msfp import MSFPConfig, freeze
-from diffusers_msfp.integration.in_memory import quantize_model
-from diffusers_msfp.nn import QUANT_LAYERS
-from diffusers_msfp.nn.split import split_layer
+from diffusers_msfp.layers import QUANT_LAYERS
+from diffusers_msfp.layers.convert import replace_module
+from diffusers_msfp.layers.split import split_layer
+from diffusers_msfp.plugin.quantize import quantize_model
 from diffusers_msfp.schemes import resolve
-from diffusers_msfp.workflow.convert import replace_module
 
 LAYERS = ("linear", "conv", "grouped", "split_linear", "split_conv")
 VARIANTS = {"rsLoRA": ("LORA", {"use_rslora": True}), "DoRA": ("LORA", {"use_dora": True})}

@@ -15,7 +15,7 @@ from peft.utils import get_peft_model_state_dict
 
 from diffusers_msfp import MSFPConfig, quantize_pipeline
 from diffusers_msfp.errors import UnsupportedError
-from diffusers_msfp.nn import QuantLayer
+from diffusers_msfp.layers import QuantLayer
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 PROMPT = {"prompt": "a red fox"}

@@ -22,9 +22,10 @@ from harness import RESULTS, read_results, write_results
 
 from diffusers_msfp import quantize_pipeline
 from diffusers_msfp.assets import EMBEDDED_MODEL
-from diffusers_msfp.evaluation import evaluate_pipelines, with_ddim
+from diffusers_msfp.evaluation import evaluate_pipelines
 from diffusers_msfp.evaluation.providers import provide
-from diffusers_msfp.integration.recipe import STAGES, plan_stages
+from diffusers_msfp.plugin.recipe import STAGES, plan_stages
+from diffusers_msfp.sampling.solvers import with_ddim
 
 COMMAND = "python tests/benchmarks/bench_baselines.py --data fashion_mnist.npz"
 SETTINGS = {"talora": {"train_steps": 200}, "temporal": {"iterations": 1000}}

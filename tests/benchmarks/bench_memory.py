@@ -26,7 +26,7 @@ from harness import write_results
 from diffusers_msfp import MSFPConfig, freeze, set_engine
 from diffusers_msfp.evaluation.shapes import SHAPES
 from diffusers_msfp.evaluation.speed import example_inputs, step_of
-from diffusers_msfp.integration.in_memory import quantize_model
+from diffusers_msfp.plugin.quantize import quantize_model
 
 BATCHES = {"ddpm-cifar10": 8, "sd15": 2}
 WAYS = ("bf16", "fast", "low")

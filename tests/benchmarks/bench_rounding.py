@@ -16,7 +16,8 @@ from harness import RESULTS, read_results, write_results
 
 from diffusers_msfp import RoundingConfig, learn_rounding, quantize_pipeline
 from diffusers_msfp.assets import EMBEDDED_MODEL
-from diffusers_msfp.evaluation import compare_pipelines, with_ddim
+from diffusers_msfp.evaluation import compare_pipelines
+from diffusers_msfp.sampling.solvers import with_ddim
 
 COMMAND = "python tests/benchmarks/bench_rounding.py"
 ROUNDINGS = {

@@ -20,8 +20,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from diffusers_msfp import MSFPConfig, freeze
 from diffusers_msfp.assets import EMBEDDED_MODEL
 from diffusers_msfp.evaluation.shapes import ddpm_cifar10
-from diffusers_msfp.integration.in_memory import quantize_model
-from diffusers_msfp.workflow.student import Student
+from diffusers_msfp.methods.talora.student import Student
+from diffusers_msfp.plugin.quantize import quantize_model
 
 TIMESTEPS = (100, 900)
 SIDE_RANK = 7  # about the bytes of two merged banks on the package's model

@@ -21,9 +21,10 @@ from diffusers_msfp import FinetuneConfig, finetune, quantize_pipeline
 from diffusers_msfp.assets import EMBEDDED_MODEL
 from diffusers_msfp.cli.sample import sample_images
 from diffusers_msfp.cli.store import peak_rss_bytes
-from diffusers_msfp.evaluation import compare_pipelines, with_ddim
-from diffusers_msfp.integration.config import MSFPConfig
-from diffusers_msfp.integration.in_memory import components_of
+from diffusers_msfp.evaluation import compare_pipelines
+from diffusers_msfp.plugin.config import MSFPConfig
+from diffusers_msfp.plugin.quantize import components_of
+from diffusers_msfp.sampling.solvers import with_ddim
 
 COMMAND = "python tests/benchmarks/bench_talora.py --data fashion_mnist.npz"
 SHORT, LONG = 300, 1500  # updates

@@ -18,7 +18,9 @@ from harness import write_results
 
 from diffusers_msfp import TemporalConfig, maintain_temporal, quantize_pipeline
 from diffusers_msfp.assets import EMBEDDED_MODEL
-from diffusers_msfp.evaluation import compare_pipelines, temporal_features, with_ddim
+from diffusers_msfp.evaluation import compare_pipelines
+from diffusers_msfp.methods.temporal.features import temporal_features
+from diffusers_msfp.sampling.solvers import with_ddim
 
 COMMAND = "python tests/benchmarks/bench_temporal.py"
 STAGES = {

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from diffusers_msfp import cli
 from diffusers_msfp.cli.app import app
 from diffusers_msfp.errors import ConfigError, NonFiniteError
-from diffusers_msfp.integration import recipe as recipes
-from diffusers_msfp.integration.recipe import STAGES, RecipeRun, plan_stages
+from diffusers_msfp.plugin import recipe as recipes
+from diffusers_msfp.plugin.recipe import STAGES, RecipeRun, plan_stages
 from diffusers_msfp.recipes import RECIPES
 
 FAST = {"calibration_samples": 2, "steps": 2}

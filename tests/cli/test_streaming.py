@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_msfp import MSFPConfig, cli, quantize_pipeline
 from diffusers_msfp.errors import MSFPError, NonFiniteError
-from diffusers_msfp.integration.in_memory import quantize_model
-from diffusers_msfp.integration.streaming import StreamedModel
-from diffusers_msfp.nn import QuantLayer
+from diffusers_msfp.layers import QuantLayer
+from diffusers_msfp.plugin.files.streaming import StreamedModel
+from diffusers_msfp.plugin.quantize import quantize_model
 from diffusers_msfp.schemes import SCHEMES, LayerScheme, QuantScheme
 
 CONFIG = MSFPConfig("w4a4", modules_to_not_convert=["conv_shortcut"], scheme_overrides={"to_out": "w8a8"})
@@ -157,7 +157,7 @@ from pathlib import Path
 from diffusers import PriorTransformer
 from diffusers_msfp import MSFPConfig
 from diffusers_msfp.cli.store import peak_rss_bytes
-from diffusers_msfp.integration.streaming import StreamedModel
+from diffusers_msfp.plugin.files.streaming import StreamedModel
 
 def die(done, total):
     if done == total - 3:

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from diffusers_msfp import MSFPConfig
 from diffusers_msfp.compat import diffusers, peft, transformers
 from diffusers_msfp.compat import torch as torch_compat
-from diffusers_msfp.engines.fused import fuse_norm
-from diffusers_msfp.workflow.attention import BF16AttnProcessor
-from diffusers_msfp.workflow.fused import FusedResnetBlock2D
+from diffusers_msfp.engines.fusion.blocks import FusedResnetBlock2D
+from diffusers_msfp.engines.fusion.norms import fuse_norm
+from diffusers_msfp.engines.fusion.processors import BF16AttnProcessor
 
 
 def test_trees():

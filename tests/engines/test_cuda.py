@@ -18,12 +18,12 @@ pytest.importorskip("triton")
 from interpreter import bfloat16_dots  # noqa: F401 – a fixture
 
 from diffusers_msfp.engines import ENGINES, cuda
+from diffusers_msfp.engines.choose import engine_named, set_engine
 from diffusers_msfp.engines.cuda import CudaEngine
 from diffusers_msfp.errors import ConfigError, NonFiniteError
-from diffusers_msfp.nn import QUANT_LAYERS, QuantLayer
+from diffusers_msfp.layers import QUANT_LAYERS, QuantLayer
 from diffusers_msfp.numerics.rounding import quantize_to_lattice
 from diffusers_msfp.schemes import SCHEMES, LayerScheme
-from diffusers_msfp.workflow.engine import engine_named, set_engine
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")

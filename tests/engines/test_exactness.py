@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from diffusers_msfp.engines import ENGINES
 from diffusers_msfp.engines.int8 import Int8Engine, products_are_exact
 from diffusers_msfp.errors import NonFiniteError
-from diffusers_msfp.nn import QUANT_LAYERS
+from diffusers_msfp.layers import QUANT_LAYERS
 from diffusers_msfp.numerics.rounding import quantize_to_lattice
 from diffusers_msfp.schemes import SCHEMES
 

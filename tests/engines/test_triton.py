@@ -26,7 +26,7 @@ from diffusers_msfp.engines.triton.capability import code_dtypes, limits
 from diffusers_msfp.engines.triton.codes import code_offset, holds, weight_codes
 from diffusers_msfp.engines.triton.quantize import quantize
 from diffusers_msfp.errors import ShapeError
-from diffusers_msfp.nn.layers import QuantConv2d, QuantLinear
+from diffusers_msfp.layers.kinds import QuantConv2d, QuantLinear
 from diffusers_msfp.numerics import decode, pack
 from diffusers_msfp.numerics.rounding import quantize_to_lattice
 from diffusers_msfp.schemes import LayerScheme

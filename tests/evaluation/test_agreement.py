@@ -10,8 +10,8 @@ from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.evaluation import Features, evaluate_pipelines
 from diffusers_msfp.evaluation.agreement import asked_classes, class_agreement
 from diffusers_msfp.evaluation.samples import draw_pictures
-from diffusers_msfp.workflow.sampling import labels_of
-from diffusers_msfp.workflow.solvers import with_ddim
+from diffusers_msfp.sampling.calls import labels_of
+from diffusers_msfp.sampling.solvers import with_ddim
 
 NAMES = ("ship", "dog", "frog")
 

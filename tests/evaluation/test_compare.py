@@ -10,8 +10,9 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, FlowMatchEuler
 
 from diffusers_msfp import quantize_pipeline
 from diffusers_msfp.errors import ConfigError
-from diffusers_msfp.evaluation import compare_pipelines, with_ddim
+from diffusers_msfp.evaluation import compare_pipelines
 from diffusers_msfp.evaluation.compare import psnr_db
+from diffusers_msfp.sampling.solvers import with_ddim
 
 
 def noisy_twin(pipe, scale: float):

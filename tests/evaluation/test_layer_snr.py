@@ -11,7 +11,7 @@ from diffusers_msfp import FinetuneConfig, finetune
 from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.evaluation import layer_snr
 from diffusers_msfp.evaluation.layers import snr_db
-from diffusers_msfp.workflow.convert import quant_layers
+from diffusers_msfp.layers.convert import quant_layers
 
 RUN = {"num_samples": 2, "num_inference_steps": 2}
 

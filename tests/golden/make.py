@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from safetensors.torch import save_file
 
 from diffusers_msfp import FinetuneConfig, MSFPConfig, finetune, freeze
-from diffusers_msfp.integration.in_memory import quantize_model
+from diffusers_msfp.plugin.quantize import quantize_model
 
 HERE = Path(__file__).parent
 

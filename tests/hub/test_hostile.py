@@ -18,11 +18,11 @@ from diffusers import UNet2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from diffusers_msfp.checkpoint.describe import describe_checkpoint
+from diffusers_msfp.checkpoint.saving import tensors_to_save
 from diffusers_msfp.errors import CheckpointError, MSFPError
-from diffusers_msfp.evaluation import describe_checkpoint
-from diffusers_msfp.integration import MSFPConfig
-from diffusers_msfp.integration.saving import tensors_to_save
-from diffusers_msfp.nn import QuantLayer
+from diffusers_msfp.layers import QuantLayer
+from diffusers_msfp.plugin import MSFPConfig
 
 FILE = mutations.FILE
 PLAN = {"placement": "side", "num_adapters": 2, "num_timesteps": 9, "ranks": {}}

@@ -16,13 +16,13 @@ from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 
 from diffusers_msfp import SplitConfig, cli, quantize_pipeline, split_shortcuts
 from diffusers_msfp.cli.app import main
+from diffusers_msfp.engines.choose import set_engine
 from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.evaluation import compare_pipelines, layer_snr
+from diffusers_msfp.layers.convert import Conversion, convert, quant_layers
 from diffusers_msfp.report import collect_report, plots, render_report
 from diffusers_msfp.report.layers import EDGE_BLOCK, advice, block_of
 from diffusers_msfp.report.page import psnr_meaning
-from diffusers_msfp.workflow import Conversion, convert, set_engine
-from diffusers_msfp.workflow.convert import quant_layers
 
 RUN = {"num_samples": 4, "num_inference_steps": 3, "with_speed": False}
 VOID = {"meta", "col", "br", "img", "hr", "link", "input"}

@@ -16,7 +16,7 @@ from diffusers import (
 from torch import nn
 
 from diffusers_msfp import MSFPConfig, freeze, set_engine
-from diffusers_msfp.integration.in_memory import quantize_model
+from diffusers_msfp.plugin.quantize import quantize_model
 
 HEADS = {"attention_head_dim": 8, "num_attention_heads": 2}
 

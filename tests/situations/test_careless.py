@@ -11,8 +11,8 @@ from torch.nn.utils import parametrize
 from diffusers_msfp import MSFPConfig, calibrate, calibration_state, quantize_pipeline
 from diffusers_msfp.errors import ConfigError, UnsupportedError
 from diffusers_msfp.evaluation import compare_pipelines
-from diffusers_msfp.integration.in_memory import quantize_model
-from diffusers_msfp.nn import QuantLayer
+from diffusers_msfp.layers import QuantLayer
+from diffusers_msfp.plugin.quantize import quantize_model
 
 RUN = {"num_samples": 2, "num_inference_steps": 2}
 

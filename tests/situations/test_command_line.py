@@ -206,7 +206,7 @@ def test_a_disk_that_fills_up(tiny_dir, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("diffusers_msfp.integration.tensor_files.TensorLayout.write", full)
+    monkeypatch.setattr("diffusers_msfp.checkpoint.tensor_files.TensorLayout.write", full)
     with pytest.raises(ConfigError, match=r"out cannot be written: no space is left on the disk\.$"):
         cli.quantize(tiny_dir, tmp_path / "out", **SHORT)
     assert not (tmp_path / "out").exists()

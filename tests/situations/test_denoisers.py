@@ -30,10 +30,10 @@ from diffusers_msfp import (
 from diffusers_msfp.cli import compare, quantize
 from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.evaluation import compare_pipelines, layer_snr
-from diffusers_msfp.nn import QuantLayer
+from diffusers_msfp.layers import QuantLayer
+from diffusers_msfp.methods.talora.finetuner import Finetuner
 from diffusers_msfp.report import collect_report
-from diffusers_msfp.workflow import Finetuner
-from diffusers_msfp.workflow.denoisers import denoisers_of, is_quantized
+from diffusers_msfp.sampling.denoisers import denoisers_of, is_quantized
 
 RUN = {"num_samples": 1, "num_inference_steps": 4}
 KINDS = {

@@ -22,8 +22,8 @@ from peft import LoraConfig
 
 from diffusers_msfp import MSFPConfig, register
 from diffusers_msfp.errors import UnsupportedError
-from diffusers_msfp.integration.in_memory import quantize_model
-from diffusers_msfp.nn import QuantLayer
+from diffusers_msfp.layers import QuantLayer
+from diffusers_msfp.plugin.quantize import quantize_model
 
 COPYING = {
     "ControlNetModel.from_unet": lambda unet: ControlNetModel.from_unet(unet),

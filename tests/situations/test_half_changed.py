@@ -21,8 +21,8 @@ from torch import nn
 
 from diffusers_msfp import MSFPConfig, calibrate, calibration_state, cli, quantize_pipeline
 from diffusers_msfp.errors import ConfigError, NonFiniteError
-from diffusers_msfp.nn import QUANT_LAYERS, QuantLayer
-from diffusers_msfp.nn.split import split_layer
+from diffusers_msfp.layers import QUANT_LAYERS, QuantLayer
+from diffusers_msfp.layers.split import split_layer
 from diffusers_msfp.schemes import LayerScheme
 
 FAST = {"num_samples": 2, "num_inference_steps": 2}

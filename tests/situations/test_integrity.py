@@ -35,8 +35,8 @@ from diffusers_msfp import (
     split_shortcuts,
 )
 from diffusers_msfp.errors import CheckpointError
-from diffusers_msfp.integration.in_memory import quantize_model
-from diffusers_msfp.workflow.convert import quant_layers
+from diffusers_msfp.layers.convert import quant_layers
+from diffusers_msfp.plugin.quantize import quantize_model
 
 FILE = "diffusion_pytorch_model.safetensors"
 SMALL = {"block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 8}

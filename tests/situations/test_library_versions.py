@@ -11,8 +11,8 @@ from peft.utils import get_peft_model_state_dict
 
 from diffusers_msfp import MSFPConfig
 from diffusers_msfp.errors import UnsupportedError
-from diffusers_msfp.integration.in_memory import quantize_model
-from diffusers_msfp.integration.peft_versions import MINIMA, require_peft
+from diffusers_msfp.plugin.adapters.versions import MINIMA, require_peft
+from diffusers_msfp.plugin.quantize import quantize_model
 
 TARGETS = {"unet": ["to_q", "conv1"], "text_encoder": ["q_proj", "fc1"]}
 
@@ -90,7 +90,7 @@ def test_adapter_on_a_denoiser(pipe, monkeypatch):
     config = LoraConfig(r=2, target_modules=["to_q"])
     with pytest.raises(UnsupportedError, match=r"diffusers \S+ need PEFT 99.0 or newer, but PEFT"):
         pipe.unet.add_adapter(config)
-    monkeypatch.setattr("diffusers_msfp.integration.peft_versions._installed", {}.get)
+    monkeypatch.setattr("diffusers_msfp.plugin.adapters.versions._installed", {}.get)
     with pytest.raises(UnsupportedError, match="need PEFT 99.0 or newer, but no PEFT is installed"):
         pipe.unet.add_adapter(config)
     assert not adapted(pipe.unet)

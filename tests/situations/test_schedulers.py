@@ -19,20 +19,19 @@ from pipelines import make_sdxl, make_small_pipe
 
 from diffusers_msfp import quantize_pipeline
 from diffusers_msfp.errors import ConfigError, NonFiniteError
-from diffusers_msfp.evaluation import compare_pipelines, with_ddim
+from diffusers_msfp.evaluation import compare_pipelines
 from diffusers_msfp.evaluation.layers import layer_snr
-from diffusers_msfp.nn import QuantLayer
-from diffusers_msfp.workflow import (
-    FinetuneConfig,
-    Finetuner,
-    RoundingConfig,
-    denoising_factors,
-    finetune,
-    learn_rounding,
-)
-from diffusers_msfp.workflow.sampling import call_arguments
-from diffusers_msfp.workflow.trajectory import rollout
-from diffusers_msfp.workflow.used_output import used_channels
+from diffusers_msfp.layers import QuantLayer
+from diffusers_msfp.methods.rounding.config import RoundingConfig
+from diffusers_msfp.methods.rounding.learn import learn_rounding
+from diffusers_msfp.methods.talora.config import FinetuneConfig
+from diffusers_msfp.methods.talora.finetune import finetune
+from diffusers_msfp.methods.talora.finetuner import Finetuner
+from diffusers_msfp.sampling.calls import call_arguments
+from diffusers_msfp.sampling.denoising_factor import denoising_factors
+from diffusers_msfp.sampling.solvers import with_ddim
+from diffusers_msfp.sampling.trajectory import rollout
+from diffusers_msfp.sampling.used_output import used_channels
 
 TINY = {"block_out_channels": (16, 32), "attention_head_dim": 16}
 

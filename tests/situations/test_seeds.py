@@ -21,9 +21,11 @@ from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.evaluation import compare_pipelines, sample_images
 from diffusers_msfp.evaluation.layers import layer_snr
 from diffusers_msfp.evaluation.samples import draw_pictures
-from diffusers_msfp.workflow import FinetuneConfig, Finetuner, finetune
-from diffusers_msfp.workflow.sampling import Call, call_arguments
-from diffusers_msfp.workflow.trajectory import rollout
+from diffusers_msfp.methods.talora.config import FinetuneConfig
+from diffusers_msfp.methods.talora.finetune import finetune
+from diffusers_msfp.methods.talora.finetuner import Finetuner
+from diffusers_msfp.sampling.calls import Call, call_arguments
+from diffusers_msfp.sampling.trajectory import rollout
 
 
 class GloballyDrawn(DDPMPipeline):

@@ -30,10 +30,11 @@ from diffusers_msfp import (
 )
 from diffusers_msfp.cli import quantize
 from diffusers_msfp.errors import NothingToDoError
-from diffusers_msfp.evaluation import compare_pipelines, temporal_features
-from diffusers_msfp.integration.in_memory import quantize_model
-from diffusers_msfp.workflow.denoisers import model_output
-from diffusers_msfp.workflow.timestep import timestep_argument
+from diffusers_msfp.evaluation import compare_pipelines
+from diffusers_msfp.methods.temporal.features import temporal_features
+from diffusers_msfp.plugin.quantize import quantize_model
+from diffusers_msfp.sampling.denoisers import model_output
+from diffusers_msfp.sampling.timestep import timestep_argument
 
 ONE = {"num_inference_steps": 1, "num_samples": 2}
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from diffusers_msfp import MSFPConfig, quantize_pipeline, set_engine
 from diffusers_msfp.errors import UnsupportedError
-from diffusers_msfp.integration.in_memory import quantize_model
-from diffusers_msfp.nn import QuantLayer
+from diffusers_msfp.layers import QuantLayer
 from diffusers_msfp.numerics import Codes
+from diffusers_msfp.plugin.quantize import quantize_model
 
 
 def twin(model: nn.Module) -> nn.Module:

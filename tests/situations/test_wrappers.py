@@ -29,10 +29,11 @@ from diffusers_msfp import (
     split_shortcuts,
 )
 from diffusers_msfp.compat.wrappers import unwrap
+from diffusers_msfp.engines.choose import engines_of
 from diffusers_msfp.errors import UnsupportedError
-from diffusers_msfp.evaluation import compare_pipelines, layer_snr, temporal_features
-from diffusers_msfp.workflow.convert import quant_layers
-from diffusers_msfp.workflow.engine import engines_of
+from diffusers_msfp.evaluation import compare_pipelines, layer_snr
+from diffusers_msfp.layers.convert import quant_layers
+from diffusers_msfp.methods.temporal.features import temporal_features
 
 RUN = {"num_samples": 2, "num_inference_steps": 2}
 

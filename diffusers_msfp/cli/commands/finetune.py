@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from ... import cli
-from ...talora import PLACEMENTS
-from ...workflow import FinetuneConfig
+from ...methods.talora import PLACEMENTS
+from ...methods.talora.config import FinetuneConfig
 from ..terminal import megabytes, stderr, stdout
 from .options import Json, Prompts, Seed, Variant, print_json, print_router
 

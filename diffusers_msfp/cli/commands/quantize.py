@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from ... import cli
+from ...checkpoint.tensor_files import MAX_SHARD_SIZE
 from ...errors import MSFPError
-from ...integration.tensor_files import MAX_SHARD_SIZE
 from ...recipes import DEFAULT_RECIPE, RECIPES
 from ...schemes import DEFAULT_SCHEME, SCHEMES
 from ..terminal import megabytes, stdout

@@ -32,7 +32,7 @@ from diffusers_msfp.evaluation.agreement import class_agreement  # noqa: E402
 from diffusers_msfp.evaluation.distances import frechet_estimate  # noqa: E402
 from diffusers_msfp.evaluation.features import extract, feature_network  # noqa: E402
 from diffusers_msfp.evaluation.samples import draw_pictures  # noqa: E402
-from diffusers_msfp.workflow.denoisers import denoiser_name  # noqa: E402
+from diffusers_msfp.sampling.denoisers import denoiser_name  # noqa: E402
 
 RESULTS = "results/training.json"
 SAMPLES = 64

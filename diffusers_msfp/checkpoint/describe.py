@@ -1,0 +1,224 @@
+"""What a quantized checkpoint holds, read from its files alone."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..engines.choose import engine_named
+from ..errors import CheckpointError
+from ..formats import FORMATS, FPFormat
+from ..methods.talora import AdapterPlan, RoutingTable
+from ..methods.temporal import FiniteSet, TemporalPlan
+
+WEIGHTS = "diffusion_pytorch_model"
+TRANSFORMERS_WEIGHTS = "model"
+INDEX = f"{WEIGHTS}.safetensors.index.json"
+_WEIGHTS_OF = re.compile(
+    rf"(?:{WEIGHTS}|{TRANSFORMERS_WEIGHTS}|pytorch_model)(?:\.([\w-]+?))?(?:-\d{{5}}-of-\d{{5}})?(?:\.([\w-]+))?"
+    r"\.(safetensors|bin)"
+)
+OBSERVING = "its input is being observed, which the reference does"
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """What engines ask of a layer before they take it, on the CPU, as far as its files say it.
+
+    A `Conv1d` is stored as a linear is, and passes for one.
+    """
+
+    weight_format: FPFormat
+    input_format: FPFormat | None
+    logical_shape: tuple[int, ...]
+    packed_weight = torch.empty(0, dtype=torch.uint8)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """See `QuantLayer.matrix_shape`."""
+        return self.logical_shape[:2]
+
+    @classmethod
+    def of(cls, shape: list[int], rows: int, weight_format: FPFormat, input_format: FPFormat | None) -> "StoredLayer":
+        """From the shape of the packed weight and the number of output channels."""
+        length = shape[-1] * 8 // weight_format.bits
+        return cls(weight_format, input_format, (rows, length, 1, 1) if len(shape) == 4 else (rows, length))
+
+
+def component_dirs(path: Path) -> dict[str, Path]:
+    """Folders of a checkpoint that hold a quantized model: name → folder; a component's own folder is called `.`."""
+    folders = {".": path} | {p.name: p for p in sorted(path.iterdir()) if p.is_dir()} if path.is_dir() else {}
+    found = {}
+    for name, folder in folders.items():
+        config = read_config(folder)
+        if config.get("quantization_config", {}).get("quant_method") == "msfp":
+            found[name] = folder
+    if not found:
+        raise CheckpointError(
+            f"{path} must be the folder of an MSFP-quantized pipeline or model, but no config.json in it says "
+            f"`quant_method: msfp`. Make one with `diffusers-msfp quantize`."
+        )
+    return found
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict:
+    """A component's `config.json`, or another such file; empty if there is none."""
+    file = folder / name
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} must be JSON, but it is not ({error}).") from error
+    return config if isinstance(config, dict) else {}
+
+
+def weights_by_variant(folder: Path) -> dict[str | None, list[Path]]:
+    """Variant → weight files in a model's folder, safetensors where there are some; None stands for the plain ones."""
+    found: dict[str | None, list[Path]] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if match := _WEIGHTS_OF.fullmatch(path.name):
+            found.setdefault(match[1] or match[2], []).append(path)
+    safe = {variant: [file for file in files if file.suffix == ".safetensors"] for variant, files in found.items()}
+    return {variant: safe[variant] or files for variant, files in found.items()}
+
+
+def weight_files(folder: Path, variant: str | None = None, *, variants: bool = True) -> list[Path]:
+    """The weight files that a load of this component reads: one file, or its shards.
+
+    Args:
+        folder (`Path`): a model's.
+        variant (`str`, *optional*): read it where the model has it, else the plain files, as diffusers does.
+        variants (`bool`): where there are no plain files, take those of variants.
+    """
+    if variant is not None and (own := weights_by_variant(folder).get(variant)):
+        return own
+    for stem in (WEIGHTS, TRANSFORMERS_WEIGHTS):
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            try:
+                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                files = sorted(folder / name for name in names)
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                raise CheckpointError(f"{index} must be JSON with a `weight_map`, but it is not.") from error
+            if elsewhere := [file for file in files if file.parent != folder or ".." in file.name]:
+                raise CheckpointError(f"Weights must lie in the model's folder, but {index.name} names {elsewhere[0]}.")
+            return files
+        for suffix in ("safetensors", "bin"):
+            single = folder / f"{stem}.{suffix}"
+            shards = sorted(folder.glob(f"{stem}-?????-of-?????.{suffix}"))
+            if single.is_file() or shards:
+                return [single] if single.is_file() else shards
+    return sorted(folder.glob(f"{WEIGHTS}*.safetensors")) if variants else []
+
+
+def file_bytes(folder: Path, variant: str | None = None) -> int:
+    """Size of a component's weights on disk."""
+    return sum(file.stat().st_size for file in weight_files(folder, variant))
+
+
+def describe_checkpoint(path: str | Path, variant: str | None = None) -> dict:
+    """Layers of a quantized checkpoint with formats, scales and errors.
+
+    Args:
+        path (`str` or `Path`): folder of a pipeline or of one of its components.
+        variant (`str`, *optional*): see `weight_files`.
+
+    Returns:
+        `dict`: component → `scheme`, `calibration_state`, `format_version`, `bytes`, and `layers`: a list of `name`,
+        `weight_format`, `weight_bits`, `weight_scale_min`, `weight_scale_max`, `weight_rel_mse`, `input_format` (None
+        if float, `"observing"` before calibration), `input_signed`, `input_scale`, `input_zero_point`,
+        `input_rel_mse`, `engine` (that `auto` would take on this machine's CPU), `engine_refusals` (those before it →
+        why not), `weight_bytes` (of all banks; `input_scale` and `input_zero_point` are lists where there are
+        several); `adapters`: None, or `placement`, `num_adapters` and the router's `intervals`
+        (`[group][(first timestep, last timestep, adapter), …]`); and `temporal`: None, or `TemporalPlan.summary`.
+
+    Raises:
+        CheckpointError: no such checkpoint, or a damaged one.
+    """
+    described = {}
+    for name, folder in component_dirs(Path(path)).items():
+        try:
+            described[name] = _describe_component(folder, variant)
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder} is no complete checkpoint: {error} is missing or malformed.") from error
+    return described
+
+
+def _describe_component(folder: Path, variant: str | None) -> dict:
+    record = read_config(folder)["quantization_config"]
+    tensors, shapes = _small_tensors(folder, variant)
+    layers, auto = [], engine_named("auto")
+    for group in record.get("layers") or ():
+        for name in group["modules"]:
+            fmt, state = FORMATS[group["weight"]], group["input"]
+            scale = tensors[f"{name}.weight_scale"]
+            quantized = state not in (None, "observing")
+            rows, *_, row_bytes = shape = shapes[f"{name}.weight"]
+            stored = StoredLayer.of(shape, scale.numel(), fmt, FORMATS[state] if quantized else None)
+            engine, refusals = auto.choose(stored)
+            if state == "observing":
+                *others, engine = auto.engines
+                refusals = {other.name: OBSERVING for other in others}
+            layers.append(
+                {
+                    "name": name,
+                    "weight_format": fmt.name,
+                    "weight_bits": fmt.bits,
+                    "weight_scale_min": scale.min().item() if scale.numel() else None,
+                    "weight_scale_max": scale.max().item() if scale.numel() else None,
+                    "weight_rel_mse": tensors[f"{name}.weight_error"].item(),
+                    "input_format": state,
+                    "input_signed": FORMATS[state].signed if quantized else None,
+                    "input_scale": tensors[f"{name}.input_scale"].tolist() if quantized else None,
+                    "input_zero_point": tensors[f"{name}.input_zero_point"].tolist() if quantized else None,
+                    "input_rel_mse": tensors[f"{name}.input_error"].item() if quantized else None,
+                    "engine": engine.name,
+                    "engine_refusals": refusals,
+                    "weight_bytes": rows * row_bytes,
+                }
+            )
+    return {
+        "scheme": record.get("scheme"),
+        "calibration_state": (record.get("calibration") or {}).get("state"),
+        "format_version": record.get("format_version"),
+        "bytes": file_bytes(folder, variant),
+        "layers": layers,
+        "adapters": _describe_adapters(record, tensors),
+        "temporal": _describe_temporal(record, tensors),
+    }
+
+
+def _describe_adapters(record: dict, tensors: dict) -> dict | None:
+    if not record.get("adapters"):
+        return None
+    plan = AdapterPlan.from_dict(record["adapters"])
+    intervals = RoutingTable(tensors["timestep_router.table"], plan.num_adapters).intervals()
+    return {"placement": plan.placement, "num_adapters": plan.num_adapters, "intervals": intervals}
+
+
+def _describe_temporal(record: dict, tensors: dict) -> dict | None:
+    if not record.get("temporal"):
+        return None
+    plan = TemporalPlan.from_dict(record["temporal"])
+    channels = {name: tensors[f"{name}.weight_scale"].numel() for name in plan.block}
+    return plan.summary(tensors[f"{FiniteSet.place}.timesteps"].tolist(), channels)
+
+
+def _small_tensors(folder: Path, variant: str | None) -> tuple[dict, dict]:
+    """Scales, zero points and errors, and the shapes of the packed weights; packed weights are not read."""
+    tensors, shapes = {}, {}
+    for file in weight_files(folder, variant):
+        try:
+            with safe_open(file, framework="pt") as handle:
+                for key in handle.keys():  # noqa: SIM118
+                    if key.endswith(".weight"):
+                        shapes[key] = handle.get_slice(key).get_shape()
+                    elif key.rpartition(".")[2].startswith(("weight_", "input_", "table", "timesteps")):
+                        tensors[key] = handle.get_tensor(key)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} must be a safetensors file, but it is not ({error}).") from error
+    return tensors, shapes

@@ -1,0 +1,142 @@
+"""What a quantized model writes into files: its own tensors, what each file says of itself, and the digest of all."""
+
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..compat.peft import has_adapters
+from ..errors import ConfigError, UnsupportedError
+from ..layers.convert import plain_name
+from ..layers.stored import FORMATS_TENSOR, name_in_files
+from .describe import TRANSFORMERS_WEIGHTS
+from .digest import Digest, checksum, dtype_name, recorded_digest
+
+_WRAPPED = ("base_layer", "original_module")
+"""What PEFT's wrappers call the layer that was there before."""
+
+
+def tensors_to_save(state_dict: Mapping[str, Any], config) -> dict[str, Any]:
+    """The model alone, under the names of files, also while PEFT adapters are attached.
+
+    Args:
+        config (`MSFPConfig`): files of format version 1 do not say the layers' formats.
+
+    Raises:
+        ConfigError: tensors are offloaded.
+    """
+    own = {name_in_files(plain_name(key)): value for key, value in without_adapters(state_dict).items()}
+    if config.format_version == 1:
+        own = {key: value for key, value in own.items() if not key.endswith(f".{FORMATS_TENSOR}")}
+    meta = [key for key, value in own.items() if value.is_meta]
+    if meta:
+        raise ConfigError(
+            f"All tensors must be in memory to be saved, but {len(meta)} are offloaded ({meta[0]}, …). Load the "
+            f"model without `device_map` and offloading, then save it."
+        )
+    return own
+
+
+def without_adapters(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """What was there before adapters of any kind: PEFT's wrappers keep it under names of their own."""
+    steps = {key: [(key[:i], key[i + 1 :].split(".")[0]) for i, c in enumerate(key) if c == "."] for key in state_dict}
+    wrappers = {place for walk in steps.values() for place, child in walk if child in _WRAPPED}
+    added = {key for key, walk in steps.items() if any(p in wrappers and c not in _WRAPPED for p, c in walk)}
+    return {key: value for key, value in state_dict.items() if key not in added}
+
+
+def file_metadata(config) -> dict[str, str]:
+    """What each weight file says about itself."""
+    return {"quant_method": config.quant_method.value, "format_version": str(config.format_version)}
+
+
+def save_config(model: nn.Module, save_directory: str | Path, *args, **kwargs) -> None:
+    """As `ModelMixin.save_config`, with the digest of what the model holds; variants in the same folder keep theirs.
+
+    Raises:
+        ConfigError: tensors are offloaded; nothing is written then.
+    """
+    config = model.config.quantization_config
+    given = config.digest
+    if config.format_version > 1 and given is None:
+        made = Digest.of(tensors_to_save(model.state_dict(), config))
+        config.digest = made.joined(recorded_digest(save_directory)).to_dict()
+    try:
+        type(model).save_config(model, save_directory, *args, **kwargs)
+    finally:
+        config.digest = given
+
+
+def save_pretrained(model: nn.Module, save_directory: str | Path, *args, **kwargs) -> None:
+    """As the model's own method.
+
+    Raises:
+        UnsupportedError: other files than safetensors are asked for; nothing is written then.
+    """
+    given = inspect.signature(type(model).save_pretrained).bind(model, save_directory, *args, **kwargs).arguments
+    given |= given.get("kwargs", {})
+    if given.get("safe_serialization") is False or given.get("use_flashpack"):
+        raise UnsupportedError(
+            f"Packed weights are stored as safetensors, which can be checked when they are loaded, but the quantized "
+            f"{type(model).__name__} was to be saved as something else. Leave `safe_serialization` and `use_flashpack` "
+            f"out."
+        )
+    save = type(model).save_pretrained if hasattr(type(model), "save_config") else _save_transformer
+    save(model, save_directory, *args, **kwargs)  # diffusers' own calls `save_config`
+
+
+def _save_transformer(model: nn.Module, save_directory: str | Path, *args, push_to_hub: bool = False, **kwargs) -> None:
+    """As `PreTrainedModel.save_pretrained`, which may give tensors other names: digested as they lie in the files.
+
+    Until config.json has the digest, the folder counts as one that was not saved to its end.
+    """
+    before = recorded_digest(save_directory)
+    hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr") if key in kwargs}
+    hub |= {"token": kwargs["token"]} if "token" in kwargs else {}
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    adapters_alone = has_adapters(model)
+    writes = kwargs.get("is_main_process", args[0] if args else True) and not adapters_alone
+    if writes and model.config.quantization_config.format_version > 1:
+        files = files_of(Path(save_directory), TRANSFORMERS_WEIGHTS, kwargs.get("variant"))
+        write_digest(Path(save_directory), digest_of_files(files).joined(before))
+    if push_to_hub:
+        repo_id = hub.pop("repo_id", Path(save_directory).name)
+        model.push_to_hub(repo_id, **hub)  # saves anew, by this function, and uploads that
+
+
+def files_of(folder: Path, stem: str, variant: str | None = None) -> list[Path]:
+    """A model's weight files of one variant, whole or in shards."""
+    name = re.compile(rf"{re.escape(f'{stem}.{variant}' if variant else stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors")
+    return sorted(path for path in folder.iterdir() if name.fullmatch(path.name))
+
+
+def digest_of_files(files: list[Path]) -> Digest:
+    """Of the tensors in safetensors files."""
+    sums = {}
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118
+                tensor: Tensor = handle.get_tensor(name)
+                sums[name, dtype_name(tensor)] = checksum(name, tensor)
+    return Digest(sums)
+
+
+def write_digest(folder: Path, digest: Digest, record: Mapping | None = None) -> None:
+    """Put a digest into a folder's `config.json`, in one step.
+
+    Args:
+        record (`Mapping`, *optional*): instead of the one that is there.
+    """
+    file, part = folder / "config.json", folder / ".config.json.part"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["quantization_config"] = dict(record or config["quantization_config"]) | {"digest": digest.to_dict()}
+    try:
+        part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,122 @@
+"""Choose the engine that runs a model's quantized layers."""
+
+import os
+from collections import Counter
+
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import nn
+
+from ..compat.wrappers import sees_through, unwrap
+from ..errors import ConfigError
+from ..layers import QuantLayer
+from ..layers.convert import quant_layers
+from ..sampling.observation import quantized_models
+from . import ENGINES, MEMORY_MODES, AutoEngine, Engine
+from .fusion.blocks import fuse, undo
+from .fusion.processors import use_engine_attention
+
+ENGINE_VARIABLE = "MSFP_ENGINE"
+DEFAULT_ENGINE = "auto"
+
+
+@sees_through
+def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, memory: str = "fast") -> None:
+    """Run quantized layers by another engine from now on; nothing of it is saved.
+
+    All engines give the reference's result layer by layer. A 4-bit network is chaotic, so pictures may still differ in
+    detail from the reference's; their quality does not.
+
+    Args:
+        model (`nn.Module` or `DiffusionPipeline`): with quantized layers; float components are left alone.
+        engine (`str`): `"auto"` takes for each layer the fastest that is exact; otherwise a name in `ENGINES`, and the
+            reference for layers that it cannot run.
+        memory (`str`): `"fast"` keeps weights as the engine wants them, `"low"` keeps them packed and expands each
+            when it is needed.
+
+    Raises:
+        ConfigError: an unknown name, a model without quantized layers, or an engine that can run none of them here.
+    """
+    if engine != AutoEngine.name:
+        ENGINES[engine]
+    if memory not in MEMORY_MODES:
+        raise ConfigError(f"`memory` must be one of {', '.join(MEMORY_MODES)}, but {memory!r} came.")
+    models = list(quantized_models(model))
+    layers = [layer for part in models for _, layer in quant_layers(part)]
+    if not layers:
+        raise ConfigError(
+            f"An engine needs a quantized model, but {type(model).__name__} has no quantized layer. Quantize it, or "
+            f"load a quantized checkpoint with `quantization_config=MSFPConfig()`."
+        )
+    chosen = engine_named(engine, memory)
+    _require_use(engine, chosen, layers)
+    for part in models:
+        _unprepare(part)
+    if engine == "reference":
+        return
+    for layer in layers:
+        layer.use_engine(chosen)
+        layer.prepare()
+    for part in models:
+        fuse(part)
+        use_engine_attention(part, wanted=True)
+        part.settling = part.register_forward_hook(chosen.settle)
+
+
+def engine_named(name: str, memory: str = "fast") -> AutoEngine:
+    """The engines to try for each layer, in this order, under a name that `set_engine` takes."""
+    names = list(ENGINES) if name == AutoEngine.name else [name, *(["reference"] if name != "reference" else [])]
+    return AutoEngine([ENGINES[each](memory) for each in names])
+
+
+def engines_of(model: nn.Module) -> dict[str, int]:
+    """Engine → number of layers that it runs now; while a layer observes its input, that is the reference."""
+    return dict(Counter(_engine_of(layer) for _, layer in quant_layers(model)))
+
+
+def _engine_of(layer: QuantLayer) -> str:
+    used = layer.engine is not None and not layer.observing
+    return layer.engine.choose(layer)[0].name if used else "reference"
+
+
+def resident_bytes(model: ModelMixin) -> int:
+    """Memory of a model's tensors and of what its engines keep ready beside them, in bytes."""
+    model = unwrap(model)
+    prepared = [layer.prepared for _, layer in quant_layers(model) if layer.prepared is not None]
+    return model.get_memory_footprint() + sum(each.kept_bytes for each in prepared)
+
+
+def engine_from_environment() -> str:
+    """What `MSFP_ENGINE` says, or the default.
+
+    Raises:
+        ConfigError: it names no engine.
+    """
+    name = os.environ.get(ENGINE_VARIABLE, DEFAULT_ENGINE)
+    if name != AutoEngine.name:
+        ENGINES[name]
+    return name
+
+
+def _require_use(name: str, chosen: Engine, layers: list[QuantLayer]) -> None:
+    """Refuse an engine that can run no layer, and say which can."""
+    if name in (AutoEngine.name, "reference") or any(layer.observing for layer in layers):
+        return
+    reasons = [chosen.engines[0].refusal(layer) for layer in layers]
+    if None in reasons:
+        return
+    able = [other for other, cls in ENGINES.items() if any(cls().refusal(layer) is None for layer in layers)]
+    raise ConfigError(
+        f"Engine {name!r} must be able to run a layer of this model here, but none can be run: {reasons[0]}. Engines "
+        f"that can: {', '.join(able)}; `auto` takes the fastest of them."
+    )
+
+
+def _unprepare(model: nn.Module) -> None:
+    use_engine_attention(model, wanted=False)
+    undo(model)
+    if "settling" in vars(model):
+        model.settling.remove()
+        del model.settling
+    for module in model.modules():
+        if isinstance(module, QuantLayer):
+            module.use_engine(None)

@@ -1,0 +1,65 @@
+"""Find the places of a model where a leaf can do the work of several: see `engines.fused`."""
+
+from collections.abc import Iterator
+
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+from ...layers import QuantLayer
+from .norms import FusedGroupNorm, fuse_norm, unfuse
+
+
+class FusedResnetBlock2D(ResnetBlock2D):
+    """`ResnetBlock2D` whose second norm adds the time embedding itself; the residual is added in place."""
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None, *args, **kwargs) -> Tensor:
+        """As the original."""
+        second = self.norm2
+        if type(second) is not FusedGroupNorm or self.time_emb_proj is None or torch.is_grad_enabled():
+            return super().forward(input_tensor, temb, *args, **kwargs)
+        x = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
+        temb = temb if self.skip_time_act else self.nonlinearity(temb)
+        x = self.nonlinearity(second(x, self.time_emb_proj(temb)))
+        x = self.conv2(self.dropout(x))
+        x += input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+        return x if self.output_scale_factor == 1 else x.div_(self.output_scale_factor)
+
+
+def fuse(model: nn.Module) -> None:
+    """Let norms quantize for the layers behind them, wherever diffusers runs one right after the other."""
+    for module in list(model.modules()):
+        for norm, activation, layer in _places(module):
+            names = (norm, layer, activation) if activation else (norm, layer)
+            found = [getattr(module, name, None) for name in names]
+            kinds = (type(found[0]) is nn.GroupNorm, isinstance(found[1], QuantLayer), isinstance(found[-1], nn.SiLU))
+            if all(kinds[: len(found)]):
+                fuse_norm(found[0], module, layer, activation)
+        if type(module) is ResnetBlock2D and module.time_embedding_norm == "default" and not _resamples(module):
+            module.__class__ = FusedResnetBlock2D
+
+
+def undo(model: nn.Module) -> None:
+    """Give every module its own class back."""
+    for module in model.modules():
+        unfuse(module)
+        if type(module) is FusedResnetBlock2D:
+            module.__class__ = ResnetBlock2D
+
+
+def _places(module: nn.Module) -> Iterator[tuple[str, str | None, str]]:
+    """Names of a norm, an activation and the layer that reads nothing but their result."""
+    if isinstance(module, ResnetBlock2D):
+        if not _resamples(module):
+            yield "norm1", "nonlinearity", "conv1"
+        if module.time_embedding_norm != "scale_shift":
+            yield "norm2", "nonlinearity", "conv2"
+    elif isinstance(module, Transformer2DModel) and not getattr(module, "use_linear_projection", True):
+        yield "norm", None, "proj_in"
+    elif hasattr(module, "conv_norm_out"):  # the end of UNets, encoders and decoders
+        yield "conv_norm_out", "conv_act", "conv_out"
+
+
+def _resamples(block: ResnetBlock2D) -> bool:
+    return block.upsample is not None or block.downsample is not None

@@ -1,0 +1,122 @@
+"""Leaves that hand codes to the quantized layer behind them: normalise, activate and quantize in one pass.
+
+A fused leaf is the model's own module with another class, so parameters, names and hooks stay what they were and
+nothing of it is saved. Where the layer behind it cannot take codes just then (it observes, needs gradients, has
+adapters beside its weight, or PEFT stands between), the leaf does what its original does.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...compat.torch import is_hooked
+from ...numerics import Codes
+from .. import kernels
+
+_KNOWN = ("diffusers.", "diffusers_msfp.")
+"""Packages whose blocks run norm, activation and layer in this order."""
+
+
+class FusedGroupNorm(nn.GroupNorm):
+    """Group norm, the SiLU that follows where there is one, and the next layer's quantization.
+
+    In: `(B, C, …)` float. Out: `Codes`, channels last; float where the next layer takes none. Statistics and
+    values are computed in float32 whatever the dtype of the input; they agree with torch's to relative 1e-6.
+    """
+
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """See the class.
+
+        Args:
+            x (`Tensor`, `(B, C, …)`).
+            added (`Tensor`, `(B, C)`, *optional*): added to `x` first.
+        """
+        layer = self.feeds.layer()
+        takes = x.ndim == 4 and x.numel() and hasattr(layer, "takes_codes") and self.feeds.undisturbed(self)
+        adapter = layer.takes_codes(x) if takes else None
+        if adapter is None:
+            return super().forward(x if added is None else x + added[:, :, None, None])
+        x = x.contiguous(memory_format=torch.channels_last)
+        prepared = layer.prepared
+        arguments = x, self.num_groups, *_affine(self), self.eps, self.silu
+        codes, finite = kernels.norm(*arguments, prepared.grid(adapter), added)
+        if not finite:
+            prepared.refuse_infinite(kernels.norm(*arguments, None, added)[0])
+        return prepared.hand_over(codes, adapter, x.dtype)
+
+
+@dataclass(frozen=True)
+class Feeds:
+    """What stands behind a fused norm, looked up at every call.
+
+    Args:
+        parent (`nn.Module`): runs the norm, the activation and the layer one right after the other.
+        name (`str`): of the layer in it.
+        activation (`str`, *optional*): of the SiLU in it.
+    """
+
+    parent: nn.Module
+    name: str
+    activation: str | None
+
+    def layer(self) -> nn.Module:
+        """The layer that reads the norm's result."""
+        return getattr(self.parent, self.name)
+
+    def undisturbed(self, norm: nn.Module) -> bool:
+        """Whether nobody has put a hook, another module or another forward in between."""
+        between = [norm]
+        if self.activation is not None:
+            between.append(getattr(self.parent, self.activation))
+            if type(between[-1]) is not PassingSiLU:
+                return False
+        hooked = any(map(is_hooked, between))
+        replaced = any("forward" in vars(module) for module in (*between, self.parent))
+        return not hooked and not replaced and type(self.parent).forward.__module__.startswith(_KNOWN)
+
+
+def _affine(norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias, `(C,)` float32."""
+    if norm.weight is None:
+        return torch.ones(norm.num_channels), torch.zeros(norm.num_channels)
+    return norm.weight.detach().to(torch.float32), norm.bias.detach().to(torch.float32)
+
+
+def norm_rows(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """A group norm of `(B, N, C)`, the shape that attention works on: no copy to channels first and back."""
+    x = x.contiguous().transpose(1, 2)
+    y, finite = kernels.norm(x, norm.num_groups, *_affine(norm), norm.eps, False, None)
+    return (y if finite else norm(x)).transpose(1, 2)
+
+
+class PassingSiLU(nn.SiLU):
+    """SiLU that lets codes pass: the norm before it has already applied it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """SiLU of floats; codes as they are."""
+        return x if isinstance(x, Codes) else super().forward(x)
+
+
+_FUSED = {FusedGroupNorm: nn.GroupNorm, PassingSiLU: nn.SiLU}
+
+
+def fuse_norm(norm: nn.GroupNorm, parent: nn.Module, name: str, activation: str | None) -> None:
+    """Let a norm quantize for the layer that `parent` calls `name`.
+
+    Args:
+        norm (`nn.GroupNorm`): runs before the layer, with nothing but the activation and dropout between.
+        activation (`str`, *optional*): name of a SiLU in `parent`; it may be shared with other places.
+    """
+    norm.__class__ = FusedGroupNorm
+    norm.__dict__.update(feeds=Feeds(parent, name, activation), silu=activation is not None)
+    if activation is not None:
+        getattr(parent, activation).__class__ = PassingSiLU
+
+
+def unfuse(module: nn.Module) -> None:
+    """Undo what `fuse_norm` did to one module; any other stays as it is."""
+    if type(module) in _FUSED:
+        module.__class__ = _FUSED[type(module)]
+        for name in ("feeds", "silu"):
+            module.__dict__.pop(name, None)

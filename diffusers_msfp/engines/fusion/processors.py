@@ -1,0 +1,60 @@
+"""Let a model's attention use the engines' products; see `engines.attention`."""
+
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor, nn
+
+from .attention import attention
+from .norms import norm_rows
+
+
+class BF16AttnProcessor(AttnProcessor2_0):
+    """`AttnProcessor2_0` with another product where there is no mask and no gradient, in bfloat16 on a CPU."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        **arguments,
+    ) -> Tensor:
+        """As the original; `(B, N, C)` or `(B, C, H, W)` → the same shape."""
+        plain = (
+            attention_mask is None
+            and hidden_states.dtype == torch.bfloat16
+            and hidden_states.device.type == "cpu"
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and all(module is None for module in (attn.spatial_norm, attn.norm_q, attn.norm_k))
+        )
+        if not plain:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **arguments)
+        x, shape = hidden_states, hidden_states.shape
+        if x.ndim == 4:
+            x = x.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            x = norm_rows(attn.group_norm, x)
+        context = x if encoder_hidden_states is None else encoder_hidden_states
+        if encoder_hidden_states is not None and attn.norm_cross:
+            context = attn.norm_encoder_hidden_states(context)
+
+        def heads(tensor: Tensor) -> Tensor:  # (B, N, H * D) → (B, H, N, D)
+            return tensor.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+
+        mixed = attention(heads(attn.to_q(x)), heads(attn.to_k(context)), heads(attn.to_v(context)))
+        x = attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2)))
+        if len(shape) == 4:
+            x = x.transpose(1, 2).unflatten(2, shape[2:])
+        if attn.residual_connection:
+            x = x + hidden_states
+        return x / attn.rescale_output_factor
+
+
+def use_engine_attention(model: nn.Module, wanted: bool) -> None:
+    """Exchange the processors that diffusers sets by default; any other stays."""
+    old, new = (AttnProcessor2_0, BF16AttnProcessor) if wanted else (BF16AttnProcessor, AttnProcessor2_0)
+    for module in model.modules():
+        if isinstance(module, Attention) and type(module.processor) is old:
+            module.processor = new()

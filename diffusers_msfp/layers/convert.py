@@ -1,0 +1,229 @@
+"""Replace a model's float layers by quantized ones, and back."""
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..compat.diffusers import kept_in_float32
+from ..compat.peft import is_wrapped, name_inside
+from ..compat.torch import replace_children
+from ..compat.wrappers import own_name
+from ..errors import CheckpointError, ConfigError
+from ..formats import FORMATS
+from ..numerics.rounding import check_finite
+from ..schemes import SCHEMES, LayerScheme, check_patterns, matches, resolve
+from . import QUANT_LAYERS, QuantLayer, SplitLayer
+
+logger = logging.getLogger(__name__)
+
+# What people expect to see quantized; anything of these kinds that is not converted is reported.
+_WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What to do with each layer of a model.
+
+    Args:
+        layers (`Mapping[str, LayerScheme]`): module name → candidate formats.
+        skipped (`Mapping[str, str]`): module name → why it stays float.
+    """
+
+    layers: Mapping[str, LayerScheme]
+    skipped: Mapping[str, str]
+
+    @classmethod
+    def plan(
+        cls, model: nn.Module, scheme: str, keep: Sequence[str] = (), overrides: Mapping[str, str] | None = None
+    ) -> "Conversion":
+        """Decide by name and kind.
+
+        Args:
+            scheme (`str`): name in `SCHEMES`.
+            keep (`Sequence[str]`): patterns of modules that stay float.
+            overrides (`Mapping[str, str]`): pattern → scheme.
+
+        Raises:
+            ConfigError: unknown scheme, a pattern that matches nothing, or nothing to convert.
+        """
+        overrides = overrides or {}
+        for name in (scheme, *overrides.values()):
+            SCHEMES[name]
+        weighted = {name: module for name, module in model.named_modules() if isinstance(module, _WEIGHTED)}
+        already = [name for name, module in weighted.items() if isinstance(module, QuantLayer)]
+        if already:
+            raise ConfigError(
+                f"A model can be quantized once, but {len(already)} layers already are ({already[0]}, …). "
+                f"Call `model.dequantize()` first."
+            )
+        if any(is_wrapped(name) for name in weighted):
+            raise ConfigError(
+                "A model must be quantized before adapters are attached, but this one has some. Fuse them "
+                "(`fuse_lora`, then `unload_lora`) or unload them first."
+            )
+        check_patterns([*overrides], list(weighted), "scheme_overrides")
+        check_patterns(list(keep), [name for name, _ in model.named_modules() if name], "modules_to_not_convert")
+        shared = Counter(id(module.weight) for module in weighted.values())
+        layers, skipped = {}, {}
+        for name, module in weighted.items():
+            pattern = next((p for p in keep if matches(p, name)), None)
+            if kept_in_float32(model) & set(name.split(".")):
+                skipped[name] = f"{type(model).__name__} keeps it in float32"
+            elif pattern is not None:
+                skipped[name] = f"matches {pattern!r} in modules_to_not_convert"
+            elif type(module) not in QUANT_LAYERS:
+                skipped[name] = f"no quantized counterpart for {type(module).__name__}"
+            elif shared[id(module.weight)] > 1:
+                skipped[name] = "shares its weight with another layer"
+            elif not module.weight.is_floating_point():
+                skipped[name] = f"its weight is {module.weight.dtype}: already quantized by something else"
+            else:
+                layers[name] = resolve(name, scheme, overrides)
+        if not layers:
+            kinds = ", ".join(cls.__name__ for cls in QUANT_LAYERS)
+            raise ConfigError(f"A model must have a layer to quantize ({kinds}), but {type(model).__name__} has none.")
+        return cls(layers, skipped)
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse weights that cannot be quantized.
+
+        Raises:
+            NonFiniteError: a weight holds NaN or infinity.
+        """
+        for name in self.layers:
+            check_finite(model.get_submodule(name).weight, f"The weight of layer `{name}`")
+
+    def report(self, model: nn.Module) -> None:
+        """Say once what stays float and why."""
+        if self.skipped:
+            listed = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items())
+            logger.warning("%s: %d layers stay float: %s.", type(model).__name__, len(self.skipped), listed)
+
+
+def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
+    """Quantized layers with the names they have without adapters around them."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLayer):
+            yield own_name(name), module
+
+
+def layers_by_name(model: nn.Module) -> dict[str, QuantLayer]:
+    """Quantized layers by their plain names."""
+    return dict(quant_layers(model))
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """What tells one quantized model from another: SHA-256 of names, formats, weights and their scales."""
+    digest = hashlib.sha256()
+    for name, layer in sorted(layers_by_name(model).items()):
+        digest.update(f"{name}:{layer.weight_format}:{layer.input_format}".encode())
+        for tensor in (layer.packed_weight, layer.weight_scale):
+            digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def prepare_layers(model: nn.Module) -> None:
+    """Let engines make all layers ready that changed; a model must be ready before it is compiled."""
+    for _, layer in quant_layers(model):
+        layer.prepare()
+
+
+def plain_name(name: str) -> str:
+    """A module or tensor name without the levels that PEFT and `torch.compile` put between a layer and its place."""
+    return name_inside(own_name(name))
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` wherever the module called `name` stands in the model, also where it stands twice."""
+    replace_modules(model, {name: new})
+
+
+def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
+    """`replace_module` for many names at once, in one walk over the model."""
+    instead = {id(model.get_submodule(name)): module for name, module in new.items()}
+    for parent in list(model.modules()):  # as it is now: a new module may hold an old one
+        replace_children(parent, instead)
+
+
+def convert(model: nn.Module, plan: Conversion, on_layer: Callable[[int, int], None] | None = None) -> None:
+    """Quantize the weights of a float model in place, layer by layer, each float weight freed before the next.
+
+    Args:
+        on_layer (`Callable[[int, int], None]`, *optional*): called after each layer with (done, total).
+
+    Raises:
+        NonFiniteError: a weight holds NaN or infinity; checked for all layers before the first is changed.
+    """
+    plan.check(model)
+    for done, (name, scheme) in enumerate(plan.layers.items(), start=1):
+        module = model.get_submodule(name)
+        replace_module(model, name, QUANT_LAYERS[type(module)].from_float(module, name, scheme))
+        if on_layer is not None:
+            on_layer(done, len(plan.layers))
+
+
+def convert_skeleton(model: nn.Module, groups: Sequence[Mapping], plan: Mapping[str, LayerScheme]) -> None:
+    """Make room for a checkpoint's packed tensors in a model without weights.
+
+    Args:
+        groups (`Sequence[Mapping]`): `layers` of the checkpoint's config, see `describe_layers`.
+        plan (`Mapping[str, LayerScheme]`): candidates for layers that are still observing.
+
+    Raises:
+        CheckpointError: a layer that the model does not have, or an entry that makes no sense.
+    """
+    skeletons = {}
+    for group in groups:
+        try:
+            weight_format, state, names = FORMATS[group["weight"]], group["input"], group["modules"]
+            input_format = FORMATS[state] if state not in (None, "observing") else None
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise TypeError
+        except (KeyError, TypeError, ConfigError) as error:
+            raise CheckpointError(
+                f"Each entry of `layers` in config.json must have `weight`, `input` and `modules`, but {group!r} came."
+            ) from error
+        if not weight_format.signed:
+            raise CheckpointError(f"Weights are stored in signed formats, but `{weight_format}` came in config.json.")
+        for name in names:
+            try:
+                module = model.get_submodule(name)
+            except AttributeError:
+                module = None
+            if type(module) not in QUANT_LAYERS:
+                raise CheckpointError(
+                    f"config.json says that `{name}` is quantized, but {type(model).__name__} has "
+                    f"{'no such layer' if module is None else type(module).__name__ + ' there'}: not its checkpoint."
+                )
+            layer = QUANT_LAYERS[type(module)].skeleton(module, name, weight_format)
+            if state == "observing":
+                candidates = plan[name].activation if name in plan else ()
+                if not candidates:
+                    raise CheckpointError(f"config.json says `{name}` is observing, but its scheme has nothing to try.")
+                layer.start_observing(candidates)
+            elif input_format is not None:
+                layer.expect_input(input_format)
+            skeletons[name] = layer
+    replace_modules(model, skeletons)
+
+
+def describe_layers(model: nn.Module) -> list[dict]:
+    """Formats of all quantized layers, grouped: `[{"weight": …, "input": … | None | "observing", "modules": […]}]`."""
+    groups: dict[tuple[str, str | None], list[str]] = {}
+    for name, layer in quant_layers(model):
+        state = "observing" if layer.observing else (layer.input_format.name if layer.input_format else None)
+        groups.setdefault((layer.weight_format.name, state), []).append(name)
+    return [{"weight": weight, "input": state, "modules": names} for (weight, state), names in groups.items()]
+
+
+def revert(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put float layers with decoded weights in place of all quantized ones; activations are float again."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
+    replace_modules(model, {name: layer.to_float(dtype) for name, layer in layers.items()})
+    split = {name: module for name, module in model.named_modules() if isinstance(module, SplitLayer)}
+    replace_modules(model, {name: layer.merged() for name, layer in split.items()})

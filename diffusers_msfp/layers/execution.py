@@ -1,0 +1,216 @@
+"""How a quantized layer is run: by the engine that was chosen for it, or by the reference, which defines the result."""
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration import observe
+from ..errors import UnsupportedError
+from ..numerics import Codes, QParams, decode, fake_quantize, select, unpack
+from ..numerics.rounding import require_finite
+from ..numerics.route import Route
+from .incoming import check_incoming
+from .prepared import Engine, Prepared
+from .stored import FORMATS_TENSOR, OBSERVED, PACKED_WEIGHT, StoredTensors
+from .transplant import float_layer
+
+
+class Execution(StoredTensors):
+    """Abstract base of `QuantLayer`: the two quantizers and the forward pass."""
+
+    prepared: Prepared | None = None
+
+    # ── engines ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def use_engine(self, engine: Engine | None) -> None:
+        """Run by this engine from now on; None for the reference."""
+        self.engine = engine
+        self.changed()
+
+    def changed(self) -> None:
+        """Drop what an engine made ready; the next call makes it anew."""
+        self.__dict__.pop("prepared", None)
+
+    def prepare(self) -> None:
+        """Let the engine make the layer ready now, where it can; a call does it otherwise, but not while compiling."""
+        if self.engine is not None and not self.observing and not self.packed_weight.is_meta:
+            self.__dict__["prepared"] = self.engine.prepare(self)
+
+    def ready(self, x: Tensor) -> Prepared | None:
+        """The layer as its engine made it ready; None where the reference must run: to observe, or for gradients."""
+        if self.engine is None or self.observing or (torch.is_grad_enabled() and self._wants_gradients(x)):
+            return None
+        if self.prepared is None and not torch.compiler.is_compiling():
+            self.prepare()
+        return self.prepared
+
+    def _wants_gradients(self, x: Tensor) -> bool:
+        return x.requires_grad or any(tensor.requires_grad for tensor in self.parameters())
+
+    def before_move(self, fn) -> None:
+        """What an engine made ready stays behind when the model is moved or cast."""
+        self.changed()
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+
+    def take_state(self, state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        """Of a state of the same formats, what is stored as tensors; codes may have the name that they have in files.
+
+        Raises:
+            CheckpointError: see `check_incoming`.
+        """
+        check_incoming(self, state, prefix)
+        own = {key: value for key, value in state.items() if key.startswith(prefix)}
+        own.pop(prefix + FORMATS_TENSOR, None)
+        for name in OBSERVED:
+            if (value := own.pop(prefix + name, None)) is not None:
+                self.load_observed(name, value)
+        if (codes := own.pop(f"{prefix}weight", None)) is not None:
+            own[prefix + PACKED_WEIGHT] = codes
+        return own
+
+    def after_state(self) -> None:
+        """What an engine made ready of the old state goes."""
+        self.changed()
+
+    def __getstate__(self) -> dict:
+        """For copies and pickles: without what an engine made ready."""
+        return {key: value for key, value in self.__dict__.items() if key != "prepared"}
+
+    # ── the reference ────────────────────────────────────────────────────────────────────────────────────────
+
+    def weight_qparams(self) -> QParams:
+        """Scale `(C, 1)`: of the weight as a matrix."""
+        scale = self.weight_scale[:, None]
+        return QParams.unchecked(self.weight_format, scale, torch.zeros_like(scale))
+
+    def input_qparams(self, adapter: int | Tensor = 0) -> QParams:
+        """Scale and zero point of shape `()`; those of the adapters while adapters beside the weight are in use.
+
+        Args:
+            adapter (`int` or `Tensor`): which adapter's, or which parameter set; a tensor `(B,)` gives shape `(B,)`.
+        """
+        owner = self.adapters if self.adapters is not None and self.routing.strength else self
+        scale, zero_point = owner.input_scale, owner.input_zero_point
+        if scale.ndim:
+            scale, zero_point = select(scale, adapter), select(zero_point, adapter)
+        return QParams.unchecked(self.input_format, scale, zero_point)
+
+    def dequantize_weight(self, bank: int | Tensor = 0) -> Tensor:
+        """One bank's weight as the layer uses it: float32, `logical_shape`."""
+        codes = unpack(self.packed_bank(bank), self.weight_format.bits, self.matrix_shape[1])
+        return decode(codes, self.weight_qparams()).view(self.logical_shape)
+
+    def decode_whole(self) -> Tensor:
+        """See `PackedLayer`; of one bank, for several are no single weight."""
+        if self.num_banks > 1:
+            raise UnsupportedError(
+                f"`{self.place}` must have one weight, but adapters are merged into {self.num_banks}: there is none to "
+                f"read. Fine-tune with `placement='side'` to keep one."
+            )
+        return self.dequantize_weight()
+
+    def float_copy(self) -> nn.Module:
+        """See `PackedLayer`; its input stays float."""
+        if self.adapters is not None or self.recall is not None:
+            raise UnsupportedError(
+                f"`{self.place}` cannot be trained as a whole: timestep-aware adapters or stored features belong to "
+                f"it. Leave it out of `modules_to_save` and `target_modules`, or unload them first."
+            )
+        return float_layer(self, self.float_class)
+
+    def quantize_input(self, x: Tensor, adapter: int | Tensor = 0) -> Tensor:
+        """The input as the layer uses it, float32: observed, fake-quantized, or as it is."""
+        if self.observing:
+            observe(self.observation, x, self.place)
+        elif self.input_format is not None:
+            require_finite(x, f"The input of layer `{self.place}`")
+            qparams = self.input_qparams(adapter)
+            if qparams.scale.ndim:  # a set for each row
+                parts = (part.view(-1, *[1] * (x.ndim - 1)) for part in (qparams.scale, qparams.zero_point))
+                qparams = QParams.unchecked(qparams.format, *parts)
+            return fake_quantize(x.to(torch.float32), qparams)
+        return x.to(torch.float32)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Quantize the input, multiply by the weight, return the dtype that the float layer would.
+
+        Args:
+            input (`Tensor`): float, or the `Codes` that `takes_codes` said the layer would take.
+
+        Raises:
+            UnsupportedError: integers or complex numbers; tracing by `torch.jit`.
+        """
+        x = input
+        if torch.jit.is_tracing():
+            raise UnsupportedError(
+                f"`torch.jit.trace` cannot record `{self.place}`, which is quantized. Use `torch.export.export` or "
+                f"`torch.compile`, or trace what `model.dequantize()` gives."
+            )
+        if isinstance(x, Codes):
+            if x.reader is self and self.prepared is not None:
+                return self.prepared.from_codes(x)
+            x = x.decoded()
+        if not x.is_floating_point():
+            raise UnsupportedError(
+                f"Layer `{self.place}` reads floating-point inputs, but {x.dtype} came. Cast the input to the model's "
+                f"dtype, {self.weight.dtype}, first."
+            )
+        if self.recall is not None:
+            return self.recall.recall(self.routing.route(), x, self._forward)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if self.num_sets:
+            route = self.routing.route()
+            if torch.compiler.is_compiling():  # a set for each row: no need to compute all
+                return self.run(x, 0, Route.rows(route.index, x.shape[0])).to(result_dtype(x))
+            return route.apply(lambda rows, index: self.run(rows, 0, index), x, self.num_sets).to(result_dtype(x))
+        if self.num_banks == 1 and not self._beside:
+            return self.run(x).to(result_dtype(x))
+
+        def run(rows: Tensor, adapter: int | Tensor) -> Tensor:
+            if not self._beside:
+                return self.run(rows, adapter, adapter)
+            correction = self.adapters(self, rows.to(torch.float32), adapter)
+            return self.run(rows, 0, adapter) + correction * self.routing.strength
+
+        num_adapters = self.adapters.num_adapters if self._beside else self.num_banks
+        return self.routing.route(self.group).apply(run, x, num_adapters).to(result_dtype(x))
+
+    def run(self, x: Tensor, bank: int | Tensor = 0, adapter: int | Tensor = 0) -> Tensor:
+        """The layer with one bank and the input's parameters of one adapter or set, by its engine.
+
+        Args:
+            adapter (`int` or `Tensor`): a tensor `(B,)`, while compiling only, has the set of each row of `x`.
+        """
+        prepared = self.ready(x)
+        if prepared is not None:
+            return prepared(x, bank, adapter)
+        bias = None if self.bias is None else self.bias.to(torch.float32)
+        return self.compute(self.quantize_input(x, adapter), self.dequantize_weight(bank), bias)
+
+    @property
+    def _beside(self) -> bool:
+        return self.adapters is not None and bool(self.routing.strength)
+
+    def _adapter_of_codes(self) -> int | None:
+        if self._beside:
+            return None
+        alone = self.num_banks == 1 and not self.num_sets
+        return 0 if alone else self.routing.route(self.group).uniform
+
+    def takes_codes(self, x: Tensor) -> int | None:
+        """The adapter or set for whose grid another layer may quantize this one's input; None if it must give floats.
+
+        Args:
+            x (`Tensor`): what the other layer starts from.
+        """
+        apart = self.training or torch.compiler.is_compiling()  # dropout may be active; the compiler fuses by itself
+        apart = apart or result_dtype(x) != x.dtype
+        return self._adapter_of_codes() if not apart and getattr(self.ready(x), "reads_codes", False) else None
+
+
+def result_dtype(x: Tensor) -> torch.dtype:
+    """What a float layer makes of this input: its dtype, or that of autocast."""
+    device = x.device.type
+    cast = x.dtype != torch.float64 and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if cast else x.dtype

@@ -1,0 +1,79 @@
+"""What a quantized model and its teacher must be before anything is learned."""
+
+import torch
+from torch import Tensor, nn
+
+from ..compat.peft import is_wrapped
+from ..errors import ConfigError, ShapeError
+from ..layers import QuantLayer
+from ..layers.split import whole_name
+from ..sampling.observation import calibration_state
+from ..sampling.timestep import require_timesteps
+from .routes import routing_of
+
+
+def check_student(model: nn.Module, teacher: nn.Module, *, learns: bool = True) -> None:
+    """Refuse what cannot be changed with a teacher's help, before anything is changed.
+
+    Args:
+        model (`ModelMixin`): quantized.
+        teacher (`nn.Module`): the float model it was quantized from.
+        learns (`bool`): by gradients.
+
+    Raises:
+        ConfigError: the model is still observing, is float16, has adapters, or cannot take what the teacher takes.
+        ShapeError: the teacher is another model.
+    """
+    if type(model) is not type(teacher):
+        raise ShapeError(
+            f"The teacher must be the model that was quantized, a {type(model).__name__}, but "
+            f"{type(teacher).__name__} came."
+        )
+    if any(isinstance(module, QuantLayer) for module in teacher.modules()):
+        raise ConfigError("The teacher must be the full-precision original, but a quantized model came.")
+    require_timesteps(model)
+    if learns and model.dtype == torch.float16:
+        raise ConfigError(
+            "Gradients of float16 models underflow, but this one is float16. Load it with "
+            "`torch_dtype=torch.float32` or `torch.bfloat16`."
+        )
+    if learns:
+        require_takes(model, teacher)
+    if calibration_state(model) == "observing":
+        raise ConfigError("Only a calibrated model can be fine-tuned, but this one observes: call `calibrate(pipe)`.")
+    if routing_of(model) is not None:
+        raise ConfigError("This model has adapters already. Start from the checkpoint that `quantize` wrote.")
+    if any(is_wrapped(name) for name, _ in model.named_modules()):
+        raise ConfigError("Users' adapters must be unloaded before fine-tuning, but this model has some.")
+
+
+def require_takes(model: nn.Module, teacher: nn.Module) -> None:
+    """Refuse a model that cannot be called with what its teacher was called with.
+
+    Raises:
+        ConfigError: it is bfloat16 and the teacher is not.
+    """
+    if model.dtype == torch.bfloat16 and teacher.dtype != torch.bfloat16:
+        raise ConfigError(
+            f"The quantized model is shown what its teacher reads, but it is bfloat16 and the teacher "
+            f"{str(teacher.dtype).removeprefix('torch.')}. Load the quantized model in float32, or both in bfloat16."
+        )
+
+
+def original_weight(teacher: nn.Module, layer: QuantLayer) -> Tensor:
+    """The float weight that a layer was quantized from.
+
+    Raises:
+        ConfigError: the teacher has no such layer.
+        ShapeError: its weight has another shape.
+    """
+    place, columns = whole_name(layer.place, layer), getattr(layer, "columns", slice(None))
+    try:
+        weight = teacher.get_submodule(place).weight.detach()
+    except AttributeError as error:
+        raise ConfigError(
+            f"The teacher must be the model that was quantized, but {type(teacher).__name__} has no layer `{place}`."
+        ) from error
+    weight = weight[:, columns]
+    layer.check_original(weight)
+    return weight

@@ -1,0 +1,67 @@
+"""Denoising-factor alignment (DFA): an error counts as much as the sampler uses the output at that timestep.
+
+`L_t = gamma_t * MSE(teacher, student)` with the denoising factor `gamma_t`, the coefficient with which the model's
+output enters the next sample (arXiv 2505.21591, as reconstructed: first power; which closed form the paper takes and
+whether it normalises was not found). Here it is normalised to mean 1 over the sampler's steps, so that learning rates
+keep their meaning.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+
+
+def ddpm_factor(alphas_cumprod: Tensor) -> Tensor:
+    """`(1 - alpha_t) / (sqrt(alpha_t) * sqrt(1 - abar_t))` of ancestral DDPM for epsilon; `(T,)` → `(T,)`."""
+    alphas = alphas_cumprod / torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+    return (1 - alphas) / (alphas.sqrt() * (1 - alphas_cumprod).sqrt())
+
+
+def ddim_factor(abar: Tensor, abar_previous: Tensor, eta: float = 0.0) -> Tensor:
+    """`|sqrt(1 - abar_s - sigma^2) - sqrt(abar_s (1 - abar_t) / abar_t)|` of DDIM for epsilon, step t → s.
+
+    Args:
+        abar, abar_previous (`Tensor`, same shape): cumulative products of alpha at t and at s.
+        eta (`float`): 0 deterministic, 1 as noisy as DDPM.
+    """
+    variance = (1 - abar_previous) / (1 - abar) * (1 - abar / abar_previous) * eta**2
+    direct = (1 - abar_previous - variance).clamp_min(0).sqrt()
+    return (direct - (abar_previous * (1 - abar) / abar).sqrt()).abs()
+
+
+def loss_weights(factors: Mapping[float, float], exponent: float = 1.0, floor: float = 0.0) -> dict[float, float]:
+    """Weight of each timestep's error: `max(gamma, floor * mean) ** exponent`, normalised to mean 1.
+
+    Args:
+        factors (`Mapping[float, float]`): timestep → denoising factor, see `sampling.denoising_factor`.
+        exponent (`float`): 1 as in the paper's summaries, 2 for exact squared errors of one step, 0 for no weighting.
+        floor (`float`): smallest factor as a share of the mean; protects the last step.
+
+    Raises:
+        ConfigError: no factor is positive, or a negative exponent or floor.
+
+    Example:
+        >>> loss_weights({999.0: 3.0, 0.0: 1.0})
+        {999.0: 1.5, 0.0: 0.5}
+    """
+    if exponent < 0 or floor < 0:
+        raise ConfigError(f"Exponent and floor of the denoising factor must be ≥ 0, but {exponent} and {floor} came.")
+    values = torch.tensor(list(factors.values()), dtype=torch.float64)
+    if not len(values) or not torch.isfinite(values).all() or values.sum() <= 0:
+        raise ConfigError(f"Denoising factors must be finite and positive somewhere, but {dict(factors)} came.")
+    weights = (values / values.mean()).clamp_min(floor) ** exponent
+    return dict(zip(factors, (weights / weights.mean()).tolist(), strict=True))
+
+
+def squared_error(output: Tensor, target: Tensor, *, relative: bool = False) -> Tensor:
+    """Mean squared error of each sample in float32, `(B, …)` → `(B,)`.
+
+    Args:
+        relative (`bool`): divide by the mean square of the whole target.
+    """
+    target = target.to(torch.float32)
+    error = (output.to(torch.float32) - target).square().flatten(1).mean(1)
+    return error / target.square().mean().clamp_min(1e-12) if relative else error

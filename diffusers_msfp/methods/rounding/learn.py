@@ -1,0 +1,239 @@
+"""Learned rounding of a whole model: part after part, each from what the parts before it really hand on.
+
+Inputs come from the quantized model with all earlier parts done, targets from the full-precision model (BRECQ, arXiv
+2102.05426, with AdaRound on floating-point grids as in arXiv 2408.06995), both along the teacher's own trajectories
+with many timesteps in a batch. The hardened weight with the least error on examples kept apart is stored, so a part
+never gets worse there than nearest rounding.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...compat.wrappers import seen_through, sees_through
+from ...errors import ConfigError, NonFiniteError
+from ...layers import QuantLayer
+from ...layers.convert import layers_by_name, prepare_layers
+from ...numerics import unpack
+from ...sampling.calls import call_arguments
+from ...sampling.denoisers import by_denoiser, denoiser_of, each_quantized, scheduler_of, work_folders
+from ...sampling.trajectory import Trajectories
+from ...sampling.used_output import used_channels
+from ...schemes import check_patterns, matches
+from ..blocks import reconstruction_units
+from ..checks import check_student, original_weight
+from ..routes import maintained_layers
+from ..runs import plain_config
+from . import annealed_exponent
+from .config import RoundingConfig
+from .folder import RoundingFolder
+from .parts import Examples, Part
+
+EVALUATIONS = 10
+HELD_OUT = 8  # one of so many examples judges and does not teach
+
+
+class Reconstructor:
+    """One run of learned rounding; `learn_rounding` is the short form. Arguments are the same."""
+
+    @sees_through
+    def __init__(
+        self,
+        pipe,
+        teacher,
+        config: RoundingConfig | None = None,
+        *,
+        work_dir: str | Path | None = None,
+        prompts: list[str] | None = None,
+        on_part: Callable[[int, int, str], None] | None = None,
+        **arguments,
+    ) -> None:
+        self.config, self.on_part = config or RoundingConfig(), on_part
+        self._before: dict[str, tuple[Tensor, Tensor]] = {}
+        view, *others = each_quantized(pipe, teacher).values()
+        if others:
+            raise ConfigError(
+                f"One denoiser is rounded at a time, but {type(pipe).__name__} has several quantized ones. Call "
+                f"`learn_rounding(pipe, teacher)`, which takes one after the other."
+            )
+        pipe, teacher = view
+        config, self.model, self.teacher = self.config, denoiser_of(pipe), denoiser_of(teacher)
+        check_student(self.model, self.teacher)
+        maintained = maintained_layers(self.model)
+        layers = {name: layer for name, layer in layers_by_name(self.model).items() if name not in maintained}
+        if not layers:
+            raise ConfigError(
+                "Learned rounding needs layers without input parameters for each timestep, but all layers of this "
+                "model have some. Learn rounding first, then maintain temporal features with `fsc='all'`."
+            )
+        check_patterns(config.exclude, list(layers), "exclude")
+        self.originals = {
+            name: original_weight(self.teacher, layer)
+            for name, layer in layers.items()
+            if not any(matches(pattern, name) for pattern in config.exclude)
+        }
+        inputs = prompts, arguments, plain_config(scheduler_of(teacher))
+        self.folder = RoundingFolder(work_dir, self.model, self.teacher, config, *inputs)
+        make_arguments = call_arguments(teacher, prompts, config.num_inference_steps, arguments)
+        batch = min(config.batch_size, config.num_samples)
+        trajectories = Trajectories(teacher, make_arguments, batch, config.seed)
+        self.steps = [trajectories[number] for number in range(config.num_samples // batch)]
+        self.used = used_channels(teacher, self.teacher, self.steps[0].args, self.steps[0].kwargs)
+        found = reconstruction_units(self.model, self.steps[0], layerwise=config.granularity == "layer")
+        chosen = {name: [key for key in inner if key in self.originals] for name, inner in found.items()}
+        self.parts = {name: inner for name, inner in chosen.items() if inner}
+        if not self.parts:
+            raise ConfigError(f"Some layer must be left to learn, but `exclude` {list(config.exclude)} matches all.")
+
+    def run(self) -> dict:
+        """Learn, part by part, and store the weights; see `learn_rounding`."""
+        started, layers = time.perf_counter(), layers_by_name(self.model)
+        layers = {key: layers[key] for inner in self.parts.values() for key in inner}
+        before = {
+            key: (layer.packed_weight.detach().clone(), layer.weight_error.clone()) for key, layer in layers.items()
+        }
+        self._before = before
+        required = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        self.model.requires_grad_(False)
+        records = []
+        try:
+            for number, (name, inner) in enumerate(self.parts.items()):
+                own = {key: layers[key] for key in inner}
+                record = self.folder.load(number, own)
+                if record is None:
+                    with seen_through(self.model, self.teacher):
+                        weights, record = self._learn(number, name, inner)
+                    for key, weight in weights.items():
+                        own[key].store_banks([weight], self.originals[key].to(torch.float32))
+                    self.folder.save(number, own, record)
+                records.append(record)
+                if self.on_part is not None:
+                    self.on_part(number + 1, len(self.parts), name)
+        except BaseException:
+            self.restore()
+            raise
+        finally:
+            for parameter, needed in required:
+                parameter.requires_grad_(needed)
+        prepare_layers(self.model)
+        return {"parts": records, "seconds": time.perf_counter() - started} | _summary(layers, before, self.originals)
+
+    def restore(self) -> None:
+        """Give the layers the weights that they had before `run`."""
+        layers = layers_by_name(self.model)
+        for key, (weight, error) in self._before.items():
+            layers[key].put_weight(weight, error)
+        prepare_layers(self.model)
+
+    def _learn(self, number: int, name: str, inner: list[str]) -> tuple[dict[str, Tensor], dict]:
+        """The rounded weights of one part, and what became of it."""
+        config, originals = self.config, {key: self.originals[key] for key in inner}
+        options = {"scale_aware": config.scale_aware, "used": self.used}
+        part = Part(self.model, name, originals, **options)  # first: it is handed no codes
+        try:
+            memory = config.memory_mb * 2**20
+            examples = Examples.collect(self.model, self.teacher, name, self.steps, memory, self.used)
+            generator = torch.Generator().manual_seed(config.seed + number)
+            order = torch.randperm(len(examples), generator=generator)
+            held_out = max(1, len(order) // HELD_OUT)
+            judging, learning = order[:held_out].split(config.batch_size), order[held_out:]
+            learning = learning if len(learning) else order
+            start = least = part.hard_loss(examples, judging)
+            best, since, done = part.hard_weights(), 0, 0
+            optimizer = torch.optim.Adam(part.logits(), lr=config.learning_rate)
+            every = max(1, config.iterations // EVALUATIONS)
+            while done < config.iterations and since < config.patience and start > 0:
+                rows = learning[torch.randint(len(learning), (config.batch_size,), generator=generator)]
+                loss = part.loss(*examples.batch(rows)) / start
+                exponent = annealed_exponent(done / config.iterations)
+                if exponent is not None and config.penalty:
+                    loss = loss + config.penalty * part.penalty(exponent)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                done += 1
+                if done % every == 0 or done == config.iterations:
+                    error, since = part.hard_loss(examples, judging), since + 1
+                    if error < least:
+                        least, best, since = error, part.hard_weights(), 0
+        finally:
+            part.close()
+        if not all(torch.isfinite(torch.tensor([start, least]))):
+            raise NonFiniteError(f"The outputs of `{name}` must be finite, but NaN or infinity came.")
+        counts = {"layers": len(inner), "examples": len(examples), "iterations": done}
+        return best, {"part": name, **counts, "before": start, "after": least}
+
+
+def _summary(layers: dict[str, QuantLayer], before: dict, originals: dict[str, Tensor]) -> dict:
+    """What became of the weights of all layers."""
+    weights = changed = zeros = zeros_before = 0
+    ratios = []
+    for key, layer in layers.items():
+        (rows, length), bits = layer.matrix_shape, layer.weight_format.bits
+        then, now = (unpack(packed.view(rows, -1), bits, length) for packed in (before[key][0], layer.packed_weight))
+        weights += now.numel()
+        changed += int((now != then).sum())
+        zeros_before += int((then == 0).sum())  # -0 is never stored
+        zeros += int((now == 0).sum())
+        amax = originals[key].to(torch.float32).flatten(1).abs().amax(1)
+        ratios.append((layer.weight_qparams().maxval[:, 0] / amax)[amax > 0])
+    return {
+        "weights": weights,
+        "changed": changed / weights,
+        "sparsity_before": zeros_before / weights,
+        "sparsity": zeros / weights,
+        "maxval_over_amax": torch.cat(ratios).mean().item(),
+    }
+
+
+@sees_through
+def learn_rounding(pipe, teacher, config: RoundingConfig | None = None, **arguments) -> dict:
+    """Learn, in place, which way the weights of a quantized pipeline's denoisers round.
+
+    Formats, scales and activation ranges stay; no byte is added and nothing changes at run time. Layers that temporal
+    maintenance has rounded already keep what it gave them.
+
+    Args:
+        pipe (`DiffusionPipeline`): quantized and calibrated, without adapters.
+        teacher (`DiffusionPipeline`): the full-precision original; its scheduler draws the examples.
+        config (`RoundingConfig`, *optional*): settings.
+        work_dir (`str` or `Path`, *optional*): keeps finished parts; a run found there is resumed.
+        prompts (`list[str]`, *optional*): taken in turn where the pipeline takes prompts.
+        on_part (`Callable[[int, int, str], None]`, *optional*): called after each part with (done, total, name).
+        **arguments: passed on to the pipeline, e.g. `guidance_scale=…`.
+
+    Returns:
+        `dict`: `parts` (each with `part`, number of `layers`, `examples` and `iterations`, and the mean squared error
+        of the part's output on examples kept apart `before` and `after`), `seconds`, `weights` (their number),
+        `changed` (share of weights no longer rounded to nearest), `sparsity` and `sparsity_before` (share of exact
+        zeros) and `maxval_over_amax` (mean over channels: sparsity depends on where the range search clips). For each
+        denoiser by name where several are quantized.
+
+    Raises:
+        ConfigError: settings or pipelines that do not fit; nothing is changed then.
+
+    Source:
+        arXiv 2408.06995 section V-B, as reconstructed; see `SoftRounding`.
+
+    Example:
+        ```py
+        pipe = DiffusionPipeline.from_pretrained("model-w4a8")
+        learn_rounding(pipe, DiffusionPipeline.from_pretrained("model"))
+        pipe.save_pretrained("model-w4a8-rounded")
+        ```
+    """
+    views = each_quantized(pipe, teacher)
+    work_dir = arguments.pop("work_dir", None)
+    folders = work_folders(work_dir, views)
+    runs = {
+        name: Reconstructor(*view, config, work_dir=folders[name], **arguments) for name, view in views.items()
+    }  # all are checked before the first changes anything
+    try:
+        return by_denoiser({name: run.run() for name, run in runs.items()})
+    except BaseException:
+        for run in runs.values():
+            run.restore()
+        raise

@@ -1,0 +1,57 @@
+"""What stands on a model and follows the timestep, by name, and the hook that tells it the timestep of a call."""
+
+from torch import nn
+
+from ..compat.torch import remove_pre_hooks
+from ..compat.wrappers import forget_compiled
+from ..errors import ConfigError
+from ..sampling.timestep import TimestepArgument
+
+ROUTER = "timestep_router"
+"""Where a model has `talora.RoutingTable`."""
+FINITE_SET = "temporal_set"
+"""Where a model has `temporal.FiniteSet`."""
+
+
+class RouteHook:
+    """Forward pre-hook that looks up the choices of the coming call.
+
+    Args:
+        argument (`TimestepArgument`): where the model takes its timestep.
+        place (`str`): where the model has what knows them.
+    """
+
+    def __init__(self, argument: TimestepArgument, place: str) -> None:
+        self.argument, self.place = argument, place
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Enter the call's timestep."""
+        timestep = self.argument.of(args, kwargs)
+        if timestep is None:
+            raise ConfigError(
+                f"{type(model).__name__} has layers that follow the timestep, so each call must have a `timestep`, but "
+                f"none came."
+            )
+        getattr(model, self.place).enter(timestep)
+
+
+def remove_route_hooks(model: nn.Module, place: str) -> None:
+    """Look up nothing at this place any more."""
+    if remove_pre_hooks(model, lambda hook: isinstance(hook, RouteHook) and hook.place == place):
+        forget_compiled()
+
+
+def routing_of(model: nn.Module) -> nn.Module | None:
+    """The model's `RoutingTable`; None without adapters."""
+    return getattr(model, ROUTER, None)
+
+
+def finite_set_of(model: nn.Module) -> nn.Module | None:
+    """The model's `FiniteSet`; None without temporal maintenance."""
+    return getattr(model, FINITE_SET, None)
+
+
+def maintained_layers(model: nn.Module) -> set[str]:
+    """Names of the layers that temporal maintenance has rounded or given parameters for each timestep."""
+    record = model.config.quantization_config.temporal or {}
+    return {*record.get("block", ()), *record.get("sets", ())}

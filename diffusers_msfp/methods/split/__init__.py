@@ -1,0 +1,1 @@
+"""Shortcut splitting after Q-Diffusion."""

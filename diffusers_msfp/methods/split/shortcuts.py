@@ -1,0 +1,235 @@
+"""Split the layers that read a concatenation, so that each of its tensors gets a format and a range of its own.
+
+The up blocks of a UNet concatenate what comes from below with what a skip connection brings; the two may differ widely
+in range, and the shortcut reads both as they are (Q-Diffusion, arXiv 2302.04304, section 3.3). Such layers are found by
+experiment: in a call of the full-precision model their input is what `torch.cat` has put together along channels.
+"""
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ...calibration import observe
+from ...calibration.watch import watching_calls
+from ...compat.peft import is_wrapped
+from ...compat.wrappers import sees_through
+from ...errors import CheckpointError, ConfigError
+from ...layers import QUANT_LAYERS, QuantLayer, SplitLayer
+from ...layers.convert import layers_by_name, prepare_layers, replace_module, replace_modules
+from ...layers.split import can_split, channel_axis, split_layer
+from ...numerics.rounding import check_finite
+from ...sampling.calls import batched_calls, call_arguments, quiet, require_positive
+from ...sampling.denoisers import by_denoiser, denoiser_of, each_quantized
+from ...sampling.observation import write_record
+from ...sampling.trajectory import rollout
+from ...schemes import LayerScheme, resolve
+from ..checks import check_student, original_weight
+from ..routes import finite_set_of
+
+logger = logging.getLogger(__name__)
+
+_CONCATENATE = (torch.cat, torch.concat, torch.concatenate)
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """Settings of `split_shortcuts`.
+
+    Args:
+        num_samples (`int`): that the parts' ranges are taken from.
+        num_inference_steps (`int`): of the teacher's trajectories.
+        seed (`int`): of the samples' noise.
+
+    Raises:
+        ConfigError: a number below 1.
+    """
+
+    num_samples: int = 64
+    num_inference_steps: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_positive(num_samples=self.num_samples, num_inference_steps=self.num_inference_steps)
+
+
+@sees_through
+def split_shortcuts(
+    pipe, teacher, config: SplitConfig | None = None, *, prompts: Sequence[str] | None = None, **arguments
+) -> dict:
+    """Split, in place, every quantized layer of a pipeline's denoiser whose input is a concatenation.
+
+    Formats of the parts' weights and inputs are searched anew among those of the layer's scheme; all other layers stay
+    as they are. A layer in n parts takes n products, and n scales for each output channel.
+
+    Args:
+        pipe (`DiffusionPipeline`): quantized and calibrated, without adapters and temporal maintenance.
+        teacher (`DiffusionPipeline`): the full-precision original.
+        config (`SplitConfig`, *optional*): settings.
+        prompts (`Sequence[str]`, *optional*): taken in turn where the pipeline takes prompts.
+        **arguments: passed on to the teacher, e.g. `guidance_scale=…`.
+
+    Returns:
+        `dict`: `split` (layer → input channels of each part; empty, with a warning, where nothing is concatenated) and
+        `seconds`. For each denoiser by name where several are quantized.
+
+    Raises:
+        ConfigError: pipelines that do not fit; nothing is changed then.
+        ShapeError: the teacher is another model.
+
+    Example:
+        ```py
+        pipe = quantize_pipeline(DiffusionPipeline.from_pretrained("model"), "w4a4")
+        split_shortcuts(pipe, DiffusionPipeline.from_pretrained("model"))
+        ```
+    """
+    config, views = config or SplitConfig(), each_quantized(pipe, teacher)
+    for own, original in views.values():
+        _require_fit(denoiser_of(own), denoiser_of(original))
+    ready = {name: _split(*view, config, prompts, arguments) for name, view in views.items()}
+    return by_denoiser({name: apply() for name, apply in ready.items()})  # only now are models changed
+
+
+def _require_fit(model: nn.Module, original: nn.Module) -> None:
+    check_student(model, original, learns=False)
+    if any(is_wrapped(name) for name, _ in original.named_modules()):
+        raise ConfigError("The teacher must be without adapters, but this one has some: unload or fuse them.")
+    if finite_set_of(model) is not None:
+        raise ConfigError("Layers are split before temporal maintenance. Start from the quantized model.")
+
+
+def _split(pipe, teacher, config: SplitConfig, prompts, arguments: dict) -> Callable[[], dict]:
+    """The new layers of one denoiser; the function that is returned puts them in, and gives the verb's result."""
+    started, model, original = time.perf_counter(), denoiser_of(pipe), denoiser_of(teacher)
+    record, layers = model.config.quantization_config, layers_by_name(model)
+    make_arguments = call_arguments(teacher, prompts, config.num_inference_steps, arguments)
+    found = concatenated_inputs(original, rollout(teacher, make_arguments, 0, 1, config.seed)[0])
+    found = {name: list(sizes) for name, sizes in found.items() if name in layers}
+    if not found:
+        logger.warning(
+            "%s has no quantized layer, or none left, that reads a concatenation: nothing is split.",
+            type(model).__name__,
+        )
+    for name in found:
+        check_finite(original_weight(original, layers[name]), f"The weight of layer `{name}`")
+    split = {}
+    for name, sizes in found.items():
+        scheme = resolve(name, record.scheme, record.scheme_overrides)
+        split[name] = _quantized(original.get_submodule(name), layers[name], sizes, scheme)
+    if split:
+        calls = batched_calls(make_arguments, [original], config.num_samples, config.seed)
+        _observe(teacher, split, calls)
+        for each in split.values():
+            for part in each.children():
+                if part.observing:
+                    part.freeze()
+
+    def apply() -> dict:
+        if split:
+            replace_modules(model, split)
+            record.split = (record.split or {}) | copy.deepcopy(found)
+            write_record(model)
+            prepare_layers(model)
+        return {"split": found, "seconds": time.perf_counter() - started}
+
+    return apply
+
+
+def concatenated_inputs(model: nn.Module, step) -> dict[str, tuple[int, ...]]:
+    """Layers of a float model whose input is a concatenation along the channels, with the channels of its parts.
+
+    Args:
+        step (`DenoisingStep`): a call of the model.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    layers, made = {name: layer for name, layer in model.named_modules() if can_split(layer)}, _Concatenations()
+
+    def look(name: str, args: tuple) -> None:
+        if args and args[0].ndim > 2 and (sizes := made.sizes(args[0], channel_axis(layers[name]))):
+            found[name] = sizes
+
+    with made, torch.no_grad(), watching_calls(layers, look):
+        model(*step.args, **step.kwargs)
+    return found
+
+
+class _Concatenations(TorchFunctionMode):
+    """Remembers what was put together along which axis, from what."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: list[tuple[Tensor, int, tuple[int, ...]]] = []  # holds the tensors: their ids must stay theirs
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func in _CONCATENATE:
+            tensors = args[0] if args else kwargs["tensors"]
+            axis = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % result.ndim
+            self._made.append((result, axis, tuple(tensor.shape[axis] for tensor in tensors)))
+        return result
+
+    def sizes(self, tensor: Tensor, axis: int) -> tuple[int, ...] | None:
+        """Sizes of the tensors that this one was made from along an axis; None if it was not."""
+        for made, along, sizes in self._made:
+            if made is tensor and along == axis % made.ndim and len(sizes) > 1:
+                return sizes
+        return None
+
+
+def _quantized(original: nn.Module, layer: QuantLayer, sizes: Sequence[int], scheme: LayerScheme) -> SplitLayer:
+    """The layer in quantized parts; parts observe if the layer's input is quantized."""
+    if layer.input_format is None:
+        scheme = LayerScheme(scheme.weight, ())
+    split = split_layer(original, sizes, layer.place)
+    for index, part in enumerate(list(split.children())):
+        quantized = QUANT_LAYERS[type(part)].from_float(part, f"{layer.place}.{index}", scheme)
+        quantized.bias = layer.bias if index == 0 else None
+        quantized.use_engine(layer.engine)
+        split.add_module(str(index), quantized.to(layer.packed_weight.device))
+    return split
+
+
+def _observe(teacher, split: Mapping[str, SplitLayer], calls: list[dict]) -> None:
+    """Show the parts what the teacher's layers read."""
+
+    def look(name: str, args: tuple) -> None:
+        for part, piece in zip(split[name].children(), split[name].pieces(args[0]), strict=True):
+            if part.observing:
+                observe(part.observation, piece, part.place)
+
+    layers = {name: denoiser_of(teacher).get_submodule(name) for name in split}
+    with quiet(teacher), torch.no_grad(), watching_calls(layers, look):
+        for call in calls:
+            call.run(teacher)
+
+
+def split_skeleton(model: nn.Module, split: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Split layers of a model without weights as a checkpoint's config says.
+
+    Returns:
+        `dict[str, str]`: part → the layer that it is of.
+
+    Raises:
+        CheckpointError: a layer that the model does not have, or sizes that do not fit it.
+    """
+    parts = {}
+    for name, sizes in split.items():
+        try:
+            layer = model.get_submodule(name)
+        except AttributeError:
+            layer = None
+        counted = isinstance(sizes, list) and all(type(size) is int and size > 0 for size in sizes) and sizes
+        if not can_split(layer) or not counted or sum(sizes) != layer.weight.shape[1]:
+            raise CheckpointError(
+                f"config.json says that `{name}` of {type(model).__name__} is split into {sizes!r} input channels, but "
+                f"it cannot be: not its checkpoint."
+            )
+        replace_module(model, name, split_layer(layer, sizes, name))
+        parts |= {f"{name}.{index}": name for index in range(len(sizes))}
+    return parts

@@ -1,0 +1,140 @@
+"""The hub's part at one layer: `num_adapters` low-rank pairs.
+
+An adapter's update of the weight, seen as a matrix of output channels by everything else, is `up @ down`. For a
+convolution that is a k×k convolution to `rank` channels and a 1×1 convolution back, as in EfficientDM.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...compat.torch import StatefulModule
+from ...errors import CheckpointError
+from ...numerics import select
+
+ADAPTER_TENSORS = ("down", "up", "input_scale", "input_zero_point")
+
+
+def adapter_rank(weight_shape: tuple[int, ...], rank: int) -> int:
+    """The rank of a layer's adapters: `rank`, but at most half of the smaller channel count, and at least 1.
+
+    Args:
+        weight_shape (`tuple[int, ...]`): `(out, in / groups, *kernel)`.
+        rank (`int`): what is asked for.
+    """
+    return max(1, min(rank, min(weight_shape[:2]) // 2))
+
+
+class AdapterBank(StatefulModule):
+    """All low-rank pairs of one layer, stacked; they keep their dtype when the model is cast.
+
+    Args:
+        weight_shape (`tuple[int, ...]`): of the layer's float weight, `(out, in / groups, *kernel)`.
+        num_adapters (`int`): h.
+        rank (`int`): r.
+        quantized_input (`bool`): whether the layer's input is quantized; its parameters were trained with the adapters
+            and are kept with them, so that the layer without them is what it was.
+
+    Tensors: `down` `(h, r, in / groups, *kernel)` and `up` `(h, out, r)` of `dtype`; `input_scale` and
+    `input_zero_point` `(h,)`, float32.
+    """
+
+    def __init__(
+        self,
+        weight_shape: tuple[int, ...],
+        num_adapters: int,
+        rank: int,
+        quantized_input: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "meta",
+    ) -> None:
+        super().__init__()
+        self.weight_shape, self.num_adapters, self.rank = tuple(weight_shape), num_adapters, rank
+        out, *rest = weight_shape
+        self.down = nn.Parameter(torch.empty(num_adapters, rank, *rest, dtype=dtype, device=device))
+        self.up = nn.Parameter(torch.empty(num_adapters, out, rank, dtype=dtype, device=device))
+        self.input_scale = self.input_zero_point = None
+        if quantized_input:
+            self.keep_input(torch.ones(num_adapters, device=device), torch.zeros(num_adapters, device=device))
+        self.requires_grad_(False)
+
+    def keep_input(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Keep the input's parameters, both `(h,)` and float32."""
+        for name, value in (("input_scale", scale), ("input_zero_point", zero_point)):
+            if name in self.__dict__:
+                del self.__dict__[name]
+            self.register_buffer(name, value)
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """Random `down`, zero `up`: the layer is unchanged at first."""
+        bound = 1 / math.sqrt(math.prod(self.weight_shape[1:]))
+        drawn = torch.rand(self.down.shape, generator=generator, dtype=torch.float32)
+        self.down.copy_((2 * drawn - 1) * bound * math.sqrt(3))
+        self.up.zero_()
+
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """All adapters as one pair of rank `h * r`: `(h * r, in / groups, *kernel)` and `(out, h * r)`, float32."""
+        return self.down.float().flatten(0, 1), self.up.float().transpose(0, 1).flatten(1)
+
+    def update(self, gate: Tensor) -> Tensor:
+        """The weight's update `sum_k gate[k] * up[k] @ down[k]`; gate `(h,)` → `weight_shape`, float32."""
+        down, up = self.stacked()
+        return ((up * gate.repeat_interleave(self.rank)) @ down.flatten(1)).view(self.weight_shape)
+
+    def pair(self, adapter: int | Tensor) -> tuple[Tensor, Tensor]:
+        """`(r, in / groups, *kernel)` and `(out, r)` of one adapter, float32; views where `adapter` is a number."""
+        return select(self.down, adapter).float(), select(self.up, adapter).float()
+
+    def forward(self, layer: nn.Module, x: Tensor, adapter: int | Tensor) -> Tensor:
+        """What one adapter adds to the layer's output; `x` and the result float32.
+
+        Args:
+            layer (`nn.Module`): the quantized layer, for stride, padding and the like.
+        """
+        return self.low_rank(layer, x, *self.pair(adapter))
+
+    def cast(self, dtype: torch.dtype) -> "AdapterBank":
+        """Store the pairs in another dtype, for good."""
+        for name in ("down", "up"):
+            setattr(self, name, nn.Parameter(getattr(self, name).detach().to(dtype), requires_grad=False))
+        return self
+
+    @staticmethod
+    def low_rank(layer: nn.Module, x: Tensor, down: Tensor, up: Tensor, gate: Tensor | None = None) -> Tensor:
+        """`up(gate * down(x))` with the layer's own geometry.
+
+        Args:
+            gate (`Tensor`, `(B, h)`, *optional*): weight of each adapter for each sample, for a stacked pair.
+        """
+        if gate is not None:
+            gate = gate[..., None].expand(-1, -1, down.shape[0] // gate.shape[1]).flatten(1)  # (B, h * r)
+        if down.ndim == 2:
+            hidden = F.linear(x, down)
+            if gate is not None:
+                hidden = hidden * gate.view(len(gate), *[1] * (hidden.ndim - 2), -1)
+            return F.linear(hidden, up)
+        if layer.groups > 1:  # the pair factors the grouped weight as a matrix, not a grouped pair of convolutions
+            if gate is None:
+                return layer.compute(x, (up @ down.flatten(1)).view(up.shape[0], *down.shape[1:]), None)
+            return torch.cat([AdapterBank.low_rank(layer, x[i : i + 1], down, up * row) for i, row in enumerate(gate)])
+        hidden = layer.compute(x, down, None)  # (B, r, …)
+        if gate is not None:
+            hidden = hidden * gate.view(*gate.shape, *[1] * (hidden.ndim - 2))
+        return torch.einsum("or,br...->bo...", up, hidden)
+
+    def check(self, place: str) -> None:
+        """Refuse values that no training could have written.
+
+        Raises:
+            CheckpointError: NaN or infinity, a scale ≤ 0, a positive zero point.
+        """
+        for name, tensor in self.state_dict().items():
+            bad = not torch.isfinite(tensor).all() or (name == "input_scale" and (tensor <= 0).any())
+            if bad or (name == "input_zero_point" and (tensor > 0).any()):
+                raise CheckpointError(
+                    f"`{place}.adapters.{name}` must be finite (a scale > 0, a zero point ≤ 0), but it is not: damaged "
+                    f"file."
+                )

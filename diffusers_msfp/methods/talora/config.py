@@ -1,0 +1,128 @@
+"""Settings of a fine-tuning run, and what changes over its course."""
+
+import random
+from dataclasses import asdict, dataclass
+
+from ...errors import ConfigError
+from ...sampling.calls import require_positive
+from ...schemes import as_patterns
+from . import PLACEMENTS
+from .plan import MAX_ADAPTERS
+
+DEFAULT_UPDATES = 2000
+WARM_UP = 20  # updates over which the learning rates rise
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How to fine-tune. The defaults are ours, measured on the package's model; those of the paper were not found.
+
+    Args:
+        num_adapters (`int`): h; 1 is a single LoRA (EfficientDM), without a router.
+        rank (`int`, *optional*): largest rank; narrow layers get less, see `adapter_rank`. 8 beside the weights, 32 for
+            merged adapters, whose rank costs nothing at run time.
+        placement (`str`): `"side"`, the better one at equal bytes on the package's model, or `"merged"`.
+        router_groups (`tuple[str, ...]`): glob patterns of layer groups that choose on their own.
+        num_inference_steps (`int`): of the trajectories.
+        batch_size (`int`): samples of a batch, over all processes, each at a timestep of its own.
+        gradient_accumulation_steps (`int`): batches per update.
+        train_steps (`int`, *optional*): updates; 2000 if `minutes` is not given either.
+        minutes (`float`, *optional*): instead, as many updates as fit, measured over the first ones.
+        learning_rate (`float`): peak of the adapters, in steps of their layer's weight grid per update.
+        activation_learning_rate (`float`): peak of the logarithm of activation scales, and of zero points relative to
+            them.
+        router_learning_rate (`float`): peak of the router. All with AdamW and linear decay.
+        weight_decay (`float`): of the adapters.
+        denoising_factor_exponent (`float`): 1 weighs the loss by the denoising factor (DFA), 0 does not.
+        denoising_factor_floor (`float`): smallest factor as a share of the mean.
+        balance (`float`): weight of the router's load-balance loss.
+        exploration (`float`): scale of the Gumbel noise on the router's choice, gone after half of the updates.
+        ema_decay (`float`): of an exponential moving average that takes the adapters' place at the end; 0 is none.
+        mixed_precision (`str`): `"no"` or `"bf16"`.
+        gradient_checkpointing (`bool`): recompute activations instead of keeping them.
+        blockwise (`bool`): train block after block, for models whose activations do not fit.
+        checkpoint_every (`int`): updates between checkpoints.
+        preview_every (`int`): updates between preview pictures; 0 is none.
+        seed (`int`): of everything.
+
+    Raises:
+        ConfigError: a value that makes no sense.
+    """
+
+    num_adapters: int = 2
+    rank: int | None = None
+    placement: str = "side"
+    router_groups: tuple[str, ...] = ()
+    num_inference_steps: int = 20
+    batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    train_steps: int | None = None
+    minutes: float | None = None
+    learning_rate: float = 0.1
+    activation_learning_rate: float = 5e-3
+    router_learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    denoising_factor_exponent: float = 1.0
+    denoising_factor_floor: float = 0.25
+    balance: float = 0.01
+    exploration: float = 0.0
+    ema_decay: float = 0.0
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
+    blockwise: bool = False
+    checkpoint_every: int = 100
+    preview_every: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "router_groups", as_patterns(self.router_groups))
+        if self.rank is None:
+            object.__setattr__(self, "rank", 32 if self.placement == "merged" else 8)
+        counts = ("num_adapters", "rank", "num_inference_steps", "batch_size", "gradient_accumulation_steps")
+        require_positive(**{name: getattr(self, name) for name in (*counts, "checkpoint_every")})
+        if self.train_steps is not None and self.minutes is not None:
+            raise ConfigError("`train_steps` and `minutes` exclude each other, but both came.")
+        if self.train_steps is not None:
+            require_positive(train_steps=self.train_steps)
+        if self.minutes is not None and not self.minutes > 0:
+            raise ConfigError(f"`minutes` must be above 0, but {self.minutes} came.")
+        if self.num_adapters > MAX_ADAPTERS:
+            raise ConfigError(f"`num_adapters` must be at most {MAX_ADAPTERS}, but {self.num_adapters} came.")
+        for name, choices in (("placement", PLACEMENTS), ("mixed_precision", ("no", "bf16"))):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"`{name}` must be one of {', '.join(choices)}, but {getattr(self, name)!r} came.")
+        rates = ("learning_rate", "activation_learning_rate", "router_learning_rate", "weight_decay", "balance")
+        for name in (*rates, "exploration", "denoising_factor_exponent", "denoising_factor_floor", "preview_every"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"`{name}` must be finite and ≥ 0, but {getattr(self, name)} came.")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"`ema_decay` must lie in [0, 1), but {self.ema_decay} came.")
+
+    def to_dict(self) -> dict:
+        """In types that JSON knows."""
+        return asdict(self) | {"router_groups": list(self.router_groups)}
+
+
+def learning_rate_factor(update: int, total: int) -> float:
+    """Linear warm-up, then linear decay to 0 at `total`."""
+    return min(1.0, (update + 1) / WARM_UP) * max(0.0, 1 - update / max(1, total))
+
+
+def exploration_factor(update: int, total: int) -> float:
+    """From 1 down to 0 in the first half."""
+    return max(0.0, 1 - 2 * update / max(1, total))
+
+
+def block_at(blocks: dict[str, int], update: int, total: int) -> str:
+    """The block whose turn it is; each has a share of the updates by its number of layers."""
+    reached = update / max(1, total) * sum(blocks.values())
+    for name, layers in blocks.items():
+        reached -= layers
+        if reached < 0:
+            return name
+    return next(reversed(blocks))
+
+
+def example_seed(seed: int, example: int) -> int:
+    """A seed for the noise of one example."""
+    return random.Random(f"{seed}:{example}").getrandbits(63)

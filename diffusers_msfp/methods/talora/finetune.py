@@ -1,0 +1,34 @@
+"""`finetune`: every quantized denoiser of a pipeline, one after the other."""
+
+from ...compat.wrappers import sees_through
+from ...sampling.denoisers import by_denoiser, each_quantized, work_folders
+from .config import FinetuneConfig
+from .finetuner import Finetuner
+
+
+@sees_through
+def finetune(pipe, teacher, config: FinetuneConfig | None = None, **arguments) -> dict:
+    """Fine-tune a quantized pipeline in place, with timestep-aware adapters (TALoRA) and an aligned loss (DFA).
+
+    Arguments are those of `Finetuner`, the result is that of `Finetuner.run`, for each denoiser by name where several
+    are quantized; these learn one after the other.
+
+    Raises:
+        MSFPError: settings or pipelines that do not fit; nothing is changed then.
+
+    Example:
+        ```py
+        pipe = DiffusionPipeline.from_pretrained("model-w4a4")
+        finetune(pipe, DiffusionPipeline.from_pretrained("model"), FinetuneConfig(minutes=30))
+        pipe.save_pretrained("model-w4a4-talora")
+        ```
+    """
+    views, on_preview = each_quantized(pipe, teacher), arguments.pop("on_preview", None)
+    folders = work_folders(arguments.pop("work_dir", None), views)
+    for view in list(views.values())[:-1]:  # all are checked before the first is changed; the last one below
+        Finetuner(*view, config, **arguments).student.abandon()
+    results = {}
+    for name, view in reversed(views.items()):
+        run = Finetuner(*view, config, work_dir=folders[name], on_preview=on_preview, **arguments)
+        results[name] = run.run()
+    return by_denoiser(dict(reversed(results.items())))

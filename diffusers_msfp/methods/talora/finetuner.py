@@ -1,0 +1,285 @@
+"""Fine-tuning: the quantized model learns to answer as the full-precision one along its own trajectories.
+
+EfficientDM's data-free distillation (arXiv 2310.03270) with several adapters and a router (TALoRA) and the loss of
+`losses.py` (DFA); as reconstructed from summaries of arXiv 2505.21591. Processes are accelerate's.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, is_tensorboard_available
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from ...compat.wrappers import seen_through, sees_through
+from ...errors import ConfigError, NonFiniteError
+from ...sampling.calls import call_arguments, quiet
+from ...sampling.denoisers import denoiser_of, denoisers_of, each_quantized, scheduler_of
+from ...sampling.denoising_factor import denoising_factors, step_arguments
+from ...sampling.solvers import with_parts
+from ...sampling.trajectory import DenoisingStep, Trajectories, check_timesteps
+from ...sampling.used_output import counted, used_channels
+from ..blocks import block_outputs, trainable_blocks
+from ..losses import loss_weights, squared_error
+from ..runs import inputs_digest, plain_config
+from . import Trainee
+from .config import DEFAULT_UPDATES, FinetuneConfig, block_at, example_seed, exploration_factor, learning_rate_factor
+from .folder import Progress, TrainingFolder, optimizer_for
+from .student import Student
+
+TIMED_UPDATES = 6  # before the length of a run of so many minutes is set; the first is not counted
+PREVIEWS = 8
+
+
+class Finetuner:
+    """One fine-tuning run of one denoiser; `finetune` is the short form.
+
+    Args:
+        pipe (`DiffusionPipeline`): quantized and calibrated; changed in place by `run`.
+        teacher (`DiffusionPipeline`): the full-precision original; its scheduler is the sampler trained for.
+        config (`FinetuneConfig`, *optional*): settings.
+        work_dir (`str` or `Path`, *optional*): for checkpoints and, where it is installed, TensorBoard's logs; a run
+            found there is resumed.
+        prompts (`list[str]`, *optional*): taken in turn where the pipeline takes prompts.
+        on_update (`Callable[[int, int, float], None]`, *optional*): called with (done, total, loss); total is 0 while
+            it is not known.
+        on_preview (`Callable[[int, np.ndarray], None]`, *optional*): called with (done, pictures `(N, H, W, C)`).
+        **arguments: passed on to the pipelines, e.g. `guidance_scale=…`.
+
+    Raises:
+        ConfigError: settings or pipelines that do not fit.
+    """
+
+    @sees_through
+    def __init__(
+        self,
+        pipe,
+        teacher,
+        config: FinetuneConfig | None = None,
+        *,
+        work_dir: str | Path | None = None,
+        prompts: list[str] | None = None,
+        on_update: Callable[[int, int, float], None] | None = None,
+        on_preview: Callable[[int, np.ndarray], None] | None = None,
+        **arguments,
+    ) -> None:
+        view, *others = each_quantized(pipe, teacher).values()
+        if others:
+            raise ConfigError(
+                f"One denoiser learns at a time, but {type(pipe).__name__} has several quantized ones: "
+                f"{', '.join(denoisers_of(pipe))}. Call `finetune(pipe, teacher)`, which trains one after the other."
+            )
+        pipe, teacher = view
+        self.pipe, self.teacher, self.config = pipe, teacher, config or FinetuneConfig()
+        self.on_update, self.on_preview, self._first = on_update, on_preview, 0.0
+        config, model, original = self.config, denoiser_of(pipe), denoiser_of(teacher)
+        scheduler = scheduler_of(teacher)
+        work_dir = Path(work_dir) if work_dir else None
+        self.accelerator = Accelerator(
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            mixed_precision="no",  # autocast is entered by hand, whatever the launcher's own setting
+            cpu=model.device.type == "cpu",
+            log_with="tensorboard" if work_dir and is_tensorboard_available() else None,
+            project_dir=work_dir,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
+        )
+        make_arguments = call_arguments(teacher, prompts, config.num_inference_steps, arguments)
+        self._previewed = with_parts(pipe, scheduler=teacher.scheduler)
+        self.preview_arguments = call_arguments(
+            self._previewed, prompts, config.num_inference_steps, {"output_type": "np"} | arguments
+        )
+        world = self.accelerator.num_processes
+        self.trajectories = Trajectories(
+            teacher, make_arguments, config.batch_size, config.seed, self.accelerator.process_index, world
+        )
+        timesteps = self.trajectories.timesteps()
+        num_timesteps = max(int(scheduler.config.get("num_train_timesteps") or 1), 1 + math.ceil(max(timesteps)))
+        check_timesteps(timesteps, num_timesteps)
+        stepped = step_arguments(scheduler, arguments)
+        self.weights = loss_weights(
+            denoising_factors(scheduler, config.num_inference_steps, **stepped)
+            if config.denoising_factor_exponent
+            else dict.fromkeys(timesteps, 1.0),
+            config.denoising_factor_exponent,
+            config.denoising_factor_floor,
+        )
+        self.student = Student(
+            model,
+            original,
+            num_timesteps=num_timesteps,
+            num_adapters=config.num_adapters,
+            rank=config.rank,
+            placement=config.placement,
+            router_groups=config.router_groups,
+            seed=config.seed,
+        )
+        try:
+            inputs = inputs_digest(original, prompts, arguments, plain_config(scheduler)) if work_dir else ""
+            self._prepare(timesteps, work_dir, inputs)
+        except BaseException:
+            self.student.abandon()
+            raise
+
+    def _prepare(self, timesteps: list[float], work_dir: Path | None, inputs: str) -> None:
+        """Router, optimizer and checkpoints."""
+        config, student = self.config, self.student
+        student.watch_timesteps(timesteps)
+        if config.num_adapters > 1:
+            student.router.warm_start(self._loads(len(timesteps)))
+        if config.gradient_checkpointing:
+            student.checkpoint_gradients()
+        self.blocks, self.used = {}, None
+        if config.blockwise:
+            self.blocks, step = trainable_blocks(student.model, Trainee), self.trajectories[0]
+            self.used = used_channels(self.teacher, denoiser_of(self.teacher), step.args, step.kwargs)
+        self.trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        self.ema = EMAModel(self.trainable, decay=config.ema_decay) if config.ema_decay else None
+        self.progress = Progress(student, self.ema)
+        self.wrapped, self.optimizer = self.accelerator.prepare(student, optimizer_for(student, config))
+        self.folder = TrainingFolder(work_dir, self.accelerator, self.progress, config, inputs)
+        self.folder.resume()
+        if work_dir:
+            self.accelerator.init_trackers("finetune")
+
+    def _loads(self, steps: int) -> dict[float, float]:
+        """Timestep → root of the weighted squared error before training, over one rollout and all processes."""
+        errors = self.student.errors_by_timestep(self.trajectories[number] for number in range(steps))
+        sums = self.accelerator.reduce(torch.tensor(list(errors.values()), device=self.accelerator.device), "sum")
+        if not torch.isfinite(sums).all():
+            raise NonFiniteError("The teacher's and the student's outputs must be finite, but NaN or infinity came.")
+        means = (sums[:, 0] / sums[:, 1].clamp_min(1)).tolist()
+        return {timestep: (self._weight(timestep) * mean) ** 0.5 for timestep, mean in zip(errors, means, strict=True)}
+
+    def run(self) -> dict:
+        """Train to the end and turn the student into a deployed model.
+
+        Returns:
+            `dict`: `updates`, `seconds` (over all sessions), `losses` (per update), `usage` (`[group][adapter]`, share
+            of the table's timesteps), `collapsed` (one adapter serves all timesteps).
+        """
+        progress = self.progress
+        try:
+            with seen_through(self.pipe, self.teacher):
+                while not progress.total or progress.update < progress.total:
+                    self.update()
+            if self.ema is not None:
+                self.ema.copy_to(self.trainable)
+            scheduler = type(scheduler_of(self.teacher)).__name__
+            model = self.student.finish({**self.config.to_dict(), "updates": progress.update, "scheduler": scheduler})
+        except BaseException:
+            self.student.abandon()
+            raise
+        finally:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        usage = model.timestep_router.usage()
+        return {
+            "updates": progress.update,
+            "seconds": progress.seconds,
+            "losses": progress.losses,
+            "usage": usage,
+            "collapsed": self.config.num_adapters > 1 and any(max(shares) == 1 for shares in usage),
+        }
+
+    def update(self) -> None:
+        """One optimizer step, with what belongs to it."""
+        progress, config, started = self.progress, self.config, time.perf_counter()
+        if not progress.total and config.minutes is None:
+            progress.total = config.train_steps or DEFAULT_UPDATES
+        expected = progress.total or DEFAULT_UPDATES
+        factor = learning_rate_factor(progress.update, expected)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        number = config.gradient_accumulation_steps
+        losses = []
+        for micro in range(number):
+            with self.accelerator.accumulate(self.wrapped):
+                losses.append(self._backward(progress.update * number + micro, expected))
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.step(self.trainable)
+        loss = self.accelerator.gather(torch.stack(losses).mean()[None]).mean().item()
+        if not np.isfinite(loss):
+            raise NonFiniteError(
+                f"The loss must be finite, but {loss} came at update {progress.update}. Lower the learning rates; the "
+                f"quantized model is as it was."
+            )
+        progress.update += 1
+        progress.seconds += time.perf_counter() - started
+        progress.losses.append(loss)
+        self._set_length()
+        self._report(loss, factor)
+
+    def _backward(self, number: int, expected: int) -> Tensor:
+        """Forward and backward of one batch; returns its loss."""
+        config, step = self.config, self.trajectories[number]
+        block = block_at(self.blocks, self.progress.update, expected) if self.blocks else None
+        with torch.autocast(step.output.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+            outputs, balance = self.wrapped(step, self._exploration(number, step, expected), block)
+        if block is None:
+            targets = [step.output]
+        else:
+            targets = block_outputs(denoiser_of(self.teacher), block, step, gradients=False)
+            outputs, targets = (counted(self.used, block, each) for each in (outputs, targets))
+        weight = torch.tensor([self._weight(t) for t in step.timesteps.tolist()], device=step.output.device)
+        loss = sum(
+            (
+                (weight * squared_error(output, target, relative=block is not None)).mean()
+                for output, target in zip(outputs, targets, strict=True)
+            ),
+            start=0 * balance.detach(),
+        )
+        self.accelerator.backward(loss + config.balance * balance)
+        return loss.detach()
+
+    def _exploration(self, number: int, step: DenoisingStep, expected: int) -> Tensor | None:
+        """Noise on the router's choice, equal for equal samples whatever the number of processes."""
+        scale = self.config.exploration * exploration_factor(self.progress.update, expected)
+        if not scale or self.config.num_adapters == 1:
+            return None
+        generator = torch.Generator().manual_seed(example_seed(self.config.seed, number))
+        own = self.trajectories.own(self.student.router.gumbel(self.config.batch_size, generator)) * scale
+        return own.repeat(len(step.timesteps) // len(own), 1, 1).to(step.output.device)
+
+    def _weight(self, timestep: float) -> float:
+        """The loss weight of the sampler's nearest timestep."""
+        return self.weights[min(self.weights, key=lambda known: abs(known - timestep))]
+
+    def _set_length(self) -> None:
+        """Fix the number of updates that fit into the minutes asked for, once their speed is known."""
+        progress, config = self.progress, self.config
+        if progress.update == 1:
+            self._first = progress.seconds
+        if progress.total or progress.update < TIMED_UPDATES:
+            return
+        rate = (progress.seconds - self._first) / (progress.update - 1)
+        more = torch.tensor((60 * config.minutes - progress.seconds) / rate, device=self.accelerator.device)
+        more = int(self.accelerator.gather(more[None]).min())
+        progress.total = progress.update + max(0, more)
+
+    def _report(self, loss: float, factor: float) -> None:
+        progress, config = self.progress, self.config
+        if self.folder.path is not None:
+            self.accelerator.log({"loss": loss, "learning_rate_factor": factor}, step=progress.update)
+        if self.on_update is not None:
+            self.on_update(progress.update, progress.total, loss)
+        last = progress.update == progress.total
+        if progress.total and (progress.update % config.checkpoint_every == 0 or last):
+            self.folder.save()
+        wanted = config.preview_every and progress.update % config.preview_every == 0
+        if wanted and self.on_preview is not None and self.accelerator.is_main_process:
+            self.on_preview(progress.update, self.preview())
+
+    @torch.no_grad()
+    def preview(self, *, teacher: bool = False) -> np.ndarray:
+        """Pictures of the student as it is, or of the teacher, for equal noise; `(8, H, W, C)` in [0, 1]."""
+        pipe = self.teacher if teacher else self._previewed
+        generators = [torch.Generator().manual_seed(self.config.seed + i) for i in range(PREVIEWS)]
+        with quiet(pipe), self.student.routed():
+            return np.asarray(self.preview_arguments(0, PREVIEWS, generators).run(pipe).images)

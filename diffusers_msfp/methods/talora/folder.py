@@ -1,0 +1,147 @@
+"""Checkpoints of a training run: complete or absent, and refused where the settings differ."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from ...layers.convert import base_fingerprint
+from ..runs import SETTINGS, check_settings, write_settings
+from .config import FinetuneConfig
+from .student import Student
+
+PREFIX = "checkpoint-"
+
+
+class Progress:
+    """How far a run is; saved and loaded by accelerate together with optimizer and random states.
+
+    Args:
+        student (`Student`): its trainable tensors are part of the state; the frozen ones are not.
+        ema (`EMAModel`, *optional*): as well.
+    """
+
+    def __init__(self, student: Student, ema=None) -> None:
+        self.student, self.ema = student, ema
+        self.update = 0
+        self.total = 0  # 0: not known yet
+        self.seconds = 0.0
+        self.losses: list[float] = []
+
+    def state_dict(self) -> dict:
+        """Tensors and plain numbers."""
+        return {
+            "update": self.update,
+            "total": self.total,
+            "seconds": self.seconds,
+            "losses": list(self.losses),
+            "trainable": self.student.trainable_state(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Inverse of `state_dict`."""
+        self.student.load_trainable_state(state["trainable"])
+        self.update, self.total = state["update"], state["total"]
+        self.seconds, self.losses = state["seconds"], list(state["losses"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+            self.ema.to(self.student.model.device)
+
+
+class TrainingFolder:
+    """Where a run keeps its checkpoints; `None` keeps nothing.
+
+    Args:
+        path (`Path`, *optional*): the folder.
+        accelerator (`Accelerator`): whose state is kept.
+        progress (`Progress`): registered with it.
+        config (`FinetuneConfig`), inputs (`str`): must be equal for a run to go on, as the quantized model and the
+            number of processes.
+
+    Raises:
+        ConfigError: the folder holds a training run with other settings.
+    """
+
+    def __init__(
+        self, path: Path | None, accelerator: Accelerator, progress: Progress, config: FinetuneConfig, inputs: str
+    ) -> None:
+        self.path, self.accelerator, self.progress = path, accelerator, progress
+        if path is None:
+            return
+        settings = config.to_dict() | {
+            "processes": accelerator.num_processes,
+            "inputs": inputs,
+            "model": base_fingerprint(progress.student.model),
+        }
+        if accelerator.is_main_process:
+            write_settings(path, settings)
+        accelerator.wait_for_everyone()
+        check_settings(path, settings)
+        accelerator.register_for_checkpointing(progress)
+        # The model itself is frozen and comes from its checkpoint.
+        accelerator.register_save_state_pre_hook(lambda _models, weights, _folder: weights.clear())
+        accelerator.register_load_state_pre_hook(lambda models, _folder: models.clear())
+
+    def checkpoints(self) -> list[Path]:
+        """Complete ones, the oldest first."""
+        if self.path is None or not self.path.is_dir():
+            return []
+        found = [p for p in self.path.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdecimal()]
+        return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
+
+    def resume(self) -> bool:
+        """Load the newest checkpoint; False if there is none."""
+        found = self.checkpoints()
+        if found:
+            self.accelerator.load_state(str(found[-1]))
+        return bool(found)
+
+    def save(self) -> None:
+        """Write a checkpoint beside its place, move it there in one step, and drop older ones."""
+        if self.path is None:
+            return
+        target = self.path / f"{PREFIX}{self.progress.update}"
+        part = self.path / f"{target.name}.part"
+        if self.accelerator.is_main_process and part.exists():
+            shutil.rmtree(part)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(part))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            part.rename(target)
+            for old in self.checkpoints()[:-1]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def clear(self) -> None:
+        """Remove checkpoints and settings; logs and pictures stay."""
+        if self.path is None or not self.accelerator.is_main_process:
+            return
+        for checkpoint in self.checkpoints():
+            shutil.rmtree(checkpoint)
+        (self.path / SETTINGS).unlink(missing_ok=True)
+
+
+def optimizer_for(student: Student, config: FinetuneConfig) -> torch.optim.Optimizer:
+    """AdamW; `peak` of a group is the learning rate that the schedule scales.
+
+    Adapters learn in steps of their layer's weight grid (EfficientDM's scale-aware learning rate): groups of equal rate
+    are joined, in steps of a tenth.
+    """
+    ranges, adapters = [], {}
+    for trainee in student.trainees():
+        ranges += [p for p in (trainee.log_scale, trainee.relative_zero_point) if p is not None]
+        peak = float(f"{config.learning_rate * trainee.weight_step():.1e}")
+        adapters.setdefault(peak, []).extend(trainee.adapters.parameters())
+    groups = [
+        {"params": params, "peak": peak, "weight_decay": config.weight_decay} for peak, params in adapters.items()
+    ]
+    for params, peak in (
+        (ranges, config.activation_learning_rate),
+        (list(student.router.parameters()), config.router_learning_rate),
+    ):
+        if params:
+            groups.append({"params": params, "peak": peak, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, lr=0.0)

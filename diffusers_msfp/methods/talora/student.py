@@ -1,0 +1,199 @@
+"""The quantized model while it learns: trainable layers in place of the quantized ones, and the router."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import ConfigError
+from ...layers.convert import base_fingerprint, layers_by_name, replace_module
+from ...numerics.rounding import check_finite
+from ...sampling.denoisers import model_output
+from ...sampling.observation import write_record
+from ...sampling.timestep import timestep_argument
+from ...sampling.trajectory import DenoisingStep
+from ...schemes import check_patterns
+from ..blocks import block_outputs
+from ..checks import check_student, original_weight
+from ..losses import squared_error
+from ..routes import maintained_layers
+from . import AdapterBank, AdapterPlan, Gate, TimestepRouter, Trainee, adapter_rank
+from .attach import connect
+
+
+class Student(nn.Module):
+    """A frozen quantized model with trainable adapters, activation ranges and router around it.
+
+    Args:
+        model (`ModelMixin`): quantized, frozen, without adapters; changed in place until `finish` or `abandon`.
+        teacher (`nn.Module`): the float model it was quantized from.
+        num_timesteps (`int`): T of the router's table.
+        num_adapters, rank (`int`): h, and the largest rank.
+        placement (`str`): `"merged"` or `"side"`.
+        router_groups (`tuple[str, ...]`): see `AdapterPlan`.
+        seed (`int`): of the initial weights.
+
+    Raises:
+        ConfigError: the model is still observing, or has adapters already.
+        ShapeError: the teacher is another model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module,
+        *,
+        num_timesteps: int,
+        num_adapters: int,
+        rank: int,
+        placement: str,
+        router_groups: tuple[str, ...] = (),
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_student(model, teacher)
+        maintained = maintained_layers(model)
+        layers = {name: each for name, each in layers_by_name(model).items() if name not in maintained}
+        temporal = model.config.quantization_config.temporal
+        if temporal and set(temporal["sets"]) - set(temporal["block"]):
+            raise ConfigError(
+                "Layers have input parameters for each timestep or adapters, not both, but all layers of this model "
+                "have the former. Use `fsc='block'` in temporal maintenance, or do without fine-tuning."
+            )
+        check_patterns(router_groups, list(layers), "router_groups")
+        ranks: dict[str, list[str]] = {}
+        for name, layer in layers.items():
+            ranks.setdefault(str(adapter_rank(layer.logical_shape, rank)), []).append(name)
+        self.plan = AdapterPlan(placement, num_adapters, num_timesteps, ranks, router_groups)
+        self.gate = Gate()
+        generator = torch.Generator().manual_seed(seed)
+        trainees = {}
+        for name, layer_rank in self.plan.rank_of().items():
+            layer, original = layers[name], original_weight(teacher, layers[name])
+            bank = AdapterBank(layer.logical_shape, num_adapters, layer_rank, device=layer.packed_weight.device)
+            bank.initialise(generator)
+            trainees[name] = Trainee(layer, original, bank, placement, self.gate, self.plan.group_of(name))
+        self._before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self._checkpointing = False
+        model.requires_grad_(False)
+        for name, trainee in trainees.items():  # only now is the model changed
+            replace_module(model, name, trainee)
+        self.model = model
+        self.router = TimestepRouter(num_timesteps, num_adapters, self.plan.groups, seed).to(model.device)
+
+    def choose(self, timesteps: Tensor, noise: Tensor | None = None) -> None:
+        """Set the adapters of the coming calls, `(B,)` timesteps, with the router's gradient."""
+        gate, _ = self.router(timesteps.to(self.router.mlp[0].weight.device), noise)
+        self.gate.set(gate)
+
+    def forward(
+        self, step: DenoisingStep, noise: Tensor | None = None, block: str | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """Answer one of the teacher's calls.
+
+        Args:
+            step (`DenoisingStep`): the call.
+            noise (`Tensor`, `(B, groups, num_adapters)`, *optional*): lets the router explore.
+            block (`str`, *optional*): compute gradients in this part of the model only, see `block_outputs`.
+
+        Returns:
+            `tuple[list[Tensor], Tensor]`: what the model predicts, or the block puts out, and the router's balance
+            loss over the timesteps set by `watch_timesteps`.
+        """
+        self.choose(step.timesteps, noise)
+        order = self.gate.value[:, 0].argmax(1).argsort(stable=True)  # so that a layer's adapters see adjoining rows
+        self.gate.set(self.gate.value[order])
+        step = step.rows(order)
+        if block is None:
+            outputs = [model_output(self.model(*step.args, **step.kwargs))[:, : step.output.shape[1]]]
+        else:
+            outputs = block_outputs(self.model, block, step, gradients=True)
+        back = order.argsort()
+        return [output.index_select(0, back) for output in outputs], self.router.balance_loss(self.watched)
+
+    @contextmanager
+    def routed(self) -> Iterator[None]:
+        """Let the model be called by a pipeline, whose timesteps the router sees."""
+        argument = timestep_argument(self.model)
+
+        def choose(_model: nn.Module, args: tuple, kwargs: dict) -> None:
+            self.choose(torch.as_tensor(argument.of(args, kwargs)).reshape(-1)[:1])
+
+        handle = self.model.register_forward_pre_hook(choose, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def errors_by_timestep(self, steps: Iterable[DenoisingStep]) -> dict[float, tuple[float, int]]:
+        """Sum of the samples' mean squared errors and their number, for every watched timestep."""
+        found = {timestep: (0.0, 0) for timestep in self.watched.tolist()}
+        for step in steps:
+            (output,), _ = self(step)
+            for timestep, error in zip(
+                step.timesteps.float().tolist(), squared_error(output, step.output), strict=True
+            ):
+                total, number = found[timestep]
+                found[timestep] = (total + error.item(), number + 1)
+        return found
+
+    def watch_timesteps(self, timesteps: list[float]) -> None:
+        """Over which timesteps the load of the adapters is to be balanced."""
+        self.watched = torch.tensor(timesteps, dtype=torch.float32, device=self.router.mlp[0].weight.device)
+
+    def trainees(self) -> Iterator[Trainee]:
+        """Layers with adapters."""
+        return (module for module in self.model.modules() if isinstance(module, Trainee))
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """What training changes, by name."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    @torch.no_grad()
+    def load_trainable_state(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `trainable_state`."""
+        own = self.trainable_state()
+        if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
+            raise ConfigError("The saved training state belongs to another model or other settings.")
+        for name, value in state.items():
+            own[name].copy_(value)
+
+    def abandon(self) -> nn.Module:
+        """Put the quantized layers back, and everything else as it was."""
+        for trainee in list(self.trainees()):
+            replace_module(self.model, trainee.layer.place, trainee.layer)
+        self._restore()
+        return self.model
+
+    def checkpoint_gradients(self) -> None:
+        """Recompute activations in the backward pass, until the end of training."""
+        self._checkpointing = not self.model.is_gradient_checkpointing
+        self.model.enable_gradient_checkpointing()
+
+    def _restore(self) -> None:
+        for parameter, required in self._before:
+            parameter.requires_grad_(required)
+        if self._checkpointing:
+            self.model.disable_gradient_checkpointing()
+
+    def finish(self, training: dict | None = None, dtype: torch.dtype = torch.float16) -> nn.Module:
+        """The quantized model with what was learned; the router becomes a table.
+
+        Args:
+            training (`dict`, *optional*): how it was made, for the checkpoint's config.
+            dtype (`torch.dtype`): of adapters beside the weights.
+        """
+        for name, value in self.trainable_state().items():
+            check_finite(value, f"The trained `{name}`")
+        finished = [(trainee.layer.place, trainee.finish(dtype)) for trainee in list(self.trainees())]
+        for place, layer in finished:
+            replace_module(self.model, place, layer)
+        self._restore()
+        base = base_fingerprint(self.model) if self.plan.placement == "side" else None
+        plan = AdapterPlan(**{**vars(self.plan), "training": training or {}, "base": base})
+        connect(self.model, plan, self.router.table(self.watched.tolist()))
+        self.model.config.quantization_config.adapters = plan.to_dict()
+        write_record(self.model)
+        return self.model

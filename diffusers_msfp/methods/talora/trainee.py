@@ -1,0 +1,145 @@
+"""A quantized layer while its adapters are trained.
+
+It stands in the quantized layer's place and hands its result back to it. Placements:
+
+- `merged`: `Q(W + B_k A_k)`, with the full-precision weight `W` (EfficientDM's QALoRA); deployed as packed weights.
+- `side`: `Q(W) x + B_k A_k x`, with the packed weight; deployed as float adapters beside it.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ...numerics import QParams, fake_quantize
+from ...numerics.rounding import zero_point_steps
+from .adapters import AdapterBank
+
+PLACEMENTS = ("merged", "side")
+
+
+class Gate:
+    """The choice of the running batch, shared by all layers.
+
+    `value` is `(B, groups, num_adapters)`, one-hot, with the router's gradient; `choices[group][sample]` are the same
+    as numbers, looked up on the device once.
+    """
+
+    value: Tensor
+    choices: list[list[int]]
+
+    def set(self, value: Tensor) -> None:
+        """Take the choice of the coming calls."""
+        self.value, self.choices = value, value.detach().argmax(2).T.tolist()
+
+
+class Trainee(nn.Module):
+    """Trainable adapters, each with an activation scale and zero point of its own, around a frozen quantized layer.
+
+    Args:
+        layer (`QuantLayer`): frozen; not changed until `finish`.
+        weight (`Tensor`): the full-precision weight, kept by reference.
+        bank (`AdapterBank`): to be trained.
+        placement (`str`): one of `PLACEMENTS`.
+        gate (`Gate`), group (`int`): where the choice comes from.
+
+    Raises:
+        ShapeError: `weight` is not of the layer's shape.
+    """
+
+    def __init__(
+        self, layer: nn.Module, weight: Tensor, bank: AdapterBank, placement: str, gate: Gate, group: int
+    ) -> None:
+        super().__init__()
+        layer.check_original(weight)
+        self.layer, self.adapters = layer, bank.requires_grad_(True)
+        self.placement, self.group = placement, group
+        self.__dict__.update(gate=gate, source=weight)
+        self.log_scale = self.relative_zero_point = None
+        if layer.input_format is not None:
+            self.log_scale = nn.Parameter(layer.input_scale.log().repeat(bank.num_adapters))
+            if not layer.input_format.signed:
+                relative = layer.input_zero_point / layer.input_scale
+                self.relative_zero_point = nn.Parameter(relative.repeat(bank.num_adapters))
+
+    def weight_step(self) -> float:
+        """Mean distance of neighbours on the weight's grid, `maxval / (2 ** (bits - 1) - 1)`, units of the weight."""
+        fmt = self.layer.weight_format
+        return (self.layer.weight_scale.mean() * fmt.max / (2 ** (fmt.bits - 1) - 1)).item()
+
+    def input_qparams(self) -> QParams:
+        """Scales and zero points `(h,)` as they are now, with gradients; zero points in units of the initial scale."""
+        scale = self.log_scale.exp()
+        if self.relative_zero_point is None:
+            return QParams.unchecked(self.layer.input_format, scale, torch.zeros_like(scale))
+        zero_point = (self.relative_zero_point * self.layer.input_scale).clamp_max(0)
+        return QParams.unchecked(self.layer.input_format, scale, zero_point)
+
+    @property
+    def weight(self) -> Tensor:
+        """What others read of the quantized layer, see `LogicalWeight`."""
+        return self.layer.weight
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 – as the float layer calls it
+        """As the deployed layer will compute, with gradients; every sample with its own adapter."""
+        x = input
+        layer, gate = self.layer, self.gate.value[:, self.group]  # (B, h)
+        exact = x.to(torch.float32)
+        bias = None if layer.bias is None else layer.bias.to(torch.float32)
+        repeats = x.shape[0] // gate.shape[0]
+        gate = gate[:, None].expand(-1, repeats, -1).flatten(0, 1)  # (rows of x, h)
+        qparams = None if self.log_scale is None else self.input_qparams()
+        base = layer.dequantize_weight() if self.placement == "side" else None
+
+        def run(rows: Tensor, own: Tensor, adapter: int) -> Tensor:
+            quantized = rows
+            if qparams is not None:
+                one = QParams.unchecked(qparams.format, qparams.scale[adapter], qparams.zero_point[adapter])
+                quantized = fake_quantize(rows, one)
+            if base is None:
+                return layer.compute(quantized, self.merged(own.mean(0)), bias)
+            down, up = self.adapters.stacked()
+            return layer.compute(quantized, base, bias) + self.adapters.low_rank(layer, rows, down, up, own)
+
+        choice = [adapter for adapter in self.gate.choices[self.group] for _ in range(repeats)]
+        used = sorted(set(choice))
+        if choice == sorted(choice):  # samples in the adapters' order need no copies
+            counts = [choice.count(adapter) for adapter in used]
+            parts = zip(exact.split(counts), gate.split(counts), used, strict=True)
+            return torch.cat([run(*part) for part in parts]).to(x.dtype)
+        rows = [torch.tensor([i for i, own in enumerate(choice) if own == k], device=x.device) for k in used]
+        parts = [run(exact.index_select(0, i), gate[i], adapter) for i, adapter in zip(rows, used, strict=True)]
+        return torch.cat(parts).index_select(0, torch.cat(rows).argsort()).to(x.dtype)
+
+    def merged(self, gate: Tensor) -> Tensor:
+        """The fake-quantized weight that a gate `(h,)` makes; `logical_shape`, float32."""
+        weight = self.source.to(torch.float32) + self.adapters.update(gate)
+        rows, length = self.layer.matrix_shape
+        quantized = fake_quantize(weight.reshape(rows, length), self.layer.weight_qparams())
+        return quantized.view(self.layer.logical_shape)
+
+    @torch.no_grad()
+    def merged_weight(self, adapter: int) -> Tensor:
+        """The float weight that one adapter makes of the teacher's; `logical_shape`, float32."""
+        gate = torch.zeros(self.adapters.num_adapters, device=self.adapters.up.device)
+        gate[adapter] = 1
+        return self.source.to(torch.float32) + self.adapters.update(gate)
+
+    @torch.no_grad()
+    def finish(self, dtype: torch.dtype) -> nn.Module:
+        """Write what was learned into the quantized layer and return it.
+
+        Args:
+            dtype (`torch.dtype`): of stored `side` adapters.
+        """
+        layer, kept = self.layer, None
+        if self.log_scale is not None:
+            qparams = self.input_qparams()
+            kept = (qparams.scale, -zero_point_steps(qparams) * qparams.unit)
+        if self.placement == "side":
+            layer.adapters = self.adapters.cast(dtype)
+            if kept is not None:
+                layer.adapters.keep_input(*kept)
+            return layer
+        layer.store_banks([self.merged_weight(k) for k in range(self.adapters.num_adapters)])
+        if kept is not None:
+            layer.store_input(*(part.squeeze() for part in kept))  # `()` for a single adapter
+        return layer

@@ -1,0 +1,233 @@
+"""Temporal feature maintenance (TFMQ-DM, arXiv 2311.16503, and its extension 2407.19547) of a quantized pipeline.
+
+What depends on the timestep alone takes finitely many values, so it can be kept right for each of them: by rounding its
+weights for exactly these inputs (TIAR), by input parameters for each timestep (FSC), or by storing its outputs. As
+reconstructed: the extension's rule for what to store was not found; here a layer is stored whose reconstruction stays
+above an error. Errors are relative for each layer and timestep, where the paper sums squared errors.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ...compat.wrappers import sees_through
+from ...errors import ConfigError, NothingToDoError, ShapeError
+from ...layers.convert import layers_by_name
+from ...numerics.rounding import check_finite
+from ...sampling.calls import call_arguments, require_positive
+from ...sampling.denoisers import by_denoiser, denoiser_of, each_quantized
+from ...sampling.observation import calibration_state
+from ...sampling.timestep import require_timesteps
+from ..checks import require_takes
+from ..routes import finite_set_of, routing_of
+from . import SCOPES, TemporalBlock, TemporalPlan, store_features
+from .attach import attach_sets
+from .probe import TemporalProbe
+from .reconstruct import StudentBlock, cell_timesteps
+from .sets import observe_sets
+
+logger = logging.getLogger(__name__)
+
+CACHE_TOLERANCE = 1e-3
+"""Relative error that stored features may have; float16 costs at most half of it."""
+
+
+@dataclass(frozen=True)
+class TemporalConfig:
+    """Settings of `maintain_temporal`.
+
+    Args:
+        num_inference_steps (`int`): of the sampler whose timesteps are the finite set.
+        iterations (`int`): of joint reconstruction (TIAR); 0 leaves the weights as they are.
+        learning_rate (`float`): of its optimizer, Adam.
+        penalty (`float`): weight of AdaRound's regulariser, the mean over all weights.
+        fsc (`str`, *optional*): input parameters for each timestep in the `"block"`, as the paper has it, or in
+            `"all"` layers, as its released code does; None for none.
+        cache_above (`float`, *optional*): store the outputs of layers whose relative error stays above this at some
+            timestep; 0 stores all, None nothing.
+        num_samples (`int`): that ranges for `"all"` layers are taken from.
+        seed (`int`): of the samples' noise.
+
+    Raises:
+        ConfigError: a value that makes no sense.
+    """
+
+    num_inference_steps: int = 20
+    iterations: int = 4000
+    learning_rate: float = 0.03
+    penalty: float = 0.1
+    fsc: str | None = "block"
+    cache_above: float | None = 0.01
+    num_samples: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_positive(num_inference_steps=self.num_inference_steps, num_samples=self.num_samples)
+        if self.fsc not in (*SCOPES, None):
+            raise ConfigError(f"`fsc` must be one of {', '.join(SCOPES)} or None, but {self.fsc!r} came.")
+        if self.iterations < 0 or self.learning_rate <= 0 or self.penalty < 0 or (self.cache_above or 0) < 0:
+            raise ConfigError(
+                f"`iterations`, `penalty` and `cache_above` must be ≥ 0 and `learning_rate` > 0, but "
+                f"{self.iterations}, {self.penalty}, {self.cache_above} and {self.learning_rate} came."
+            )
+
+
+@sees_through
+def maintain_temporal(
+    pipe, teacher, config: TemporalConfig | None = None, *, prompts: Sequence[str] | None = None, **arguments
+) -> dict:
+    """Keep the temporal features of a quantized pipeline right, in place, at every timestep of a sampler.
+
+    No data are needed: the block's inputs are timesteps. Samplers with other timesteps work too: inputs take the
+    parameters of the nearest timestep, and layers are computed where no output is stored. Fine-tuning afterwards leaves
+    these layers without adapters.
+
+    Args:
+        pipe (`DiffusionPipeline`): quantized and calibrated, without adapters.
+        teacher (`DiffusionPipeline`): the full-precision original; its scheduler gives the finite set.
+        config (`TemporalConfig`, *optional*): settings.
+        prompts (`Sequence[str]`, *optional*): taken in turn where the pipeline takes prompts.
+        **arguments: passed on to the teacher, e.g. `guidance_scale=…`.
+
+    Returns:
+        `dict`: `timesteps` (the finite set), `block` (layers that depend on the timestep alone), `sets` (layers with
+        parameters for each timestep), `cached` (layers whose outputs are stored), `errors` (layer → largest relative
+        error over the set's timesteps: `ptq` before, `reconstructed` after TIAR and FSC, without stored outputs),
+        `sets_bytes`, `cache_bytes`. For each denoiser by name where several are quantized.
+
+    Raises:
+        ConfigError: pipelines that do not fit, or no quantized layer that depends on the timestep alone. Nothing is
+            changed then.
+        ShapeError: the teacher is another model.
+
+    Source:
+        arXiv 2311.16503, sections 4.2 (TIAR) and 4.3 (FSC); 2407.19547 (cache and selection), as reconstructed.
+
+    Example:
+        ```py
+        pipe = quantize_pipeline(DiffusionPipeline.from_pretrained("model"), "w4a8")
+        maintain_temporal(pipe, DiffusionPipeline.from_pretrained("model"))
+        ```
+    """
+    config = config or TemporalConfig()
+    views = each_quantized(pipe, teacher)
+    for own, original in views.values():
+        model = denoiser_of(own)
+        _require_fit(model, denoiser_of(original))
+        if config.fsc == "all":
+            require_takes(model, denoiser_of(original))
+    ready, refused = {}, None
+    for name, view in views.items():
+        try:
+            ready[name] = _maintain(*view, config, prompts, arguments)
+        except NothingToDoError as error:
+            refused = error
+            logger.warning("`%s`: %s", name, error)
+    if not ready:
+        raise refused
+    return by_denoiser({name: apply() for name, apply in ready.items()})  # only now are models changed
+
+
+def _maintain(pipe, teacher, config: TemporalConfig, prompts, arguments: dict) -> Callable[[], dict]:
+    """All that one denoiser needs; the function that is returned changes it and gives `maintain_temporal`'s result."""
+    model, layers = denoiser_of(pipe), layers_by_name(denoiser_of(pipe))
+    make_arguments = call_arguments(teacher, prompts, config.num_inference_steps, arguments)
+    probe = TemporalProbe(teacher, layers, make_arguments, config.seed)
+    if not probe.block.layers:
+        raise NothingToDoError(
+            f"{type(model).__name__} must have a quantized linear that depends on the timestep alone, but it has none: "
+            f"there is nothing to maintain."
+        )
+    cells = cell_timesteps(probe.timesteps)
+    roots = {name: x.unflatten(0, cells.shape) for name, x in probe.roots(cells.flatten()).items()}
+    parts = roots, probe.features(roots), probe.weights
+    roots, targets, originals = ({name: x.to(model.device) for name, x in part.items()} for part in parts)
+    for name, target in targets.items():
+        check_finite(target, f"The output of the teacher's layer `{name}`")
+    student = StudentBlock(probe.block, layers)
+    measure = partial(_errors_of_set, student, roots, targets)
+    before = measure()
+    if config.fsc:
+        student.search_sets(roots)
+    if config.iterations:
+        steps = {key: getattr(config, key) for key in ("iterations", "learning_rate", "penalty")}
+        student.reconstruct(roots, targets, originals, **steps)
+        if config.fsc:
+            student.search_sets(roots)
+    reconstructed = measure()
+    features = {
+        name: store_features(targets[name][:, 0], CACHE_TOLERANCE)
+        for name in choose_cached(probe.block, reconstructed, config.cache_above)
+    }
+    sets = student.sets
+    if config.fsc == "all":
+        counts = {"num_samples": config.num_samples, "seed": config.seed}
+        sets = sets | observe_sets(model, teacher, make_arguments, probe.timesteps, sets, **counts)
+
+    def apply() -> dict:
+        for name, weight in student.weights.items() if config.iterations else ():
+            layers[name].store_banks([weight], originals[name])
+        for name, parameters in sets.items():
+            layers[name].store_input(*parameters)
+        cached: dict[str, list[str]] = {}
+        for name, table in features.items():
+            cached.setdefault(str(table.dtype).removeprefix("torch."), []).append(name)
+        plan = TemporalPlan(len(cells), probe.block.names, tuple(sets), cached, asdict(config))
+        attach_sets(model, plan, probe.timesteps.to(model.device), features)
+        model.config.quantization_config.temporal = plan.to_dict()
+        channels = {name: layer.logical_shape[0] for name, layer in layers.items()}
+        errors = {name: {"ptq": before[name], "reconstructed": reconstructed[name]} for name in targets}
+        return plan.summary(probe.timesteps.tolist(), channels) | {"errors": errors}
+
+    return apply
+
+
+def choose_cached(block: TemporalBlock, errors: Mapping[str, float], above: float | None) -> list[str]:
+    """Layers whose outputs are worth storing: those with a larger error than `above`, and what only they read.
+
+    A layer that others of the block read is stored if all of them are: then it need not be computed.
+
+    Args:
+        errors (`Mapping[str, float]`): of each layer, as reconstructed.
+        above (`float`, *optional*): None stores nothing.
+    """
+    chosen: set[str] = set()
+    for name in reversed(block.names):  # readers come after what they read
+        readers = block.readers(name)
+        worth = all(reader in chosen for reader in readers) if readers else errors[name] > (above or 0)
+        if worth and above is not None:
+            chosen.add(name)
+    return [name for name in block.names if name in chosen]
+
+
+@torch.no_grad()
+def _errors_of_set(student: StudentBlock, roots: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict:
+    """Relative error of each layer, the largest over the entries' own timesteps."""
+    outputs = student.run(roots)
+    return {
+        name: ((y - targets[name])[:, 0].norm(dim=-1) / targets[name][:, 0].norm(dim=-1).clamp_min(1e-30)).max().item()
+        for name, y in outputs.items()
+    }
+
+
+def _require_fit(model: nn.Module, original: nn.Module) -> None:
+    """Refuse models that cannot be maintained, before anything is computed."""
+    if type(model) is not type(original):
+        raise ShapeError(
+            f"The teacher must be the model that was quantized, a {type(model).__name__}, but "
+            f"{type(original).__name__} came."
+        )
+    require_timesteps(model)
+    if calibration_state(model) == "observing":
+        raise ConfigError("Temporal maintenance needs a calibrated model, but this one observes: call `calibrate`.")
+    if routing_of(model) is not None:
+        raise ConfigError(
+            "Temporal maintenance comes before fine-tuning, but this model has adapters. Start from the checkpoint "
+            "that `quantize` wrote."
+        )
+    if finite_set_of(model) is not None:
+        raise ConfigError("This model's temporal features are maintained already. Start from the quantized model.")

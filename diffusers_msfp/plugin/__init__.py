@@ -1,0 +1,18 @@
+"""The doors to diffusers: config, quantizer, registration, in-memory quantization, the pipeline's verbs, LoRA files."""
+
+from .adapters.exchange import export_adapter, import_adapter
+from .config import MSFPConfig
+from .mixin import MSFPPipelineMixin
+from .quantize import quantize_pipeline
+from .quantizer import MSFPQuantizer
+from .register import register
+
+__all__ = [
+    "MSFPConfig",
+    "MSFPPipelineMixin",
+    "MSFPQuantizer",
+    "export_adapter",
+    "import_adapter",
+    "quantize_pipeline",
+    "register",
+]

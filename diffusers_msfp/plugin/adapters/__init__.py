@@ -1,0 +1,1 @@
+"""Adapters: users' own through PEFT, and files of timestep-aware ones."""

@@ -1,0 +1,171 @@
+"""Single adapters of the hub to and from PEFT's and diffusers' LoRA files.
+
+What travels is the low-rank pair of every layer. The activation ranges that were trained with the adapters, and the
+router's table, do not: on another base an exported adapter is an ordinary LoRA.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ...compat.peft import pattern_value
+from ...compat.wrappers import sees_through
+from ...errors import CheckpointError, ConfigError, NonFiniteError, ShapeError, UnsupportedError
+from ...layers.convert import layers_by_name
+from ...layers.split import whole_name
+from ...methods.talora.attach import refuse_merged
+from .talora_files import plan_of
+
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+DIFFUSERS_FILE, METADATA = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
+PEFT_PREFIX = "base_model.model."
+FORMATS = ("peft", "diffusers")
+
+
+@sees_through
+def export_adapter(
+    model: nn.Module, adapter: int, folder: str | Path, format: str = "peft", prefix: str = "unet"
+) -> Path:
+    """Write one adapter of the hub as a LoRA.
+
+    Args:
+        model (`ModelMixin`): with adapters beside its weights.
+        adapter (`int`): which, from 0.
+        folder (`str` or `Path`): to write to.
+        format (`str`): `"peft"` (`adapter_config.json`, `adapter_model.safetensors`) or `"diffusers"`
+            (`pytorch_lora_weights.safetensors`, for `load_lora_weights`).
+        prefix (`str`): the component's name in diffusers' format.
+
+    Returns:
+        `Path`: the file with the tensors.
+
+    Raises:
+        ConfigError: no such adapter or format.
+        UnsupportedError: merged adapters, or a grouped convolution or split layer, for which PEFT has no counterpart.
+    """
+    ranks = _require(model, adapter, format)
+    layers, tensors = layers_by_name(model), {}
+    for name in ranks:
+        layer = layers[name]
+        if getattr(layer, "groups", 1) > 1:
+            raise UnsupportedError(
+                f"PEFT has no adapter for grouped convolutions like `{name}`: it cannot be exported."
+            )
+        if whole_name(name, layer) != name:
+            raise UnsupportedError(
+                f"Adapters on parts of a split layer like `{name}` fit no other model: they cannot be exported."
+            )
+        down, up = (tensor[adapter].contiguous() for tensor in (layer.adapters.down, layer.adapters.up))
+        tensors[f"{name}.lora_A.weight"] = down
+        tensors[f"{name}.lora_B.weight"] = up.view(*up.shape, *[1] * (down.ndim - 2)).contiguous()
+    most = max(ranks.values())
+    pattern = {f"^{name}$".replace(".", "\\."): rank for name, rank in ranks.items() if rank != most}
+    config = LoraConfig(
+        r=most, lora_alpha=most, target_modules=sorted(ranks), rank_pattern=pattern, alpha_pattern=dict(pattern)
+    )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if format == "peft":
+        config.save_pretrained(folder)
+        save_file({PEFT_PREFIX + key: value for key, value in tensors.items()}, folder / PEFT_FILE, {"format": "pt"})
+        return folder / PEFT_FILE
+    record = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    metadata = {"format": "pt", METADATA: json.dumps({f"{prefix}.{key}": value for key, value in record.items()})}
+    save_file({f"{prefix}.{key}": value for key, value in tensors.items()}, folder / DIFFUSERS_FILE, metadata)
+    return folder / DIFFUSERS_FILE
+
+
+@sees_through
+def import_adapter(model: nn.Module, adapter: int, folder: str | Path, prefix: str = "unet") -> None:
+    """Read a LoRA into one adapter of the hub; layers that it does not have get none there.
+
+    Args:
+        model (`ModelMixin`): with adapters beside its weights.
+        adapter (`int`): which to replace, from 0.
+        folder (`str` or `Path`): in PEFT's or diffusers' format.
+        prefix (`str`): the component's name in diffusers' format.
+
+    Raises:
+        CheckpointError: no such files, or damaged ones.
+        ConfigError: layers that have no adapters here.
+        ShapeError: another rank or shape.
+        NonFiniteError: NaN or infinity. The model is unchanged after any of these.
+    """
+    ranks = _require(model, adapter, "peft")
+    tensors, config = _read(Path(folder), prefix)
+    layers, pairs = layers_by_name(model), {}
+    foreign = sorted(key for key in tensors if not key.endswith((".lora_A.weight", ".lora_B.weight")))
+    if foreign or config.get("use_dora"):
+        raise ConfigError(
+            f"Only plain LoRA pairs can be imported, but {foreign[0] if foreign else '`use_dora`'} came: another kind "
+            f"of adapter."
+        )
+    unknown = sorted({key.rpartition(".lora_")[0] for key in tensors} - set(ranks))
+    if unknown:
+        raise ConfigError(
+            f"A LoRA for this hub may only have layers with adapters, but it has {len(unknown)} others "
+            f"({unknown[0]}, …): not made for {type(model).__name__}."
+        )
+    for name, rank in ranks.items():
+        bank = layers[name].adapters
+        down, up = (tensors.get(f"{name}.lora_{part}.weight") for part in "AB")
+        if down is None and up is None:
+            pairs[name] = (torch.zeros_like(bank.down[adapter]), torch.zeros_like(bank.up[adapter]))
+            continue
+        whole = down is not None and up is not None
+        if not whole or down.shape != bank.down.shape[1:] or up.flatten(1).shape != bank.up.shape[1:]:
+            came = [tuple(part.shape) if part is not None else None for part in (down, up)]
+            raise ShapeError(
+                f"The adapter of `{name}` must have rank {rank} (shapes {tuple(bank.down.shape[1:])} and "
+                f"{tuple(bank.up.shape[1:])}), but {came[0]} and {came[1]} came."
+            )
+        alpha = _for_layer(config, "alpha", name, config.get("lora_alpha", rank))
+        scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        pairs[name] = (down.to(bank.down.dtype), (up.flatten(1) * scaling).to(bank.up.dtype))
+        if not all(torch.isfinite(part).all() for part in pairs[name]):
+            raise NonFiniteError(f"The adapter of `{name}` must be finite, but NaN or infinity came: damaged file.")
+    with torch.no_grad():
+        for name, (down, up) in pairs.items():
+            layers[name].adapters.down[adapter].copy_(down)
+            layers[name].adapters.up[adapter].copy_(up)
+
+
+def _require(model: nn.Module, adapter: int, format: str) -> dict[str, int]:
+    """Layers with adapters and their ranks, if the request makes sense."""
+    plan = plan_of(model)
+    refuse_merged(model, "Exchanging adapters")
+    if not 0 <= adapter < plan.num_adapters:
+        raise ConfigError(f"`adapter` must lie in 0 … {plan.num_adapters - 1}, but {adapter} came.")
+    if format not in FORMATS:
+        raise ConfigError(f"`format` must be one of {', '.join(FORMATS)}, but {format!r} came.")
+    return plan.rank_of()
+
+
+def _for_layer(config: Mapping, what: str, name: str, default: float) -> float:
+    """A value of PEFT's `rank_pattern` or `alpha_pattern` for one layer."""
+    return pattern_value(config.get(f"{what}_pattern") or {}, name, default)
+
+
+def _read(folder: Path, prefix: str) -> tuple[dict[str, Tensor], dict]:
+    """Tensors by `<layer>.lora_A.weight`, and the LoRA's config."""
+    peft, stock = folder / PEFT_FILE, folder / DIFFUSERS_FILE
+    file = peft if peft.is_file() else stock
+    if not file.is_file():
+        raise CheckpointError(f"{folder} must hold {PEFT_FILE} or {DIFFUSERS_FILE}, but it holds neither.")
+    head = PEFT_PREFIX if file == peft else f"{prefix}."
+    try:
+        with safe_open(file, framework="pt") as handle:
+            tensors = {key.removeprefix(head): handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+            metadata = handle.metadata() or {}
+        if file == peft:
+            return tensors, json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
+        record = json.loads(metadata.get(METADATA, "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is no complete LoRA: {error}.") from error
+    return tensors, {key.removeprefix(head): value for key, value in record.items()}

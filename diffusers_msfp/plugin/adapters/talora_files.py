@@ -1,0 +1,188 @@
+"""Adapters beside the weights as files of their own: saved, loaded onto their base, taken off again.
+
+A folder holds `talora_config.json` (see `talora.AdapterPlan`, and `digest`) and `talora.safetensors`, whose tensors
+have the names that they have in the model.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ...checkpoint.describe import read_config, weight_files
+from ...checkpoint.digest import Digest, checking
+from ...compat.wrappers import sees_through
+from ...errors import CheckpointError, ConfigError, ShapeError
+from ...layers.convert import base_fingerprint, layers_by_name
+from ...methods.routes import ROUTER, routing_of
+from ...methods.talora import AdapterBank, AdapterPlan, RoutingTable
+from ...methods.talora.attach import adapter_tensors, connect, disconnect, refuse_merged
+from ...sampling.observation import calibration_state
+from ...sampling.timestep import require_timesteps
+from ..config import MSFPConfig
+
+CONFIG, TENSORS = "talora_config.json", "talora.safetensors"
+
+
+def plan_of(model: nn.Module) -> AdapterPlan:
+    """What the model's config says of its adapters.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if routing_of(model) is None:
+        raise ConfigError(
+            f"This {type(model).__name__} must have timestep-aware adapters, but it has none: load them with "
+            f"`load_talora`, or fine-tune."
+        )
+    return AdapterPlan.from_dict(model.config.quantization_config.adapters)
+
+
+@sees_through
+def save_talora(model: nn.Module, folder: str | Path) -> None:
+    """Write a model's adapters without the model.
+
+    Raises:
+        ConfigError: it has none.
+        UnsupportedError: they are merged into the weights.
+    """
+    plan = plan_of(model)
+    refuse_merged(model, "Saving adapters without their model")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in adapter_tensors(model).items()}
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    record = plan.to_dict() | {"digest": Digest.of(tensors).to_dict()}
+    (folder / CONFIG).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+@sees_through
+def load_talora(model: nn.Module, source: str | Path, **hub) -> None:
+    """Put saved adapters beside the weights of the quantized model that they were trained for.
+
+    Args:
+        model (`ModelMixin`): quantized and calibrated, without adapters.
+        source (`str` or `Path`): folder or Hub id of saved adapters, or of a whole checkpoint that has some.
+        **hub: for `snapshot_download`, e.g. `revision` and `token`.
+
+    Raises:
+        CheckpointError: damaged or incomplete files.
+        ConfigError: adapters for another base, or the model has adapters already; the model is unchanged.
+    """
+    if routing_of(model) is not None:
+        raise ConfigError("This model has timestep-aware adapters already. Call `unload_talora` first.")
+    require_timesteps(model)
+    if calibration_state(model) == "observing":
+        raise ConfigError("Adapters need a calibrated model, but this one observes: call `calibrate(pipe)` first.")
+    plan, tensors = _read(_folder(source, **hub))
+    if plan.placement != "side":
+        raise ConfigError(
+            f"{source} holds adapters that are merged into packed weights: there is nothing to load onto another "
+            f"model. Load the whole pipeline from there."
+        )
+    layers = layers_by_name(model)
+    unknown = sorted(set(plan.rank_of()) - set(layers))
+    if unknown or plan.base != base_fingerprint(model):
+        reason = f"it has no quantized layer `{unknown[0]}`" if unknown else "its packed weights or formats differ"
+        raise ConfigError(
+            f"Adapters fit only the quantized model that they were trained for, but {reason}. Load the checkpoint that "
+            f"`finetune` started from."
+        )
+    taken = sorted(name for name in plan.rank_of() if layers[name].routing is not None)
+    if taken:
+        raise ConfigError(
+            f"Layers have adapters or follow a set of timesteps, not both, but `{taken[0]}` would do both. Load the "
+            f"checkpoint that `finetune` started from."
+        )
+    banks = {name: _bank(layers[name], name, rank, plan, tensors) for name, rank in plan.rank_of().items()}
+    table = tensors.pop(f"{ROUTER}.table", None)
+    if table is None:
+        raise CheckpointError(f"{source} must hold the router's table (`{ROUTER}.table`), but it does not.")
+    if tuple(table.shape) != (plan.groups, plan.num_timesteps):
+        raise CheckpointError(
+            f"The router's table must have shape {(plan.groups, plan.num_timesteps)}, but {tuple(table.shape)} came."
+        )
+    RoutingTable(table, plan.num_adapters)  # refuses a bad one before the model is touched
+    for name, bank in banks.items():
+        layers[name].adapters = bank
+    connect(model, plan, table.to(model.device))
+    model.config.quantization_config.adapters = plan.to_dict()
+
+
+@sees_through
+def unload_talora(model: nn.Module) -> None:
+    """Take adapters beside the weights off; the model is bit for bit what it was without them.
+
+    Raises:
+        ConfigError: there are none.
+        UnsupportedError: they are merged into the weights.
+    """
+    plan_of(model)
+    disconnect(model)
+    model.config.quantization_config.adapters = None
+
+
+def _bank(layer, name: str, rank: int, plan: AdapterPlan, tensors: Mapping[str, Tensor]) -> AdapterBank:
+    quantized = layer.input_format is not None
+    bank = AdapterBank(layer.logical_shape, plan.num_adapters, rank, quantized, torch.float16)
+    for key, expected in bank.state_dict().items():
+        value = tensors.get(f"{name}.adapters.{key}")
+        if value is None:
+            raise CheckpointError(f"The adapters of `{name}` must hold `{key}`, but it is missing: incomplete file.")
+        if value.shape != expected.shape or value.dtype != expected.dtype:
+            raise ShapeError(
+                f"`{name}.adapters.{key}` must be {expected.dtype} of shape {tuple(expected.shape)} (rank {rank}), but "
+                f"{value.dtype} of shape {tuple(value.shape)} came."
+            )
+    own = {key: tensors[f"{name}.adapters.{key}"].to(layer.packed_weight.device) for key in bank.state_dict()}
+    bank.load_state_dict(own, assign=True)
+    bank.requires_grad_(False)
+    bank.check(name)
+    return bank
+
+
+def _folder(source: str | Path, **hub) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists() or str(source).count("/") != 1:
+        raise ConfigError(f"{source} must be a folder or a Hub id like `user/adapters`, but it is neither.")
+    patterns = [CONFIG, TENSORS, "model_index.json", "*/config.json", "*/diffusion_pytorch_model*.safetensors"]
+    return Path(snapshot_download(str(source), allow_patterns=patterns, **hub))
+
+
+def _read(folder: Path) -> tuple[AdapterPlan, dict[str, Tensor]]:
+    """Plan and tensors of a folder of adapters, or of a checkpoint that holds some."""
+    if (folder / CONFIG).is_file():
+        try:
+            record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{folder / CONFIG} must be JSON, but it is not ({error}).") from error
+        files = [folder / TENSORS]
+    else:
+        parts = [folder, *sorted(p for p in folder.iterdir() if p.is_dir())]
+        found = [(p, read_config(p).get("quantization_config") or {}) for p in parts]
+        part, checkpoint = next(((p, r) for p, r in found if r.get("adapters")), (None, {}))
+        if part is None:
+            raise CheckpointError(f"{folder} must hold {CONFIG}, or a checkpoint with adapters, but it holds neither.")
+        config = MSFPConfig.from_dict(checkpoint)
+        record, files = config.adapters | {"digest": config.digest}, weight_files(part)
+    if not isinstance(record, Mapping):
+        raise CheckpointError(f"{CONFIG} must be a JSON object, but {type(record).__name__} came.")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                keys = [key for key in handle.keys() if ".adapters." in key or key == f"{ROUTER}.table"]  # noqa: SIM118
+                tensors |= {key: handle.get_tensor(key) for key in keys}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} must be a safetensors file, but it is not ({error}).") from error
+    plan = AdapterPlan.from_dict({key: value for key, value in record.items() if key != "digest"})
+    if record.get("digest") is not None and checking():  # files of before version 2 have none
+        Digest.from_dict(record["digest"]).check(tensors)
+    return plan, tensors

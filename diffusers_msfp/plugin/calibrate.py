@@ -1,0 +1,173 @@
+"""Calibration with the pipeline's own sampler."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ..compat.wrappers import sees_through, unwrap
+from ..errors import ConfigError, MSFPError
+from ..layers.convert import quant_layers
+from ..layers.split import whole_name
+from ..methods.temporal.attach import detach_sets
+from ..sampling.calls import batched_calls, call_arguments, counting_steps, quiet, require_positive
+from ..sampling.denoisers import denoisers_of
+from ..sampling.observation import freeze, quantized_models, track, tracker, write_record
+from ..sampling.trial import describe, refuse_upcast, try_calls
+from ..schemes import resolve
+
+
+@sees_through
+def calibrate(
+    pipe,
+    *,
+    num_samples: int = 64,
+    num_inference_steps: int = 20,
+    prompts: Sequence[str] | None = None,
+    seed: int = 0,
+    on_step: Callable[[int, int], None] | None = None,
+    **arguments,
+) -> None:
+    """Set the activation ranges of a quantized pipeline from its own samples, then freeze them.
+
+    The pipeline's sampler runs from noise, with its own scheduler, over the whole trajectory; during these runs
+    activations are float. Memory does not grow with `num_samples`, and equal arguments give equal ranges. Progress is
+    shown by the pipeline's own progress bar, as its `set_progress_bar_config` says.
+
+    Args:
+        pipe (`DiffusionPipeline`): with at least one MSFP-quantized component; frozen ones are calibrated anew.
+        num_samples (`int`): images to sample.
+        num_inference_steps (`int`): denoising steps of each.
+        prompts (`Sequence[str]`, *optional*): taken in turn where the pipeline takes prompts.
+        seed (`int`): of noise and class labels.
+        on_step (`Callable[[int, int], None]`, *optional*): called after each denoising step with (done, total),
+            instead of the progress bar.
+        **arguments: passed on to the pipeline, e.g. `image=…` for image-to-image or `guidance_scale=…`.
+
+    Raises:
+        ConfigError: nothing to calibrate, numbers below 1, or arguments with which the pipeline does not run; nothing
+            is changed then. If the run fails later on, the error says how to go on.
+        NonFiniteError: samples become infinite or NaN.
+    """
+    models = named_quantized(pipe)
+    if not models or not callable(pipe) or isinstance(pipe, nn.Module):
+        raise ConfigError(
+            f"Calibration needs a pipeline with quantized components, but {type(pipe).__name__} has none. Load it with "
+            f"`quantization_config=MSFPConfig()` or call `quantize_pipeline(pipe, scheme)`."
+        )
+    counts = {"num_samples": num_samples, "num_inference_steps": num_inference_steps, "seed": seed}
+    check_calibration(pipe, models, prompts=prompts, **counts, **arguments)
+    observe_ranges(pipe, prompts=prompts, on_step=on_step, **counts, **arguments)
+
+
+def named_quantized(pipe) -> dict[str, nn.Module]:
+    """The components of a pipeline that have quantized layers, by name."""
+    found, parts = list(quantized_models(pipe)), getattr(pipe, "components", None)
+    return {name: part for name, part in parts.items() if part in found} if isinstance(parts, dict) else {}
+
+
+def check_calibration(
+    pipe,
+    models: Mapping[str, nn.Module],
+    *,
+    num_samples: int = 64,
+    num_inference_steps: int = 20,
+    prompts: Sequence[str] | None = None,
+    seed: int = 0,
+    **arguments,
+) -> None:
+    """Refuse what a calibration would fail with, as far as one step shows it; nothing is changed.
+
+    Args:
+        pipe (`DiffusionPipeline`): whose models need not be quantized yet, nor have weights.
+        models (`Mapping[str, nn.Module]`): quantized or to be, by name.
+        num_samples, num_inference_steps, prompts, seed, **arguments: see `calibrate`.
+
+    Raises:
+        ConfigError, NonFiniteError: see `calibrate`.
+    """
+    require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
+    refuse_upcast(pipe, models)
+    make_arguments = call_arguments(pipe, prompts, num_inference_steps, arguments)
+    ordered = [part for part in pipe.components.values() if any(part is model for model in models.values())]
+    try_calls(pipe, batched_calls(make_arguments, ordered, num_samples, seed))
+
+
+def observe_ranges(
+    pipe,
+    *,
+    num_samples: int = 64,
+    num_inference_steps: int = 20,
+    prompts: Sequence[str] | None = None,
+    seed: int = 0,
+    on_step: Callable[[int, int], None] | None = None,
+    **arguments,
+) -> None:
+    """What `calibrate` does after its checks; arguments are the same."""
+    calls = batched_calls(
+        call_arguments(pipe, prompts, num_inference_steps, arguments), list(quantized_models(pipe)), num_samples, seed
+    )
+    observing = [model for model in quantized_models(pipe) if restart_observation(model)]
+    if not observing:
+        raise ConfigError("Nothing to calibrate: no layer of this pipeline has a quantized activation (weights only).")
+
+    denoisers = denoisers_of(pipe, required=False)
+    counted = [model for model in observing if model in denoisers.values()] or observing[:1]
+    total = len(calls) * num_inference_steps
+    with ExitStack() as stack:
+        for model in observing:
+            stack.callback(setattr, tracker(model), "paused", False)
+        if on_step is None:
+            bar = stack.enter_context(DiffusionPipeline.progress_bar(pipe, total=total))  # combined ones give none
+            bar.set_description("calibrating")
+        stack.enter_context(quiet(pipe))
+        stack.enter_context(counting_steps(counted, total, on_step or (lambda *_: bar.update())))
+        stack.enter_context(torch.no_grad())
+        try:
+            for call in calls:
+                call.run(pipe)
+            _require_seen(pipe, observing)
+            for model in observing:
+                freeze(model)
+        except Exception as error:  # a pipeline may fail in any way
+            kind = type(error) if isinstance(error, MSFPError) else ConfigError
+            raise kind(
+                f"{type(pipe).__name__} must run while its activations are observed, but it fails: {describe(error)} "
+                f"The weights are quantized already and stay so; the activations are float and still observed. To go "
+                f"on, call `calibrate(pipe, …)` or `quantize_pipeline` again with corrected arguments; on the command "
+                f"line, run the command again, which keeps what is packed."
+            ) from error
+
+
+def _require_seen(pipe, models: Sequence[nn.Module]) -> None:
+    """Refuse to freeze a model that no run has called, before any is frozen.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    names = {id(unwrap(part)): name for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    for model in models:
+        if not any(int(layer.observation.count) for _, layer in quant_layers(model) if layer.observing):
+            raise ConfigError(
+                f"Each quantized component must be called in calibration, but `{names.get(id(model))}` was not with "
+                f"these arguments and this number of steps. Call `calibrate` again with others; until then its "
+                f"activations, and those of all components with it, stay float."
+            )
+
+
+def restart_observation(model: nn.Module) -> bool:
+    """Observe anew whatever the model's scheme quantizes; False if that is nothing. Parameters by timestep go."""
+    config = model.config.quantization_config
+    detach_sets(model)
+    for name, layer in quant_layers(model):
+        candidates = resolve(whole_name(name, layer), config.scheme, config.scheme_overrides).activation
+        if candidates:
+            layer.start_observing(candidates)
+    if not any(layer.observing for _, layer in quant_layers(model)):
+        return False
+    track(model)
+    tracker(model).paused = True
+    write_record(model)
+    return True

@@ -1,0 +1,96 @@
+"""What diffusers makes out of a quantized model: float models from its config, and models that copy its weights.
+
+`Model.from_config(quantized.config)` gives a float model, whose config must not say that it is quantized: its
+checkpoint could not be loaded again. Constructors like `ControlNetModel.from_unet(unet)` copy tensors from module to
+module; packed ones fit nowhere, so the first that is read is refused, with the way out. Both are additions to
+`ModelMixin`, since diffusers asks no quantizer there.
+"""
+
+import functools
+import inspect
+from collections.abc import Mapping
+from contextlib import ExitStack, contextmanager
+
+from diffusers import ModelMixin
+from torch import nn
+
+from ..compat.diffusers import saves_averages
+from ..errors import UnsupportedError
+from ..layers.convert import quant_layers
+from .config import MSFPMethod
+
+_OWN = ("from_pretrained", "from_config", "from_single_file")
+_ABOUT_QUANTIZATION = ("quantization_config", "_pre_quantization_dtype")
+
+
+def install() -> None:
+    """Add to `ModelMixin`, once, what makes copies right or refused; classes that are there and later ones get it."""
+    if getattr(vars(ModelMixin).get("from_config"), "__func__", None) is _from_config:
+        return
+    ModelMixin.from_config = classmethod(_from_config)
+    ModelMixin.__init_subclass__ = classmethod(_init_subclass)
+    known = [ModelMixin]
+    for cls in known:
+        _guard_constructors(cls)
+        known += cls.__subclasses__()
+
+
+def _from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
+    """A float model with this config; what a quantized model's says about its quantization is left out."""
+    if isinstance(config, Mapping) and _is_ours(config.get("quantization_config")):
+        if saves_averages():
+            raise UnsupportedError(
+                f"An `EMAModel` saves averages as a float {cls.__name__}, but this one has those of an MSFP-quantized "
+                f"model, whose packed weights fit no float model. Average the parameters of adapters alone and save "
+                f"the adapters, or call `model.dequantize()` before averaging."
+            )
+        config = {key: value for key, value in config.items() if key not in _ABOUT_QUANTIZATION}
+    return super(ModelMixin, cls).from_config(config, return_unused_kwargs, **kwargs)
+
+
+def _is_ours(config: object) -> bool:
+    method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
+    return method == MSFPMethod.MSFP
+
+
+def _init_subclass(cls, **kwargs) -> None:
+    super(ModelMixin, cls).__init_subclass__(**kwargs)
+    _guard_constructors(cls)
+
+
+def _guard_constructors(cls: type[ModelMixin]) -> None:
+    """Let a class's own constructors from other models (`from_unet`, `from_transformer`, …) refuse packed tensors."""
+    for name, method in list(vars(cls).items()):
+        if name.startswith("from_") and name not in _OWN and isinstance(method, classmethod):
+            setattr(cls, name, classmethod(_guarded(method.__func__, f"{cls.__name__}.{name}")))
+
+
+def _guarded(constructor, called: str):
+    @functools.wraps(constructor)
+    def construct(cls, *args, **kwargs):
+        with ExitStack() as stack:
+            for model in (*args, *kwargs.values()):
+                if isinstance(model, nn.Module):
+                    stack.enter_context(_refusing_to_be_read(model, called))
+            return constructor(cls, *args, **kwargs)
+
+    construct.__signature__ = inspect.signature(constructor)
+    return construct
+
+
+@contextmanager
+def _refusing_to_be_read(model: nn.Module, called: str):
+    """While this lasts, the packed tensors of a model are not handed out."""
+
+    def refuse(layer: nn.Module, *_) -> None:
+        raise UnsupportedError(
+            f"`{called}` copies float weights, but `{layer.place}` of this {type(model).__name__} is packed. Call "
+            f"`model.dequantize()` on a copy of it (`copy.deepcopy`), pass that, and quantize what is made of it."
+        )
+
+    hooks = [layer.register_state_dict_pre_hook(refuse) for _, layer in quant_layers(model)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,1 @@
+"""From file to file: quantize layer by layer, migrate to the newest format version."""

@@ -1,0 +1,197 @@
+"""`MSFPPipelineMixin`: a pipeline that knows of its quantization and its timestep-aware adapters.
+
+Routing itself needs no mixin: it works in every stock pipeline. The mixin adds verbs, and ends the observation of
+activations at the end of a call.
+"""
+
+import functools
+import json
+from collections import Counter
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ..compat.wrappers import unwrap
+from ..engines.choose import engines_of
+from ..errors import ConfigError
+from ..layers.convert import quant_layers
+from ..methods.routes import finite_set_of, routing_of
+from ..methods.talora.attach import refuse_merged
+from ..methods.temporal import TemporalPlan
+from ..sampling.denoisers import is_quantized
+from ..sampling.observation import calibration_state, freeze, quantized_models, tracker
+from .adapters import talora_files
+from .adapters.talora_files import plan_of
+
+
+class MSFPPipelineMixin:
+    """Verbs of a pipeline with an MSFP-quantized denoiser.
+
+    Use it as a base class (`class Mine(MSFPPipelineMixin, DDPMPipeline)`), on any pipeline object with
+    `MSFPPipelineMixin.attach(pipe)`, or in a `custom_pipeline`. What it saves names the stock class.
+    """
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        call = getattr(cls, "__call__", None)  # noqa: B004
+        if call is not None and not hasattr(call, "_freezes"):
+            cls.__call__ = _freezing(call)
+
+    @staticmethod
+    def attach(pipe: DiffusionPipeline) -> DiffusionPipeline:
+        """Give a pipeline object these verbs, in place; its class keeps its name. It can be copied, but not pickled.
+
+        Raises:
+            ConfigError: not a pipeline.
+        """
+        cls = type(pipe)
+        if not isinstance(pipe, DiffusionPipeline):
+            raise ConfigError(f"The mixin attaches to pipelines, but {cls.__name__} came.")
+        if not isinstance(pipe, MSFPPipelineMixin):
+            pipe.__class__ = type(cls.__name__, (MSFPPipelineMixin, cls), {"__module__": cls.__module__})
+        return pipe
+
+    # ── adapters ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def load_talora(self, source: str | Path, **hub) -> None:
+        """Load adapters beside the weights from a folder or Hub id; see `talora_files.load_talora`."""
+        talora_files.load_talora(self._quantized(), source, **hub)
+
+    def save_talora(self, folder: str | Path) -> None:
+        """Write the adapters without the model; see `talora_files.save_talora`."""
+        talora_files.save_talora(self._quantized(), folder)
+
+    def unload_talora(self) -> None:
+        """Take the adapters off; the model is bit for bit what it was without them."""
+        talora_files.unload_talora(self._quantized())
+
+    def enable_talora(self) -> None:
+        """Use the adapters (again)."""
+        self._adapted("Enabling adapters").enabled = True
+
+    def disable_talora(self) -> None:
+        """Compute as without adapters, until `enable_talora`."""
+        self._adapted("Disabling adapters").enabled = False
+
+    def set_talora_scale(self, scale: float) -> None:
+        """Weigh what the adapters add; 1 is as trained.
+
+        Raises:
+            ConfigError: not a finite number.
+        """
+        if not isinstance(scale, (int, float)) or not abs(scale) < float("inf"):
+            raise ConfigError(f"The adapters' scale must be a finite number, but {scale!r} came.")
+        self._adapted("Scaling adapters").scale = float(scale)
+
+    def talora_summary(self) -> dict:
+        """Which adapter serves which timesteps.
+
+        Returns:
+            `dict`: `placement`, `num_adapters`, `num_timesteps`, `router_groups`, `ranks` (rank → number of layers),
+            `enabled`, `scale`, `intervals` (`[group][(first timestep, last timestep, adapter), …]`), `usage`
+            (`[group][adapter]`, share of the timesteps), `collapsed` (groups in which one adapter serves all).
+        """
+        return _summary(self._quantized())
+
+    def quantization_report(self) -> dict:
+        """What is quantized, and how.
+
+        Returns:
+            `dict`: component → `scheme`, `calibration_state`, `layers`, `weight_formats` and `input_formats` (format →
+            number of layers; `"float"` and `"observing"` too), `unsigned_inputs`, `engines` (engine → number of
+            layers that it runs now), `bits_per_weight` (codes and scales, per bank), `bytes` (of all its tensors),
+            `adapters` (see `talora_summary`, or None), `temporal` (see `TemporalPlan.summary`, or None).
+        """
+        report = {}
+        for name, model in self.components.items():
+            model = unwrap(model) if isinstance(model, nn.Module) else None
+            if model is None or not is_quantized(model):
+                continue
+            layers = [layer for _, layer in quant_layers(model)]
+            inputs = Counter("observing" if layer.observing else str(layer.input_format or "float") for layer in layers)
+            weights = sum(rows * length for rows, length in (layer.matrix_shape for layer in layers))
+            unsigned = sum(layer.input_format is not None and not layer.input_format.signed for layer in layers)
+            packed = sum(
+                layer.packed_weight.numel() // layer.num_banks + 4 * layer.weight_scale.numel() for layer in layers
+            )
+            report[name] = {
+                "scheme": model.config.quantization_config.scheme,
+                "calibration_state": calibration_state(model),
+                "layers": len(layers),
+                "weight_formats": dict(Counter(layer.weight_format.name for layer in layers)),
+                "input_formats": dict(inputs),
+                "unsigned_inputs": unsigned,
+                "engines": engines_of(model),
+                "bits_per_weight": 8 * packed / weights,
+                "bytes": model.get_memory_footprint(),
+                "adapters": _summary(model) if routing_of(model) is not None else None,
+                "temporal": _temporal_summary(model),
+            }
+        return report
+
+    def _quantized(self) -> nn.Module:
+        models = [m for m in quantized_models(self)]
+        adapted = [m for m in models if routing_of(m) is not None]
+        if not models:
+            raise ConfigError(
+                f"A pipeline with a quantized component is needed, but this {type(self).__name__} has none. Load it "
+                f"with `quantization_config=MSFPConfig()` or call `quantize_pipeline(pipe, scheme)`."
+            )
+        return (adapted or models)[0]
+
+    def _adapted(self, what: str):
+        model = self._quantized()
+        plan_of(model)
+        refuse_merged(model, what)
+        return routing_of(model)
+
+    # ── what is saved ────────────────────────────────────────────────────────────────────────────────────────
+
+    def to_json_string(self) -> str:
+        """The pipeline's index, naming the stock class, which plain diffusers can open."""
+        stock = next((c for c in type(self).__mro__ if c.__module__.startswith("diffusers.")), type(self))
+        index = json.loads(super().to_json_string()) | {"_class_name": stock.__name__}
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def _freezing(call):
+    """A pipeline's call that ends the observation of activations when it is over."""
+
+    @functools.wraps(call)
+    def wrapped(self, *args, **kwargs):
+        result = call(self, *args, **kwargs)
+        for model in quantized_models(self):
+            watching = tracker(model)
+            if watching is not None and not watching.paused and watching.last_timestep is not None:
+                freeze(model)
+        return result
+
+    wrapped._freezes = True
+    return wrapped
+
+
+def _temporal_summary(model: nn.Module) -> dict | None:
+    finite_set = finite_set_of(model)
+    if finite_set is None:
+        return None
+    channels = {name: layer.logical_shape[0] for name, layer in quant_layers(model)}
+    plan = TemporalPlan.from_dict(model.config.quantization_config.temporal)
+    return plan.summary(finite_set.timesteps.tolist(), channels)
+
+
+def _summary(model: nn.Module) -> dict:
+    plan, routing = plan_of(model), routing_of(model)
+    usage = routing.usage()
+    return {
+        "placement": plan.placement,
+        "num_adapters": plan.num_adapters,
+        "num_timesteps": plan.num_timesteps,
+        "router_groups": list(plan.router_groups),
+        "ranks": {int(rank): len(names) for rank, names in plan.ranks.items()},
+        "enabled": routing.enabled,
+        "scale": routing.scale,
+        "intervals": routing.intervals(),
+        "usage": usage,
+        "collapsed": [i for i, shares in enumerate(usage) if plan.num_adapters > 1 and max(shares) == 1],
+    }

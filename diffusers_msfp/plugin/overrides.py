@@ -1,0 +1,146 @@
+"""What a quantized model answers differently from a float one, set on the model object and removed by `dequantize`.
+
+The class of the model stays the stock one, so that its name in a checkpoint is one that plain diffusers can open.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..checkpoint import saving
+from ..compat.diffusers import kept_in_float32
+from ..engines.fusion.processors import use_engine_attention
+from ..errors import UnsupportedError
+from ..layers import QuantLayer
+from ..layers.convert import quant_layers
+from ..layers.logical import ReadableState
+from .adapters.attaching import all_or_nothing, leave_out_parts, refuse_widened
+from .adapters.versions import require_peft
+
+_REFUSED = {
+    "fuse_lora": "A float adapter cannot be merged into packed 4-bit codes. Keep it beside them (that is what loading "
+    "it does), or call `model.dequantize()`, fuse, and quantize again.",
+    "enable_layerwise_casting": "The weights are already stored in {bits} bits, and casting would damage their scales. "
+    "There is nothing to gain: leave it out.",
+    "fuse_qkv_projections": "Packed projections of different formats cannot be joined. Leave them apart, or call "
+    "`model.dequantize()`, fuse, and quantize again.",
+    "half": "The packed weights have no dtype to cast. Load the model with `torch_dtype=torch.float16` instead.",
+    "float": "The packed weights have no dtype to cast. Load the model with `torch_dtype=torch.float32` instead.",
+}
+
+
+def _refuse(model: nn.Module, *_, method: str, **__):
+    bits = sorted({layer.weight_format.bits for _, layer in quant_layers(model)})
+    reason = _REFUSED[method].format(bits=" and ".join(map(str, bits)))
+    raise UnsupportedError(f"`{method}` is not possible for the MSFP-quantized {type(model).__name__}. {reason}")
+
+
+def _num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """As `ModelMixin.num_parameters`, with packed weights counted as the weights they stand for."""
+    count = type(model).num_parameters(model, only_trainable=only_trainable, exclude_embeddings=exclude_embeddings)
+    if only_trainable:  # packed weights are not trainable, so none of them was counted
+        return count
+    layers = {id(layer): layer for _, layer in quant_layers(model)}
+    for layer in layers.values():
+        rows, length = layer.matrix_shape
+        count += rows * length - layer.packed_weight.numel()
+    return count
+
+
+def _to(model: nn.Module, *args, **kwargs) -> nn.Module:
+    """As `ModelMixin.to`; the dtype that the model has is for what was added to it, another one is refused."""
+    dtype = kwargs.get("dtype") or next((arg for arg in args if isinstance(arg, torch.dtype)), None)
+    if dtype is not None and dtype != model.dtype:
+        raise UnsupportedError(
+            f"A quantized {type(model).__name__} cannot be cast: it was loaded as {model.dtype}, but {dtype} came. "
+            f"Load it with `torch_dtype={dtype}`; for `from_pipe` pass `torch_dtype={model.dtype}`."
+        )
+    if dtype is not None and not kept_in_float32(model):
+        nn.Module.to(model, dtype)  # what came after loading, such as an IP-Adapter's layers
+    kwargs.pop("dtype", None)
+    args = tuple(arg for arg in args if not isinstance(arg, torch.dtype) and arg is not None)
+    if not args and not {key: value for key, value in kwargs.items() if value is not None}:
+        return model
+    return type(model).to(model, *args, **kwargs)
+
+
+def _set_default_attn_processor(model: nn.Module) -> None:
+    """As diffusers' own, which does not know the engines' processors and would refuse them."""
+    use_engine_attention(model, wanted=False)
+    type(model).set_default_attn_processor(model)
+
+
+def _attach(model: nn.Module, *args, method: str, hotswap: bool = False, adapter_name: str | None = None, **kwargs):
+    """As the model's own method, where PEFT is new enough for whoever loads in this call; an error changes nothing."""
+    require_peft("transformers" if isinstance(model, PreTrainedModel) else "diffusers")
+    state, pipeline = args[0] if args else None, kwargs.get("_pipeline")
+    parts = {key.partition(".")[0] for key in state} if isinstance(state, Mapping) else ()
+    if any(isinstance(getattr(pipeline, part, None), PreTrainedModel) for part in parts):
+        require_peft("transformers")  # the pipeline goes on with its text encoders when this model has its adapter
+    if hotswap:
+        kwargs["hotswap"] = hotswap
+    if adapter_name is not None:
+        kwargs["adapter_name"] = adapter_name
+    refuse_widened(model)
+    leave_out_parts(model, args[0] if args else kwargs.get("adapter_config"))
+    with all_or_nothing(model, adapter_name if hotswap else None):
+        return getattr(type(model), method)(model, *args, **kwargs)
+
+
+def _state_dict(model: nn.Module, *args, **kwargs):
+    """As of any module; it also knows the float weights by their names."""
+    state = type(model).state_dict(model, *args, **kwargs)
+    return state if args or "destination" in kwargs else ReadableState(state, model)
+
+
+def _require_no_gradients(module: nn.Module, requires_grad: bool = True) -> nn.Module:
+    """As `nn.Module.requires_grad_`, with True refused before anything is changed: packed weights cannot be trained."""
+    if requires_grad:
+        raise UnsupportedError(
+            f"The weights of this MSFP-quantized {type(module).__name__} are packed, so they cannot be trained, but "
+            f"`requires_grad_(True)` came. Train adapters: `diffusers_msfp.finetune(pipe, teacher)`, or PEFT's by "
+            f"`model.add_adapter(LoraConfig(…))`; biases and norms one by one (`parameter.requires_grad_(True)`)."
+        )
+    return type(module).requires_grad_(module, requires_grad)
+
+
+def _with_packed(model: nn.Module) -> Iterator[nn.Module]:
+    """The model and those of its modules that hold quantized layers."""
+    places = {name for name, module in model.named_modules() if isinstance(module, QuantLayer)}
+    above = {"".join(name[:end]) for name in places for end in (0, *(i for i, c in enumerate(name) if c == "."))}
+    yield from (module for name, module in model.named_modules() if name in above)
+
+
+_ANSWERS = {
+    "state_dict": _state_dict,
+    "num_parameters": _num_parameters,
+    "to": _to,
+    "set_default_attn_processor": _set_default_attn_processor,
+    "save_config": saving.save_config,
+    "save_pretrained": saving.save_pretrained,
+    **{name: functools.partial(_attach, method=name) for name in ("add_adapter", "load_adapter", "load_lora_adapter")},
+    **{name: functools.partial(_refuse, method=name) for name in _REFUSED},
+}
+
+
+def install(model: nn.Module) -> None:
+    """Set the answers on the model object."""
+    for method, answer in _ANSWERS.items():
+        if hasattr(type(model), method):
+            bound = functools.partial(answer, model)
+            if method.startswith("save"):
+                bound.__wrapped__ = getattr(type(model), method)  # for those who look which arguments there are
+            setattr(model, method, bound)
+    for module in _with_packed(model):
+        module.requires_grad_ = functools.partial(_require_no_gradients, module)
+
+
+def remove(model: nn.Module) -> None:
+    """Let the model answer like any other."""
+    for method in _ANSWERS:
+        model.__dict__.pop(method, None)
+    for module in model.modules():
+        module.__dict__.pop("requires_grad_", None)

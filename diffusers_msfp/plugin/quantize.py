@@ -1,0 +1,155 @@
+"""Quantize a pipeline that is already in memory."""
+
+from collections.abc import Callable, Collection
+
+from diffusers import ModelMixin
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..compat.wrappers import seen_through, sees_through, unwrap
+from ..errors import ConfigError
+from ..layers.convert import Conversion, convert
+from ..sampling.calls import keep_labels
+from ..sampling.denoisers import DENOISERS
+from ..sampling.observation import calibration_state, quantized_models
+from ..sampling.trial import refuse_upcast
+from ..schemes import DEFAULT_SCHEME
+from .calibrate import check_calibration, observe_ranges
+from .config import MSFPConfig
+from .quantizer import MSFPQuantizer
+from .transformers_quantizer import MSFPTransformersQuantizer
+
+
+@sees_through
+def quantize_model(
+    model: ModelMixin | PreTrainedModel, config: MSFPConfig, on_layer: Callable[[int, int], None] | None = None
+) -> None:
+    """Quantize the weights of a float model in place; its activations are observed from now on.
+
+    Args:
+        model (`ModelMixin` or `PreTrainedModel`): any model of diffusers, or one of transformers, whose activations
+            stay float.
+        config (`MSFPConfig`): not changed; the model gets a copy with its record.
+        on_layer (`Callable[[int, int], None]`, *optional*): called after each layer with (done, total).
+    """
+    _quantize(model, *_planned(model, config), on_layer)
+
+
+Quantizer = MSFPQuantizer | MSFPTransformersQuantizer
+
+
+def _planned(model: ModelMixin | PreTrainedModel, config: MSFPConfig) -> tuple[Quantizer, Conversion]:
+    """What is to be done with a model, everything checked that can fail."""
+    door = MSFPQuantizer if isinstance(model, ModelMixin) else MSFPTransformersQuantizer
+    quantizer = door(config.without_record(), pre_quantized=True)
+    plan = quantizer.quantization_config.plan(model)
+    plan.check(model)
+    return quantizer, plan
+
+
+def _quantize(
+    model: ModelMixin | PreTrainedModel,
+    quantizer: Quantizer,
+    plan: Conversion,
+    on_layer: Callable[[int, int], None] | None = None,
+) -> None:
+    """Do it."""
+    dtype = model.dtype
+    convert(model, plan, on_layer)
+    quantizer.attach(model)
+    if isinstance(model, ModelMixin):
+        model.register_to_config(_pre_quantization_dtype=dtype)
+    plan.report(model)
+
+
+def quantize_pipeline(pipe, scheme: str | MSFPConfig = DEFAULT_SCHEME, **calibration):
+    """Quantize a float pipeline in place: weights, then activation ranges from its own samples.
+
+    All arguments are checked, and a first step of the float pipeline is tried, before a weight is replaced. Where the
+    calibration fails all the same, the same call with corrected arguments goes on with it.
+
+    Args:
+        pipe (`DiffusionPipeline`): float, or left by a call whose calibration failed.
+        scheme (`str` or `MSFPConfig`): a name in `SCHEMES`, or a config for more say.
+        **calibration: arguments of `calibrate`.
+
+    Returns:
+        `pipe`, quantized and frozen, ready to be saved.
+
+    Raises:
+        ConfigError: no component to quantize, an unknown scheme, or arguments with which the pipeline does not run.
+        NonFiniteError: a weight, or what the sampler makes, holds NaN or infinity.
+
+    Example:
+        ```py
+        pipe = quantize_pipeline(DDPMPipeline.from_pretrained("user/model"), "w4a4", num_samples=64)
+        pipe.save_pretrained("model-w4a4")
+        ```
+    """
+    config = scheme if isinstance(scheme, MSFPConfig) else MSFPConfig(scheme=scheme)
+    with seen_through(pipe) as (bare,):
+        _quantize_components(bare, config, calibration)
+    keep_labels(pipe)
+    return pipe
+
+
+def _quantize_components(pipe, config: MSFPConfig, calibration: dict) -> None:
+    models = components_of(pipe, config)
+    plans = {name: _planned(model, config) for name, model in models.items() if not _is_left(model, config)}
+    refuse_upcast(pipe, models)
+    observing = [model for name, model in models.items() if name not in plans]
+    if observing or any(scheme.activation for _, plan in plans.values() for scheme in plan.layers.values()):
+        check_calibration(pipe, models, **{key: value for key, value in calibration.items() if key != "on_step"})
+    for name, (quantizer, plan) in plans.items():
+        _quantize(models[name], quantizer, plan)
+    if any(calibration_state(model) == "observing" for model in models.values()):
+        observe_ranges(pipe, **calibration)
+
+
+def _is_left(model: ModelMixin | PreTrainedModel, config: MSFPConfig) -> bool:
+    """Whether an earlier call with the same config has quantized a model's weights and not come to its end."""
+    if not list(quantized_models(model)) or calibration_state(model) != "observing":
+        return False
+    wanted, done = config.without_record(), model.config.quantization_config
+    return all(getattr(wanted, key) == getattr(done, key) for key in _REQUEST)
+
+
+_REQUEST = ("scheme", "modules_to_not_convert", "scheme_overrides")
+
+
+def components_of(pipe, config: MSFPConfig) -> dict[str, ModelMixin | PreTrainedModel]:
+    """The components that a config selects, by name.
+
+    Raises:
+        ConfigError: there are none, or one that was named is no model.
+    """
+    components = {name: part for name, part in getattr(pipe, "components", {}).items() if part is not None}
+    components |= {name: unwrap(part) for name, part in components.items() if isinstance(part, nn.Module)}
+    kinds = {name: type(part) for name, part in components.items()}
+    found = {name: components[name] for name in config.choose_components(kinds, type(pipe).__name__)}
+    for name, component in found.items():
+        if not isinstance(component, (ModelMixin, PreTrainedModel)):
+            raise ConfigError(
+                f"`components_to_quantize` may name models of diffusers and transformers only, but `{name}` is "
+                f"{type(component).__name__}."
+            )
+        if getattr(component, "config", None) is None:
+            refuse_several(name, type(component).__name__, components)
+    return found
+
+
+def refuse_several(name: str, kind: str, present: Collection[str]) -> None:
+    """Refuse a component that holds several models, each with a config of its own.
+
+    Args:
+        name (`str`), kind (`str`): of the component, and its class.
+        present (`Collection[str]`): components of its pipeline.
+
+    Raises:
+        ConfigError: always.
+    """
+    others = [other for other in (*DENOISERS, "controlnet") if other in present and other != name]
+    raise ConfigError(
+        f"Each component to quantize must be one model, but `{name}` is a {kind}, which holds several. Leave it float: "
+        f"`components_to_quantize={others}`."
+    )

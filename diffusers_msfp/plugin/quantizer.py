@@ -1,0 +1,297 @@
+"""diffusers' hooks for loading and saving, and nothing else.
+
+Loading a float checkpoint quantizes each weight as it arrives, so memory holds one float shard and the packed layers.
+Loading a packed checkpoint makes room from `config.json` first; every tensor then loads alone, in any order.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import CustomDtype
+from diffusers.quantizers.base import DiffusersQuantizer
+from torch import nn
+
+from ..checkpoint.digest import Digest
+from ..checkpoint.file_checks import check_floats, check_formats, check_places, formats_of, without_formats
+from ..checkpoint.saving import file_metadata, tensors_to_save
+from ..compat.diffusers import set_config
+from ..compat.torch import put_tensor, tensors_of
+from ..errors import CheckpointError, UnsupportedError
+from ..layers import QUANT_LAYERS, QuantLayer
+from ..layers.convert import Conversion, convert_skeleton, replace_module
+from ..layers.stored import (
+    FORMATS_TENSOR,
+    INPUT_TENSORS,
+    OBSERVED,
+    PACKED_WEIGHT,
+    WEIGHT_TENSORS,
+    name_in_files,
+    name_in_state,
+)
+from ..methods.routes import routing_of
+from ..methods.split.shortcuts import split_skeleton
+from ..methods.talora import AdapterBank, AdapterPlan, RoutingTable
+from ..methods.talora.adapters import ADAPTER_TENSORS
+from ..methods.talora.attach import prepare_skeleton
+from ..methods.temporal import FeatureTable, FiniteSet, TemporalPlan
+from ..methods.temporal.attach import temporal_skeleton
+from ..sampling.observation import calibration_state
+from .attach import attach, detach
+from .config import MSFPConfig
+
+logger = logging.getLogger(__name__)
+
+STORED_TENSORS = {
+    QuantLayer: (PACKED_WEIGHT, *WEIGHT_TENSORS, *INPUT_TENSORS, *OBSERVED),
+    AdapterBank: ADAPTER_TENSORS,
+    RoutingTable: ("table",),
+    FiniteSet: ("timesteps",),
+    FeatureTable: ("features",),
+}
+"""What a checkpoint keeps beside float tensors, by the kind of module that keeps it."""
+
+
+def _stored(module: nn.Module) -> tuple[str, ...]:
+    return next((names for cls, names in STORED_TENSORS.items() if isinstance(module, cls)), ())
+
+
+class MSFPQuantizer(DiffusersQuantizer):
+    """Connects `MSFPConfig` with `ModelMixin.from_pretrained` and `save_pretrained`."""
+
+    use_keep_in_fp32_modules = True
+    requires_calibration = False
+
+    def __init__(self, quantization_config: MSFPConfig, **kwargs) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._plan: Conversion | None = None
+        self._dtype = torch.float32
+        self._loaded_keys: list[str] = []
+        self._packed = quantization_config.quantized_layers() if self.pre_quantized else frozenset()
+        self._digest: Digest | None = None
+        self._formats: dict[str, torch.Tensor] = {}
+
+    # ── loading ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
+        """float32 where nothing is asked for."""
+        self._dtype = torch.float32 if torch_dtype is None else torch_dtype
+        return self._dtype
+
+    def validate_environment(self, *args, device_map=None, **kwargs) -> None:  # noqa: ARG002
+        """Refuse what diffusers would do behind our back: tensors on disk are cast and never shown to us.
+
+        Raises:
+            UnsupportedError: disk offload in another dtype than float32.
+        """
+        places = device_map.values() if isinstance(device_map, dict) else ()
+        if "disk" in places and self._dtype != torch.float32:
+            raise UnsupportedError(
+                f"Disk offload keeps scales exact only in float32, but `torch_dtype={self._dtype}` came. Leave "
+                f"`torch_dtype` out, or offload to the CPU."
+            )
+
+    def adjust_target_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:  # noqa: ARG002
+        """Size of a weight when devices are shared out."""
+        return CustomDtype.INT4
+
+    def get_cuda_warm_up_factor(self) -> int:
+        """Four-bit weights take an eighth of the allocation that float weights would."""
+        return 8
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str] | None) -> list[str]:
+        """The names of a model's tensors for those of its files; packed weights from pickles or elsewhere are refused.
+
+        Raises:
+            CheckpointError: a file that is no safetensors file, or an index that leads elsewhere.
+        """
+        self._loaded_keys = [name_in_state(key, self._packed) for key in loaded_keys]
+        if not self.pre_quantized:
+            return loaded_keys
+        check_places([Path(file) for file in checkpoint_files or ()])
+        return without_formats(self._loaded_keys, self.quantization_config)
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
+        if "state_dict" in kwargs:
+            raise UnsupportedError(
+                "A single file cannot be loaded and quantized in one call. Load the float pipeline with "
+                "`from_single_file`, then call `quantize_pipeline(pipe, scheme)`."
+            )
+        if not self.pre_quantized:
+            self.quantization_config = self.quantization_config.without_record()
+        config = self.quantization_config
+        if self.pre_quantized:
+            config.require_record()
+            self._digest = config.take_digest()
+        self._plan = config.plan(model)
+        if self.pre_quantized:
+            wholes, plan = split_skeleton(model, config.split or {}), self._plan.layers
+            parts = {part: plan[whole] for part, whole in wholes.items() if whole in plan}
+            convert_skeleton(model, config.layers, plan | parts)
+            if config.adapters is not None:
+                prepare_skeleton(model, AdapterPlan.from_dict(config.adapters))
+            if config.temporal is not None:
+                temporal_skeleton(model, TemporalPlan.from_dict(config.temporal))
+            self._formats = formats_of(model)
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Check packed tensors as they lie in the file, before any is cast, and call them as the model does.
+
+        Of a float file, cut what stays float loose: a bias that is a view would keep a whole float shard mapped.
+        """
+        if self.pre_quantized:
+            if self._digest is not None:
+                self._digest.check(state_dict)
+            check_formats(state_dict, self._formats)
+            names = without_formats(state_dict, self.quantization_config)
+            return {name_in_state(name, self._packed): state_dict[name] for name in names}
+        if self._plan is None:
+            return state_dict
+        ours = {f"{name}.weight" for name in self._plan.layers}
+        return {key: value if key in ours else value.clone() for key, value in state_dict.items()}
+
+    def check_if_quantized_param(self, model, param_value, param_name: str, state_dict, **kwargs) -> bool:  # noqa: ARG002
+        """Whether a tensor is ours to place."""
+        place, _, tensor = param_name.rpartition(".")
+        if self.pre_quantized:
+            module, value = model.get_submodule(place), state_dict.get(param_name, param_value)
+            if tensor in _stored(module):
+                return True
+            if getattr(module, tensor).is_floating_point() and not value.is_floating_point():  # it would be cast
+                raise CheckpointError(f"`{param_name}` must hold floats, but {value.dtype} came: damaged file.")
+            return False
+        return tensor == "weight" and place in self._plan.layers
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: torch.Tensor,
+        param_name: str,
+        target_device: torch.device,
+        state_dict: dict[str, Any],
+        unexpected_keys: list[str] | None = None,  # noqa: ARG002
+        **kwargs,  # noqa: ARG002
+    ) -> None:
+        """Place a packed tensor, or quantize a float weight; read from `state_dict`, where nothing is cast yet."""
+        place, _, tensor = param_name.rpartition(".")
+        module = model.get_submodule(place)
+        value = state_dict.get(param_name, param_value)
+        if not self.pre_quantized:
+            if isinstance(module, QuantLayer):
+                return  # the same module under a second name
+            layer = QUANT_LAYERS[type(module)].from_float(module, place, self._plan.layers[place], value)
+            for name, stored in tensors_of(layer).items():
+                if name != "bias":
+                    put_tensor(layer, name, stored.to(target_device))
+            replace_module(model, place, layer)
+            return
+        if tensor in OBSERVED:
+            module.load_observed(tensor, value)
+            return
+        expected = tensors_of(module)[tensor]
+        if value.dtype != expected.dtype or value.shape != expected.shape:
+            raise CheckpointError(
+                f"`{name_in_files(param_name)}` must be {expected.dtype} of shape {tuple(expected.shape)}, but "
+                f"{value.dtype} of shape {tuple(value.shape)} came: damaged file, or not this model's."
+            )
+        put_tensor(module, tensor, value.to(target_device))
+
+    def check_quantized_param_shape(self, param_name: str, current_param, loaded_param) -> None:
+        """Refuse a shape that the skeleton does not expect; an observer's sample has no fixed length."""
+        if param_name.endswith(OBSERVED):
+            return  # checked when it is placed
+        raise CheckpointError(
+            f"`{name_in_files(param_name)}` must have shape {tuple(current_param.shape)}, but "
+            f"{tuple(loaded_param.shape)} came: damaged file, or not this model's."
+        )
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:  # noqa: ARG002
+        """Refuse a packed checkpoint that lacks tensors, or has some of ours that its record knows nothing of."""
+        if not self.pre_quantized:
+            return missing_keys
+        if missing_keys:
+            missing = name_in_files(sorted(missing_keys)[0])
+            raise CheckpointError(f"A checkpoint must hold `{missing}`, but it does not: damaged or incomplete file.")
+        ours = {FORMATS_TENSOR, *(name for names in STORED_TENSORS.values() for name in names)} - {PACKED_WEIGHT}
+        known = model.state_dict() | (self._formats if self.quantization_config.format_version > 1 else {})
+        for key in known.keys() & self._formats.keys():
+            if key not in self._loaded_keys:
+                raise CheckpointError(f"A checkpoint must hold `{key}`, but it does not: damaged or incomplete file.")
+        for key in self._loaded_keys:
+            if key.rpartition(".")[2] in ours and key not in known:
+                raise CheckpointError(f"config.json says nothing of `{key}`, but it came: not its weights.")
+        return missing_keys
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:  # noqa: ARG002
+        for name, module in model.named_modules():
+            if isinstance(module, QuantLayer) and not module.weight_scale.is_meta:
+                module.check_stored()
+            elif isinstance(module, RoutingTable | FiniteSet):
+                module.check()
+            elif isinstance(module, FeatureTable):
+                module.check(name)
+        if self.pre_quantized:
+            check_floats(model)
+        on_the_fly = not self.pre_quantized
+        self.attach(model)
+        if on_the_fly:
+            self._plan.report(model)
+            if calibration_state(model) == "observing":
+                logger.warning(
+                    "%s: activations stay float during the first complete denoising run, which sets their ranges; or "
+                    "call `diffusers_msfp.calibrate(pipe)` now.",
+                    type(model).__name__,
+                )
+
+    def attach(self, model: nn.Module) -> None:
+        """Make a model with quantized layers know that it is one."""
+        model.register_to_config(quantization_config=self.quantization_config)
+        attach(model, self)
+
+    # ── saving, and back to float ────────────────────────────────────────────────────────────────────────────
+
+    def get_state_dict_and_metadata(
+        self,
+        state_dict: dict[str, Any],
+        safe_serialization: bool = False,  # noqa: ARG002
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The model alone, under its own names, also while adapters are attached."""
+        config = self.quantization_config
+        return tensors_to_save(state_dict, config), file_metadata(config)
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        if routing_of(model) is not None:
+            raise UnsupportedError(
+                "A model with timestep-aware adapters has no single float weight per layer. Unload adapters that stand "
+                "beside the weights (`unload_talora`) and call `dequantize` again; merged ones cannot be undone."
+            )
+        detach(model, model.dtype)
+        config = dict(model.config)
+        for key in ("quantization_config", "_pre_quantization_dtype"):
+            config.pop(key, None)
+        set_config(model, config)
+        del model.quantization_method
+        return model
+
+    # ── what it can do ───────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def supports_parallel_loading(self) -> bool:
+        """Every tensor loads alone."""
+        return True
+
+    @property
+    def is_serializable(self) -> bool:
+        """Packed tensors are plain uint8."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Gradients pass through to adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Frozen models compile without graph breaks."""
+        return True

@@ -1,0 +1,191 @@
+"""The stages of recipes: each takes a quantized, calibrated pipeline and its float original, and works in place."""
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from diffusers import DDPMScheduler, DiffusionPipeline
+
+from ..checkpoint.journal import Journal
+from ..errors import ConfigError, NonFiniteError, NothingToDoError
+from ..methods.rounding.config import RoundingConfig
+from ..methods.rounding.learn import learn_rounding
+from ..methods.split.shortcuts import SplitConfig, split_shortcuts
+from ..methods.talora.config import FinetuneConfig
+from ..methods.talora.finetune import finetune
+from ..methods.temporal.maintain import TemporalConfig, maintain_temporal
+from ..recipes import RECIPES
+from ..registry import Registry
+from ..sampling.solvers import with_ddim
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StageKind:
+    """What a stage's name stands for.
+
+    Args:
+        config (`type`): class of its settings.
+        run (`Callable`): `(pipe, teacher, config, *, prompts, …) -> dict`.
+        callback (`str`, *optional*): name of the argument that takes a function of (done, total, note).
+        resumes (`bool`): whether it takes a `work_dir`.
+    """
+
+    config: type
+    run: Callable[..., dict]
+    callback: str | None = None
+    resumes: bool = True
+
+
+WORK = ".work"
+
+STAGES: Registry[StageKind] = Registry("stage")
+"""Kinds of stages by name."""
+
+STAGES.add("split", StageKind(SplitConfig, split_shortcuts, resumes=False))
+STAGES.add("temporal", StageKind(TemporalConfig, maintain_temporal, resumes=False))
+STAGES.add("rounding", StageKind(RoundingConfig, learn_rounding, "on_part"))
+STAGES.add("talora", StageKind(FinetuneConfig, finetune, "on_update"))
+
+
+def plan_stages(recipe: str, settings: Mapping[str, Mapping], **shared) -> list[tuple[str, object]]:
+    """Stages of a recipe with their configs.
+
+    Args:
+        recipe (`str`): name in `RECIPES`.
+        settings (`Mapping[str, Mapping]`): stage → settings that replace the recipe's.
+        **shared: settings of all stages, where neither says otherwise.
+
+    Raises:
+        ConfigError: an unknown recipe or setting, a value that makes no sense, settings of a stage that the recipe
+            does not have, or a stage that would undo an earlier one.
+    """
+    stages = RECIPES[recipe]
+    for name in settings:
+        if name not in {stage.name for stage in stages}:
+            have = ", ".join(stage.name for stage in stages) or "none"
+            raise ConfigError(f"Settings must belong to a stage of recipe `{recipe}` ({have}), but {name!r} came.")
+    plan = []
+    for stage in stages:
+        kind = STAGES[stage.name]
+        known = [field.name for field in fields(kind.config)]
+        wanted = dict(settings.get(stage.name, {}))
+        unknown = [key for key in wanted if key not in known]
+        if unknown:
+            raise ConfigError(
+                f"A setting of `{stage.name}` must be one of {', '.join(known)}, but {unknown[0]!r} came."
+            )
+        try:
+            plan.append((stage.name, kind.config(**shared | dict(stage.settings) | wanted)))
+        except TypeError as error:
+            given = ", ".join(f"{key}={value!r}" for key, value in wanted.items())
+            raise ConfigError(
+                f"Settings of `{stage.name}` must have the types that `{kind.config.__name__}` says, but {given} came."
+            ) from error
+    if {"rounding", "talora"} <= {name for name, _ in plan} and dict(plan)["talora"].placement == "merged":
+        raise ConfigError(
+            f"Merged adapters are rounded together with the float weight, so `talora.placement=merged` would undo the "
+            f"`rounding` of recipe `{recipe}`. Leave the placement at `side`, or take a recipe without rounding."
+        )
+    return plan
+
+
+def teacher_of(original: DiffusionPipeline) -> DiffusionPipeline:
+    """The float pipeline as a teacher; on DDIM instead of ancestral sampling, which needs all its steps."""
+    return with_ddim(original) if isinstance(original.scheduler, DDPMScheduler) else original
+
+
+class RecipeRun:
+    """A recipe at work in a folder, which keeps the pipeline after each stage and where a killed run goes on.
+
+    Args:
+        folder (`Path`): holds `1-temporal`, `2-rounding` and so on, checkpoints like any other, and a journal.
+        plan (`list[tuple[str, object]]`): see `plan_stages`.
+        identity (`dict`): all else that the result depends on; stages of a run with another one are dropped, and so
+            are those from the first one on that has other settings.
+    """
+
+    def __init__(self, folder: Path, plan: list[tuple[str, object]], identity: dict) -> None:
+        self.folder, self.plan = folder, plan
+        self._journal = Journal(folder / "stages.jsonl", identity)
+        self.figures: list[dict] = []
+        for index, entry in enumerate(self._journal.entries[: len(plan)]):
+            if entry["settings"] != self._settings(index):
+                break
+            self.figures.append(entry)
+        kept = {self._place(index).name for index in range(len(self.figures))}
+        for old in folder.glob("[0-9]*-*"):
+            if self._journal.differs or not (old.name in kept or old.name.endswith(WORK)):
+                shutil.rmtree(old)
+        self._journal.keep(self.figures)
+
+    @property
+    def latest(self) -> Path | None:
+        """The checkpoint after the last stage that is finished; None before the first."""
+        return self._place(len(self.figures) - 1) if self.figures else None
+
+    def _settings(self, index: int) -> list[str]:
+        """Of a stage and of those before it."""
+        return [f"{name}: {config}" for name, config in self.plan[: index + 1]]
+
+    def _place(self, index: int) -> Path:
+        return self.folder / f"{index + 1}-{self.plan[index][0]}"
+
+    def run(
+        self,
+        pipe: DiffusionPipeline,
+        original: DiffusionPipeline,
+        *,
+        prompts: Sequence[str] | None,
+        save: Callable[[DiffusionPipeline, Path], None],
+        progress: Callable[[str], AbstractContextManager[Callable]],
+    ) -> None:
+        """Run the stages that are left, in place.
+
+        Args:
+            pipe (`DiffusionPipeline`): as the last finished stage left it.
+            original (`DiffusionPipeline`): float.
+            prompts (`Sequence[str]`, *optional*): for pipelines that take prompts.
+            save (`Callable`): writes a pipeline to a folder, completely or not at all.
+            progress (`Callable`): a bar with a title; gives a function of (done, total, note).
+        """
+        teacher = teacher_of(original)
+        for index, (name, config) in list(enumerate(self.plan))[len(self.figures) :]:
+            kind, started = STAGES[name], time.perf_counter()
+            digest = hashlib.sha256("".join(self._settings(index)).encode()).hexdigest()[:8]
+            work = self.folder / f"{index + 1}-{name}-{digest}{WORK}"
+            options = {"work_dir": work} if kind.resumes else {}
+            with progress(f"stage {index + 1} of {len(self.plan)}: {name}") as report:
+                if kind.callback:
+                    options[kind.callback] = lambda done, total, note, report=report: report(done, total, _short(note))
+                try:
+                    result = kind.run(pipe, teacher, config, prompts=prompts, **options)
+                except NothingToDoError as error:
+                    logger.warning("Stage `%s` is left out: %s", name, error)
+                    result = {"left_out": str(error)}
+                except NonFiniteError as error:  # of these settings, not of the source
+                    raise ConfigError(f"Stage `{name}` must have settings that keep numbers finite. {error}") from error
+            save(pipe, self._place(index))
+            for figures in (result, *(part for part in result.values() if isinstance(part, dict))):
+                figures.pop("losses", None)
+            entry = {
+                "stage": name,
+                "settings": self._settings(index),
+                "seconds": time.perf_counter() - started,
+                "figures": result,
+            }
+            entry = json.loads(json.dumps(entry))  # as a run that goes on will read it
+            self._journal.add(entry)
+            self.figures.append(entry)
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _short(note: object) -> str:
+    return f"loss {note:.5f}" if isinstance(note, float) else str(note)

@@ -1,0 +1,1 @@
+"""Stock pipelines as what is called: their calls, denoisers, timesteps, solvers and trajectories."""

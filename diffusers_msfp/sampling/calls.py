@@ -1,0 +1,264 @@
+"""How to call any stock pipeline: what it needs, how many samples at once, from which seed, quietly."""
+
+import inspect
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ..compat.diffusers import execution_device, progress_bar_config, set_progress_bar_config, source_of
+from ..errors import ConfigError
+from .finite_steps import require_finite_steps
+from .observation import quantized_models
+
+DEFAULT_PROMPTS = (
+    "a photograph of an old fisherman mending a net",
+    "a bowl of fruit on a wooden table, oil painting",
+    "a busy street in Tokyo at night, neon signs",
+    "a watercolour of snowy mountains above a lake",
+    "a red fox in tall grass, close-up",
+    "a detailed blueprint of a steam engine",
+    "an astronaut riding a bicycle, flat illustration",
+    "a cosy living room with plants and a fireplace",
+)
+"""Used where a pipeline needs prompts and none are given; own prompts fit own data better."""
+
+PIXELS_PER_BATCH = 2**14
+
+
+def require_positive(**numbers: int) -> None:
+    """Refuse counts below 1, and what is no whole number, by name."""
+    for name, value in numbers.items():
+        if not isinstance(value, Integral):
+            raise ConfigError(f"`{name}` must be a whole number, but {value!r} came.")
+        if value < 1:
+            raise ConfigError(f"`{name}` must be at least 1, but {value} came.")
+
+
+def batch_size_for(models: Sequence[nn.Module], num_samples: int) -> int:
+    """As many samples at once as keep the latents near 16 000 positions."""
+    for model in models:
+        size = getattr(model.config, "sample_size", None)
+        if size:
+            height, width = size if isinstance(size, Sequence) else (size, size)
+            return max(1, min(16, num_samples, PIXELS_PER_BATCH // (height * width)))
+    return 1
+
+
+Generators = torch.Generator | list[torch.Generator]
+SET_BY_VERBS = {
+    "generator": "everything random follows `seed`",
+    "batch_size": "the number of samples says how many are drawn",
+    "prompt": "prompts are given as `prompts=[…]` and taken in turn",
+    "return_dict": "results are read by their names",
+}
+"""Arguments of pipelines that cannot be passed on, and why."""
+
+
+@contextmanager
+def drawing_from(seed: int, pipe: object = None) -> Iterator[None]:
+    """Let everything that draws random numbers without a generator of its own follow a seed.
+
+    The states of torch (on the CPU and where the pipeline runs), numpy and `random` are afterwards what they were.
+
+    Args:
+        seed (`int`): equal seeds give equal draws, which are independent of those of a generator with this seed.
+        pipe (`DiffusionPipeline`, *optional*): whose devices' generators count too.
+    """
+    own, numpys, torchs = (int(n) for n in np.random.SeedSequence(seed % 2**64).generate_state(3))
+    with ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.callback(torch.set_rng_state, torch.get_rng_state())
+        random.seed(own)
+        np.random.seed(numpys)
+        torch.set_rng_state(torch.Generator().manual_seed(torchs).get_state())
+        for device in _accelerators(pipe):
+            module = torch.get_device_module(device)
+            where = () if device.type == "mps" else (device,)
+            stack.callback(module.set_rng_state, module.get_rng_state(*where), *where)
+            module.set_rng_state(torch.Generator(device).manual_seed(torchs).get_state(), *where)
+        yield
+
+
+def _accelerators(pipe: object) -> set[torch.device]:
+    """Devices that a pipeline computes on, but for the CPU."""
+    used = [getattr(pipe, "device", None), execution_device(pipe)]
+    parts = getattr(pipe, "components", None) or {}
+    used += [getattr(part, "device", None) for part in parts.values() if isinstance(part, nn.Module)]
+    return {each for each in used if isinstance(each, torch.device) and each.type not in ("cpu", "meta")}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a pipeline.
+
+    Args:
+        arguments (`dict[str, Any]`): of the call.
+        seed (`int`): of what the pipeline draws without its generator.
+    """
+
+    arguments: dict[str, Any]
+    seed: int
+
+    def run(self, pipe) -> Any:
+        """What the pipeline returns; the user's random states stay as they are."""
+        with drawing_from(self.seed, pipe):
+            return pipe(**self.arguments)
+
+
+def call_arguments(
+    pipe, prompts: Sequence[str] | None, num_inference_steps: int, given: dict
+) -> Callable[[int, int, Generators], Call]:
+    """How to call this pipeline: a function of (index of the first sample, batch size, generator or one a sample).
+
+    Raises:
+        ConfigError: something that the pipeline needs is missing, or is given that is not for the caller to give.
+        NonFiniteError: its scheduler makes infinity or NaN of finite samples.
+    """
+    parameters = inspect.signature(pipe.__call__).parameters
+    prompts = [prompts] if isinstance(prompts, str) else list(DEFAULT_PROMPTS if prompts is None else prompts)
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ConfigError(f"`prompts` must be a non-empty list of strings, but {prompts!r} came.")
+    for name in (name for name in SET_BY_VERBS if given.get(name) is not None):  # None makes room for embeddings
+        raise ConfigError(f"`{name}` cannot be passed on to the pipeline, since {SET_BY_VERBS[name]}. Leave it out.")
+    given = known_arguments(pipe, given)
+    labels = labels_of(pipe)
+    known = {"prompt", "class_labels", "batch_size", "generator", "num_inference_steps", "output_type"}
+    needed = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and name not in known | set(given)
+    ]
+    if needed:
+        raise ConfigError(
+            f"{type(pipe).__name__} cannot run without {', '.join(f'`{name}`' for name in needed)}. Pass them on: "
+            f"`{needed[0]}=…`."
+        )
+    if getattr(pipe, "scheduler", None) is not None:
+        with drawing_from(0):
+            require_finite_steps(pipe.scheduler, num_inference_steps)
+    decoder = getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
+    skip_decoding = decoder is not None and decoder not in list(quantized_models(pipe))
+
+    def draw_labels(size: int, generator: Generators) -> list[int]:
+        if isinstance(generator, list):
+            return [label for one in generator for label in draw_labels(1, one)]
+        drawer = torch.Generator().manual_seed(generator.initial_seed())
+        return [labels[i] for i in torch.randint(len(labels), (size,), generator=drawer)]
+
+    def make(start: int, size: int, generator: Generators) -> Call:
+        arguments = {"generator": generator, "num_inference_steps": num_inference_steps, "batch_size": size}
+        arguments["prior_num_inference_steps"] = num_inference_steps  # of pipelines with a prior of their own
+        arguments["output_type"] = "latent" if skip_decoding else "np"
+        if "prompt" in parameters:
+            arguments["prompt"] = [prompts[(start + i) % len(prompts)] for i in range(size)]
+            del arguments["batch_size"]
+        if "class_labels" in parameters and labels:
+            arguments["class_labels"] = draw_labels(size, generator)
+        seed = (generator[0] if isinstance(generator, list) else generator).initial_seed()
+        return Call({key: value for key, value in arguments.items() if key in parameters} | given, seed)
+
+    return make
+
+
+def known_arguments(pipe, given: dict) -> dict:
+    """Arguments that a pipeline's call takes; an output type that it does not know is left out.
+
+    Raises:
+        ConfigError: another one is unknown.
+    """
+    parameters = inspect.signature(pipe.__call__).parameters
+    more = {"output_type"}
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        source = source_of(pipe.__call__)
+        if source is None or not type(pipe).__module__.startswith("diffusers.") or source.count("**kwargs") > 1:
+            return given  # whatever becomes of them
+        more |= set(re.findall(r'kwargs\.(?:pop|get)\("(\w+)"', source))  # names of older versions; others are dropped
+    for name in given.keys() - parameters.keys() - more:
+        raise ConfigError(f"Arguments passed on must be among those of {type(pipe).__name__}, but `{name}` came.")
+    return {name: value for name, value in given.items() if name in parameters or name in more - {"output_type"}}
+
+
+def num_classes_of(pipe) -> int | None:
+    """How many class labels a pipeline's models know; None where they take none."""
+    models = [m for m in pipe.components.values() if isinstance(m, nn.Module) and hasattr(m, "config")]
+    numbers = [getattr(m.config, name, None) for m in models for name in ("num_embeds_ada_norm", "num_class_embeds")]
+    return next((number for number in numbers if number), None)
+
+
+def labels_of(pipe) -> Sequence[int]:
+    """The class labels that a pipeline names (`id2label`), else all that its models know; empty where there are none.
+
+    A model may have embeddings for more labels than it was trained on.
+    """
+    named = getattr(pipe, "labels", None)
+    return sorted(set(named.values())) if named else range(num_classes_of(pipe) or 0)
+
+
+def keep_labels(pipe) -> None:
+    """Have `save_pretrained` write the names of a pipeline's labels, which diffusers reads but does not keep."""
+    if getattr(pipe, "labels", None) and not pipe.config.get("id2label"):
+        names: dict[str, list[str]] = {}
+        for name, label in pipe.labels.items():
+            names.setdefault(str(label), []).append(name)
+        pipe.register_to_config(id2label={label: ", ".join(found) for label, found in names.items()})
+
+
+def batched_calls(make: Callable, models: Sequence[nn.Module], num_samples: int, seed: int) -> list[Call]:
+    """The calls that `num_samples` take; equal seeds give equal noise.
+
+    Args:
+        make (`Callable`): see `call_arguments`.
+        models (`Sequence[nn.Module]`): as for `batch_size_for`.
+    """
+    if not isinstance(seed, Integral):
+        raise ConfigError(f"`seed` must be a whole number, but {seed!r} came.")
+    size = batch_size_for(models, num_samples)
+    return [
+        make(start, min(size, num_samples - start), torch.Generator().manual_seed(seed + start))
+        for start in range(0, num_samples, size)
+    ]
+
+
+@contextmanager
+def quiet(pipe):
+    """Without the progress bars of the pipeline and of those that it is combined from."""
+    parts = [pipe, *(part for part in vars(pipe).values() if isinstance(part, DiffusionPipeline))]
+    before = [progress_bar_config(part) for part in parts]
+    for part, config in zip(parts, before, strict=True):
+        set_progress_bar_config(part, config | {"disable": True})
+    try:
+        yield
+    finally:
+        for part, config in zip(parts, before, strict=True):
+            set_progress_bar_config(part, config)
+
+
+@contextmanager
+def counting_steps(models: Iterable[nn.Module], total: int, on_step: Callable[[int, int], None] | None):
+    """Report each call of one of the models."""
+    done = 0
+
+    def count(*_) -> None:
+        nonlocal done
+        done += 1
+        if on_step is not None:
+            on_step(done, max(total, done))
+
+    handles = [model.register_forward_hook(count) for model in models]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,142 @@
+"""Which of a pipeline's models predict noise, by what schedulers they are led, and what they put out."""
+
+import copy
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..compat.wrappers import unwrap
+from ..errors import ConfigError
+from ..layers import QuantLayer
+from .timestep import timestep_argument
+
+logger = logging.getLogger(__name__)
+
+_MAIN = ("unet", "transformer", "prior")
+DENOISERS = (
+    *_MAIN,
+    "decoder",
+    "transformer_2",
+    "prior_prior",
+    "unconditional_transformer",
+    "image_unet",
+    "text_unet",
+    "super_res_first",
+    "super_res_last",
+)
+"""Names of such models in pipelines; under another than the first three only what takes a timestep is one."""
+
+_FOCUS = "_denoiser_in_view"
+
+
+def is_denoiser(name: str, kind: type | None) -> bool:
+    """Whether a pipeline's component of this name and class predicts noise; so it does where the class is unknown."""
+    return name in DENOISERS and (name in _MAIN or kind is None or timestep_argument(kind).name is not None)
+
+
+def denoisers_of(pipe, *, required: bool = True) -> dict[str, nn.Module]:
+    """All networks of a pipeline that predict noise, by name; only one where `focus` says so.
+
+    Raises:
+        ConfigError: there is none, but `required`.
+    """
+    focused = vars(pipe).get(_FOCUS)
+    names = DENOISERS if focused is None else (focused,)
+    parts = {name: getattr(pipe, name, None) for name in names}
+    models = {name: unwrap(part) for name, part in parts.items() if isinstance(part, nn.Module)}
+    found = {name: model for name, model in models.items() if is_denoiser(name, type(model))}
+    if not found and required:
+        raise ConfigError(
+            f"A pipeline must have a `unet`, `transformer` or `prior` (or one of {', '.join(DENOISERS[3:])}), but "
+            f"{type(pipe).__name__} has none."
+        )
+    return found
+
+
+def denoiser_name(pipe) -> str:
+    """Under which name a pipeline has the network that predicts noise, the first of them where there are several."""
+    return next(iter(denoisers_of(pipe)))
+
+
+def denoiser_of(pipe) -> nn.Module:
+    """The network that predicts noise, the first of them where there are several."""
+    return next(iter(denoisers_of(pipe).values()))
+
+
+def each_quantized(pipe, teacher) -> dict[str, tuple]:
+    """A quantized pipeline and its float original for each quantized denoiser, looking at this one only.
+
+    Where there are several, those that stay float are named in a warning.
+
+    Returns:
+        `dict`: name → the two pipelines; the first denoiser where none is quantized.
+    """
+    models = denoisers_of(pipe)
+    if len(models) == len(denoisers_of(teacher)) == 1:
+        return {next(iter(models)): (pipe, teacher)}
+    found = [name for name, model in models.items() if is_quantized(model)] or list(models)[:1]
+    warn_of_float(type(pipe).__name__, [name for name in models if name not in found])
+    missing = [name for name in found if name not in denoisers_of(teacher)]
+    if missing:
+        raise ConfigError(
+            f"The teacher must have the denoisers of the quantized pipeline, but {type(teacher).__name__} has no "
+            f"`{missing[0]}`."
+        )
+    return {name: (focus(pipe, name), focus(teacher, name)) for name in found}
+
+
+def warn_of_float(owner: str, names: Sequence[str]) -> None:
+    """Say which denoisers of a pipeline are left alone."""
+    if names:
+        told = " and ".join(f"`{name}`" for name in names)
+        logger.warning("%s: the denoiser %s stays float.", owner, told)
+
+
+def by_denoiser(results: Mapping[str, dict]) -> dict:
+    """Results by denoiser; of a single one its own alone."""
+    return dict(results) if len(results) > 1 else next(iter(results.values()))
+
+
+def work_folders(folder: str | Path | None, names: Iterable[str]) -> dict[str, Path | None]:
+    """Where each denoiser's run keeps its state: in the folder itself, or in one below it where there are several."""
+    names = list(names)
+    if folder is None or len(names) == 1:
+        return dict.fromkeys(names, folder)
+    return {name: Path(folder) / name for name in names}
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether a model has quantized layers."""
+    return any(isinstance(module, QuantLayer) for module in model.modules())
+
+
+def focus(pipe, name: str):
+    """A shallow copy of a pipeline of which one denoiser only is looked at; it runs as the pipeline does."""
+    copied = copy.copy(pipe)
+    vars(copied)[_FOCUS] = name
+    return copied
+
+
+def scheduler_of(pipe):
+    """The scheduler that leads a pipeline's (first) denoiser: a prior or a decoder may have one of its own."""
+    stage = denoiser_name(pipe).partition("_")[0]  # prior, decoder, super
+    own = {"prior": "prior_scheduler", "decoder": "decoder_scheduler", "super": "super_res_scheduler"}.get(stage)
+    found = getattr(pipe, own or "scheduler", None)
+    return pipe.scheduler if found is None else found
+
+
+def model_output(output) -> Tensor:
+    """What a denoiser predicts: the first field of its output object or tuple.
+
+    Raises:
+        ConfigError: it is no tensor.
+    """
+    first = output if isinstance(output, Tensor) else output[0]  # output objects count their fields like tuples
+    if isinstance(first, list | tuple) and len({getattr(each, "shape", None) for each in first}) == 1:
+        first = torch.stack(list(first))  # a tensor for each sample
+    if not isinstance(first, Tensor):
+        raise ConfigError(f"A denoiser's first output must be a tensor, but {type(first).__name__} came.")
+    return first

@@ -1,0 +1,174 @@
+"""Calibration state of a model: `"observing"` its inputs or `"frozen"`.
+
+While a model observes, its activations are float and each layer watches its input. A denoising run ends when the
+timestep rises again after having fallen; the ranges then freeze before the new run's first step. The only thing that
+knows the timestep is `RunTracker`, a forward pre-hook on the model.
+"""
+
+import logging
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ..compat.torch import pre_hooks, remove_pre_hooks
+from ..compat.wrappers import sees_through, unwrap
+from ..errors import ConfigError
+from ..layers import QuantLayer
+from ..layers.convert import describe_layers, prepare_layers, quant_layers
+from .timestep import timestep_argument
+
+logger = logging.getLogger(__name__)
+
+ONE_STEP_CALLS = 32
+"""After so many calls in a row at one timestep it is said how to end the observation."""
+
+
+class RunTracker:
+    """Forward pre-hook that freezes a model when its first denoising run is over.
+
+    Some models count the timestep upwards, from the noise to the image; their run ends when it comes back to where it
+    began.
+
+    Args:
+        last_timestep (`float`, *optional*): of the previous call; None before the first.
+        has_fallen (`bool`): whether the timestep has fallen since observation began.
+        first_timestep (`float`, *optional*): of a run that has only risen.
+    """
+
+    def __init__(
+        self, last_timestep: float | None = None, has_fallen: bool = False, first_timestep: float | None = None
+    ) -> None:
+        self.last_timestep = last_timestep
+        self.has_fallen = bool(has_fallen)
+        self.first_timestep = last_timestep if first_timestep is None else first_timestep
+        self.paused = False
+        self._repeated = 0
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Look at the timestep of the coming call; a compiled model cannot change itself and is left alone."""
+        if torch.compiler.is_compiling():
+            return
+        timestep = timestep_argument(model).of(args, kwargs)
+        if self.paused or timestep is None:
+            return
+        now = float(torch.as_tensor(timestep).max())
+        if self.last_timestep is None:
+            self.first_timestep = now
+        elif now > self.last_timestep and self.has_fallen or self.has_risen and now <= self.first_timestep:
+            freeze(model)
+            return
+        else:
+            self.has_fallen |= now < self.last_timestep
+            self._repeated = self._repeated + 1 if now == self.last_timestep else 0
+        if self._repeated == ONE_STEP_CALLS:
+            logger.warning(
+                "%s has been called %d times at timestep %g and at no other: where a sampler makes one step, the end "
+                "of a run cannot be seen. Activations stay float until `freeze(pipe)` or `calibrate(pipe)`.",
+                type(model).__name__,
+                ONE_STEP_CALLS + 1,
+                now,
+            )
+        self.last_timestep = now
+        write_record(model)
+
+    @property
+    def has_risen(self) -> bool:
+        """Whether this run counts upwards."""
+        return self.last_timestep is not None and not self.has_fallen and self.last_timestep > self.first_timestep
+
+    def record(self) -> dict:
+        """What a checkpoint keeps of it, to go on after loading."""
+        risen = {"first_timestep": self.first_timestep} if self.has_risen else {}
+        return {"last_timestep": self.last_timestep, "has_fallen": self.has_fallen} | risen
+
+
+def tracker(model: nn.Module) -> RunTracker | None:
+    """The model's tracker, if it is observing."""
+    return next((hook for hook in pre_hooks(model) if isinstance(hook, RunTracker)), None)
+
+
+def untrack(model: nn.Module) -> None:
+    """Stop watching for the end of a run."""
+    remove_pre_hooks(model, lambda hook: isinstance(hook, RunTracker))
+
+
+def track(model: nn.Module, hook: RunTracker | None = None) -> None:
+    """Watch for the end of a denoising run, if any layer of the model is observing."""
+    untrack(model)
+    if calibration_state(model) == "observing":
+        model.register_forward_pre_hook(hook or RunTracker(), with_kwargs=True)
+    write_record(model)
+
+
+def write_record(model: nn.Module) -> None:
+    """Bring the model's quantization config up to date with its layers, so that saving writes what is there."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is None:
+        return
+    config.layers = describe_layers(model)
+    config.calibration = {"state": calibration_state(model)}
+    if (hook := tracker(model)) is not None:
+        config.calibration |= hook.record()
+
+
+def quantized_models(model_or_pipe: object) -> Iterator[nn.Module]:
+    """The model itself, or the components of a pipeline, that have quantized layers, without wrappers around them."""
+    components = getattr(model_or_pipe, "components", None)
+    candidates = components.values() if isinstance(components, dict) else [model_or_pipe]
+    for part in candidates:
+        model = unwrap(part) if isinstance(part, nn.Module) else None
+        if model is not None and any(isinstance(m, QuantLayer) for m in model.modules()):
+            yield model
+
+
+def _require_quantized(model_or_pipe: object) -> list[nn.Module]:
+    models = list(quantized_models(model_or_pipe))
+    if not models:
+        raise ConfigError(
+            f"A model with quantized layers is needed, but {type(model_or_pipe).__name__} has none. Load it with "
+            f"`quantization_config=MSFPConfig()` or call `quantize_pipeline(pipe, scheme)`."
+        )
+    return models
+
+
+def calibration_state(model: nn.Module) -> str:
+    """`"observing"` while activation ranges are being observed, `"frozen"` afterwards or where there are none.
+
+    Args:
+        model (`nn.Module` or pipeline): with quantized layers.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    models = _require_quantized(model)
+    observing = any(layer.observing for m in models for _, layer in quant_layers(m))
+    return "observing" if observing else "frozen"
+
+
+@sees_through
+def freeze(model: nn.Module) -> None:
+    """End the observation now: choose every input's format, scale and zero point from what was seen.
+
+    Args:
+        model (`nn.Module` or pipeline): with quantized layers; nothing happens if it is already frozen.
+
+    Raises:
+        ConfigError: it has no quantized layers, or no input was ever seen.
+    """
+    for m in _require_quantized(model):
+        observing = [(name, layer) for name, layer in quant_layers(m) if layer.observing]
+        if not observing:
+            continue
+        if not any(int(layer.observation.count) for _, layer in observing):
+            raise ConfigError(
+                f"Ranges need data, but no input of {type(m).__name__} has been seen. Run the pipeline once, or call "
+                f"`calibrate(pipe)`."
+            )
+        unseen = [name for name, layer in observing if not layer.freeze()]
+        if unseen:
+            logger.warning("%d layers were never used and keep a float input: %s.", len(unseen), ", ".join(unseen))
+        untrack(m)
+        write_record(m)
+        prepare_layers(m)
+        logger.info("%s: activation ranges of %d layers are frozen.", type(m).__name__, len(observing) - len(unseen))

@@ -1,0 +1,199 @@
+"""The teacher's own trajectories: what the full-precision denoiser is called with, and what it answers.
+
+No data are needed: a pipeline samples from noise, and each call of its denoiser becomes a training example. So prompts,
+labels, guidance and any sampler are those of the pipeline. Each sample has a generator of its own, seeded by its
+number: how samples are shared out among processes changes nothing.
+
+A training batch holds all samples of a rollout, each at another step of its trajectory: on the package's model that
+lowers the error clearly more per update than one timestep for the whole batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compat.torch import tree_flatten, tree_map, tree_unflatten
+from ..errors import ConfigError
+from .calls import quiet
+from .denoisers import denoiser_name, denoiser_of, model_output
+from .timestep import TimestepArgument, require_timesteps, timestep_argument
+from .used_output import used_part
+
+
+@dataclass(frozen=True)
+class DenoisingStep:
+    """One call of the teacher, R rows.
+
+    Args:
+        timesteps (`Tensor`, `(R,)`): of its rows.
+        args (`tuple`), kwargs (`dict`): of the call.
+        output (`Tensor`, `(R, …)`): what the teacher predicts, without variances that it may put out beside it.
+    """
+
+    timesteps: Tensor
+    args: tuple
+    kwargs: dict[str, Any]
+    output: Tensor
+
+    def rows(self, order: Tensor) -> "DenoisingStep":
+        """The same call with its rows in another order."""
+
+        def arrange(leaf: Any) -> Any:
+            return leaf[order] if _has_rows(leaf, len(order)) else leaf
+
+        return DenoisingStep(*tree_map(arrange, (self.timesteps, self.args, self.kwargs, self.output)))
+
+
+def _has_rows(leaf: Any, number: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == number
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    return type(a) is type(b) and (not isinstance(a, int | float | str) or a == b)
+
+
+def rollout(pipe, make_arguments: Callable, first: int, size: int, seed: int) -> list[DenoisingStep]:
+    """Sample `size` trajectories and keep every call of the denoiser.
+
+    Args:
+        pipe (`DiffusionPipeline`): the teacher.
+        make_arguments (`Callable`): see `call_arguments`.
+        first (`int`): number of the first sample.
+        size (`int`): samples at once.
+        seed (`int`): sample i is drawn with seed + i.
+
+    Raises:
+        UnsupportedError: the denoiser takes no timestep.
+        ConfigError: the pipeline never calls it.
+    """
+    denoiser = denoiser_of(pipe)
+    argument = require_timesteps(denoiser)
+    steps: list[DenoisingStep] = []
+
+    def keep(_module, args, kwargs, output) -> None:
+        predicted = used_part(pipe, model_output(output), args, kwargs)
+        timesteps = torch.as_tensor(argument.of(args, kwargs), device=predicted.device).flatten()
+        steps.append(DenoisingStep(timesteps.expand(len(predicted)), args, kwargs, predicted))
+
+    generators = [torch.Generator().manual_seed(seed + first + i) for i in range(size)]
+    handle = denoiser.register_forward_hook(keep, with_kwargs=True)
+    try:
+        with quiet(pipe), torch.no_grad():
+            make_arguments(first, size, generators if size > 1 else generators[0]).run(pipe)
+    finally:
+        handle.remove()
+    if not steps:
+        raise ConfigError(
+            f"{type(pipe).__name__} must call its `{denoiser_name(pipe)}` to show how it works, but never does with "
+            f"these arguments and this number of steps."
+        )
+    return steps
+
+
+def mix(steps: list[DenoisingStep], choice: list[int], argument: TimestepArgument) -> DenoisingStep:
+    """One call in which each row comes from a step of its own.
+
+    Args:
+        steps (`list[DenoisingStep]`): of one rollout.
+        choice (`list[int]`): for each row, which step.
+        argument (`TimestepArgument`): where the model takes its timestep.
+
+    Raises:
+        ConfigError: calls that differ in something without rows.
+    """
+
+    def pick(parts: list) -> Any:
+        if all(part is parts[0] for part in parts):
+            return parts[0]
+        if not _has_rows(parts[0], len(choice)):
+            if not all(_equal(part, parts[0]) for part in parts):
+                raise ConfigError(
+                    "Steps of a trajectory are mixed sample by sample, but this pipeline calls its denoiser with "
+                    "something that has no entry for each sample and changes from step to step: it cannot be a teacher."
+                )
+            return parts[0]
+        return torch.stack([parts[step][row] for row, step in enumerate(choice)])
+
+    leaves = [tree_flatten(argument.put(step.args, step.kwargs, 0)) for step in steps]
+    args, kwargs = tree_unflatten(
+        [pick(list(parts)) for parts in zip(*(leaf for leaf, _ in leaves), strict=True)], leaves[0][1]
+    )
+    timesteps = torch.stack([steps[step].timesteps[row] for row, step in enumerate(choice)])
+    args, kwargs = argument.put(args, kwargs, timesteps)
+    return DenoisingStep(timesteps, args, kwargs, pick([step.output for step in steps]))
+
+
+class Trajectories:
+    """Training batches in a fixed order; batch n is a function of the seed and n alone, so a run can go on anywhere.
+
+    The first rollout is drawn when this is made.
+
+    Args:
+        pipe (`DiffusionPipeline`): the teacher.
+        make_arguments (`Callable`): see `call_arguments`.
+        batch_size (`int`): samples of a batch, over all processes.
+        seed (`int`): of noise and order.
+        rank, world (`int`): this process, and how many there are.
+
+    Raises:
+        ConfigError: the batch cannot be shared out evenly, or the pipeline cannot be a teacher.
+    """
+
+    def __init__(self, pipe, make_arguments: Callable, batch_size: int, seed: int, rank: int = 0, world: int = 1):
+        if batch_size % world:
+            raise ConfigError(f"`batch_size` must be a multiple of the {world} processes, but {batch_size} came.")
+        self.pipe, self.make_arguments = pipe, make_arguments
+        self.batch_size, self.seed, self.rank, self.share = batch_size, seed, rank, batch_size // world
+        self._roll(0)
+
+    def __getitem__(self, number: int) -> DenoisingStep:
+        """Batch `number`: every sample of the rollout once, at a step drawn for it; rollouts last one pass."""
+        length = len(self._steps)
+        rollout_number, place = divmod(number, length)
+        if rollout_number != self._number:
+            self._roll(rollout_number)
+        order = [
+            torch.randperm(length, generator=torch.Generator().manual_seed(self.seed + self._first + i))[place].item()
+            for i in range(self.share)
+        ]
+        rows = len(self._steps[0].output)  # guidance calls the denoiser with every sample twice
+        choice = [order[row % self.share] for row in range(rows)]
+        return mix(self._steps, choice, timestep_argument(denoiser_of(self.pipe)))
+
+    def _roll(self, number: int) -> None:
+        self._number, self._first = number, number * self.batch_size + self.rank * self.share
+        self._steps = rollout(self.pipe, self.make_arguments, self._first, self.share, self.seed)
+        rows = {len(step.output) for step in self._steps}
+        if len(rows) != 1 or rows.pop() % self.share:
+            raise ConfigError(
+                f"Every step of {type(self.pipe).__name__} must call the denoiser once with all samples, but it does "
+                f"not: it cannot be a teacher."
+            )
+
+    def own(self, batch: Tensor) -> Tensor:
+        """This process's part of something that has a row for every sample of the batch."""
+        return batch[self.rank * self.share : (self.rank + 1) * self.share]
+
+    def timesteps(self) -> list[float]:
+        """Timesteps of a rollout in the sampler's order, as its denoiser sees them."""
+        return [float(step.timesteps[0]) for step in self._steps]
+
+
+def check_timesteps(timesteps: list[float], num_timesteps: int) -> None:
+    """Refuse a sampler whose timesteps a table over 0 … T - 1 cannot tell apart.
+
+    Raises:
+        ConfigError: a timestep outside the table, or two in one entry.
+    """
+    outside = [t for t in timesteps if not -1 <= t <= num_timesteps]
+    if outside or len({round(t) for t in timesteps}) < len(set(timesteps)):
+        raise ConfigError(
+            f"The router's table has one entry for each of {num_timesteps} training timesteps, but this sampler calls "
+            f"the model with {timesteps[0]:g} … {timesteps[-1]:g}, which it cannot tell apart. Use fewer steps, or a "
+            f"scheduler with discrete timesteps."
+        )

@@ -1,0 +1,225 @@
+"""Engines of whole models: exact leaf by leaf, and undone without a trace."""
+
+import copy
+
+import pytest
+import torch
+from conftest import equal_state, make_condition_unet, make_dit, make_unet, make_vae, run
+from diffusers import AutoencoderKL, DDPMPipeline
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import nn
+from torch.nn import functional as F
+
+from diffusers_msfp import MSFPConfig, MSFPPipelineMixin, freeze, quantize_pipeline, set_engine
+from diffusers_msfp.engines import ENGINES
+from diffusers_msfp.engines.choose import engines_of
+from diffusers_msfp.engines.fusion.attention import attention
+from diffusers_msfp.engines.fusion.blocks import FusedResnetBlock2D
+from diffusers_msfp.engines.fusion.norms import FusedGroupNorm, PassingSiLU
+from diffusers_msfp.engines.fusion.processors import BF16AttnProcessor
+from diffusers_msfp.errors import ConfigError, NonFiniteError
+from diffusers_msfp.evaluation.compare import compare_pipelines
+from diffusers_msfp.layers.convert import quant_layers
+from diffusers_msfp.numerics import Codes
+from diffusers_msfp.plugin.quantize import quantize_model
+
+
+def frozen(model, *arguments, scheme: str = "w4a4"):
+    """Quantized, its ranges frozen, run by the reference."""
+    quantize_model(model, MSFPConfig(scheme=scheme))
+    set_engine(model, "reference")
+    with torch.no_grad():
+        model(*arguments)
+    freeze(model)
+    return model
+
+
+def relative(y: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((y - expected).double().norm() / expected.double().norm()).item()
+
+
+def kinds(model) -> list[type]:
+    return [type(module) for module in model.modules()]
+
+
+@pytest.mark.parametrize("scheme", ["w4a4", "w8a8"])
+@torch.no_grad()
+def test_every_leaf_of_a_model_equals_the_reference(embedded, scheme):
+    """Each quantized layer and each fused norm sees what the reference's sees, and must give what that gives."""
+    model = copy.deepcopy(embedded.unet)
+    x = torch.randn(2, *[model.config.in_channels], 32, 32)
+    frozen(model, x, 500, scheme=scheme)
+    seen = {}
+
+    def remember(name):
+        return lambda _module, inputs, output: seen.__setitem__(name, (inputs, output))
+
+    watched = {name: m for name, m in model.named_modules() if name in dict(quant_layers(model))}
+    hooks = [module.register_forward_hook(remember(name)) for name, module in watched.items()]
+    model(x, 500)
+    for hook in hooks:
+        hook.remove()
+    for engine in ENGINES:
+        if engine not in ("int8", "bf16"):
+            continue
+        set_engine(model, engine)
+        for name, ((inputs, *_), output) in seen.items():
+            assert relative(watched[name](inputs), output) <= 1e-5, name
+
+
+@torch.no_grad()
+def test_fused_leaves_equal_their_parts(embedded):
+    """A norm that hands on codes hands on what the next layer would have made of its own float result."""
+    model = frozen(copy.deepcopy(embedded.unet), torch.randn(2, 1, 32, 32), 500)
+    set_engine(model, "auto")
+    fused = [module for module in model.modules() if type(module) is FusedGroupNorm]
+    assert len(fused) == sum(isinstance(module, nn.GroupNorm) for module in model.modules()) - len(
+        [name for name, _ in model.named_modules() if name.endswith("group_norm")]
+    )
+    for norm in fused:
+        layer = norm.feeds.layer()
+        x = torch.randn(2, norm.num_channels, 8, 8)
+        codes = norm(x)
+        if not layer.prepared.reads_codes:
+            assert codes.dtype == x.dtype
+            continue
+        plain = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        plain = F.silu(plain) if norm.silu else plain
+        (own,) = layer.prepared.codes(plain.contiguous(memory_format=torch.channels_last), 0)
+        assert isinstance(codes, Codes)
+        assert codes.dtype == x.dtype  # to all others they are floats
+        differ = codes.bytes() != own
+        assert differ.float().mean() <= 1e-4  # a value on a border, rounded elsewhere in its last bit
+        assert relative(layer(codes), layer(plain)) <= (1e-5 if not differ.any() else 1e-2)
+
+
+def test_quality_of_a_whole_model_is_the_reference_s(embedded):
+    pipe = quantize_pipeline(copy.deepcopy(embedded), "w4a4", num_samples=8, num_inference_steps=10)
+    errors = {}
+    for engine in ("reference", "auto"):
+        set_engine(pipe, engine)
+        errors[engine] = compare_pipelines(embedded, pipe, num_samples=8, num_inference_steps=10)["eps_rel_l2"]
+    assert errors["auto"] == pytest.approx(errors["reference"], rel=0.02)
+
+
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_undone_without_a_trace(packed_pipe, images, tmp_path, memory):
+    unet = packed_pipe.unet
+    set_engine(unet, "reference")
+    before, expected, state = kinds(unet), run(unet, images), copy.deepcopy(unet.state_dict())
+    report = MSFPPipelineMixin.attach(packed_pipe).quantization_report
+    layers = report()["unet"]["layers"]
+    assert report()["unet"]["engines"] == {"reference": layers}
+    set_engine(packed_pipe, "auto", memory=memory)
+    engines = report()["unet"]["engines"]
+    assert "bf16" in engines
+    assert sum(engines.values()) == layers
+    assert {FusedGroupNorm, PassingSiLU, FusedResnetBlock2D} <= set(kinds(unet))
+    assert relative(run(unet, images), expected) < 0.2
+    assert list(unet.state_dict()) == list(state)
+    unet.save_pretrained(tmp_path)
+    assert equal_state(type(unet).from_pretrained(tmp_path), unet)
+    again = copy.deepcopy(unet)
+    assert torch.equal(run(again, images), run(unet, images))
+    set_engine(packed_pipe, "reference")
+    assert kinds(unet) == before
+    assert torch.equal(run(unet, images), expected)
+
+
+@pytest.mark.parametrize(
+    ("build", "arguments"),
+    [
+        (make_condition_unet, lambda: (torch.randn(2, 4, 8, 8), 10, torch.randn(2, 5, 16))),
+        (make_dit, lambda: (torch.randn(2, 4, 8, 8), torch.tensor([10, 10]), torch.tensor([1, 2]))),
+        (lambda: make_unet(resnet_time_scale_shift="scale_shift"), lambda: (torch.randn(2, 3, 8, 8), 10)),
+        (lambda: make_unet(downsample_type="resnet", upsample_type="resnet"), lambda: (torch.randn(2, 3, 8, 8), 10)),
+        (make_vae, lambda: (torch.randn(1, 3, 16, 16),)),
+    ],
+    ids=["condition", "dit", "scale-shift", "resnet-resampling", "vae"],
+)
+@torch.no_grad()
+def test_other_architectures(build, arguments):
+    inputs = arguments()
+    model = frozen(build().eval(), *inputs, scheme="w8a8")
+    expected = model(*inputs).sample
+    set_engine(model, "auto")
+    assert relative(model(*inputs).sample, expected) < (0.2 if isinstance(model, AutoencoderKL) else 0.1)
+
+
+def test_calibration_under_an_engine(unet, images):
+    quantize_model(unet, MSFPConfig(scheme="w4a4"))
+    set_engine(unet, "auto")
+    run(unet, images)  # observes
+    assert engines_of(unet)["reference"] == sum(layer.observing for _, layer in quant_layers(unet)) > 0
+    freeze(unet)
+    assert relative(run(unet, images), run(unet, images)) == 0
+    assert any(getattr(layer, "prepared", None) is not None for _, layer in quant_layers(unet))
+
+
+def test_training_goes_by_the_reference(packed_pipe, images):
+    unet = packed_pipe.unet
+    set_engine(unet, "reference")
+    expected = unet(images, 10).sample
+    set_engine(unet, "auto")
+    x = images.clone().requires_grad_(True)
+    y = unet(x, 10).sample
+    y.sum().backward()
+    assert torch.allclose(y, expected, atol=1e-5)
+    assert x.grad.abs().sum() > 0
+
+
+def test_infinite_values_are_refused_behind_a_fused_norm(packed_pipe, images):
+    set_engine(packed_pipe, "auto")
+    images[0, 0, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="must be finite"):
+        run(packed_pipe.unet, images)
+
+
+def test_what_is_asked_for_must_exist(packed_pipe, unet):
+    with pytest.raises(ConfigError, match="Unknown engine 'int4'. Known: .*int8"):
+        set_engine(packed_pipe, "int4")
+    with pytest.raises(ConfigError, match="`memory` must be one of fast, low, but 'tiny' came"):
+        set_engine(packed_pipe, "auto", memory="tiny")
+    with pytest.raises(ConfigError, match="has no quantized layer"):
+        set_engine(unet, "auto")
+    model = frozen(unet, torch.randn(1, 3, 8, 8), 1, scheme="w4a16")
+    with pytest.raises(ConfigError, match="its input is not quantized.*Engines that can: bf16, reference"):
+        set_engine(model, "int8")
+    assert run(model, torch.randn(1, 3, 8, 8)).isfinite().all()
+
+
+def test_the_environment_chooses(packed_dir, monkeypatch):
+    monkeypatch.setenv("MSFP_ENGINE", "bf16")
+    layers = quant_layers(DDPMPipeline.from_pretrained(packed_dir).unet)
+    assert {layer.engine.engines[0].name for _, layer in layers} == {"bf16"}
+    monkeypatch.setenv("MSFP_ENGINE", "fastest")
+    with pytest.raises(ConfigError, match="Unknown engine 'fastest'"):
+        DDPMPipeline.from_pretrained(packed_dir)
+
+
+@torch.no_grad()
+def test_attention_in_bfloat16():
+    for shape, tokens in (((2, 3, 200, 8), 200), ((1, 2, 300, 16), 77), ((1, 1, 5, 8), 3)):
+        query = torch.randn(shape).bfloat16() * 3
+        key, value = (torch.randn(*shape[:2], tokens, shape[3]).bfloat16() for _ in range(2))
+        expected = F.scaled_dot_product_attention(query.double(), key.double() + 5, value.double())
+        assert relative(attention(query, key + 5, value), expected) < 0.02
+
+
+@torch.no_grad()
+def test_attention_of_a_model(unet, images):
+    model = frozen(unet.to(torch.bfloat16), images.bfloat16(), 10, scheme="w8a8")
+    expected = model(images.bfloat16(), 10).sample.float()
+    set_engine(model, "auto")
+    processors = {type(module.processor) for module in model.modules() if hasattr(module, "processor")}
+    assert processors == {BF16AttnProcessor}
+    assert relative(model(images.bfloat16(), 10).sample.float(), expected) < 0.1
+    set_engine(model, "reference")
+    processors = {type(module.processor) for module in model.modules() if hasattr(module, "processor")}
+    assert processors == {AttnProcessor2_0}
+
+
+def test_dequantizing_leaves_stock_classes(packed_pipe: DDPMPipeline):
+    set_engine(packed_pipe, "auto")
+    packed_pipe.unet.dequantize()
+    assert not {FusedGroupNorm, PassingSiLU, FusedResnetBlock2D} & set(kinds(packed_pipe.unet))

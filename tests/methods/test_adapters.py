@@ -1,0 +1,160 @@
+"""Low-rank pairs at a layer, trained and deployed."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from diffusers_msfp.errors import CheckpointError, NonFiniteError, ShapeError
+from diffusers_msfp.layers import QUANT_LAYERS
+from diffusers_msfp.methods.talora import AdapterBank, Gate, RoutingTable, Trainee, adapter_rank
+from diffusers_msfp.numerics import QParams, fake_quantize
+from diffusers_msfp.schemes import SCHEMES
+
+LAYERS = {
+    "linear": (nn.Linear(8, 6), (4, 8)),
+    "linear in attention": (nn.Linear(8, 6), (4, 5, 8)),
+    "3x3": (nn.Conv2d(4, 6, 3, padding=1), (4, 4, 5, 5)),
+    "strided": (nn.Conv2d(4, 6, 3, stride=2, dilation=2, padding=2), (4, 4, 9, 9)),
+    "reflect": (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (4, 4, 6, 6)),
+    "grouped": (nn.Conv2d(4, 6, 3, groups=2), (4, 4, 5, 5)),
+    "1d": (nn.Conv1d(4, 6, 3), (4, 4, 9)),
+    "8 samples in 4 routes": (nn.Linear(8, 6), (8, 8)),
+}
+CASES = pytest.mark.parametrize(("module", "shape"), LAYERS.values(), ids=LAYERS)
+ADAPTERS = 3
+TIMESTEPS = torch.tensor([2, 0, 2, 1])
+TABLE = torch.arange(ADAPTERS, dtype=torch.uint8)[None]
+
+
+def made(module: nn.Module, shape, placement: str, scheme: str = "w4a4") -> tuple[Trainee, torch.Tensor, nn.Module]:
+    """A trainee with random adapters, an input, and the quantized layer without adapters."""
+    x = nn.functional.silu(torch.randn(shape) * 2)
+    layer = QUANT_LAYERS[type(module)].from_float(module, "place", SCHEMES[scheme].inner)
+    layer(x)
+    if layer.observing:
+        layer.freeze()
+    bank = AdapterBank(layer.logical_shape, ADAPTERS, adapter_rank(layer.logical_shape, 2), device="cpu")
+    bank.initialise(torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(bank.up, std=0.2)
+    base = copy.deepcopy(layer)
+    trainee = Trainee(layer, module.weight.detach(), bank, placement, Gate(), 0)
+    trainee.gate.set(nn.functional.one_hot(TIMESTEPS, ADAPTERS).float()[:, None].requires_grad_())
+    return trainee, x, base
+
+
+@CASES
+@pytest.mark.parametrize("placement", ["merged", "side"])
+def test_the_deployed_layer_computes_what_was_trained(module, shape, placement):
+    trainee, x, base = made(module, shape, placement)
+    with torch.no_grad():
+        expected = trainee(x)
+        layer = trainee.finish(torch.float32)
+        routing = RoutingTable(TABLE, ADAPTERS)
+        layer.route_by(routing)
+        with routing.at(TIMESTEPS):
+            mixed = layer(x)
+        assert mixed.shape == base(x).shape
+        assert torch.allclose(mixed, expected, atol=1e-5)
+        repeats = x.shape[0] // len(TIMESTEPS)
+        for row, timestep in enumerate(TIMESTEPS.tolist()):
+            rows = slice(row * repeats, (row + 1) * repeats)
+            with routing.at(timestep):
+                assert torch.allclose(layer(x[rows]), mixed[rows], atol=1e-5)
+    assert not torch.allclose(mixed, base(x), atol=1e-3)
+
+
+@CASES
+def test_merged_banks_are_the_quantized_sums(module, shape):
+    trainee, _, base = made(module, shape, "merged")
+    bank = trainee.adapters
+    layer = trainee.finish(torch.float16)
+    for k in range(ADAPTERS):
+        update = (bank.up[k] @ bank.down[k].flatten(1)).view(layer.logical_shape)
+        scale = base.weight_scale.view(-1, *[1] * (update.ndim - 1))
+        expected = fake_quantize(module.weight.detach() + update.detach(), QParams(base.weight_format, scale))
+        assert torch.equal(layer.dequantize_weight(k), expected)
+    assert layer.num_banks == ADAPTERS
+    assert layer.adapters is None
+    assert torch.equal(layer.weight_scale, base.weight_scale)
+
+
+@CASES
+def test_side_adapters_are_low_rank_convolutions_and_leave_the_base_alone(module, shape):
+    trainee, x, base = made(module, shape, "side", scheme="w4a16")
+    layer = trainee.finish(torch.float32)
+    routing = RoutingTable(TABLE, ADAPTERS)
+    layer.route_by(routing)
+    twin = copy.deepcopy(module)
+    with torch.no_grad(), routing.at(1):
+        twin.weight.copy_((layer.adapters.up[1] @ layer.adapters.down[1].flatten(1)).view(layer.logical_shape))
+        twin.bias.zero_()
+        assert torch.allclose(layer(x) - base(x), twin(x), atol=1e-5)
+        routing.scale = 0.5
+        assert torch.allclose(layer(x) - base(x), twin(x) * 0.5, atol=1e-5)
+        routing.enabled = False
+        assert torch.equal(layer(x), base(x))
+    assert torch.equal(layer.packed_weight, base.packed_weight)
+
+
+@pytest.mark.parametrize("placement", ["merged", "side"])
+def test_gradients_reach_adapters_ranges_and_router(placement):
+    trainee, x, _ = made(*LAYERS["3x3"], placement)
+    trainee(x).square().mean().backward()
+    trained = [trainee.adapters.down, trainee.adapters.up, trainee.log_scale, trainee.relative_zero_point]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
+    assert trainee.gate.value.grad.abs().sum() > 0
+
+
+def test_trained_ranges_stay_on_the_lattice_and_belong_to_the_adapters_beside_the_weight():
+    routing = RoutingTable(TABLE, ADAPTERS)
+    for placement in ("merged", "side"):
+        trainee, x, base = made(*LAYERS["3x3"], placement)
+        with torch.no_grad():
+            trainee.log_scale += torch.tensor([0.1, 0.2, 0.3])
+            trainee.relative_zero_point *= 1.07
+        layer = trainee.finish(torch.float16)
+        owner = layer if placement == "merged" else layer.adapters
+        unit = owner.input_scale * layer.input_format.step
+        k = -owner.input_zero_point / unit
+        assert k.shape == (ADAPTERS,)
+        assert torch.allclose(k, k.round(), atol=1e-3)
+        assert {round(value) for value in k.tolist()} <= set(layer.input_format.lattice)
+        layer.check_stored()
+        assert (layer.input_scale.ndim == 0) == (placement == "side")
+        assert torch.equal(layer.input_error, base.input_error)
+        scales = [layer.route_by(routing) or layer.input_qparams(i).scale.item() for i in range(ADAPTERS)]
+        assert scales == pytest.approx([base.input_scale.item() * factor for factor in (1.1052, 1.2214, 1.3499)], 1e-3)
+
+
+def test_switching_adapters_allocates_nothing():
+    trainee, *_ = made(*LAYERS["3x3"], "side")
+    layer = trainee.finish(torch.float32)
+    down, up = layer.adapters.pair(2)
+    assert down.data_ptr() == layer.adapters.down[2].data_ptr()
+    assert up.data_ptr() == layer.adapters.up[2].data_ptr()
+    trainee, *_ = made(*LAYERS["3x3"], "merged")
+    layer = trainee.finish(torch.float32)
+    banks = layer.packed_bank(1)
+    assert banks.data_ptr() == layer.packed_weight.data_ptr() + banks.numel()
+
+
+def test_rank_is_scaled_down_for_narrow_layers():
+    assert adapter_rank((320, 320, 3, 3), 32) == 32
+    assert adapter_rank((64, 16, 3, 3), 32) == 8
+    assert adapter_rank((1, 32, 3, 3), 32) == 1
+
+
+def test_bad_input_is_refused():
+    module, shape = LAYERS["linear"]
+    trainee, *_ = made(module, shape, "side")
+    with pytest.raises(ShapeError, match=r"`place` must have shape \(6, 8\), but \(5, 8\) came"):
+        Trainee(trainee.layer, torch.zeros(5, 8), trainee.adapters, "side", Gate(), 0)
+    trainee.adapters.up.data[0, 0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match="`place.adapters.up` must be finite"):
+        trainee.adapters.check("place")
+    merged, *_ = made(module, shape, "merged")
+    merged.adapters.up.data[0, 0, 0] = float("inf")
+    with pytest.raises(NonFiniteError):
+        merged.finish(torch.float16)

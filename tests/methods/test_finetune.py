@@ -1,0 +1,271 @@
+"""Fine-tuning of whole pipelines, in one process."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import equal_state, make_condition_unet, make_dit_pipe, make_unet, run
+from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DModel
+
+from diffusers_msfp import FinetuneConfig, MSFPConfig, calibrate, finetune, quantize_pipeline
+from diffusers_msfp.errors import ConfigError, NonFiniteError, ShapeError, UnsupportedError
+from diffusers_msfp.evaluation import compare_pipelines
+from diffusers_msfp.methods.talora import Trainee
+from diffusers_msfp.methods.talora.config import block_at, exploration_factor, learning_rate_factor
+from diffusers_msfp.methods.talora.finetuner import Finetuner
+from diffusers_msfp.plugin.quantize import quantize_model
+from diffusers_msfp.sampling.calls import call_arguments
+from diffusers_msfp.sampling.solvers import with_ddim
+from diffusers_msfp.sampling.trajectory import Trajectories, check_timesteps
+
+SHORT = {"train_steps": 4, "num_inference_steps": 4, "batch_size": 4, "rank": 4}
+
+
+@pytest.fixture
+def teacher() -> DDPMPipeline:
+    pipe = DDPMPipeline(make_unet(), DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def state_of(model) -> dict:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def unchanged(model, state: dict) -> bool:
+    now = model.state_dict()
+    return now.keys() == state.keys() and all(torch.equal(now[key], state[key]) for key in state)
+
+
+@pytest.fixture(scope="session")
+def coarse(embedded) -> DDPMPipeline:
+    """The embedded model at w4a4, calibrated on little."""
+    pipe = with_ddim(copy.deepcopy(embedded))
+    pipe.set_progress_bar_config(disable=True)
+    return quantize_pipeline(pipe, "w4a4", num_samples=8, num_inference_steps=5)
+
+
+@pytest.mark.parametrize("placement", ["merged", "side"])
+def test_it_lowers_the_error_of_a_trained_model(coarse, embedded, placement, tmp_path):
+    teacher, pipe = with_ddim(embedded), copy.deepcopy(coarse)
+    before = compare_pipelines(teacher, pipe, num_samples=4, num_inference_steps=10)["eps_mse"]
+    config = FinetuneConfig(
+        train_steps=40, num_inference_steps=10, batch_size=4, placement=placement, denoising_factor_exponent=0
+    )
+    seen = []
+    result = finetune(pipe, teacher, config, on_update=lambda *update: seen.append(update))
+    after = compare_pipelines(teacher, pipe, num_samples=4, num_inference_steps=10)["eps_mse"]
+    assert after < 0.93 * before
+    assert result["updates"] == 40 == len(result["losses"])
+    assert seen[-1] == (40, 40, result["losses"][-1])
+    assert not result["collapsed"]
+    assert not any(isinstance(module, Trainee) for module in pipe.unet.modules())
+
+    pipe.save_pretrained(tmp_path)
+    again = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(again) is DDPMPipeline
+    assert type(again.unet) is UNet2DModel
+    assert equal_state(again.unet, pipe.unet)
+    assert again.unet.config.quantization_config.to_dict() == pipe.unet.config.quantization_config.to_dict()
+    x, timesteps = torch.randn(3, 1, 32, 32), torch.tensor([10, 900, 400])
+    assert torch.equal(run(again.unet, x, timesteps), run(pipe.unet, x, timesteps))
+    record = again.unet.config.quantization_config.adapters
+    assert record["placement"] == placement
+    assert record["training"]["updates"] == 40
+
+
+def test_equal_seeds_give_equal_models(packed_pipe, teacher):
+    other = copy.deepcopy(packed_pipe)
+    different = copy.deepcopy(packed_pipe)
+    for pipe, seed in ((packed_pipe, 0), (other, 0), (different, 1)):
+        finetune(pipe, teacher, FinetuneConfig(**SHORT, seed=seed))
+    assert equal_state(packed_pipe.unet, other.unet)
+    assert not equal_state(packed_pipe.unet, different.unet)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_adapters": 1},
+        {"num_adapters": 4, "router_groups": ("down_blocks.*", "mid_block.*")},
+        {"gradient_accumulation_steps": 2},
+        {"ema_decay": 0.5},
+        {"mixed_precision": "bf16"},
+        {"gradient_checkpointing": True},
+        {"blockwise": True},
+        {"denoising_factor_exponent": 2.0},
+        {"exploration": 1.0},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_options_run_and_change_the_model(packed_pipe, teacher, settings):
+    before = copy.deepcopy(packed_pipe.unet)
+    result = finetune(packed_pipe, teacher, FinetuneConfig(**SHORT | settings))
+    assert all(np.isfinite(result["losses"]))
+    groups, adapters = len(settings.get("router_groups", ())) + 1, settings.get("num_adapters", 2)
+    assert np.asarray(result["usage"]).shape == (groups, adapters)
+    x = torch.randn(1, 3, 8, 8)
+    assert not torch.equal(run(before, x), run(packed_pipe.unet, x))
+    assert packed_pipe.unet.timestep_router.table.shape == (groups, 1000)
+    if groups > 1:
+        layers = dict(packed_pipe.unet.named_modules())
+        assert [layers[n].group for n in ("down_blocks.0.resnets.0.conv1", "conv_out")] == [0, 2]
+
+
+def test_gradient_checkpointing_changes_memory_not_numbers(packed_pipe, teacher):
+    other = copy.deepcopy(packed_pipe)
+    one = finetune(packed_pipe, teacher, FinetuneConfig(**SHORT))["losses"]
+    two = finetune(other, teacher, FinetuneConfig(**SHORT, gradient_checkpointing=True))["losses"]
+    assert one == pytest.approx(two, rel=1e-4)
+
+
+def test_a_batch_holds_every_sample_once_at_its_own_timestep(teacher):
+    make = call_arguments(teacher, None, 5, {})
+    whole = Trajectories(teacher, make, 4, seed=3)
+    halves = [Trajectories(teacher, make, 4, seed=3, rank=rank, world=2) for rank in (0, 1)]
+    seen = set()
+    for number in range(5):
+        step = whole[number]
+        parts = [half[number] for half in halves]
+        assert torch.equal(step.timesteps, torch.cat([part.timesteps for part in parts]))
+        assert torch.allclose(step.output, torch.cat([part.output for part in parts]), atol=1e-5)
+        assert torch.allclose(step.output, run(teacher.unet, step.args[0], step.timesteps), atol=1e-5)
+        seen |= set(zip(range(4), step.timesteps.tolist(), strict=True))
+    assert len(seen) == 4 * 5
+    assert torch.equal(whole[7].timesteps, Trajectories(teacher, make, 4, seed=3)[7].timesteps)
+    with pytest.raises(ConfigError, match="must be a multiple of the 3 processes, but 4 came"):
+        Trajectories(teacher, make, 4, seed=0, world=3)
+
+
+def test_labels_and_guidance_are_the_pipeline_s(tmp_path):
+    pipe, teacher = make_dit_pipe(), make_dit_pipe()
+    quantize_pipeline(pipe, "w4a4", num_samples=2, num_inference_steps=2)
+    result = finetune(pipe, teacher, FinetuneConfig(**SHORT), guidance_scale=4.0)
+    assert result["updates"] == 4
+    pipe.save_pretrained(tmp_path)
+    again = DiffusionPipeline.from_pretrained(tmp_path)
+    assert equal_state(again.transformer, pipe.transformer)
+
+
+def test_the_teacher_is_not_changed_and_the_student_left_alone_by_a_failure(packed_pipe, teacher):
+    teacher_state, state = state_of(teacher.unet), state_of(packed_pipe.unet)
+    flags = [parameter.requires_grad for parameter in packed_pipe.unet.parameters()]
+    assert any(flags)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(packed_pipe, teacher, FinetuneConfig(**SHORT), on_update=stop)
+    assert unchanged(packed_pipe.unet, state)
+    assert not any(isinstance(module, Trainee) for module in packed_pipe.unet.modules())
+    with pytest.raises(KeyboardInterrupt):
+        finetune(packed_pipe, teacher, FinetuneConfig(**SHORT, gradient_checkpointing=True), on_update=stop)
+    assert not packed_pipe.unet.is_gradient_checkpointing
+    assert [parameter.requires_grad for parameter in packed_pipe.unet.parameters()] == flags
+    assert unchanged(teacher.unet, teacher_state)
+    broken = copy.deepcopy(teacher)
+    broken.unet.conv_out.bias.data[0] = float("nan")
+    for adapters in (1, 2):
+        with pytest.raises(NonFiniteError, match="must be finite"):
+            finetune(packed_pipe, broken, FinetuneConfig(**SHORT, num_adapters=adapters))
+        assert unchanged(packed_pipe.unet, state)
+    finetune(packed_pipe, teacher, FinetuneConfig(**SHORT))
+
+
+def test_bad_requests_are_refused_before_anything_is_changed(packed_pipe, teacher, tiny_pipe):
+    state = state_of(packed_pipe.unet)
+    other = DDPMPipeline(make_unet(block_out_channels=(32, 32)), DDIMScheduler())
+    with pytest.raises(ShapeError, match=r"The teacher's `.*` must have shape"):
+        finetune(packed_pipe, other, FinetuneConfig(**SHORT))
+    conditional = DDPMPipeline(make_condition_unet(), DDIMScheduler())
+    with pytest.raises((ShapeError, ConfigError, TypeError)):
+        finetune(packed_pipe, conditional, FinetuneConfig(**SHORT))
+    observing = copy.deepcopy(tiny_pipe)
+    quantize_model(observing.unet, MSFPConfig(scheme="w4a4"))
+    with pytest.raises(ConfigError, match="Only a calibrated model"):
+        finetune(observing, teacher, FinetuneConfig(**SHORT))
+    with pytest.raises(ConfigError, match="with quantized layers is needed"):
+        finetune(tiny_pipe, teacher, FinetuneConfig(**SHORT))
+    with pytest.raises(ConfigError, match=r"`router_groups` must match a layer, but 'nowhere' matches none"):
+        finetune(packed_pipe, teacher, FinetuneConfig(**SHORT, router_groups=("nowhere",)))
+    half = copy.deepcopy(packed_pipe)
+    half.unet.register_buffer("anchor", torch.zeros(1))
+    for parameter in half.unet.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.half()
+    with pytest.raises(ConfigError, match="float16 models underflow"):
+        finetune(half, teacher, FinetuneConfig(**SHORT))
+    for parameter in half.unet.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.bfloat16()
+    with pytest.raises(ConfigError, match="is bfloat16 and the teacher float32"):
+        finetune(half, teacher, FinetuneConfig(**SHORT))
+    with pytest.raises(ConfigError, match="which it cannot tell apart. Use fewer steps"):
+        check_timesteps([1.2, 0.9, 0.1], 1000)
+    with pytest.raises(ConfigError, match="which it cannot tell apart"):
+        check_timesteps([2000.0, 0.0], 1000)
+    assert unchanged(packed_pipe.unet, state)
+    finetune(packed_pipe, teacher, FinetuneConfig(**SHORT))
+    with pytest.raises(ConfigError, match="has adapters already"):
+        finetune(packed_pipe, teacher, FinetuneConfig(**SHORT))
+    with pytest.raises(UnsupportedError, match="merged ones cannot be undone"):
+        packed_pipe.unet.dequantize()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "`rank` must be at least 1"),
+        ({"num_adapters": 300}, "at most 256, but 300 came"),
+        ({"placement": "inside"}, "one of merged, side, but 'inside' came"),
+        ({"train_steps": 1, "minutes": 1.0}, "exclude each other"),
+        ({"minutes": 0.0}, "`minutes` must be above 0"),
+        ({"learning_rate": float("nan")}, "`learning_rate` must be finite"),
+        ({"ema_decay": 1.0}, r"must lie in \[0, 1\)"),
+        ({"mixed_precision": "fp8"}, "one of no, bf16"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        FinetuneConfig(**settings)
+
+
+def test_minutes_set_the_number_of_updates(packed_pipe, teacher):
+    config = FinetuneConfig(**{**SHORT, "train_steps": None}, minutes=0.02)
+    result = finetune(packed_pipe, teacher, config)
+    assert 6 <= result["updates"] < 200
+    assert result["seconds"] < 10
+
+
+def test_preview_shows_the_student(packed_pipe, teacher):
+    shown = []
+    config = FinetuneConfig(**SHORT, preview_every=2)
+    finetune(packed_pipe, teacher, config, on_preview=lambda *preview: shown.append(preview))
+    assert [update for update, _ in shown] == [2, 4]
+    assert shown[0][1].shape == (8, 8, 8, 3)
+    assert not np.array_equal(shown[0][1], shown[1][1])
+
+
+def test_schedules():
+    assert learning_rate_factor(0, 100) == pytest.approx(1 / 20)
+    assert learning_rate_factor(100, 100) == 0
+    assert exploration_factor(0, 100) == 1
+    assert exploration_factor(50, 100) == 0
+    assert [block_at({"a": 1, "b": 3}, update, 8) for update in range(8)] == ["a"] * 2 + ["b"] * 6
+    assert block_at({"a": 1, "b": 3}, 9, 8) == "b"
+
+
+def test_a_fine_tuned_model_can_be_calibrated_anew(packed_pipe, teacher):
+    finetune(packed_pipe, teacher, FinetuneConfig(**SHORT))
+    calibrate(packed_pipe, num_samples=2, num_inference_steps=2)
+    assert torch.isfinite(run(packed_pipe.unet, torch.randn(1, 3, 8, 8))).all()
+
+
+def test_one_more_update_at_a_time(packed_pipe, teacher):
+    run_ = Finetuner(packed_pipe, teacher, FinetuneConfig(**SHORT))
+    run_.update()
+    assert run_.progress.update == 1
+    assert sum(isinstance(module, Trainee) for module in packed_pipe.unet.modules()) > 20
+    run_.student.abandon()

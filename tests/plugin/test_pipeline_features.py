@@ -1,0 +1,275 @@
+"""What diffusers can do around a denoiser, on a quantized Stable Diffusion. README's table reads names and outcomes."""
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pipelines
+import pytest
+import torch
+from conftest import make_vae
+from diffusers import LCMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from test_matrix import sample
+
+from diffusers_msfp import MSFPConfig, quantize_pipeline, set_engine
+from diffusers_msfp.engines.fusion.processors import BF16AttnProcessor
+from diffusers_msfp.errors import UnsupportedError
+from diffusers_msfp.layers import QuantLayer
+
+FEATURES: dict[str, str] = {}
+
+
+def feature(name: str, outcome: str = "works") -> Callable:
+    """A row of the table: the test that follows shows it."""
+
+    def enter(test: Callable) -> Callable:
+        assert name not in FEATURES
+        FEATURES[name] = outcome
+        return test
+
+    return enter
+
+
+@pytest.fixture(scope="module")
+def quantized() -> StableDiffusionPipeline:
+    """Denoiser and text encoder in bfloat16, where the engine that is taken by default changes most."""
+    pipe = pipelines.make_small_pipe().to(torch.bfloat16)
+    config = MSFPConfig("w4a8", components_to_quantize=["unet", "text_encoder"])
+    return quantize_pipeline(pipe, config, num_samples=2, num_inference_steps=2)
+
+
+@pytest.fixture
+def pipe(quantized) -> StableDiffusionPipeline:
+    return copy.deepcopy(quantized)
+
+
+@pytest.fixture
+def before(pipe) -> np.ndarray:
+    return sample(pipe)
+
+
+TWO_LEVELS = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+
+
+def differs(a: np.ndarray, b: np.ndarray) -> bool:
+    return bool(np.isfinite(a).all() and np.abs(a - b).max() > 1e-3)
+
+
+def processors(pipe) -> set[type]:
+    return {type(processor) for processor in pipe.unet.attn_processors.values()}
+
+
+def ip_adapter(unet) -> dict:
+    """The weights of an untrained one, for image embeddings of 8 numbers."""
+    generator = torch.Generator().manual_seed(4)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    context = unet.config.cross_attention_dim
+    image = {"proj.weight": random(4 * context, 8), "proj.bias": random(4 * context)}
+    image |= {"norm.weight": torch.ones(context), "norm.bias": torch.zeros(context)}
+    layers = {}
+    crossing = [module for name, module in unet.named_modules() if name.endswith("attn2")]
+    for number, module in enumerate(crossing):
+        for which in ("to_k_ip", "to_v_ip"):
+            layers[f"{2 * number + 1}.{which}.weight"] = random(module.inner_dim, context)
+    return {"image_proj": image, "ip_adapter": layers}
+
+
+@feature("IP-Adapter")
+def test_ip_adapter(pipe, before):
+    state = ip_adapter(pipe.unet)
+    pipe.load_ip_adapter(state, subfolder="", weight_name="", image_encoder_folder=None)
+    embedding = [torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(5)).bfloat16()]
+    pictured = sample(pipe, ip_adapter_image_embeds=embedding)
+    assert differs(pictured, before)
+    pipe.set_ip_adapter_scale(0.0)
+    assert np.allclose(sample(pipe, ip_adapter_image_embeds=embedding), before, atol=0.05)
+    set_engine(pipe, "auto")  # again: processors that are not diffusers' own stay
+    pipe.set_ip_adapter_scale(1.0)
+    assert np.allclose(sample(pipe, ip_adapter_image_embeds=embedding), pictured, atol=0.05)
+    pipe.unload_ip_adapter()
+    set_engine(pipe, "auto")
+    assert processors(pipe) == {BF16AttnProcessor}
+    assert (sample(pipe) == before).all()
+
+
+@feature("LCM-LoRA and other LoRA files, also for text encoders")
+def test_lcm_lora(pipe, before, tmp_path):
+    teacher = pipelines.make_small_pipe()
+    layers = {}
+    for part, targets in (("unet", ["to_q", "conv1", "proj_in"]), ("text_encoder", ["q_proj", "fc1"])):
+        model = getattr(teacher, part)
+        model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=targets), adapter_name="lcm")
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.5)
+        layers[f"{part}_lora_layers"] = get_peft_model_state_dict(model, adapter_name="lcm")
+    StableDiffusionPipeline.save_lora_weights(tmp_path, **layers)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    plain = sample(pipe)
+    pipe.load_lora_weights(str(tmp_path), adapter_name="lcm", weight_name="pytorch_lora_weights.safetensors")
+    assert any("lora_A" in name for name, _ in pipe.text_encoder.named_modules())
+    adapted = sample(pipe)
+    assert differs(adapted, plain)
+    with pytest.raises(UnsupportedError, match="`fuse_lora` is not possible"):
+        pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert (sample(pipe) == plain).all()
+
+
+@feature("Textual inversion")
+def test_textual_inversion(pipe, before):
+    embedding = {"<fox>": torch.randn(16, generator=torch.Generator().manual_seed(6))}
+    pipe.load_textual_inversion(embedding, token="<fox>")
+    assert len(pipe.tokenizer) == pipe.text_encoder.get_input_embeddings().num_embeddings
+    assert differs(sample(pipe, {"prompt": "a <fox>"}), before)
+    assert (sample(pipe) == before).all()
+
+
+@feature("FreeU")
+def test_freeu(pipe, before):
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    assert differs(sample(pipe), before)
+    pipe.disable_freeu()
+    assert (sample(pipe) == before).all()
+
+
+class MergingBlock(BasicTransformerBlock):
+    """As tomesd's: the block's class is exchanged, its attention to itself sees pairs of tokens as one."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        whole, attend = hidden_states, self.attn1.forward
+        self.attn1.forward = lambda x, *a, **k: attend((x[:, ::2] + x[:, 1::2]) / 2, *a, **k).repeat_interleave(2, 1)
+        try:
+            return super().forward(whole, *args, **kwargs)
+        finally:
+            del self.attn1.forward
+
+
+@feature("Token merging (the way of tomesd)")
+def test_token_merging(pipe, before):
+    blocks = [module for module in pipe.unet.modules() if type(module) is BasicTransformerBlock]
+    for block in blocks:
+        block.__class__ = MergingBlock
+    assert blocks
+    assert differs(sample(pipe), before)
+    for block in blocks:
+        block.__class__ = BasicTransformerBlock
+    assert (sample(pipe) == before).all()
+
+
+@feature("Attention slicing and processors of one's own")
+def test_attention_processors(pipe, before):
+    assert processors(pipe) == {BF16AttnProcessor}
+    pipe.enable_attention_slicing(1)
+    assert processors(pipe) == {SlicedAttnProcessor}
+    assert np.allclose(sample(pipe), before, atol=0.05)
+    pipe.disable_attention_slicing()
+    assert np.allclose(sample(pipe), before, atol=0.05)
+    pipe.unet.set_attn_processor(AttnProcessor())
+    set_engine(pipe, "auto")
+    assert processors(pipe) == {AttnProcessor}
+    assert np.allclose(sample(pipe), before, atol=0.05)
+    pipe.unet.set_attn_processor(AttnProcessor2_0())
+    set_engine(pipe, "auto")
+    assert (sample(pipe) == before).all()
+    assert {type(processor) for processor in pipe.vae.attn_processors.values()} == {AttnProcessor2_0}
+    pipe.unet.set_default_attn_processor()
+    assert processors(pipe) == {AttnProcessor}
+    assert np.allclose(sample(pipe), before, atol=0.05)
+
+
+@feature("VAE slicing and tiling, of a quantized VAE too")
+def test_vae_slicing_and_tiling():
+    pipe = pipelines.make_small_pipe()
+    pipe.vae = make_vae(block_out_channels=(8, 8), norm_num_groups=4, sample_size=16, **TWO_LEVELS)
+    pipe.register_modules(vae=pipe.vae)
+    quantize_pipeline(pipe, MSFPConfig("w8a8", components_to_quantize=["vae"]), num_samples=1, num_inference_steps=2)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        whole = pipe.vae.decode(latents).sample
+        pipe.vae.enable_slicing()
+        assert torch.allclose(pipe.vae.decode(latents).sample, whole, atol=0.1)
+        pipe.vae.disable_slicing()
+        pipe.vae.tile_latent_min_size, pipe.vae.tile_sample_min_size = 4, 8
+        pipe.vae.enable_tiling()
+        tiled = pipe.vae.decode(latents).sample
+        pipe.vae.disable_tiling()
+        assert torch.equal(pipe.vae.decode(latents).sample, whole)
+    assert tiled.shape == whole.shape
+    assert not torch.equal(tiled, whole)
+
+
+@feature("`enable_model_cpu_offload` (its hooks, on a CPU)")
+def test_model_offload(pipe, before):
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert (sample(pipe) == before).all()
+
+
+@feature("`enable_group_offload` (its hooks, on a CPU)")
+def test_group_offload(pipe, before):
+    pipe.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
+    assert (sample(pipe) == before).all()
+
+
+@feature("`callback_on_step_end`, `guidance_rescale`, changed batch within a run")
+def test_callbacks_and_guidance(pipe, before):
+    seen = []
+
+    def without_guidance(pipe, step, timestep, tensors):
+        seen.append((step, int(timestep)))
+        pipe._guidance_scale = 0.0
+        return {**tensors, "prompt_embeds": tensors["prompt_embeds"].chunk(2)[-1]}
+
+    inputs = ["latents", "prompt_embeds"]
+    ended = sample(pipe, callback_on_step_end=without_guidance, callback_on_step_end_tensor_inputs=inputs)
+    assert [step for step, _ in seen] == [*range(len(seen))]
+    assert len(seen) >= 2
+    assert differs(ended, before)
+    assert differs(sample(pipe, guidance_rescale=0.7), before)
+    assert (sample(pipe) == before).all()
+
+
+@feature("`from_pipe`")
+def test_from_pipe(pipe, before):
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe, torch_dtype=torch.bfloat16)
+    assert other.unet is pipe.unet
+    image = pipelines.picture().bfloat16()
+    assert np.isfinite(sample(other, {"prompt": "a hat", "image": image})).all()
+    assert (sample(pipe) == before).all()
+
+
+@feature("`torch.compile` of denoiser and text encoder")
+def test_compile(pipe, before):
+    for name in ("unet", "text_encoder"):
+        getattr(pipe, name).compile(backend="aot_eager")
+    assert np.abs(sample(pipe) - before).mean() < 0.05
+
+
+@feature("ControlNet's residuals under fused norms")
+@torch.no_grad()
+def test_engines_agree_with_residuals():
+    pipe = pipelines.make_controlnet()
+    arguments = {"prompt": "a hat", "image": pipelines.picture()}
+    config = MSFPConfig("w8a8", components_to_quantize=["unet", "controlnet"])
+    quantize_pipeline(pipe, config, num_samples=1, num_inference_steps=2, image=arguments["image"])
+    assert any(isinstance(module, QuantLayer) for module in pipe.controlnet.modules())
+    fast = sample(pipe, arguments)
+    set_engine(pipe, "reference")
+    assert np.allclose(sample(pipe, arguments), fast, atol=0.05)
+    with_bias = sample(pipe, arguments, controlnet_conditioning_scale=0.0)
+    assert differs(with_bias, sample(pipe, arguments))
+
+
+@feature("`fuse_lora`, `fuse_qkv_projections`, casting after loading", "refused, with the way out")
+def test_refused(pipe, before):
+    for call in (pipe.unet.fuse_lora, pipe.fuse_qkv_projections, lambda: pipe.to(torch.float16), pipe.unet.half):
+        with pytest.raises(UnsupportedError, match="dequantize|torch_dtype"):
+            call()
+    assert (sample(pipe) == before).all()
