@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from ..compat.accelerate import leave_process_group
 from ..evaluation import evaluate_pipelines
 from ..outputs import require_writable_folder
 from .load import denoisers_bytes, load_pipeline, require_variant
@@ -86,8 +87,7 @@ def evaluate(
             process=process,
             on_step=tell if main else None,
         )
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_process_group()
     if result is None:
         return None
     for key, place, pipe in (("bytes_reference", reference, original), ("bytes_candidate", source, candidate)):

@@ -8,6 +8,7 @@ import torch
 from accelerate import PartialState
 from diffusers import DDPMScheduler
 
+from ..compat.accelerate import leave_process_group
 from ..errors import ConfigError
 from ..evaluation import image_grid
 from ..methods.talora.config import FinetuneConfig
@@ -107,7 +108,7 @@ def finetune(
     if main:
         write_checkpoint(pipe, out)
         run.folder.clear()
-    run.accelerator.end_training()
+    leave_process_group(run.accelerator)
     if not main:
         return None
     denoiser, name = denoiser_of(pipe), denoiser_name(pipe)

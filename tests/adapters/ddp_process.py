@@ -8,6 +8,8 @@ from accelerate import Accelerator
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
+from diffusers_msfp.compat.accelerate import leave_process_group
+
 
 def main() -> None:
     accelerator = Accelerator(cpu=True)
@@ -27,7 +29,7 @@ def main() -> None:
     if accelerator.is_main_process:
         state = {"adapter": get_peft_model_state_dict(net), "losses": losses, "processes": accelerator.num_processes}
         torch.save(state, sys.argv[1])
-    accelerator.end_training()
+    leave_process_group(accelerator)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 from diffusers_msfp import FinetuneConfig
+from diffusers_msfp.compat.accelerate import leave_process_group
 from diffusers_msfp.methods.talora.finetuner import Finetuner
 
 
@@ -38,7 +39,7 @@ def main() -> None:
     if run.accelerator.is_main_process:
         state = {"gradients": gradients, "model": pipe.unet.state_dict(), "losses": result["losses"]}
         torch.save(state | {"resumed": resumed, "processes": run.accelerator.num_processes}, given["out"])
-    run.accelerator.end_training()
+    leave_process_group(run.accelerator)
 
 
 if __name__ == "__main__":
