@@ -10,9 +10,9 @@ from safetensors import SafetensorError, safe_open
 
 from ..engines.choose import engine_named
 from ..errors import CheckpointError
-from ..formats import FORMATS, FPFormat
-from ..methods.talora import AdapterPlan, RoutingTable
-from ..methods.temporal import FiniteSet, TemporalPlan
+from ..formats import FPFormat
+from ..methods.method import parts
+from .record import ModelRecord
 
 WEIGHTS = "diffusion_pytorch_model"
 TRANSFORMERS_WEIGHTS = "model"
@@ -149,18 +149,18 @@ def describe_checkpoint(path: str | Path, variant: str | None = None) -> dict:
 
 
 def _describe_component(folder: Path, variant: str | None) -> dict:
-    record = read_config(folder)["quantization_config"]
+    config = read_config(folder)["quantization_config"]
+    record = ModelRecord.from_dict(config)
     tensors, shapes = _small_tensors(folder, variant)
     layers, auto = [], engine_named("auto")
-    for group in record.get("layers") or ():
-        for name in group["modules"]:
-            fmt, state = FORMATS[group["weight"]], group["input"]
+    for group in record.layers or ():
+        for name in group.modules:
+            fmt, read = group.weight_format, group.input_format
             scale = tensors[f"{name}.weight_scale"]
-            quantized = state not in (None, "observing")
             rows, *_, row_bytes = shape = shapes[f"{name}.weight"]
-            stored = StoredLayer.of(shape, scale.numel(), fmt, FORMATS[state] if quantized else None)
+            stored = StoredLayer.of(shape, scale.numel(), fmt, read)
             engine, refusals = auto.choose(stored)
-            if state == "observing":
+            if group.observing:
                 *others, engine = auto.engines
                 refusals = {other.name: OBSERVING for other in others}
             layers.append(
@@ -171,41 +171,27 @@ def _describe_component(folder: Path, variant: str | None) -> dict:
                     "weight_scale_min": scale.min().item() if scale.numel() else None,
                     "weight_scale_max": scale.max().item() if scale.numel() else None,
                     "weight_rel_mse": tensors[f"{name}.weight_error"].item(),
-                    "input_format": state,
-                    "input_signed": FORMATS[state].signed if quantized else None,
-                    "input_scale": tensors[f"{name}.input_scale"].tolist() if quantized else None,
-                    "input_zero_point": tensors[f"{name}.input_zero_point"].tolist() if quantized else None,
-                    "input_rel_mse": tensors[f"{name}.input_error"].item() if quantized else None,
+                    "input_format": group.input,
+                    "input_signed": read.signed if read else None,
+                    "input_scale": tensors[f"{name}.input_scale"].tolist() if read else None,
+                    "input_zero_point": tensors[f"{name}.input_zero_point"].tolist() if read else None,
+                    "input_rel_mse": tensors[f"{name}.input_error"].item() if read else None,
                     "engine": engine.name,
                     "engine_refusals": refusals,
                     "weight_bytes": rows * row_bytes,
                 }
             )
     return {
-        "scheme": record.get("scheme"),
-        "calibration_state": (record.get("calibration") or {}).get("state"),
-        "format_version": record.get("format_version"),
+        "scheme": config.get("scheme"),
+        "calibration_state": record.calibration.state if record.calibration else None,
+        "format_version": record.format_version,
         "bytes": file_bytes(folder, variant),
         "layers": layers,
-        "adapters": _describe_adapters(record, tensors),
-        "temporal": _describe_temporal(record, tensors),
+    } | {
+        part.key: part.describe(record.parts[part.key], tensors) if part.key in record.parts else None
+        for part in parts()
+        if part.describe is not None
     }
-
-
-def _describe_adapters(record: dict, tensors: dict) -> dict | None:
-    if not record.get("adapters"):
-        return None
-    plan = AdapterPlan.from_dict(record["adapters"])
-    intervals = RoutingTable(tensors["timestep_router.table"], plan.num_adapters).intervals()
-    return {"placement": plan.placement, "num_adapters": plan.num_adapters, "intervals": intervals}
-
-
-def _describe_temporal(record: dict, tensors: dict) -> dict | None:
-    if not record.get("temporal"):
-        return None
-    plan = TemporalPlan.from_dict(record["temporal"])
-    channels = {name: tensors[f"{name}.weight_scale"].numel() for name in plan.block}
-    return plan.summary(tensors[f"{FiniteSet.place}.timesteps"].tolist(), channels)
 
 
 def _small_tensors(folder: Path, variant: str | None) -> tuple[dict, dict]:

@@ -26,6 +26,7 @@ from dataclasses import dataclass, fields
 
 from ..errors import CheckpointError
 
+FORMAT_VERSION = 2
 MAX_ENTRIES = 2**16
 LAYER_KEYS = {"weight", "input", "modules"}
 CALIBRATION_KEYS = {"state", "last_timestep", "has_fallen", "first_timestep"}
@@ -94,6 +95,22 @@ RESERVED = {
     "channel_scales": ChannelScales,
 }
 """Key of a record → what it must hold."""
+
+
+def check_version(version: object) -> int:
+    """Refuse what is no format version, or a newer one.
+
+    Raises:
+        CheckpointError: so it is.
+    """
+    if not _whole(version, 1, 2**31):
+        raise CheckpointError(f"`format_version` must be a whole number ≥ 1, but {version!r} came.")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"This package reads checkpoints up to format version {FORMAT_VERSION}, but {version} came. Upgrade it: "
+            f"`pip install -U diffusers-msfp`."
+        )
+    return version
 
 
 def check_version_2(record: Mapping, known: Collection[str]) -> None:

@@ -13,8 +13,7 @@ from ..compat.diffusers import kept_in_float32
 from ..compat.peft import is_wrapped, name_inside
 from ..compat.torch import replace_children
 from ..compat.wrappers import own_name
-from ..errors import CheckpointError, ConfigError
-from ..formats import FORMATS
+from ..errors import ConfigError
 from ..numerics.rounding import check_finite
 from ..schemes import SCHEMES, LayerScheme, check_patterns, matches, resolve
 from . import QUANT_LAYERS, QuantLayer, SplitLayer
@@ -165,60 +164,6 @@ def convert(model: nn.Module, plan: Conversion, on_layer: Callable[[int, int], N
         replace_module(model, name, QUANT_LAYERS[type(module)].from_float(module, name, scheme))
         if on_layer is not None:
             on_layer(done, len(plan.layers))
-
-
-def convert_skeleton(model: nn.Module, groups: Sequence[Mapping], plan: Mapping[str, LayerScheme]) -> None:
-    """Make room for a checkpoint's packed tensors in a model without weights.
-
-    Args:
-        groups (`Sequence[Mapping]`): `layers` of the checkpoint's config, see `describe_layers`.
-        plan (`Mapping[str, LayerScheme]`): candidates for layers that are still observing.
-
-    Raises:
-        CheckpointError: a layer that the model does not have, or an entry that makes no sense.
-    """
-    skeletons = {}
-    for group in groups:
-        try:
-            weight_format, state, names = FORMATS[group["weight"]], group["input"], group["modules"]
-            input_format = FORMATS[state] if state not in (None, "observing") else None
-            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise TypeError
-        except (KeyError, TypeError, ConfigError) as error:
-            raise CheckpointError(
-                f"Each entry of `layers` in config.json must have `weight`, `input` and `modules`, but {group!r} came."
-            ) from error
-        if not weight_format.signed:
-            raise CheckpointError(f"Weights are stored in signed formats, but `{weight_format}` came in config.json.")
-        for name in names:
-            try:
-                module = model.get_submodule(name)
-            except AttributeError:
-                module = None
-            if type(module) not in QUANT_LAYERS:
-                raise CheckpointError(
-                    f"config.json says that `{name}` is quantized, but {type(model).__name__} has "
-                    f"{'no such layer' if module is None else type(module).__name__ + ' there'}: not its checkpoint."
-                )
-            layer = QUANT_LAYERS[type(module)].skeleton(module, name, weight_format)
-            if state == "observing":
-                candidates = plan[name].activation if name in plan else ()
-                if not candidates:
-                    raise CheckpointError(f"config.json says `{name}` is observing, but its scheme has nothing to try.")
-                layer.start_observing(candidates)
-            elif input_format is not None:
-                layer.expect_input(input_format)
-            skeletons[name] = layer
-    replace_modules(model, skeletons)
-
-
-def describe_layers(model: nn.Module) -> list[dict]:
-    """Formats of all quantized layers, grouped: `[{"weight": …, "input": … | None | "observing", "modules": […]}]`."""
-    groups: dict[tuple[str, str | None], list[str]] = {}
-    for name, layer in quant_layers(model):
-        state = "observing" if layer.observing else (layer.input_format.name if layer.input_format else None)
-        groups.setdefault((layer.weight_format.name, state), []).append(name)
-    return [{"weight": weight, "input": state, "modules": names} for (weight, state), names in groups.items()]
 
 
 def revert(model: nn.Module, dtype: torch.dtype) -> None:

@@ -59,6 +59,7 @@ class QuantLayer(Execution, PackedLayer, ABC):
     weight_dtype: torch.dtype
     weight_format: FPFormat
     input_format: FPFormat | None
+    scheme: LayerScheme | None
     input_candidates: tuple[str, ...]
     observation: Observation | None
     routing: Routing | None
@@ -66,6 +67,7 @@ class QuantLayer(Execution, PackedLayer, ABC):
     adapters: nn.Module | None
     recall: Recall | None
     engine: Engine | None
+    columns = None  # or a slice: the input channels of a split layer that this part reads
 
     def __new__(cls, *args, **kwargs):
         """A float layer for the public constructor; an empty object for `copy` and `pickle`."""
@@ -94,6 +96,7 @@ class QuantLayer(Execution, PackedLayer, ABC):
         layer = transplant(module, cls)
         layer.place, layer.weight_format, layer.weight_dtype = place, weight_format, module.weight.dtype
         layer.input_format, layer.input_candidates, layer.observation = None, (), None
+        layer.scheme = None
         layer.routing, layer.group, layer.adapters, layer.recall, layer.engine = None, 0, None, None, None
         layer.make_room(num_banks, device)
         rows, _ = layer.matrix_shape
@@ -121,6 +124,7 @@ class QuantLayer(Execution, PackedLayer, ABC):
         layer.weight_scale.copy_(result.qparams.scale.flatten())
         layer.weight_error.copy_(result.error)
         layer._store(weight)
+        layer.scheme = scheme
         if scheme.activation:
             layer.start_observing(scheme.activation)
         return layer

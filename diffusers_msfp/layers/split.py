@@ -119,12 +119,12 @@ SPLIT_LAYERS = {cls.float_class: cls for cls in (SplitLinear, SplitConv2d, Split
 
 def can_split(layer: nn.Module) -> bool:
     """Whether a float layer can be split: each output channel reads all input channels, and it is no part itself."""
-    return type(layer) in SPLIT_LAYERS and getattr(layer, "groups", 1) == 1 and not hasattr(layer, "columns")
+    return type(layer) in SPLIT_LAYERS and getattr(layer, "groups", 1) == 1 and getattr(layer, "columns", None) is None
 
 
 def whole_name(name: str, layer: nn.Module) -> str:
     """The name of the layer that this one is a part of, which schemes and the float model know; else its own."""
-    return name.rpartition(".")[0] if hasattr(layer, "columns") else name
+    return name.rpartition(".")[0] if getattr(layer, "columns", None) is not None else name
 
 
 def channel_axis(layer: nn.Module) -> int:

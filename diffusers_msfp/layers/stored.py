@@ -145,4 +145,4 @@ class StoredTensors(StatefulModule):
                     f"{zero_point.tolist()} came for `{self.input_format}`: damaged file."
                 )
         if self.adapters is not None:
-            self.adapters.check(self.place)
+            self.adapters.check_values(self.place)

@@ -1,1 +1,12 @@
 """What improves a quantized model with its float original: a folder for each method, and what all of them need."""
+
+from .method import METHODS
+from .rounding.method import ROUNDING
+from .split.method import SPLIT
+from .talora.method import TALORA
+from .temporal.method import TEMPORAL
+
+for _method in (SPLIT, TEMPORAL, ROUNDING, TALORA):
+    METHODS.add(_method.name, _method)
+
+__all__ = ["METHODS"]

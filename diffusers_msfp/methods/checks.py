@@ -9,19 +9,21 @@ from ..layers import QuantLayer
 from ..layers.split import whole_name
 from ..sampling.observation import calibration_state
 from ..sampling.timestep import require_timesteps
-from .routes import routing_of
+from .method import require_order
 
 
-def check_student(model: nn.Module, teacher: nn.Module, *, learns: bool = True) -> None:
+def check_student(model: nn.Module, teacher: nn.Module, method: str, *, learns: bool = True) -> None:
     """Refuse what cannot be changed with a teacher's help, before anything is changed.
 
     Args:
         model (`ModelMixin`): quantized.
         teacher (`nn.Module`): the float model it was quantized from.
+        method (`str`): that is to change it.
         learns (`bool`): by gradients.
 
     Raises:
-        ConfigError: the model is still observing, is float16, has adapters, or cannot take what the teacher takes.
+        ConfigError: the model is still observing, is float16, has what the method forbids, or cannot take what the
+            teacher takes.
         ShapeError: the teacher is another model.
     """
     if type(model) is not type(teacher):
@@ -40,11 +42,10 @@ def check_student(model: nn.Module, teacher: nn.Module, *, learns: bool = True) 
     if learns:
         require_takes(model, teacher)
     if calibration_state(model) == "observing":
-        raise ConfigError("Only a calibrated model can be fine-tuned, but this one observes: call `calibrate(pipe)`.")
-    if routing_of(model) is not None:
-        raise ConfigError("This model has adapters already. Start from the checkpoint that `quantize` wrote.")
+        raise ConfigError("Only a calibrated model can be improved, but this one observes: call `calibrate(pipe)`.")
+    require_order(model, method)
     if any(is_wrapped(name) for name, _ in model.named_modules()):
-        raise ConfigError("Users' adapters must be unloaded before fine-tuning, but this model has some.")
+        raise ConfigError("Users' adapters must be unloaded before a model is changed, but this one has some.")
 
 
 def require_takes(model: nn.Module, teacher: nn.Module) -> None:
@@ -67,7 +68,7 @@ def original_weight(teacher: nn.Module, layer: QuantLayer) -> Tensor:
         ConfigError: the teacher has no such layer.
         ShapeError: its weight has another shape.
     """
-    place, columns = whole_name(layer.place, layer), getattr(layer, "columns", slice(None))
+    place, columns = whole_name(layer.place, layer), layer.columns or slice(None)
     try:
         weight = teacher.get_submodule(place).weight.detach()
     except AttributeError as error:

@@ -53,5 +53,5 @@ def finite_set_of(model: nn.Module) -> nn.Module | None:
 
 def maintained_layers(model: nn.Module) -> set[str]:
     """Names of the layers that temporal maintenance has rounded or given parameters for each timestep."""
-    record = model.config.quantization_config.temporal or {}
-    return {*record.get("block", ()), *record.get("sets", ())}
+    finite_set = finite_set_of(model)
+    return set() if finite_set is None else {*finite_set.plan.block, *finite_set.plan.sets}

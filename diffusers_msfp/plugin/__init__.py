@@ -1,6 +1,7 @@
 """The doors to diffusers: config, quantizer, registration, in-memory quantization, the pipeline's verbs, LoRA files."""
 
 from .adapters.exchange import export_adapter, import_adapter
+from .calibrate import calibrate
 from .config import MSFPConfig
 from .mixin import MSFPPipelineMixin
 from .quantize import quantize_pipeline
@@ -11,6 +12,7 @@ __all__ = [
     "MSFPConfig",
     "MSFPPipelineMixin",
     "MSFPQuantizer",
+    "calibrate",
     "export_adapter",
     "import_adapter",
     "quantize_pipeline",

@@ -4,21 +4,19 @@ import torch
 from torch import nn
 
 from ..engines.choose import engine_from_environment, set_engine
-from ..errors import UnsupportedError
-from ..layers import SplitLayer
 from ..layers.convert import revert
 from ..layers.incoming import unwatch_states, watch_states
-from ..layers.split import is_complete
-from ..methods.temporal.attach import detach_sets
-from ..sampling.observation import RunTracker, track, untrack
+from ..methods.method import parts
+from ..sampling.observation import Calibration, track, untrack
 from . import overrides
 
 
-def attach(model: nn.Module, quantizer) -> None:
-    """Make a model with quantized layers know that it is one; its config has the record already.
+def attach(model: nn.Module, quantizer, calibration: Calibration | None = None) -> None:
+    """Make a model with quantized layers know that it is one.
 
     Args:
         quantizer (`MSFPQuantizer` or `MSFPTransformersQuantizer`): the one that loads and saves it.
+        calibration (`Calibration`, *optional*): how far it had come when the model was saved.
     """
     config = quantizer.quantization_config
     quantizer.pre_quantized = True
@@ -27,8 +25,7 @@ def attach(model: nn.Module, quantizer) -> None:
     model.quantization_method = config.quant_method
     overrides.install(model)
     watch_states(model)
-    run = config.calibration or {}
-    track(model, RunTracker(*(run.get(key) for key in ("last_timestep", "has_fallen", "first_timestep"))))
+    track(model, calibration)
     set_engine(model, engine_from_environment())
 
 
@@ -36,16 +33,16 @@ def detach(model: nn.Module, dtype: torch.dtype) -> None:
     """Put float layers in place of the quantized ones; the model answers like any other again.
 
     Raises:
-        UnsupportedError: users' adapters on a part of a split layer alone; nothing is changed then.
+        UnsupportedError: a method has left something that no float model can have; nothing is changed then.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, SplitLayer) and not is_complete(module):
-            raise UnsupportedError(
-                f"`{name}` is split, and its parts cannot be joined with adapters on one of them: unload these first."
-            )
+    for part in parts():
+        if part.require_float is not None:
+            part.require_float(model)
     set_engine(model, "reference")
     overrides.remove(model)
     unwatch_states(model)
-    detach_sets(model)
+    for part in parts():
+        if part.detach is not None:
+            part.detach(model)
     untrack(model)
     revert(model, dtype)

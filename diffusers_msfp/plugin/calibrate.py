@@ -10,13 +10,11 @@ from torch import nn
 from ..compat.wrappers import sees_through, unwrap
 from ..errors import ConfigError, MSFPError
 from ..layers.convert import quant_layers
-from ..layers.split import whole_name
-from ..methods.temporal.attach import detach_sets
+from ..methods.method import parts
 from ..sampling.calls import batched_calls, call_arguments, counting_steps, quiet, require_positive
 from ..sampling.denoisers import denoisers_of
-from ..sampling.observation import freeze, quantized_models, track, tracker, write_record
+from ..sampling.observation import freeze, quantized_models, track, tracker
 from ..sampling.trial import describe, refuse_upcast, try_calls
-from ..schemes import resolve
 
 
 @sees_through
@@ -158,16 +156,15 @@ def _require_seen(pipe, models: Sequence[nn.Module]) -> None:
 
 
 def restart_observation(model: nn.Module) -> bool:
-    """Observe anew whatever the model's scheme quantizes; False if that is nothing. Parameters by timestep go."""
-    config = model.config.quantization_config
-    detach_sets(model)
-    for name, layer in quant_layers(model):
-        candidates = resolve(whole_name(name, layer), config.scheme, config.scheme_overrides).activation
-        if candidates:
-            layer.start_observing(candidates)
+    """Observe anew whatever the model's scheme quantizes; False if that is nothing. What the old ranges made goes."""
+    for part in parts():
+        if part.of_ranges and part.detach is not None:
+            part.detach(model)
+    for _, layer in quant_layers(model):
+        if layer.scheme.activation:
+            layer.start_observing(layer.scheme.activation)
     if not any(layer.observing for _, layer in quant_layers(model)):
         return False
     track(model)
     tracker(model).paused = True
-    write_record(model)
     return True

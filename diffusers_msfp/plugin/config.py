@@ -1,7 +1,6 @@
-"""`MSFPConfig`: what the user asks for, and what a checkpoint's `config.json` says."""
+"""`MSFPConfig`: what the user asks for; of a checkpoint also what its `config.json` says was done."""
 
 import copy
-import inspect
 import json
 import logging
 from collections.abc import Mapping, Sequence, Set
@@ -12,20 +11,15 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
 
-from ..checkpoint.digest import VARIABLE, Digest, checking
-from ..checkpoint.version2 import check_version_1, check_version_2
+from ..checkpoint.record import REQUEST, ModelRecord
+from ..checkpoint.version2 import FORMAT_VERSION, check_version
 from ..errors import CheckpointError, ConfigError
 from ..layers.convert import Conversion
-from ..methods.talora import AdapterPlan
-from ..methods.temporal import TemporalPlan
 from ..sampling.denoisers import DENOISERS, is_denoiser, warn_of_float
 from ..schemes import DEFAULT_SCHEME, SCHEMES, weights_only
 from .components import components_being_loaded
 
 logger = logging.getLogger(__name__)
-
-FORMAT_VERSION = 2
-MAX_DEPTH = 8
 
 
 class MSFPMethod(str, Enum):
@@ -47,16 +41,11 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
         components_to_quantize (`Sequence[str]`, *optional*): components of a pipeline, e.g. `["unet", "text_encoder"]`;
             by default all its denoisers (`unet`, `transformer`, `transformer_2`, `prior`, …) and `controlnet`.
 
-    The remaining arguments are the record that a checkpoint carries; they are written by the package, not by hand:
+    The remaining arguments are written by the package, not by hand:
 
-        layers (`list[dict]`): `{"weight": format, "input": format | None | "observing", "modules": [names]}`.
-        calibration (`dict`): `state` (`"observing"` or `"frozen"`), and while observing the run's last timestep.
-        adapters (`dict`, *optional*): see `talora.AdapterPlan`; None where there are none.
-        temporal (`dict`, *optional*): see `temporal.TemporalPlan`; None without temporal maintenance.
-        split (`dict`, *optional*): split layer → input channels of each part.
-        digest (`dict`, *optional*): see `digest.Digest`; only in files, a model has none.
-        format_version (`int`): of the checkpoint, 1 or 2; see `version2` for what 2 adds. A model that was loaded from
-            version 1 is saved as such.
+        format_version (`int`): that the model is saved as, 1 or 2; one that was loaded from version 1 stays so.
+        record (`ModelRecord`, *optional*): what was done, where this was read from a checkpoint or is written to one.
+            The config of a model in memory has none: `ModelRecord.of(model)` says it.
 
     Raises:
         ConfigError: an unknown scheme, or arguments of the wrong kind.
@@ -75,28 +64,15 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
         modules_to_not_convert: Sequence[str] | None = None,
         scheme_overrides: Mapping[str, str] | None = None,
         components_to_quantize: Sequence[str] | None = None,
-        layers: list[dict] | None = None,
-        calibration: dict | None = None,
-        adapters: dict | None = None,
-        temporal: dict | None = None,
-        split: dict | None = None,
-        digest: dict | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = MSFPMethod.MSFP.value,
+        record: ModelRecord | None = None,
     ) -> None:
         # PipelineQuantizationConfig.__init__ is left out on purpose: it wants a backend's name or a mapping.
         if quant_method != MSFPMethod.MSFP.value:
             raise CheckpointError(f"`quant_method` must be 'msfp', but {quant_method!r} came: another method's config.")
         self.quant_method = MSFPMethod.MSFP
-        if not isinstance(format_version, int) or isinstance(format_version, bool) or format_version < 1:
-            raise CheckpointError(f"`format_version` must be a whole number ≥ 1, but {format_version!r} came.")
-        if format_version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"This package reads checkpoints up to format version {FORMAT_VERSION}, but {format_version} came. "
-                f"Upgrade it: `pip install -U diffusers-msfp`."
-            )
-        _check_record(layers, calibration, adapters, temporal, split)
-        self.format_version = format_version
+        self.format_version = check_version(format_version)
         SCHEMES[scheme]
         self.scheme = scheme
         self.modules_to_not_convert = _names(modules_to_not_convert, "modules_to_not_convert")
@@ -106,14 +82,7 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
         for override in self.scheme_overrides.values():
             SCHEMES[override]
         self.components_to_quantize = _names(components_to_quantize, "components_to_quantize") or None
-        self.layers = layers
-        self.calibration = calibration
-        self.adapters = adapters
-        self.temporal = temporal
-        self.split = split
-        if digest is not None:
-            Digest.from_dict(digest)
-        self.digest = digest
+        self.record = record
 
     @classmethod
     def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs):
@@ -122,22 +91,18 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
         Raises:
             CheckpointError: see above; malformed, or of a kind that this package cannot execute.
         """
-        known = set(inspect.signature(cls.__init__).parameters) - {"self"}
         version = config_dict.get("format_version", 1)
-        own = {key: value for key, value in config_dict.items() if key in known} | {"format_version": version}
-        if version == FORMAT_VERSION:
-            check_version_2(config_dict, known)
-        elif version == 1:
-            check_version_1(config_dict)
-            own.pop("digest", None)
-        config = cls(**own, **kwargs)
-        if unknown := sorted(set(config_dict) - (known - {"digest"} if version == 1 else known | set(config_dict))):
+        own = {key: config_dict[key] for key in REQUEST & config_dict.keys()} | {"format_version": version}
+        config = cls(**own | kwargs)
+        record = ModelRecord.from_dict(config_dict)
+        config.record = record if config_dict.keys() & ModelRecord.keys() else None
+        known = REQUEST | ModelRecord.keys() - ({"digest"} if version == 1 else set())
+        if version == 1 and (unknown := sorted(set(config_dict) - known)):
             logger.warning("Unknown keys in an MSFP config of version %s are ignored: %s.", version, ", ".join(unknown))
         return (config, {}) if return_unused_kwargs else config
 
     def to_dict(self) -> dict:
-        """Everything, in types that JSON knows; what is younger than the format only where there is some."""
-        younger = {"temporal": self.temporal, "split": self.split, "digest": self.digest}
+        """The request, and the record where there is one, in types that JSON knows."""
         return {
             "quant_method": self.quant_method.value,
             "format_version": self.format_version,
@@ -145,10 +110,7 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
             "modules_to_not_convert": list(self.modules_to_not_convert),
             "scheme_overrides": dict(self.scheme_overrides),
             "components_to_quantize": self.components_to_quantize,
-            "layers": copy.deepcopy(self.layers),
-            "calibration": copy.deepcopy(self.calibration),
-            "adapters": copy.deepcopy(self.adapters),
-        } | {key: copy.deepcopy(value) for key, value in younger.items() if value is not None}
+        } | ({} if self.record is None else self.record.to_dict())
 
     def to_diff_dict(self) -> dict:
         """What differs from a default config; the method's name and version always."""
@@ -157,14 +119,13 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
         return {key: value for key, value in self.to_dict().items() if key in always or value != default.get(key)}
 
     def for_one_model(self) -> "MSFPConfig":
-        """A copy that one model may write its record into."""
+        """A copy of its own."""
         return copy.deepcopy(self)
 
     def without_record(self) -> "MSFPConfig":
         """A copy that says only what is wanted, for a model that is quantized anew."""
         config = self.for_one_model()
-        config.layers = config.calibration = config.adapters = config.temporal = config.split = config.digest = None
-        config.format_version = FORMAT_VERSION
+        config.record, config.format_version = None, FORMAT_VERSION
         return config
 
     def weights_only(self) -> "MSFPConfig":
@@ -180,30 +141,15 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
         """What to do with each layer of a model."""
         return Conversion.plan(model, self.scheme, self.modules_to_not_convert, self.scheme_overrides)
 
-    def quantized_layers(self) -> frozenset[str]:
-        """Names in the record; an entry that makes no sense has none, and is refused when layers are made from it."""
-        groups = [group for group in self.layers or () if isinstance(group, Mapping)]
-        lists = [names for group in groups if isinstance(names := group.get("modules"), list)]
-        return frozenset(name for names in lists for name in names if isinstance(name, str))
-
-    def require_record(self) -> None:
-        """Refuse a checkpoint's config that does not say what its layers are, or lacks its digest.
+    def take_record(self) -> ModelRecord:
+        """The record of a checkpoint that is being loaded, which the model's config does not keep.
 
         Raises:
-            CheckpointError: so it is.
+            CheckpointError: it is not complete.
         """
-        if self.layers is None:
-            raise CheckpointError("config.json of a quantized model must have `layers`, but it has none: damaged file.")
-        if self.format_version > 1 and self.digest is None and checking():
-            raise CheckpointError(
-                f"config.json of format version {self.format_version} must have `digest`, but it has none: damaged "
-                f"file, or one that was not saved to its end. `{VARIABLE}=0` in the environment loads it unchecked."
-            )
-
-    def take_digest(self) -> Digest | None:
-        """The digest to check files by, which a model in memory does not keep; None where there is nothing to check."""
-        record, self.digest = self.digest, None
-        return Digest.from_dict(record) if record is not None and checking() else None
+        record, self.record = self.record or ModelRecord(None, format_version=self.format_version), None
+        record.require_complete()
+        return record
 
     def _resolve_quant_config(self, is_diffusers: bool = True, module_name: str | None = None):  # noqa: ARG002
         """Called by diffusers for each component of a pipeline: this config or None."""
@@ -246,42 +192,6 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {json.dumps(self.to_diff_dict(), indent=2)}"
-
-
-def _check_record(layers: object, calibration: object, adapters: object, temporal: object, split: object) -> None:
-    """Refuse a record that this package cannot have written; what names layers is checked against the model later.
-
-    Raises:
-        CheckpointError: fields of another kind, or nested deeper than any record.
-    """
-    level = [layers, calibration, adapters, temporal, split]
-    for _ in range(MAX_DEPTH):
-        level = [
-            part
-            for value in level
-            if isinstance(value, list | Mapping)
-            for part in (value.values() if isinstance(value, Mapping) else value)
-        ]
-    if level:
-        raise CheckpointError(
-            f"A config's record is at most {MAX_DEPTH} levels deep, but a deeper one came: damaged file."
-        )
-    if layers is not None and not isinstance(layers, list):
-        raise CheckpointError(
-            f"`layers` in config.json must be a list, but {type(layers).__name__} came: damaged file."
-        )
-    if calibration is not None:
-        kept = calibration if isinstance(calibration, Mapping) else {"last_timestep": ""}
-        timesteps = [kept.get(key) for key in ("last_timestep", "first_timestep")]
-        numbers = all(isinstance(timestep, int | float | None) for timestep in timesteps)
-        if not numbers or kept.get("has_fallen", False) not in (True, False):
-            raise CheckpointError(f"`calibration` in config.json must say the state, but {calibration!r} came.")
-    if adapters is not None:
-        AdapterPlan.from_dict(adapters)
-    if temporal is not None:
-        TemporalPlan.from_dict(temporal)
-    if not isinstance(split, Mapping | None):
-        raise CheckpointError(f"`split` in config.json must map layers to sizes, but {split!r} came: damaged file.")
 
 
 def _names(value: Sequence[str] | None, what: str) -> list[str]:

@@ -18,11 +18,10 @@ from ..errors import ConfigError
 from ..layers.convert import quant_layers
 from ..methods.routes import finite_set_of, routing_of
 from ..methods.talora.attach import refuse_merged
-from ..methods.temporal import TemporalPlan
 from ..sampling.denoisers import is_quantized
 from ..sampling.observation import calibration_state, freeze, quantized_models, tracker
 from .adapters import talora_files
-from .adapters.talora_files import plan_of
+from .adapters.talora_files import require_plan
 
 
 class MSFPPipelineMixin:
@@ -142,7 +141,7 @@ class MSFPPipelineMixin:
 
     def _adapted(self, what: str):
         model = self._quantized()
-        plan_of(model)
+        require_plan(model)
         refuse_merged(model, what)
         return routing_of(model)
 
@@ -176,12 +175,11 @@ def _temporal_summary(model: nn.Module) -> dict | None:
     if finite_set is None:
         return None
     channels = {name: layer.logical_shape[0] for name, layer in quant_layers(model)}
-    plan = TemporalPlan.from_dict(model.config.quantization_config.temporal)
-    return plan.summary(finite_set.timesteps.tolist(), channels)
+    return finite_set.plan.summary(finite_set.timesteps.tolist(), channels)
 
 
 def _summary(model: nn.Module) -> dict:
-    plan, routing = plan_of(model), routing_of(model)
+    plan, routing = require_plan(model), routing_of(model)
     usage = routing.usage()
     return {
         "placement": plan.placement,

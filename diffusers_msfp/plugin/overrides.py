@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint import saving
 from ..compat.diffusers import kept_in_float32
 from ..engines.fusion.processors import use_engine_attention
 from ..errors import UnsupportedError
@@ -19,6 +18,7 @@ from ..layers.convert import quant_layers
 from ..layers.logical import ReadableState
 from .adapters.attaching import all_or_nothing, leave_out_parts, refuse_widened
 from .adapters.versions import require_peft
+from .files import saving
 
 _REFUSED = {
     "fuse_lora": "A float adapter cannot be merged into packed 4-bit codes. Keep it beside them (that is what loading "

@@ -13,14 +13,14 @@ from accelerate.utils import CustomDtype
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 
-from ..checkpoint.digest import Digest
 from ..checkpoint.file_checks import check_floats, check_formats, check_places, formats_of, without_formats
-from ..checkpoint.saving import file_metadata, tensors_to_save
+from ..checkpoint.record import ModelRecord
 from ..compat.diffusers import set_config
 from ..compat.torch import put_tensor, tensors_of
 from ..errors import CheckpointError, UnsupportedError
 from ..layers import QUANT_LAYERS, QuantLayer
-from ..layers.convert import Conversion, convert_skeleton, replace_module
+from ..layers.convert import Conversion, replace_module
+from ..layers.skeleton import convert_skeleton
 from ..layers.stored import (
     FORMATS_TENSOR,
     INPUT_TENSORS,
@@ -30,25 +30,17 @@ from ..layers.stored import (
     name_in_files,
     name_in_state,
 )
-from ..methods.routes import routing_of
-from ..methods.split.shortcuts import split_skeleton
-from ..methods.talora import AdapterBank, AdapterPlan, RoutingTable
-from ..methods.talora.adapters import ADAPTER_TENSORS
-from ..methods.talora.attach import prepare_skeleton
-from ..methods.temporal import FeatureTable, FiniteSet, TemporalPlan
-from ..methods.temporal.attach import temporal_skeleton
+from ..methods.method import parts
 from ..sampling.observation import calibration_state
 from .attach import attach, detach
 from .config import MSFPConfig
+from .files.saving import file_metadata, tensors_to_save
 
 logger = logging.getLogger(__name__)
 
 STORED_TENSORS = {
     QuantLayer: (PACKED_WEIGHT, *WEIGHT_TENSORS, *INPUT_TENSORS, *OBSERVED),
-    AdapterBank: ADAPTER_TENSORS,
-    RoutingTable: ("table",),
-    FiniteSet: ("timesteps",),
-    FeatureTable: ("features",),
+    **{kind: names for part in parts() for kind, names in part.stored.items()},
 }
 """What a checkpoint keeps beside float tensors, by the kind of module that keeps it."""
 
@@ -68,8 +60,8 @@ class MSFPQuantizer(DiffusersQuantizer):
         self._plan: Conversion | None = None
         self._dtype = torch.float32
         self._loaded_keys: list[str] = []
-        self._packed = quantization_config.quantized_layers() if self.pre_quantized else frozenset()
-        self._digest: Digest | None = None
+        self._record: ModelRecord | None = quantization_config.record if self.pre_quantized else None
+        self._packed = frozenset() if self._record is None else self._record.names()
         self._formats: dict[str, torch.Tensor] = {}
 
     # ── loading ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -122,17 +114,17 @@ class MSFPQuantizer(DiffusersQuantizer):
             self.quantization_config = self.quantization_config.without_record()
         config = self.quantization_config
         if self.pre_quantized:
-            config.require_record()
-            self._digest = config.take_digest()
+            self._record = config.take_record()
         self._plan = config.plan(model)
         if self.pre_quantized:
-            wholes, plan = split_skeleton(model, config.split or {}), self._plan.layers
-            parts = {part: plan[whole] for part, whole in wholes.items() if whole in plan}
-            convert_skeleton(model, config.layers, plan | parts)
-            if config.adapters is not None:
-                prepare_skeleton(model, AdapterPlan.from_dict(config.adapters))
-            if config.temporal is not None:
-                temporal_skeleton(model, TemporalPlan.from_dict(config.temporal))
+            found = [(part, self._record.parts[part.key]) for part in parts() if part.key in self._record.parts]
+            for part, record in found:
+                if part.reshape is not None:
+                    part.reshape(model, record)
+            convert_skeleton(model, self._record.layers, self._plan.layers)
+            for part, record in found:
+                if part.attach is not None:
+                    part.attach(model, record)
             self._formats = formats_of(model)
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -141,8 +133,9 @@ class MSFPQuantizer(DiffusersQuantizer):
         Of a float file, cut what stays float loose: a bias that is a view would keep a whole float shard mapped.
         """
         if self.pre_quantized:
-            if self._digest is not None:
-                self._digest.check(state_dict)
+            digest = None if self._record is None else self._record.digest_to_check()
+            if digest is not None:
+                digest.check(state_dict)
             check_formats(state_dict, self._formats)
             names = without_formats(state_dict, self.quantization_config)
             return {name_in_state(name, self._packed): state_dict[name] for name in names}
@@ -227,9 +220,7 @@ class MSFPQuantizer(DiffusersQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, QuantLayer) and not module.weight_scale.is_meta:
                 module.check_stored()
-            elif isinstance(module, RoutingTable | FiniteSet):
-                module.check()
-            elif isinstance(module, FeatureTable):
+            elif hasattr(module, "check") and _stored(module):
                 module.check(name)
         if self.pre_quantized:
             check_floats(model)
@@ -247,7 +238,8 @@ class MSFPQuantizer(DiffusersQuantizer):
     def attach(self, model: nn.Module) -> None:
         """Make a model with quantized layers know that it is one."""
         model.register_to_config(quantization_config=self.quantization_config)
-        attach(model, self)
+        attach(model, self, None if self._record is None else self._record.calibration)
+        self._record = None
 
     # ── saving, and back to float ────────────────────────────────────────────────────────────────────────────
 
@@ -261,11 +253,6 @@ class MSFPQuantizer(DiffusersQuantizer):
         return tensors_to_save(state_dict, config), file_metadata(config)
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
-        if routing_of(model) is not None:
-            raise UnsupportedError(
-                "A model with timestep-aware adapters has no single float weight per layer. Unload adapters that stand "
-                "beside the weights (`unload_talora`) and call `dequantize` again; merged ones cannot be undone."
-            )
         detach(model, model.dtype)
         config = dict(model.config)
         for key in ("quantization_config", "_pre_quantization_dtype"):

@@ -7,52 +7,21 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 from diffusers import DDPMScheduler, DiffusionPipeline
 
 from ..checkpoint.journal import Journal
 from ..errors import ConfigError, NonFiniteError, NothingToDoError
-from ..methods.rounding.config import RoundingConfig
-from ..methods.rounding.learn import learn_rounding
-from ..methods.split.shortcuts import SplitConfig, split_shortcuts
-from ..methods.talora.config import FinetuneConfig
-from ..methods.talora.finetune import finetune
-from ..methods.temporal.maintain import TemporalConfig, maintain_temporal
+from ..methods import METHODS
 from ..recipes import RECIPES
-from ..registry import Registry
 from ..sampling.solvers import with_ddim
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class StageKind:
-    """What a stage's name stands for.
-
-    Args:
-        config (`type`): class of its settings.
-        run (`Callable`): `(pipe, teacher, config, *, prompts, …) -> dict`.
-        callback (`str`, *optional*): name of the argument that takes a function of (done, total, note).
-        resumes (`bool`): whether it takes a `work_dir`.
-    """
-
-    config: type
-    run: Callable[..., dict]
-    callback: str | None = None
-    resumes: bool = True
-
-
 WORK = ".work"
-
-STAGES: Registry[StageKind] = Registry("stage")
-"""Kinds of stages by name."""
-
-STAGES.add("split", StageKind(SplitConfig, split_shortcuts, resumes=False))
-STAGES.add("temporal", StageKind(TemporalConfig, maintain_temporal, resumes=False))
-STAGES.add("rounding", StageKind(RoundingConfig, learn_rounding, "on_part"))
-STAGES.add("talora", StageKind(FinetuneConfig, finetune, "on_update"))
 
 
 def plan_stages(recipe: str, settings: Mapping[str, Mapping], **shared) -> list[tuple[str, object]]:
@@ -74,7 +43,7 @@ def plan_stages(recipe: str, settings: Mapping[str, Mapping], **shared) -> list[
             raise ConfigError(f"Settings must belong to a stage of recipe `{recipe}` ({have}), but {name!r} came.")
     plan = []
     for stage in stages:
-        kind = STAGES[stage.name]
+        kind = METHODS[stage.name]
         known = [field.name for field in fields(kind.config)]
         wanted = dict(settings.get(stage.name, {}))
         unknown = [key for key in wanted if key not in known]
@@ -89,11 +58,10 @@ def plan_stages(recipe: str, settings: Mapping[str, Mapping], **shared) -> list[
             raise ConfigError(
                 f"Settings of `{stage.name}` must have the types that `{kind.config.__name__}` says, but {given} came."
             ) from error
-    if {"rounding", "talora"} <= {name for name, _ in plan} and dict(plan)["talora"].placement == "merged":
-        raise ConfigError(
-            f"Merged adapters are rounded together with the float weight, so `talora.placement=merged` would undo the "
-            f"`rounding` of recipe `{recipe}`. Leave the placement at `side`, or take a recipe without rounding."
-        )
+    names = [name for name, _ in plan]
+    for index, (name, config) in enumerate(plan):
+        if (check := METHODS[name].check_after) is not None:
+            check(config, names[:index])
     return plan
 
 
@@ -158,7 +126,7 @@ class RecipeRun:
         """
         teacher = teacher_of(original)
         for index, (name, config) in list(enumerate(self.plan))[len(self.figures) :]:
-            kind, started = STAGES[name], time.perf_counter()
+            kind, started = METHODS[name], time.perf_counter()
             digest = hashlib.sha256("".join(self._settings(index)).encode()).hexdigest()[:8]
             work = self.folder / f"{index + 1}-{name}-{digest}{WORK}"
             options = {"work_dir": work} if kind.resumes else {}

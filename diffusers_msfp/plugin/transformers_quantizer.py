@@ -13,15 +13,17 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from ..checkpoint.file_checks import check_files, formats_of
-from ..checkpoint.saving import file_metadata, tensors_to_save
+from ..checkpoint.record import ModelRecord
 from ..compat.peft import has_adapters
 from ..compat.transformers import ConversionOps, WeightRenaming, mark_initialised, unwatch_loading, watch_loading
 from ..errors import CheckpointError, MSFPError
 from ..layers import QUANT_LAYERS, QuantLayer
-from ..layers.convert import Conversion, convert_skeleton, quant_layers, replace_module
+from ..layers.convert import Conversion, quant_layers, replace_module
+from ..layers.skeleton import convert_skeleton
 from ..layers.stored import FORMATS_TENSOR, PACKED_WEIGHT, name_in_files
 from .attach import attach, detach
 from .config import MSFPConfig
+from .files.saving import file_metadata, tensors_to_save
 
 
 class MSFPTransformersQuantizer(HfQuantizer):
@@ -36,6 +38,7 @@ class MSFPTransformersQuantizer(HfQuantizer):
     def __init__(self, quantization_config: MSFPConfig, **kwargs) -> None:
         super().__init__(quantization_config.weights_only(), **kwargs)
         self._plan: Conversion | None = None
+        self._record: ModelRecord | None = self.quantization_config.record if self.pre_quantized else None
         self.failure: MSFPError | None = None
 
     # ── loading ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -50,9 +53,9 @@ class MSFPTransformersQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self._plan = config.plan(model)
             return
-        config.require_record()
-        digest = config.take_digest()
-        convert_skeleton(model, config.layers, {})
+        self._record = config.take_record()
+        digest = self._record.digest_to_check()
+        convert_skeleton(model, self._record.layers, {})
         if config.format_version > 1:
             check_files([Path(file) for file in checkpoint_files or ()], digest, formats_of(model))
 
@@ -77,7 +80,7 @@ class MSFPTransformersQuantizer(HfQuantizer):
 
     def get_weight_conversions(self) -> list[WeightRenaming]:
         """The names of a model's packed tensors for those of its files."""
-        names = sorted(self.quantization_config.quantized_layers()) if self.pre_quantized else ()
+        names = sorted(self._record.names()) if self._record is not None else ()
         return [WeightRenaming(f"^{name}.weight", f"{name}.{PACKED_WEIGHT}") for name in names]
 
     def get_new_dtype(self, converter, param, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -113,7 +116,8 @@ class MSFPTransformersQuantizer(HfQuantizer):
     def attach(self, model: PreTrainedModel) -> None:
         """Make a model with quantized layers know that it is one."""
         model.config.quantization_config = self.quantization_config
-        attach(model, self)
+        attach(model, self, None if self._record is None else self._record.calibration)
+        self._record = None
 
     # ── saving, and back to float ────────────────────────────────────────────────────────────────────────────
 

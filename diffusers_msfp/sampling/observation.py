@@ -6,22 +6,65 @@ knows the timestep is `RunTracker`, a forward pre-hook on the model.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
 
 from ..compat.torch import pre_hooks, remove_pre_hooks
 from ..compat.wrappers import sees_through, unwrap
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..layers import QuantLayer
-from ..layers.convert import describe_layers, prepare_layers, quant_layers
+from ..layers.convert import prepare_layers, quant_layers
 from .timestep import timestep_argument
 
 logger = logging.getLogger(__name__)
 
 ONE_STEP_CALLS = 32
 """After so many calls in a row at one timestep it is said how to end the observation."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How far a model's calibration has come; `calibration` in a checkpoint's record.
+
+    Args:
+        state (`str`): `"observing"` or `"frozen"`.
+        last_timestep (`float`, *optional*): of the run that is being observed; None before its first step.
+        has_fallen (`bool`): whether the timestep has fallen since observation began.
+        first_timestep (`float`, *optional*): of a run that has only risen.
+
+    Raises:
+        CheckpointError: any other value.
+    """
+
+    state: str = "frozen"
+    last_timestep: float | None = None
+    has_fallen: bool = False
+    first_timestep: float | None = None
+
+    def __post_init__(self) -> None:
+        numbers = all(isinstance(each, int | float | None) for each in (self.last_timestep, self.first_timestep))
+        if self.state not in ("observing", "frozen") or not numbers or self.has_fallen not in (True, False):
+            raise CheckpointError(f"`calibration` in config.json must say the state, but {self!r} came: damaged file.")
+
+    @classmethod
+    def from_dict(cls, record: object) -> "Calibration":
+        """Read a record; keys that are not known are left out.
+
+        Raises:
+            CheckpointError: it is none.
+        """
+        if not isinstance(record, Mapping):
+            raise CheckpointError(f"`calibration` in config.json must say the state, but {record!r} came.")
+        return cls(**{key: value for key, value in record.items() if key in cls.__dataclass_fields__})
+
+    def to_dict(self) -> dict:
+        """In types that JSON knows; of a run only while there is one."""
+        if self.state == "frozen":
+            return {"state": self.state}
+        return {key: value for key, value in asdict(self).items() if key != "first_timestep" or value is not None}
 
 
 class RunTracker:
@@ -70,17 +113,17 @@ class RunTracker:
                 now,
             )
         self.last_timestep = now
-        write_record(model)
 
     @property
     def has_risen(self) -> bool:
         """Whether this run counts upwards."""
         return self.last_timestep is not None and not self.has_fallen and self.last_timestep > self.first_timestep
 
-    def record(self) -> dict:
+    def record(self) -> Calibration:
         """What a checkpoint keeps of it, to go on after loading."""
-        risen = {"first_timestep": self.first_timestep} if self.has_risen else {}
-        return {"last_timestep": self.last_timestep, "has_fallen": self.has_fallen} | risen
+        return Calibration(
+            "observing", self.last_timestep, self.has_fallen, self.first_timestep if self.has_risen else None
+        )
 
 
 def tracker(model: nn.Module) -> RunTracker | None:
@@ -93,23 +136,22 @@ def untrack(model: nn.Module) -> None:
     remove_pre_hooks(model, lambda hook: isinstance(hook, RunTracker))
 
 
-def track(model: nn.Module, hook: RunTracker | None = None) -> None:
-    """Watch for the end of a denoising run, if any layer of the model is observing."""
+def track(model: nn.Module, run: Calibration | None = None) -> None:
+    """Watch for the end of a denoising run, if any layer of the model is observing.
+
+    Args:
+        run (`Calibration`, *optional*): as far as it has come.
+    """
     untrack(model)
     if calibration_state(model) == "observing":
-        model.register_forward_pre_hook(hook or RunTracker(), with_kwargs=True)
-    write_record(model)
+        hook = RunTracker(run.last_timestep, run.has_fallen, run.first_timestep) if run else RunTracker()
+        model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def write_record(model: nn.Module) -> None:
-    """Bring the model's quantization config up to date with its layers, so that saving writes what is there."""
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    if config is None:
-        return
-    config.layers = describe_layers(model)
-    config.calibration = {"state": calibration_state(model)}
-    if (hook := tracker(model)) is not None:
-        config.calibration |= hook.record()
+def calibration_of(model: nn.Module) -> Calibration:
+    """How far the calibration of a model has come."""
+    hook = tracker(model)
+    return Calibration(calibration_state(model)) if hook is None else hook.record()
 
 
 def quantized_models(model_or_pipe: object) -> Iterator[nn.Module]:
@@ -169,6 +211,5 @@ def freeze(model: nn.Module) -> None:
         if unseen:
             logger.warning("%d layers were never used and keep a float input: %s.", len(unseen), ", ".join(unseen))
         untrack(m)
-        write_record(m)
         prepare_layers(m)
         logger.info("%s: activation ranges of %d layers are frozen.", type(m).__name__, len(observing) - len(unseen))

@@ -68,14 +68,12 @@ def make_net(scheme: str = "w4a16", dtype: torch.dtype = torch.float32) -> Net:
     net = Net().eval().to(dtype)
     floats = {name: copy.deepcopy(net.get_submodule(name)) for name in ("split_linear", "split_conv")}
     quantize_model(net, MSFPConfig(scheme))
-    record = net.config.quantization_config
     for name, layer in floats.items():
         split = split_layer(layer, [16, 16], name)
         for index, part in enumerate(list(split.children())):
             place = f"{name}.{index}"
             split.add_module(str(index), QUANT_LAYERS[type(part)].from_float(part, place, resolve(name, scheme, {})))
         replace_module(net, name, split)
-    record.split = dict.fromkeys(floats, [16, 16])
     output(net, dtype)
     freeze(net)
     return net

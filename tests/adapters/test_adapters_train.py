@@ -16,8 +16,8 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from diffusers_msfp import MSFPConfig
-from diffusers_msfp.checkpoint.saving import tensors_to_save
 from diffusers_msfp.layers import QuantLayer
+from diffusers_msfp.plugin.files.saving import tensors_to_save
 
 TARGETS = ["linear", "conv", "grouped", "split_conv", "split_linear"]
 PROCESS = Path(__file__).with_name("ddp_process.py")

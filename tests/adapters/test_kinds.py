@@ -17,7 +17,7 @@ from kinds import ALL_KINDS, LAYERS, WAYS, Net, fingerprint, output, randomise, 
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from diffusers_msfp import MSFPConfig
-from diffusers_msfp.checkpoint.saving import tensors_to_save
+from diffusers_msfp.plugin.files.saving import tensors_to_save
 
 README = Path(__file__).parent / "README.md"
 LETTERS = dict(zip(WAYS, "awlip", strict=True))

@@ -24,7 +24,8 @@ from diffusers_msfp import quantize_pipeline
 from diffusers_msfp.assets import EMBEDDED_MODEL
 from diffusers_msfp.evaluation import evaluate_pipelines
 from diffusers_msfp.evaluation.providers import provide
-from diffusers_msfp.plugin.recipe import STAGES, plan_stages
+from diffusers_msfp.methods import METHODS
+from diffusers_msfp.plugin.recipe import plan_stages
 from diffusers_msfp.sampling.solvers import with_ddim
 
 COMMAND = "python tests/benchmarks/bench_baselines.py --data fashion_mnist.npz"
@@ -69,7 +70,7 @@ def made(reference, scheme: str, recipe: str | None) -> tuple[DiffusionPipeline,
         wanted = {stage: values for stage, values in SETTINGS.items() if stage in names_of(recipe)}
         for name, config in plan_stages(recipe, wanted):
             began = time.perf_counter()
-            STAGES[name].run(pipe, reference, config)
+            METHODS[name].run(pipe, reference, config)
             stages[name] = round(time.perf_counter() - began, 1)
     return pipe, {"minutes": round((time.perf_counter() - started) / 60, 2), "stages": stages}
 

@@ -1,6 +1,7 @@
 """Recipes: stages in order, resumed stage by stage, and refused where they make no sense."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline
 from typer.testing import CliRunner
 
 from diffusers_msfp import cli
+from diffusers_msfp.checkpoint.record import ModelRecord
 from diffusers_msfp.cli.app import app
 from diffusers_msfp.errors import ConfigError, NonFiniteError
+from diffusers_msfp.methods import METHODS
 from diffusers_msfp.plugin import recipe as recipes
-from diffusers_msfp.plugin.recipe import STAGES, RecipeRun, plan_stages
+from diffusers_msfp.plugin.recipe import RecipeRun, plan_stages
 from diffusers_msfp.recipes import RECIPES
 
 FAST = {"calibration_samples": 2, "steps": 2}
@@ -59,10 +62,8 @@ def test_full_recipe_stops_and_goes_on(source, tmp_path, monkeypatch):
     def killed(*_args, **_named):
         raise KeyboardInterrupt
 
-    kinds = dict(STAGES)
-    monkeypatch.setattr(
-        recipes, "STAGES", kinds | {"talora": recipes.StageKind(kinds["talora"].config, killed, "on_update")}
-    )
+    kinds = dict(METHODS)
+    monkeypatch.setattr(recipes, "METHODS", kinds | {"talora": replace(kinds["talora"], run=killed)})
     with pytest.raises(KeyboardInterrupt):
         cli.quantize(source, tmp_path / "again", scheme="w4a4", recipe="full", settings=SETTINGS, **FAST)
     assert not (tmp_path / "again").exists()
@@ -77,17 +78,17 @@ def test_full_recipe_stops_and_goes_on(source, tmp_path, monkeypatch):
             ran.append(name)
             return kind.run(*args, **named)
 
-        return recipes.StageKind(kind.config, run, kind.callback, kind.resumes)
+        return replace(kind, run=run)
 
-    monkeypatch.setattr(recipes, "STAGES", {name: watched(name) for name in kinds})
+    monkeypatch.setattr(recipes, "METHODS", {name: watched(name) for name in kinds})
     again = cli.quantize(source, tmp_path / "again", scheme="w4a4", recipe="full", settings=SETTINGS, **FAST)
     assert ran == ["talora"]
     assert [stage["stage"] for stage in again["stages"]] == ["temporal", "rounding", "talora"]
     one, two = (DiffusionPipeline.from_pretrained(tmp_path / name).unet for name in ("whole", "again"))
     assert equal_state(one, two)
-    temporal = one.config.quantization_config.temporal["block"]
+    temporal = ModelRecord.of(one).parts["temporal"].block
     assert not set(temporal) & {
-        name for names in one.config.quantization_config.adapters["ranks"].values() for name in names
+        name for names in ModelRecord.of(one).parts["adapters"].ranks.values() for name in names
     }
 
 
@@ -95,13 +96,13 @@ def test_stages_of_other_settings_are_not_taken(source, tmp_path, monkeypatch):
     def killed(*_args, **_named):
         raise KeyboardInterrupt
 
-    kinds, two = dict(STAGES), {name: SETTINGS[name] for name in ("temporal", "rounding")}
-    broken = kinds | {"rounding": recipes.StageKind(kinds["rounding"].config, killed, "on_part")}
-    monkeypatch.setattr(recipes, "STAGES", broken)
+    kinds, two = dict(METHODS), {name: SETTINGS[name] for name in ("temporal", "rounding")}
+    broken = kinds | {"rounding": replace(kinds["rounding"], run=killed)}
+    monkeypatch.setattr(recipes, "METHODS", broken)
     with pytest.raises(KeyboardInterrupt):
         cli.quantize(source, tmp_path / "out", scheme="w4a4", recipe="rounded", settings=two, **FAST)
     assert (tmp_path / ".out.part" / "1-temporal" / "model_index.json").is_file()
-    monkeypatch.setattr(recipes, "STAGES", kinds)
+    monkeypatch.setattr(recipes, "METHODS", kinds)
     two["temporal"] = {"iterations": 3}
     for name in ("out", "fresh"):
         made = cli.quantize(source, tmp_path / name, scheme="w4a4", recipe="rounded", settings=two, **FAST)
@@ -110,7 +111,7 @@ def test_stages_of_other_settings_are_not_taken(source, tmp_path, monkeypatch):
 
 
 def test_a_later_stage_with_other_settings_keeps_the_earlier_ones(source, tmp_path, monkeypatch):
-    kinds, ran = dict(STAGES), []
+    kinds, ran = dict(METHODS), []
 
     def watched(name, fails):
         def run(*args, **named):
@@ -119,14 +120,14 @@ def test_a_later_stage_with_other_settings_keeps_the_earlier_ones(source, tmp_pa
                 raise NonFiniteError("The loss must be finite, but it is NaN.")
             return kinds[name].run(*args, **named)
 
-        return recipes.StageKind(kinds[name].config, run, kinds[name].callback, kinds[name].resumes)
+        return replace(kinds[name], run=run)
 
     arguments = {"scheme": "w4a4", "recipe": "rounded", **FAST}
     settings = {name: SETTINGS[name] for name in ("temporal", "rounding")}
-    monkeypatch.setattr(recipes, "STAGES", {name: watched(name, name == "rounding") for name in kinds})
+    monkeypatch.setattr(recipes, "METHODS", {name: watched(name, name == "rounding") for name in kinds})
     with pytest.raises(ConfigError, match="Stage `rounding` must have settings that keep numbers finite. The"):
         cli.quantize(source, tmp_path / "out", settings=settings, **arguments)
-    monkeypatch.setattr(recipes, "STAGES", {name: watched(name, False) for name in kinds})
+    monkeypatch.setattr(recipes, "METHODS", {name: watched(name, False) for name in kinds})
     settings["rounding"] = settings["rounding"] | {"learning_rate": 0.01}
     made = cli.quantize(source, tmp_path / "out", settings=settings, **arguments)
     assert ran == ["temporal", "rounding", "rounding"]

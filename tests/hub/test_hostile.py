@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from diffusers_msfp.checkpoint.describe import describe_checkpoint
-from diffusers_msfp.checkpoint.saving import tensors_to_save
 from diffusers_msfp.errors import CheckpointError, MSFPError
 from diffusers_msfp.layers import QuantLayer
 from diffusers_msfp.plugin import MSFPConfig
+from diffusers_msfp.plugin.files.saving import tensors_to_save
 
 FILE = mutations.FILE
 PLAN = {"placement": "side", "num_adapters": 2, "num_timesteps": 9, "ranks": {}}

@@ -153,7 +153,7 @@ def test_bad_input_is_refused():
         Trainee(trainee.layer, torch.zeros(5, 8), trainee.adapters, "side", Gate(), 0)
     trainee.adapters.up.data[0, 0, 0] = float("nan")
     with pytest.raises(CheckpointError, match="`place.adapters.up` must be finite"):
-        trainee.adapters.check("place")
+        trainee.adapters.check_values("place")
     merged, *_ = made(module, shape, "merged")
     merged.adapters.up.data[0, 0, 0] = float("inf")
     with pytest.raises(NonFiniteError):

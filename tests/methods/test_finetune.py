@@ -9,6 +9,7 @@ from conftest import equal_state, make_condition_unet, make_dit_pipe, make_unet,
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DModel
 
 from diffusers_msfp import FinetuneConfig, MSFPConfig, calibrate, finetune, quantize_pipeline
+from diffusers_msfp.checkpoint.record import ModelRecord
 from diffusers_msfp.errors import ConfigError, NonFiniteError, ShapeError, UnsupportedError
 from diffusers_msfp.evaluation import compare_pipelines
 from diffusers_msfp.methods.talora import Trainee
@@ -70,7 +71,7 @@ def test_it_lowers_the_error_of_a_trained_model(coarse, embedded, placement, tmp
     assert again.unet.config.quantization_config.to_dict() == pipe.unet.config.quantization_config.to_dict()
     x, timesteps = torch.randn(3, 1, 32, 32), torch.tensor([10, 900, 400])
     assert torch.equal(run(again.unet, x, timesteps), run(pipe.unet, x, timesteps))
-    record = again.unet.config.quantization_config.adapters
+    record = ModelRecord.of(again.unet).parts["adapters"].to_dict()
     assert record["placement"] == placement
     assert record["training"]["updates"] == 40
 

@@ -18,6 +18,7 @@ from diffusers_msfp import (
     maintain_temporal,
     quantize_pipeline,
 )
+from diffusers_msfp.checkpoint.record import ModelRecord
 from diffusers_msfp.errors import ConfigError, NonFiniteError, ShapeError
 from diffusers_msfp.evaluation import compare_pipelines
 from diffusers_msfp.layers import QuantLayer
@@ -224,7 +225,7 @@ def test_what_temporal_maintenance_has_rounded_stays(teacher, scheme, fsc):
     assert block
     assert all(torch.equal(pipe.unet.get_submodule(name).packed_weight, weight) for name, weight in before.items())
     finetune(pipe, teacher, FinetuneConfig(train_steps=1, batch_size=2, num_inference_steps=4, rank=2))
-    adapted = {name for names in pipe.unet.config.quantization_config.adapters["ranks"].values() for name in names}
+    adapted = {name for names in ModelRecord.of(pipe.unet).parts["adapters"].ranks.values() for name in names}
     assert adapted
     assert not adapted & set(block)
 

@@ -26,7 +26,8 @@ from diffusers_msfp import (
 )
 from diffusers_msfp.errors import CheckpointError, ConfigError, NonFiniteError, UnsupportedError
 from diffusers_msfp.layers.split import split_layer, whole_name
-from diffusers_msfp.methods.split.shortcuts import concatenated_inputs, split_skeleton
+from diffusers_msfp.methods.split.shortcuts import concatenated_inputs
+from diffusers_msfp.methods.split.skeleton import split_of, split_skeleton
 from diffusers_msfp.plugin.calibrate import restart_observation
 from diffusers_msfp.sampling.calls import call_arguments
 from diffusers_msfp.sampling.trajectory import rollout
@@ -95,7 +96,7 @@ def test_only_the_shortcuts_change_and_get_better(teacher, engine):
     set_engine(pipe, engine)
     before, error = pipe.unet.state_dict(), (predicted(pipe) - predicted(teacher)).norm()
     result = split_shortcuts(pipe, teacher, SHORT)
-    assert result["split"] == pipe.unet.config.quantization_config.split == SHORTCUTS
+    assert result["split"] == split_of(pipe.unet) == SHORTCUTS
     after = pipe.unet.state_dict()
     kept = [key for key in before if not any(key.startswith(name) for name in SHORTCUTS)]
     assert all(torch.equal(before[key], after[key]) for key in kept)
@@ -192,13 +193,12 @@ def test_adapters_on_one_part_are_in_the_way_of_joining_them(teacher):
 def test_a_used_config_quantizes_another_model(teacher, tmp_path):
     config = split_again(teacher).config.quantization_config
     pipe = quantize_pipeline(copy.deepcopy(teacher), config, num_samples=2, num_inference_steps=3)
-    assert pipe.unet.config.quantization_config.split is None
-    assert config.split == SHORTCUTS
+    assert split_of(pipe.unet) is None
     pipe.save_pretrained(tmp_path)
     assert torch.equal(predicted(DiffusionPipeline.from_pretrained(tmp_path)), predicted(pipe))
     teacher.save_pretrained(tmp_path / "float")
     loaded = type(teacher.unet).from_pretrained(tmp_path / "float", subfolder="unet", quantization_config=config)
-    assert loaded.config.quantization_config.split is None
+    assert split_of(loaded) is None
 
 
 def test_weights_alone_and_float_layers(teacher):
@@ -274,12 +274,13 @@ def test_observing_parts_of_a_layer_that_should_stay_float_are_refused(teacher, 
 
 def test_record_of_another_kind_is_refused():
     with pytest.raises(CheckpointError, match="`split`"):
-        MSFPConfig(split=["conv_in"])
+        MSFPConfig.from_dict({"quant_method": "msfp", "split": ["conv_in"]})
 
 
 def test_parts_know_their_whole():
     model = make_condition_unet()
-    parts = split_skeleton(model, {"up_blocks.0.resnets.0.conv_shortcut": [64, 64]})
-    assert parts == {f"up_blocks.0.resnets.0.conv_shortcut.{i}": "up_blocks.0.resnets.0.conv_shortcut" for i in (0, 1)}
-    assert all(whole_name(part, model.get_submodule(part)) == whole for part, whole in parts.items())
+    whole = "up_blocks.0.resnets.0.conv_shortcut"
+    split_skeleton(model, {whole: [64, 64]})
+    for part in (f"{whole}.0", f"{whole}.1"):
+        assert whole_name(part, model.get_submodule(part)) == whole
     assert whole_name("conv_in", model.conv_in) == "conv_in"

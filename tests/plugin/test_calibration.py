@@ -22,6 +22,7 @@ from diffusers import (
 import diffusers_msfp
 from diffusers_msfp import MSFPConfig, calibrate, calibration_state, freeze, quantize_pipeline, set_engine
 from diffusers_msfp.calibration.observer import CAPACITY
+from diffusers_msfp.checkpoint.record import ModelRecord
 from diffusers_msfp.cli.store import write_checkpoint
 from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.layers import QuantLayer
@@ -42,7 +43,7 @@ def test_first_complete_run_calibrates_and_the_next_is_quantized(images):
     float_activations = run(unet, images, 100)
     y = run(unet, images, 900)
     assert calibration_state(unet) == "frozen"
-    assert unet.config.quantization_config.calibration == {"state": "frozen"}
+    assert ModelRecord.of(unet).to_dict()["calibration"] == {"state": "frozen"}
     assert torch.equal(run(unet, images, 900), y)
     assert not torch.equal(run(unet, images, 100), float_activations)
 

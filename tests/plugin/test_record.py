@@ -69,7 +69,7 @@ def test_what_is_absent_or_the_default_is_read(caplog):
     for key in ("timestep_scales", "output_correction", "channel_scales", "digest"):
         MSFPConfig.from_dict(RECORD | {key: None})
     config = MSFPConfig.from_dict(RECORD | {"adapters": PLAN | {"reads": "float"}, "digest": DIGEST})
-    assert config.digest == DIGEST == Digest.from_dict(DIGEST).to_dict()
+    assert config.record.digest.to_dict() == DIGEST == Digest.from_dict(DIGEST).to_dict()
     assert not caplog.text
 
 
@@ -77,7 +77,7 @@ def test_version_1_has_none_of_it(caplog):
     old = RECORD | {"format_version": 1, "timestep_scales": SCALES, "digest": DIGEST}
     config = MSFPConfig.from_dict(old)
     assert "digest, timestep_scales" in caplog.text
-    assert (config.format_version, config.digest) == (1, None)
+    assert (config.format_version, config.record.digest) == (1, None)
     with pytest.raises(CheckpointError, match="`adapters.reads` in config.json belongs to format version 2"):
         MSFPConfig.from_dict(RECORD | {"format_version": 1, "adapters": PLAN | {"reads": "float"}})
     assert MSFPConfig.from_dict({"quant_method": "msfp"}).format_version == 1
@@ -100,7 +100,7 @@ def test_version_1_stays_version_1_through_a_life(tmp_path):
     record = json.loads((tmp_path / "3" / "config.json").read_text())["quantization_config"]
     assert record["format_version"] == 2
     assert record["digest"]["algorithm"] == "crc32"
-    assert UNet2DModel.from_pretrained(tmp_path / "3").config.quantization_config.digest is None
+    assert UNet2DModel.from_pretrained(tmp_path / "3").config.quantization_config.record is None
 
 
 def test_the_digest_is_of_names_dtypes_shapes_and_bytes():

@@ -32,7 +32,7 @@ from diffusers_msfp import (
 from diffusers_msfp.errors import CheckpointError, ConfigError, MSFPError, NonFiniteError, ShapeError, UnsupportedError
 from diffusers_msfp.layers.convert import layers_by_name
 from diffusers_msfp.methods.talora import AdapterBank, AdapterPlan, adapter_rank
-from diffusers_msfp.methods.talora.attach import connect
+from diffusers_msfp.methods.talora.attach import connect, plan_of
 from diffusers_msfp.plugin.adapters import talora_files
 from diffusers_msfp.plugin.adapters.talora_files import load_talora, save_talora, unload_talora
 from diffusers_msfp.plugin.quantize import quantize_model
@@ -281,7 +281,7 @@ def test_disable_scale_and_unload_fall_back_to_the_base(side, packed_pipe, image
     side.unload_talora()
     assert equal_state(side.unet, packed_pipe.unet)
     assert torch.equal(run(side.unet, images, LOW), base)
-    assert side.unet.config.quantization_config.adapters is None
+    assert plan_of(side.unet) is None
     with pytest.raises(ConfigError, match="it has none: load them with `load_talora`"):
         side.disable_talora()
     with pytest.raises(ConfigError, match="must be a finite number, but nan came"):
@@ -472,7 +472,6 @@ def conditional(placement: str = "side") -> UNet2DConditionModel:
         layer.adapters.initialise(torch.Generator().manual_seed(len(name)))
     plan = AdapterPlan(placement, 2, 1000, ranks)
     connect(model, plan, torch.zeros(1, 1000, dtype=torch.uint8))
-    model.config.quantization_config.adapters = plan.to_dict()
     strengthen(model)
     return model
 

@@ -26,6 +26,7 @@ from diffusers_msfp.cli.app import app
 from diffusers_msfp.errors import CheckpointError, ConfigError, ShapeError
 from diffusers_msfp.methods.routes import finite_set_of
 from diffusers_msfp.methods.temporal import BlockLayer, TemporalBlock
+from diffusers_msfp.methods.temporal.attach import plan_of
 from diffusers_msfp.methods.temporal.features import temporal_features
 from diffusers_msfp.methods.temporal.maintain import choose_cached
 from diffusers_msfp.methods.temporal.reconstruct import cell_timesteps
@@ -172,7 +173,7 @@ def test_any_number_of_steps_of_another_scheduler(cached, steps):
 
 
 def test_a_cached_block_is_not_computed(cached, images, monkeypatch):
-    block, computed = cached.unet.config.quantization_config.temporal["block"], []
+    block, computed = plan_of(cached.unet).block, []
     for name in block:
         layer = cached.unet.get_submodule(name)
         monkeypatch.setattr(layer, "run", lambda *args, run=layer.run: computed.append(1) or run(*args))
@@ -301,7 +302,7 @@ def test_inspect_and_the_report_show_it(cached, tmp_path):
 
 @pytest.mark.parametrize("placement", ["side", "merged"])
 def test_fine_tuning_leaves_the_block_without_adapters(cached, teacher, images, placement, tmp_path):
-    block = cached.unet.config.quantization_config.temporal["block"]
+    block = plan_of(cached.unet).block
     expected = {name: cached.unet.get_submodule(name).packed_weight.clone() for name in block}
     finetune(
         cached, teacher, FinetuneConfig(train_steps=1, batch_size=2, num_inference_steps=3, rank=2, placement=placement)
@@ -332,7 +333,7 @@ def test_dequantizing_and_calibrating_anew_take_it_off(cached, images):
     other = copy.deepcopy(cached)
     calibrate(other, num_samples=2, num_inference_steps=2)
     assert finite_set_of(other.unet) is None
-    assert other.unet.config.quantization_config.temporal is None
+    assert plan_of(other.unet) is None
     assert other.unet.time_embedding.linear_1.input_scale.ndim == 0
     cached.unet.dequantize()
     assert finite_set_of(cached.unet) is None

@@ -28,6 +28,7 @@ from diffusers_msfp import (
     maintain_temporal,
     quantize_pipeline,
 )
+from diffusers_msfp.checkpoint.record import ModelRecord
 from diffusers_msfp.cli import quantize
 from diffusers_msfp.errors import NothingToDoError
 from diffusers_msfp.evaluation import compare_pipelines
@@ -80,7 +81,7 @@ def test_observation_of_a_rising_timestep_ends(images, tmp_path):
         assert calibration_state(model) == "observing"
     model.save_pretrained(tmp_path)  # it goes on after loading
     for each in (model, UNet2DModel.from_pretrained(tmp_path)):
-        assert each.config.quantization_config.calibration["first_timestep"] == 0
+        assert ModelRecord.of(each).calibration.first_timestep == 0
         each(images, 0)
         assert calibration_state(each) == "frozen"
     assert timestep_argument(Rising()) == ("t", 1)

@@ -28,6 +28,7 @@ from diffusers_msfp import (
     set_engine,
     split_shortcuts,
 )
+from diffusers_msfp.checkpoint.record import ModelRecord
 from diffusers_msfp.compat.wrappers import unwrap
 from diffusers_msfp.engines.choose import engines_of
 from diffusers_msfp.errors import UnsupportedError
@@ -125,7 +126,7 @@ def test_quantize(how, packed_pipe, tmp_path):
     assert pipe.unet is outside
     assert ranges(pipe) == ranges(packed_pipe)
     model = unwrap(pipe.unet)
-    names = [name for group in model.config.quantization_config.layers for name in group["modules"]]
+    names = [name for group in ModelRecord.of(model).layers for name in group.modules]
     assert set(names) == set(dict(quant_layers(packed_pipe.unet)))
     if how == "DataParallel":  # diffusers itself cannot save the pipeline
         model.save_pretrained(tmp_path / "unet")

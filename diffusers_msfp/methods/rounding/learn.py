@@ -61,7 +61,7 @@ class Reconstructor:
             )
         pipe, teacher = view
         config, self.model, self.teacher = self.config, denoiser_of(pipe), denoiser_of(teacher)
-        check_student(self.model, self.teacher)
+        check_student(self.model, self.teacher, "rounding")
         maintained = maintained_layers(self.model)
         layers = {name: layer for name, layer in layers_by_name(self.model).items() if name not in maintained}
         if not layers:

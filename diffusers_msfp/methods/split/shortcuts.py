@@ -5,7 +5,6 @@ in range, and the shortcut reads both as they are (Q-Diffusion, arXiv 2302.04304
 experiment: in a call of the full-precision model their input is what `torch.cat` has put together along channels.
 """
 
-import copy
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,18 +18,16 @@ from ...calibration import observe
 from ...calibration.watch import watching_calls
 from ...compat.peft import is_wrapped
 from ...compat.wrappers import sees_through
-from ...errors import CheckpointError, ConfigError
+from ...errors import ConfigError
 from ...layers import QUANT_LAYERS, QuantLayer, SplitLayer
-from ...layers.convert import layers_by_name, prepare_layers, replace_module, replace_modules
+from ...layers.convert import layers_by_name, prepare_layers, replace_modules
 from ...layers.split import can_split, channel_axis, split_layer
 from ...numerics.rounding import check_finite
 from ...sampling.calls import batched_calls, call_arguments, quiet, require_positive
 from ...sampling.denoisers import by_denoiser, denoiser_of, each_quantized
-from ...sampling.observation import write_record
 from ...sampling.trajectory import rollout
-from ...schemes import LayerScheme, resolve
+from ...schemes import LayerScheme
 from ..checks import check_student, original_weight
-from ..routes import finite_set_of
 
 logger = logging.getLogger(__name__)
 
@@ -90,23 +87,18 @@ def split_shortcuts(
     """
     config, views = config or SplitConfig(), each_quantized(pipe, teacher)
     for own, original in views.values():
-        _require_fit(denoiser_of(own), denoiser_of(original))
+        model, teacher_model = denoiser_of(own), denoiser_of(original)
+        check_student(model, teacher_model, "split", learns=False)
+        if any(is_wrapped(name) for name, _ in teacher_model.named_modules()):
+            raise ConfigError("The teacher must be without adapters, but this one has some: unload or fuse them.")
     ready = {name: _split(*view, config, prompts, arguments) for name, view in views.items()}
     return by_denoiser({name: apply() for name, apply in ready.items()})  # only now are models changed
-
-
-def _require_fit(model: nn.Module, original: nn.Module) -> None:
-    check_student(model, original, learns=False)
-    if any(is_wrapped(name) for name, _ in original.named_modules()):
-        raise ConfigError("The teacher must be without adapters, but this one has some: unload or fuse them.")
-    if finite_set_of(model) is not None:
-        raise ConfigError("Layers are split before temporal maintenance. Start from the quantized model.")
 
 
 def _split(pipe, teacher, config: SplitConfig, prompts, arguments: dict) -> Callable[[], dict]:
     """The new layers of one denoiser; the function that is returned puts them in, and gives the verb's result."""
     started, model, original = time.perf_counter(), denoiser_of(pipe), denoiser_of(teacher)
-    record, layers = model.config.quantization_config, layers_by_name(model)
+    layers = layers_by_name(model)
     make_arguments = call_arguments(teacher, prompts, config.num_inference_steps, arguments)
     found = concatenated_inputs(original, rollout(teacher, make_arguments, 0, 1, config.seed)[0])
     found = {name: list(sizes) for name, sizes in found.items() if name in layers}
@@ -119,8 +111,7 @@ def _split(pipe, teacher, config: SplitConfig, prompts, arguments: dict) -> Call
         check_finite(original_weight(original, layers[name]), f"The weight of layer `{name}`")
     split = {}
     for name, sizes in found.items():
-        scheme = resolve(name, record.scheme, record.scheme_overrides)
-        split[name] = _quantized(original.get_submodule(name), layers[name], sizes, scheme)
+        split[name] = _quantized(original.get_submodule(name), layers[name], sizes)
     if split:
         calls = batched_calls(make_arguments, [original], config.num_samples, config.seed)
         _observe(teacher, split, calls)
@@ -132,8 +123,6 @@ def _split(pipe, teacher, config: SplitConfig, prompts, arguments: dict) -> Call
     def apply() -> dict:
         if split:
             replace_modules(model, split)
-            record.split = (record.split or {}) | copy.deepcopy(found)
-            write_record(model)
             prepare_layers(model)
         return {"split": found, "seconds": time.perf_counter() - started}
 
@@ -182,10 +171,9 @@ class _Concatenations(TorchFunctionMode):
         return None
 
 
-def _quantized(original: nn.Module, layer: QuantLayer, sizes: Sequence[int], scheme: LayerScheme) -> SplitLayer:
+def _quantized(original: nn.Module, layer: QuantLayer, sizes: Sequence[int]) -> SplitLayer:
     """The layer in quantized parts; parts observe if the layer's input is quantized."""
-    if layer.input_format is None:
-        scheme = LayerScheme(scheme.weight, ())
+    scheme = layer.scheme if layer.input_format is not None else LayerScheme(layer.scheme.weight)
     split = split_layer(original, sizes, layer.place)
     for index, part in enumerate(list(split.children())):
         quantized = QUANT_LAYERS[type(part)].from_float(part, f"{layer.place}.{index}", scheme)
@@ -207,29 +195,3 @@ def _observe(teacher, split: Mapping[str, SplitLayer], calls: list[dict]) -> Non
     with quiet(teacher), torch.no_grad(), watching_calls(layers, look):
         for call in calls:
             call.run(teacher)
-
-
-def split_skeleton(model: nn.Module, split: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """Split layers of a model without weights as a checkpoint's config says.
-
-    Returns:
-        `dict[str, str]`: part → the layer that it is of.
-
-    Raises:
-        CheckpointError: a layer that the model does not have, or sizes that do not fit it.
-    """
-    parts = {}
-    for name, sizes in split.items():
-        try:
-            layer = model.get_submodule(name)
-        except AttributeError:
-            layer = None
-        counted = isinstance(sizes, list) and all(type(size) is int and size > 0 for size in sizes) and sizes
-        if not can_split(layer) or not counted or sum(sizes) != layer.weight.shape[1]:
-            raise CheckpointError(
-                f"config.json says that `{name}` of {type(model).__name__} is split into {sizes!r} input channels, but "
-                f"it cannot be: not its checkpoint."
-            )
-        replace_module(model, name, split_layer(layer, sizes, name))
-        parts |= {f"{name}.{index}": name for index in range(len(sizes))}
-    return parts

@@ -125,7 +125,7 @@ class AdapterBank(StatefulModule):
             hidden = hidden * gate.view(*gate.shape, *[1] * (hidden.ndim - 2))
         return torch.einsum("or,br...->bo...", up, hidden)
 
-    def check(self, place: str) -> None:
+    def check_values(self, place: str) -> None:
         """Refuse values that no training could have written.
 
         Raises:

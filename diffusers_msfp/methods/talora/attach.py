@@ -24,6 +24,7 @@ def connect(model: nn.Module, plan: AdapterPlan, table: Tensor) -> None:
     """
     argument = require_timesteps(model)
     routing = RoutingTable(table, plan.num_adapters)
+    routing.plan = plan
     layers = layers_by_name(model)
     for name in plan.rank_of():
         layers[name].route_by(routing, plan.group_of(name))
@@ -31,6 +32,12 @@ def connect(model: nn.Module, plan: AdapterPlan, table: Tensor) -> None:
     model.register_forward_pre_hook(RouteHook(argument, ROUTER), with_kwargs=True)
     forget_compiled()
     prepare_layers(model)
+
+
+def plan_of(model: nn.Module) -> AdapterPlan | None:
+    """A model's timestep-aware adapters; None without."""
+    routing = routing_of(model)
+    return None if routing is None else routing.plan
 
 
 def prepare_skeleton(model: nn.Module, plan: AdapterPlan, dtype: torch.dtype = torch.float16) -> None:

@@ -32,7 +32,7 @@ class RoutingTable(ByTimestep, nn.Module):
         self.forget()
         self.check()
 
-    def check(self) -> None:
+    def check(self, name: str = ROUTER) -> None:  # noqa: ARG002
         """Refuse a table that no training could have written."""
         table = self.table
         if table.dtype != torch.uint8 or table.ndim != 2 or not table.numel():

@@ -10,14 +10,13 @@ from ...errors import ConfigError
 from ...layers.convert import base_fingerprint, layers_by_name, replace_module
 from ...numerics.rounding import check_finite
 from ...sampling.denoisers import model_output
-from ...sampling.observation import write_record
 from ...sampling.timestep import timestep_argument
 from ...sampling.trajectory import DenoisingStep
 from ...schemes import check_patterns
 from ..blocks import block_outputs
 from ..checks import check_student, original_weight
 from ..losses import squared_error
-from ..routes import maintained_layers
+from ..routes import finite_set_of, maintained_layers
 from . import AdapterBank, AdapterPlan, Gate, TimestepRouter, Trainee, adapter_rank
 from .attach import connect
 
@@ -52,11 +51,11 @@ class Student(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_student(model, teacher)
+        check_student(model, teacher, "talora")
         maintained = maintained_layers(model)
         layers = {name: each for name, each in layers_by_name(model).items() if name not in maintained}
-        temporal = model.config.quantization_config.temporal
-        if temporal and set(temporal["sets"]) - set(temporal["block"]):
+        finite_set = finite_set_of(model)
+        if finite_set is not None and set(finite_set.plan.sets) - set(finite_set.plan.block):
             raise ConfigError(
                 "Layers have input parameters for each timestep or adapters, not both, but all layers of this model "
                 "have the former. Use `fsc='block'` in temporal maintenance, or do without fine-tuning."
@@ -194,6 +193,4 @@ class Student(nn.Module):
         base = base_fingerprint(self.model) if self.plan.placement == "side" else None
         plan = AdapterPlan(**{**vars(self.plan), "training": training or {}, "base": base})
         connect(self.model, plan, self.router.table(self.watched.tolist()))
-        self.model.config.quantization_config.adapters = plan.to_dict()
-        write_record(self.model)
         return self.model

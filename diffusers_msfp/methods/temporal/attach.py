@@ -40,6 +40,7 @@ def attach_sets(model: nn.Module, plan: TemporalPlan, timesteps: Tensor, feature
     """
     argument = require_timesteps(model)
     finite_set, layers = FiniteSet(timesteps), layers_by_name(model)
+    finite_set.plan = plan
     for name, table in features.items():
         layers[name].recall = FeatureTable(table)
     for name in plan.layers:
@@ -48,6 +49,12 @@ def attach_sets(model: nn.Module, plan: TemporalPlan, timesteps: Tensor, feature
     model.register_forward_pre_hook(SetHook(argument, plan.block if plan.cached_layers() else ()), with_kwargs=True)
     forget_compiled()
     prepare_layers(model)
+
+
+def plan_of(model: nn.Module) -> TemporalPlan | None:
+    """The layers that a model's finite set serves; None without one."""
+    finite_set = finite_set_of(model)
+    return None if finite_set is None else finite_set.plan
 
 
 def temporal_skeleton(model: nn.Module, plan: TemporalPlan) -> None:
@@ -87,4 +94,3 @@ def detach_sets(model: nn.Module) -> None:
             layer.route_by(None)
     delattr(model, FiniteSet.place)
     remove_route_hooks(model, FiniteSet.place)
-    model.config.quantization_config.temporal = None

@@ -54,7 +54,7 @@ class FiniteSet(ByTimestep, StatefulModule):
         self.forget()
         self.check()
 
-    def check(self) -> None:
+    def check(self, name: str = FINITE_SET) -> None:  # noqa: ARG002
         """Refuse a set that no calibration could have written."""
         known = self.timesteps
         fits = known.dtype == torch.float32 and known.ndim == 1 and known.numel()

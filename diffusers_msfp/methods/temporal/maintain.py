@@ -12,18 +12,15 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...compat.wrappers import sees_through
-from ...errors import ConfigError, NothingToDoError, ShapeError
+from ...errors import ConfigError, NothingToDoError
 from ...layers.convert import layers_by_name
 from ...numerics.rounding import check_finite
 from ...sampling.calls import call_arguments, require_positive
 from ...sampling.denoisers import by_denoiser, denoiser_of, each_quantized
-from ...sampling.observation import calibration_state
-from ...sampling.timestep import require_timesteps
-from ..checks import require_takes
-from ..routes import finite_set_of, routing_of
+from ..checks import check_student, require_takes
 from . import SCOPES, TemporalBlock, TemporalPlan, store_features
 from .attach import attach_sets
 from .probe import TemporalProbe
@@ -117,7 +114,7 @@ def maintain_temporal(
     views = each_quantized(pipe, teacher)
     for own, original in views.values():
         model = denoiser_of(own)
-        _require_fit(model, denoiser_of(original))
+        check_student(model, denoiser_of(original), "temporal", learns=False)
         if config.fsc == "all":
             require_takes(model, denoiser_of(original))
     ready, refused = {}, None
@@ -178,7 +175,6 @@ def _maintain(pipe, teacher, config: TemporalConfig, prompts, arguments: dict) -
             cached.setdefault(str(table.dtype).removeprefix("torch."), []).append(name)
         plan = TemporalPlan(len(cells), probe.block.names, tuple(sets), cached, asdict(config))
         attach_sets(model, plan, probe.timesteps.to(model.device), features)
-        model.config.quantization_config.temporal = plan.to_dict()
         channels = {name: layer.logical_shape[0] for name, layer in layers.items()}
         errors = {name: {"ptq": before[name], "reconstructed": reconstructed[name]} for name in targets}
         return plan.summary(probe.timesteps.tolist(), channels) | {"errors": errors}
@@ -212,22 +208,3 @@ def _errors_of_set(student: StudentBlock, roots: Mapping[str, Tensor], targets: 
         name: ((y - targets[name])[:, 0].norm(dim=-1) / targets[name][:, 0].norm(dim=-1).clamp_min(1e-30)).max().item()
         for name, y in outputs.items()
     }
-
-
-def _require_fit(model: nn.Module, original: nn.Module) -> None:
-    """Refuse models that cannot be maintained, before anything is computed."""
-    if type(model) is not type(original):
-        raise ShapeError(
-            f"The teacher must be the model that was quantized, a {type(model).__name__}, but "
-            f"{type(original).__name__} came."
-        )
-    require_timesteps(model)
-    if calibration_state(model) == "observing":
-        raise ConfigError("Temporal maintenance needs a calibrated model, but this one observes: call `calibrate`.")
-    if routing_of(model) is not None:
-        raise ConfigError(
-            "Temporal maintenance comes before fine-tuning, but this model has adapters. Start from the checkpoint "
-            "that `quantize` wrote."
-        )
-    if finite_set_of(model) is not None:
-        raise ConfigError("This model's temporal features are maintained already. Start from the quantized model.")

@@ -21,7 +21,7 @@ from ...errors import CheckpointError, ConfigError, ShapeError
 from ...layers.convert import base_fingerprint, layers_by_name
 from ...methods.routes import ROUTER, routing_of
 from ...methods.talora import AdapterBank, AdapterPlan, RoutingTable
-from ...methods.talora.attach import adapter_tensors, connect, disconnect, refuse_merged
+from ...methods.talora.attach import adapter_tensors, connect, disconnect, plan_of, refuse_merged
 from ...sampling.observation import calibration_state
 from ...sampling.timestep import require_timesteps
 from ..config import MSFPConfig
@@ -29,8 +29,8 @@ from ..config import MSFPConfig
 CONFIG, TENSORS = "talora_config.json", "talora.safetensors"
 
 
-def plan_of(model: nn.Module) -> AdapterPlan:
-    """What the model's config says of its adapters.
+def require_plan(model: nn.Module) -> AdapterPlan:
+    """The model's timestep-aware adapters.
 
     Raises:
         ConfigError: it has none.
@@ -40,7 +40,7 @@ def plan_of(model: nn.Module) -> AdapterPlan:
             f"This {type(model).__name__} must have timestep-aware adapters, but it has none: load them with "
             f"`load_talora`, or fine-tune."
         )
-    return AdapterPlan.from_dict(model.config.quantization_config.adapters)
+    return plan_of(model)
 
 
 @sees_through
@@ -51,7 +51,7 @@ def save_talora(model: nn.Module, folder: str | Path) -> None:
         ConfigError: it has none.
         UnsupportedError: they are merged into the weights.
     """
-    plan = plan_of(model)
+    plan = require_plan(model)
     refuse_merged(model, "Saving adapters without their model")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,6 @@ def load_talora(model: nn.Module, source: str | Path, **hub) -> None:
     for name, bank in banks.items():
         layers[name].adapters = bank
     connect(model, plan, table.to(model.device))
-    model.config.quantization_config.adapters = plan.to_dict()
 
 
 @sees_through
@@ -122,9 +121,8 @@ def unload_talora(model: nn.Module) -> None:
         ConfigError: there are none.
         UnsupportedError: they are merged into the weights.
     """
-    plan_of(model)
+    require_plan(model)
     disconnect(model)
-    model.config.quantization_config.adapters = None
 
 
 def _bank(layer, name: str, rank: int, plan: AdapterPlan, tensors: Mapping[str, Tensor]) -> AdapterBank:
@@ -142,7 +140,7 @@ def _bank(layer, name: str, rank: int, plan: AdapterPlan, tensors: Mapping[str, 
     own = {key: tensors[f"{name}.adapters.{key}"].to(layer.packed_weight.device) for key in bank.state_dict()}
     bank.load_state_dict(own, assign=True)
     bank.requires_grad_(False)
-    bank.check(name)
+    bank.check_values(name)
     return bank
 
 
@@ -171,7 +169,8 @@ def _read(folder: Path) -> tuple[AdapterPlan, dict[str, Tensor]]:
         if part is None:
             raise CheckpointError(f"{folder} must hold {CONFIG}, or a checkpoint with adapters, but it holds neither.")
         config = MSFPConfig.from_dict(checkpoint)
-        record, files = config.adapters | {"digest": config.digest}, weight_files(part)
+        kept = config.record.to_dict()
+        record, files = kept["adapters"] | {"digest": kept.get("digest")}, weight_files(part)
     if not isinstance(record, Mapping):
         raise CheckpointError(f"{CONFIG} must be a JSON object, but {type(record).__name__} came.")
     tensors: dict[str, Tensor] = {}

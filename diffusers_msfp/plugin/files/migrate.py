@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diffusers import AutoModel
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ...checkpoint.describe import TRANSFORMERS_WEIGHTS, WEIGHTS, component_dirs, read_config
 from ...checkpoint.digest import Digest
-from ...checkpoint.saving import write_digest
+from ...checkpoint.version2 import FORMAT_VERSION
 from ...errors import CheckpointError, ConfigError
-from ...formats import FORMATS
+from ...layers.skeleton import LayerGroup
 from ...layers.stored import FORMATS_TENSOR, formats_tensor
-from ..config import FORMAT_VERSION, MSFPConfig
+from ..config import MSFPConfig
+from .saving import write_digest
 
 _FILE = re.compile(rf"({WEIGHTS}|{TRANSFORMERS_WEIGHTS})(?:\.([\w-]+?))?(?:-\d{{5}}-of-\d{{5}})?\.safetensors")
 _INDEX = re.compile(rf"({WEIGHTS}|{TRANSFORMERS_WEIGHTS})[\w.-]*\.json")
@@ -69,8 +70,8 @@ def _link_or_copy(source: str, target: str) -> None:
 
 def _convert(folder: Path) -> set[str | None]:
     """Rewrite a component's weights, indices and config; its variants."""
-    record = MSFPConfig.from_dict(read_config(folder)["quantization_config"])
-    record.require_record()
+    config = MSFPConfig.from_dict(read_config(folder)["quantization_config"])
+    written, record = config.to_dict(), config.take_record()
     files = {path: match[2] for path in sorted(folder.iterdir()) if (match := _FILE.fullmatch(path.name))}
     if not files or any(path.suffix == ".bin" for path in folder.iterdir()):
         raise CheckpointError(
@@ -87,22 +88,17 @@ def _convert(folder: Path) -> set[str | None]:
         raise CheckpointError(f"{folder} must hold the weight of `{missing[0]}`, but it does not: not its record.")
     for path in [path for path in folder.iterdir() if _INDEX.fullmatch(path.name)]:
         _add_to_index(path, formats)
-    write_digest(folder, Digest(sums), record.to_dict() | {"format_version": FORMAT_VERSION})
+    write_digest(folder, Digest(sums), written | {"format_version": FORMAT_VERSION})
     return set(files.values())
 
 
-def _formats(layers: list[Mapping]) -> dict[str, Tensor]:
+def _formats(layers: Sequence[LayerGroup]) -> dict[str, Tensor]:
     """What each layer of a record says, by the name of its weight."""
-    found = {}
-    try:
-        for group in layers:
-            read = group["input"]
-            chosen = FORMATS[read] if read not in (None, "observing") else None
-            tensor = formats_tensor(FORMATS[group["weight"]], chosen, read == "observing")
-            found |= {f"{name}.weight": tensor.clone() for name in group["modules"]}
-    except (KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(f"`layers` in config.json is malformed ({error}): damaged file.") from error
-    return found
+    return {
+        f"{name}.weight": formats_tensor(group.weight_format, group.input_format, group.observing)
+        for group in layers
+        for name in group.modules
+    }
 
 
 def _said(weight: str) -> str:

@@ -16,17 +16,18 @@ from torch import Tensor
 
 from ...checkpoint.digest import Digest, dtype_name
 from ...checkpoint.journal import Journal
-from ...checkpoint.saving import file_metadata
+from ...checkpoint.record import ModelRecord
 from ...checkpoint.tensor_files import MAX_SHARD_SIZE, TensorFolder, TensorLayout
 from ...compat.diffusers import no_init_weights, rename_old_keys
 from ...errors import CheckpointError, ConfigError
 from ...formats import FORMATS
 from ...layers import QUANT_LAYERS, QuantLayer
-from ...layers.convert import convert_skeleton, quant_layers
+from ...layers.convert import quant_layers
+from ...layers.skeleton import OBSERVING, LayerGroup, convert_skeleton
 from ...layers.stored import FORMATS_TENSOR, name_in_files
-from ...sampling.observation import write_record
 from ..config import MSFPConfig
 from ..quantizer import MSFPQuantizer
+from .saving import file_metadata, save_record
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +68,7 @@ class StreamedModel:
         for name, scheme in self._plan.layers.items():
             if len({FORMATS[fmt].bits for fmt in scheme.weight}) > 1:
                 raise ConfigError(f"Formats of one layer must be equally wide, but {scheme.weight} came for `{name}`.")
-            state = "observing" if scheme.activation else None
-            group = {"weight": scheme.weight[0], "input": state, "modules": [name]}
+            group = LayerGroup(scheme.weight[0], OBSERVING if scheme.activation else None, (name,))
             convert_skeleton(self.model, [group], self._plan.layers)
             layer = self.model.get_submodule(name)
             if layer.observing:
@@ -77,7 +77,7 @@ class StreamedModel:
         self._state = _with_formats(self.model)
         self._layout = TensorLayout(self._state, file_metadata(config), max_shard_size)
         self._identity = {
-            "arguments": {**config.to_dict(), "layers": None, "calibration": None, "max_shard_size": max_shard_size},
+            "arguments": config.to_dict() | {"max_shard_size": max_shard_size},
             "source files": [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in sources],
         }
 
@@ -137,12 +137,9 @@ class StreamedModel:
                 if on_layer is not None:
                     on_layer(finished, len(layers))
         self._layout.finish(folder)
-        write_record(self.model)
-        record = self.model.config.quantization_config
         sums = {name: value for entry in done.values() for name, value in entry["checksums"].items()}
-        record.digest = Digest({(name, dtype_name(self._state[name])): value for name, value in sums.items()}).to_dict()
-        self.model.save_config(folder)
-        record.digest = None
+        digest = Digest({(name, dtype_name(self._state[name])): value for name, value in sums.items()})
+        save_record(self.model, folder, ModelRecord.of(self.model).with_digest(digest))
 
     def load(self, folder: Path) -> ModelMixin:
         """The written model; it remembers the folder of the float one as its own, not one that is moved later."""

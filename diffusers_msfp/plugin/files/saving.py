@@ -3,19 +3,21 @@
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..compat.peft import has_adapters
-from ..errors import ConfigError, UnsupportedError
-from ..layers.convert import plain_name
-from ..layers.stored import FORMATS_TENSOR, name_in_files
-from .describe import TRANSFORMERS_WEIGHTS
-from .digest import Digest, checksum, dtype_name, recorded_digest
+from ...checkpoint.describe import TRANSFORMERS_WEIGHTS
+from ...checkpoint.digest import Digest, checksum, dtype_name, recorded_digest
+from ...checkpoint.record import ModelRecord
+from ...compat.peft import has_adapters
+from ...errors import ConfigError, UnsupportedError
+from ...layers.convert import plain_name
+from ...layers.stored import FORMATS_TENSOR, name_in_files
 
 _WRAPPED = ("base_layer", "original_module")
 """What PEFT's wrappers call the layer that was there before."""
@@ -62,14 +64,28 @@ def save_config(model: nn.Module, save_directory: str | Path, *args, **kwargs) -
         ConfigError: tensors are offloaded; nothing is written then.
     """
     config = model.config.quantization_config
-    given = config.digest
-    if config.format_version > 1 and given is None:
+    record = ModelRecord.of(model, config.format_version)
+    if config.format_version > 1:
         made = Digest.of(tensors_to_save(model.state_dict(), config))
-        config.digest = made.joined(recorded_digest(save_directory)).to_dict()
-    try:
+        record = record.with_digest(made.joined(recorded_digest(save_directory)))
+    save_record(model, save_directory, record, *args, **kwargs)
+
+
+def save_record(model: nn.Module, save_directory: str | Path, record: ModelRecord, *args, **kwargs) -> None:
+    """As `ModelMixin.save_config`, with this record beside the request."""
+    with recorded(model, record):
         type(model).save_config(model, save_directory, *args, **kwargs)
+
+
+@contextmanager
+def recorded(model: nn.Module, record: ModelRecord) -> Iterator[None]:
+    """While this lasts, a model's config has a record, which libraries write."""
+    config = model.config.quantization_config
+    config.record = record
+    try:
+        yield
     finally:
-        config.digest = given
+        config.record = None
 
 
 def save_pretrained(model: nn.Module, save_directory: str | Path, *args, **kwargs) -> None:
@@ -98,7 +114,8 @@ def _save_transformer(model: nn.Module, save_directory: str | Path, *args, push_
     before = recorded_digest(save_directory)
     hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr") if key in kwargs}
     hub |= {"token": kwargs["token"]} if "token" in kwargs else {}
-    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    with recorded(model, ModelRecord.of(model, model.config.quantization_config.format_version)):
+        type(model).save_pretrained(model, save_directory, *args, **kwargs)
     adapters_alone = has_adapters(model)
     writes = kwargs.get("is_main_process", args[0] if args else True) and not adapters_alone
     if writes and model.config.quantization_config.format_version > 1:

@@ -1,0 +1,94 @@
+"""What a method is to the rest of the package, and the registry of all methods.
+
+Recipes, loading, saving, calibration, `dequantize` and `inspect` go through the registry and name no method: a new one
+is a folder with a `Method` in it and a line in `methods/__init__.py`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigError
+from ..registry import Registry
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a method leaves on a model beside weights, and so in a checkpoint.
+
+    Args:
+        key (`str`): of its record in `quantization_config`.
+        read (`Callable`): `(JSON) -> record`; refuses what no run could have written (`CheckpointError`).
+        write (`Callable`): `(record) -> JSON`.
+        record_of (`Callable`): `(model) -> record`, None where the model has none of it.
+        attach (`Callable`): `(model, record)` makes room in a model without weights, whose layers are quantized.
+        reshape (`Callable`, *optional*): `(model, record)` before they are.
+        stored (`Mapping[type, tuple[str, ...]]`): kind of module → names of the tensors that a checkpoint keeps of it;
+            the module checks them in `check(name)`.
+        require_float (`Callable`, *optional*): `(model)` refuses a model that cannot become float again.
+        detach (`Callable`, *optional*): `(model)` takes it off.
+        of_ranges (`bool`): whether it belongs to the inputs' ranges and goes when these are observed anew.
+        describe (`Callable`, *optional*): `(record, tensors) -> dict` for `inspect`, from a checkpoint's small ones.
+    """
+
+    key: str
+    read: Callable[[Any], Any]
+    write: Callable[[Any], Any]
+    record_of: Callable[[nn.Module], Any]
+    attach: Callable[[nn.Module, Any], None] | None = None
+    reshape: Callable[[nn.Module, Any], None] | None = None
+    stored: Mapping[type, tuple[str, ...]] = field(default_factory=dict)
+    require_float: Callable[[nn.Module], None] | None = None
+    detach: Callable[[nn.Module], None] | None = None
+    of_ranges: bool = False
+    describe: Callable[[Any, Mapping], dict] | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to improve a quantized model with its float original.
+
+    Args:
+        name (`str`): as a stage of recipes.
+        config (`type`): dataclass of its settings.
+        run (`Callable`): `(pipe, teacher, config, *, prompts, …) -> dict`, in place.
+        part (`Part`, *optional*): None leaves nothing but other weights.
+        forbids (`Mapping[str, str]`): method that must not be on the model yet → what to do instead.
+        check_after (`Callable`, *optional*): `(config, names)` refuses settings that would undo the stages before it.
+        callback (`str`, *optional*): name of `run`'s argument that takes a function of (done, total, note).
+        resumes (`bool`): whether `run` takes a `work_dir`.
+    """
+
+    name: str
+    config: type
+    run: Callable[..., dict]
+    part: Part | None = None
+    forbids: Mapping[str, str] = field(default_factory=dict)
+    check_after: Callable[[Any, Sequence[str]], None] | None = None
+    callback: str | None = None
+    resumes: bool = True
+
+
+METHODS: Registry[Method] = Registry("method")
+"""Methods by name, in the order in which recipes run them."""
+
+
+def parts() -> Iterator[Part]:
+    """Of all methods that leave something on a model."""
+    return (method.part for method in METHODS.values() if method.part is not None)
+
+
+def require_order(model: nn.Module, name: str) -> None:
+    """Refuse a model that a method must not be applied to any more.
+
+    Args:
+        name (`str`): of the method.
+
+    Raises:
+        ConfigError: one that it forbids is on the model.
+    """
+    for other, instead in METHODS[name].forbids.items():
+        if METHODS[other].part.record_of(model) is not None:
+            raise ConfigError(instead)

@@ -1,0 +1,13 @@
+"""Learned rounding as one of the methods: it leaves other weights, and nothing else."""
+
+from ..method import Method
+from .config import RoundingConfig
+from .learn import learn_rounding
+
+ROUNDING = Method(
+    "rounding",
+    RoundingConfig,
+    learn_rounding,
+    forbids={"talora": "This model has adapters already. Start from the checkpoint that `quantize` wrote."},
+    callback="on_part",
+)

@@ -1,0 +1,55 @@
+"""TALoRA as one of the methods: adapters on the layers, and the router's table on the model."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from ...errors import ConfigError, UnsupportedError
+from ..method import Method, Part
+from ..routes import ROUTER, routing_of
+from . import AdapterBank, AdapterPlan, RoutingTable
+from .adapters import ADAPTER_TENSORS
+from .attach import plan_of, prepare_skeleton
+from .config import FinetuneConfig
+from .finetune import finetune
+
+
+def _require_float(model: nn.Module) -> None:
+    if routing_of(model) is not None:
+        raise UnsupportedError(
+            "A model with timestep-aware adapters has no single float weight per layer. Unload adapters that stand "
+            "beside the weights (`unload_talora`) and call `dequantize` again; merged ones cannot be undone."
+        )
+
+
+def _describe(plan: AdapterPlan, tensors: Mapping) -> dict:
+    intervals = RoutingTable(tensors[f"{ROUTER}.table"], plan.num_adapters).intervals()
+    return {"placement": plan.placement, "num_adapters": plan.num_adapters, "intervals": intervals}
+
+
+def _check_after(config: FinetuneConfig, names: Sequence[str]) -> None:
+    if "rounding" in names and config.placement == "merged":
+        raise ConfigError(
+            "Merged adapters are rounded together with the float weight, so `talora.placement=merged` would undo the "
+            "stage `rounding` before it. Leave the placement at `side`, or take a recipe without rounding."
+        )
+
+
+TALORA = Method(
+    "talora",
+    FinetuneConfig,
+    finetune,
+    Part(
+        key="adapters",
+        read=AdapterPlan.from_dict,
+        write=AdapterPlan.to_dict,
+        record_of=plan_of,
+        attach=prepare_skeleton,
+        stored={AdapterBank: ADAPTER_TENSORS, RoutingTable: ("table",)},
+        require_float=_require_float,
+        describe=_describe,
+    ),
+    forbids={"talora": "This model has adapters already. Start from the checkpoint that `quantize` wrote."},
+    check_after=_check_after,
+    callback="on_update",
+)

@@ -1,0 +1,37 @@
+"""Temporal maintenance as one of the methods: a finite set on the model, parameters and features on its layers."""
+
+from collections.abc import Mapping
+
+from ..method import Method, Part
+from . import FeatureTable, FiniteSet, TemporalPlan
+from .attach import detach_sets, plan_of, temporal_skeleton
+from .maintain import TemporalConfig, maintain_temporal
+
+
+def _describe(plan: TemporalPlan, tensors: Mapping) -> dict:
+    channels = {name: tensors[f"{name}.weight_scale"].numel() for name in plan.block}
+    return plan.summary(tensors[f"{FiniteSet.place}.timesteps"].tolist(), channels)
+
+
+TEMPORAL = Method(
+    "temporal",
+    TemporalConfig,
+    maintain_temporal,
+    Part(
+        key="temporal",
+        read=TemporalPlan.from_dict,
+        write=TemporalPlan.to_dict,
+        record_of=plan_of,
+        attach=temporal_skeleton,
+        stored={FiniteSet: ("timesteps",), FeatureTable: ("features",)},
+        detach=detach_sets,
+        of_ranges=True,
+        describe=_describe,
+    ),
+    forbids={
+        "talora": "Temporal maintenance comes before fine-tuning, but this model has adapters. Start from the "
+        "checkpoint that `quantize` wrote.",
+        "temporal": "This model's temporal features are maintained already. Start from the quantized model.",
+    },
+    resumes=False,
+)
