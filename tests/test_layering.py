@@ -30,6 +30,7 @@ BASE = ("errors", "registry", "outputs", "compat", "formats", "schemes", "recipe
 """The lowest layer's own order: each may import those before it."""
 SIDEWAYS = {("__main__", "cli"), ("cli", "__init__")}
 MAX_LINES = 300
+MAX_MODULES = 12
 
 
 def layer_of(part: str) -> int:
@@ -137,6 +138,38 @@ def test_private_names_are_found(tmp_path):
 def test_internals_of_other_packages_are_used_in_compat_alone(file):
     if part_of(file) != "compat":
         assert not private_uses(file)
+
+
+def config_uses(file: Path) -> list[str]:
+    """Where a file asks a model for its config's record, by attribute or by name."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    return [
+        ast.unparse(node)
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.Attribute) and node.attr == "quantization_config")
+        or (
+            isinstance(node, ast.Call)
+            and getattr(node.func, "id", None) in ("getattr", "setattr", "hasattr", "delattr")
+            and any(isinstance(arg, ast.Constant) and arg.value == "quantization_config" for arg in node.args)
+        )
+    ]
+
+
+def test_uses_of_the_config_are_found(tmp_path):
+    for code in ("model.config.quantization_config.scheme", "getattr(model.config, 'quantization_config')"):
+        (tmp_path / "module.py").write_text(code)
+        assert config_uses(tmp_path / "module.py")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_nothing_below_the_plugin_reads_or_writes_the_config(file):
+    if layer_of(part_of(file)) < layer_of("plugin"):
+        assert not config_uses(file)
+
+
+def test_folders_stay_small():
+    for folder in {file.parent for file in FILES}:
+        assert len(list(folder.glob("*.py"))) <= MAX_MODULES + 1, folder  # beside `__init__`
 
 
 def test_no_cycles_between_modules():

@@ -1,7 +1,8 @@
 """A DDPM trained on Fashion-MNIST, fp16, 1.8 M parameters (card in `model_cards/`), and two classifiers.
 
-Their weights belong to `evaluation.features.FashionFeatures`, which `tests/benchmarks/fashion_features.py` trains, and
-to `evaluation.features.Cifar10Features`, whose origin and licence stand in `cifar10-resnet56.md`.
+Their weights belong to classes in `evaluation.images.features`: `FashionFeatures`, which
+`tests/benchmarks/fashion_features.py` trains, and `Cifar10Features`, whose origin and licence stand in
+`cifar10-resnet56.md`.
 """
 
 from pathlib import Path

@@ -3,8 +3,8 @@
 import torch
 from diffusers import DiffusionPipeline
 
-from ..evaluation.shapes import SHAPES
-from ..evaluation.speed import benchmark
+from ..evaluation.timing.shapes import SHAPES
+from ..evaluation.timing.speed import benchmark
 from ..sampling.denoisers import denoiser_of
 from .load import load_any, require_variant
 from .terminal import progress, stderr
@@ -27,7 +27,7 @@ def bench(
 
     Args:
         model (`str`): a name in `SHAPES`, or a folder or Hub id of a pipeline or model, float or quantized.
-        providers (`list[str]`, *optional*): see `evaluation.providers`.
+        providers (`list[str]`, *optional*): see `evaluation.timing.providers`.
         batch, size: of the samples.
         steps (`int`): denoising steps that are timed as one.
         repeats (`int`): timed rounds.

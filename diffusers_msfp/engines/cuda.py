@@ -65,7 +65,7 @@ class CudaEngine(Engine):
 
     def prepare(self, layer) -> PreparedLayer:
         """See `Engine.prepare`."""
-        from .cuda_layers import CudaConv, CudaLinear, FloatLinear  # Triton is optional
+        from .cuda_layers import CudaConv, CudaLinear, FloatLinear
 
         device, keep = layer.packed_weight.device, self.memory == "fast"
         _say_what_is_left_out(self.capability(device))

@@ -5,9 +5,9 @@ from ..methods.temporal.features import temporal_features
 from ..sampling.solvers import with_ddim
 from .compare import compare_pipelines
 from .evaluate import evaluate_pipelines
-from .features import FEATURES, Features
+from .images.features import FEATURES, Features
+from .images.grid import image_grid, sample_images
 from .layers import layer_snr
-from .pictures import image_grid, sample_images
 
 __all__ = [
     "FEATURES",

@@ -21,7 +21,7 @@ from ..sampling.solvers import with_ddim
 from ..sampling.timestep import first_timestep, timestep_argument
 from ..sampling.trial import describe
 from ..sampling.used_output import used_part
-from .samples import pictures_tensor
+from .images.samples import pictures_tensor
 
 MAX_PSNR_DB = 100.0
 

@@ -18,13 +18,13 @@ from accelerate import PartialState
 from ..errors import ConfigError
 from ..sampling.observation import calibration_state, quantized_models
 from ..sampling.solvers import with_ddim
-from .agreement import class_agreement
 from .compare import compare_pipelines
-from .features import default_features, extract, feature_network
+from .images.agreement import class_agreement
+from .images.features import default_features, extract, feature_network
+from .images.real import load_real
+from .images.samples import draw_pictures
+from .images.sets import compare_pictures, compare_sets, require_finite_pictures, require_ssim
 from .layers import layer_snr
-from .real import load_real
-from .samples import draw_pictures
-from .sets import compare_pictures, compare_sets, require_finite_pictures, require_ssim
 
 COMPARED = 16
 """Samples for the denoiser's error; its layers take a quarter of them."""

@@ -21,9 +21,9 @@ from ..engines.choose import engine_from_environment, set_engine
 from ..errors import ConfigError, UnsupportedError
 from ..evaluation import compare_pipelines, layer_snr
 from ..evaluation.evaluate import origin
-from ..evaluation.providers import BASELINE, provide
-from ..evaluation.samples import draw_pictures
-from ..evaluation.speed import example_inputs, step_of, take_turns
+from ..evaluation.images.samples import draw_pictures
+from ..evaluation.timing.providers import BASELINE, provide
+from ..evaluation.timing.speed import example_inputs, step_of, take_turns
 from ..sampling.denoisers import denoiser_name, denoiser_of, denoisers_of
 from ..sampling.observation import calibration_state, quantized_models
 from ..sampling.solvers import with_ddim, with_parts

@@ -23,7 +23,7 @@ from harness import RESULTS, read_results, write_results
 from diffusers_msfp import quantize_pipeline
 from diffusers_msfp.assets import EMBEDDED_MODEL
 from diffusers_msfp.evaluation import evaluate_pipelines
-from diffusers_msfp.evaluation.providers import provide
+from diffusers_msfp.evaluation.timing.providers import provide
 from diffusers_msfp.methods import METHODS
 from diffusers_msfp.plugin.recipe import plan_stages
 from diffusers_msfp.sampling.solvers import with_ddim

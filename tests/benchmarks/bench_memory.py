@@ -24,8 +24,8 @@ from diffusers import AutoModel
 from harness import write_results
 
 from diffusers_msfp import MSFPConfig, freeze, set_engine
-from diffusers_msfp.evaluation.shapes import SHAPES
-from diffusers_msfp.evaluation.speed import example_inputs, step_of
+from diffusers_msfp.evaluation.timing.shapes import SHAPES
+from diffusers_msfp.evaluation.timing.speed import example_inputs, step_of
 from diffusers_msfp.plugin.quantize import quantize_model
 
 BATCHES = {"ddpm-cifar10": 8, "sd15": 2}

@@ -30,7 +30,7 @@ from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from diffusers_msfp.engines.grid import InputGrid  # noqa: E402
-from diffusers_msfp.evaluation.speed import take_turns  # noqa: E402
+from diffusers_msfp.evaluation.timing.speed import take_turns  # noqa: E402
 from diffusers_msfp.numerics import QParams  # noqa: E402
 from diffusers_msfp.numerics.rounding import quantize_to_lattice, round_to_lattice  # noqa: E402
 

@@ -19,7 +19,7 @@ from peft import LoraConfig, inject_adapter_in_model
 
 from diffusers_msfp import MSFPConfig, freeze
 from diffusers_msfp.assets import EMBEDDED_MODEL
-from diffusers_msfp.evaluation.shapes import ddpm_cifar10
+from diffusers_msfp.evaluation.timing.shapes import ddpm_cifar10
 from diffusers_msfp.methods.talora.student import Student
 from diffusers_msfp.plugin.quantize import quantize_model
 

@@ -16,7 +16,7 @@ import torch
 import typer
 from harness import write_results
 
-from diffusers_msfp.evaluation.shapes import SHAPES
+from diffusers_msfp.evaluation.timing.shapes import SHAPES
 
 SCHEMES = ("w4a4",)
 

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusers_msfp.assets import CIFAR10_FEATURES
-from diffusers_msfp.evaluation.distances import frechet_distance
-from diffusers_msfp.evaluation.features import Cifar10Features, extract
+from diffusers_msfp.evaluation.images.distances import frechet_distance
+from diffusers_msfp.evaluation.images.features import Cifar10Features, extract
 
 sys.path[:0] = [str(Path(__file__).parent / "training")]
 

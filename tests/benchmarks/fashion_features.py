@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusers_msfp.assets import FASHION_FEATURES
-from diffusers_msfp.evaluation.distances import frechet_distance
-from diffusers_msfp.evaluation.features import FashionFeatures, extract, feature_network
+from diffusers_msfp.evaluation.images.distances import frechet_distance
+from diffusers_msfp.evaluation.images.features import FashionFeatures, extract, feature_network
 
 
 def load_images(data: str, split: str) -> tuple[Tensor, Tensor]:

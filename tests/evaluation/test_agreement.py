@@ -8,8 +8,8 @@ from pipelines import make_small_pipe
 
 from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.evaluation import Features, evaluate_pipelines
-from diffusers_msfp.evaluation.agreement import asked_classes, class_agreement
-from diffusers_msfp.evaluation.samples import draw_pictures
+from diffusers_msfp.evaluation.images.agreement import asked_classes, class_agreement
+from diffusers_msfp.evaluation.images.samples import draw_pictures
 from diffusers_msfp.sampling.calls import labels_of
 from diffusers_msfp.sampling.solvers import with_ddim
 

@@ -8,7 +8,7 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
-from diffusers_msfp.evaluation.distances import (
+from diffusers_msfp.evaluation.images.distances import (
     NEIGHBOURS,
     bootstrap,
     classifier_score,

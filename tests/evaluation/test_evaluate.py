@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 from diffusers_msfp.errors import ConfigError, NonFiniteError, ShapeError, UnsupportedError
 from diffusers_msfp.evaluation import Features, compare_pipelines, evaluate_pipelines
 from diffusers_msfp.evaluation.compare import psnr_db
-from diffusers_msfp.evaluation.samples import draw_pictures
+from diffusers_msfp.evaluation.images.samples import draw_pictures
 
 SIZES = ["frechet_distance", "spatial_frechet_distance", "precision", "recall"]
 

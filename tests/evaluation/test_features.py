@@ -10,7 +10,7 @@ from torch import nn
 
 from diffusers_msfp.assets import CIFAR10_FEATURES
 from diffusers_msfp.errors import ConfigError, ShapeError, UnsupportedError
-from diffusers_msfp.evaluation.features import FEATURES, Features, default_features, extract, feature_network
+from diffusers_msfp.evaluation.images.features import FEATURES, Features, default_features, extract, feature_network
 
 
 def flat_features():

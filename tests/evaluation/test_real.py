@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from diffusers_msfp.errors import ConfigError, ShapeError
-from diffusers_msfp.evaluation.real import load_real
+from diffusers_msfp.evaluation.images.real import load_real
 
 
 def archive(folder, **arrays) -> str:

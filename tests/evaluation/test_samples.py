@@ -9,8 +9,8 @@ from conftest import make_dit_pipe, make_unet
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
 
 from diffusers_msfp import set_engine
-from diffusers_msfp.evaluation import samples
-from diffusers_msfp.evaluation.samples import draw_pictures, noise_generator
+from diffusers_msfp.evaluation.images import samples
+from diffusers_msfp.evaluation.images.samples import draw_pictures, noise_generator
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 from diffusers_msfp import FinetuneConfig, cli, finetune, quantize_pipeline
 from diffusers_msfp.cli.app import app
 from diffusers_msfp.errors import ConfigError, MSFPError, UnsupportedError
-from diffusers_msfp.evaluation import providers
-from diffusers_msfp.evaluation.providers import BASELINE, provide
-from diffusers_msfp.evaluation.shapes import SHAPES
-from diffusers_msfp.evaluation.speed import benchmark, example_inputs, step_of, take_turns
+from diffusers_msfp.evaluation.timing import providers
+from diffusers_msfp.evaluation.timing.providers import BASELINE, provide
+from diffusers_msfp.evaluation.timing.shapes import SHAPES
+from diffusers_msfp.evaluation.timing.speed import benchmark, example_inputs, step_of, take_turns
 
 
 def test_calls_take_turns_after_a_warm_up():

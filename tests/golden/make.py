@@ -2,7 +2,7 @@
 
 A run overwrites them, and another machine gives other last bits; a new format version gets folders of its own.
 
-    python tests/golden/make.py v1|v2
+    python tests/golden/make.py v1|v2|v2-methods
 """
 
 import copy
@@ -13,10 +13,20 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from safetensors.torch import save_file
 
-from diffusers_msfp import FinetuneConfig, MSFPConfig, finetune, freeze
+from diffusers_msfp import (
+    FinetuneConfig,
+    MSFPConfig,
+    SplitConfig,
+    TemporalConfig,
+    finetune,
+    freeze,
+    maintain_temporal,
+    split_shortcuts,
+)
 from diffusers_msfp.plugin.quantize import quantize_model
 
 HERE = Path(__file__).parent
+BOTH = torch.tensor([900, 100])
 
 
 def make_unet(**changes) -> UNet2DModel:
@@ -83,5 +93,33 @@ def version_2() -> None:
         save_file({"x": x, "v2": tuned(x, torch.tensor([900, 100])).sample}, HERE / "expected-v2.safetensors")
 
 
+def methods() -> None:
+    """What the other methods leave, and a model that observes: each a version 2 of its own, one block down and up."""
+    blocks = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    original = make_unet(**blocks, add_attention=False)
+    x = torch.randn(2, 1, 8, 8)
+    expected, made = {"x": x}, {}
+    for name in ("temporal", "split", "observing"):
+        unet = made[f"v2-{name}"] = copy.deepcopy(original)
+        quantize_model(unet, MSFPConfig(scheme="w4a4"))
+        if name == "observing":
+            with torch.no_grad():
+                for timestep in (900, 500):
+                    unet(x, timestep)
+            continue
+        calibrate(unet, x)
+        pipe, teacher = (DDPMPipeline(copy.deepcopy(model), DDIMScheduler()) for model in (unet, original))
+        pipe.unet = unet
+        if name == "temporal":
+            maintain_temporal(pipe, teacher, TemporalConfig(num_inference_steps=4, iterations=20, cache_above=0.0))
+        else:
+            split_shortcuts(pipe, teacher, SplitConfig(num_samples=2, num_inference_steps=3))
+    for name, unet in made.items():
+        unet.save_pretrained(HERE / name)
+        with torch.no_grad():
+            expected[name] = unet(x, BOTH if name != "v2-observing" else 100).sample
+    save_file(expected, HERE / "expected-v2-methods.safetensors")
+
+
 if __name__ == "__main__":
-    {"v1": version_1, "v2": version_2}[sys.argv[1]]()
+    {"v1": version_1, "v2": version_2, "v2-methods": methods}[sys.argv[1]]()

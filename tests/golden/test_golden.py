@@ -25,12 +25,16 @@ def parts(file: Path) -> tuple[dict, bytes]:
 
 BOTH = torch.tensor([900, 100])
 CHECKPOINTS = {"v1": torch.tensor(500), "v1-merged": BOTH, "v1-side": BOTH, "v2": BOTH}
+METHODS = {"v2-temporal": BOTH, "v2-split": BOTH, "v2-observing": torch.tensor(100)}
+CHECKPOINTS |= METHODS
+EXPECTED = {name: "expected" if name[1] == "1" else "expected-v2" for name in CHECKPOINTS}
+EXPECTED |= dict.fromkeys(METHODS, "expected-v2-methods")
 
 
 @pytest.mark.parametrize(("name", "timesteps"), CHECKPOINTS.items(), ids=CHECKPOINTS)
 def test_reads_and_computes_the_same(name, timesteps):
     unet = UNet2DModel.from_pretrained(HERE / name)
-    expected = load_file(HERE / ("expected-v2.safetensors" if name == "v2" else "expected.safetensors"))
+    expected = load_file(HERE / f"{EXPECTED[name]}.safetensors")
     with torch.no_grad():
         y = unet(expected["x"], timesteps).sample
     # float32 sums may differ in their last bits between machines, and a value on a border then moves a step
@@ -50,7 +54,7 @@ def test_is_written_byte_by_byte_the_same(name, tmp_path):
     ]
     assert records[0] == records[1]
     assert records[0]["format_version"] == int(name[1])
-    assert ("digest" in records[0]) == (name == "v2")
+    assert ("digest" in records[0]) == (name[1] == "2")
 
 
 @pytest.mark.parametrize("placement", ["merged", "side"])
@@ -68,7 +72,7 @@ def test_adapters_have_their_place(placement):
     )
 
 
-@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if name != "v2"])
+@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if name[1] == "1"])
 def test_version_1_becomes_version_2_with_the_same_tensors(name, tmp_path):
     shutil.copytree(HERE / name, tmp_path / name)
     before = load_file(HERE / name / WEIGHTS)
@@ -104,3 +108,13 @@ def test_holds_every_kind_of_tensor():
     }
     assert {name.split("_")[0] for name in formats if name} == {"fp4", "fp6", "fp8"}
     assert any(name and "_u" in name for name in formats)
+
+
+@pytest.mark.parametrize(("name", "key"), [("v2-temporal", "temporal"), ("v2-split", "split"), ("v2-observing", None)])
+def test_methods_have_their_place(name, key):
+    record = json.loads((HERE / name / "config.json").read_text())["quantization_config"]
+    tensors = {tensor.rpartition(".")[2] for tensor in load_file(HERE / name / WEIGHTS)}
+    assert {"temporal", "split"} & record.keys() == ({key} if key else set())
+    assert ("timesteps" in tensors, "features" in tensors) == (key == "temporal", key == "temporal")
+    assert ({"observed_sample", "observed_count", "observed_range"} <= tensors) == (key is None)
+    assert record["calibration"]["state"] == ("frozen" if key else "observing")

@@ -19,8 +19,8 @@ from pipelines import make_small_pipe, picture
 from diffusers_msfp import calibrate, quantize_pipeline
 from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.evaluation import compare_pipelines, sample_images
+from diffusers_msfp.evaluation.images.samples import draw_pictures
 from diffusers_msfp.evaluation.layers import layer_snr
-from diffusers_msfp.evaluation.samples import draw_pictures
 from diffusers_msfp.methods.talora.config import FinetuneConfig
 from diffusers_msfp.methods.talora.finetune import finetune
 from diffusers_msfp.methods.talora.finetuner import Finetuner

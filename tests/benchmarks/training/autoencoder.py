@@ -14,8 +14,8 @@ from loop import Settings, Task
 from torch import Tensor
 
 from diffusers_msfp.evaluation.compare import psnr_db
-from diffusers_msfp.evaluation.distances import frechet_distance
-from diffusers_msfp.evaluation.features import extract, feature_network
+from diffusers_msfp.evaluation.images.distances import frechet_distance
+from diffusers_msfp.evaluation.images.features import extract, feature_network
 
 FIGURES = "reconstruction.json"
 _PART = 250

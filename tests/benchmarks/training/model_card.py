@@ -28,10 +28,10 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 
 from harness import ROOT, origin, read_results  # noqa: E402
 
-from diffusers_msfp.evaluation.agreement import class_agreement  # noqa: E402
-from diffusers_msfp.evaluation.distances import frechet_estimate  # noqa: E402
-from diffusers_msfp.evaluation.features import extract, feature_network  # noqa: E402
-from diffusers_msfp.evaluation.samples import draw_pictures  # noqa: E402
+from diffusers_msfp.evaluation.images.agreement import class_agreement  # noqa: E402
+from diffusers_msfp.evaluation.images.distances import frechet_estimate  # noqa: E402
+from diffusers_msfp.evaluation.images.features import extract, feature_network  # noqa: E402
+from diffusers_msfp.evaluation.images.samples import draw_pictures  # noqa: E402
 from diffusers_msfp.sampling.denoisers import denoiser_name  # noqa: E402
 
 RESULTS = "results/training.json"

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
 
-from ..registry import Registry
+from ...registry import Registry
 
 SHAPES: Registry[Callable[[], ModelMixin]] = Registry("shape")
 """Builders by name."""

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError, UnsupportedError
-from .compare import psnr_db
+from ...errors import NonFiniteError, UnsupportedError
+from ..compare import psnr_db
 from .distances import MIN_NEIGHBOURHOOD, Estimate, classifier_score, frechet_estimate, mean_of, within_manifold
 from .features import Features
 

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..methods.runs import inputs_digest, plain_config
-from ..sampling.calls import batch_size_for, call_arguments, counting_steps, quiet, require_positive
-from ..sampling.denoisers import denoisers_of
-from ..sampling.observation import quantized_models
-from ..sampling.solvers import with_ddim
+from ...methods.runs import inputs_digest, plain_config
+from ...sampling.calls import batch_size_for, call_arguments, counting_steps, quiet, require_positive
+from ...sampling.denoisers import denoisers_of
+from ...sampling.observation import quantized_models
+from ...sampling.solvers import with_ddim
 
 OnStep = Callable[[int, int], None]
 

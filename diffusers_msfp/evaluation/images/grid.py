@@ -7,9 +7,9 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image, ImageDraw
 
-from ..sampling.calls import batched_calls, call_arguments, counting_steps, quiet, require_positive
-from ..sampling.denoisers import denoisers_of
-from ..sampling.solvers import with_ddim
+from ...sampling.calls import batched_calls, call_arguments, counting_steps, quiet, require_positive
+from ...sampling.denoisers import denoisers_of
+from ...sampling.solvers import with_ddim
 
 MARGIN = 4
 LABEL_HEIGHT = 20

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..assets import CIFAR10_FEATURES, FASHION_FEATURES
-from ..errors import ConfigError, ShapeError, UnsupportedError
-from ..registry import Registry
+from ...assets import CIFAR10_FEATURES, FASHION_FEATURES
+from ...errors import ConfigError, ShapeError, UnsupportedError
+from ...registry import Registry
 
 FASHION_SHAPE = (1, 32, 32)
 CIFAR10_SHAPE = (3, 32, 32)

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import ConfigError, ShapeError
+from ...errors import ConfigError, ShapeError
 
 KEYS = ("x_test", "images")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")

@@ -15,9 +15,9 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..engines.fusion.attention import attention
-from ..layers.convert import quant_layers
-from ..numerics import Codes
+from ...engines.fusion.attention import attention
+from ...layers.convert import quant_layers
+from ...numerics import Codes
 
 _TOUCHING = (nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.GELU, GEGLU)
 _ROUNDS = 5

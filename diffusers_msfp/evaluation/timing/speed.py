@@ -9,9 +9,9 @@ import torch
 from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
-from ..compat.wrappers import sees_through
-from ..engines.choose import engines_of
-from ..errors import UnsupportedError
+from ...compat.wrappers import sees_through
+from ...engines.choose import engines_of
+from ...errors import UnsupportedError
 from .floor import Floor, floor_of
 from .providers import BASELINE, PEERS, provide
 

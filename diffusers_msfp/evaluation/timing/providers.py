@@ -11,12 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..engines import ENGINES, MEMORY_MODES
-from ..engines.choose import set_engine
-from ..errors import ConfigError, UnsupportedError
-from ..layers.convert import Conversion, convert, quant_layers
-from ..sampling.observation import freeze
-from ..schemes import SCHEMES
+from ...engines import ENGINES, MEMORY_MODES
+from ...engines.choose import set_engine
+from ...errors import ConfigError, UnsupportedError
+from ...layers.convert import Conversion, convert, quant_layers
+from ...sampling.observation import freeze
+from ...schemes import SCHEMES
 
 BASELINE = "bf16:cl"
 PEERS = {"sdnq": "sdnq", "quanto": "optimum.quanto", "torchao": "torchao"}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..sampling.calls import call_arguments
+from ...sampling.calls import call_arguments
 from .distances import Estimate, mean_of
 from .features import FeatureNetwork, Features
 from .samples import noise_generator

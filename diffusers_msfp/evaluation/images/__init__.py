@@ -1,0 +1,1 @@
+"""Sets of pictures: made, read, and compared by features."""
