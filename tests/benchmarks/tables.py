@@ -1,4 +1,4 @@
-"""Write the tables of README and model cards from the registry, the results files, and what tests show to work.
+"""Write the tables of all pages and model cards from the registry, the results files, and what tests show to work.
 
     python tests/benchmarks/tables.py
 
@@ -15,12 +15,14 @@ from harness import ROOT, read_results
 from diffusers_msfp import FORMATS
 from diffusers_msfp.recipes import RECIPES
 
-sys.path[:0] = [str(ROOT / "tests" / "integration"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "tests" / "plugin"), str(ROOT / "tests")]
 
 from test_matrix import PIPELINES, SCHEDULERS  # noqa: E402
 from test_pipeline_features import FEATURES  # noqa: E402
 
-PAGES = (ROOT / "README.md", ROOT / "model_cards" / "ddpm-fashion-mnist-32.md")
+PAGES = tuple(
+    page for page in sorted([ROOT / "README.md", *ROOT.glob("diffusers_msfp/**/*.md"), *ROOT.glob("model_cards/*.md")])
+)
 
 
 def markdown(rows: Iterator[dict[str, str]]) -> str:
@@ -235,13 +237,44 @@ def features() -> Iterator[dict[str, str]]:
         yield {"feature": name, "with a quantized pipeline": outcome}
 
 
+def interval(row: dict, key: str, digits: int) -> str:
+    """A figure with its 95 % interval."""
+    value, low, high = (f"{each:.{digits}f}" for each in row[key])
+    return f"{value} ({low} – {high})"
+
+
+SHOWN = {
+    "w4a4 ptq": "`w4a4`",
+    "w4a4 split-full": "`w4a4`, recipe `split-full`",
+    "w4a8 ptq": "`w4a8`",
+    "w4a8 full": "`w4a8`, recipe `full`",
+    "w8a8 ptq": "`w8a8`",
+    "INT4": "uniform 4-bit grids",
+    "Q-Diffusion style": "uniform 4-bit grids after Q-Diffusion, as reconstructed",
+    "SDNQ uint4 weights": "SDNQ `uint4`, float inputs",
+}
+
+
+def quality() -> Iterator[dict[str, str]]:
+    """The short form of `baselines`."""
+    rows = {row["cell"]: row for row in read_results("baselines")["rows"]}
+    for cell, label in SHOWN.items():
+        yield {
+            "": label,
+            "PSNR (dB)": interval(rows[cell], "candidate_to_reference.psnr_db", 1),
+            "Fréchet distance": interval(rows[cell], "candidate_to_reference.frechet_distance", 2),
+            "tensors": f"{rows[cell]['bytes'] / 1e6:.2f} MB",
+        }
+
+
+def speed() -> Iterator[dict[str, str]]:
+    """The short form of `engines`."""
+    for row in list(engines())[:6]:
+        yield {key: row[key] for key in ("model", "bf16 channels last", "`w4a4`", "× bf16 channels last")}
+
+
 def baselines() -> Iterator[dict[str, str]]:
     """Every method, against full precision and real pictures."""
-
-    def interval(row: dict, key: str, digits: int) -> str:
-        value, low, high = (f"{each:.{digits}f}" for each in row[key])
-        return f"{value} ({low} – {high})"
-
     rows = read_results("baselines")["rows"]
     for row in rows:
         if row["recipe"] and list(row["stages"]) != [stage.name for stage in RECIPES[row["recipe"]]]:
@@ -264,6 +297,8 @@ def baselines() -> Iterator[dict[str, str]]:
 
 
 MAKERS = (
+    quality,
+    speed,
     baselines,
     engines,
     memory,

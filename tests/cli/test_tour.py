@@ -1,4 +1,4 @@
-"""The README's command lines, each run on the embedded model with as little as it takes."""
+"""The command lines of all pages, each run on the embedded model with as little as it takes."""
 
 import re
 import shlex
@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 from diffusers_msfp.assets import EMBEDDED_MODEL
 from diffusers_msfp.cli.app import app
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "diffusers_msfp").rglob("README.md"))]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 LITTLE = {
     "quantize": "--calibration-samples 2 --steps 2",
     "compare": "--num 2 --steps 2",
@@ -26,9 +28,10 @@ RECIPE = "temporal.iterations=2 rounding.iterations=2 rounding.num_samples=16 ta
 
 
 def tour() -> list[str]:
-    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    blocks = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
     lines = [line.partition("  #")[0].partition(" #")[0] for block in blocks for line in block.splitlines()]
-    return [line.removeprefix("diffusers-msfp ") for line in lines if line.startswith("diffusers-msfp ")]
+    commands = [line.strip() for line in lines if line.startswith("diffusers-msfp ") and "demo" not in line]
+    return [line.removeprefix("diffusers-msfp ") for line in dict.fromkeys(commands)]
 
 
 def test_the_tour_goes_from_quantizing_to_the_page():
