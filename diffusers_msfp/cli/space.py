@@ -166,9 +166,9 @@ def space_create(
     if Path(source).exists():
         _require_quantized(load_pipeline(source, variant=variant), source)
     title, reference = title or _name(source), reference or base_of(source)
-    for place in (source, reference):
-        if place is not None and not Path(place).is_dir() and place.count("/") != 1:
-            raise SourceError(f"{place} must be a folder or a Hub id like `user/model`, but it is none of them.")
+    for location in (source, reference):
+        if location is not None and not Path(location).is_dir() and location.count("/") != 1:
+            raise SourceError(f"{location} must be a folder or a Hub id like `user/model`, but it is none of them.")
     license = _card(source).license or "apache-2.0"
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)

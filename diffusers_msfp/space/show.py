@@ -86,7 +86,7 @@ class Show:
         """
         if scheduler not in self.quantized.schedulers:
             choices = ", ".join(self.quantized.schedulers)
-            raise ConfigError(f"The scheduler must be one of {choices}, but {scheduler!r} came.")
+            raise ConfigError(f"The scheduler must be one of {choices}, but got {scheduler!r}.")
         visited, seconds, shown_at = [], [[] for _ in self.contenders], 0.0
         for turn in self._run(scheduler, steps, wishes):
             now = turn[-1]

@@ -126,13 +126,13 @@ def test_named_classes_are_listed_by_name():
 @pytest.mark.parametrize(
     ("make", "wishes", "message"),
     [
-        (None, {"seed": -1}, "seed must be a whole number from 0 to 4294967295, but -1 came"),
+        (None, {"seed": -1}, "seed must be a whole number from 0 to 4294967295, but got -1"),
         (None, {"seed": 1.5}, "seed must be a whole number"),
-        (None, {"seed": None}, "seed must be a whole number from 0 to 4294967295, but None came"),
+        (None, {"seed": None}, "seed must be a whole number from 0 to 4294967295, but got None"),
         (None, {"seed": 2**32}, "seed must be a whole number"),
-        (None, {"steps": 0}, "`steps` must be at least 1, but 0 came"),
-        (make_dit_pipe, {"class_label": 1000}, "class must be one of the list, but 1000 came"),
-        (make_dit_pipe, {}, "class must be one of the list, but None came"),
+        (None, {"steps": 0}, "`steps` must be at least 1, but got 0"),
+        (make_dit_pipe, {"class_label": 1000}, "class must be one of the list, but got 1000"),
+        (make_dit_pipe, {}, "class must be one of the list, but got None"),
         (text_pipe, {"prompt": " "}, "prompt must say what to draw, but it is empty"),
     ],
 )
@@ -145,5 +145,5 @@ def test_wishes_that_cannot_be_met(tiny_pipe, make, wishes, message):
 def test_only_like_is_compared_with_like(tiny_pipe):
     other = DDPMPipeline(make_unet(in_channels=1, out_channels=1), DDPMScheduler())
     require_comparable(Contender(tiny_pipe), Contender(tiny_pipe))
-    with pytest.raises(ConfigError, match="must be a DDPMPipeline with 3 channels at 8.* with 1 channels at 8 came"):
+    with pytest.raises(ConfigError, match="must be a DDPMPipeline with 3 channels at 8.* with 1 channels at 8"):
         require_comparable(Contender(tiny_pipe), Contender(other))

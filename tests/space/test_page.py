@@ -78,7 +78,7 @@ def test_first_frame(packed_pipe):
 
 
 def test_unknown_scheduler(packed_pipe):
-    with pytest.raises(ConfigError, match="must be one of DDIM, DPM-Solver\\+\\+, UniPC, but 'Euler' came"):
+    with pytest.raises(ConfigError, match="must be one of DDIM, DPM-Solver\\+\\+, UniPC, but got 'Euler'"):
         next(Show([Contender(packed_pipe)]).frames([], "Euler", 2, {"seed": 0}))
 
 

@@ -49,7 +49,7 @@ FeatureNetwork = Callable[[Tensor], Features]
 def _require_shape(images: Tensor, name: str, shape: tuple[int, ...]) -> None:
     if tuple(images.shape[1:]) != shape:
         raise ShapeError(
-            f"The features `{name}` need pictures of shape {shape}, but {tuple(images.shape[1:])} came. Choose others: "
+            f"The features `{name}` need pictures of shape {shape}, but got {tuple(images.shape[1:])}. Choose others: "
             f"`--features inception` or `--features module:function`."
         )
 
@@ -225,8 +225,8 @@ def extract(network: FeatureNetwork, images: Tensor) -> Features:
             result = result if isinstance(result, Features) else Features(result)
             if result.pooled.ndim != 2 or len(result.pooled) != len(part):
                 raise ShapeError(
-                    f"A feature network must give a row of features for each of {len(part)} pictures, but "
-                    f"{tuple(result.pooled.shape)} came."
+                    f"A feature network must give a row of features for each of {len(part)} pictures, but got "
+                    f"{tuple(result.pooled.shape)}."
                 )
             found.append(result)
 

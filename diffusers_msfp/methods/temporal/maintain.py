@@ -65,11 +65,11 @@ class TemporalConfig:
     def __post_init__(self) -> None:
         require_positive(num_inference_steps=self.num_inference_steps, num_samples=self.num_samples)
         if self.fsc not in (*SCOPES, None):
-            raise ConfigError(f"`fsc` must be one of {', '.join(SCOPES)} or None, but {self.fsc!r} came.")
+            raise ConfigError(f"`fsc` must be one of {', '.join(SCOPES)} or None, but got {self.fsc!r}.")
         if self.iterations < 0 or self.learning_rate <= 0 or self.penalty < 0 or (self.cache_above or 0) < 0:
             raise ConfigError(
-                f"`iterations`, `penalty` and `cache_above` must be ≥ 0 and `learning_rate` > 0, but "
-                f"{self.iterations}, {self.penalty}, {self.cache_above} and {self.learning_rate} came."
+                f"`iterations`, `penalty` and `cache_above` must be ≥ 0 and `learning_rate` > 0, but got "
+                f"{self.iterations}, {self.penalty}, {self.cache_above} and {self.learning_rate}."
             )
 
 
