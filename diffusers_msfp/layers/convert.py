@@ -108,7 +108,7 @@ def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
     """Quantized layers with the names they have without adapters around them."""
     for name, module in model.named_modules():
         if isinstance(module, QuantLayer):
-            yield own_name(name), module
+            yield plain_name(name), module
 
 
 def layers_by_name(model: nn.Module) -> dict[str, QuantLayer]:

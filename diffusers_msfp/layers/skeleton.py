@@ -9,7 +9,7 @@ from ..errors import CheckpointError, ConfigError
 from ..formats import FORMATS, FPFormat
 from ..schemes import LayerScheme
 from . import QUANT_LAYERS
-from .convert import plain_name, quant_layers, replace_modules
+from .convert import quant_layers, replace_modules
 from .split import whole_name
 
 OBSERVING = "observing"
@@ -83,7 +83,7 @@ def describe_layers(model: nn.Module) -> tuple[LayerGroup, ...]:
     groups: dict[tuple[str, str | None], list[str]] = {}
     for name, layer in quant_layers(model):
         state = OBSERVING if layer.observing else (layer.input_format.name if layer.input_format else None)
-        groups.setdefault((layer.weight_format.name, state), []).append(plain_name(name))
+        groups.setdefault((layer.weight_format.name, state), []).append(name)
     return tuple(LayerGroup(weight, state, tuple(names)) for (weight, state), names in groups.items())
 
 

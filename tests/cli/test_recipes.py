@@ -50,7 +50,7 @@ def test_every_recipe_has_stages_that_exist_with_settings_that_are_accepted():
 
 
 def test_no_stage_undoes_another():
-    with pytest.raises(ConfigError, match="would undo the `rounding` of recipe `full`"):
+    with pytest.raises(ConfigError, match="would undo the stage `rounding`"):
         plan_stages("full", {"talora": {"placement": "merged"}})
 
 

@@ -98,7 +98,7 @@ def test_layers_are_named_by_strings(folder, modules):
     content = json.loads((folder / "config.json").read_text())
     content["quantization_config"]["layers"][0]["modules"] = modules
     (folder / "config.json").write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="must have `weight`, `input` and `modules`"):
+    with pytest.raises(CheckpointError, match="`modules` of `layers` in config.json must be a list of names"):
         UNet2DModel.from_pretrained(folder)
 
 
