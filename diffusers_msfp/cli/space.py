@@ -14,7 +14,7 @@ from ..plugin.config import MSFPConfig
 from ..plugin.quantize import quantize_pipeline
 from ..sampling.denoisers import denoiser_of
 from ..sampling.observation import quantized_models
-from ..space import Contender, build_page, launch, require_comparable, require_gradio, write_space
+from ..space import Candidate, build_page, launch, require_comparable, require_gradio, write_space
 from .load import SourceError, load_pipeline, require_variant
 from .store import check_target, publish
 from .terminal import progress, stderr
@@ -85,10 +85,10 @@ def open_page(
         _require_quantized(quantized, source)
         original = _original(source, reference, denoiser_of(quantized).dtype, variant)
     pipes = [pipe.to("cuda") if torch.cuda.is_available() else pipe for pipe in (quantized, original) if pipe]
-    contenders = [Contender(pipe) for pipe in pipes]
-    if len(contenders) == 2:
-        require_comparable(*contenders)
-    return build_page(title or (EMBEDDED_TITLE if source is None else _name(source)), *contenders)
+    candidates = [Candidate(pipe) for pipe in pipes]
+    if len(candidates) == 2:
+        require_comparable(*candidates)
+    return build_page(title or (EMBEDDED_TITLE if source is None else _name(source)), *candidates)
 
 
 def _require_quantized(pipe, source: str) -> None:

@@ -155,7 +155,7 @@ class Execution(StoredTensors):
                 f"model's dtype, {self.weight.dtype}, first."
             )
         if self.recall is not None:
-            return self.recall.recall(self.routing.route(), x, self._forward)
+            return self.recall.output(self.routing.route(), x, self._forward)
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from ..schemes import LayerScheme
 from .execution import Execution
 from .logical import PackedLayer
 from .prepared import Engine
-from .routing import Recall, Routing
+from .routing import CachedOutput, Routing
 from .stored import INPUT_TENSORS
 from .transplant import transplant
 
@@ -65,7 +65,7 @@ class QuantLayer(Execution, PackedLayer, ABC):
     routing: Routing | None
     group: int
     adapters: nn.Module | None
-    recall: Recall | None
+    recall: CachedOutput | None
     engine: Engine | None
     columns = None  # or a slice: the input channels of a split layer that this part reads
 

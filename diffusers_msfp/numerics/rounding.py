@@ -56,7 +56,7 @@ def zero_point_steps(qparams: QParams) -> Tensor:
 
 
 def check_finite(x: Tensor, where: str) -> None:
-    """Refuse NaN and infinity, naming the place they came from; one pass over `x`."""
+    """Refuse NaN and infinity, naming where they were found; one pass over `x`."""
     if x.numel() == 0:
         return
     low, high = torch.aminmax(x.detach())

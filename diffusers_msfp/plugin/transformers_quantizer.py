@@ -1,8 +1,8 @@
-"""transformers' hooks for loading and saving: the second door, for text encoders, through which weights go alone.
+"""transformers' hooks for loading and saving, for text encoders, whose weights alone are quantized.
 
 A text encoder runs once per picture, so quantized activations would save next to no time, and there is no denoising
 run to set their ranges: schemes that name any count as their weights-only counterparts here. Layers, packing and the
-record in `config.json` are those of the first door.
+record in `config.json` are those of `quantizer`.
 """
 
 from pathlib import Path

@@ -46,7 +46,7 @@ def test_features_are_looked_up_and_the_rest_is_computed():
         return torch.full((*x.shape[:-1], 2), 9.0)
 
     def recall(timestep, x):
-        return table.recall(known.lookup(timestep)[0], x, compute).tolist()
+        return table.output(known.lookup(timestep)[0], x, compute).tolist()
 
     assert recall(500, torch.zeros(2, 5)) == [[3, 4]] * 2
     assert recall(torch.tensor([500, 0]), torch.zeros(4, 1, 5)) == [[[3, 4]]] * 2 + [[[1, 2]]] * 2

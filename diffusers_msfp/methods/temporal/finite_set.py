@@ -103,7 +103,7 @@ class FeatureTable(StatefulModule):
         if not self.features.is_meta and not torch.isfinite(self.features).all():
             raise CheckpointError(f"`{module_name}.features` must be finite, but it is not: damaged file.")
 
-    def recall(self, entry: Entry, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    def output(self, entry: Entry, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """The layer's output for an input, looked up where it can be.
 
         Args:

@@ -24,7 +24,7 @@ from ..checks import check_student, require_takes
 from . import SCOPES, TemporalBlock, TemporalPlan, store_features
 from .attach import attach_sets
 from .probe import TemporalProbe
-from .reconstruct import StudentBlock, cell_timesteps
+from .reconstruct import StudentBlock, neighbourhoods
 from .sets import observe_sets
 
 logger = logging.getLogger(__name__)
@@ -139,8 +139,8 @@ def _maintain(pipe, teacher, config: TemporalConfig, prompts, arguments: dict) -
             f"{type(model).__name__} must have a quantized linear that depends on the timestep alone, but it has none: "
             f"there is nothing to maintain."
         )
-    cells = cell_timesteps(probe.timesteps)
-    roots = {name: x.unflatten(0, cells.shape) for name, x in probe.roots(cells.flatten()).items()}
+    points = neighbourhoods(probe.timesteps)
+    roots = {name: x.unflatten(0, points.shape) for name, x in probe.roots(points.flatten()).items()}
     parts = roots, probe.features(roots), probe.weights
     roots, targets, originals = ({name: x.to(model.device) for name, x in part.items()} for part in parts)
     for name, target in targets.items():
@@ -173,7 +173,7 @@ def _maintain(pipe, teacher, config: TemporalConfig, prompts, arguments: dict) -
         cached: dict[str, list[str]] = {}
         for name, table in features.items():
             cached.setdefault(str(table.dtype).removeprefix("torch."), []).append(name)
-        plan = TemporalPlan(len(cells), probe.block.names, tuple(sets), cached, asdict(config))
+        plan = TemporalPlan(len(points), probe.block.names, tuple(sets), cached, asdict(config))
         attach_sets(model, plan, probe.timesteps.to(model.device), features)
         channels = {name: layer.logical_shape[0] for name, layer in layers.items()}
         errors = {name: {"ptq": before[name], "reconstructed": reconstructed[name]} for name in targets}

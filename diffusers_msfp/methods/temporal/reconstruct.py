@@ -24,12 +24,12 @@ NEIGHBOURS = 0.1
 """Their weight in reconstruction."""
 
 
-def cell_timesteps(timesteps: Tensor) -> Tensor:
+def neighbourhoods(timesteps: Tensor) -> Tensor:
     """For each entry of a set its own timestep and four more on the way to its neighbours; `(S,)` → `(S, 5)`."""
     before, after = torch.cat([timesteps[:1], timesteps[:-1]]), torch.cat([timesteps[1:], timesteps[-1:]])
-    cells = [timesteps] + [timesteps + share * (end - timesteps) for end in (before, after) for share in SHARES]
+    points = [timesteps] + [timesteps + share * (end - timesteps) for end in (before, after) for share in SHARES]
     whole = bool((timesteps == timesteps.round()).all())  # some models embed whole timesteps only
-    return torch.stack([cell.round() if whole else cell for cell in cells], dim=1)
+    return torch.stack([point.round() if whole else point for point in points], dim=1)
 
 
 class StudentBlock:

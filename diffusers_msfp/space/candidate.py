@@ -27,7 +27,7 @@ MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
-class Contender:
+class Candidate:
     """One pipeline, and how the page asks it for pictures.
 
     Args:
@@ -132,7 +132,7 @@ class Contender:
         return lambda: make(0, 1, torch.Generator().manual_seed(int(seed))).arguments
 
 
-def require_comparable(quantized: Contender, reference: Contender) -> None:
+def require_comparable(quantized: Candidate, reference: Candidate) -> None:
     """Refuse two pipelines that cannot be called alike.
 
     Raises:
