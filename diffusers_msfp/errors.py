@@ -6,7 +6,16 @@ so that callers need not know this package to handle it.
 
 
 class MSFPError(ValueError):
-    """Base of all errors raised by `diffusers_msfp`."""
+    """Base of all errors raised by `diffusers_msfp`.
+
+    Example:
+        >>> from diffusers_msfp import MSFPConfig
+        >>> try:
+        ...     MSFPConfig("w4a5")
+        ... except MSFPError as error:
+        ...     print(type(error).__name__)
+        ConfigError
+    """
 
 
 class FormatError(MSFPError):

@@ -137,7 +137,13 @@ class FPFormat:
 
 
 class _FormatRegistry(Registry[FPFormat]):
-    """`FORMATS`; also understands the names of `ml_dtypes`, and explains names that make no sense."""
+    """Formats by name; also understands the names of `ml_dtypes`, and explains names that make no sense.
+
+    Example:
+        >>> from diffusers_msfp import FORMATS
+        >>> FORMATS["fp4_e2m1"].bits
+        4
+    """
 
     def __getitem__(self, name: str) -> FPFormat:
         name = ALIASES.get(name, name)

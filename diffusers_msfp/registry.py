@@ -15,6 +15,11 @@ class Registry(Mapping[str, T], Generic[T]):
     Args:
         kind (`str`): what the objects are, for messages, e.g. `"scheme"`.
         error (`type[Exception]`): raised for an unknown name.
+
+    Example:
+        >>> from diffusers_msfp import FORMATS
+        >>> FORMATS["fp4_e2m1"].lattice[-1]
+        12
     """
 
     def __init__(self, kind: str, error: type[Exception] = ConfigError) -> None:

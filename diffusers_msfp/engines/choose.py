@@ -35,6 +35,11 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
 
     Raises:
         ConfigError: an unknown name, a model without quantized layers, or an engine that can run none of them here.
+
+    Example:
+        ```py
+        set_engine(pipe, "auto", memory="low")  # weights stay packed
+        ```
     """
     if engine != AutoEngine.name:
         ENGINES[engine]

@@ -72,6 +72,11 @@ def publish(
         CheckpointError: the checkpoint does not load, does not sample, or holds what should not be published.
         ConfigError: licence or base are not known, arguments contradict each other, or a dry run cannot be written.
         HubError: the Hub refused, was not reached, or holds other bytes than were sent.
+
+    Example:
+        ```py
+        publish("model-w4a4", "user/model-w4a4", dry_run=True)  # writes model-w4a4-publish
+        ```
     """
     folder = Path(folder)
     check_repo_id(repo, "`repo`")

@@ -34,6 +34,12 @@ class QParams:
 
     Source:
         arXiv 2505.21591 (unsigned formats with zero point), as reconstructed; the lattice zero point is our choice.
+
+    Example:
+        >>> import torch
+        >>> from diffusers_msfp import FORMATS
+        >>> QParams(FORMATS["fp4_e2m1"], torch.tensor(0.5)).scale.item()
+        0.5
     """
 
     format: FPFormat

@@ -122,9 +122,17 @@ def decode(codes: Tensor, qparams: QParams, dtype: torch.dtype = torch.float32) 
     Args:
         codes (`Tensor`, any shape, uint8): each below `2**bits`.
         qparams (`QParams`): broadcastable to `codes`.
+        dtype (`torch.dtype`): of the result.
 
     Raises:
         ShapeError: `qparams` does not broadcast to `codes`.
+
+    Example:
+        >>> import torch
+        >>> from diffusers_msfp import FORMATS, encode
+        >>> qparams = QParams(FORMATS["fp4_e2m1"], torch.tensor(1.0))
+        >>> decode(encode(torch.tensor([0.6, -5.0]), qparams), qparams).tolist()
+        [0.5, -4.0]
     """
     check_broadcast(codes, qparams)
     table = torch.tensor(qparams.format.code_values, dtype=torch.float32, device=codes.device)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -19,14 +20,14 @@ from ..sampling.trial import describe, refuse_upcast, try_calls
 
 @sees_through
 def calibrate(
-    pipe,
+    pipe: DiffusionPipeline,
     *,
     num_samples: int = 64,
     num_inference_steps: int = 20,
     prompts: Sequence[str] | None = None,
     seed: int = 0,
     on_step: Callable[[int, int], None] | None = None,
-    **arguments,
+    **arguments: Any,
 ) -> None:
     """Set the activation ranges of a quantized pipeline from its own samples, then freeze them.
 
@@ -48,6 +49,12 @@ def calibrate(
         ConfigError: nothing to calibrate, numbers below 1, or arguments with which the pipeline does not run; nothing
             is changed then. If the run fails later on, the error says how to go on.
         NonFiniteError: samples become infinite or NaN.
+
+    Example:
+        ```py
+        pipe = DiffusionPipeline.from_pretrained("model", quantization_config=MSFPConfig("w4a4"))
+        calibrate(pipe, num_samples=64, num_inference_steps=20)
+        ```
     """
     models = named_quantized(pipe)
     if not models or not callable(pipe) or isinstance(pipe, nn.Module):

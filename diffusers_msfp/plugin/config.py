@@ -40,9 +40,7 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
         scheme_overrides (`Mapping[str, str]`, *optional*): pattern → scheme for single layers; the last match wins.
         components_to_quantize (`Sequence[str]`, *optional*): components of a pipeline, e.g. `["unet", "text_encoder"]`;
             by default all its denoisers (`unet`, `transformer`, `transformer_2`, `prior`, …) and `controlnet`.
-
-    The remaining arguments are written by the package, not by hand:
-
+        quant_method (`str`): `"msfp"`; this and what follows is written by the package, not by hand.
         format_version (`int`): that the model is saved as, 1 or 2; one that was loaded from version 1 stays so.
         record (`ModelRecord`, *optional*): what was done, where this was read from a checkpoint or is written to one.
             The config of a model in memory has none: `ModelRecord.of(model)` says it.

@@ -29,6 +29,12 @@ class MSFPPipelineMixin:
 
     Use it as a base class (`class Mine(MSFPPipelineMixin, DDPMPipeline)`), on any pipeline object with
     `MSFPPipelineMixin.attach(pipe)`, or in a `custom_pipeline`. What it saves names the stock class.
+
+    Example:
+        ```py
+        pipe = MSFPPipelineMixin.attach(DiffusionPipeline.from_pretrained("model-w4a4-talora"))
+        pipe.disable_talora()
+        ```
     """
 
     def __init_subclass__(cls, **kwargs) -> None:

@@ -1,8 +1,9 @@
 """Quantize a pipeline that is already in memory."""
 
 from collections.abc import Callable, Collection
+from typing import Any
 
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -62,7 +63,9 @@ def _quantize(
     plan.report(model)
 
 
-def quantize_pipeline(pipe, scheme: str | MSFPConfig = DEFAULT_SCHEME, **calibration):
+def quantize_pipeline(
+    pipe: DiffusionPipeline, scheme: str | MSFPConfig = DEFAULT_SCHEME, **calibration: Any
+) -> DiffusionPipeline:
     """Quantize a float pipeline in place: weights, then activation ranges from its own samples.
 
     All arguments are checked, and a first step of the float pipeline is tried, before a weight is replaced. Where the

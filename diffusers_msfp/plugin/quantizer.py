@@ -50,7 +50,17 @@ def _stored(module: nn.Module) -> tuple[str, ...]:
 
 
 class MSFPQuantizer(DiffusersQuantizer):
-    """Connects `MSFPConfig` with `ModelMixin.from_pretrained` and `save_pretrained`."""
+    """Connects `MSFPConfig` with `ModelMixin.from_pretrained` and `save_pretrained`; diffusers makes it.
+
+    Args:
+        quantization_config (`MSFPConfig`): the request; of a checkpoint with its record.
+        **kwargs: diffusers' own.
+
+    Example:
+        >>> from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+        >>> AUTO_QUANTIZER_MAPPING["msfp"] is MSFPQuantizer
+        True
+    """
 
     use_keep_in_fp32_modules = True
     requires_calibration = False

@@ -2,8 +2,10 @@
 
 import copy
 import inspect
+from typing import Any
 
 import torch
+from diffusers import SchedulerMixin
 
 from ..errors import ConfigError, NonFiniteError
 from .finite_steps import SHAPE, learns_variance, no_finite_step, probe_of
@@ -12,7 +14,7 @@ from .finite_steps import SHAPE, learns_variance, no_finite_step, probe_of
 NONLINEAR = ("clip_sample", "thresholding", "use_dynamic_thresholding")
 
 
-def denoising_factors(scheduler, num_inference_steps: int, **step_arguments) -> dict[float, float]:
+def denoising_factors(scheduler: SchedulerMixin, num_inference_steps: int, **step_arguments: Any) -> dict[float, float]:
     """`gamma_t` of each step: the coefficient with which the model's output enters the next sample.
 
     A copy of the scheduler makes every step twice, with outputs that differ by one, from the same sample, noise and
@@ -34,6 +36,11 @@ def denoising_factors(scheduler, num_inference_steps: int, **step_arguments) -> 
 
     Source:
         arXiv 2505.21591 (DFA), as reconstructed; this way of obtaining the coefficient is ours.
+
+    Example:
+        >>> from diffusers import DDIMScheduler
+        >>> list(denoising_factors(DDIMScheduler(), 4))
+        [750.0, 500.0, 250.0, 0.0]
     """
     changes = {key: False for key in NONLINEAR if key in scheduler.config}
     changes |= {"variance_type": "fixed_small"} if learns_variance(scheduler) else {}

@@ -182,6 +182,11 @@ def calibration_state(model: nn.Module) -> str:
 
     Raises:
         ConfigError: it has none.
+
+    Example:
+        ```py
+        assert calibration_state(pipe.unet) == "frozen"
+        ```
     """
     models = _require_quantized(model)
     observing = any(layer.observing for m in models for _, layer in quant_layers(m))
@@ -197,6 +202,13 @@ def freeze(model: nn.Module) -> None:
 
     Raises:
         ConfigError: it has no quantized layers, or no input was ever seen.
+
+    Example:
+        ```py
+        pipe = DiffusionPipeline.from_pretrained("model", quantization_config=MSFPConfig("w4a4"))
+        pipe(num_inference_steps=20)
+        freeze(pipe.unet)
+        ```
     """
     for m in _require_quantized(model):
         observing = [(name, layer) for name, layer in quant_layers(m) if layer.observing]

@@ -35,6 +35,10 @@ class RoundingConfig:
 
     Raises:
         ConfigError: a value that makes no sense.
+
+    Example:
+        >>> RoundingConfig(granularity="layer").granularity
+        'layer'
     """
 
     granularity: str = "block"

@@ -9,8 +9,10 @@ never gets worse there than nearest rounding.
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ...compat.wrappers import seen_through, sees_through
@@ -190,7 +192,9 @@ def _summary(layers: dict[str, QuantLayer], before: dict, originals: dict[str, T
 
 
 @sees_through
-def learn_rounding(pipe, teacher, config: RoundingConfig | None = None, **arguments) -> dict:
+def learn_rounding(
+    pipe: DiffusionPipeline, teacher: DiffusionPipeline, config: RoundingConfig | None = None, **arguments: Any
+) -> dict:
     """Learn, in place, which way the weights of a quantized pipeline's denoisers round.
 
     Formats, scales and activation ranges stay; no byte is added and nothing changes at run time. Layers that temporal

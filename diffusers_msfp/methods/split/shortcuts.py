@@ -9,8 +9,10 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -45,6 +47,10 @@ class SplitConfig:
 
     Raises:
         ConfigError: a number below 1.
+
+    Example:
+        >>> SplitConfig(num_samples=16).num_inference_steps
+        20
     """
 
     num_samples: int = 64
@@ -57,7 +63,12 @@ class SplitConfig:
 
 @sees_through
 def split_shortcuts(
-    pipe, teacher, config: SplitConfig | None = None, *, prompts: Sequence[str] | None = None, **arguments
+    pipe: DiffusionPipeline,
+    teacher: DiffusionPipeline,
+    config: SplitConfig | None = None,
+    *,
+    prompts: Sequence[str] | None = None,
+    **arguments: Any,
 ) -> dict:
     """Split, in place, every quantized layer of a pipeline's denoiser whose input is a concatenation.
 

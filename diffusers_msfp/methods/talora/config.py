@@ -47,6 +47,10 @@ class FinetuneConfig:
 
     Raises:
         ConfigError: a value that makes no sense.
+
+    Example:
+        >>> FinetuneConfig(minutes=10, placement="merged").num_adapters
+        2
     """
 
     num_adapters: int = 2

@@ -1,5 +1,9 @@
 """`finetune`: every quantized denoiser of a pipeline, one after the other."""
 
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
 from ...compat.wrappers import sees_through
 from ...sampling.denoisers import by_denoiser, each_quantized, work_folders
 from .config import FinetuneConfig
@@ -7,11 +11,21 @@ from .finetuner import Finetuner
 
 
 @sees_through
-def finetune(pipe, teacher, config: FinetuneConfig | None = None, **arguments) -> dict:
+def finetune(
+    pipe: DiffusionPipeline, teacher: DiffusionPipeline, config: FinetuneConfig | None = None, **arguments: Any
+) -> dict:
     """Fine-tune a quantized pipeline in place, with timestep-aware adapters (TALoRA) and an aligned loss (DFA).
 
-    Arguments are those of `Finetuner`, the result is that of `Finetuner.run`, for each denoiser by name where several
-    are quantized; these learn one after the other.
+    Args:
+        pipe (`DiffusionPipeline`): quantized and calibrated, without timestep-aware adapters.
+        teacher (`DiffusionPipeline`): the full-precision original; its scheduler draws the examples.
+        config (`FinetuneConfig`, *optional*): settings.
+        **arguments: further ones of `Finetuner`: `work_dir`, `prompts`, `on_update`, `on_preview`, and those of the
+            pipeline, e.g. `guidance_scale=…`.
+
+    Returns:
+        `dict`: see `Finetuner.run`; for each denoiser by name where several are quantized, which learn one after the
+        other.
 
     Raises:
         MSFPError: settings or pipelines that do not fit; nothing is changed then.

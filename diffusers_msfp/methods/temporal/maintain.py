@@ -10,8 +10,10 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ...compat.wrappers import sees_through
@@ -51,6 +53,10 @@ class TemporalConfig:
 
     Raises:
         ConfigError: a value that makes no sense.
+
+    Example:
+        >>> TemporalConfig(fsc="all", cache_above=None).fsc
+        'all'
     """
 
     num_inference_steps: int = 20
@@ -75,7 +81,12 @@ class TemporalConfig:
 
 @sees_through
 def maintain_temporal(
-    pipe, teacher, config: TemporalConfig | None = None, *, prompts: Sequence[str] | None = None, **arguments
+    pipe: DiffusionPipeline,
+    teacher: DiffusionPipeline,
+    config: TemporalConfig | None = None,
+    *,
+    prompts: Sequence[str] | None = None,
+    **arguments: Any,
 ) -> dict:
     """Keep the temporal features of a quantized pipeline right, in place, at every timestep of a sampler.
 

@@ -48,6 +48,11 @@ def export_adapter(
     Raises:
         ConfigError: no such adapter or format.
         UnsupportedError: merged adapters, or a grouped convolution or split layer, for which PEFT has no counterpart.
+
+    Example:
+        ```py
+        export_adapter(pipe.unet, 0, "adapter-0")  # a folder that PEFT loads
+        ```
     """
     ranks = _require(model, adapter, format)
     layers, tensors = layers_by_name(model), {}
@@ -96,6 +101,11 @@ def import_adapter(model: nn.Module, adapter: int, folder: str | Path, prefix: s
         ConfigError: layers that have no adapters here.
         ShapeError: another rank or shape.
         NonFiniteError: NaN or infinity. The model is unchanged after any of these.
+
+    Example:
+        ```py
+        import_adapter(pipe.unet, 0, "adapter-0")
+        ```
     """
     ranks = _require(model, adapter, "peft")
     tensors, config = _read(Path(folder), prefix)

@@ -1,0 +1,111 @@
+"""Write the reference of all public names from their signatures and docstrings.
+
+python tests/benchmarks/api.py
+"""
+
+import inspect
+import re
+from collections.abc import Iterator
+
+from harness import ROOT
+
+import diffusers_msfp
+from diffusers_msfp.registry import Registry
+
+PAGE = ROOT / "diffusers_msfp" / "API.md"
+HEAD = """# Reference
+
+Every public name of `diffusers_msfp`, from signatures and docstrings (`python tests/benchmarks/api.py` writes it).
+Shapes stand in parentheses, `(B, C, H, W)`; errors are all `MSFPError`s.
+"""
+SECTIONS = "Args|Attributes|Returns|Raises|Example|Source"
+
+
+def docstring(name: str) -> str:
+    """Of a public name; of a registry, what it is for."""
+    return inspect.getdoc(getattr(diffusers_msfp, name)) or ""
+
+
+def signature(name: str) -> inspect.Signature | None:
+    """Of a function or a class; None of data."""
+    member = getattr(diffusers_msfp, name)
+    plain = inspect.isclass(member) and issubclass(member, Exception)
+    return inspect.signature(member) if callable(member) and not plain else None
+
+
+def parameters(name: str) -> dict[str, inspect.Parameter]:
+    """What a caller passes."""
+    found = signature(name)
+    return {} if found is None else {key: each for key, each in found.parameters.items() if key != "self"}
+
+
+def shown(name: str) -> str:
+    """A name as it is called."""
+    if signature(name) is None or not parameters(name):
+        return name
+
+    def default(parameter: inspect.Parameter) -> str:
+        text = "" if parameter.default is parameter.empty else f"={parameter.default!r}"
+        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        return f"{stars}{parameter.name}{text}"
+
+    arguments, starred = [], False
+    for each in parameters(name).values():
+        if each.kind is each.KEYWORD_ONLY and not starred:
+            arguments.append("*")
+        starred |= each.kind in (each.KEYWORD_ONLY, each.VAR_POSITIONAL)
+        arguments.append(default(each))
+    line = f"{name}({', '.join(arguments)})"
+    return line if len(line) <= 100 else f"{name}(\n" + "".join(f"    {each},\n" for each in arguments) + ")"
+
+
+def sections(text: str) -> Iterator[tuple[str | None, str]]:
+    """A docstring's parts: None first, then those with a title."""
+    parts = re.split(rf"(?m)^({SECTIONS}):\n", text)
+    yield None, parts[0].strip()
+    for title, body in zip(parts[1::2], parts[2::2], strict=True):
+        yield title, inspect.cleandoc("    " + body.lstrip("\n").removeprefix("    ")).strip()
+
+
+def entries(body: str) -> str:
+    """Indented entries as a list."""
+    lines = []
+    for line in body.splitlines():
+        text = re.sub(r"^(\*{0,2}[\w, *]+?)( \(|: )", r"`\1`\2", line) if line and not line.startswith(" ") else line
+        lines.append(f"- {text}" if line and not line.startswith(" ") else f"  {text.strip()}" if line else "")
+    return "\n".join(lines)
+
+
+def described(name: str) -> str:
+    """The page's section on a name."""
+    member = getattr(diffusers_msfp, name)
+    out = [f"## `{name}`", f"```py\n{shown(name)}\n```"]
+    for title, body in sections(docstring(name)):
+        if title is None:
+            out.append(body)
+        elif title == "Example":
+            out.append(body if body.startswith("```") else f"```py\n{body}\n```")
+        elif title in ("Args", "Attributes", "Raises"):
+            out += [f"*{title}*", entries(body)]
+        else:
+            out += [f"*{title}*", body]
+    if isinstance(member, Registry):
+        out.append("Names: " + ", ".join(f"`{key}`" for key in member) + ".")
+    if inspect.isclass(member):
+        own = [
+            (key, each) for key, each in vars(member).items() if not key.startswith("_") and inspect.isfunction(each)
+        ]
+        rows = [f"- `{key}`: {(inspect.getdoc(each) or '').splitlines()[0]}" for key, each in own]
+        out += ["*Methods*", "\n".join(rows)] if rows else []
+    return "\n\n".join(part for part in out if part)
+
+
+def page() -> str:
+    """The whole page."""
+    names = sorted(diffusers_msfp.__all__, key=str.lower)
+    index = " · ".join(f"[`{name}`](#{name.lower()})" for name in names)
+    return "\n\n".join([HEAD.strip(), index, *map(described, names)]) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
