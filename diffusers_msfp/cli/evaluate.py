@@ -10,6 +10,7 @@ from accelerate import PartialState
 from ..compat.accelerate import leave_process_group
 from ..evaluation import evaluate_pipelines
 from ..outputs import require_writable_folder
+from .interrupts import keeping
 from .load import denoisers_bytes, load_pipeline, require_variant
 from .store import peak_rss_bytes, write_json
 from .terminal import progress, stderr
@@ -64,7 +65,8 @@ def evaluate(
     original, candidate = (load_pipeline(each, variant=variant) for each in (reference, source))
     for pipe in (original, candidate):
         pipe.to(process.device)
-    with progress("evaluating") as report:
+    kept = f"{out / 'pictures'} keeps the pictures that are drawn, and the same command goes on with them"
+    with keeping(kept), progress("evaluating") as report:
         last = None
 
         def tell(done: int, total: int, what: str) -> None:

@@ -17,6 +17,7 @@ from ..outputs import require_writable_folder
 from ..sampling.denoisers import denoiser_name, denoiser_of
 from ..sampling.observation import quantized_models
 from ..sampling.solvers import with_ddim
+from .interrupts import NOTHING, keeping
 from .load import SourceError, load_pipeline, model_bytes, require_variant
 from .store import check_target, peak_rss_bytes, write_checkpoint
 from .terminal import progress, stderr
@@ -35,8 +36,8 @@ def finetune(
     """Fine-tune a quantized checkpoint and write the result.
 
     The run keeps its checkpoints, logs and preview pictures in `<out>-training` and goes on from there when it is
-    started again with the same settings; at its end the checkpoints are removed. Under `accelerate launch` each
-    process runs this function, and the first one writes.
+    started again with the same settings; Ctrl-C saves one more. At its end the checkpoints are removed. Under
+    `accelerate launch` each process runs this function, and the first one writes.
 
     Args:
         source (`str`): folder or Hub id of a quantized pipeline.
@@ -84,7 +85,12 @@ def finetune(
         )
         grid.save(training / f"preview-{update:06}.png")
 
-    with progress("fine-tuning") as report:
+    def kept() -> str:
+        found = run.folder.checkpoints() if run is not None else []
+        return f"{found[-1]} is kept, and the same command goes on from there" if found else NOTHING
+
+    run = None
+    with keeping(kept), progress("fine-tuning") as report:
 
         def tell(done: int, total: int, loss: float) -> None:
             report(done, total, f"loss {loss:.5f}")
@@ -103,11 +109,11 @@ def finetune(
         if run.progress.update and main:
             stderr.print(f"going on after update {run.progress.update}, found in {training}")
         result = run.run()
+        if main:
+            write_checkpoint(pipe, out)
+            run.folder.clear()
     losses = result.pop("losses")
     tenth = max(1, len(losses) // 10)
-    if main:
-        write_checkpoint(pipe, out)
-        run.folder.clear()
     leave_process_group(run.accelerator)
     if not main:
         return None

@@ -32,7 +32,7 @@ def space_run(
     port: int | None = None,
     on_start=None,
 ) -> None:
-    """Serve the page until the process is interrupted.
+    """Serve the page until Ctrl-C, which ends it as it should.
 
     Args:
         source, reference, title, variant: see `open_page`.
@@ -44,6 +44,8 @@ def space_run(
     (on_start or print_address)(address)
     try:
         threading.Event().wait()
+    except KeyboardInterrupt:
+        pass
     finally:
         page.close(verbose=False)
 

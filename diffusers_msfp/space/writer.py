@@ -11,9 +11,12 @@ PYTHON = "3.11"
 APP = '''\
 """A quantized model beside full precision."""
 
-from diffusers_msfp.cli import space_run
+try:
+    from diffusers_msfp.cli import space_run
 
-space_run({source!r}, reference={reference!r}, title={title!r}{variant})
+    space_run({source!r}, reference={reference!r}, title={title!r}{variant})
+except KeyboardInterrupt:  # while it is still loading
+    raise SystemExit(130) from None
 '''
 REQUIREMENTS = "diffusers-msfp[cpu,space]\n"
 README = """\
