@@ -17,6 +17,7 @@ from ..outputs import require_writable_folder
 from ..sampling.denoisers import denoiser_name, denoiser_of
 from ..sampling.observation import quantized_models
 from ..sampling.solvers import with_ddim
+from .calls import call_settings
 from .interrupts import NOTHING, keeping
 from .load import SourceError, load_pipeline, model_bytes, require_variant
 from .store import check_target, peak_rss_bytes, write_checkpoint
@@ -30,6 +31,7 @@ def finetune(
     config: FinetuneConfig | None = None,
     *,
     prompts: list[str] | None = None,
+    guidance_scale: float | None = None,
     variant: str | None = None,
     overwrite: bool = False,
 ) -> dict | None:
@@ -45,6 +47,7 @@ def finetune(
         out (`str` or `Path`): folder to write; appears only when everything has succeeded.
         config (`FinetuneConfig`, *optional*): settings.
         prompts (`list[str]`, *optional*): for pipelines that take prompts.
+        guidance_scale (`float`, *optional*): for pipelines with guidance; the pipeline's own by default.
         variant (`str`, *optional*): of the weights, where a pipeline has it.
         overwrite (`bool`): replace `out` if it exists.
 
@@ -67,6 +70,7 @@ def finetune(
         raise SourceError(f"{source} must be quantized, but it is not: run `diffusers-msfp quantize` first.")
     if list(quantized_models(original)):
         raise ConfigError(f"The teacher must be the full-precision pipeline, but {teacher} is quantized.")
+    arguments = call_settings(original, prompts, guidance_scale)
     for part in (pipe, original):
         part.to(process.device)
     if isinstance(original.scheduler, DDPMScheduler):  # ancestral sampling needs all its steps
@@ -105,6 +109,7 @@ def finetune(
             prompts=prompts,
             on_update=tell if main else None,
             on_preview=keep_preview,
+            **arguments,
         )
         if run.progress.update and main:
             stderr.print(f"going on after update {run.progress.update}, found in {training}")

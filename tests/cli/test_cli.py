@@ -61,6 +61,7 @@ def test_quantize_compare_inspect_sample(tiny_dir, tmp_path):
         "image_psnr_db",
         "bytes_ref",
         "bytes_cand",
+        "settings",
     }
     assert figures["bytes_cand"] == result["bytes_after"]
     assert figures["bytes_ref"] == result["bytes_before"]

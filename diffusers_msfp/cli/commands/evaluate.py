@@ -9,7 +9,7 @@ from rich.table import Table
 from ... import cli
 from ...evaluation import FEATURES
 from ..terminal import megabytes, stdout
-from .options import Json, Prompts, Seed, Variant, print_json
+from .options import Guidance, Json, Prompts, Seed, Variant, print_json
 
 WORST = 10
 FIGURES = {
@@ -39,6 +39,7 @@ def evaluate(
     ] = None,
     seed: Seed = 0,
     prompts: Prompts = None,
+    guidance_scale: Guidance = None,
     variant: Variant = None,
     out: Annotated[Path | None, typer.Option(help="Folder for results and pictures; DIR-evaluation.")] = None,
     as_json: Json = False,
@@ -56,6 +57,7 @@ def evaluate(
         features=features,
         seed=seed,
         prompts=prompts,
+        guidance_scale=guidance_scale,
         variant=variant,
         out=out,
     )

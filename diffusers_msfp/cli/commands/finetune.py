@@ -8,7 +8,7 @@ import typer
 from ... import cli
 from ...methods.talora.config import FinetuneConfig
 from ..terminal import megabytes, stderr, stdout
-from .options import Json, Prompts, Seed, Variant, print_json, print_router, with_config
+from .options import Guidance, Json, Prompts, Seed, Variant, print_json, print_router, with_config
 
 NAMES = {
     "router_groups": ("--router-group",),
@@ -25,12 +25,22 @@ def finetune(
     out: Annotated[Path, typer.Option(help="Folder to write; `<out>-training` keeps checkpoints, logs, previews.")],
     config: FinetuneConfig,
     prompts: Prompts = None,
+    guidance_scale: Guidance = None,
     variant: Variant = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing checkpoint.")] = False,
     as_json: Json = False,
 ) -> None:
     """Fine-tune a quantized checkpoint with timestep-aware adapters (TALoRA, DFA)."""
-    result = cli.finetune(source, teacher, out, config, prompts=prompts, variant=variant, overwrite=overwrite)
+    result = cli.finetune(
+        source,
+        teacher,
+        out,
+        config,
+        prompts=prompts,
+        guidance_scale=guidance_scale,
+        variant=variant,
+        overwrite=overwrite,
+    )
     if result is None:  # not the first process
         return None
     if as_json:

@@ -16,6 +16,9 @@ from ..terminal import stdout
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise.")]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="For pipelines that take prompts; repeatable.")]
+Guidance = Annotated[
+    float | None, typer.Option("--guidance-scale", help="For pipelines with guidance; the pipeline's own by default.")
+]
 Variant = Annotated[
     str | None,
     typer.Option(help="Of the weights that are read, like `fp16`, where a model has it; else plain ones, or the only."),

@@ -11,7 +11,7 @@ from ...errors import MSFPError
 from ...recipes import DEFAULT_RECIPE, RECIPES
 from ...schemes import DEFAULT_SCHEME, SCHEMES
 from ..terminal import megabytes, stdout
-from .options import Json, Prompts, Seed, Variant, parse_value, print_json
+from .options import Guidance, Json, Prompts, Seed, Variant, parse_value, print_json
 
 
 def quantize(
@@ -26,6 +26,7 @@ def quantize(
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of each.")] = 20,
     seed: Seed = 0,
     prompts: Prompts = None,
+    guidance_scale: Guidance = None,
     keep: Annotated[list[str] | None, typer.Option(help="Pattern of modules that stay float; repeatable.")] = None,
     override: Annotated[list[str] | None, typer.Option(help="PATTERN=SCHEME for single layers; repeatable.")] = None,
     component: Annotated[list[str] | None, typer.Option(help="Component to quantize; repeatable.")] = None,
@@ -59,6 +60,7 @@ def quantize(
         steps=steps,
         seed=seed,
         prompts=prompts,
+        guidance_scale=guidance_scale,
         modules_to_not_convert=keep,
         scheme_overrides=overrides,
         components=component,
