@@ -92,3 +92,35 @@ def test_finetune_takes_every_setting_and_has_the_same_defaults(monkeypatch):
     new = ["--num-inference-steps", 5, "--denoising-factor-exponent", 0]
     assert program(*place, *new).returncode == 0
     assert came.pop() == FinetuneConfig(num_inference_steps=5, denoising_factor_exponent=0.0)
+
+
+def test_set_help_lists_every_setting(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    done = program("quantize", "--set", "help")
+    assert done.returncode == 0, done.stderr
+    for name, method in METHODS.items():
+        assert f"stage {name}, of the recipes " in done.stdout
+        for setting in settings_of(method.config):
+            assert f"{name}.{setting.name}" in done.stdout
+    rows = [line for line in done.stdout.splitlines() if "talora.rank" in line]
+    assert [cell.strip() for cell in rows[0].split("│")[2:4]] == ["int | None", "None"]
+    assert "tuple[str, ...]" in done.stdout
+    one = program("quantize", "somewhere", "--set", "split.help").stdout
+    assert "split.num_samples" in one
+    assert "talora" not in one.replace("talora.minutes=5", "")
+
+
+def test_set_help_of_what_is_no_stage():
+    done = program("quantize", "--set", "Talora.help")
+    assert done.returncode == 2
+    assert "Unknown method 'Talora'. Known: split, temporal, rounding, talora. Did you mean `talora`?" in " ".join(
+        done.stderr.split()
+    )
+    assert "`--set help` lists all settings" in program("quantize", "a", "--out", "b", "--set", "x").stderr
+
+
+@pytest.mark.parametrize(("given", "meant"), [("--scheme=W4A4", "w4a4"), ("--recipe=Full", "full")])
+def test_near_names_are_named(given, meant, tiny_dir, tmp_path):
+    done = program("quantize", tiny_dir, "--out", tmp_path / "out", given)
+    assert done.returncode == 2
+    assert f"Did you mean `{meant}`?" in done.stderr
