@@ -64,7 +64,7 @@ def report(
     original = load_pipeline(reference, variant=variant) if reference is not None else None
     folder = fetch(source, variant)
     candidate = load_any(
-        str(folder), variant=variant, **({} if dtype == "float32" else {"torch_dtype": getattr(torch, dtype)})
+        str(folder), variant=variant, **({} if dtype == "float32" else {"dtype": getattr(torch, dtype)})
     )
     drawn = candidate if isinstance(candidate, DiffusionPipeline) else original
     arguments = call_settings(drawn, prompts, guidance_scale)
