@@ -43,7 +43,10 @@ def write_space(
     title: str,
     source: str,
     reference: str | None,
-    license: str = "apache-2.0",
+    *,
+    license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
     variant: str | None = None,
 ) -> list[str]:
     """Write a Space; what is a folder here is copied into it, what is a Hub id stays one.
@@ -53,7 +56,7 @@ def write_space(
         title (`str`): of the Space and its page.
         source (`str`): folder or Hub id of the quantized pipeline.
         reference (`str`, *optional*): folder or Hub id of the full-precision one.
-        license (`str`): of the model, in the Hub's words.
+        license, license_name, license_link (`str`, *optional*): of the model, in the Hub's words; none if not known.
         variant (`str`, *optional*): of the weights that the page reads.
 
     Returns:
@@ -77,6 +80,8 @@ def write_space(
         python_version=PYTHON,
         app_file="app.py",
         license=license,
+        license_name=license_name,
+        license_link=license_link,
         models=models or None,
     )
     texts = {
