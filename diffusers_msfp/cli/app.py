@@ -1,7 +1,7 @@
 """The `diffusers-msfp` program: arguments in, tables or one JSON object out.
 
 Standard output carries the result alone, standard error everything else. Exit code 0 only on success; a bad input gives
-one line and 2.
+one line and 2, Ctrl-C one line, on what is kept and how to go on, and 130.
 """
 
 import logging
@@ -17,6 +17,7 @@ from .. import __version__
 from ..errors import MSFPError
 from ..outputs import reason_of
 from .commands import COMMANDS, GROUPS
+from .interrupts import interruptible
 from .terminal import stderr
 
 app = typer.Typer(
@@ -42,8 +43,10 @@ def _main(
 
 
 for command in COMMANDS:
-    app.command()(command)
+    app.command()(interruptible(command))
 for group in GROUPS:
+    for each in group.registered_commands:
+        each.callback = interruptible(each.callback)
     app.add_typer(group)
 
 
@@ -59,9 +62,6 @@ def main() -> None:
         said = reason_of(error) if isinstance(error, OSError) else str(error)
         stderr.print(f"[red]error:[/] {escape(' '.join(said.split()))}", soft_wrap=True, highlight=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        stderr.print("interrupted")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

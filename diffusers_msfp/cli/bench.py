@@ -35,7 +35,7 @@ def bench(
         skip_missing (`bool`): leave out peers that are not installed or cannot run the model, instead of refusing.
 
     Returns:
-        `dict`: `model`, `threads`, `rows` (see `evaluation.speed.benchmark`).
+        `dict`: `model`, `threads`, `rows` (see `evaluation.timing.speed.benchmark`).
 
     Raises:
         MSFPError: an unknown model or provider.

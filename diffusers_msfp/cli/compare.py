@@ -1,6 +1,7 @@
 """`compare`: what a quantized pipeline lost."""
 
 from ..evaluation import compare_pipelines
+from .calls import call_settings
 from .load import denoisers_bytes, load_pipeline, require_variant
 from .terminal import progress
 
@@ -14,6 +15,7 @@ def compare(
     seed: int = 0,
     eta: float = 0.0,
     prompts: list[str] | None = None,
+    guidance_scale: float | None = None,
     variant: str | None = None,
 ) -> dict:
     """Error of a candidate pipeline against a reference for equal noise.
@@ -21,13 +23,15 @@ def compare(
     Args:
         ref, cand (`str`): folders, Hub ids or single files of pipelines of the same architecture.
         num, steps, seed, eta, prompts: see `compare_pipelines`.
+        guidance_scale (`float`, *optional*): for pipelines with guidance; the pipeline's own by default.
         variant (`str`, *optional*): of the weights, where a pipeline has it.
 
     Returns:
-        `dict`: as `compare_pipelines`, with `bytes_ref` and `bytes_cand` (weight files of the denoisers).
+        `dict`: as `compare_pipelines`, with `settings`, `bytes_ref` and `bytes_cand` (weight files of the denoisers).
     """
     require_variant(variant, ref, cand)
     reference, candidate = (load_pipeline(source, variant=variant) for source in (ref, cand))
+    arguments = call_settings(reference, prompts, guidance_scale)
     with progress("comparing") as report:
         result = compare_pipelines(
             reference,
@@ -38,7 +42,10 @@ def compare(
             eta=eta,
             prompts=prompts,
             on_step=report,
+            **arguments,
         )
+    settings = {"num_samples": num, "num_inference_steps": steps, "seed": seed, "eta": eta, "prompts": prompts}
+    result["settings"] = settings | arguments
     for key, source, pipe in (("bytes_ref", ref, reference), ("bytes_cand", cand, candidate)):
         result[key] = denoisers_bytes(source, pipe, variant)
     return result

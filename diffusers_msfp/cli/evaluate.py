@@ -10,6 +10,8 @@ from accelerate import PartialState
 from ..compat.accelerate import leave_process_group
 from ..evaluation import evaluate_pipelines
 from ..outputs import require_writable_folder
+from .calls import call_settings
+from .interrupts import keeping
 from .load import denoisers_bytes, load_pipeline, require_variant
 from .store import peak_rss_bytes, write_json
 from .terminal import progress, stderr
@@ -27,6 +29,7 @@ def evaluate(
     features: str | None = None,
     seed: int = 0,
     prompts: list[str] | None = None,
+    guidance_scale: float | None = None,
     variant: str | None = None,
     out: str | Path | None = None,
 ) -> dict | None:
@@ -40,6 +43,7 @@ def evaluate(
         source (`str`): folder or Hub id of the pipeline, quantized by whatever diffusers can load.
         reference (`str`): its full-precision original.
         data, num, steps, features, seed, prompts: see `evaluate_pipelines`.
+        guidance_scale (`float`, *optional*): for pipelines with guidance; the pipeline's own by default.
         variant (`str`, *optional*): of the weights, where a pipeline has it.
         out (`str` or `Path`, *optional*): folder to write; `<source>-evaluation` by default, for a Hub id in the
             working folder.
@@ -62,9 +66,11 @@ def evaluate(
         require_writable_folder(folder)
     require_variant(variant, source, reference)
     original, candidate = (load_pipeline(each, variant=variant) for each in (reference, source))
+    arguments = call_settings(original, prompts, guidance_scale)
     for pipe in (original, candidate):
         pipe.to(process.device)
-    with progress("evaluating") as report:
+    kept = f"{out / 'pictures'} keeps the pictures that are drawn, and the same command goes on with them"
+    with keeping(kept), progress("evaluating") as report:
         last = None
 
         def tell(done: int, total: int, what: str) -> None:
@@ -86,12 +92,14 @@ def evaluate(
             folder=out / "pictures",
             process=process,
             on_step=tell if main else None,
+            **arguments,
         )
     leave_process_group()
     if result is None:
         return None
     for key, location, pipe in (("bytes_reference", reference, original), ("bytes_candidate", source, candidate)):
         result[key] = denoisers_bytes(location, pipe, variant)
+    result["settings"] |= arguments
     result |= {
         "source": source,
         "reference": reference,

@@ -17,6 +17,8 @@ from ..outputs import require_writable_folder
 from ..sampling.denoisers import denoiser_name, denoiser_of
 from ..sampling.observation import quantized_models
 from ..sampling.solvers import with_ddim
+from .calls import call_settings
+from .interrupts import NOTHING, keeping
 from .load import SourceError, load_pipeline, model_bytes, require_variant
 from .store import check_target, peak_rss_bytes, write_checkpoint
 from .terminal import progress, stderr
@@ -29,14 +31,15 @@ def finetune(
     config: FinetuneConfig | None = None,
     *,
     prompts: list[str] | None = None,
+    guidance_scale: float | None = None,
     variant: str | None = None,
     overwrite: bool = False,
 ) -> dict | None:
     """Fine-tune a quantized checkpoint and write the result.
 
     The run keeps its checkpoints, logs and preview pictures in `<out>-training` and goes on from there when it is
-    started again with the same settings; at its end the checkpoints are removed. Under `accelerate launch` each
-    process runs this function, and the first one writes.
+    started again with the same settings; Ctrl-C saves one more. At its end the checkpoints are removed. Under
+    `accelerate launch` each process runs this function, and the first one writes.
 
     Args:
         source (`str`): folder or Hub id of a quantized pipeline.
@@ -44,6 +47,7 @@ def finetune(
         out (`str` or `Path`): folder to write; appears only when everything has succeeded.
         config (`FinetuneConfig`, *optional*): settings.
         prompts (`list[str]`, *optional*): for pipelines that take prompts.
+        guidance_scale (`float`, *optional*): for pipelines with guidance; the pipeline's own by default.
         variant (`str`, *optional*): of the weights, where a pipeline has it.
         overwrite (`bool`): replace `out` if it exists.
 
@@ -66,6 +70,7 @@ def finetune(
         raise SourceError(f"{source} must be quantized, but it is not: run `diffusers-msfp quantize` first.")
     if list(quantized_models(original)):
         raise ConfigError(f"The teacher must be the full-precision pipeline, but {teacher} is quantized.")
+    arguments = call_settings(original, prompts, guidance_scale)
     for part in (pipe, original):
         part.to(process.device)
     if isinstance(original.scheduler, DDPMScheduler):  # ancestral sampling needs all its steps
@@ -84,7 +89,12 @@ def finetune(
         )
         grid.save(training / f"preview-{update:06}.png")
 
-    with progress("fine-tuning") as report:
+    def kept() -> str:
+        found = run.folder.checkpoints() if run is not None else []
+        return f"{found[-1]} is kept, and the same command goes on from there" if found else NOTHING
+
+    run = None
+    with keeping(kept), progress("fine-tuning") as report:
 
         def tell(done: int, total: int, loss: float) -> None:
             report(done, total, f"loss {loss:.5f}")
@@ -99,15 +109,16 @@ def finetune(
             prompts=prompts,
             on_update=tell if main else None,
             on_preview=keep_preview,
+            **arguments,
         )
         if run.progress.update and main:
             stderr.print(f"going on after update {run.progress.update}, found in {training}")
         result = run.run()
+        if main:
+            write_checkpoint(pipe, out)
+            run.folder.clear()
     losses = result.pop("losses")
     tenth = max(1, len(losses) // 10)
-    if main:
-        write_checkpoint(pipe, out)
-        run.folder.clear()
     leave_process_group(run.accelerator)
     if not main:
         return None

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 from .. import hub
+from .interrupts import NOTHING, keeping
 from .terminal import progress
 
 
 def publish(source: str | Path, repo: str, **arguments) -> dict:
     """Publish a checkpoint and show how far its samples are; arguments and result as of `hub.publish`."""
-    with progress("loading and sampling") as report:
+    kept = f"{repo} holds all of this version or nothing of it, and the same command sends what is missing"
+    with keeping(NOTHING if arguments.get("dry_run") else kept), progress("loading and sampling") as report:
         return hub.publish(source, repo, **arguments, on_step=report)

@@ -23,6 +23,7 @@ from ..sampling.calls import require_positive
 from ..sampling.observation import calibration_state
 from ..sampling.solvers import exchange_parts
 from ..schemes import DEFAULT_SCHEME
+from .calls import call_settings
 from .load import fetch, load_pipeline, model_bytes, open_component, refuse_quantized, require_variant, variant_of
 from .store import check_target, peak_rss_bytes, publish, work_folder, write_checkpoint
 from .terminal import progress, stderr
@@ -39,6 +40,7 @@ def quantize(
     steps: int = 20,
     seed: int = 0,
     prompts: list[str] | None = None,
+    guidance_scale: float | None = None,
     modules_to_not_convert: list[str] | None = None,
     scheme_overrides: dict[str, str] | None = None,
     components: list[str] | None = None,
@@ -68,6 +70,7 @@ def quantize(
         prompts (`list[str]`, *optional*): for pipelines that take prompts.
         modules_to_not_convert, scheme_overrides, components: as in `MSFPConfig`.
         config (`str`, *optional*): folder or Hub id with the configs of a single file.
+        guidance_scale (`float`, *optional*): for pipelines with guidance; the pipeline's own by default.
         variant (`str`, *optional*): of the float weights, like `"fp16"`; see `load.variant_of`.
         max_shard_size (`int` or `str`): of weight files, as in `save_pretrained`.
         overwrite (`bool`): replace `out` if it exists.
@@ -108,7 +111,9 @@ def quantize(
     else:
         bytes_before = sum(getattr(loaded, name).get_memory_footprint() for name in (*streams, *encoders))
 
-    if "." not in streams:
+    if "." in streams:
+        arguments = call_settings(None, prompts, guidance_scale)
+    else:
         with stderr.status("trying a first step"):
             if loaded is None:
                 empty = {name: stream.model for name, stream in streams.items()}
@@ -116,10 +121,12 @@ def quantize(
                     PipelineQuantizationConfig(quant_mapping=dict.fromkeys(encoders, request)) if encoders else None
                 )
                 loaded = load_pipeline(source, **empty, variant=variant, quantization_config=wanted)
-            if any(calibration_state(stream.model) == "observing" for stream in streams.values()):
+            calibrates = any(calibration_state(stream.model) == "observing" for stream in streams.values())
+            arguments = call_settings(loaded, prompts, guidance_scale, samples=calibrates or bool(plan))
+            if calibrates:
                 chosen = {name: getattr(loaded, name) for name in streams}
                 counts = {"num_samples": calibration_samples, "num_inference_steps": steps, "seed": seed}
-                check_calibration(loaded, chosen, prompts=prompts, **counts)
+                check_calibration(loaded, chosen, prompts=prompts, **counts, **arguments)
     seconds_calibration = 0.0
     with work_folder(out) as work:
         search_started = time.perf_counter()
@@ -131,7 +138,7 @@ def quantize(
         seconds_search = time.perf_counter() - search_started
         journals = [work / "weights" / f"{name}.jsonl" for name in streams] if plan else []
         lines = [journal.read_text(encoding="utf-8").splitlines()[0] for journal in journals]
-        identity = {"weights": lines, "calibration": [calibration_samples, steps, seed], "prompts": prompts}
+        identity = {"weights": lines, "calibration": [calibration_samples, steps, seed], "prompts": prompts} | arguments
         run = RecipeRun(work, plan, identity)
         if "." in streams:
             models = {".": streams["."].model}
@@ -157,6 +164,7 @@ def quantize(
                         prompts=prompts,
                         seed=seed,
                         on_step=report,
+                        **arguments,
                     )
                 seconds_calibration = time.perf_counter() - calibration_started
             state = calibration_state(loaded)
@@ -167,6 +175,7 @@ def quantize(
                     prompts=prompts,
                     save=lambda pipe, folder: write_checkpoint(pipe, folder, work, max_shard_size),
                     progress=progress,
+                    arguments=arguments,
                 )
             write_checkpoint(loaded, out, work, max_shard_size)
     if state == "observing":

@@ -9,6 +9,7 @@ from ..errors import ConfigError
 from ..outputs import require_writable_file
 from ..report import collect_report, render_report
 from ..sampling.denoisers import denoiser_name, denoiser_of
+from .calls import call_settings
 from .load import fetch, load_any, load_pipeline, model_bytes, require_variant
 from .store import write_text
 from .terminal import progress
@@ -25,6 +26,7 @@ def report(
     steps: int = 20,
     seed: int = 0,
     prompts: list[str] | None = None,
+    guidance_scale: float | None = None,
     variant: str | None = None,
     dtype: str = "float32",
     speed: bool = True,
@@ -37,6 +39,7 @@ def report(
         out (`str` or `Path`): HTML file to write.
         reference (`str`, *optional*): the full-precision pipeline.
         num, steps, seed, prompts: see `collect_report`.
+        guidance_scale (`float`, *optional*): for pipelines with guidance; the pipeline's own by default.
         variant (`str`, *optional*): of the weights, where a model has it.
         dtype (`str`): that the checkpoint runs in.
         speed (`bool`): time a step.
@@ -61,8 +64,10 @@ def report(
     original = load_pipeline(reference, variant=variant) if reference is not None else None
     folder = fetch(source, variant)
     candidate = load_any(
-        str(folder), variant=variant, **({} if dtype == "float32" else {"torch_dtype": getattr(torch, dtype)})
+        str(folder), variant=variant, **({} if dtype == "float32" else {"dtype": getattr(torch, dtype)})
     )
+    drawn = candidate if isinstance(candidate, DiffusionPipeline) else original
+    arguments = call_settings(drawn, prompts, guidance_scale)
     with progress("measuring") as told:
         data = collect_report(
             candidate,
@@ -74,6 +79,7 @@ def report(
             prompts=prompts,
             with_speed=speed,
             on_step=told,
+            **arguments,
         )
     model = denoiser_of(candidate) if isinstance(candidate, DiffusionPipeline) else candidate
     data |= {"name": _short(source), "reference": reference and _short(reference), "out": str(out)}

@@ -5,6 +5,7 @@ from pathlib import Path
 from ..errors import ConfigError
 from ..evaluation import image_grid, sample_images
 from ..outputs import require_writable_file, writing
+from .calls import call_settings
 from .load import load_pipeline, require_variant
 from .terminal import progress
 
@@ -17,6 +18,7 @@ def sample(
     steps: int = 50,
     seed: int = 0,
     prompts: list[str] | None = None,
+    guidance_scale: float | None = None,
     variant: str | None = None,
 ) -> dict:
     """Draw pictures and write them as one grid.
@@ -26,6 +28,7 @@ def sample(
         out (`str` or `Path`): PNG to write.
         num, steps, seed (`int`): pictures, denoising steps, seed of the noise.
         prompts (`list[str]`, *optional*): for pipelines that take prompts.
+        guidance_scale (`float`, *optional*): for pipelines with guidance; the pipeline's own by default.
         variant (`str`, *optional*): of the weights, like `"fp16"`.
 
     Returns:
@@ -37,8 +40,9 @@ def sample(
     require_writable_file(out)
     require_variant(variant, source)
     pipe = load_pipeline(source, variant=variant)
+    arguments = call_settings(pipe, prompts, guidance_scale)
     with progress("sampling") as report:
-        images = sample_images(pipe, num=num, steps=steps, seed=seed, prompts=prompts, on_step=report)
+        images = sample_images(pipe, num=num, steps=steps, seed=seed, prompts=prompts, on_step=report, **arguments)
     grid = image_grid(images, columns=min(num, 8), scale=max(1, 96 // images.shape[1]))
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)

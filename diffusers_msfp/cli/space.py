@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..assets import EMBEDDED_MODEL
+from ..hub.base import base_of as remembered_base
 from ..outputs import writing
 from ..plugin.config import MSFPConfig
 from ..plugin.quantize import quantize_pipeline
@@ -32,7 +33,7 @@ def space_run(
     port: int | None = None,
     on_start=None,
 ) -> None:
-    """Serve the page until the process is interrupted.
+    """Serve the page until Ctrl-C, which ends it as it should.
 
     Args:
         source, reference, title, variant: see `open_page`.
@@ -44,6 +45,8 @@ def space_run(
     (on_start or print_address)(address)
     try:
         threading.Event().wait()
+    except KeyboardInterrupt:
+        pass
     finally:
         page.close(verbose=False)
 
@@ -104,7 +107,7 @@ def _original(source: str, reference: str | None, dtype: torch.dtype, variant: s
         return None
     try:
         with stderr.status(f"opening {wanted}"):
-            return load_pipeline(wanted, variant=variant, torch_dtype=dtype)
+            return load_pipeline(wanted, variant=variant, dtype=dtype)
     except SourceError as error:
         if reference:
             raise
@@ -131,6 +134,25 @@ def base_of(source: str) -> str | None:
 
 def _name(source: str) -> str:
     return Path(source).resolve().name if Path(source).exists() else source.rpartition("/")[2]
+
+
+def _license(source: str, reference: str | None) -> dict[str, str]:
+    """What the card of a checkpoint, or else that of its base, says of the licence; a note where neither does."""
+    remembered = remembered_base(Path(source)) if reference is None and Path(source).is_dir() else None
+    for location, copied in ((source, "model"), (reference or remembered, "reference")):
+        card = _card(location) if location is not None else None
+        if card is None or not isinstance(card.license, str):
+            continue
+        found = {key: card.get(key) for key in ("license", "license_name", "license_link")}
+        link = found["license_link"]
+        if isinstance(link, str) and "://" not in link:  # beside the card
+            where = copied if Path(location).is_dir() else f"https://huggingface.co/{location}/blob/main"
+            found["license_link"] = f"{where}/{link}"
+        return {key: value for key, value in found.items() if isinstance(value, str)}
+    stderr.print(
+        "The model's licence is not known, so the Space names none: add `license:` to its README.md.", soft_wrap=True
+    )
+    return {}
 
 
 def space_create(
@@ -169,13 +191,13 @@ def space_create(
     for location in (source, reference):
         if location is not None and not Path(location).is_dir() and location.count("/") != 1:
             raise SourceError(f"{location} must be a folder or a Hub id like `user/model`, but it is none of them.")
-    license = _card(source).license or "apache-2.0"
+    license = _license(source, reference)
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-", suffix=".part") as scratch:
             made = Path(scratch) / "made"
             made.mkdir()
-            files = write_space(made, title, source, reference, license, variant)
+            files = write_space(made, title, source, reference, variant=variant, **license)
             size = sum((made / file).stat().st_size for file in files)
             publish(made, out)
     return {"out": str(out), "title": title, "reference": reference, "files": files, "bytes": size}

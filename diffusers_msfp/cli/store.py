@@ -16,6 +16,7 @@ from ..checkpoint.tensor_files import MAX_SHARD_SIZE
 from ..errors import ConfigError, NonFiniteError
 from ..outputs import require_writable, writing
 from ..sampling.calls import keep_labels
+from .interrupts import Interrupted
 from .terminal import stderr
 
 
@@ -103,6 +104,8 @@ def work_folder(out: Path) -> Iterator[Path]:
     except NonFiniteError:  # no run from this source can do better
         shutil.rmtree(work)
         raise
+    except KeyboardInterrupt as stop:
+        raise Interrupted(f"{work} keeps what is finished, and the same command goes on with it") from stop
     except BaseException:
         stderr.print(f"{work} keeps what is finished: the same command goes on with it.", soft_wrap=True)
         raise

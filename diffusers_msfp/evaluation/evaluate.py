@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from ..sampling.observation import calibration_state, quantized_models
 from ..sampling.solvers import with_ddim
 from .compare import compare_pipelines
 from .images.agreement import class_agreement
-from .images.features import default_features, extract, feature_network
+from .images.features import FeatureNetwork, default_features, extract, feature_network
 from .images.real import load_real
 from .images.samples import draw_pictures
-from .images.sets import compare_pictures, compare_sets, require_finite_pictures, require_ssim
+from .images.sets import compare_pictures, compare_sets, require_finite_pictures, require_ssim, without_features
 from .layers import layer_snr
 
 COMPARED = 16
@@ -51,7 +51,8 @@ def evaluate_pipelines(
         reference, candidate (`DiffusionPipeline`): of the same architecture; neither is changed.
         data (`str` or `Path`, *optional*): real pictures, see `load_real`.
         num, steps (`int`): pictures of each pipeline, denoising steps.
-        features (`str`, *optional*): see `feature_network`; by default as `default_features`.
+        features (`str`, *optional*): see `feature_network`; by default as `default_features`, and where their weights
+            are missing, what needs no features is computed, and the rest stands in `omitted`.
         seed (`int`): of noise and resampling.
         prompts (`list[str]`, *optional*): taken in turn where the pipeline takes prompts.
         folder (`str` or `Path`, *optional*): keeps pictures, so that a killed run goes on and the reference's are made
@@ -73,7 +74,7 @@ def evaluate_pipelines(
     Raises:
         ConfigError: settings that cannot be honoured, or pipelines or pictures that do not fit together.
         NonFiniteError: pictures hold NaN.
-        UnsupportedError: a package or weights are missing.
+        UnsupportedError: a package is missing, or the weights of features that were asked for.
     """
     if num < 2:
         raise ConfigError(f"`num` must be at least 2, but got {num}.")
@@ -89,8 +90,7 @@ def evaluate_pipelines(
     require_ssim()
     process = process or PartialState(cpu=not torch.accelerator.is_available())
     shape = _shape(reference, candidate, prompts, arguments)
-    features = features or default_features(shape)
-    network = feature_network(features)
+    features, network, lacking = _features(features, shape)
     real, adapted = load_real(data, shape) if data is not None else (None, None)
     sets = {}
     for name, pipe in pipes.items():
@@ -113,9 +113,13 @@ def evaluate_pipelines(
     if not process.is_main_process:
         return None
     everything = sets if real is None else sets | {"real": real}
-    found = {name: extract(network, images) for name, images in everything.items()}
-    figures, omitted = compare_sets(found, seed)
-    own_sets = {name: found[name] for name in pipes}
+    if network is None:
+        own_sets = {}
+        figures, omitted = without_features(everything, lacking)
+    else:
+        found = {name: extract(network, images) for name, images in everything.items()}
+        figures, omitted = compare_sets(found, seed)
+        own_sets = {name: found[name] for name in pipes}
     shares, reason = class_agreement(
         reference, network, own_sets, num=num, seed=seed, prompts=prompts, arguments=arguments
     )
@@ -161,6 +165,17 @@ def origin() -> dict:
         "diffusers": diffusers.__version__,
         "numpy": np.__version__,
     }
+
+
+def _features(name: str | None, shape: tuple[int, ...]) -> tuple[str | None, FeatureNetwork | None, str]:
+    """Name and network; where none was asked for and those that fit are not there, neither, and why."""
+    wanted = name or default_features(shape)
+    try:
+        return wanted, feature_network(wanted), ""
+    except UnsupportedError as error:
+        if name:
+            raise
+        return None, None, str(error).rstrip(".")
 
 
 def _shape(reference, candidate, prompts: list[str] | None, arguments: dict) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """What is known of the float model that a checkpoint was made from."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -20,6 +21,75 @@ from .layout import MODEL_INDEX, components
 
 TAKEN = ("license", "license_name", "license_link", "pipeline_tag")
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+?)[/\\]snapshots")
+
+
+NO_BASE = "none"
+_ON_THE_HUB = re.compile(r"https?://(?:www\.)?huggingface\.co/([\w.-]+/[\w.-]+)/?")
+_URL = re.compile(r"https?://[^\s<>()\[\]\"]+")
+
+
+def named_base(name: str | None) -> tuple[str | None, str | None]:
+    """What the user says of the base: its Hub id, and where it lies if it is not on the Hub.
+
+    Args:
+        name (`str`, *optional*): a Hub id, a URL, or `none`; the URL of a model on the Hub counts as its id.
+
+    Returns:
+        `tuple`: Hub id, if it has one; else the URL, or `none`. Both None where nothing is said.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    if name is None:
+        return None, None
+    if name == NO_BASE:
+        return None, NO_BASE
+    if found := _ON_THE_HUB.fullmatch(name):
+        return found[1], None
+    if _URL.fullmatch(name):
+        return None, name
+    if name.startswith(("http://", "https://")):
+        raise ConfigError(f"The URL of a base must have no blanks, brackets or quotes, but got {name!r}.")
+    return check_repo_id(name, "`base_model`"), None
+
+
+def require_base(origin: Mapping[str, str | None]) -> None:
+    """Refuse an origin without a base.
+
+    Args:
+        origin (`Mapping`): see `prepare`.
+
+    Raises:
+        ConfigError: nothing is said of it.
+    """
+    if not (origin.get("base_model") or origin.get("base_elsewhere")):
+        raise ConfigError(
+            "A card must name the model that was quantized, but none is known: pass `--base-model` with its Hub id, "
+            "its URL, or `none` if it is not public."
+        )
+
+
+def require_license(origin: Mapping[str, str | None], folder: Path) -> None:
+    """Refuse an origin without a licence that the Hub knows.
+
+    Args:
+        origin (`Mapping`): see `prepare`.
+        folder (`Path`): the checkpoint, which may hold the text of another one.
+
+    Raises:
+        ConfigError: none is known, it is no identifier, or it has no text.
+    """
+    name, base = origin.get("license"), origin.get("base_model")
+    if not name:
+        reason = f"the card of {base} does not, or cannot be read" if base else "there is no base on the Hub to ask"
+        raise ConfigError(
+            f"A card must say the licence, but {reason}: pass `--license ID`, like `apache-2.0`, or `other` with the "
+            f"text in the checkpoint's file LICENSE."
+        )
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name):
+        raise ConfigError(f"A licence must be one of the Hub's identifiers, like `apache-2.0`, but got {name!r}.")
+    if name == "other" and not origin.get("license_name") and not (folder / "LICENSE").is_file():
+        raise ConfigError(f"The licence `other` must come with its text, but {folder} has no file LICENSE.")
 
 
 def base_of(folder: Path) -> str | None:
@@ -59,7 +129,7 @@ def card_of(api: HfApi, base_model: str) -> dict:
     except RepositoryNotFoundError as error:
         raise ConfigError(
             f"The base must be a repository on the Hub, but {base_model} is not, or it is private and needs another "
-            f"token. Name it with `base_model` (`--base-model`)."
+            f"token. Name it with `base_model` (`--base-model`): a Hub id, a URL, or `none`."
         ) from error
     except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError, yaml.YAMLError):
         return {}

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from ..errors import ConfigError
+from .base import NO_BASE
 from .results import Results
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -38,10 +39,10 @@ def render_card(facts: Mapping, results: Results) -> str:
     """The README of a published checkpoint.
 
     Args:
-        facts (`Mapping`): `repo`, `base_model`, `license` (and `license_name`, `license_link`), `pipeline_class`,
-            `pipeline_tag`, `arguments` (of `from_pretrained`, as source text), `components` (as
-            `quantization_report`, without `engines`; with `parameters` and `file_bytes`), `preview` (`num`, `steps`,
-            `seed`).
+        facts (`Mapping`): `repo`, `base_model` (or None and `base_elsewhere`, see `named_base`), `license` (and
+            `license_name`, `license_link`), `pipeline_class`, `pipeline_tag`, `arguments` (of `from_pretrained`, as
+            source text), `components` (as `quantization_report`, without `engines`; with `parameters` and
+            `file_bytes`), `preview` (`num`, `steps`, `seed`).
         results (`Results`): measurements.
 
     Raises:
@@ -53,7 +54,7 @@ def render_card(facts: Mapping, results: Results) -> str:
         license_name=facts.get("license_name"),
         license_link=facts.get("license_link"),
         base_model=facts["base_model"],
-        base_model_relation="quantized",
+        base_model_relation="quantized" if facts["base_model"] else None,
         library_name="diffusers",
         pipeline_tag=facts["pipeline_tag"],
         tags=["diffusers", "msfp", "quantized", *schemes(facts), *(["talora"] if routed else [])],
@@ -73,15 +74,24 @@ def render_card(facts: Mapping, results: Results) -> str:
         speed=list(speed_rows(results.speed or {})),
         routed=routed,
         maintained=[part["temporal"] for part in facts["components"].values() if part.get("temporal")],
-        missing=results.missing(facts["base_model"]),
+        base_url=base_url(facts),
+        missing=results.missing(facts["base_model"] or "BASE"),
         omitted=(results.evaluation or {}).get("omitted", {}),
         plots={"preview": PREVIEW, "timesteps": TIMESTEPS, "router": ROUTER},
     )
-    check_card(text)
+    check_card(text, needs_base=not facts.get("base_elsewhere"))
     return text
 
 
-def check_card(text: str) -> ModelCard:
+def base_url(facts: Mapping) -> str | None:
+    """Where the float model can be looked at; None if nowhere."""
+    elsewhere = facts.get("base_elsewhere")
+    if elsewhere:
+        return None if elsewhere == NO_BASE else elsewhere
+    return f"https://huggingface.co/{facts['base_model']}"
+
+
+def check_card(text: str, *, needs_base: bool = True) -> ModelCard:
     """Parse a card with the Hub's own client.
 
     Raises:
@@ -91,7 +101,7 @@ def check_card(text: str) -> ModelCard:
         card = ModelCard(text)
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise ConfigError(f"A card's metadata must be valid, but it is not: {error}") from error
-    for key in ("license", "base_model"):
+    for key in ("license", "base_model") if needs_base else ("license",):
         if not isinstance(card.data.get(key), str):
             raise ConfigError(f"A card must say `{key}`, but got {card.data.get(key)!r}.")
     return card

@@ -9,11 +9,34 @@ from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError, safe_open
 
 from ..checkpoint.describe import component_dirs, weights_by_variant
-from ..errors import CheckpointError, MSFPError
+from ..errors import CheckpointError, ConfigError, MSFPError
 from ..evaluation import sample_images
 from ..layers import QuantLayer
 from ..layers.stored import name_in_files
 from ..sampling.observation import calibration_state, quantized_models
+
+
+def all_at_once(*checks: Callable[[], object]) -> None:
+    """Run checks and say together what is wrong.
+
+    Args:
+        checks (`Callable[[], object]`): each may raise an `MSFPError`.
+
+    Raises:
+        MSFPError: the only one that came, as it is.
+        ConfigError: several came; all of them in one message.
+    """
+    found: list[MSFPError] = []
+    for check in checks:
+        try:
+            check()
+        except MSFPError as error:
+            found.append(error)
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        listed = " ".join(f"({number}) {error}" for number, error in enumerate(found, 1))
+        raise ConfigError(f"{len(found)} things must be put right before this can be published: {listed}")
 
 
 @dataclass(frozen=True)

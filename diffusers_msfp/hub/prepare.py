@@ -3,7 +3,6 @@
 import inspect
 import io
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,11 @@ from diffusers import DiffusionPipeline
 from PIL.Image import Image
 
 from ..checkpoint.describe import component_dirs, file_bytes
-from ..errors import ConfigError
 from ..evaluation import image_grid
 from ..plugin import MSFPPipelineMixin
+from .base import require_base, require_license
 from .card import PREVIEW, ROUTER, TIMESTEPS, render_card
-from .checks import Checked, check_checkpoint
+from .checks import Checked, all_at_once, check_checkpoint
 from .layout import Files, read_layout
 from .plots import plot_router, plot_timesteps
 from .results import CHECKPOINT, Results, read_results
@@ -52,7 +51,7 @@ class Prepared:
 def prepare(
     folder: Path,
     repo: str,
-    origin: Mapping[str, str],
+    origin: Mapping[str, str | None],
     *,
     revision: str | None = None,
     variant: str | None = None,
@@ -68,7 +67,8 @@ def prepare(
     Args:
         folder (`Path`): the checkpoint.
         repo (`str`): Hub id.
-        origin (`Mapping[str, str]`): `base_model`, `license`, and what the base's card says beside them.
+        origin (`Mapping[str, str | None]`): `base_model`, `license`, and what the base's card says beside them; for a
+            base that is not on the Hub `base_elsewhere`, its URL or `none`, in the place of `base_model`.
         revision (`str`, *optional*): branch that it will be on.
         variant (`str`, *optional*): that is sampled and named on the card.
         results (`Iterable[Path]`): results files beside those in `folder`.
@@ -78,7 +78,8 @@ def prepare(
         CheckpointError: see `read_layout` and `check_checkpoint`.
         ConfigError: no licence, or results that cannot be read.
     """
-    origin = _licensed(dict(origin), folder)
+    all_at_once(lambda: require_base(origin), lambda: require_license(origin, folder))
+    origin = _licensed({key: value for key, value in origin.items() if key != "base_elsewhere" or value})
     files, left = read_layout(folder, origin["base_model"])
     found = read_results(folder, results)
     checked = check_checkpoint(
@@ -99,7 +100,7 @@ def prepare(
     files[PREVIEW] = _png(image_grid(checked.images, columns=min(num, 8), scale=_scale(checked)))
     used = {path.resolve() for path in found.files.values()}
     left = [location for location in left if (folder / location).resolve() not in used]
-    return Prepared(files, left, found.missing(origin["base_model"]), facts["arguments"])
+    return Prepared(files, left, found.missing(origin["base_model"] or "BASE"), facts["arguments"])
 
 
 def pages(facts: Mapping, results: Results) -> Files:
@@ -137,24 +138,9 @@ def task_of(cls: type[DiffusionPipeline]) -> str:
     return "image-to-image" if "image" in inputs else "text-to-image"
 
 
-def _licensed(origin: dict[str, str], folder: Path) -> dict[str, str]:
-    """Licence and base as metadata wants them."""
-    name = origin.get("license")
-    if not origin.get("base_model"):
-        more = "" if name else " and, where its card does not say one, `--license ID`"
-        raise ConfigError(
-            f"A card must name the model that was quantized, but none is known: pass `--base-model ID`{more}."
-        )
-    if not name:
-        raise ConfigError(
-            f"A card must say the licence, but the card of {origin['base_model']} does not, or cannot be read: pass "
-            f"`--license ID`, like `apache-2.0`."
-        )
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name):
-        raise ConfigError(f"A licence must be one of the Hub's identifiers, like `apache-2.0`, but got {name!r}.")
-    if name == "other" and not origin.get("license_name"):
-        if not (folder / "LICENSE").is_file():
-            raise ConfigError(f"The licence `other` must come with its text, but {folder} has no file LICENSE.")
+def _licensed(origin: dict[str, str | None]) -> dict[str, str | None]:
+    """Licence as metadata wants it."""
+    if origin["license"] == "other" and not origin.get("license_name"):
         origin |= {"license_name": "license", "license_link": "LICENSE"}
     return origin
 

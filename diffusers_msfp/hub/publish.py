@@ -16,9 +16,11 @@ from huggingface_hub.hf_api import RepoFile
 
 from ..errors import ConfigError, HubError, MSFPError
 from ..outputs import require_writable, writing
-from .base import base_of, card_of, check_repo_id
+from .base import base_of, card_of, check_repo_id, named_base, require_base, require_license
+from .checks import all_at_once
 from .layout import Files, components, pipeline_index
 from .prepare import prepare
+from .results import read_results
 
 _BLOCK = 2**20
 
@@ -50,8 +52,10 @@ def publish(
             Results of `evaluate`, `compare` and `bench` are found in its `results/*.json` and where `evaluate` puts
             them.
         repo (`str`): Hub id, `user/name`; made if it does not exist.
-        license, base_model (`str`, *optional*): licence identifier and Hub id of the float model; by default what the
-            base's card and the checkpoint's configs say.
+        license (`str`, *optional*): its identifier; by default what the base's card says.
+        base_model (`str`, *optional*): Hub id of the float model, by default what the checkpoint's configs say; of one
+            that is not on the Hub its URL, which the card links to, or `"none"`. The card's metadata name a base on the
+            Hub only.
         private (`bool`): make a private repository; a public one that exists already is refused.
         revision (`str`, *optional*): branch, made if it does not exist.
         variant (`str`, *optional*): that is sampled and named on the card; all that are there are published.
@@ -78,25 +82,42 @@ def publish(
         publish("model-w4a4", "user/model-w4a4", dry_run=True)  # writes model-w4a4-publish
         ```
     """
-    folder = Path(folder)
-    check_repo_id(repo, "`repo`")
-    if create_pr and revision:
-        raise ConfigError(f"A pull request goes to main, but got `revision={revision!r}` too. Leave it out.")
-    if dry_run is not None:
-        _check_target(Path(dry_run))
-    index = pipeline_index(folder)
+    folder, named = Path(folder), [Path(path) for path in results]
     api = HfApi(endpoint=endpoint, token=token)
-    base_model = base_model or base_of(folder)
-    known = card_of(api, check_repo_id(base_model, "`base_model`")) if base_model else {}
-    if license and license != known.get("license"):
-        known = {key: value for key, value in known.items() if not key.startswith("license")} | {"license": license}
+    origin: dict[str, str | None] = {"license": license, "base_elsewhere": None}
+
+    def check_places() -> None:
+        check_repo_id(repo, "`repo`")
+        if create_pr and revision:
+            raise ConfigError(f"A pull request goes to main, but got `revision={revision!r}` too. Leave it out.")
+        if dry_run is not None:
+            _check_target(Path(dry_run))
+
+    def find_origin() -> None:
+        origin["base_model"], origin["base_elsewhere"] = named_base(base_model)
+        if not origin["base_elsewhere"]:
+            origin["base_model"] = origin["base_model"] or base_of(folder)
+        known = card_of(api, origin["base_model"]) if origin["base_model"] else {}
+        if license and license != known.get("license"):
+            known = {key: value for key, value in known.items() if not key.startswith("license")} | {"license": license}
+        origin.update(known)
+        require_base(origin)
+
+    all_at_once(
+        check_places,
+        lambda: pipeline_index(folder),
+        find_origin,
+        lambda: require_license(origin, folder),
+        lambda: read_results(folder, named),
+    )
+    index = pipeline_index(folder)
     prepared = prepare(
         folder,
         repo,
-        {"base_model": base_model, **known},
+        origin,
         revision=revision,
         variant=variant,
-        results=[Path(path) for path in results],
+        results=named,
         num=num,
         steps=steps,
         seed=seed,
@@ -105,8 +126,8 @@ def publish(
     )
     report = {
         "repo": repo,
-        "base_model": base_model,
-        "license": known["license"],
+        "base_model": origin["base_model"] or origin["base_elsewhere"],
+        "license": origin["license"],
         "files": {location: _size(source) for location, source in prepared.files.items()},
         "left_out": prepared.left_out,
         "missing": prepared.missing,

@@ -1,8 +1,11 @@
-"""What tells one interrupted run from another: settings and inputs, kept in the run's folder."""
+"""Runs that can be interrupted: what tells one from another, kept in the run's folder, and how signals wait for it."""
 
 import hashlib
 import json
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -64,3 +67,52 @@ def check_settings(path: Path, settings: dict) -> None:
             f"{path} holds a training run with other settings ({', '.join(differ)}). Give the same settings to go on "
             f"with it, or delete the folder to begin anew."
         )
+
+
+class Stop:
+    """Whether a signal has asked a run to end."""
+
+    asked: int | None = None
+    _before: Mapping[int, object] = {}
+
+    def end(self) -> None:
+        """Let the signal take its effect; where it came to another process, that of Ctrl-C.
+
+        Raises:
+            KeyboardInterrupt: by Python's own handler.
+        """
+        number = self.asked or signal.SIGINT
+        if number in self._before:
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def deferred_signals(enabled: bool = True) -> Iterator[Stop]:
+    """Let Ctrl-C and SIGTERM wait until the run calls `Stop.end`; Ctrl-C a second time does not wait.
+
+    Args:
+        enabled (`bool`): whether there is something to wait for. Only the main thread can have signals wait.
+    """
+    stop = Stop()
+    if not enabled or threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, _frame: object) -> None:
+        if stop.asked == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.asked = number
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    stop._before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        for number in numbers:
+            signal.signal(number, ask)
+        yield stop
+    finally:
+        for number, before in stop._before.items():
+            signal.signal(number, before)
+    if stop.asked is not None:  # after the last update
+        signal.raise_signal(stop.asked)

@@ -90,8 +90,8 @@ class MSFPQuantizer(DiffusersQuantizer):
         module_names = device_map.values() if isinstance(device_map, dict) else ()
         if "disk" in module_names and self._dtype != torch.float32:
             raise UnsupportedError(
-                f"Disk offload keeps scales exact only in float32, but got `torch_dtype={self._dtype}`. Leave "
-                f"`torch_dtype` out, or offload to the CPU."
+                f"Disk offload keeps scales exact only in float32, but got `dtype={self._dtype}`. Leave "
+                f"`dtype` out, or offload to the CPU."
             )
 
     def adjust_target_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:  # noqa: ARG002

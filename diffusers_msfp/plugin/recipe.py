@@ -112,6 +112,7 @@ class RecipeRun:
         prompts: Sequence[str] | None,
         save: Callable[[DiffusionPipeline, Path], None],
         progress: Callable[[str], AbstractContextManager[Callable]],
+        arguments: Mapping[str, object] | None = None,
     ) -> None:
         """Run the stages that are left, in place.
 
@@ -121,13 +122,14 @@ class RecipeRun:
             prompts (`Sequence[str]`, *optional*): for pipelines that take prompts.
             save (`Callable`): writes a pipeline to a folder, completely or not at all.
             progress (`Callable`): a bar with a title; gives a function of (done, total, note).
+            arguments (`Mapping[str, object]`, *optional*): passed on to the pipelines, like `guidance_scale`.
         """
         teacher = teacher_of(original)
         for index, (name, config) in list(enumerate(self.plan))[len(self.figures) :]:
             kind, started = METHODS[name], time.perf_counter()
             digest = hashlib.sha256("".join(self._settings(index)).encode()).hexdigest()[:8]
             work = self.folder / f"{index + 1}-{name}-{digest}{WORK}"
-            options = {"work_dir": work} if kind.resumes else {}
+            options = dict(arguments or {}) | ({"work_dir": work} if kind.resumes else {})
             with progress(f"stage {index + 1} of {len(self.plan)}: {name}") as report:
                 if kind.callback:
                     options[kind.callback] = lambda done, total, note, report=report: report(done, total, _short(note))

@@ -52,6 +52,7 @@ def collect_report(
     prompts: list[str] | None = None,
     with_speed: bool = True,
     on_step: OnStep | None = None,
+    **arguments,
 ) -> dict:
     """Everything that a report shows.
 
@@ -63,6 +64,7 @@ def collect_report(
         num_samples, num_inference_steps, seed, prompts: see `compare_pipelines`; layers take half of the samples.
         with_speed (`bool`): time a step against bfloat16, channels last.
         on_step (`Callable[[int, int, str], None]`, *optional*): called with (done, total, what is being done).
+        **arguments: passed on to the pipelines, as text and numbers; kept among `settings`.
 
     Returns:
         `dict`: `model` (class), `component`, `method` and `config` of the quantization, `calibration_state`, `dtype`,
@@ -76,7 +78,7 @@ def collect_report(
     pipe = candidate if isinstance(candidate, DiffusionPipeline) else _in_place_of(reference, candidate)
     model = candidate if pipe is None else denoiser_of(pipe)
     component = denoiser_name(pipe) if pipe is candidate else "."
-    run = {"num_inference_steps": num_inference_steps, "seed": seed, "prompts": prompts}
+    run = {"num_inference_steps": num_inference_steps, "seed": seed, "prompts": prompts, **arguments}
     if pipe is not None:
         _require_calibrated(pipe)
     missing: dict[str, str] = {}
@@ -94,7 +96,7 @@ def collect_report(
         errors = {name.removeprefix(f"{denoiser_name(pipe)}:"): value for name, value in measured.items()}
     elif pipe is not None:
         missing |= dict.fromkeys(("comparison", "snr"), NEEDS_REFERENCE)
-        pictures, inputs = _draw(pipe, num_samples, num_inference_steps, seed, prompts, on_step)
+        pictures, inputs = _draw(pipe, num_samples, run, on_step)
     else:
         missing |= dict.fromkeys(("comparison", "snr", "pictures", "inputs"), NEEDS_PIPELINE)
     config = _quantization_config(model)
@@ -184,16 +186,16 @@ def _compare(reference, pipe, num_samples: int, run: dict, on_step: OnStep | Non
     return comparison, picture_rows({REFERENCE: expected, QUANTIZED: actual})
 
 
-def _draw(
-    pipe, num: int, steps: int, seed: int, prompts, on_step: OnStep | None
-) -> tuple[list, dict[str, Observation]]:
+def _draw(pipe, num: int, run: dict, on_step: OnStep | None) -> tuple[list, dict[str, Observation]]:
+    run = dict(run)
+    steps = run.pop("num_inference_steps")
     models = list(quantized_models(pipe))
     for model in models:
         set_engine(model, "reference")
     try:
         with watching_inputs(denoiser_of(pipe)) as inputs:
             told = _stage(on_step, "sampling")
-            images = draw_pictures(pipe, num=num, steps=steps, seed=seed, prompts=prompts, on_step=told)
+            images = draw_pictures(pipe, num=num, steps=steps, on_step=told, **run)
     finally:
         for model in models:
             set_engine(model, engine_from_environment())

@@ -125,9 +125,14 @@ def call_arguments(
         NonFiniteError: its scheduler makes infinity or NaN of finite samples.
     """
     parameters = inspect.signature(pipe.__call__).parameters
+    named = prompts is not None
     prompts = [prompts] if isinstance(prompts, str) else list(DEFAULT_PROMPTS if prompts is None else prompts)
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ConfigError(f"`prompts` must be a non-empty list of strings, but got {prompts!r}.")
+    if named and "prompt" not in parameters:
+        raise ConfigError(
+            f"`prompts` need a pipeline that takes them, but {type(pipe).__name__} takes none. Leave them out."
+        )
     for name in (name for name in SET_BY_VERBS if given.get(name) is not None):  # None makes room for embeddings
         raise ConfigError(f"`{name}` cannot be passed on to the pipeline, since {SET_BY_VERBS[name]}. Leave it out.")
     given = known_arguments(pipe, given)

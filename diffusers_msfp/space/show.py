@@ -61,7 +61,7 @@ class Show:
         if zero_gpu:
             return frame
         small = self.quantized.draws_small
-        wishes = {"seed": 0, "prompt": DEFAULT_PROMPTS[0]}
+        wishes = {"seed": 0, "prompt": DEFAULT_PROMPTS[0] if "prompt" in self.quantized.parameters else None}
         wishes |= {"class_label": self.quantized.classes[0][1]} if self.quantized.classes else {}
         *_, end = self.frames([], next(iter(self.quantized.schedulers)), DEFAULT_STEPS if small else 1, wishes)
         return end._replace(history=[]) if small else frame._replace(figures=self.figures())

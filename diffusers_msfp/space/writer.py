@@ -11,9 +11,12 @@ PYTHON = "3.11"
 APP = '''\
 """A quantized model beside full precision."""
 
-from diffusers_msfp.cli import space_run
+try:
+    from diffusers_msfp.cli import space_run
 
-space_run({source!r}, reference={reference!r}, title={title!r}{variant})
+    space_run({source!r}, reference={reference!r}, title={title!r}{variant})
+except KeyboardInterrupt:  # while it is still loading
+    raise SystemExit(130) from None
 '''
 REQUIREMENTS = "diffusers-msfp[cpu,space]\n"
 README = """\
@@ -40,7 +43,10 @@ def write_space(
     title: str,
     source: str,
     reference: str | None,
-    license: str = "apache-2.0",
+    *,
+    license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
     variant: str | None = None,
 ) -> list[str]:
     """Write a Space; what is a folder here is copied into it, what is a Hub id stays one.
@@ -50,7 +56,7 @@ def write_space(
         title (`str`): of the Space and its page.
         source (`str`): folder or Hub id of the quantized pipeline.
         reference (`str`, *optional*): folder or Hub id of the full-precision one.
-        license (`str`): of the model, in the Hub's words.
+        license, license_name, license_link (`str`, *optional*): of the model, in the Hub's words; none if not known.
         variant (`str`, *optional*): of the weights that the page reads.
 
     Returns:
@@ -74,6 +80,8 @@ def write_space(
         python_version=PYTHON,
         app_file="app.py",
         license=license,
+        license_name=license_name,
+        license_link=license_link,
         models=models or None,
     )
     texts = {

@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import program
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 from rich.console import Console
@@ -28,21 +28,6 @@ from diffusers_msfp.errors import MSFPError
 from diffusers_msfp.layers.convert import quant_layers
 
 FAST = ["--calibration-samples", "2", "--steps", "2"]
-
-
-def program(*arguments: object) -> subprocess.CompletedProcess:
-    """The program in this process: to start one takes longer than most verbs do."""
-    command, before, code = ["diffusers-msfp", *map(str, arguments)], sys.argv, 0
-    out, err = io.StringIO(), io.StringIO()
-    try:
-        sys.argv = command
-        with redirect_stdout(out), redirect_stderr(err):
-            main()
-    except SystemExit as done:
-        code = done.code or 0
-    finally:
-        sys.argv = before
-    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
 def process(*arguments: object) -> subprocess.CompletedProcess:
@@ -76,6 +61,7 @@ def test_quantize_compare_inspect_sample(tiny_dir, tmp_path):
         "image_psnr_db",
         "bytes_ref",
         "bytes_cand",
+        "settings",
     }
     assert figures["bytes_cand"] == result["bytes_after"]
     assert figures["bytes_ref"] == result["bytes_before"]

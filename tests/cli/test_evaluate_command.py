@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import program
 
 from diffusers_msfp import cli
 from diffusers_msfp.errors import ConfigError
@@ -82,6 +83,17 @@ def test_killed_it_goes_on_and_two_processes_give_the_same(asked, killed, tmp_pa
     assert notes.split("\n")[:2] == ["pictures of the reference", "pictures of the candidate"]
     assert {"bytes_reference", "bytes_candidate", "seconds", "peak_rss_bytes", "origin", "settings"} <= set(result)
     assert result["bytes_candidate"] < 0.35 * result["bytes_reference"]
+
+
+def test_the_table_names_what_needs_features(packed_dir, tiny_dir, tmp_path):
+    out = tmp_path / "out"
+    done = program("evaluate", packed_dir, "--reference", tiny_dir, "--num", 2, "--steps", 1, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "2 pictures, 1 steps, no features" in " ".join(done.stdout.split())
+    assert "PSNR, equal noise (dB)" in done.stdout
+    assert done.stdout.count("`inception` need the package torch-fidelity") == 1
+    assert "left out: candidate_to_reference.frechet_distance, " in done.stdout
+    assert "classifier_score" in done.stdout
 
 
 def test_refusals_leave_nothing(asked, tmp_path):

@@ -109,6 +109,22 @@ def test_what_too_few_pictures_do_not_allow_is_named(tiny_pipe):
     assert omitted["classifier_score"] == "these features have no logits"
 
 
+def test_without_features_the_rest_is_computed(reference, candidate, real, tiny_pipe):
+    """RGB pictures of a shape that only `inception` fits, whose weights are not there."""
+    result = evaluate_pipelines(reference, candidate, data=real, num=4, steps=1)
+    assert list(result["figures"]) == ["candidate_to_reference"]
+    assert list(result["figures"]["candidate_to_reference"]) == ["psnr_db", "ssim"]
+    assert result["eps_rel_l2"] > 0
+    assert result["layers"]
+    assert result["settings"]["features"] is None
+    pairs = ("candidate_to_reference", "candidate_to_real", "reference_to_real")
+    assert set(result["omitted"]) == {f"{pair}.{name}" for pair in pairs for name in SIZES} | {"classifier_score"}
+    assert all("`inception` need the package torch-fidelity" in reason for reason in result["omitted"].values())
+    assert set(evaluate_pipelines(tiny_pipe, tiny_pipe, num=2, steps=1)["figures"]["candidate_to_reference"]) == {
+        "psnr_db"
+    }
+
+
 def test_reduced_precision(reference):
     half = DDPMPipeline(copy.deepcopy(reference.unet).to(torch.bfloat16), DDIMScheduler())
     result = evaluate_pipelines(reference, half, num=4, **RUN)
@@ -130,7 +146,7 @@ def test_bad_requests_are_refused(tiny_pipe, reference, packed_pipe, monkeypatch
     with pytest.raises(ConfigError, match=r"pictures of one shape, but got \(3, 8, 8\) and \(3, 16, 16\)"):
         evaluate_pipelines(tiny_pipe, reference, **RUN)
     with pytest.raises(UnsupportedError, match="`inception` need the package torch-fidelity"):
-        evaluate_pipelines(tiny_pipe, tiny_pipe)
+        evaluate_pipelines(tiny_pipe, tiny_pipe, features="inception")
     with pytest.raises(ShapeError, match=r"shape \(3, 8, 8\) of the pipeline's"):
         evaluate_pipelines(tiny_pipe, tiny_pipe, data=real, **RUN)
     with pytest.raises(ConfigError, match="Several processes must share a `folder`"):

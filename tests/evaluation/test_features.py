@@ -1,6 +1,8 @@
 """Feature networks by name, and what they refuse."""
 
+import inspect
 import sys
+import textwrap
 from types import SimpleNamespace
 
 import pytest
@@ -97,3 +99,47 @@ def test_inception_where_its_weights_are(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
     with pytest.raises(UnsupportedError, match="need the package torch-fidelity"):
         feature_network("inception")
+
+
+def test_own_features_lie_in_the_working_directory(tmp_path, monkeypatch):
+    """The lines of the documentation, as the installed program finds them: without the folder in `sys.path`."""
+    lines = inspect.getdoc(feature_network).partition("```py\n")[2].partition("```")[0]
+    (tmp_path / "my_own_features.py").write_text(textwrap.dedent(lines))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    before = list(sys.path)
+    found = extract(feature_network("my_own_features:network"), torch.rand(4, 3, 8, 8))
+    assert found.pooled.shape == (4, 3)
+    assert sys.path == before
+
+
+def takes_pictures(images):
+    return images.mean((2, 3))
+
+
+def fails():
+    raise KeyError("weights")
+
+
+def returns_none():
+    return None
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("takes_pictures", r"without any: missing a required argument: 'images'"),
+        ("fails", "it fails: KeyError: 'weights'"),
+        ("returns_none", "it returned NoneType"),
+        ("__name__", "it cannot be called without any: .* is not a callable object"),
+    ],
+)
+def test_what_is_no_factory_of_features_is_told_the_contract(name, message):
+    contract = r"must be a function without arguments that returns a network: a callable that takes pictures .*; but "
+    with pytest.raises(ConfigError, match=f"{contract}.*{message}"):
+        feature_network(f"{__name__}:{name}")
+
+
+def test_features_must_be_tensors():
+    with pytest.raises(ShapeError, match="must give a tensor of features, but got list"):
+        extract(lambda images: [0.0] * len(images), torch.rand(2, 1, 2, 2))

@@ -295,6 +295,48 @@ def test_arguments_that_make_no_sense(folder, hub):
     assert "LICENSE" in report["files"]
 
 
+def test_all_that_is_missing_is_said_at_once(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError) as refused:
+        publish(folder, "user/tiny", dry_run=tmp_path / "out", results=[tmp_path / "none.json"])
+    said = str(refused.value)
+    assert said.startswith("4 things must be put right before this can be published: (1) ")
+    for part in (
+        "out must be new or hold an earlier dry run",
+        "(2) A card must name the model that was quantized, but none is known: pass `--base-model` with its Hub id, "
+        "its URL, or `none`",
+        "(3) A card must say the licence, but there is no base on the Hub to ask: pass `--license ID`",
+        "none.json must be a JSON file",
+    ):
+        assert part in said, part
+
+
+def test_a_base_that_is_not_on_the_hub(folder, tmp_path):
+    known = {"license": "mit", "dry_run": tmp_path / "out", "num": 1, "steps": 1}
+    for base, told in (
+        ("none", "A model that is not published, quantized by\n[MSFP]"),
+        (
+            "https://example.org/model",
+            "[The float model](https://example.org/model), which is not on the Hub, quantized",
+        ),
+    ):
+        report = publish(folder, "user/tiny", base_model=base, **known)
+        assert report["base_model"] == base
+        text = (tmp_path / "out" / "README.md").read_text()
+        assert told in text
+        assert ("read [its page](https://example.org/model)" in text) == (base != "none")
+        card = ModelCard(text)
+        assert (card.data.license, card.data.base_model, card.data.get("base_model_relation")) == ("mit", None, None)
+        assert "huggingface.co" not in text
+    report = publish(folder, "user/tiny", base_model="https://huggingface.co/org/base", **known)
+    assert report["base_model"] == "org/base"
+    assert ModelCard((tmp_path / "out" / "README.md").read_text()).data.base_model == "org/base"
+    assert "base_elsewhere" not in (tmp_path / "out" / "results" / "checkpoint.json").read_text()
+    with pytest.raises(ConfigError, match="The URL of a base must have no blanks"):
+        publish(folder, "user/tiny", base_model="https://a b", **known)
+
+
 def test_pickles(folder):
     torch.save({}, folder / "unet" / "diffusion_pytorch_model.bin")
     refuse(folder, "published as safetensors, but .*diffusion_pytorch_model.bin is a pickle")

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from conftest import make_dit_pipe
 from gradio_client import Client
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from diffusers_msfp import FinetuneConfig, cli, finetune, quantize_pipeline
@@ -195,7 +196,7 @@ def test_create(packed_dir, tiny_dir, tmp_path, monkeypatch):
     header = yaml.safe_load((out / "README.md").read_text().split("---")[1])
     assert header["title"] == 'Say "4 bits"'
     assert (header["sdk"], header["sdk_version"], header["app_file"]) == ("gradio", GRADIO, "app.py")
-    assert header["license"] == "apache-2.0"
+    assert "license" not in header
     assert "models" not in header
     assert (out / "requirements.txt").read_text() == "diffusers-msfp[cpu,space]\n"
     asked = {}
@@ -264,3 +265,18 @@ def test_run_says_where_and_other_verbs_do_without_gradio(packed_dir, tmp_path):
             assert json.loads(process.stdout.readline()) == {"address": f"http://127.0.0.1:{port}/"}
         finally:
             process.terminate()
+
+
+@pytest.mark.parametrize("said_by", ["model", "reference"])
+def test_a_space_has_the_licence_of_its_model(said_by, packed_dir, tiny_dir, tmp_path, capsys):
+    places = {"model": packed_dir, "reference": tiny_dir}
+    own = Path(shutil.copytree(places[said_by], tmp_path / "own"))
+    (own / "README.md").write_text("---\nlicense: other\nlicense_name: special\nlicense_link: LICENSE\n---\n# Own\n")
+    places[said_by] = str(own)
+    cli.space_create(places["model"], tmp_path / "space", reference=places["reference"])
+    data = ModelCard.load(tmp_path / "space" / "README.md").data
+    assert (data.license, data.license_name, data.license_link) == ("other", "special", f"{said_by}/LICENSE")
+    assert "licence" not in capsys.readouterr().err
+    cli.space_create(packed_dir, tmp_path / "without")
+    assert ModelCard.load(tmp_path / "without" / "README.md").data.license is None
+    assert "The model's licence is not known, so the Space names none" in capsys.readouterr().err

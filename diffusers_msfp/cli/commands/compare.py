@@ -7,7 +7,7 @@ from rich.table import Table
 
 from ... import cli
 from ..terminal import megabytes, stdout
-from .options import Json, Prompts, Seed, Variant, print_json
+from .options import Guidance, Json, Prompts, Seed, Variant, print_json
 
 
 def compare(
@@ -18,14 +18,26 @@ def compare(
     seed: Seed = 0,
     eta: Annotated[float, typer.Option(min=0, max=1, help="DDIM's eta.")] = 0.0,
     prompts: Prompts = None,
+    guidance_scale: Guidance = None,
     variant: Variant = None,
     as_json: Json = False,
 ) -> None:
     """Measure what a quantized pipeline lost."""
-    result = cli.compare(ref, cand, num=num, steps=steps, seed=seed, eta=eta, prompts=prompts, variant=variant)
+    result = cli.compare(
+        ref,
+        cand,
+        num=num,
+        steps=steps,
+        seed=seed,
+        eta=eta,
+        prompts=prompts,
+        guidance_scale=guidance_scale,
+        variant=variant,
+    )
     if as_json:
         return print_json(result)
-    table = Table("figure", "value", title=f"{cand} against {ref}")
+    about = f"{num} samples, {steps} steps"
+    table = Table("figure", "value", title=f"{cand} against {ref}; {about}")
     for key in ("eps_mse", "eps_rel_l2"):
         table.add_row(key, f"{result[key]:.5f}")
     for name, figures in result.get("denoisers", {}).items():

@@ -9,7 +9,7 @@ from rich.table import Table
 from ... import cli
 from ...evaluation import FEATURES
 from ..terminal import megabytes, stdout
-from .options import Json, Prompts, Seed, Variant, print_json
+from .options import Guidance, Json, Prompts, Seed, Variant, print_json
 
 WORST = 10
 FIGURES = {
@@ -39,6 +39,7 @@ def evaluate(
     ] = None,
     seed: Seed = 0,
     prompts: Prompts = None,
+    guidance_scale: Guidance = None,
     variant: Variant = None,
     out: Annotated[Path | None, typer.Option(help="Folder for results and pictures; DIR-evaluation.")] = None,
     as_json: Json = False,
@@ -46,6 +47,13 @@ def evaluate(
     """Evaluate a pipeline against its original and real pictures, with 95 % intervals.
 
     A run that was killed goes on. Several processes: `accelerate launch … -m diffusers_msfp evaluate …`.
+
+    Own features are a function of a module, here of my_features.py in the working directory, which makes a network
+    (`--features my_features:network`):
+
+    \b
+    def network():  # called once, e.g. to load weights
+        return lambda images: images.mean((2, 3))  # (N, channels, H, W) in [0, 1] -> features (N, d)
     """
     result = cli.evaluate(
         source,
@@ -56,6 +64,7 @@ def evaluate(
         features=features,
         seed=seed,
         prompts=prompts,
+        guidance_scale=guidance_scale,
         variant=variant,
         out=out,
     )
@@ -64,8 +73,11 @@ def evaluate(
     if as_json:
         return print_json(result)
     stdout.print(_figures(result))
+    reasons: dict[str, list[str]] = {}
     for name, reason in result["omitted"].items():
-        stdout.print(f"left out: {name}: {reason}", soft_wrap=True, highlight=False, markup=False)
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        stdout.print(f"left out: {', '.join(names)}: {reason}", soft_wrap=True, highlight=False, markup=False)
     stdout.print(_timesteps(result))
     stdout.print(_layers(result["layers"]))
     sizes = f"{megabytes(result['bytes_reference'])} → {megabytes(result['bytes_candidate'])}"
@@ -76,7 +88,8 @@ def evaluate(
 def _figures(result: dict) -> Table:
     figures, settings = result["figures"], result["settings"]
     pairs = {key: title for key, title in SETS.items() if key in figures}
-    about = f"{settings['num']} pictures, {settings['steps']} steps, features `{settings['features']}`"
+    features = f"features `{settings['features']}`" if settings["features"] else "no features"
+    about = f"{settings['num']} pictures, {settings['steps']} steps, {features}"
     title = f"{result['source']}: {about}; 95 % intervals"
     table = Table("figure", *pairs.values(), title=title)
     for name, label in FIGURES.items():

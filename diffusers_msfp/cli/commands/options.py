@@ -1,22 +1,86 @@
 """What commands share: options, and ways to print a result."""
 
+import inspect
 import json
 import sys
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Annotated, get_args, get_origin
 
 import typer
 from rich.table import Table
 
+from ..settings import Setting, settings_of
 from ..terminal import stdout
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise.")]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="For pipelines that take prompts; repeatable.")]
+Guidance = Annotated[
+    float | None, typer.Option("--guidance-scale", help="For pipelines with guidance; the pipeline's own by default.")
+]
 Variant = Annotated[
     str | None,
     typer.Option(help="Of the weights that are read, like `fp16`, where a model has it; else plain ones, or the only."),
 ]
 Source = Annotated[str, typer.Argument(help="Folder, Hub id or single file of a pipeline.")]
+
+
+def with_config(
+    config: type, *, names: Mapping[str, tuple[str, ...]] | None = None, **own: object
+) -> Callable[[Callable], Callable]:
+    """Give a command one option for each field of a config, in the place of its parameter `config`.
+
+    Types, defaults and help are those of the dataclass. A tuple of strings becomes an option that is repeated.
+
+    Args:
+        config (`type`): a dataclass, see `settings_of`.
+        names (`Mapping[str, tuple[str, ...]]`, *optional*): field → names of its option; `--field-name` by default.
+        **own: annotations that the command has for a field, instead of the derived ones.
+
+    Returns:
+        `Callable`: decorator of a function whose parameter `config` takes an instance.
+
+    Raises:
+        KeyError: a field that the docstring does not name.
+    """
+    settings = list(settings_of(config))
+
+    def decorate(command: Callable) -> Callable:
+        signature = inspect.signature(command)
+        options = [_parameter(setting, (names or {}).get(setting.name, ()), own) for setting in settings]
+
+        @wraps(command)
+        def called(**given: object) -> object:
+            values = {setting.name: _plain(setting, given.pop(setting.name)) for setting in settings}
+            return command(config=config(**values), **given)
+
+        parameters = []
+        for parameter in signature.parameters.values():
+            keyword = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            parameters += options if parameter.name == "config" else [keyword]
+        called.__signature__ = signature.replace(parameters=parameters)
+        called.__annotations__ = {each.name: each.annotation for each in parameters}
+        del called.__wrapped__  # whose annotations would be read instead
+        return called
+
+    return decorate
+
+
+def _parameter(setting: Setting, names: tuple[str, ...], own: Mapping[str, object]) -> inspect.Parameter:
+    kind, default, name = setting.type, setting.default, setting.name.replace("_", "-")
+    meaning = (setting.meaning[:1].upper() + setting.meaning[1:]).replace('`"', "`").replace('"`', "`")
+    if get_origin(kind) is tuple:
+        kind, default = list[get_args(kind)[0]] | None, list(default) or None
+        meaning += " Repeatable."
+    option = typer.Option(*names or (f"--{name}/--no-{name}" if kind is bool else f"--{name}",), help=meaning)
+    annotation = own.get(setting.name, Annotated[kind, option])
+    return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _plain(setting: Setting, value: object) -> object:
+    """What typer makes of a repeated option, as configs have it."""
+    return tuple(value or setting.default) if get_origin(setting.type) is tuple else value
 
 
 def print_json(result: dict) -> None:

@@ -14,7 +14,9 @@ def publish(
     source: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a quantized pipeline; not changed.")],
     repo: Annotated[str, typer.Option(help="Hub id, USER/NAME; made if it does not exist.")],
     license: Annotated[str | None, typer.Option(help="Like `apache-2.0`; by default the base's.")] = None,
-    base_model: Annotated[str | None, typer.Option(help="Hub id of the float model, if the checkpoint forgot.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Float model, if the checkpoint forgot: Hub id, or else URL or `none`.")
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch; made if it does not exist.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,

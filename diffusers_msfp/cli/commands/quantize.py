@@ -11,7 +11,16 @@ from ...errors import MSFPError
 from ...recipes import DEFAULT_RECIPE, RECIPES
 from ...schemes import DEFAULT_SCHEME, SCHEMES
 from ..terminal import megabytes, stdout
-from .options import Json, Prompts, Seed, Variant, parse_value, print_json
+from .options import Guidance, Json, Prompts, Seed, Variant, parse_value, print_json
+from .stages import asked_for, print_stages
+
+
+def _show_stages(items: list[str] | None) -> list[str] | None:
+    """Print what there is to set, where that is asked for."""
+    if names := asked_for(items):
+        print_stages(names)
+        raise typer.Exit
+    return items
 
 
 def quantize(
@@ -20,12 +29,20 @@ def quantize(
     scheme: Annotated[str, typer.Option(help=f"One of {', '.join(SCHEMES)}.")] = DEFAULT_SCHEME,
     recipe: Annotated[str, typer.Option(help=f"What follows search: one of {', '.join(RECIPES)}.")] = DEFAULT_RECIPE,
     setting: Annotated[
-        list[str] | None, typer.Option("--set", help="STAGE.NAME=VALUE for a stage, e.g. talora.minutes=5; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            is_eager=True,
+            callback=_show_stages,
+            help="STAGE.NAME=VALUE for a stage, e.g. talora.minutes=5; repeatable. `--set help` and `--set STAGE.help` "
+            "list all settings.",
+        ),
     ] = None,
     calibration_samples: Annotated[int, typer.Option(min=1, help="Images sampled to set ranges.")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of each.")] = 20,
     seed: Seed = 0,
     prompts: Prompts = None,
+    guidance_scale: Guidance = None,
     keep: Annotated[list[str] | None, typer.Option(help="Pattern of modules that stay float; repeatable.")] = None,
     override: Annotated[list[str] | None, typer.Option(help="PATTERN=SCHEME for single layers; repeatable.")] = None,
     component: Annotated[list[str] | None, typer.Option(help="Component to quantize; repeatable.")] = None,
@@ -47,7 +64,7 @@ def quantize(
         location, equals, value = item.partition("=")
         stage, dot, name = location.partition(".")
         if not (equals and dot and name):
-            raise MSFPError(f"`--set` must read STAGE.NAME=VALUE, but got {item!r}.")
+            raise MSFPError(f"`--set` must read STAGE.NAME=VALUE, but got {item!r}; `--set help` lists all settings.")
         settings.setdefault(stage, {})[name] = parse_value(value)
     result = cli.quantize(
         source,
@@ -59,6 +76,7 @@ def quantize(
         steps=steps,
         seed=seed,
         prompts=prompts,
+        guidance_scale=guidance_scale,
         modules_to_not_convert=keep,
         scheme_overrides=overrides,
         components=component,

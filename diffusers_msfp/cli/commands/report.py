@@ -8,7 +8,7 @@ import typer
 from ... import cli
 from ..report import DTYPES
 from ..terminal import megabytes, stdout
-from .options import Json, Prompts, Seed, Variant, print_json
+from .options import Guidance, Json, Prompts, Seed, Variant, print_json
 
 
 def report(
@@ -21,6 +21,7 @@ def report(
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps, DDIM.")] = 20,
     seed: Seed = 0,
     prompts: Prompts = None,
+    guidance_scale: Guidance = None,
     variant: Variant = None,
     dtype: Annotated[str, typer.Option(help=f"That the checkpoint runs in: {', '.join(DTYPES)}.")] = DTYPES[0],
     speed: Annotated[bool, typer.Option(help="Time a step against bfloat16.")] = True,
@@ -36,6 +37,7 @@ def report(
         steps=steps,
         seed=seed,
         prompts=prompts,
+        guidance_scale=guidance_scale,
         variant=variant,
         dtype=dtype,
         speed=speed,
@@ -46,7 +48,7 @@ def report(
     figures = [f"{len(result['layers'])} layers", megabytes(result["bytes"])]
     if result["comparison"]:
         figures.append(f"eps_rel_l2 {result['comparison']['eps_rel_l2']:.4f}")
-        figures.append(f"PSNR {result['comparison']['image_psnr_db']:.1f} dB")
+        figures.append(f"PSNR {result['comparison']['image_psnr_db']:.1f} dB ({num} samples, {steps} steps)")
     stdout.print(f"{result['out']}: {', '.join(figures)}.", soft_wrap=True, highlight=False, markup=False)
     for section, reason in result["missing"].items():
         stdout.print(f"left out: {section}: {reason}", soft_wrap=True, highlight=False, markup=False)

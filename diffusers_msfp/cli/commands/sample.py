@@ -7,7 +7,7 @@ import typer
 
 from ... import cli
 from ..terminal import stdout
-from .options import Json, Prompts, Seed, Source, Variant, print_json
+from .options import Guidance, Json, Prompts, Seed, Source, Variant, print_json
 
 
 def sample(
@@ -17,9 +17,12 @@ def sample(
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
     seed: Seed = 0,
     prompts: Prompts = None,
+    guidance_scale: Guidance = None,
     variant: Variant = None,
     as_json: Json = False,
 ) -> None:
     """Draw a grid of pictures."""
-    result = cli.sample(source, out, num=num, steps=steps, seed=seed, prompts=prompts, variant=variant)
+    result = cli.sample(
+        source, out, num=num, steps=steps, seed=seed, prompts=prompts, guidance_scale=guidance_scale, variant=variant
+    )
     print_json(result) if as_json else stdout.print(f"{num} pictures in [bold]{result['out']}[/].")

@@ -7,7 +7,10 @@ results/fashion-features.json`, `cifar10-features.json`). Own networks come as `
 """
 
 import importlib
-from collections.abc import Callable
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...assets import CIFAR10_FEATURES, FASHION_FEATURES
-from ...errors import ConfigError, ShapeError, UnsupportedError
+from ...errors import ConfigError, MSFPError, ShapeError, UnsupportedError
 from ...registry import Registry
 
 FASHION_SHAPE = (1, 32, 32)
@@ -116,7 +119,7 @@ class Cifar10Features(nn.Module):
     """
 
     classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-    spatial_channels, places = 8, 4
+    spatial_channels, module_names = 8, 4
     mean, deviation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def __init__(self) -> None:
@@ -142,7 +145,7 @@ class Cifar10Features(nn.Module):
         maps = F.relu(self.bn1(self.conv1((images - mean) / deviation)))
         maps = self.layer3(self.layer2(self.layer1(maps)))
         pooled = maps.mean((2, 3))
-        spatial = F.adaptive_avg_pool2d(maps[:, : self.spatial_channels], self.places)
+        spatial = F.adaptive_avg_pool2d(maps[:, : self.spatial_channels], self.module_names)
         return Features(pooled, spatial.flatten(1), self.linear(pooled))
 
 
@@ -191,25 +194,71 @@ def default_features(shape: tuple[int, ...]) -> str:
     return _BY_SHAPE.get(tuple(shape), "inception")
 
 
+CONTRACT = (
+    "a function without arguments that returns a network: a callable that takes pictures `(N, channels, H, W)`, "
+    "float32 in [0, 1], and returns their features, a tensor `(N, d)` or `Features`"
+)
+"""What `module:function` must name."""
+
+
 def feature_network(name: str) -> FeatureNetwork:
     """A network of `FEATURES`, or what an own function without arguments makes.
 
     Args:
-        name (`str`): of the registry, or `module:function`; the network may also return pooled features alone.
+        name (`str`): of the registry, or `module:function`, where the module may lie in the working directory; the
+            network may also return pooled features alone.
 
     Raises:
-        ConfigError: there is no such name, module or function.
+        ConfigError: there is no such name, module or function, or it does not make a network.
         UnsupportedError: its weights are missing.
+
+    Example:
+        ```py
+        # my_features.py in the working directory, for `--features my_features:network`
+        def network():  # called once, e.g. to load weights
+            return lambda images: images.mean((2, 3))  # (N, channels, H, W) in [0, 1] -> features (N, d)
+        ```
     """
     module, colon, function = name.partition(":")
     if not colon:
         return FEATURES[name]()
     try:
-        return getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
+        with _working_directory():
+            factory = getattr(importlib.import_module(module), function)
+    except Exception as error:  # noqa: BLE001 – other people's module may fail in any way
         raise ConfigError(
-            f"Own features must be a `module:function` that can be imported, but {name!r} cannot: {error}."
+            f"Own features must be a `module:function` that can be imported, from an installed package or the working "
+            f"directory {Path.cwd()}, but {name!r} cannot: "
+            f"{type(error).__name__}: {error}."
         ) from error
+    try:
+        inspect.signature(factory).bind()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"`{name}` must be {CONTRACT}; but it cannot be called without any: {error}.") from error
+    try:
+        with _working_directory():
+            network = factory()
+    except MSFPError:
+        raise
+    except Exception as error:  # noqa: BLE001 – other people's code may fail in any way
+        raise ConfigError(f"`{name}` must be {CONTRACT}; but it fails: {type(error).__name__}: {error}.") from error
+    if not callable(network):
+        raise ConfigError(f"`{name}` must be {CONTRACT}; but it returned {type(network).__name__}.")
+    return network
+
+
+@contextmanager
+def _working_directory() -> Iterator[None]:
+    """Modules of the working directory can be imported, which the installed program does not see by itself."""
+    module_name = str(Path.cwd())
+    added = not {module_name, ""} & set(sys.path)
+    if added:
+        sys.path.append(module_name)
+    try:
+        yield
+    finally:
+        if added:
+            sys.path.remove(module_name)
 
 
 def extract(network: FeatureNetwork, images: Tensor) -> Features:
@@ -223,6 +272,10 @@ def extract(network: FeatureNetwork, images: Tensor) -> Features:
         for part in images.split(_BATCH):
             result = network(part.float())
             result = result if isinstance(result, Features) else Features(result)
+            if not isinstance(result.pooled, Tensor):
+                raise ShapeError(
+                    f"A feature network must give a tensor of features, but got {type(result.pooled).__name__}."
+                )
             if result.pooled.ndim != 2 or len(result.pooled) != len(part):
                 raise ShapeError(
                     f"A feature network must give a row of features for each of {len(part)} pictures, but got "

@@ -38,8 +38,8 @@ def image_grid(images: np.ndarray, *, columns: int, scale: int = 1, labels: Sequ
         draw.text((MARGIN, MARGIN + row * row_height + 2), label, fill="black", font_size=13)
     for index, picture in enumerate(pixels):
         row, column = divmod(index, columns)
-        place = (MARGIN + column * (width + MARGIN), MARGIN + row * row_height + title)
-        sheet.paste(Image.fromarray(picture), place)
+        module_name = (MARGIN + column * (width + MARGIN), MARGIN + row * row_height + title)
+        sheet.paste(Image.fromarray(picture), module_name)
     return sheet
 
 
@@ -51,12 +51,21 @@ def sample_images(
     seed: int = 0,
     prompts: list[str] | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    **arguments,
 ) -> np.ndarray:
-    """Pictures `(num, H, W, channels)` in [0, 1]; ancestral DDPM, which needs all its steps, is replaced by DDIM."""
+    """Pictures `(num, H, W, channels)` in [0, 1]; ancestral DDPM, which needs all its steps, is replaced by DDIM.
+
+    Args:
+        pipe (`DiffusionPipeline`): not changed.
+        num, steps, seed (`int`): pictures, denoising steps, seed of the noise.
+        prompts (`list[str]`, *optional*): taken in turn where the pipeline takes prompts.
+        on_step (`Callable`, *optional*): called after each step with (done, total).
+        **arguments: passed on to the pipeline.
+    """
     require_positive(num=num, steps=steps)
     if isinstance(pipe.scheduler, DDPMScheduler):
         pipe = with_ddim(pipe)
     denoisers = list(denoisers_of(pipe).values())
-    calls = batched_calls(call_arguments(pipe, prompts, steps, {"output_type": "np"}), denoisers, num, seed)
+    calls = batched_calls(call_arguments(pipe, prompts, steps, {"output_type": "np"} | arguments), denoisers, num, seed)
     with quiet(pipe), torch.no_grad(), counting_steps(denoisers, len(calls) * steps, on_step):
         return np.concatenate([call.run(pipe).images for call in calls])

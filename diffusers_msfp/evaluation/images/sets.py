@@ -1,6 +1,6 @@
 """Figures of sets of pictures, pair by pair; those that need more pictures than there are, are named instead."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from .distances import MIN_NEIGHBOURHOOD, Estimate, classifier_score, frechet_es
 from .features import Features
 
 PAIRS = (("candidate", "reference"), ("candidate", "real"), ("reference", "real"))
+OF_FEATURES = ("frechet_distance", "spatial_frechet_distance", "precision", "recall")
 _SSIM_WINDOW = 11
 _PART = 100  # pictures in float32 at once
 
@@ -81,6 +82,18 @@ def compare_sets(found: dict[str, Features], seed: int) -> tuple[dict[str, dict[
     else:
         omitted["classifier_score"] = "these features have no logits"
     return figures, omitted
+
+
+def without_features(names: Collection[str], reason: str) -> tuple[dict[str, dict[str, Estimate]], dict[str, str]]:
+    """As `compare_sets`, of sets that have no features.
+
+    Args:
+        names (`Collection[str]`): of the sets.
+        reason (`str`): why there are none.
+    """
+    pairs = [f"{one}_to_{other}" for one, other in PAIRS if other in names]
+    omitted = {f"{pair}.{figure}": reason for pair in pairs for figure in OF_FEATURES}
+    return {"candidate_to_reference": {}}, omitted | {"classifier_score": reason}
 
 
 def _compare_two(a: Features, b: Features, paired: bool, seed: int) -> tuple[dict[str, Estimate], dict[str, str]]:

@@ -10,6 +10,7 @@ from . import PLACEMENTS
 from .plan import MAX_ADAPTERS
 
 DEFAULT_UPDATES = 2000
+KEEPING = ("checkpoint_seconds", "preview_every", "preview_seconds")
 WARM_UP = 20  # updates over which the learning rates rise
 
 
@@ -18,7 +19,7 @@ class FinetuneConfig:
     """How to fine-tune. The defaults are ours, measured on the package's model; those of the paper were not found.
 
     Args:
-        num_adapters (`int`): h; 1 is a single LoRA (EfficientDM), without a router.
+        num_adapters (`int`): of each layer; 1 is a single LoRA (EfficientDM), without a router.
         rank (`int`, *optional*): largest rank; narrow layers get less, see `adapter_rank`. 8 beside the weights, 32 for
             merged adapters, whose rank costs nothing at run time.
         placement (`str`): `"side"`, the better one at equal bytes on the package's model, or `"merged"`.
@@ -41,8 +42,11 @@ class FinetuneConfig:
         mixed_precision (`str`): `"no"` or `"bf16"`.
         gradient_checkpointing (`bool`): recompute activations instead of keeping them.
         blockwise (`bool`): train block after block, for models whose activations do not fit.
-        checkpoint_every (`int`): updates between checkpoints.
-        preview_every (`int`): updates between preview pictures; 0 is none.
+        checkpoint_every (`int`): updates between checkpoints, at most.
+        checkpoint_seconds (`float`): seconds between checkpoints, at most; 0 goes by updates alone.
+        preview_every (`int`): updates between preview pictures; 0 is none at all, else there are some at the end too.
+        preview_seconds (`float`): seconds between preview pictures, or as many as keep them below a tenth of the time;
+            0 goes by updates alone.
         seed (`int`): of everything.
 
     Raises:
@@ -75,7 +79,9 @@ class FinetuneConfig:
     gradient_checkpointing: bool = False
     blockwise: bool = False
     checkpoint_every: int = 100
-    preview_every: int = 0
+    checkpoint_seconds: float = 30.0
+    preview_every: int = 200
+    preview_seconds: float = 60.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -96,7 +102,7 @@ class FinetuneConfig:
             if getattr(self, name) not in choices:
                 raise ConfigError(f"`{name}` must be one of {', '.join(choices)}, but got {getattr(self, name)!r}.")
         rates = ("learning_rate", "activation_learning_rate", "router_learning_rate", "weight_decay", "balance")
-        for name in (*rates, "exploration", "denoising_factor_exponent", "denoising_factor_floor", "preview_every"):
+        for name in (*rates, "exploration", "denoising_factor_exponent", "denoising_factor_floor", *KEEPING):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"`{name}` must be finite and ≥ 0, but got {getattr(self, name)}.")
         if not 0 <= self.ema_decay < 1:

@@ -26,7 +26,7 @@ from ...sampling.trajectory import DenoisingStep, Trajectories, check_timesteps
 from ...sampling.used_output import counted, used_channels
 from ..blocks import block_outputs, trainable_blocks
 from ..losses import loss_weights, squared_error
-from ..runs import inputs_digest, plain_config
+from ..runs import Stop, deferred_signals, inputs_digest, plain_config
 from . import Trainee
 from .config import DEFAULT_UPDATES, FinetuneConfig, block_at, example_seed, exploration_factor, learning_rate_factor
 from .folder import Progress, TrainingFolder, optimizer_for
@@ -76,7 +76,7 @@ class Finetuner:
             )
         pipe, teacher = view
         self.pipe, self.teacher, self.config = pipe, teacher, config or FinetuneConfig()
-        self.on_update, self.on_preview, self._first = on_update, on_preview, 0.0
+        self.on_update, self.on_preview, self._stop = on_update, on_preview, Stop()
         config, model, original = self.config, denoiser_of(pipe), denoiser_of(teacher)
         scheduler = scheduler_of(teacher)
         work_dir = Path(work_dir) if work_dir else None
@@ -158,13 +158,15 @@ class Finetuner:
     def run(self) -> dict:
         """Train to the end and turn the student into a deployed model.
 
+        With a `work_dir`, Ctrl-C and SIGTERM take effect after the update under way, whose state is saved.
+
         Returns:
             `dict`: `updates`, `seconds` (over all sessions), `losses` (per update), `usage` (`[group][adapter]`, share
             of the table's timesteps), `collapsed` (one adapter serves all timesteps).
         """
         progress = self.progress
         try:
-            with seen_through(self.pipe, self.teacher):
+            with seen_through(self.pipe, self.teacher), deferred_signals(self.folder.path is not None) as self._stop:
                 while not progress.total or progress.update < progress.total:
                     self.update()
             if self.ema is not None:
@@ -255,26 +257,25 @@ class Finetuner:
         """Fix the number of updates that fit into the minutes asked for, once their speed is known."""
         progress, config = self.progress, self.config
         if progress.update == 1:
-            self._first = progress.seconds
+            progress.first = progress.seconds
         if progress.total or progress.update < TIMED_UPDATES:
             return
-        rate = (progress.seconds - self._first) / (progress.update - 1)
+        rate = (progress.seconds - progress.first) / (progress.update - 1)
         more = torch.tensor((60 * config.minutes - progress.seconds) / rate, device=self.accelerator.device)
         more = int(self.accelerator.gather(more[None]).min())
         progress.total = progress.update + max(0, more)
 
     def _report(self, loss: float, factor: float) -> None:
-        progress, config = self.progress, self.config
+        progress = self.progress
         if self.folder.path is not None:
             self.accelerator.log({"loss": loss, "learning_rate_factor": factor}, step=progress.update)
         if self.on_update is not None:
             self.on_update(progress.update, progress.total, loss)
-        last = progress.update == progress.total
-        if progress.total and (progress.update % config.checkpoint_every == 0 or last):
-            self.folder.save()
-        wanted = config.preview_every and progress.update % config.preview_every == 0
-        if wanted and self.on_preview is not None and self.accelerator.is_main_process:
-            self.on_preview(progress.update, self.preview())
+        wanted = self.on_preview is not None and self.accelerator.is_main_process and self.folder.preview_due()
+        if wanted and self._stop.asked is None:
+            with self.folder.previewing():
+                self.on_preview(progress.update, self.preview())
+        self.folder.keep(self._stop)
 
     @torch.no_grad()
     def preview(self, *, teacher: bool = False) -> np.ndarray:

@@ -1,13 +1,16 @@
 """Checkpoints of a training run: complete or absent, and refused where the settings differ."""
 
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from ...layers.convert import base_fingerprint
-from ..runs import SETTINGS, check_settings, write_settings
+from ..runs import SETTINGS, Stop, check_settings, write_settings
 from .config import FinetuneConfig
 from .student import Student
 
@@ -27,6 +30,7 @@ class Progress:
         self.update = 0
         self.total = 0  # 0: not known yet
         self.seconds = 0.0
+        self.first = 0.0  # seconds of the first update, which warms up
         self.losses: list[float] = []
 
     def state_dict(self) -> dict:
@@ -35,6 +39,7 @@ class Progress:
             "update": self.update,
             "total": self.total,
             "seconds": self.seconds,
+            "first": self.first,
             "losses": list(self.losses),
             "trainable": self.student.trainable_state(),
             "ema": self.ema.state_dict() if self.ema is not None else None,
@@ -45,6 +50,7 @@ class Progress:
         self.student.load_trainable_state(state["trainable"])
         self.update, self.total = state["update"], state["total"]
         self.seconds, self.losses = state["seconds"], list(state["losses"])
+        self.first = state.get("first", 0.0)
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
             self.ema.to(self.student.model.device)
@@ -67,7 +73,9 @@ class TrainingFolder:
     def __init__(
         self, path: Path | None, accelerator: Accelerator, progress: Progress, config: FinetuneConfig, inputs: str
     ) -> None:
-        self.path, self.accelerator, self.progress = path, accelerator, progress
+        self.path, self.accelerator, self.progress, self.config = path, accelerator, progress, config
+        self._saved = self._previewed = time.monotonic()
+        self._preview_cost = 0.0
         if path is None:
             return
         settings = config.to_dict() | {
@@ -98,6 +106,47 @@ class TrainingFolder:
             self.accelerator.load_state(str(found[-1]))
         return bool(found)
 
+    def keep(self, stop: Stop) -> None:
+        """After an update: save what is due by number, by time or at the end, and before a signal ends the run.
+
+        Args:
+            stop (`Stop`): of this process; what one process was asked holds for all.
+        """
+        if self.path is None:
+            return
+        progress, limit = self.progress, self.config.checkpoint_seconds
+        due = bool(limit) and time.monotonic() - self._saved >= limit
+        device = self.accelerator.device
+        asked = self.accelerator.gather(torch.tensor([[due, stop.asked is not None]], device=device, dtype=torch.int))
+        by_time, stopped = asked.bool().any(0).tolist()
+        if (
+            by_time
+            or stopped
+            or progress.update == progress.total
+            or progress.update % self.config.checkpoint_every == 0
+        ):
+            self.save()
+            self._saved = time.monotonic()
+        if stopped:
+            stop.end()
+
+    def preview_due(self) -> bool:
+        """Whether pictures are to be drawn after this update."""
+        config, update, now = self.config, self.progress.update, time.monotonic()
+        if not config.preview_every:
+            return False
+        patience = max(config.preview_seconds, 10 * self._preview_cost)
+        by_time = bool(config.preview_seconds) and now - self._previewed >= patience
+        return by_time or update % config.preview_every == 0 or update == self.progress.total
+
+    @contextmanager
+    def previewing(self) -> Iterator[None]:
+        """Take the time of drawing them."""
+        started = time.monotonic()
+        yield
+        self._previewed = time.monotonic()
+        self._preview_cost = self._previewed - started
+
     def save(self) -> None:
         """Write a checkpoint beside its place, move it there in one step, and drop older ones."""
         if self.path is None:
@@ -110,6 +159,8 @@ class TrainingFolder:
         self.accelerator.save_state(str(part))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            if target.exists():  # of a run that was stopped right here
+                shutil.rmtree(target)
             part.rename(target)
             for old in self.checkpoints()[:-1]:
                 shutil.rmtree(old)

@@ -1,0 +1,40 @@
+"""What a user says on how a pipeline is called: prompts and guidance."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+
+from ..errors import ConfigError
+from ..sampling.calls import DEFAULT_PROMPTS
+from .terminal import stderr
+
+
+def call_settings(
+    pipe, prompts: Sequence[str] | None, guidance_scale: float | None, *, samples: bool = True
+) -> Mapping[str, object]:
+    """Arguments to pass on to a pipeline; says on standard error which prompts it gets where none are named.
+
+    Args:
+        pipe (`DiffusionPipeline`, *optional*): to be called; None for a model alone, which is not sampled.
+        prompts (`Sequence[str]`, *optional*): that the user named.
+        guidance_scale (`float`, *optional*): likewise.
+        samples (`bool`): whether it will be called at all.
+
+    Raises:
+        ConfigError: the pipeline takes no prompts, or no guidance, but some were named.
+    """
+    name = "a model on its own" if pipe is None else type(pipe).__name__
+    parameters = {} if pipe is None else inspect.signature(pipe.__call__).parameters
+    for option, what, given in (("prompt", "prompts", prompts), ("guidance_scale", "guidance", guidance_scale)):
+        if given is not None and option not in parameters:
+            flag = option.replace("_", "-")
+            raise ConfigError(f"`--{flag}` needs a pipeline that takes {what}, but {name} takes none. Leave it out.")
+    if samples and prompts is None and "prompt" in parameters:
+        built_in = "; ".join(DEFAULT_PROMPTS)
+        stderr.print(
+            f"No prompts were named (`--prompt`), so the {len(DEFAULT_PROMPTS)} built-in ones are used in turn; own "
+            f"ones fit own data better. They are: {built_in}.",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
+    return {} if guidance_scale is None else {"guidance_scale": guidance_scale}

@@ -1,0 +1,126 @@
+"""Options that are derived from configs, and the table of settings."""
+
+from dataclasses import dataclass, fields
+
+import pytest
+import typer
+from command_line import program
+from typer.testing import CliRunner
+
+from diffusers_msfp import cli
+from diffusers_msfp.cli.commands.options import with_config
+from diffusers_msfp.cli.settings import settings_of
+from diffusers_msfp.methods import METHODS
+from diffusers_msfp.methods.talora.config import FinetuneConfig
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A config.
+
+    Args:
+        count (`int`): of things, which
+            may be many.
+        names (`tuple[str, ...]`): that they have.
+        kind (`str`, *optional*): `"soft"` or none.
+        loud (`bool`): whether one hears it.
+    """
+
+    count: int = 3
+    names: tuple[str, ...] = ()
+    kind: str | None = None
+    loud: bool = False
+
+
+def test_settings_are_read_off_a_dataclass():
+    count, names, kind, loud = settings_of(Toy)
+    assert (count.name, count.type_name, count.default, count.meaning) == (
+        "count",
+        "int",
+        3,
+        "of things, which may be many.",
+    )
+    assert (names.type_name, names.default) == ("tuple[str, ...]", ())
+    assert (kind.type_name, kind.meaning) == ("str | None", '`"soft"` or none.')
+    assert loud.default is False
+
+
+def test_options_are_derived_from_a_dataclass():
+    app, actual = typer.Typer(), []
+
+    @app.command()
+    @with_config(Toy, names={"names": ("--name",)})
+    def act(config: Toy, place: str = "here") -> None:
+        actual.append((config, place))
+
+    def run(*arguments: str) -> Toy:
+        assert CliRunner().invoke(app, arguments).exit_code == 0
+        return actual.pop()
+
+    assert run() == (Toy(), "here")
+    given = ("--count", "5", "--name", "a", "--name", "b", "--kind", "soft", "--loud", "--place", "there")
+    assert run(*given) == (Toy(5, ("a", "b"), "soft", True), "there")
+    assert run("--no-loud") == (Toy(), "here")
+    shown = " ".join(CliRunner().invoke(app, ["--help"]).stdout.split())
+    assert "Of things, which" in shown
+    assert "Repeatable." in shown
+
+
+@pytest.mark.parametrize("config", [method.config for method in METHODS.values()])
+def test_every_setting_of_a_method_has_a_meaning(config):
+    assert [setting.name for setting in settings_of(config)] == [field.name for field in fields(config)]
+    assert all(setting.meaning for setting in settings_of(config))
+
+
+def test_finetune_takes_every_setting_and_has_the_same_defaults(monkeypatch):
+    actual = []
+    monkeypatch.setattr(cli, "finetune", lambda *args, **_: actual.append(args[3]))
+    place = ["finetune", "a", "--teacher", "b", "--out", "c"]
+    assert program(*place).returncode == 0
+    assert actual.pop() == FinetuneConfig()
+    old = ["--steps", 5, "--dfa-exponent", 0, "--router-group", "mid*", "--router-group", "up*", "--minutes", 2]
+    assert program(*place, *old, "--preview-every", 0, "--balance", 0.5, "--gradient-checkpointing").returncode == 0
+    assert actual.pop() == FinetuneConfig(
+        num_inference_steps=5,
+        denoising_factor_exponent=0.0,
+        router_groups=("mid*", "up*"),
+        minutes=2.0,
+        preview_every=0,
+        balance=0.5,
+        gradient_checkpointing=True,
+    )
+    new = ["--num-inference-steps", 5, "--denoising-factor-exponent", 0]
+    assert program(*place, *new).returncode == 0
+    assert actual.pop() == FinetuneConfig(num_inference_steps=5, denoising_factor_exponent=0.0)
+
+
+def test_set_help_lists_every_setting(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    done = program("quantize", "--set", "help")
+    assert done.returncode == 0, done.stderr
+    for name, method in METHODS.items():
+        assert f"stage {name}, of the recipes " in done.stdout
+        for setting in settings_of(method.config):
+            assert f"{name}.{setting.name}" in done.stdout
+    rows = [line for line in done.stdout.splitlines() if "talora.rank" in line]
+    assert [cell.strip() for cell in rows[0].split("│")[2:4]] == ["int | None", "None"]
+    assert "tuple[str, ...]" in done.stdout
+    one = program("quantize", "somewhere", "--set", "split.help").stdout
+    assert "split.num_samples" in one
+    assert "talora" not in one.replace("talora.minutes=5", "")
+
+
+def test_set_help_of_what_is_no_stage():
+    done = program("quantize", "--set", "Talora.help")
+    assert done.returncode == 2
+    assert "Unknown method 'Talora'. Known: split, temporal, rounding, talora. Did you mean `talora`?" in " ".join(
+        done.stderr.split()
+    )
+    assert "`--set help` lists all settings" in program("quantize", "a", "--out", "b", "--set", "x").stderr
+
+
+@pytest.mark.parametrize(("given", "meant"), [("--scheme=W4A4", "w4a4"), ("--recipe=Full", "full")])
+def test_near_names_are_named(given, meant, tiny_dir, tmp_path):
+    done = program("quantize", tiny_dir, "--out", tmp_path / "out", given)
+    assert done.returncode == 2
+    assert f"Did you mean `{meant}`?" in done.stderr
