@@ -1,12 +1,11 @@
 """The command line: one verb per file, each a plain Python function that returns what `--json` prints."""
 
 from .bench import bench
+from .checkpoints import convert_checkpoint, inspect
 from .compare import compare
-from .convert_checkpoint import convert_checkpoint
 from .demo import demo
 from .evaluate import evaluate
 from .finetune import finetune
-from .inspect import inspect
 from .publish import publish
 from .quantize import quantize
 from .report import report

@@ -17,8 +17,8 @@ from .. import __version__
 from ..errors import MSFPError
 from ..outputs import reason_of
 from .commands import COMMANDS, GROUPS
-from .interrupts import interruptible
-from .terminal import stderr
+from .shared.interrupts import interruptible
+from .shared.terminal import stderr
 
 app = typer.Typer(
     name="diffusers-msfp",

@@ -6,8 +6,8 @@ from diffusers import DiffusionPipeline
 from ..evaluation.timing.shapes import SHAPES
 from ..evaluation.timing.speed import benchmark
 from ..sampling.denoisers import denoiser_of
-from .load import load_any, require_variant
-from .terminal import progress, stderr
+from .shared.load import load_any, require_variant
+from .shared.terminal import progress, stderr
 
 DEFAULT_PROVIDERS = ("fp32", "bf16", "w4a4", "w4a8")
 

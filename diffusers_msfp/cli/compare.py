@@ -1,9 +1,9 @@
 """`compare`: what a quantized pipeline lost."""
 
 from ..evaluation import compare_pipelines
-from .calls import call_settings
-from .load import denoisers_bytes, load_pipeline, require_variant
-from .terminal import progress
+from .shared.calls import call_settings
+from .shared.load import denoisers_bytes, load_pipeline, require_variant
+from .shared.terminal import progress
 
 
 def compare(

@@ -8,9 +8,9 @@ from ..assets import EMBEDDED_MODEL
 from ..evaluation import image_grid, sample_images
 from ..outputs import require_writable_file, require_writable_folder, writing
 from .compare import compare
-from .load import load_pipeline
 from .quantize import quantize
-from .terminal import progress, stderr
+from .shared.load import load_pipeline
+from .shared.terminal import progress, stderr
 
 SCHEMES = ("w8a8", "w4a8", "w4a4")
 PICTURES = 10

@@ -10,11 +10,11 @@ from accelerate import PartialState
 from ..compat.accelerate import leave_process_group
 from ..evaluation import evaluate_pipelines
 from ..outputs import require_writable_folder
-from .calls import call_settings
-from .interrupts import keeping
-from .load import denoisers_bytes, load_pipeline, require_variant
-from .store import peak_rss_bytes, write_json
-from .terminal import progress, stderr
+from .shared.calls import call_settings
+from .shared.interrupts import keeping
+from .shared.load import denoisers_bytes, load_pipeline, require_variant
+from .shared.store import peak_rss_bytes, write_json
+from .shared.terminal import progress, stderr
 
 PATIENCE = timedelta(days=30)  # of a process whose share is done
 

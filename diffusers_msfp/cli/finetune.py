@@ -17,11 +17,11 @@ from ..outputs import require_writable_folder
 from ..sampling.denoisers import denoiser_name, denoiser_of
 from ..sampling.observation import quantized_models
 from ..sampling.solvers import with_ddim
-from .calls import call_settings
-from .interrupts import NOTHING, keeping
-from .load import SourceError, load_pipeline, model_bytes, require_variant
-from .store import check_target, peak_rss_bytes, write_checkpoint
-from .terminal import progress, stderr
+from .shared.calls import call_settings
+from .shared.interrupts import NOTHING, keeping
+from .shared.load import SourceError, load_pipeline, model_bytes, require_variant
+from .shared.store import check_target, peak_rss_bytes, write_checkpoint
+from .shared.terminal import progress, stderr
 
 
 def finetune(

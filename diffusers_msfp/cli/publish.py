@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from .. import hub
-from .interrupts import NOTHING, keeping
-from .terminal import progress
+from .shared.interrupts import NOTHING, keeping
+from .shared.terminal import progress
 
 
 def publish(source: str | Path, repo: str, **arguments) -> dict:

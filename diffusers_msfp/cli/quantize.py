@@ -23,10 +23,18 @@ from ..sampling.calls import require_positive
 from ..sampling.observation import calibration_state
 from ..sampling.solvers import exchange_parts
 from ..schemes import DEFAULT_SCHEME
-from .calls import call_settings
-from .load import fetch, load_pipeline, model_bytes, open_component, refuse_quantized, require_variant, variant_of
-from .store import check_target, peak_rss_bytes, publish, work_folder, write_checkpoint
-from .terminal import progress, stderr
+from .shared.calls import call_settings
+from .shared.load import (
+    fetch,
+    load_pipeline,
+    model_bytes,
+    open_component,
+    refuse_quantized,
+    require_variant,
+    variant_of,
+)
+from .shared.store import check_target, peak_rss_bytes, publish, work_folder, write_checkpoint
+from .shared.terminal import progress, stderr
 
 
 def quantize(

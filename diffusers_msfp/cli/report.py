@@ -9,10 +9,10 @@ from ..errors import ConfigError
 from ..outputs import require_writable_file
 from ..report import collect_report, render_report
 from ..sampling.denoisers import denoiser_name, denoiser_of
-from .calls import call_settings
-from .load import fetch, load_any, load_pipeline, model_bytes, require_variant
-from .store import write_text
-from .terminal import progress
+from .shared.calls import call_settings
+from .shared.load import fetch, load_any, load_pipeline, model_bytes, require_variant
+from .shared.store import write_text
+from .shared.terminal import progress
 
 DTYPES = ("float32", "bfloat16", "float16")
 

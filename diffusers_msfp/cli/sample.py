@@ -5,9 +5,9 @@ from pathlib import Path
 from ..errors import ConfigError
 from ..evaluation import image_grid, sample_images
 from ..outputs import require_writable_file, writing
-from .calls import call_settings
-from .load import load_pipeline, require_variant
-from .terminal import progress
+from .shared.calls import call_settings
+from .shared.load import load_pipeline, require_variant
+from .shared.terminal import progress
 
 
 def sample(

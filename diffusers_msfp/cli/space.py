@@ -16,9 +16,9 @@ from ..plugin.quantize import quantize_pipeline
 from ..sampling.denoisers import denoiser_of
 from ..sampling.observation import quantized_models
 from ..space import Candidate, build_page, launch, require_comparable, require_gradio, write_space
-from .load import SourceError, load_pipeline, require_variant
-from .store import check_target, publish
-from .terminal import progress, stderr
+from .shared.load import SourceError, load_pipeline, require_variant
+from .shared.store import check_target, publish
+from .shared.terminal import progress, stderr
 
 EMBEDDED_SCHEME = MSFPConfig("w4a4", scheme_overrides={"conv_shortcut": "w4a8", "samplers": "w4a8"})
 EMBEDDED_TITLE = "Fashion-MNIST in four bits"

@@ -20,7 +20,7 @@ from harness import RESULTS, read_results, write_results
 from diffusers_msfp import FinetuneConfig, finetune, quantize_pipeline
 from diffusers_msfp.assets import EMBEDDED_MODEL
 from diffusers_msfp.cli.sample import sample_images
-from diffusers_msfp.cli.store import peak_rss_bytes
+from diffusers_msfp.cli.shared.store import peak_rss_bytes
 from diffusers_msfp.evaluation import compare_pipelines
 from diffusers_msfp.plugin.config import MSFPConfig
 from diffusers_msfp.plugin.quantize import components_of

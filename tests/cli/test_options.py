@@ -8,8 +8,8 @@ from command_line import program
 from typer.testing import CliRunner
 
 from diffusers_msfp import cli
-from diffusers_msfp.cli.commands.options import with_config
-from diffusers_msfp.cli.settings import settings_of
+from diffusers_msfp.cli.shared.options import with_config
+from diffusers_msfp.cli.shared.settings import settings_of
 from diffusers_msfp.methods import METHODS
 from diffusers_msfp.methods.talora.config import FinetuneConfig
 

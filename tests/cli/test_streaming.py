@@ -156,7 +156,7 @@ import os, signal, sys
 from pathlib import Path
 from diffusers import PriorTransformer
 from diffusers_msfp import MSFPConfig
-from diffusers_msfp.cli.store import peak_rss_bytes
+from diffusers_msfp.cli.shared.store import peak_rss_bytes
 from diffusers_msfp.plugin.files.streaming import StreamedModel
 
 def die(done, total):

@@ -23,7 +23,7 @@ import diffusers_msfp
 from diffusers_msfp import MSFPConfig, calibrate, calibration_state, freeze, quantize_pipeline, set_engine
 from diffusers_msfp.calibration.observer import CAPACITY
 from diffusers_msfp.checkpoint.record import ModelRecord
-from diffusers_msfp.cli.store import write_checkpoint
+from diffusers_msfp.cli.shared.store import write_checkpoint
 from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.layers import QuantLayer
 from diffusers_msfp.plugin.quantize import quantize_model

@@ -6,8 +6,8 @@ import typer
 from rich.table import Table
 
 from ... import cli
-from ..terminal import stdout
-from .options import Json, Variant, print_json
+from ..shared.options import Json, Variant, print_json
+from ..shared.terminal import stdout
 
 
 def bench(

@@ -6,8 +6,8 @@ import typer
 from rich.table import Table
 
 from ... import cli
-from ..terminal import megabytes, stdout
-from .options import Guidance, Json, Prompts, Seed, Variant, print_json
+from ..shared.options import Guidance, Json, Prompts, Seed, Variant, print_json
+from ..shared.terminal import megabytes, stdout
 
 
 def compare(

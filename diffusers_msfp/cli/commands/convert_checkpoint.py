@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from ... import cli
-from ..terminal import stdout
-from .options import Json, print_json
+from ..shared.options import Json, print_json
+from ..shared.terminal import stdout
 
 
 def convert_checkpoint(

@@ -7,8 +7,8 @@ import typer
 from rich.table import Table
 
 from ... import cli
-from ..terminal import megabytes, stdout
-from .options import Json, Seed, print_json
+from ..shared.options import Json, Seed, print_json
+from ..shared.terminal import megabytes, stdout
 
 
 def demo(

@@ -8,8 +8,8 @@ from rich.table import Table
 
 from ... import cli
 from ...evaluation import FEATURES
-from ..terminal import megabytes, stdout
-from .options import Guidance, Json, Prompts, Seed, Variant, print_json
+from ..shared.options import Guidance, Json, Prompts, Seed, Variant, print_json
+from ..shared.terminal import megabytes, stdout
 
 WORST = 10
 FIGURES = {

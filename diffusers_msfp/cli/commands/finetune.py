@@ -7,8 +7,8 @@ import typer
 
 from ... import cli
 from ...methods.talora.config import FinetuneConfig
-from ..terminal import megabytes, stderr, stdout
-from .options import Guidance, Json, Prompts, Seed, Variant, print_json, print_router, with_config
+from ..shared.options import Guidance, Json, Prompts, Seed, Variant, print_json, print_router, with_config
+from ..shared.terminal import megabytes, stderr, stdout
 
 NAMES = {
     "router_groups": ("--router-group",),

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from ... import cli
-from ..terminal import megabytes, stdout
-from .options import Json, Variant, print_json, print_router
+from ..shared.options import Json, Variant, print_json, print_router
+from ..shared.terminal import megabytes, stdout
 
 COLUMNS = ("layer", "weight", "scale", "error", "input", "scale", "zero point", "error", "engine")
 

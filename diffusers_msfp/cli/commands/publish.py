@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from ... import cli
-from ..terminal import megabytes, stderr, stdout
-from .options import Json, Prompts, Seed, Variant, print_json
+from ..shared.options import Json, Prompts, Seed, Variant, print_json
+from ..shared.terminal import megabytes, stderr, stdout
 
 
 def publish(

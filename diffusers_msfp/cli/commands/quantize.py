@@ -10,9 +10,9 @@ from ...checkpoint.tensor_files import MAX_SHARD_SIZE
 from ...errors import MSFPError
 from ...recipes import DEFAULT_RECIPE, RECIPES
 from ...schemes import DEFAULT_SCHEME, SCHEMES
-from ..terminal import megabytes, stdout
-from .options import Guidance, Json, Prompts, Seed, Variant, parse_value, print_json
-from .stages import asked_for, print_stages
+from ..shared.options import Guidance, Json, Prompts, Seed, Variant, parse_value, print_json
+from ..shared.stages import asked_for, print_stages
+from ..shared.terminal import megabytes, stdout
 
 
 def _show_stages(items: list[str] | None) -> list[str] | None:

@@ -7,8 +7,8 @@ import typer
 
 from ... import cli
 from ..report import DTYPES
-from ..terminal import megabytes, stdout
-from .options import Guidance, Json, Prompts, Seed, Variant, print_json
+from ..shared.options import Guidance, Json, Prompts, Seed, Variant, print_json
+from ..shared.terminal import megabytes, stdout
 
 
 def report(

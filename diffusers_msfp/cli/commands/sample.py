@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from ... import cli
-from ..terminal import stdout
-from .options import Guidance, Json, Prompts, Seed, Source, Variant, print_json
+from ..shared.options import Guidance, Json, Prompts, Seed, Source, Variant, print_json
+from ..shared.terminal import stdout
 
 
 def sample(

@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from ... import cli
+from ..shared.options import Json, Variant, print_json
+from ..shared.terminal import megabytes, stdout
 from ..space import print_address
-from ..terminal import megabytes, stdout
-from .options import Json, Variant, print_json
 
 space = typer.Typer(
     name="space", help="A page that shows a quantized model beside full precision.", no_args_is_help=True

@@ -10,8 +10,8 @@ from typing import Annotated, get_args, get_origin
 import typer
 from rich.table import Table
 
-from ..settings import Setting, settings_of
-from ..terminal import stdout
+from .settings import Setting, settings_of
+from .terminal import stdout
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise.")]

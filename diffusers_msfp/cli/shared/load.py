@@ -7,12 +7,12 @@ import diffusers
 import torch
 from diffusers import AutoModel, DiffusionPipeline, ModelMixin
 
-from ..checkpoint.describe import file_bytes, read_config, weights_by_variant
-from ..compat.diffusers import single_file_origin
-from ..errors import MSFPError
-from ..plugin.config import MSFPConfig
-from ..plugin.files.streaming import StreamedModel
-from ..sampling.denoisers import denoisers_of
+from ...checkpoint.describe import file_bytes, read_config, weights_by_variant
+from ...compat.diffusers import single_file_origin
+from ...errors import MSFPError
+from ...plugin.config import MSFPConfig
+from ...plugin.files.streaming import StreamedModel
+from ...sampling.denoisers import denoisers_of
 from .terminal import stderr
 
 OTHER_QUANTIZERS = {"sdnq": "sdnq"}

@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-from ..checkpoint.tensor_files import MAX_SHARD_SIZE
-from ..errors import ConfigError, NonFiniteError
-from ..outputs import require_writable, writing
-from ..sampling.calls import keep_labels
+from ...checkpoint.tensor_files import MAX_SHARD_SIZE
+from ...errors import ConfigError, NonFiniteError
+from ...outputs import require_writable, writing
+from ...sampling.calls import keep_labels
 from .interrupts import Interrupted
 from .terminal import stderr
 

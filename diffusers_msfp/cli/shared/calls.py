@@ -3,8 +3,8 @@
 import inspect
 from collections.abc import Mapping, Sequence
 
-from ..errors import ConfigError
-from ..sampling.calls import DEFAULT_PROMPTS
+from ...errors import ConfigError
+from ...sampling.calls import DEFAULT_PROMPTS
 from .terminal import stderr
 
 

@@ -1,12 +1,14 @@
-"""`convert-checkpoint`: a checkpoint of an older format version as the present one."""
+"""`inspect` and `convert-checkpoint`: what a quantized checkpoint holds; an older one as the present format version."""
 
 import tempfile
 from pathlib import Path
 
+from ..checkpoint.describe import describe_checkpoint
 from ..errors import ConfigError
 from ..plugin.config import FORMAT_VERSION
 from ..plugin.files.migrate import migrate, outdated_components
-from .store import publish
+from .shared.load import require_variant, variant_of
+from .shared.store import publish
 
 
 def convert_checkpoint(source: str | Path) -> dict:
@@ -33,3 +35,9 @@ def convert_checkpoint(source: str | Path) -> dict:
             migrate(folder, old, made)
             publish(made, folder)
     return {"format_version": FORMAT_VERSION, "converted": old, "already": already, "out": str(folder)}
+
+
+def inspect(source: str | Path, *, variant: str | None = None) -> dict:
+    """Layers of a quantized checkpoint, with the weights of a variant where it has that; see `describe_checkpoint`."""
+    require_variant(variant, source)
+    return describe_checkpoint(source, variant_of(source, variant))

@@ -5,8 +5,8 @@ from rich.table import Table
 
 from ...methods import METHODS
 from ...recipes import RECIPES
-from ..settings import settings_of
-from ..terminal import stdout
+from .settings import settings_of
+from .terminal import stdout
 
 HELP = "help"
 

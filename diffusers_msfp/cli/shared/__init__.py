@@ -1,0 +1,1 @@
+"""What several verbs need: loading, storing, options, progress, interrupts."""
