@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch._library.opaque_object import register_opaque_type
+from torch._opaque_base import OpaqueBase as Opaque  # what an operator takes that is neither a tensor nor a number
 from torch.utils._pytree import (  # the public `torch.utils.pytree` came with 2.10 only
     tree_flatten,
     tree_flatten_with_path,
@@ -134,6 +136,20 @@ def padding_ends(layer: nn.Module) -> list[int]:
 def without_functions():
     """A context in which subclasses of tensors are plain tensors to Python."""
     return torch._C.DisableTorchFunctionSubclass()
+
+
+def register_opaque(cls: type[Opaque], guarded: Callable[[Opaque], list]) -> None:
+    """Let operators take objects of a class, which compiled graphs have as inputs (torch 2.13; before it had no names).
+
+    Args:
+        guarded (`Callable[[Opaque], list]`): what of an object a graph depends on; other values compile another one.
+    """
+    register_opaque_type(cls, typ="reference", guard_fn=guarded)
+
+
+def opaque_inside(argument: Opaque) -> Opaque:
+    """The object itself, where an operator's fake gets the compiler's stand-in for it."""
+    return getattr(argument, "real_obj", argument)
 
 
 # ── modules ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -36,8 +36,13 @@ class Execution(StoredTensors):
             self.__dict__["prepared"] = self.engine.prepare(self)
 
     def ready(self, x: Tensor) -> Prepared | None:
-        """The layer as its engine made it ready; None where the reference must run: to observe, or for gradients."""
-        if self.engine is None or self.observing or (torch.is_grad_enabled() and self._wants_gradients(x)):
+        """The layer as its engine made it ready; None where the reference must run.
+
+        That is to observe, for gradients, and in exported programs, which run where this layer is not.
+        """
+        if self.engine is None or self.observing or torch.compiler.is_exporting():
+            return None
+        if torch.is_grad_enabled() and self._wants_gradients(x):
             return None
         if self.prepared is None and not torch.compiler.is_compiling():
             self.prepare()
