@@ -19,7 +19,6 @@ __all__ = [
     "assert_later",
     "convolve",
     "empty_shell",
-    "float8_matmul",
     "has_bf16_instructions",
     "has_int8_operators",
     "int8_conv",
@@ -111,11 +110,6 @@ def int8_conv(
 def int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
     """`(M, K)` and `(K, N)` int8 → int32; more than 16 rows on a GPU."""
     return torch._int_mm(x, weight)
-
-
-def float8_matmul(x: Tensor, weight: Tensor, one: Tensor) -> Tensor:
-    """`(M, K)` and `(K, N)` float8 → float32, summed exactly."""
-    return torch._scaled_mm(x, weight, one, one, out_dtype=torch.float32, use_fast_accum=False)
 
 
 def assert_later(condition: Tensor, message: str) -> None:
