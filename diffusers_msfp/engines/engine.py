@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
-from ..numerics import QParams
+from ..numerics import Codes, QParams
 from ..numerics.rounding import check_finite
 from .compiled import LayerReference, call_layer
 from .grid import InputGrid
@@ -49,7 +49,7 @@ class PreparedLayer(ABC):
         keep (`bool`): keep expanded weights instead of making them anew in each call.
     """
 
-    reads_codes = False  # whether it takes codes that another module made with its grid, in `from_codes`
+    reads_codes = False  # whether another module may quantize its input, with its grid
 
     def __init__(self, layer, keep: bool) -> None:
         self.layer, self._keep = layer, keep
@@ -74,6 +74,14 @@ class PreparedLayer(ABC):
     @abstractmethod
     def run(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor) -> Tensor:
         """What `__call__` does when nothing is being compiled."""
+
+    def takes(self, codes: Codes) -> bool:  # noqa: ARG002
+        """Whether `from_codes` would be right for these: they are on the grid that the layer has now."""
+        return False
+
+    def from_codes(self, codes: Codes) -> Tensor:
+        """As the layer, for an input that another module has quantized for it and that it `takes`."""
+        raise NotImplementedError
 
     def nothing(self, x: Tensor) -> Tensor:
         """An output of the right shape and dtype without worth, for inputs without elements or values."""

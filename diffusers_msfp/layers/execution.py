@@ -151,7 +151,7 @@ class Execution(StoredTensors):
                 f"`torch.compile`, or trace what `model.dequantize()` gives."
             )
         if isinstance(x, Codes):
-            if x.reader is self and self.prepared is not None:
+            if x.reader is self and self.prepared is not None and self.prepared.takes(x):
                 return self.prepared.from_codes(x)
             x = x.decoded()
         if not x.is_floating_point():
@@ -211,7 +211,7 @@ class Execution(StoredTensors):
         """
         apart = self.training or torch.compiler.is_compiling()  # dropout may be active; the compiler fuses by itself
         apart = apart or result_dtype(x) != x.dtype
-        return self._adapter_of_codes() if not apart and getattr(self.ready(x), "reads_codes", False) else None
+        return self._adapter_of_codes() if not apart and (ready := self.ready(x)) and ready.reads_codes else None
 
 
 def result_dtype(x: Tensor) -> torch.dtype:
