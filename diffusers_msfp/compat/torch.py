@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch._library.opaque_object import register_opaque_type
+from torch._opaque_base import OpaqueBase as Opaque  # what an operator takes that is neither a tensor nor a number
 from torch.utils._pytree import (  # the public `torch.utils.pytree` came with 2.10 only
     tree_flatten,
     tree_flatten_with_path,
@@ -17,7 +19,6 @@ __all__ = [
     "assert_later",
     "convolve",
     "empty_shell",
-    "float8_matmul",
     "has_bf16_instructions",
     "has_int8_operators",
     "int8_conv",
@@ -111,11 +112,6 @@ def int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
     return torch._int_mm(x, weight)
 
 
-def float8_matmul(x: Tensor, weight: Tensor, one: Tensor) -> Tensor:
-    """`(M, K)` and `(K, N)` float8 → float32, summed exactly."""
-    return torch._scaled_mm(x, weight, one, one, out_dtype=torch.float32, use_fast_accum=False)
-
-
 def assert_later(condition: Tensor, message: str) -> None:
     """An assertion that a compiled model can make without waiting for the device."""
     torch._assert_async(condition, message)
@@ -134,6 +130,20 @@ def padding_ends(layer: nn.Module) -> list[int]:
 def without_functions():
     """A context in which subclasses of tensors are plain tensors to Python."""
     return torch._C.DisableTorchFunctionSubclass()
+
+
+def register_opaque(cls: type[Opaque], guarded: Callable[[Opaque], list]) -> None:
+    """Let operators take objects of a class, which compiled graphs have as inputs (torch 2.13; before it had no names).
+
+    Args:
+        guarded (`Callable[[Opaque], list]`): what of an object a graph depends on; other values compile another one.
+    """
+    register_opaque_type(cls, typ="reference", guard_fn=guarded)
+
+
+def opaque_inside(argument: Opaque) -> Opaque:
+    """The object itself, where an operator's fake gets the compiler's stand-in for it."""
+    return getattr(argument, "real_obj", argument)
 
 
 # ── modules ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,7 +1,5 @@
 """What every engine is: a name, the layers it refuses and why, and a way to make the others ready."""
 
-import itertools
-import weakref
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -9,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
-from ..numerics import QParams
+from ..numerics import Codes, QParams
 from ..numerics.rounding import check_finite
-from ..numerics.route import Route
+from .compiled import LayerReference, call_layer
 from .grid import InputGrid
 
 MEMORY_MODES = ("fast", "low")
@@ -41,40 +39,49 @@ class Engine(ABC):
         """Raise what layers found but did not wait for; a forward hook of the whole model."""
 
 
-_PREPARED: "weakref.WeakValueDictionary[int, PreparedLayer]" = weakref.WeakValueDictionary()
-_handles = itertools.count()
-
-
 class PreparedLayer(ABC):
     """Abstract base of layers made ready: knows the layer and its input's grid for each adapter.
 
-    A compiled model calls it as one operator, `diffusers_msfp::run_layer`, that the compiler does not look into.
+    A compiled model calls it as one operator that the compiler does not look into, see `compiled`.
 
     Args:
         layer: a `nn.QuantLayer`.
         keep (`bool`): keep expanded weights instead of making them anew in each call.
     """
 
-    reads_codes = False  # whether it takes codes that another module made with its grid, in `from_codes`
+    reads_codes = False  # whether another module may quantize its input, with its grid
 
     def __init__(self, layer, keep: bool) -> None:
         self.layer, self._keep = layer, keep
-        self._handle = next(_handles)
-        _PREPARED[self._handle] = self
+        self._reference = LayerReference(self)
         self._grids: dict[tuple[int, bool], InputGrid] = {}
         self._weights: dict[tuple, Tensor] = {}
 
     def __call__(self, x: Tensor, bank: int | Tensor = 0, adapter: int | Tensor = 0) -> Tensor:
         """The layer's output for a float input, in its dtype, with one bank and the input's grid of one adapter."""
         if torch.compiler.is_compiling():
-            index = next((each for each in (bank, adapter) if isinstance(each, Tensor)), None)
-            numbers = [each if isinstance(each, int) else -1 for each in (bank, adapter)]
-            return torch.ops.diffusers_msfp.run_layer(x, self._handle, *numbers, index)
+            return call_layer(x, self._reference, bank, adapter)
         return self.run(x, bank, adapter)
+
+    def __getstate__(self) -> dict:
+        """For copies and pickles: without expanded weights, and without the reference to this one."""
+        return {**vars(self), "_weights": {}, "_reference": None}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._reference = LayerReference(self)
 
     @abstractmethod
     def run(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor) -> Tensor:
         """What `__call__` does when nothing is being compiled."""
+
+    def takes(self, codes: Codes) -> bool:  # noqa: ARG002
+        """Whether `from_codes` would be right for these: they are on the grid that the layer has now."""
+        return False
+
+    def from_codes(self, codes: Codes) -> Tensor:
+        """As the layer, for an input that another module has quantized for it and that it `takes`."""
+        raise NotImplementedError
 
     def nothing(self, x: Tensor) -> Tensor:
         """An output of the right shape and dtype without worth, for inputs without elements or values."""
@@ -121,24 +128,3 @@ class PreparedLayer(ABC):
 def weight_unit(layer) -> Tensor:
     """Real size of a lattice step of each output channel, `(C,)` float32."""
     return QParams.unchecked(layer.weight_format, layer.weight_scale, torch.zeros_like(layer.weight_scale)).unit
-
-
-@torch.library.custom_op("diffusers_msfp::run_layer", mutates_args=())
-def run_layer(x: Tensor, handle: int, bank: int, adapter: int, index: Tensor | None) -> Tensor:
-    """A prepared layer as an operator; where `bank` or `adapter` is -1, `index` says it; `(B,)` for rows."""
-    prepared = _PREPARED[handle]
-
-    def run(rows: Tensor, index: Tensor | int | None) -> Tensor:
-        return prepared.run(rows, *(index if each < 0 else each for each in (bank, adapter)))
-
-    y = Route(index).apply(run, x, 0) if index is not None and index.ndim else run(x, index)
-    return y.contiguous(memory_format=_memory_format(x))
-
-
-@run_layer.register_fake
-def _(x: Tensor, handle: int, bank: int, adapter: int, index: Tensor | None) -> Tensor:  # noqa: ARG001
-    return torch.empty_like(_PREPARED[handle].nothing(x), memory_format=_memory_format(x))
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if x.ndim == 4 else torch.contiguous_format

@@ -20,6 +20,7 @@ no compiler on the user's machine.
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -120,6 +121,14 @@ def _conv(
     return int8_conv(x, unit, zero, packed, units, _zeros(len(units)), bias, stride, padding, dilation, groups, dtype)
 
 
+Planes = Callable[[Tensor, int | Tensor], list[Tensor]]
+"""Values and an adapter → the bytes that hold their integers."""
+
+
+def _as_they_are(codes: Tensor, adapter: int | Tensor) -> list[Tensor]:  # noqa: ARG001
+    return [codes]
+
+
 class _Int8Layer(PreparedLayer):
     """What both kinds share: integers of the weight, and bytes of the input."""
 
@@ -144,32 +153,40 @@ class _Int8Layer(PreparedLayer):
         """Bytes that another module made with `grid(adapter)` from floats of this dtype, for `from_codes`."""
         return Codes.wrap(values, self.layer, adapter, dtype, *self.grid(adapter).planes[0])
 
+    def takes(self, codes: Codes) -> bool:
+        """See `PreparedLayer.takes`."""
+        return self.reads_codes and [(codes.unit, codes.zero)] == self.grid(codes.adapter).planes
+
     def from_codes(self, codes: Codes) -> Tensor:
-        """As the layer, for bytes that another module made."""
+        """See `PreparedLayer.from_codes`."""
         bank = codes.adapter if self.layer.num_banks > 1 else 0
-        return self.multiply(codes.bytes(), bank, codes.adapter, codes.float_dtype)
+        return self.multiply(codes.bytes(), _as_they_are, bank, codes.adapter, codes.float_dtype)
 
     def run(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor) -> Tensor:
         """See `PreparedLayer.run`."""
-        return self.multiply(x, bank, adapter, x.dtype)
+        return self.multiply(x, self.codes, bank, adapter, x.dtype)
 
     @abstractmethod
-    def multiply(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor, dtype: torch.dtype) -> Tensor:
-        """The layer's output in a dtype, for floats or for bytes on the grid of an adapter."""
+    def multiply(
+        self, x: Tensor, planes: Planes, bank: int | Tensor, adapter: int | Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """The layer's output in a dtype, for floats or for bytes on the grid of an adapter.
+
+        Args:
+            x (`Tensor`): floats, or bytes.
+            planes (`Planes`): makes bytes of it, when it is laid out and padded as the kernel wants it.
+        """
 
     def codes(self, x: Tensor, adapter: int | Tensor) -> list[Tensor]:
-        """Bytes of a float input, or bytes that came from `from_codes`."""
-        if x.dtype == torch.uint8:
-            return [x]
+        """Bytes of a float input, one tensor for each of the grid's planes."""
         planes, finite = kernels.quantize(x, self.grid(adapter))
         if not finite:
             self.refuse_infinite(x)
         return planes
 
-    def sum_of_planes(self, multiply, x: Tensor, adapter: int | Tensor, dtype: torch.dtype) -> Tensor:
+    def sum_of_planes(self, multiply, codes: list[Tensor], adapter: int | Tensor, dtype: torch.dtype) -> Tensor:
         """`multiply(bytes, unit, zero, bias, dtype)` added up over the bytes that hold an integer."""
-        planes = zip(self.codes(x, adapter), self.grid(adapter).planes, strict=True)
-        (codes, (unit, zero)), *rest = planes
+        (codes, (unit, zero)), *rest = zip(codes, self.grid(adapter).planes, strict=True)
         wide = torch.float32 if rest or not writes(dtype) else dtype
         y = multiply(codes, unit, zero, self.bias, wide)
         for codes, (unit, zero) in rest:
@@ -184,7 +201,9 @@ class Int8Linear(_Int8Layer):
         """See `PreparedLayer.expand`."""
         return pack_int8_linear(self.integers(bank))
 
-    def multiply(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor, dtype: torch.dtype) -> Tensor:
+    def multiply(
+        self, x: Tensor, planes: Planes, bank: int | Tensor, adapter: int | Tensor, dtype: torch.dtype
+    ) -> Tensor:
         """`(*, in)` float or bytes → `(*, out)`."""
         rows = x.reshape(-1, x.shape[-1])
         if not rows.numel():
@@ -194,7 +213,8 @@ class Int8Linear(_Int8Layer):
         def multiply(codes: Tensor, unit: float, zero: int, bias: Tensor | None, out: torch.dtype) -> Tensor:
             return _linear(codes, unit, zero, weight, self.units, bias, out)
 
-        return self.sum_of_planes(multiply, rows.contiguous(), adapter, dtype).view(*x.shape[:-1], -1)
+        codes = planes(rows.contiguous(), adapter)
+        return self.sum_of_planes(multiply, codes, adapter, dtype).view(*x.shape[:-1], -1)
 
 
 class Int8Conv(_Int8Layer):
@@ -218,18 +238,22 @@ class Int8Conv(_Int8Layer):
             return pack_int8_linear(weight.permute(0, 2, 3, 1).flatten(1))
         return pack_int8_conv(weight, self.units, at.stride, at.padding, at.dilation, at.groups, self._shape)
 
-    def multiply(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor, dtype: torch.dtype) -> Tensor:
+    def multiply(
+        self, x: Tensor, planes: Planes, bank: int | Tensor, adapter: int | Tensor, dtype: torch.dtype
+    ) -> Tensor:
         """`(B, in, …)` float or bytes → `(B, out, …)`."""
         if not x.numel():
             return self.nothing(x)
 
         def convolve(images: Tensor) -> Tensor:
             images = images.contiguous(memory_format=torch.channels_last)
-            return self._convolve(images, bank, adapter, dtype)
+            return self._convolve(images, planes, bank, adapter, dtype)
 
         return self.geometry.apply(convolve, x)
 
-    def _convolve(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor, dtype: torch.dtype) -> Tensor:
+    def _convolve(
+        self, x: Tensor, planes: Planes, bank: int | Tensor, adapter: int | Tensor, dtype: torch.dtype
+    ) -> Tensor:
         size, groups = self.geometry.kernel_size, self.geometry.groups
         at = self.geometry.stride, self.geometry.padding, self.geometry.dilation
         rows, width = output_size(x.shape[2:], size, *at)
@@ -244,4 +268,4 @@ class Int8Conv(_Int8Layer):
             y = _linear(patches, unit, zero, weight, self.units, bias, out)
             return y.view(len(x), rows, width, -1).permute(0, 3, 1, 2)
 
-        return self.sum_of_planes(multiply, x, adapter, dtype)
+        return self.sum_of_planes(multiply, planes(x, adapter), adapter, dtype)

@@ -36,8 +36,13 @@ class Execution(StoredTensors):
             self.__dict__["prepared"] = self.engine.prepare(self)
 
     def ready(self, x: Tensor) -> Prepared | None:
-        """The layer as its engine made it ready; None where the reference must run: to observe, or for gradients."""
-        if self.engine is None or self.observing or (torch.is_grad_enabled() and self._wants_gradients(x)):
+        """The layer as its engine made it ready; None where the reference must run.
+
+        That is to observe, for gradients, and in exported programs, which run where this layer is not.
+        """
+        if self.engine is None or self.observing or torch.compiler.is_exporting():
+            return None
+        if torch.is_grad_enabled() and self._wants_gradients(x):
             return None
         if self.prepared is None and not torch.compiler.is_compiling():
             self.prepare()
@@ -146,7 +151,7 @@ class Execution(StoredTensors):
                 f"or `torch.compile`, or trace what `model.dequantize()` gives."
             )
         if isinstance(x, Codes):
-            if x.reader is self and self.prepared is not None:
+            if x.reader is self and self.prepared is not None and self.prepared.takes(x):
                 return self.prepared.from_codes(x)
             x = x.decoded()
         if not x.is_floating_point():
@@ -206,7 +211,7 @@ class Execution(StoredTensors):
         """
         apart = self.training or torch.compiler.is_compiling()  # dropout may be active; the compiler fuses by itself
         apart = apart or result_dtype(x) != x.dtype
-        return self._adapter_of_codes() if not apart and getattr(self.ready(x), "reads_codes", False) else None
+        return self._adapter_of_codes() if not apart and (ready := self.ready(x)) and ready.reads_codes else None
 
 
 def result_dtype(x: Tensor) -> torch.dtype:

@@ -62,11 +62,27 @@ def test_integer_products():
     x = torch.randint(-7, 8, (32, 16), dtype=torch.int8)
     product = torch_compat.int8_matmul(x, x.T.contiguous())
     assert torch.equal(product, (x.int() @ x.int().T)), "torch._int_mm is not an exact product any more"
-    parameters = inspect.signature(torch_compat.float8_matmul).parameters
-    assert list(parameters) == ["x", "weight", "one"]
-    schema = str(torch.ops.aten._scaled_mm.default._schema)
-    for name in ("scale_a", "scale_b", "out_dtype", "use_fast_accum"):
-        assert name in schema, f"torch._scaled_mm has no argument `{name}` any more"
+
+
+class Number(torch_compat.Opaque):
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+
+def test_operators_take_objects():
+    torch_compat.register_opaque(Number, lambda number: [number.value > 0])
+
+    @torch.library.custom_op("diffusers_msfp_canary::scale", mutates_args=())
+    def scale(x: torch.Tensor, number: Number) -> torch.Tensor:
+        return x * number.value
+
+    seen = []
+    scale.register_fake(lambda x, number: seen.append(torch_compat.opaque_inside(number)) or torch.empty_like(x))
+    compiled, numbers = torch.compile(scale, backend="aot_eager", fullgraph=True), [Number(v) for v in (2, 3, -4)]
+    for number in numbers:
+        result = compiled(torch.ones(2), number)
+        assert torch.equal(result, torch.full((2,), number.value)), "opaque objects are no inputs of a graph any more"
+    assert set(seen) == {numbers[0], numbers[2]}, "a graph of opaque objects is not guarded as before"
 
 
 def test_late_assertions():

@@ -32,7 +32,7 @@ from diffusers_msfp.numerics.rounding import quantize_to_lattice
 from diffusers_msfp.schemes import LayerScheme
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INT8, FP8, BF16, FP16, FP32 = torch.int8, torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32
+INT8, BF16, FP16, FP32 = torch.int8, torch.bfloat16, torch.float16, torch.float32
 SIGNED = [name for name, fmt in FORMATS.items() if fmt.signed]
 CAPABILITY = torch.cuda.get_device_capability() if DEVICE == "cuda" else (9, 0)
 WEIGHTS_INT8 = [name for name in SIGNED if holds(INT8, FORMATS[name])]
@@ -77,7 +77,7 @@ def test_codes_are_bit_equal(name):
             assert k_found == k
             inputs = (x.to(DEVICE), (1 / unit).to(DEVICE), k_found.to(DEVICE), fmt)
             assert torch.equal(quantize(*inputs, dtype=FP32).view(torch.int32).cpu(), q.view(torch.int32))
-    for dtype in (INT8, BF16, *([FP8] if CAPABILITY >= (8, 9) else [])):
+    for dtype in (INT8, BF16):
         if holds(dtype, fmt):
             offset = code_offset(fmt, dtype)
             assert torch.equal(quantize(*inputs, dtype=dtype, offset=offset).float().cpu() + offset, q)
@@ -154,18 +154,14 @@ def convolution(x, weight, bias, zero, dtype, geometry, weight_unit, unit, out=F
     return got.cpu(), F.conv2d(padded, weight.double(), None, stride, 0, dilation, groups)
 
 
-@pytest.mark.parametrize("dtype", [INT8, BF16, FP8], ids=str)
+@pytest.mark.parametrize("dtype", [INT8, BF16], ids=str)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_convolution_is_exact(geometry, dtype):
-    if dtype == FP8 and CAPABILITY < (8, 9):
-        pytest.skip("Triton has FP8 products from compute capability 8.9 on; elsewhere its interpreter checks them")
     batch, channels, height, width, outputs, kernel, *rest = GEOMETRIES[geometry]
     low, high, zero, limit = (-128, 127, -100, 127) if dtype == INT8 else (0, 15, 6, 12)
     x = integers(batch, channels, height, width, low=low, high=high)
     weight = integers(outputs, channels // rest[-1], *kernel, low=-limit, high=limit)
     weight_unit, unit, bias = torch.rand(outputs) + 0.1, torch.tensor(0.37), torch.randn(outputs)
-    if dtype == FP8:  # two mantissa bits less than the numbers drawn
-        x, weight = x.clamp(max=8), weight.clamp(-8, 8)
     got, sums = convolution(x, weight, bias, zero, dtype, rest, weight_unit, unit)
     want = sums.float() * (weight_unit * unit)[:, None, None] + bias[:, None, None]
     assert torch.equal(got, want)
@@ -217,39 +213,28 @@ SHAPES = [(40, 32, 48), (1, 7, 5), (17, 33, 9), (16, 8, 8), (3, 1, 1), (0, 4, 6)
 @pytest.fixture
 def shape_rules(monkeypatch):
     """Refuses what the GPU versions refuse: rows, multiples, memory order."""
-    int_mm, scaled_mm = torch._int_mm, torch._scaled_mm
+    int_mm = torch._int_mm
 
-    def check(a, b, multiple):
+    def checked(a, b):
         assert a.is_contiguous()
         assert b.t().is_contiguous()
-        assert a.shape[1] % multiple == b.shape[1] % multiple == 0 < a.shape[1]
-
-    def checked_int_mm(a, b):
-        check(a, b, 8)
+        assert a.shape[1] % 8 == b.shape[1] % 8 == 0 < a.shape[1]
         assert len(a) > 16
         return int_mm(a, b)
 
-    def checked_scaled_mm(a, b, *args, **kwargs):
-        check(a, b, 16)
-        return scaled_mm(a, b, *args, **kwargs)
-
-    monkeypatch.setattr(torch, "_int_mm", checked_int_mm)
-    monkeypatch.setattr(torch, "_scaled_mm", checked_scaled_mm)
+    monkeypatch.setattr(torch, "_int_mm", checked)
 
 
-@pytest.mark.parametrize("dtype", [INT8, FP8], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_linear_on_codes(shape, dtype, shape_rules):
-    if dtype == FP8 and CAPABILITY < (8, 9):
-        pytest.skip("Triton has FP8 products from compute capability 8.9 on; elsewhere its interpreter checks them")
+def test_linear_on_codes(shape, shape_rules):
     rows, length, columns = shape
     x, weight = integers(rows, length, low=0, high=15), integers(columns, length, low=-12, high=12)
     weight_unit, unit, bias, zero = torch.rand(columns) + 0.1, torch.tensor(0.37), torch.randn(columns), 4
     sums = (x - zero) @ weight.T
     want = sums.float() * (weight_unit * unit) + bias
-    codes, weights = (t.to(FP32).to(dtype).to(DEVICE) for t in (x, weight))
+    codes, weights = (t.to(INT8).to(DEVICE) for t in (x, weight))
     arguments = {
-        "weight_sum": weight.sum(1).to(torch.int32 if dtype == INT8 else FP32).to(DEVICE),
+        "weight_sum": weight.sum(1).to(torch.int32).to(DEVICE),
         "weight_unit": weight_unit.to(DEVICE),
         "unit": unit.to(DEVICE),
         "zero": torch.tensor(float(zero), device=DEVICE),
@@ -359,7 +344,7 @@ def test_weight_codes(name):
     fmt = FORMATS[name]
     codes = integers(5, 3 * 2 * 3, low=0, high=2**fmt.bits - 1).to(torch.uint8)
     want = decode(codes, QParams(fmt, 1 / fmt.step)).view(5, 3, 2, 3)
-    for dtype in (INT8, FP8, BF16):
+    for dtype in (INT8, BF16):
         if holds(dtype, fmt):
             weight, total = weight_codes(pack(codes, fmt.bits), fmt, (5, 3, 2, 3), dtype)
             assert torch.equal(weight.float(), want.permute(0, 2, 3, 1))
@@ -373,7 +358,7 @@ def test_weight_codes(name):
 @pytest.mark.parametrize("name", FORMATS)
 def test_holds_what_survives_the_dtype(name):
     fmt = FORMATS[name]
-    for dtype in (INT8, FP8, BF16):
+    for dtype in (INT8, BF16):
         values = torch.tensor(fmt.lattice, dtype=torch.float64) - code_offset(fmt, dtype)
         info = torch.iinfo(dtype) if dtype == INT8 else torch.finfo(dtype)
         there = values.clamp(info.min, info.max).to(FP32).to(dtype).to(torch.float64)
@@ -384,12 +369,12 @@ def test_what_devices_run():
     assert all(limits((7, 0)).values())
     assert not limits((7, 5))["int_mm"]
     assert "8.0" in limits((7, 5))["triton"]
-    assert [name for name, reason in limits((8, 6)).items() if reason] == ["fp8", "fp4"]
+    assert [name for name, reason in limits((8, 6)).items() if reason] == ["fp4"]
     assert "not used" in limits((10, 0))["fp4"]
     e2m1, e3m2, e4m3 = FORMATS["fp4_e2m1"], FORMATS["fp6_e3m2"], FORMATS["fp8_e4m3"]
-    assert code_dtypes(e2m1, e2m1, (9, 0)) == (INT8, BF16, FP8)
+    assert code_dtypes(e2m1, e2m1, (9, 0)) == (INT8, BF16)
     assert code_dtypes(e2m1, e2m1, (8, 0)) == (INT8, BF16)
-    assert code_dtypes(e2m1, e3m2, (8, 9)) == (BF16, FP8)
+    assert code_dtypes(e2m1, e3m2, (8, 9)) == (BF16,)
     assert code_dtypes(e2m1, e4m3, (12, 0)) == (BF16,)
     assert code_dtypes(e2m1, e2m1, (7, 5)) == ()
 
@@ -411,7 +396,7 @@ def test_kernels_compile_for_devices(target, tmp_path):
     )
     assert run.returncode == 0, run.stderr[-2000:]
     kernels = json.loads(run.stdout)
-    assert len(kernels) == 5 + (target >= 89)
+    assert len(kernels) == 5
     for name, kernel in kernels.items():
         assert kernel["shared"] <= SHARED[target] * 1024, name
         assert name.startswith("quantize") or re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", kernel["ptx"])

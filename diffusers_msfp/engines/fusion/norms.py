@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...compat.torch import is_hooked
+from ...layers import QuantLayer
 from ...numerics import Codes
 from .. import kernels
 
@@ -33,7 +34,8 @@ class FusedGroupNorm(nn.GroupNorm):
             added (`Tensor`, `(B, C)`, *optional*): added to `x` first.
         """
         layer = self.feeds.layer()
-        takes = x.ndim == 4 and x.numel() and hasattr(layer, "takes_codes") and self.feeds.undisturbed(self)
+        images = x.ndim == 4 and x.numel() and x.is_floating_point()
+        takes = images and isinstance(layer, QuantLayer) and self.feeds.undisturbed(self)
         adapter = layer.takes_codes(x) if takes else None
         if adapter is None:
             return super().forward(x if added is None else x + added[:, :, None, None])

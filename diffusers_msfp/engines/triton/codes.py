@@ -19,13 +19,10 @@ def code_offset(fmt: FPFormat, dtype: torch.dtype) -> int:
 
 
 def holds(dtype: torch.dtype, fmt: FPFormat) -> bool:
-    """Whether every lattice integer, less `code_offset`, is exact in int8, float8_e4m3fn or bfloat16."""
+    """Whether every lattice integer, less `code_offset`, is exact in int8 or bfloat16."""
     if dtype == torch.int8:
         return fmt.lattice_max - code_offset(fmt, dtype) <= 127
-    significant_bits = fmt.mantissa_bits + 1
-    if dtype == torch.float8_e4m3fn:
-        return significant_bits <= 4 and fmt.lattice_max <= torch.finfo(dtype).max
-    return significant_bits <= 8
+    return fmt.mantissa_bits + 1 <= 8
 
 
 @lru_cache(maxsize=64)

@@ -62,7 +62,7 @@ def _conv2d(
         pixel = (image + h * W + w) * (GROUPS * C) + group * C
         x = tl.load(x_ptr + pixel[:, None] + c[None, :], real[:, None] & (c < C)[None, :], other=zero)
         y = tl.load(w_row[None, :] + (tap * C + c)[:, None], (n < N)[None, :] & (c < C)[:, None], other=0.0)
-        acc = tl.dot(x, y, acc, max_num_imprecise_acc=32, out_dtype=ACC)
+        acc = tl.dot(x, y, acc, out_dtype=ACC)
     column = group * N + n
     total = tl.load(sum_ptr + column, n < N, other=0).to(ACC)
     y = (acc - (zero * total)[None, :]).to(tl.float32)
@@ -91,11 +91,10 @@ def conv2d(
     """`weight_unit[o] * unit * (Σ x * weight - zero * weight_sum[o]) + bias[o]`, padded with `zero`.
 
     Sums of int8 codes are int32 and exact. Others are float32: of bfloat16 codes the products are exact, and so are
-    sums below 2^24. Within an instruction for float8, Hopper keeps about 14 bits (arXiv 2412.19437, 3.3.2), enough for
-    the products of 4-bit codes alone; so every 32 products are added to a float32 sum outside of the tensor core.
+    sums below 2^24.
 
     Args:
-        x (`Tensor`, `(B, C, H, W)`, int8/float8_e4m3fn/bfloat16/float16): codes; channels_last, or it is copied.
+        x (`Tensor`, `(B, C, H, W)`, int8/bfloat16/float16): codes; channels_last, or it is copied.
         weight (`Tensor`, `(O, KH, KW, C / groups)`, dtype of `x`, contiguous): from `weight_codes`.
         bias (`Tensor`, `(O,)`, any float dtype): in the unit of the result.
         weight_sum (`Tensor`, `(O,)`, int32 for int8, else float32): sum of an output channel's lattice integers.

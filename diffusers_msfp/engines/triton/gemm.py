@@ -1,14 +1,14 @@
-"""Linear layers on codes through torch's own matrix products; needs no Triton.
+"""Linear layers on int8 codes through torch's own matrix product; needs no Triton.
 
-`_int_mm` and `_scaled_mm` refuse shapes that are no multiples of 8 and 16, and `_int_mm` fewer than 17 rows. Weights
-are padded once (`pad_weight`), inputs at each call where they must be; zeros add nothing to the sums.
+`_int_mm` refuses shapes that are no multiples of 8, and fewer than 17 rows. Weights are padded once (`pad_weight`),
+inputs at each call where they must be; zeros add nothing to the sums.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...compat.torch import float8_matmul, int8_matmul
+from ...compat.torch import int8_matmul
 
 _MULTIPLE = 16
 _MIN_ROWS = 32  # 17 would do, but makes an awkward matrix
@@ -20,28 +20,24 @@ def _missing(size: int) -> int:
 
 def pad_weight(weight: Tensor) -> Tensor:
     """`(N, K)` → both sizes raised to multiples of 16 with zeros."""
-    padding = (0, _missing(weight.shape[1]), 0, _missing(weight.shape[0]))
-    return F.pad(weight.view(torch.uint8), padding).view(weight.dtype).contiguous()  # the 0 of float8 is byte 0
+    return F.pad(weight, (0, _missing(weight.shape[1]), 0, _missing(weight.shape[0]))).contiguous()
 
 
 def matmul(x: Tensor, weight: Tensor) -> Tensor:
     """Sums `Σ_k x[m, k] * weight[n, k]` of codes.
 
     Args:
-        x (`Tensor`, `(M, K)`, int8/float8_e4m3fn): codes; `K` may lack the padding of the weight.
-        weight (`Tensor`, `(N, K)`, dtype of `x`): from `pad_weight`.
+        x (`Tensor`, `(M, K)`, int8): codes; `K` may lack the padding of the weight.
+        weight (`Tensor`, `(N, K)`, int8): from `pad_weight`.
 
     Returns:
-        `Tensor`, `(M, N)`: int32 and exact for int8; float32 for float8, as exact as the tensor cores are.
+        `Tensor`, `(M, N)`, int32: exact.
     """
     rows = len(x)
-    extra = max(0, _MIN_ROWS - rows) if x.dtype == torch.int8 else 0
+    extra = max(0, _MIN_ROWS - rows)
     if extra or x.shape[1] != weight.shape[1]:
-        x = F.pad(x.view(torch.uint8), (0, weight.shape[1] - x.shape[1], 0, extra)).view(x.dtype)
-    if x.dtype == torch.int8:
-        return int8_matmul(x.contiguous(), weight.t())[:rows]
-    one = torch.ones((), device=x.device)
-    return float8_matmul(x.contiguous(), weight.t(), one)
+        x = F.pad(x, (0, weight.shape[1] - x.shape[1], 0, extra))
+    return int8_matmul(x.contiguous(), weight.t())[:rows]
 
 
 def linear(
@@ -58,10 +54,10 @@ def linear(
     """`weight_unit[n] * unit * (Σ x * weight - zero * weight_sum[n]) + bias[n]`.
 
     Args:
-        x (`Tensor`, `(*, K)`, int8/float8_e4m3fn): codes.
-        weight (`Tensor`, dtype of `x`): `(N, K)` from `weight_codes`, after `pad_weight`.
+        x (`Tensor`, `(*, K)`, int8): codes.
+        weight (`Tensor`, int8): `(N, K)` from `weight_codes`, after `pad_weight`.
         bias (`Tensor`, `(N,)`, any float dtype): in the unit of the result.
-        weight_sum (`Tensor`, `(N,)`, int32 for int8, else float32): sum of an output channel's lattice integers.
+        weight_sum (`Tensor`, `(N,)`, int32): sum of an output channel's lattice integers.
         weight_unit (`Tensor`, `(N,)`, float32): real size of a lattice step.
         unit (`Tensor`, `()`, float32): the same of the input.
         zero (`Tensor`, `()`, float32): code of the real 0.

@@ -67,7 +67,7 @@ def quantize(
         inverse (`Tensor`, `()`, float32): `1 / unit`, computed once.
         k (`Tensor`, `()`, float32): the zero point in lattice steps.
         fmt (`FPFormat`): its lattice, less `offset`, must fit `dtype`.
-        dtype (`torch.dtype`): int8, uint8, float8_e4m3fn, bfloat16, …
+        dtype (`torch.dtype`): int8, uint8, bfloat16, …
         offset (`int`): taken from every lattice integer.
         bad (`Tensor`, `(1,)`, int32, *optional*): set to 1 if `x` holds NaN or infinity, else left alone. This spares
             a look at the values before every layer. The codes of NaN mean nothing.
