@@ -1,13 +1,19 @@
 """Small networks made from code, the embedded model, and nothing from the network."""
 
+import atexit
 import copy
 import os
+import shutil
 import sys
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="modules-"))  # where diffusers copies pipelines' code
+if "HF_MODULES_CACHE" not in os.environ:  # where diffusers copies pipelines' code: for this process and those it starts
+    os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
+    atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # every local pipeline has the same name there, so each has its own
+    os.environ["HF_MODULES_CACHE"] = os.path.join(os.environ["HF_MODULES_CACHE"], worker)
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # the cores are shared by the processes that run the tests
     for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ.setdefault(name, str(max(1, (os.cpu_count() or 1) // int(workers))))

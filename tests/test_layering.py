@@ -201,6 +201,34 @@ def test_files_stay_short():
         assert len(file.read_text(encoding="utf-8").splitlines()) <= limit, file
 
 
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def imported_tests(file: Path) -> set[str]:
+    """Modules of tests that a file imports, by any name that it gives."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = f"{getattr(node, 'module', None) or ''}.{'.'.join(alias.name for alias in node.names)}".split(".")
+            found |= {name for name in names if name.startswith("test_")}
+    return found
+
+
+def test_tests_do_not_import_tests(tmp_path):
+    for code in ("from test_matrix import sample", "import plugin.test_matrix", "from . import test_matrix as matrix"):
+        (tmp_path / "module.py").write_text(code)
+        assert imported_tests(tmp_path / "module.py") == {"test_matrix"}
+    for file in TESTS:
+        assert not imported_tests(file), file
+
+
+def test_tests_wait_for_what_they_can_observe():
+    for file in TESTS:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            sleeps = isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "sleep"
+            assert not sleeps or file.name == "processes.py", f"{file}: {ast.unparse(node)}; `wait_until` waits"
+
+
 def test_public_names_are_documented_and_sorted():
     import diffusers_msfp
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
+from processes import wait_until
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
@@ -166,23 +166,17 @@ def finished(process: subprocess.Popen) -> str:
     return err
 
 
-def wait_for(folder: Path, pattern: str) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not list(folder.glob(pattern)) and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
 @pytest.mark.slow
 def test_killed_stopped_and_resumed_it_is_the_same_run(data, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finished(start(data, whole, "--updates", 60, "--export", tmp_path / "export"))
     process = start(data, killed, "--updates", 60, "--save-every", 0)
-    wait_for(killed, "checkpoint-000000[3-9]")
+    wait_until(lambda: list(killed.glob("checkpoint-000000[3-9]")), process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not list(killed.glob("checkpoint-0000060"))
     process = start(data, killed, "--updates", 60, "--save-every", 0, "--export", tmp_path / "unfinished")
-    wait_for(killed, "checkpoint-00000[1-5]?")
+    wait_until(lambda: list(killed.glob("checkpoint-00000[1-5]?")), process)
     process.send_signal(signal.SIGTERM)
     told = finished(process)
     (left,) = killed.glob("checkpoint-*")

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 from command_line import program
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
+from processes import wait_until
 from rich.console import Console
 
 from diffusers_msfp import cli
@@ -291,11 +291,8 @@ def test_an_interrupted_run_leaves_nothing_that_looks_like_a_checkpoint(tmp_path
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
     )
     try:
-        deadline = time.monotonic() + 300
-        while not (tmp_path / ".packed.part" / "weights" / "unet" / "config.json").is_file():  # then it calibrates
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        config = tmp_path / ".packed.part" / "weights" / "unet" / "config.json"
+        wait_until(config.is_file, process)  # then it calibrates
         assert process.poll() is None
         os.kill(process.pid, sign)
         assert process.wait(timeout=30) != 0

@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from command_line import program
+from processes import wait_until
 
 from diffusers_msfp import cli
 from diffusers_msfp.errors import ConfigError
@@ -50,9 +50,7 @@ def killed(asked, tmp_path_factory) -> Path:
     """A folder whose run was killed between its first picture and its last."""
     out = tmp_path_factory.mktemp("killed")
     process = start(*asked, "--out", out)
-    deadline = time.monotonic() + TIMEOUT
-    while len(list(out.rglob("*.npy"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: len(list(out.rglob("*.npy"))) >= 2, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (out / "results.json").exists()

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -51,19 +50,14 @@ def whole(tmp_path_factory, tiny_dir, packed_dir) -> dict:
     return finished(start(folder, "whole", tiny_dir, packed_dir), folder, "whole")
 
 
-def test_killed_at_any_point_it_resumes_to_the_same_result(tmp_path, tiny_dir, packed_dir, whole):
+def test_killed_between_checkpoints_it_resumes_to_the_same_result(tmp_path, tiny_dir, packed_dir, whole):
     work = tmp_path / "work"
-    process = start(tmp_path, "killed", tiny_dir, packed_dir, work_dir=str(work), pause=0.4)
-    deadline = time.monotonic() + TIMEOUT
-    while not list(work.glob("checkpoint-*[0-9]")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(0.5)  # into the updates behind the checkpoint, or into the next one
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process = start(tmp_path, "killed", tiny_dir, packed_dir, work_dir=str(work), killed_at=5)
+    assert process.wait(TIMEOUT) == -signal.SIGKILL
     assert not (tmp_path / "killed.pt").exists()
     (work / "checkpoint-999.part").mkdir()  # what a kill while writing leaves
     result = finished(start(tmp_path, "resumed", tiny_dir, packed_dir, work_dir=str(work)), tmp_path, "resumed")
-    assert result["resumed"] in (2, 4, 6)
+    assert result["resumed"] == 4
     assert result["losses"] == whole["losses"]
     assert equal(result["model"], whole["model"])
     assert list((work / "finetune").glob("events.out.*")), "TensorBoard's log"

@@ -1,7 +1,6 @@
-"""What diffusers can do around a denoiser, on a quantized Stable Diffusion. README's table reads names and outcomes."""
+"""What diffusers can do around a denoiser, on a quantized Stable Diffusion. README's table reads the marks."""
 
 import copy
-from collections.abc import Callable
 
 import numpy as np
 import pipelines
@@ -11,27 +10,14 @@ from conftest import make_vae
 from diffusers import LCMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from matrix import sample
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from test_matrix import sample
 
 from diffusers_msfp import MSFPConfig, quantize_pipeline, set_engine
 from diffusers_msfp.engines.fusion.processors import BF16AttnProcessor
 from diffusers_msfp.errors import UnsupportedError
 from diffusers_msfp.layers import QuantLayer
-
-FEATURES: dict[str, str] = {}
-
-
-def feature(name: str, outcome: str = "works") -> Callable:
-    """A row of the table: the test that follows shows it."""
-
-    def enter(test: Callable) -> Callable:
-        assert name not in FEATURES
-        FEATURES[name] = outcome
-        return test
-
-    return enter
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +67,7 @@ def ip_adapter(unet) -> dict:
     return {"image_proj": image, "ip_adapter": layers}
 
 
-@feature("IP-Adapter")
+@pytest.mark.feature("IP-Adapter")
 def test_ip_adapter(pipe, before):
     state = ip_adapter(pipe.unet)
     pipe.load_ip_adapter(state, subfolder="", weight_name="", image_encoder_folder=None)
@@ -99,7 +85,7 @@ def test_ip_adapter(pipe, before):
     assert (sample(pipe) == before).all()
 
 
-@feature("LCM-LoRA and other LoRA files, also for text encoders")
+@pytest.mark.feature("LCM-LoRA and other LoRA files, also for text encoders")
 def test_lcm_lora(pipe, before, tmp_path):
     teacher = pipelines.make_small_pipe()
     layers = {}
@@ -123,7 +109,7 @@ def test_lcm_lora(pipe, before, tmp_path):
     assert (sample(pipe) == plain).all()
 
 
-@feature("Textual inversion")
+@pytest.mark.feature("Textual inversion")
 def test_textual_inversion(pipe, before):
     embedding = {"<fox>": torch.randn(16, generator=torch.Generator().manual_seed(6))}
     pipe.load_textual_inversion(embedding, token="<fox>")
@@ -132,7 +118,7 @@ def test_textual_inversion(pipe, before):
     assert (sample(pipe) == before).all()
 
 
-@feature("FreeU")
+@pytest.mark.feature("FreeU")
 def test_freeu(pipe, before):
     pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
     assert differs(sample(pipe), before)
@@ -152,7 +138,7 @@ class MergingBlock(BasicTransformerBlock):
             del self.attn1.forward
 
 
-@feature("Token merging (the way of tomesd)")
+@pytest.mark.feature("Token merging (the way of tomesd)")
 def test_token_merging(pipe, before):
     blocks = [module for module in pipe.unet.modules() if type(module) is BasicTransformerBlock]
     for block in blocks:
@@ -164,7 +150,7 @@ def test_token_merging(pipe, before):
     assert (sample(pipe) == before).all()
 
 
-@feature("Attention slicing and processors of one's own")
+@pytest.mark.feature("Attention slicing and processors of one's own")
 def test_attention_processors(pipe, before):
     assert processors(pipe) == {BF16AttnProcessor}
     pipe.enable_attention_slicing(1)
@@ -185,7 +171,7 @@ def test_attention_processors(pipe, before):
     assert np.allclose(sample(pipe), before, atol=0.05)
 
 
-@feature("VAE slicing and tiling, of a quantized VAE too")
+@pytest.mark.feature("VAE slicing and tiling, of a quantized VAE too")
 def test_vae_slicing_and_tiling():
     pipe = pipelines.make_small_pipe()
     pipe.vae = make_vae(block_out_channels=(8, 8), norm_num_groups=4, sample_size=16, **TWO_LEVELS)
@@ -206,19 +192,19 @@ def test_vae_slicing_and_tiling():
     assert not torch.equal(tiled, whole)
 
 
-@feature("`enable_model_cpu_offload` (its hooks, on a CPU)")
+@pytest.mark.feature("`enable_model_cpu_offload` (its hooks, on a CPU)")
 def test_model_offload(pipe, before):
     pipe.enable_model_cpu_offload(device="cpu")
     assert (sample(pipe) == before).all()
 
 
-@feature("`enable_group_offload` (its hooks, on a CPU)")
+@pytest.mark.feature("`enable_group_offload` (its hooks, on a CPU)")
 def test_group_offload(pipe, before):
     pipe.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
     assert (sample(pipe) == before).all()
 
 
-@feature("`callback_on_step_end`, `guidance_rescale`, changed batch within a run")
+@pytest.mark.feature("`callback_on_step_end`, `guidance_rescale`, changed batch within a run")
 def test_callbacks_and_guidance(pipe, before):
     seen = []
 
@@ -236,7 +222,7 @@ def test_callbacks_and_guidance(pipe, before):
     assert (sample(pipe) == before).all()
 
 
-@feature("`from_pipe`")
+@pytest.mark.feature("`from_pipe`")
 def test_from_pipe(pipe, before):
     other = StableDiffusionImg2ImgPipeline.from_pipe(pipe, dtype=torch.bfloat16)
     assert other.unet is pipe.unet
@@ -245,14 +231,14 @@ def test_from_pipe(pipe, before):
     assert (sample(pipe) == before).all()
 
 
-@feature("`torch.compile` of denoiser and text encoder")
+@pytest.mark.feature("`torch.compile` of denoiser and text encoder")
 def test_compile(pipe, before):
     for name in ("unet", "text_encoder"):
         getattr(pipe, name).compile(backend="aot_eager")
     assert np.abs(sample(pipe) - before).mean() < 0.05
 
 
-@feature("ControlNet's residuals under fused norms")
+@pytest.mark.feature("ControlNet's residuals under fused norms")
 @torch.no_grad()
 def test_engines_agree_with_residuals():
     pipe = pipelines.make_controlnet()
@@ -267,7 +253,7 @@ def test_engines_agree_with_residuals():
     assert differs(with_bias, sample(pipe, arguments))
 
 
-@feature("`fuse_lora`, `fuse_qkv_projections`, casting after loading", "refused, with the way out")
+@pytest.mark.feature("`fuse_lora`, `fuse_qkv_projections`, casting after loading", "refused, with the way out")
 def test_refused(pipe, before):
     for call in (pipe.unet.fuse_lora, pipe.fuse_qkv_projections, lambda: pipe.to(torch.float16), pipe.unet.half):
         with pytest.raises(UnsupportedError, match="dequantize|`dtype="):

@@ -10,8 +10,8 @@ import torch
 from conftest import equal_state
 from diffusers import DiffusionPipeline
 from diffusers.quantizers import PipelineQuantizationConfig
+from matrix import sample
 from safetensors.torch import load_file, save_file
-from test_matrix import sample
 from transformers import (
     AutoModel,
     CLIPTextModel,

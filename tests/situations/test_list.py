@@ -1,10 +1,10 @@
 """The list of situations in this folder's README is what its tests are marked with."""
 
-import ast
 import os
 from pathlib import Path
 
 import pytest
+from marks import marked
 
 HERE = Path(__file__).parent
 VERDICTS = ("right", "refused")
@@ -12,14 +12,8 @@ VERDICTS = ("right", "refused")
 
 def situations() -> list[tuple[str, str, str]]:
     """`(kind, situation, verdict)` of every test marked `situation(text, verdict)`, in the files' order."""
-    found = []
-    for file in sorted(HERE.glob("test_*.py")):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            marked = isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.situation"
-            if marked:
-                text, verdict = map(ast.literal_eval, node.args)
-                found.append((file.stem.removeprefix("test_"), text, verdict))
-    return found
+    files = sorted(HERE.glob("test_*.py"))
+    return [(file.stem.removeprefix("test_"), *given) for file in files for given in marked(file, "situation")]
 
 
 def written() -> str:
