@@ -36,7 +36,7 @@ class AutoEngine(Engine):
         """See `Engine.prepare`."""
         return self.choose(layer)[0].prepare(layer)
 
-    def settle(self, *call) -> None:
-        """See `Engine.settle`."""
+    def check_inputs(self, *call) -> None:
+        """See `Engine.check_inputs`."""
         for engine in self.engines:
-            engine.settle(*call)
+            engine.check_inputs(*call)

@@ -64,7 +64,7 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
     for part in models:
         fuse(part)
         use_engine_attention(part, wanted=True)
-        part.settling = part.register_forward_hook(chosen.settle)
+        part.input_check = part.register_forward_hook(chosen.check_inputs)
 
 
 def engine_named(name: str, memory: str = "fast") -> AutoEngine:
@@ -119,9 +119,9 @@ def _require_use(name: str, chosen: Engine, layers: list[QuantLayer]) -> None:
 def _unprepare(model: nn.Module) -> None:
     use_engine_attention(model, wanted=False)
     undo(model)
-    if "settling" in vars(model):
-        model.settling.remove()
-        del model.settling
+    if "input_check" in vars(model):
+        model.input_check.remove()
+        del model.input_check
     for module in model.modules():
         if isinstance(module, QuantLayer):
             module.use_engine(None)

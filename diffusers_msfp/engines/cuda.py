@@ -4,8 +4,8 @@ Codes are int8 where both formats fit, with exact int32 sums, else bfloat16 with
 4-bit weights and a float input decode the weight inside the product.
 
 **Inputs that are not finite** are found by the kernel that quantizes them, and layers do not wait for it: each has a
-flag on the device, and `settle`, a forward hook of the model, reads all of them together: one wait for a call of the
-model. Layers that are called alone leave it to the next call of the model, or to who calls `settle`.
+flag on the device, and `check_inputs`, a forward hook of the model, reads all of them together: one wait for a call of
+the model. Layers that are called alone leave it to the next call of the model, or to who calls `check_inputs`.
 """
 
 import logging
@@ -75,8 +75,8 @@ class CudaEngine(Engine):
         flag = flags.setdefault(layer.module_name, torch.zeros(1, dtype=torch.int32, device=device))
         return (CudaLinear if isinstance(layer, nn.Linear) else CudaConv)(layer, keep, self.code_dtype(layer), flag)
 
-    def settle(self, *_call) -> None:
-        """See `Engine.settle`."""
+    def check_inputs(self, *_call) -> None:
+        """See `Engine.check_inputs`."""
         for flags in self._flags.values():
             raised = torch.cat(list(flags.values())).tolist()
             if any(raised):

@@ -35,7 +35,7 @@ class Engine(ABC):
     def prepare(self, layer) -> "PreparedLayer | None":
         """The layer made ready, or None to leave it to the reference."""
 
-    def settle(self, *_call) -> None:  # noqa: B027 – most leave nothing to be found out
+    def check_inputs(self, *_call) -> None:  # noqa: B027 – most leave nothing to be found out
         """Raise what layers found but did not wait for; a forward hook of the whole model."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..registry import Registry
 
 
@@ -69,6 +69,25 @@ class Method:
     check_after: Callable[[Any, Sequence[str]], None] | None = None
     callback: str | None = None
     resumes: bool = True
+
+
+def read_part(cls: type, key: str, record: object) -> Any:
+    """A dataclass from a checkpoint's part; for `Part.read`.
+
+    Args:
+        cls (`type`): validates its fields where it is made.
+        key (`str`): of the part.
+        record (`object`): JSON.
+
+    Raises:
+        CheckpointError: fields are missing or unknown, or see the class.
+    """
+    if not isinstance(record, Mapping):
+        raise CheckpointError(f"`{key}` in config.json must be an object, but got {record!r}: damaged file.")
+    try:
+        return cls(**record)
+    except TypeError as error:
+        raise CheckpointError(f"`{key}` in config.json is malformed ({error}): damaged file.") from error
 
 
 METHODS: Registry[Method] = Registry("method")

@@ -95,7 +95,7 @@ def test_layers_equal_the_reference(name, scheme):
         assert_close(layer(x), expected)
         assert_close(layer(x.bfloat16()), rounded, ROUNDED_TWICE)  # with what the first call has made
         assert len(layer.prepared._weights) == (memory == "fast")
-        engine.settle()
+        engine.check_inputs()
 
 
 @pytest.mark.parametrize("scheme", ["w4a4", "w4a8", "w8a8"])
@@ -212,12 +212,12 @@ def test_infinite_inputs_are_refused_by_name(bad):
         with torch.inference_mode():
             layer(x)
     with pytest.raises(NonFiniteError, match="input of layer `place1` must be finite"):
-        engine.settle()
-    engine.settle()  # told once
+        engine.check_inputs()
+    engine.check_inputs()  # told once
 
 
 @torch.no_grad()
-def test_a_model_settles_when_its_call_ends(packed_pipe, images):
+def test_a_model_checks_inputs_when_its_call_ends(packed_pipe, images):
     unet, images = packed_pipe.unet.to(DEVICE), images[:1].to(DEVICE)
     set_engine(unet, "cuda")
     unet = pickle.loads(pickle.dumps(copy.deepcopy(unet)))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from diffusers_msfp.errors import CheckpointError, UnsupportedError
+from diffusers_msfp.methods.method import read_part
 from diffusers_msfp.methods.temporal import FeatureTable, FiniteSet, TemporalPlan, finite_set_search, store_features
 from diffusers_msfp.numerics import QParams, fake_quantize
 
@@ -128,9 +129,9 @@ def plan(**changes) -> dict:
 
 
 def test_a_plan_knows_its_layers():
-    made = TemporalPlan.from_dict(plan())
+    made = read_part(TemporalPlan, "temporal", plan())
     assert made.layers == ["a", "b"]
-    assert TemporalPlan.from_dict(made.to_dict()) == made
+    assert read_part(TemporalPlan, "temporal", made.to_dict()) == made
 
 
 @pytest.mark.parametrize(
@@ -150,4 +151,4 @@ def test_a_plan_knows_its_layers():
 )
 def test_plans_that_no_calibration_wrote_are_refused(changes, message):
     with pytest.raises(CheckpointError, match=message):
-        TemporalPlan.from_dict(plan(**changes))
+        read_part(TemporalPlan, "temporal", plan(**changes))

@@ -1,11 +1,12 @@
 """TALoRA as one of the methods: adapters on the layers, and the router's table on the model."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from torch import nn
 
 from ...errors import ConfigError, UnsupportedError
-from ..method import Method, Part
+from ..method import Method, Part, read_part
 from ..routes import ROUTER, routing_of
 from . import AdapterBank, AdapterPlan, RoutingTable
 from .adapters import ADAPTER_TENSORS
@@ -41,7 +42,7 @@ TALORA = Method(
     finetune,
     Part(
         key="adapters",
-        read=AdapterPlan.from_dict,
+        read=partial(read_part, AdapterPlan, "adapters"),
         write=AdapterPlan.to_dict,
         record_of=plan_of,
         attach=prepare_skeleton,

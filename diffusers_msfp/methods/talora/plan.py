@@ -64,18 +64,6 @@ class AdapterPlan:
             raise CheckpointError(f"In `adapters` of config.json {problem}: damaged file.")
         object.__setattr__(self, "router_groups", tuple(patterns))
 
-    @classmethod
-    def from_dict(cls, record: Mapping) -> "AdapterPlan":
-        """Read a record.
-
-        Raises:
-            CheckpointError: fields are missing or unknown.
-        """
-        try:
-            return cls(**record)
-        except TypeError as error:
-            raise CheckpointError(f"`adapters` in config.json is malformed ({error}): damaged file.") from error
-
     def to_dict(self) -> dict:
         """In types that JSON knows."""
         record = asdict(self) | {"router_groups": list(self.router_groups)}

@@ -1,8 +1,9 @@
 """Temporal maintenance as one of the methods: a finite set on the model, parameters and features on its layers."""
 
 from collections.abc import Mapping
+from functools import partial
 
-from ..method import Method, Part
+from ..method import Method, Part, read_part
 from . import FeatureTable, FiniteSet, TemporalPlan
 from .attach import detach_sets, plan_of, temporal_skeleton
 from .maintain import TemporalConfig, maintain_temporal
@@ -19,7 +20,7 @@ TEMPORAL = Method(
     maintain_temporal,
     Part(
         key="temporal",
-        read=TemporalPlan.from_dict,
+        read=partial(read_part, TemporalPlan, "temporal"),
         write=TemporalPlan.to_dict,
         record_of=plan_of,
         attach=temporal_skeleton,

@@ -48,18 +48,6 @@ class TemporalPlan:
         for name in ("block", "sets"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
-    @classmethod
-    def from_dict(cls, record: Mapping) -> "TemporalPlan":
-        """Read a record.
-
-        Raises:
-            CheckpointError: fields are missing or unknown.
-        """
-        try:
-            return cls(**record)
-        except TypeError as error:
-            raise CheckpointError(f"`temporal` in config.json is malformed ({error}): damaged file.") from error
-
     def to_dict(self) -> dict:
         """In types that JSON knows."""
         return asdict(self) | {"block": list(self.block), "sets": list(self.sets)}

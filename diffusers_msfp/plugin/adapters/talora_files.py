@@ -19,6 +19,7 @@ from ...checkpoint.digest import Digest, checking
 from ...compat.wrappers import sees_through
 from ...errors import CheckpointError, ConfigError, ShapeError
 from ...layers.convert import base_fingerprint, layers_by_name
+from ...methods.method import read_part
 from ...methods.routes import ROUTER, routing_of
 from ...methods.talora import AdapterBank, AdapterPlan, RoutingTable
 from ...methods.talora.attach import adapter_tensors, connect, disconnect, plan_of, refuse_merged
@@ -181,7 +182,7 @@ def _read(folder: Path) -> tuple[AdapterPlan, dict[str, Tensor]]:
                 tensors |= {key: handle.get_tensor(key) for key in keys}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} must be a safetensors file, but it is not ({error}).") from error
-    plan = AdapterPlan.from_dict({key: value for key, value in record.items() if key != "digest"})
+    plan = read_part(AdapterPlan, "adapters", {key: value for key, value in record.items() if key != "digest"})
     if record.get("digest") is not None and checking():  # files of before version 2 have none
         Digest.from_dict(record["digest"]).check(tensors)
     return plan, tensors
