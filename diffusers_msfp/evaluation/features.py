@@ -52,7 +52,7 @@ FeatureNetwork = Callable[[Tensor], Features]
 def _require_shape(images: Tensor, name: str, shape: tuple[int, ...]) -> None:
     if tuple(images.shape[1:]) != shape:
         raise ShapeError(
-            f"The features `{name}` need pictures of shape {shape}, but {tuple(images.shape[1:])} came. Choose others: "
+            f"The features `{name}` need pictures of shape {shape}, but got {tuple(images.shape[1:])}. Choose others: "
             f"`--features inception` or `--features module:function`."
         )
 
@@ -119,7 +119,7 @@ class Cifar10Features(nn.Module):
     """
 
     classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-    spatial_channels, places = 8, 4
+    spatial_channels, module_names = 8, 4
     mean, deviation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def __init__(self) -> None:
@@ -145,7 +145,7 @@ class Cifar10Features(nn.Module):
         maps = F.relu(self.bn1(self.conv1((images - mean) / deviation)))
         maps = self.layer3(self.layer2(self.layer1(maps)))
         pooled = maps.mean((2, 3))
-        spatial = F.adaptive_avg_pool2d(maps[:, : self.spatial_channels], self.places)
+        spatial = F.adaptive_avg_pool2d(maps[:, : self.spatial_channels], self.module_names)
         return Features(pooled, spatial.flatten(1), self.linear(pooled))
 
 
@@ -250,15 +250,15 @@ def feature_network(name: str) -> FeatureNetwork:
 @contextmanager
 def _working_directory() -> Iterator[None]:
     """Modules of the working directory can be imported, which the installed program does not see by itself."""
-    place = str(Path.cwd())
-    added = not {place, ""} & set(sys.path)
+    module_name = str(Path.cwd())
+    added = not {module_name, ""} & set(sys.path)
     if added:
-        sys.path.append(place)
+        sys.path.append(module_name)
     try:
         yield
     finally:
         if added:
-            sys.path.remove(place)
+            sys.path.remove(module_name)
 
 
 def extract(network: FeatureNetwork, images: Tensor) -> Features:
@@ -274,12 +274,12 @@ def extract(network: FeatureNetwork, images: Tensor) -> Features:
             result = result if isinstance(result, Features) else Features(result)
             if not isinstance(result.pooled, Tensor):
                 raise ShapeError(
-                    f"A feature network must give a tensor of features, but {type(result.pooled).__name__} came."
+                    f"A feature network must give a tensor of features, but got {type(result.pooled).__name__}."
                 )
             if result.pooled.ndim != 2 or len(result.pooled) != len(part):
                 raise ShapeError(
-                    f"A feature network must give a row of features for each of {len(part)} pictures, but "
-                    f"{tuple(result.pooled.shape)} came."
+                    f"A feature network must give a row of features for each of {len(part)} pictures, but got "
+                    f"{tuple(result.pooled.shape)}."
                 )
             found.append(result)
 

@@ -49,7 +49,7 @@ def named_base(name: str | None) -> tuple[str | None, str | None]:
     if _URL.fullmatch(name):
         return None, name
     if name.startswith(("http://", "https://")):
-        raise ConfigError(f"The URL of a base must have no blanks, brackets or quotes, but {name!r} came.")
+        raise ConfigError(f"The URL of a base must have no blanks, brackets or quotes, but got {name!r}.")
     return check_repo_id(name, "`base_model`"), None
 
 
@@ -87,7 +87,7 @@ def require_license(origin: Mapping[str, str | None], folder: Path) -> None:
             f"text in the checkpoint's file LICENSE."
         )
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name):
-        raise ConfigError(f"A licence must be one of the Hub's identifiers, like `apache-2.0`, but {name!r} came.")
+        raise ConfigError(f"A licence must be one of the Hub's identifiers, like `apache-2.0`, but got {name!r}.")
     if name == "other" and not origin.get("license_name") and not (folder / "LICENSE").is_file():
         raise ConfigError(f"The licence `other` must come with its text, but {folder} has no file LICENSE.")
 
@@ -110,9 +110,9 @@ def check_repo_id(name: str, what: str) -> str:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ConfigError(f"{what} must be a Hub id like `user/name`, but {name!r} came: {error}") from error
+        raise ConfigError(f"{what} must be a Hub id like `user/name`, but got {name!r}: {error}") from error
     if name.count("/") != 1:
-        raise ConfigError(f"{what} must be a Hub id like `user/name`, but {name!r} came.")
+        raise ConfigError(f"{what} must be a Hub id like `user/name`, but got {name!r}.")
     return name
 
 

@@ -100,14 +100,14 @@ def prepare(
     files |= pages(facts, found)
     files[PREVIEW] = _png(image_grid(checked.images, columns=min(num, 8), scale=_scale(checked)))
     used = {path.resolve() for path in found.files.values()}
-    left = [place for place in left if (folder / place).resolve() not in used]
+    left = [location for location in left if (folder / location).resolve() not in used]
     return Prepared(files, left, found.missing(origin["base_model"] or "BASE"), facts["arguments"])
 
 
 def pages(facts: Mapping, results: Results) -> Files:
     """The card, what it says beside the measurements, and its plots; from files alone."""
     files: Files = {"README.md": render_card(facts, results).encode(), CHECKPOINT: as_json(facts)}
-    files |= {place: as_json(content) for place, content in results.published().items()}
+    files |= {location: as_json(content) for location, content in results.published().items()}
     if results.by_timestep:
         files[TIMESTEPS] = plot_timesteps(results.by_timestep)
     for part in facts["components"].values():

@@ -38,9 +38,9 @@ def require_positive(**numbers: int) -> None:
     """Refuse counts below 1, and what is no whole number, by name."""
     for name, value in numbers.items():
         if not isinstance(value, Integral):
-            raise ConfigError(f"`{name}` must be a whole number, but {value!r} came.")
+            raise ConfigError(f"`{name}` must be a whole number, but got {value!r}.")
         if value < 1:
-            raise ConfigError(f"`{name}` must be at least 1, but {value} came.")
+            raise ConfigError(f"`{name}` must be at least 1, but got {value}.")
 
 
 def batch_size_for(models: Sequence[nn.Module], num_samples: int) -> int:
@@ -128,7 +128,7 @@ def call_arguments(
     named = prompts is not None
     prompts = [prompts] if isinstance(prompts, str) else list(DEFAULT_PROMPTS if prompts is None else prompts)
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ConfigError(f"`prompts` must be a non-empty list of strings, but {prompts!r} came.")
+        raise ConfigError(f"`prompts` must be a non-empty list of strings, but got {prompts!r}.")
     if named and "prompt" not in parameters:
         raise ConfigError(
             f"`prompts` need a pipeline that takes them, but {type(pipe).__name__} takes none. Leave them out."
@@ -191,7 +191,7 @@ def known_arguments(pipe, given: dict) -> dict:
             return given  # whatever becomes of them
         more |= set(re.findall(r'kwargs\.(?:pop|get)\("(\w+)"', source))  # names of older versions; others are dropped
     for name in given.keys() - parameters.keys() - more:
-        raise ConfigError(f"Arguments passed on must be among those of {type(pipe).__name__}, but `{name}` came.")
+        raise ConfigError(f"Arguments passed on must be among those of {type(pipe).__name__}, but got `{name}`.")
     return {name: value for name, value in given.items() if name in parameters or name in more - {"output_type"}}
 
 
@@ -228,7 +228,7 @@ def batched_calls(make: Callable, models: Sequence[nn.Module], num_samples: int,
         models (`Sequence[nn.Module]`): as for `batch_size_for`.
     """
     if not isinstance(seed, Integral):
-        raise ConfigError(f"`seed` must be a whole number, but {seed!r} came.")
+        raise ConfigError(f"`seed` must be a whole number, but got {seed!r}.")
     size = batch_size_for(models, num_samples)
     return [
         make(start, min(size, num_samples - start), torch.Generator().manual_seed(seed + start))

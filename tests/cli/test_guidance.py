@@ -23,15 +23,15 @@ def text_dir(tmp_path_factory) -> str:
 @pytest.fixture
 def scales(monkeypatch) -> list:
     """The guidance of every call of the pipeline."""
-    came, call = [], StableDiffusionPipeline.__call__
+    actual, call = [], StableDiffusionPipeline.__call__
 
     def watched(self, **arguments):
-        came.append(arguments.get("guidance_scale"))
+        actual.append(arguments.get("guidance_scale"))
         return call(self, **arguments)
 
     watched.__signature__ = inspect.signature(call)
     monkeypatch.setattr(StableDiffusionPipeline, "__call__", watched)
-    return came
+    return actual
 
 
 def test_guidance_reaches_every_call(text_dir, tmp_path, scales):

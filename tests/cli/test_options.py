@@ -46,16 +46,16 @@ def test_settings_are_read_off_a_dataclass():
 
 
 def test_options_are_derived_from_a_dataclass():
-    app, came = typer.Typer(), []
+    app, actual = typer.Typer(), []
 
     @app.command()
     @with_config(Toy, names={"names": ("--name",)})
     def act(config: Toy, place: str = "here") -> None:
-        came.append((config, place))
+        actual.append((config, place))
 
     def run(*arguments: str) -> Toy:
         assert CliRunner().invoke(app, arguments).exit_code == 0
-        return came.pop()
+        return actual.pop()
 
     assert run() == (Toy(), "here")
     given = ("--count", "5", "--name", "a", "--name", "b", "--kind", "soft", "--loud", "--place", "there")
@@ -73,14 +73,14 @@ def test_every_setting_of_a_method_has_a_meaning(config):
 
 
 def test_finetune_takes_every_setting_and_has_the_same_defaults(monkeypatch):
-    came = []
-    monkeypatch.setattr(cli, "finetune", lambda *args, **_: came.append(args[3]))
+    actual = []
+    monkeypatch.setattr(cli, "finetune", lambda *args, **_: actual.append(args[3]))
     place = ["finetune", "a", "--teacher", "b", "--out", "c"]
     assert program(*place).returncode == 0
-    assert came.pop() == FinetuneConfig()
+    assert actual.pop() == FinetuneConfig()
     old = ["--steps", 5, "--dfa-exponent", 0, "--router-group", "mid*", "--router-group", "up*", "--minutes", 2]
     assert program(*place, *old, "--preview-every", 0, "--balance", 0.5, "--gradient-checkpointing").returncode == 0
-    assert came.pop() == FinetuneConfig(
+    assert actual.pop() == FinetuneConfig(
         num_inference_steps=5,
         denoising_factor_exponent=0.0,
         router_groups=("mid*", "up*"),
@@ -91,7 +91,7 @@ def test_finetune_takes_every_setting_and_has_the_same_defaults(monkeypatch):
     )
     new = ["--num-inference-steps", 5, "--denoising-factor-exponent", 0]
     assert program(*place, *new).returncode == 0
-    assert came.pop() == FinetuneConfig(num_inference_steps=5, denoising_factor_exponent=0.0)
+    assert actual.pop() == FinetuneConfig(num_inference_steps=5, denoising_factor_exponent=0.0)
 
 
 def test_set_help_lists_every_setting(monkeypatch):

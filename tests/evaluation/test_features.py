@@ -30,7 +30,7 @@ def test_the_fashion_network():
     torch.testing.assert_close(found.pooled[129:], alone.pooled.double(), atol=1e-5, rtol=1e-5)
     assert torch.equal(alone.spatial.view(1, 8, 4, 4).mean((2, 3)), alone.pooled[:, :8])
     torch.testing.assert_close(network.head(alone.pooled), alone.logits)
-    with pytest.raises(ShapeError, match=r"`fashion` need pictures of shape \(1, 32, 32\), but \(3, 8, 8\) came"):
+    with pytest.raises(ShapeError, match=r"`fashion` need pictures of shape \(1, 32, 32\), but got \(3, 8, 8\)"):
         network(torch.rand(2, 3, 8, 8))
 
 
@@ -141,5 +141,5 @@ def test_what_is_no_factory_of_features_is_told_the_contract(name, message):
 
 
 def test_features_must_be_tensors():
-    with pytest.raises(ShapeError, match="must give a tensor of features, but list came"):
+    with pytest.raises(ShapeError, match="must give a tensor of features, but got list"):
         extract(lambda images: [0.0] * len(images), torch.rand(2, 1, 2, 2))

@@ -106,7 +106,7 @@ def test_revisions_and_pull_requests_leave_main_alone(hub, folder):
     assert report["url"].endswith("/discussions/1")
     assert WEIGHTS in hub.files("user/tiny", "refs/pr/1")
     assert list(hub.files("user/tiny")) == ["a.txt"]
-    with pytest.raises(ConfigError, match="A pull request goes to main, but `revision='w4'` came"):
+    with pytest.raises(ConfigError, match="A pull request goes to main, but got `revision='w4'`"):
         send(hub, folder, create_pr=True, revision="w4")
 
 
@@ -268,7 +268,7 @@ def refuse(folder: Path, reason: str, error: type[MSFPError] = CheckpointError, 
 
 
 def test_arguments_that_make_no_sense(folder, hub):
-    refuse(folder, "`repo` must be a Hub id like `user/name`, but 'tiny' came", ConfigError, repo="tiny")
+    refuse(folder, "`repo` must be a Hub id like `user/name`, but got 'tiny'", ConfigError, repo="tiny")
     refuse(folder, "`base_model` must be a Hub id", ConfigError, base_model="../base")
     refuse(folder, "must name the model that was quantized", ConfigError, base_model=None)
     refuse(
@@ -301,7 +301,7 @@ def test_all_that_is_missing_is_said_at_once(folder, tmp_path):
     said = str(refused.value)
     assert said.startswith("4 things must be put right before this can be published: (1) ")
     for part in (
-        "`repo` must be a Hub id like `user/name`, but 'tiny' came",
+        "`repo` must be a Hub id like `user/name`, but got 'tiny'",
         "(2) A card must name the model that was quantized, but none is known: pass `--base-model` with its Hub id, "
         "its URL, or `none`",
         "(3) A card must say the licence, but there is no base on the Hub to ask: pass `--license ID`",
