@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler
 
 from ..compat.accelerate import leave_process_group
 from ..errors import ConfigError
-from ..evaluation import image_grid
+from ..evaluation import compare_pipelines, image_grid
 from ..methods.talora.config import FinetuneConfig
 from ..methods.talora.finetuner import PREVIEWS, Finetuner
 from ..outputs import require_writable_folder
@@ -23,6 +23,9 @@ from .shared.load import SourceError, load_pipeline, model_bytes, require_varian
 from .shared.store import check_target, peak_rss_bytes, write_checkpoint
 from .shared.terminal import progress, stderr
 
+COMPARED = 16
+"""Samples before and after, as many as `compare` takes by default."""
+
 
 def finetune(
     source: str,
@@ -33,6 +36,7 @@ def finetune(
     prompts: list[str] | None = None,
     guidance_scale: float | None = None,
     variant: str | None = None,
+    compare: bool = True,
     overwrite: bool = False,
 ) -> dict | None:
     """Fine-tune a quantized checkpoint and write the result.
@@ -49,12 +53,14 @@ def finetune(
         prompts (`list[str]`, *optional*): for pipelines that take prompts.
         guidance_scale (`float`, *optional*): for pipelines with guidance; the pipeline's own by default.
         variant (`str`, *optional*): of the weights, where a pipeline has it.
+        compare (`bool`): measure before and after what `compare` measures, with the run's steps and seed.
         overwrite (`bool`): replace `out` if it exists.
 
     Returns:
         `dict`: `updates`, `seconds` (of training), `seconds_total`, `loss_first` and `loss_last` (means of a tenth of
         the updates), `usage`, `collapsed`, `intervals`, `bytes_before`, `bytes_after`, `peak_rss_bytes`,
-        `training_dir`, `out`; None in all processes but the first.
+        `training_dir`, `before` and `after` (`eps_mse`, `eps_rel_l2`, `image_psnr_db`; None where `compare` is off),
+        `comparison` (their `num_samples` and `num_inference_steps`), `out`; None in all processes but the first.
 
     Raises:
         MSFPError: `out` exists, or the two pipelines do not fit together.
@@ -76,6 +82,17 @@ def finetune(
     if isinstance(original.scheduler, DDPMScheduler):  # ancestral sampling needs all its steps
         original = with_ddim(original)
 
+    shared = {"num_samples": COMPARED, "num_inference_steps": config.num_inference_steps}
+
+    def measured(when: str) -> dict | None:
+        if not (compare and main):
+            return None
+        with progress(f"comparing {when} fine-tuning") as report:
+            more = {"seed": config.seed, "prompts": prompts, "on_step": report}
+            found = compare_pipelines(original, pipe, **shared, **more, **arguments)
+        return {key: found[key] for key in ("eps_mse", "eps_rel_l2", "image_psnr_db")}
+
+    before = measured("before")
     rows: list[np.ndarray] = []
 
     def keep_preview(update: int, pictures: np.ndarray) -> None:
@@ -132,5 +149,8 @@ def finetune(
         "bytes_after": model_bytes(str(out), denoiser, name),
         "peak_rss_bytes": peak_rss_bytes(),
         "training_dir": str(training),
+        "before": before,
+        "after": measured("after"),
+        "comparison": shared,
         "out": str(out),
     }

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..compat.wrappers import sees_through
 from ..errors import ConfigError
 from ..methods.talora import RoutingTable
+from ..methods.talora.attach import plan_of
 from ..sampling.calls import batched_calls, call_arguments, quiet, require_positive
 from ..sampling.solvers import with_ddim
 from ..sampling.timestep import first_timestep, timestep_argument
@@ -53,7 +54,8 @@ def layer_snr(
 
     Returns:
         `dict`: layer (of several denoisers: `component:layer`) → `snr_db`, `10 log10(Σ‖float‖² / Σ‖Δ‖²)` over all
-        samples and timesteps, at most 100, and `by_timestep`: timestep → the same.
+        samples and timesteps, at most 100; `by_timestep`: timestep → the same; and `adapted`: it has timestep-aware
+        adapters, which let it differ from its float original on purpose.
 
     Raises:
         ConfigError: no layer of the reference has a counterpart of its name.
@@ -92,7 +94,7 @@ def layer_snr(
         signal[key][running] += output.double().square().sum().item()
         noise[key][running] += _energy(actual, output)
 
-    handles, names = [], []
+    handles, names = [], {}
     try:
         for component, teacher in originals.items():
             student, prefix = students[component], f"{component}:" if len(originals) > 1 else ""
@@ -102,7 +104,7 @@ def layer_snr(
                 where = {"component": component, "name": name, "key": prefix + name}
                 look = partial(measure, **where, layer=own, dtype=student.dtype)
                 handles.append(layer.register_forward_hook(look, with_kwargs=True))
-                names.append(prefix + name)
+                names[prefix + name] = _adapted(student, name)
         with quiet(reference), torch.no_grad():
             for call in calls:
                 call.run(reference)
@@ -113,10 +115,17 @@ def layer_snr(
         name: {
             "snr_db": snr_db(sum(signal[name].values()), sum(noise[name].values())),
             "by_timestep": {f"{t:g}": snr_db(signal[name][t], noise[name][t]) for t in sorted(signal[name])[::-1]},
+            "adapted": adapted,
         }
-        for name in names
+        for name, adapted in names.items()
         if name in signal
     }
+
+
+def _adapted(student: nn.Module, name: str) -> bool:
+    """Whether a layer, or a part of it, has timestep-aware adapters."""
+    plan = plan_of(student)
+    return plan is not None and any(own == name or own.startswith(f"{name}.") for own in plan.rank_of())
 
 
 def _pairs(teacher: nn.Module, student: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:

@@ -41,8 +41,8 @@ def render_card(facts: Mapping, results: Results) -> str:
     Args:
         facts (`Mapping`): `repo`, `base_model` (or None and `base_elsewhere`, see `named_base`), `license` (and
             `license_name`, `license_link`), `pipeline_class`, `pipeline_tag`, `arguments` (of `from_pretrained`, as
-            source text), `components` (as `quantization_report`, without `engines`; with `parameters` and
-            `file_bytes`), `preview` (`num`, `steps`, `seed`).
+            source text), `components` (as `quantization_report`, without `engines`; with `parameters` of the base,
+            `adapter_parameters` and `file_bytes`), `preview` (`num`, `steps`, `seed`).
         results (`Results`): measurements.
 
     Raises:
@@ -120,7 +120,8 @@ def table(rows: list[Mapping[str, str]]) -> str:
 
 
 def component_rows(facts: Mapping) -> list[dict[str, str]]:
-    """What is quantized, and how."""
+    """What is quantized, and how; parameters are those of the base, without adapters."""
+    adapted = any(part.get("adapter_parameters") for part in facts["components"].values())
     return [
         {
             "component": f"`{name}`",
@@ -130,7 +131,9 @@ def component_rows(facts: Mapping) -> list[dict[str, str]]:
             "weights": _counts(part["weight_formats"]),
             "inputs": _counts(part["input_formats"]),
             "bits per weight": f"{part['bits_per_weight']:.2f}",
+            **({"adapters": f"{part.get('adapter_parameters', 0) / 1e6:,.2f} M"} if adapted else {}),
             "file": f"{part['file_bytes'] / 1e6:,.1f} MB",
+            "bits per parameter": f"{8 * part['file_bytes'] / part['parameters']:.2f}",
         }
         for name, part in facts["components"].items()
     ]

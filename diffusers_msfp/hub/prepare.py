@@ -12,6 +12,7 @@ from PIL.Image import Image
 
 from ..checkpoint.describe import component_dirs, file_bytes
 from ..evaluation import image_grid
+from ..methods.talora import AdapterBank
 from ..plugin import MSFPPipelineMixin
 from .base import require_base, require_license
 from .card import PREVIEW, ROUTER, TIMESTEPS, render_card
@@ -125,7 +126,10 @@ def describe(folder: Path, checked: Checked) -> dict[str, dict]:
     report = MSFPPipelineMixin.quantization_report(checked.pipe)
     for name, part in report.items():
         del part["engines"]
-        part["parameters"] = getattr(checked.pipe, name).num_parameters()
+        model = getattr(checked.pipe, name)
+        banks = [module for module in model.modules() if isinstance(module, AdapterBank)]
+        part["adapter_parameters"] = sum(parameter.numel() for bank in banks for parameter in bank.parameters())
+        part["parameters"] = model.num_parameters() - part["adapter_parameters"]
         part["file_bytes"] = file_bytes(component_dirs(folder)[name], checked.variant)
     return report
 

@@ -86,12 +86,13 @@ def publish(
     api = HfApi(endpoint=endpoint, token=token)
     origin: dict[str, str | None] = {"license": license, "base_elsewhere": None}
 
-    def check_places() -> None:
+    if dry_run is not None:
+        _check_target(Path(dry_run))
+
+    def check_arguments() -> None:
         check_repo_id(repo, "`repo`")
         if create_pr and revision:
             raise ConfigError(f"A pull request goes to main, but got `revision={revision!r}` too. Leave it out.")
-        if dry_run is not None:
-            _check_target(Path(dry_run))
 
     def find_origin() -> None:
         origin["base_model"], origin["base_elsewhere"] = named_base(base_model)
@@ -104,7 +105,7 @@ def publish(
         require_base(origin)
 
     all_at_once(
-        check_places,
+        check_arguments,
         lambda: pipeline_index(folder),
         find_origin,
         lambda: require_license(origin, folder),

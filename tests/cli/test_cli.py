@@ -96,6 +96,11 @@ def test_finetune(tiny_dir, packed_dir, tmp_path):
     result = json.loads(made.stdout)
     assert result["updates"] == 4
     assert result["loss_first"] > 0
+    assert result["comparison"] == {"num_samples": 16, "num_inference_steps": 3}
+    for when, folder in (("before", packed_dir), ("after", out)):
+        told = cli.compare(tiny_dir, str(folder), steps=3)
+        assert result[when] == {key: told[key] for key in result[when]}
+    assert result["before"] != result["after"]
     assert result["bytes_after"] > 1.2 * result["bytes_before"]
     assert result["peak_rss_bytes"] > 1e8
     assert result["intervals"][0][0][0] == 0
@@ -110,6 +115,13 @@ def test_finetune(tiny_dir, packed_dir, tmp_path):
     shown = program("inspect", out).stdout
     assert "2 adapters per layer, side" in shown
     assert program("sample", out, "--num", 1, "--steps", 2, "--out", tmp_path / "grid.png").returncode == 0
+    measured = ["--num", 2, "--steps", 1, "--out", tmp_path / "measured"]
+    table = program("evaluate", out, "--reference", tiny_dir, *measured)
+    assert table.returncode == 0, table.stderr
+    assert re.search(
+        r"(\d+) of \1 layers have adapters and so differ from full precision on purpose", " ".join(table.stdout.split())
+    )
+    assert "worst of" not in table.stdout
 
 
 @pytest.mark.parametrize(

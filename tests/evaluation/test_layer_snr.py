@@ -39,7 +39,7 @@ def test_a_layer_that_is_ten_percent_off(float_pipe):
 def test_quantized_and_reduced_precision(float_pipe, packed_pipe):
     found = layer_snr(float_pipe, packed_pipe, **RUN)
     assert set(found) == {name for name, _ in quant_layers(packed_pipe.unet)}
-    assert all(8 < entry["snr_db"] < 60 for entry in found.values())
+    assert all(8 < entry["snr_db"] < 60 and not entry["adapted"] for entry in found.values())
     half = DDPMPipeline(copy.deepcopy(float_pipe.unet).to(torch.bfloat16), float_pipe.scheduler)
     assert all(40 < entry["snr_db"] < 60 for entry in layer_snr(float_pipe, half, **RUN).values())
 
@@ -52,7 +52,9 @@ def test_adapters_follow_the_timestep(float_pipe, packed_pipe):
     with torch.no_grad():
         layer.adapters.up[1].fill_(10.0)
         layer.adapters.down[1].fill_(10.0)
-    found = layer_snr(float_pipe, packed_pipe, **RUN)["down_blocks.0.resnets.0.conv1"]["by_timestep"]
+    layers = layer_snr(float_pipe, packed_pipe, **RUN)
+    assert {name for name, entry in layers.items() if entry["adapted"]} == set(router.plan.rank_of())
+    found = layers["down_blocks.0.resnets.0.conv1"]["by_timestep"]
     assert found["500"] < 0 < 8 < found["0"]
 
 

@@ -12,9 +12,11 @@ from diffusers_msfp import FinetuneConfig, cli, finetune, quantize_pipeline
 from diffusers_msfp.cli.app import app
 from diffusers_msfp.errors import ConfigError, MSFPError, UnsupportedError
 from diffusers_msfp.evaluation.timing import providers
+from diffusers_msfp.evaluation.timing.floor import floor_of
 from diffusers_msfp.evaluation.timing.providers import BASELINE, provide
 from diffusers_msfp.evaluation.timing.shapes import SHAPES
 from diffusers_msfp.evaluation.timing.speed import benchmark, example_inputs, step_of, take_turns
+from diffusers_msfp.methods.talora import AdapterBank
 
 
 def test_calls_take_turns_after_a_warm_up():
@@ -65,6 +67,23 @@ def test_a_model_with_adapters_is_compared_with_its_architecture(embedded, place
     made = provide("fp32", pipe.unet, step_of)
     assert {n: p.shape for n, p in made.named_parameters()} == {n: p.shape for n, p in embedded.unet.named_parameters()}
     assert "quantization_config" not in made.config
+
+
+def test_the_floor_is_that_of_the_model_without_adapters(packed_pipe, tiny_pipe, monkeypatch):
+    finetune(packed_pipe, tiny_pipe, FinetuneConfig(train_steps=1, batch_size=2, num_inference_steps=2, rank=2))
+    model, calls, forward = packed_pipe.unet, [], AdapterBank.forward
+    monkeypatch.setattr(AdapterBank, "forward", lambda *args: calls.append(1) or forward(*args))
+    step = step_of(model, example_inputs(model, 1))
+    step()
+    assert calls
+    calls.clear()
+    assert floor_of(model, step).total > 0
+    assert not calls
+    step()
+    assert calls, "afterwards they are in use again"
+    model.timestep_router.enabled = False
+    floor_of(model, step)
+    assert model.timestep_router.enabled is False
 
 
 def test_several_steps_are_timed_as_one():

@@ -9,7 +9,7 @@ import pytest
 from diffusers import DDPMPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from huggingface_hub import ModelCard
 
-from diffusers_msfp import publish
+from diffusers_msfp import FinetuneConfig, finetune, publish
 from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.hub import render_card
 from diffusers_msfp.hub.plots import plot_router, plot_timesteps
@@ -86,7 +86,9 @@ def test_temporal_maintenance_is_told():
 
 
 def test_a_full_card():
-    facts = FACTS | {"components": {"unet": FACTS["components"]["unet"] | {"adapters": ADAPTERS}}}
+    facts = FACTS | {
+        "components": {"unet": FACTS["components"]["unet"] | {"adapters": ADAPTERS, "adapter_parameters": 123_456}}
+    }
     text = render_card(facts, Results(evaluation=EVALUATION, speed=SPEED))
     for part in (
         "| Fréchet distance, to full precision | 12.35 | 11.10 – 13.90 |",
@@ -96,9 +98,11 @@ def test_a_full_card():
         "relative to full precision is 0.1280",
         "1.0 MB instead of 3.6 MB",
         "| `msfp` | 1 | 10.0 ms | 9.0 – 11.0 | 2.00 |",
-        "40 × `fp4_e1m2`, 25 × `fp4_e2m1` | 64 × `fp4_ue2m2`, 1 × float | 4.13 | 1.0 MB |",
+        "40 × `fp4_e1m2`, 25 × `fp4_e2m1` | 64 × `fp4_ue2m2`, 1 × float | 4.13 | 0.12 M | 1.0 MB | 4.51 |",
         "2 low-rank adapters on each of 65 layers (beside the weights)",
         "Not measured: candidate_to_real.recall, needs 100 pictures",
+        "layers that stay float, and the adapters, over the base's parameters",
+        "they differ from full precision's, as the figures above say.",
         "TALoRA and DFA",
         "![error over timesteps](results/timesteps.png)",
         "![which adapter serves which timesteps](results/router.png)",
@@ -136,11 +140,16 @@ def test_what_was_not_measured_is_named_and_not_invented():
     assert "## Quality\n\nNot measured." in text
     assert "## Speed\n\nNot measured." in text
     assert "- Not measured: quality with confidence intervals.\n- Not measured: speed.\n" in text
+    assert "they differ from full precision's; by how much was not measured." in text
+    assert "stay float, over the base's parameters" in text
+    assert "as the figures above say" not in text
     assert "timesteps.png" not in text
     assert "TALoRA" not in text.partition("## Citation")[0]
     assert not re.search(r"\n\n\n|[ \t]\n|{[{%]", text)
     partly = render_card(FACTS, Results(comparison=COMPARISON))
-    assert "PSNR of the pictures 13.9 dB" in partly
+    assert "PSNR of the pictures 13.9 dB." in partly
+    said = COMPARISON | {"settings": {"num_samples": 16, "num_inference_steps": 20}}
+    assert "PSNR of the pictures 13.9 dB (16 samples, 20 steps)." in render_card(FACTS, Results(comparison=said))
     assert "- Not measured: quality with confidence intervals." in partly
 
 
@@ -214,6 +223,18 @@ def test_results_beside_a_checkpoint_are_published_with_its_card(packed_dir, tmp
     targets = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
     assert len(targets) == 2
     assert all((tmp_path / "out" / target).is_file() for target in targets)
+
+
+@pytest.mark.parametrize("placement", ["side", "merged"])
+def test_adapters_are_no_parameters_of_the_model(packed_pipe, tiny_pipe, tmp_path, placement):
+    config = FinetuneConfig(train_steps=1, num_inference_steps=2, batch_size=2, rank=2, placement=placement)
+    finetune(packed_pipe, tiny_pipe, config)
+    packed_pipe.save_pretrained(tmp_path / "tuned")
+    known = {"license": "mit", "base_model": "org/base", "num": 1, "steps": 1}
+    publish(tmp_path / "tuned", "user/tiny", dry_run=tmp_path / "out", **known)
+    part = json.loads((tmp_path / "out" / CHECKPOINT).read_text())["components"]["unet"]
+    assert part["parameters"] == tiny_pipe.unet.num_parameters()
+    assert (part["adapter_parameters"] > 0) == (placement == "side")
 
 
 @pytest.mark.parametrize("folder", CARDS, ids=lambda folder: folder.name)

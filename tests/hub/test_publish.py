@@ -296,14 +296,12 @@ def test_arguments_that_make_no_sense(folder, hub):
 
 
 def test_all_that_is_missing_is_said_at_once(folder, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("years of work")
     with pytest.raises(ConfigError) as refused:
-        publish(folder, "user/tiny", dry_run=tmp_path / "out", results=[tmp_path / "none.json"])
+        publish(folder, "tiny", dry_run=tmp_path / "out", results=[tmp_path / "none.json"])
     said = str(refused.value)
     assert said.startswith("4 things must be put right before this can be published: (1) ")
     for part in (
-        "out must be new or hold an earlier dry run",
+        "`repo` must be a Hub id like `user/name`, but got 'tiny'",
         "(2) A card must name the model that was quantized, but none is known: pass `--base-model` with its Hub id, "
         "its URL, or `none`",
         "(3) A card must say the licence, but there is no base on the Hub to ask: pass `--license ID`",

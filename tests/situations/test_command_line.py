@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from diffusers_msfp import cli
 from diffusers_msfp.cli import app
 from diffusers_msfp.errors import ConfigError, MSFPError
 from diffusers_msfp.hub import publish
+from diffusers_msfp.methods.talora.finetuner import Finetuner
 from diffusers_msfp.outputs import writing
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -136,6 +138,43 @@ def test_publishing_a_variant(both, tmp_path):
     assert f"unet/{WEIGHTS}.safetensors" in result["files"]
     with pytest.raises(MSFPError, match="variant `fp16`, but it has `other`, plain ones"):
         publish(both, "user/tiny", dry_run=tmp_path / "dry", variant="fp16", **known)
+
+
+@pytest.mark.situation("`--prompt` or `--guidance-scale` for a pipeline that takes none", "refused")
+@pytest.mark.parametrize(
+    ("option", "what"), [({"prompts": ["a hat"]}, "prompts"), ({"guidance_scale": 3.0}, "guidance")]
+)
+def test_arguments_that_a_pipeline_does_not_take(option, what, tiny_dir, packed_dir, tmp_path):
+    for verb in (
+        lambda: cli.quantize(tiny_dir, tmp_path / "out", **option),
+        lambda: cli.compare(tiny_dir, packed_dir, **option),
+        lambda: cli.sample(tiny_dir, tmp_path / "a.png", **option),
+    ):
+        with pytest.raises(ConfigError, match=f"needs a pipeline that takes {what}, but DDPMPipeline takes none"):
+            verb()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.situation("`evaluate` where the features that fit the pictures have no weights here", "right")
+def test_features_that_are_not_there(tiny_dir, packed_dir, tmp_path):
+    result = cli.evaluate(packed_dir, tiny_dir, num=2, steps=1, out=tmp_path / "out")
+    assert "psnr_db" in result["figures"]["candidate_to_reference"]
+    assert "need the package torch-fidelity" in result["omitted"]["candidate_to_reference.frechet_distance"]
+
+
+@pytest.mark.situation("fine-tuning on the command line, stopped by Ctrl-C: the same command goes on", "right")
+def test_fine_tuning_is_stopped(tiny_dir, packed_dir, tmp_path, run, monkeypatch):
+    command = ("finetune", packed_dir, "--teacher", tiny_dir, "--out", tmp_path / "out", "--train-steps", 3)
+    command += ("--steps", 2, "--batch-size", 2, "--preview-every", 0, "--no-compare")
+    update = Finetuner.update
+    with monkeypatch.context() as patch:
+        patch.setattr(Finetuner, "update", lambda self: (signal.raise_signal(signal.SIGINT), update(self)))
+        code, _, said = run(*command)
+    assert code == 130
+    assert "checkpoint-1 is kept, and the same command goes on from there: diffusers-msfp finetune" in said
+    code, _, said = run(*command)
+    assert code == 0
+    assert "going on after update 1" in said
 
 
 # ── where nothing can be written ─────────────────────────────────────────────────────────────────────────────────

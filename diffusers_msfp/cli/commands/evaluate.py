@@ -78,8 +78,16 @@ def evaluate(
         reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
         stdout.print(f"left out: {', '.join(names)}: {reason}", soft_wrap=True, highlight=False, markup=False)
-    stdout.print(_timesteps(result))
-    stdout.print(_layers(result["layers"]))
+    own = {name: layer for name, layer in result["layers"].items() if not layer["adapted"]}
+    stdout.print(_timesteps(result, own))
+    if own:
+        stdout.print(_layers(own))
+    if adapted := len(result["layers"]) - len(own):
+        stdout.print(
+            f"{adapted} of {len(result['layers'])} layers have adapters and so differ from full precision on purpose: "
+            f"they are left out of the figures of layers here, but not of results.json.",
+            highlight=False,
+        )
     sizes = f"{megabytes(result['bytes_reference'])} → {megabytes(result['bytes_candidate'])}"
     stdout.print(f"{sizes}, {result['seconds']:.0f} s; everything in [bold]{result['out']}/results.json[/].")
     return None
@@ -113,14 +121,10 @@ def _interval(figure: dict | None) -> str:
     return f"{value}\n{low} … {high}"
 
 
-def _timesteps(result: dict) -> Table:
+def _timesteps(result: dict, layers: dict) -> Table:
     table = Table("timestep", "eps_rel_l2", "worst layer", "SNR (dB)")
     for timestep, error in result["eps_rel_l2_by_timestep"].items():
-        ratios = {
-            n: layer["by_timestep"][timestep]
-            for n, layer in result["layers"].items()
-            if timestep in layer["by_timestep"]
-        }
+        ratios = {n: layer["by_timestep"][timestep] for n, layer in layers.items() if timestep in layer["by_timestep"]}
         worst = min(ratios, key=ratios.get, default="")
         table.add_row(timestep, f"{error:.4f}", worst, f"{ratios[worst]:.1f}" if worst else "")
     return table

@@ -27,6 +27,7 @@ def finetune(
     prompts: Prompts = None,
     guidance_scale: Guidance = None,
     variant: Variant = None,
+    compare: Annotated[bool, typer.Option(help="Measure error and PSNR before and after.")] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing checkpoint.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -39,6 +40,7 @@ def finetune(
         prompts=prompts,
         guidance_scale=guidance_scale,
         variant=variant,
+        compare=compare,
         overwrite=overwrite,
     )
     if result is None:  # not the first process
@@ -50,6 +52,14 @@ def finetune(
         f"{result['loss_first']:.5f} → {result['loss_last']:.5f}, {megabytes(result['bytes_before'])} → "
         f"{megabytes(result['bytes_after'])}; logs and previews in {result['training_dir']}."
     )
+    if result["before"]:
+        before, after, shared = result["before"], result["after"], result["comparison"]
+        stdout.print(
+            f"Before and after, as `compare` measures ({shared['num_samples']} samples, "
+            f"{shared['num_inference_steps']} steps): "
+            f"eps_rel_l2 {before['eps_rel_l2']:.5f} → {after['eps_rel_l2']:.5f}, "
+            f"PSNR {before['image_psnr_db']:.2f} → {after['image_psnr_db']:.2f} dB."
+        )
     print_router(result["intervals"])
     if result["collapsed"]:
         stderr.print("[yellow]One adapter serves all timesteps[/] (the router has collapsed): try more updates.")

@@ -1,11 +1,15 @@
 """The least time that a quantized model's step could take: its products, its attention, and one pass over the rest.
 
+It is that of the model itself: adapters beside the weights are turned off while it is measured, so that a model that
+they slow down lies further above its floor.
+
 The bare kernels of every quantized layer on codes that are there already, the attention products, and for each tensor
 that a norm or an activation touches one read and one write at the machine's copy speed. Nothing else counts.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +21,7 @@ from torch.nn import functional as F
 
 from ...engines.fusion.attention import attention
 from ...layers.convert import quant_layers
+from ...methods.talora import RoutingTable
 from ...numerics import Codes
 
 _TOUCHING = (nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.GELU, GEGLU)
@@ -66,6 +71,25 @@ def floor_of(model: nn.Module, step: Callable[[], object]) -> Floor:
         model (`nn.Module`): quantized.
         step (`Callable`): calls it once.
     """
+    with without_adapters(model):
+        return _floor_of(model, step)
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Timestep-aware adapters beside the weights are off in here; merged ones are weights and stay."""
+    tables = [module for module in model.modules() if isinstance(module, RoutingTable)]
+    before = [table.enabled for table in tables]
+    try:
+        for table in tables:
+            table.enabled = False
+        yield
+    finally:
+        for table, enabled in zip(tables, before, strict=True):
+            table.enabled = enabled
+
+
+def _floor_of(model: nn.Module, step: Callable[[], object]) -> Floor:
     calls, touched, products = [], [], []
     layers = {id(layer) for _, layer in quant_layers(model)}
     hooks = []
