@@ -27,9 +27,10 @@ def has_adapters(model) -> bool:
 
 
 def asked_by_peft() -> bool:
-    """Whether PEFT's code has called `copy.deepcopy`, which called this through a module's `__deepcopy__`.
+    """Whether PEFT's code copies a layer by `copy.deepcopy`, or makes another of its class, which asks this.
 
-    PEFT trains copies of layers (`modules_to_save`) and has no hook for how a layer is copied.
+    PEFT trains copies of layers (`modules_to_save`), and makes a convolution's LoRA of layers of its class
+    (`type(base_layer)(…)`); it has no hook for either.
     """
     frame = sys._getframe(2)
     while frame is not None and frame.f_globals.get("__name__", "") in ("copy", *_OWN):

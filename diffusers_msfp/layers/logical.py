@@ -103,14 +103,31 @@ class LogicalWeight(Tensor):
 class PackedLayer(nn.Module):
     """Abstract base of layers that have a float weight only to be read.
 
-    PEFT trains copies of layers (`modules_to_save`, `LNTuningConfig`). Codes cannot be trained, so a copy that PEFT
-    makes is the float layer that this one stands for; all other copies are packed.
+    PEFT trains copies of layers (`modules_to_save`, `LNTuningConfig`), and builds a convolution's LoRA as two layers of
+    its class, `type(base_layer)(…)`. Codes cannot be trained, so what PEFT makes either way is a float layer. All other
+    copies are packed, and nobody else can call the constructor.
     """
 
+    float_class: type[nn.Module]
     module_name: str
     packed_weight: Tensor
     weight_dtype: torch.dtype
     logical_shape: tuple[int, ...]
+
+    def __new__(cls, *sizes, **more):
+        """An empty object, for `copy` and `pickle`; for PEFT a float layer.
+
+        Raises:
+            UnsupportedError: somebody else calls the constructor.
+        """
+        if not sizes and not more:
+            return super().__new__(cls)
+        if not asked_by_peft():
+            raise UnsupportedError(
+                f"A {cls.__name__} must be made of a float layer, which has the weights, but its constructor was "
+                f"called with sizes. Quantize a model, or use `{cls.float_class.__name__}` for a float layer."
+            )
+        return cls.float_class(*sizes, **more)
 
     def decode_whole(self) -> Tensor:
         """The float weight, float32, `logical_shape`."""

@@ -48,13 +48,8 @@ _CHUNK = 2**21  # weights encoded at once
 
 
 class QuantLayer(Execution, PackedLayer, ABC):
-    """Abstract base of the quantized layers. Made by `from_float` or `skeleton`, never by its constructor.
+    """Abstract base of the quantized layers. Made by `from_float` or `skeleton`, never by its constructor."""
 
-    Calling the class like its float original returns a *float* layer of that kind: PEFT builds a convolution's
-    adapters with `type(base_layer)(…)`.
-    """
-
-    float_class: type[nn.Module]
     module_name: str
     weight_dtype: torch.dtype
     weight_format: FPFormat
@@ -68,12 +63,6 @@ class QuantLayer(Execution, PackedLayer, ABC):
     recall: CachedOutput | None
     engine: Engine | None
     columns = None  # or a slice: the input channels of a split layer that this part reads
-
-    def __new__(cls, *args, **kwargs):
-        """A float layer for the public constructor; an empty object for `copy` and `pickle`."""
-        if args or kwargs:
-            return cls.float_class(*args, **kwargs)
-        return super().__new__(cls)
 
     # ── making one ───────────────────────────────────────────────────────────────────────────────────────────
 

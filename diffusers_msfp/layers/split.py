@@ -16,7 +16,7 @@ class SplitLayer(PackedLayer):
 
     Made by `split_layer`. Parts are children called `"0"`, `"1"`, …, float or quantized; the first has the bias. Each
     knows its `columns`, the input channels of the whole that it reads. The whole keeps the original's class as a base
-    and its attributes, and calling its class gives a float layer, as of `QuantLayer`: PEFT can put adapters on it.
+    and its attributes, so PEFT can put adapters on it.
 
     Attributes:
         axis (`int`): of the input's channels.
@@ -26,15 +26,8 @@ class SplitLayer(PackedLayer):
         Q-Diffusion (arXiv 2302.04304), section 3.3, on shortcuts.
     """
 
-    float_class: type[nn.Module]
     axis: int
     sizes: list[int]
-
-    def __new__(cls, *args, **kwargs):
-        """A float layer for the public constructor; an empty object for `copy` and `pickle`."""
-        if args or kwargs:
-            return cls.float_class(*args, **kwargs)
-        return super().__new__(cls)
 
     @property
     def packed_weight(self) -> Tensor:

@@ -207,6 +207,20 @@ def test_names_and_patterns_of_peft():
     assert peft.pattern_value({}, "a.x", 1) == 1
 
 
+def test_peft_makes_layers_of_the_class_it_adapts():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    class Asking(nn.Conv2d):
+        def __init__(self, *sizes, **more) -> None:
+            asked.append(peft.asked_by_peft())
+            super().__init__(*sizes, **more)
+
+    asked = []
+    model = nn.Sequential(Asking(2, 2, 1))
+    inject_adapter_in_model(LoraConfig(target_modules=["0"], r=2), model)
+    assert asked == [False, True, True], "PEFT makes a convolution's LoRA otherwise: see `PackedLayer.__new__`"
+
+
 # ── bodies of diffusers that are written again, against diffusers' own ───────────────────────────────────────────
 
 

@@ -9,8 +9,9 @@ import torch
 from reference import grid_of, nearest
 from torch import nn
 
-from diffusers_msfp.errors import NonFiniteError
-from diffusers_msfp.layers import QUANT_LAYERS, QuantConv2d, QuantLayer, QuantLinear
+from diffusers_msfp.errors import NonFiniteError, UnsupportedError
+from diffusers_msfp.layers import QUANT_LAYERS, QuantLayer, QuantLinear
+from diffusers_msfp.layers.split import SPLIT_LAYERS
 from diffusers_msfp.methods.rounding import SoftRounding
 from diffusers_msfp.schemes import SCHEMES, LayerScheme
 
@@ -92,9 +93,12 @@ def test_back_to_float(module, shape):
     assert back(torch.randn(shape)).shape == module(torch.randn(shape)).shape
 
 
-def test_public_constructor_gives_a_float_layer():
-    assert type(QuantConv2d(3, 4, 1, bias=False)) is nn.Conv2d
-    assert type(QuantLinear(3, 4)) is nn.Linear
+@pytest.mark.parametrize("cls", [*QUANT_LAYERS.values(), *SPLIT_LAYERS.values()])
+def test_the_constructor_makes_no_other_layer(cls):
+    refusal = f"A {cls.__name__} must be made of a float layer.* use `{cls.float_class.__name__}` for a float layer"
+    for sizes, more in (((3, 4, 1), {"bias": False}), ((), {"in_features": 3, "out_features": 4})):
+        with pytest.raises(UnsupportedError, match=refusal):
+            cls(*sizes, **more)
 
 
 def test_observing_leaves_the_input_float():
