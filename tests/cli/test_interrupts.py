@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from command_line import program
+from processes import wait_until
 
 from diffusers_msfp import cli
 from diffusers_msfp.methods.runs import deferred_signals
@@ -145,11 +145,8 @@ def test_the_page_of_a_space_ends_without_a_traceback(packed_dir, tmp_path):
         stderr=told,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background shell ignores it
     )
-    deadline = time.monotonic() + 120
     try:
-        while "The page is at" not in Path(told.name).read_text() and time.monotonic() < deadline:
-            assert process.poll() is None
-            time.sleep(0.05)
+        wait_until(lambda: "The page is at" in Path(told.name).read_text(), process)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 0
     finally:

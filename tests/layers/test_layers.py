@@ -142,7 +142,7 @@ def test_gradients_reach_input_and_bias_only():
 def test_non_finite_values_name_the_layer():
     module = nn.Linear(4, 2)
     layer = quantized(module, torch.randn(3, 4))
-    with pytest.raises(NonFiniteError, match="The input of layer `module_name` must be finite, but got NaN"):
+    with pytest.raises(NonFiniteError, match="The input of layer `place` must be finite, but got NaN"):
         layer(torch.full((1, 4), float("nan")))
     module.weight.data[0, 0] = float("inf")
     with pytest.raises(NonFiniteError, match="The weight of layer `deep.place` must be finite, but got infinity"):
