@@ -200,7 +200,7 @@ def _from_single_file(path: Path, config: str | None) -> DiffusionPipeline:
         cls = getattr(diffusers, str(name), None)
         if not hasattr(cls, "from_single_file"):
             raise SourceError(f"{where} must name a pipeline that loads single files, but {name} came.")
-        return cls.from_single_file(str(path), config=where, torch_dtype=torch.float32)
+        return cls.from_single_file(str(path), config=where, dtype=torch.float32)
     except MSFPError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:

@@ -61,7 +61,7 @@ def report(
     original = load_pipeline(reference, variant=variant) if reference is not None else None
     folder = fetch(source, variant)
     candidate = load_any(
-        str(folder), variant=variant, **({} if dtype == "float32" else {"torch_dtype": getattr(torch, dtype)})
+        str(folder), variant=variant, **({} if dtype == "float32" else {"dtype": getattr(torch, dtype)})
     )
     with progress("measuring") as told:
         data = collect_report(

@@ -104,7 +104,7 @@ def _original(source: str, reference: str | None, dtype: torch.dtype, variant: s
         return None
     try:
         with stderr.status(f"opening {wanted}"):
-            return load_pipeline(wanted, variant=variant, torch_dtype=dtype)
+            return load_pipeline(wanted, variant=variant, dtype=dtype)
     except SourceError as error:
         if reference:
             raise

@@ -37,7 +37,7 @@ def check_student(model: nn.Module, teacher: nn.Module, method: str, *, learns: 
     if learns and model.dtype == torch.float16:
         raise ConfigError(
             "Gradients of float16 models underflow, but this one is float16. Load it with "
-            "`torch_dtype=torch.float32` or `torch.bfloat16`."
+            "`dtype=torch.float32` or `torch.bfloat16`."
         )
     if learns:
         require_takes(model, teacher)

@@ -27,8 +27,8 @@ _REFUSED = {
     "There is nothing to gain: leave it out.",
     "fuse_qkv_projections": "Packed projections of different formats cannot be joined. Leave them apart, or call "
     "`model.dequantize()`, fuse, and quantize again.",
-    "half": "The packed weights have no dtype to cast. Load the model with `torch_dtype=torch.float16` instead.",
-    "float": "The packed weights have no dtype to cast. Load the model with `torch_dtype=torch.float32` instead.",
+    "half": "The packed weights have no dtype to cast. Load the model with `dtype=torch.float16` instead.",
+    "float": "The packed weights have no dtype to cast. Load the model with `dtype=torch.float32` instead.",
 }
 
 
@@ -56,7 +56,7 @@ def _to(model: nn.Module, *args, **kwargs) -> nn.Module:
     if dtype is not None and dtype != model.dtype:
         raise UnsupportedError(
             f"A quantized {type(model).__name__} cannot be cast: it was loaded as {model.dtype}, but {dtype} came. "
-            f"Load it with `torch_dtype={dtype}`; for `from_pipe` pass `torch_dtype={model.dtype}`."
+            f"Load it with `dtype={dtype}`; for `from_pipe` pass `dtype={model.dtype}`."
         )
     if dtype is not None and not kept_in_float32(model):
         nn.Module.to(model, dtype)  # what came after loading, such as an IP-Adapter's layers

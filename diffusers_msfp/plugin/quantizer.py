@@ -80,8 +80,8 @@ class MSFPQuantizer(DiffusersQuantizer):
         places = device_map.values() if isinstance(device_map, dict) else ()
         if "disk" in places and self._dtype != torch.float32:
             raise UnsupportedError(
-                f"Disk offload keeps scales exact only in float32, but `torch_dtype={self._dtype}` came. Leave "
-                f"`torch_dtype` out, or offload to the CPU."
+                f"Disk offload keeps scales exact only in float32, but `dtype={self._dtype}` came. Leave "
+                f"`dtype` out, or offload to the CPU."
             )
 
     def adjust_target_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:  # noqa: ARG002

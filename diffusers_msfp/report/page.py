@@ -123,7 +123,7 @@ def loading_code(data: Mapping) -> str:
     """Two lines of Python that load the checkpoint."""
     whole = data["component"] != "."
     name, cls = ("pipe", "DiffusionPipeline") if whole else ("model", data["model"])
-    dtype = "" if data["dtype"] == "float32" else f", torch_dtype=torch.{data['dtype']}"
+    dtype = "" if data["dtype"] == "float32" else f", dtype=torch.{data['dtype']}"
     imports = IMPORTS.get(data["method"], "diffusers") + (", torch" if dtype else "")
     return f"import {imports}\n{name} = diffusers.{cls}.from_pretrained({json.dumps(data['name'])}{dtype})"
 

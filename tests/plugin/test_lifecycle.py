@@ -177,7 +177,7 @@ def test_sharded_float_checkpoint(unet, tmp_path, float_dir):
 
 
 def test_bfloat16_keeps_scales_exact(packed_pipe, packed_dir, images):
-    model = load(Path(packed_dir) / "unet", torch_dtype=torch.bfloat16)
+    model = load(Path(packed_dir) / "unet", dtype=torch.bfloat16)
     exact = packed_pipe.unet.state_dict()
     for name, tensor in model.state_dict().items():
         if name.rpartition(".")[2] in ("weight_scale", "input_scale", "input_zero_point"):
@@ -192,7 +192,7 @@ def test_bfloat16_keeps_scales_exact(packed_pipe, packed_dir, images):
 
 def test_weights_are_searched_before_they_are_cast(float_dir):
     config = MSFPConfig(scheme="w4a16")
-    whole, half = (load(float_dir, quantization_config=config, torch_dtype=d) for d in (torch.float32, torch.bfloat16))
+    whole, half = (load(float_dir, quantization_config=config, dtype=d) for d in (torch.float32, torch.bfloat16))
     for (name, a), b in zip(whole.state_dict().items(), half.state_dict().values(), strict=True):
         if name.endswith(("weight_scale", "conv1.packed_weight")):
             assert torch.equal(a, b), name
@@ -277,7 +277,7 @@ def test_casts_are_refused_with_the_way_out(packed_pipe):
         unet.half,
         unet.float,
     ):
-        with pytest.raises(UnsupportedError, match="torch_dtype"):
+        with pytest.raises(UnsupportedError, match="dtype="):
             cast()
     assert unet.to("cpu") is unet
     assert unet.to(torch.float32) is unet
@@ -287,8 +287,8 @@ def test_casts_are_refused_with_the_way_out(packed_pipe):
 def test_from_pipe(packed_pipe):
     other = DDIMPipeline.from_pipe(packed_pipe)
     assert other.unet is packed_pipe.unet
-    with pytest.raises(ValueError, match="torch_dtype"):
-        DDIMPipeline.from_pipe(packed_pipe, torch_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="dtype="):
+        DDIMPipeline.from_pipe(packed_pipe, dtype=torch.bfloat16)
 
 
 def test_layerwise_casting_and_fusing_are_refused_before_anything_changes(packed_pipe, images):
@@ -320,7 +320,7 @@ def test_disk_offload_that_would_cast_scales_is_refused(condition_unet, tmp_path
         UNet2DConditionModel.from_pretrained(
             tmp_path,
             quantization_config=MSFPConfig(scheme="w4a16"),
-            torch_dtype=torch.bfloat16,
+            dtype=torch.bfloat16,
             device_map={"": "cpu", "mid_block": "disk"},
             offload_folder=str(tmp_path / "disk"),
         )

@@ -224,7 +224,7 @@ def test_callbacks_and_guidance(pipe, before):
 
 @pytest.mark.feature("`from_pipe`")
 def test_from_pipe(pipe, before):
-    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe, torch_dtype=torch.bfloat16)
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe, dtype=torch.bfloat16)
     assert other.unet is pipe.unet
     image = pipelines.picture().bfloat16()
     assert np.isfinite(sample(other, {"prompt": "a hat", "image": image})).all()
@@ -256,6 +256,6 @@ def test_engines_agree_with_residuals():
 @pytest.mark.feature("`fuse_lora`, `fuse_qkv_projections`, casting after loading", "refused, with the way out")
 def test_refused(pipe, before):
     for call in (pipe.unet.fuse_lora, pipe.fuse_qkv_projections, lambda: pipe.to(torch.float16), pipe.unet.half):
-        with pytest.raises(UnsupportedError, match="dequantize|torch_dtype"):
+        with pytest.raises(UnsupportedError, match="dequantize|dtype="):
             call()
     assert (sample(pipe) == before).all()

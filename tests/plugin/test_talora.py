@@ -206,7 +206,7 @@ def test_copies_and_checkpoints_are_bit_identical(tuned, images, tmp_path):
     for again in (DiffusionPipeline.from_pretrained(tmp_path), copy.deepcopy(tuned)):
         assert equal_state(again.unet, tuned.unet)
         assert torch.equal(run(again.unet, images, torch.tensor([LOW, HIGH])), expected)
-    half = DiffusionPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    half = DiffusionPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.unet.timestep_router.table.dtype == torch.uint8
     assert torch.isfinite(run(half.unet, images.bfloat16(), HIGH)).all()
     half.save_pretrained(tmp_path / "again")

@@ -225,7 +225,7 @@ def test_copies_and_checkpoints_are_bit_identical(maintained, images, tmp_path):
 
 def test_loading_in_bfloat16_keeps_timesteps_and_parameters_exact(cached, tmp_path):
     cached.save_pretrained(tmp_path)
-    unet = UNet2DModel.from_pretrained(tmp_path / "unet", torch_dtype=torch.bfloat16)
+    unet = UNet2DModel.from_pretrained(tmp_path / "unet", dtype=torch.bfloat16)
     assert unet.temporal_set.timesteps.dtype == torch.float32
     assert unet.time_embedding.linear_1.input_scale.dtype == torch.float32
     assert unet.time_embedding.linear_1.recall.features.dtype == torch.float16

@@ -239,7 +239,7 @@ def test_other_packages_models(reference, foreign):
     data = collect_report(half, reference, **RUN)
     assert data["dtype"] == "bfloat16"
     assert all(30 < layer["snr_db"] < 100 for layer in data["layers"])
-    assert 'from_pretrained("packed", torch_dtype=torch.bfloat16)' in page_of(data).text
+    assert 'from_pretrained("packed", dtype=torch.bfloat16)' in page_of(data).text
     equal = page_of(collect_report(copy.deepcopy(reference), reference, **RUN))
     assert "layers compute what the original's do" in equal.text
     assert "What hurts most" not in equal.text

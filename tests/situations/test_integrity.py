@@ -143,10 +143,10 @@ def test_shards_of_another_checkpoint(small, tmp_path):
 
 @pytest.mark.situation("a file of another precision of the same model in the folder (variants)", "right")
 def test_variants_share_a_folder(small, folder):
-    half = UNet2DModel.from_pretrained(folder, torch_dtype=torch.float16)
+    half = UNet2DModel.from_pretrained(folder, dtype=torch.float16)
     half.save_pretrained(folder, variant="fp16")
     assert equal_state(UNet2DModel.from_pretrained(folder), small.unet)
-    assert equal_state(UNet2DModel.from_pretrained(folder, variant="fp16", torch_dtype=torch.float16), half)
+    assert equal_state(UNet2DModel.from_pretrained(folder, variant="fp16", dtype=torch.float16), half)
     flip(folder / FILE.replace(".safe", ".fp16.safe"), "conv_norm_out.bias")
     UNet2DModel.from_pretrained(folder)
     with pytest.raises(CheckpointError, match="`conv_norm_out.bias` must have the checksum"):
@@ -412,9 +412,7 @@ def old_pipeline(tmp_path_factory) -> Path:
         quantize_model(model, MSFPConfig("w4a16"))
         model.config.quantization_config.format_version = 1
     pipe.save_pretrained(path, max_shard_size="20KB")
-    type(pipe.unet).from_pretrained(path / "unet", torch_dtype=torch.float16).save_pretrained(
-        path / "unet", variant="fp16"
-    )
+    type(pipe.unet).from_pretrained(path / "unet", dtype=torch.float16).save_pretrained(path / "unet", variant="fp16")
     return path
 
 
