@@ -1,6 +1,6 @@
 """Exceptions for what the user can put right.
 
-Every message says, in this order: what must hold, what came, what to do. Each class is also a built-in exception, so
+Every message says, in this order: what must hold, what was given, what to do. Each class is also a built-in exception, so
 that callers need not know this package to handle it.
 """
 

@@ -46,7 +46,7 @@ def watch_loading(model, look: Callable[[list[str]], None], ignored: str | None 
     Args:
         look (`Callable[[list[str]], None]`): gets the keys that are missing before the loader fills them with noise,
             and may raise.
-        ignored (`str`, *optional*): pattern of keys that may come without a place.
+        ignored (`str`, *optional*): pattern of keys that may have no counterpart in the model.
     """
     if ignored is not None:
         setattr(model, _IGNORED, {*(getattr(model, _IGNORED) or ()), ignored})

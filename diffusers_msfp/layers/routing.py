@@ -18,8 +18,8 @@ class Routing(Protocol):
         """The running call's choice for a layer group."""
 
 
-class Recall(Protocol):
+class CachedOutput(Protocol):
     """Knows a layer's outputs at some timesteps."""
 
-    def recall(self, route: Route, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    def output(self, route: Route, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """The layer's output for `x` at the timestep of a route, computed where it is not known."""

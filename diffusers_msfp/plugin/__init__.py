@@ -1,4 +1,4 @@
-"""The doors to diffusers: config, quantizer, registration, in-memory quantization, the pipeline's verbs, LoRA files."""
+"""The plugin for diffusers and transformers: config, quantizer, registration, in-memory quantization, the pipeline's verbs, LoRA files."""
 
 from .adapters.exchange import export_adapter, import_adapter
 from .calibrate import calibrate

@@ -1,4 +1,4 @@
-"""What both doors, diffusers' and transformers', do with a model that has quantized layers, and how it is undone."""
+"""What both quantizers, for diffusers and for transformers, do with a model that has quantized layers, and how it is undone."""
 
 import torch
 from torch import nn

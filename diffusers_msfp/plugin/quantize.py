@@ -40,8 +40,8 @@ Quantizer = MSFPQuantizer | MSFPTransformersQuantizer
 
 def _planned(model: ModelMixin | PreTrainedModel, config: MSFPConfig) -> tuple[Quantizer, Conversion]:
     """What is to be done with a model, everything checked that can fail."""
-    door = MSFPQuantizer if isinstance(model, ModelMixin) else MSFPTransformersQuantizer
-    quantizer = door(config.without_record(), pre_quantized=True)
+    kind = MSFPQuantizer if isinstance(model, ModelMixin) else MSFPTransformersQuantizer
+    quantizer = kind(config.without_record(), pre_quantized=True)
     plan = quantizer.quantization_config.plan(model)
     plan.check(model)
     return quantizer, plan
