@@ -9,11 +9,15 @@ import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-if "HF_MODULES_CACHE" not in os.environ:  # where diffusers copies pipelines' code: for this process and those it starts
-    os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
-    atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # every local pipeline has the same name there, so each has its own
-    os.environ["HF_MODULES_CACHE"] = os.path.join(os.environ["HF_MODULES_CACHE"], worker)
+if "PYTEST_XDIST_WORKER" not in os.environ:  # all that a run and its workers leave lies in one folder and goes with it
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # what pytest keeps of its last runs
+    tempfile.tempdir = tempfile.mkdtemp(prefix="msfp-tests-")
+    atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
+    os.environ |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), tempfile.tempdir)
+# where diffusers copies pipelines' code; local ones all have the same name there, so each worker has a folder
+os.environ["HF_MODULES_CACHE"] = os.path.join(
+    tempfile.gettempdir(), "modules", os.environ.get("PYTEST_XDIST_WORKER", "")
+)
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # the cores are shared by the processes that run the tests
     for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ.setdefault(name, str(max(1, (os.cpu_count() or 1) // int(workers))))

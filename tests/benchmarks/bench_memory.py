@@ -45,7 +45,7 @@ def measure(folder: str, way: str, batch: int) -> dict:
 
     before = memory("VmRSS")
     start = time.perf_counter()
-    model = AutoModel.from_pretrained(folder, torch_dtype=torch.bfloat16).eval()
+    model = AutoModel.from_pretrained(folder, dtype=torch.bfloat16).eval()
     seconds = time.perf_counter() - start
     loaded = memory("VmRSS") - before
     if way == "bf16":

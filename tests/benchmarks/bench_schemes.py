@@ -39,7 +39,7 @@ def main(
     cases: Annotated[str, typer.Option(help="comma-separated; all if left out")] = "",
 ) -> None:
     """Quantize, compare on 20 and on 50 DDIM steps, write rows."""
-    reference = DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    reference = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
     chosen = cases.split(",") if cases else list(CASES)
     kept = read_results(name)["rows"] if cases and (RESULTS / f"{name}.json").exists() else []
     rows = [row for row in kept if row["scheme"] not in chosen]

@@ -39,6 +39,7 @@ def test_unsafe_files(kind, packed_pipe, tmp_path):
 
 
 @pytest.mark.situation("`torch.jit.trace` of a quantized model", "refused")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace.*` is deprecated:DeprecationWarning")
 def test_tracing(packed_pipe, images):
     with pytest.raises(UnsupportedError, match="cannot record `.*`, which is quantized. Use `torch.export.export`"):
         torch.jit.trace(Traced(packed_pipe.unet), (images, torch.tensor(10)))
@@ -57,6 +58,7 @@ def test_exporting(packed_pipe, images):
 
 
 @pytest.mark.situation("parametrizations and weight norm are put on a quantized layer", "refused")
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
 def test_parametrizations(packed_pipe, images):
     layer, expected = packed_pipe.unet.conv_out, run(packed_pipe.unet, images)
     with pytest.raises(ValueError, match="does not have a parameter.* 'weight'"):

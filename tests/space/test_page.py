@@ -133,9 +133,9 @@ def test_served_and_called(packed_dir, tiny_dir, tmp_path):
     try:
         client = Client(launch(served), verbose=False, download_files=str(tmp_path))
         job = client.submit("DDIM", 3, 5, api_name="/generate")
-        left, right = job.result(timeout=60)[0]
-        assert Image.open(left).size == Image.open(right).size == (512, 512)
-        assert not np.array_equal(np.asarray(Image.open(left)), np.asarray(Image.open(right)))
+        left, right = (np.asarray(Image.open(file)) for file in job.result(timeout=60)[0])
+        assert left.shape == right.shape == (512, 512, 3)
+        assert not np.array_equal(left, right)
         assert "Done: 3 steps" in job.outputs()[-1][1]
         port = int(served.local_url.rstrip("/").rpartition(":")[2])
         with pytest.raises(ConfigError, match=f"needs a free port, but {port} is in use. Choose another: `--port N`"):

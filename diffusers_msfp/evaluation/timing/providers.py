@@ -93,7 +93,7 @@ def _peer(kind: str, options: list[str], model: nn.Module) -> nn.Module:
         return sdnq.sdnq_post_load_quant(
             made,
             weights_dtype=next((dtype for dtype in SDNQ_DTYPES if dtype in options), "int8"),
-            torch_dtype=torch.bfloat16,
+            dtype=torch.bfloat16,
             quant_conv=True,
             use_quantized_matmul="matmul" in options,
             use_quantized_matmul_conv="matmul" in options,

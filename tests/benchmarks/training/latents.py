@@ -38,7 +38,7 @@ class Latents:
 
 def load_autoencoder(folder: Path) -> AutoencoderKL:
     """Frozen, float32."""
-    return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).eval().requires_grad_(False)
+    return AutoencoderKL.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
 
 
 @torch.no_grad()
