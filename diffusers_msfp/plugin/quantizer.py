@@ -38,15 +38,15 @@ from .files.saving import file_metadata, tensors_to_save
 
 logger = logging.getLogger(__name__)
 
-STORED_TENSORS = {
-    QuantLayer: (PACKED_WEIGHT, *WEIGHT_TENSORS, *INPUT_TENSORS, *OBSERVED),
-    **{kind: names for part in parts() for kind, names in part.stored.items()},
-}
-"""What a checkpoint keeps beside float tensors, by the kind of module that keeps it."""
+
+def _stored_tensors() -> dict[type, tuple[str, ...]]:
+    """What a checkpoint keeps beside float tensors, by the kind of module that keeps it."""
+    own = {QuantLayer: (PACKED_WEIGHT, *WEIGHT_TENSORS, *INPUT_TENSORS, *OBSERVED)}
+    return own | {kind: names for part in parts() for kind, names in part.stored.items()}
 
 
 def _stored(module: nn.Module) -> tuple[str, ...]:
-    return next((names for cls, names in STORED_TENSORS.items() if isinstance(module, cls)), ())
+    return next((names for cls, names in _stored_tensors().items() if isinstance(module, cls)), ())
 
 
 class MSFPQuantizer(DiffusersQuantizer):
@@ -216,7 +216,7 @@ class MSFPQuantizer(DiffusersQuantizer):
         if missing_keys:
             missing = name_in_files(sorted(missing_keys)[0])
             raise CheckpointError(f"A checkpoint must hold `{missing}`, but it does not: damaged or incomplete file.")
-        ours = {FORMATS_TENSOR, *(name for names in STORED_TENSORS.values() for name in names)} - {PACKED_WEIGHT}
+        ours = {FORMATS_TENSOR, *(name for names in _stored_tensors().values() for name in names)} - {PACKED_WEIGHT}
         known = model.state_dict() | (self._formats if self.quantization_config.format_version > 1 else {})
         for key in known.keys() & self._formats.keys():
             if key not in self._loaded_keys:
