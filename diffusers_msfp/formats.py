@@ -47,7 +47,7 @@ class FPFormat:
         if match is None:
             raise FormatError(
                 f"A format's name must read `fp<bits>_[u]e<exponent bits>m<mantissa bits>`, like `fp4_e2m1` or "
-                f"`fp4_ue2m2`, but {self.name!r} came."
+                f"`fp4_ue2m2`, but got {self.name!r}."
             )
         bits, exponent_bits, mantissa_bits = (int(match[i]) for i in (1, 3, 4))
         parts = ([] if match[2] else [1]) + [exponent_bits, mantissa_bits]

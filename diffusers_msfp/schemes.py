@@ -39,7 +39,7 @@ class LayerScheme:
 
     def __post_init__(self) -> None:
         if not self.weight:
-            raise ConfigError("A scheme needs at least one weight format, but none came.")
+            raise ConfigError("A scheme needs at least one weight format, but got none.")
         for name in self.weight + self.activation:
             fmt = FORMATS[name]
             if name in self.weight and not fmt.signed:

@@ -40,30 +40,30 @@ class Observation:
         return torch.cat([self.drawn(), self.range]) if int(self.count) else self.sample[:0]
 
 
-def observe(observation: Observation, x: Tensor, place: str) -> None:
+def observe(observation: Observation, x: Tensor, module_name: str) -> None:
     """Take the values of one call into the observation; also inside compiled models.
 
     Args:
         x (`Tensor`, any shape, float32/bfloat16/float16): finite values; an empty tensor changes nothing.
-        place (`str`): name of the layer, for messages and as part of the seed.
+        module_name (`str`): name of the layer, for messages and as part of the seed.
 
     Raises:
         NonFiniteError: `x` holds NaN or infinity.
     """
-    _observe(x.detach(), observation.sample, observation.count, observation.range, place)
+    _observe(x.detach(), observation.sample, observation.count, observation.range, module_name)
 
 
 @torch.library.custom_op("msfp::observe", mutates_args=("sample", "count", "seen_range"))
-def _observe(x: Tensor, sample: Tensor, count: Tensor, seen_range: Tensor, place: str) -> None:
+def _observe(x: Tensor, sample: Tensor, count: Tensor, seen_range: Tensor, module_name: str) -> None:
     if x.numel() == 0:
         return
-    check_finite(x, f"The input of layer `{place}`")
+    check_finite(x, f"The input of layer `{module_name}`")
     low, high = (end.float().cpu() for end in torch.aminmax(x))
     seen_range[0] = torch.minimum(seen_range[0], low)
     seen_range[1] = torch.maximum(seen_range[1], high)
 
     seen = int(count)
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{place}:{seen}".encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{module_name}:{seen}".encode()))
     drawn = min(x.numel(), DRAWN_PER_CALL)
     index = torch.randint(x.numel(), (drawn,), generator=generator)
     new = x.flatten()[index.to(x.device)].to("cpu", torch.float32)
@@ -77,5 +77,5 @@ def _observe(x: Tensor, sample: Tensor, count: Tensor, seen_range: Tensor, place
 
 
 @_observe.register_fake
-def _(x: Tensor, sample: Tensor, count: Tensor, seen_range: Tensor, place: str) -> None:  # noqa: ARG001
+def _(x: Tensor, sample: Tensor, count: Tensor, seen_range: Tensor, module_name: str) -> None:  # noqa: ARG001
     return None

@@ -102,7 +102,7 @@ def search_weight(weight: Tensor, formats: Sequence[str]) -> SearchResult:
     check_finite(weight, "A weight")
     signed = [FORMATS[name] for name in formats]
     if not signed or not all(fmt.signed for fmt in signed):
-        raise ConfigError(f"Weights need at least one format, all of them signed, but {list(formats)} came.")
+        raise ConfigError(f"Weights need at least one format, all of them signed, but got {list(formats)}.")
     matrix = weight.detach().flatten(1)  # (C, n)
     channels = matrix.shape[0]
     shape = (channels,) + (1,) * (weight.ndim - 1)
@@ -164,7 +164,7 @@ def search_qparams(x: Tensor, formats: Sequence[str], *, per_channel: bool = Fal
     if not per_channel:
         return search_activation(x, formats).qparams
     if x.ndim == 0:
-        raise ShapeError("A search per channel needs at least one axis, but a tensor of shape () came.")
+        raise ShapeError("A search per channel needs at least one axis, but got a tensor of shape ().")
     return search_weight(x, [name for name in formats if FORMATS[name].signed]).qparams
 
 
@@ -175,7 +175,7 @@ def search_activation(x: Tensor, formats: Sequence[str]) -> SearchResult:
     low, high = (v.item() for v in torch.aminmax(values)) if values.numel() else (0.0, 0.0)
     allowed = [FORMATS[name] for name in formats if FORMATS[name].signed or is_anomalous(low, high)]
     if not allowed:
-        raise ConfigError(f"Values from {low:.4g} to {high:.4g} need a signed format, but only {list(formats)} came.")
+        raise ConfigError(f"Values from {low:.4g} to {high:.4g} need a signed format, but got only {list(formats)}.")
     if low == high == 0.0:
         one = torch.ones((), device=x.device)
         return SearchResult(QParams(allowed[0], one), torch.zeros((), device=x.device))

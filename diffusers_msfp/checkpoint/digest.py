@@ -134,13 +134,13 @@ class Digest:
             expected = self.sums.get((name, dtype_name(tensor)))
             if expected is None:
                 raise CheckpointError(
-                    f"The files may hold only tensors that the digest in config.json knows, but `{name}` "
-                    f"({dtype_name(tensor)}) came: exchanged files, or damaged ones. {_WAY_OUT}"
+                    f"The files may hold only tensors that the digest in config.json knows, but got `{name}` "
+                    f"({dtype_name(tensor)}): exchanged files, or damaged ones. {_WAY_OUT}"
                 )
             found = checksum(name, tensor)
             if found != expected:
                 raise CheckpointError(
-                    f"`{name}` must have the checksum {expected} that config.json records, but {found} came: damaged "
+                    f"`{name}` must have the checksum {expected} that config.json records, but got {found}: damaged "
                     f"bytes, or exchanged tensors. {_WAY_OUT}"
                 )
 

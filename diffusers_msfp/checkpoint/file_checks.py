@@ -56,7 +56,7 @@ def check_places(files: Sequence[Path]) -> None:
     """
     for file in files:
         if file.suffix != ".safetensors":
-            raise CheckpointError(f"Packed weights are stored as safetensors, but {file.name} came: not one of ours.")
+            raise CheckpointError(f"Packed weights are stored as safetensors, but got {file.name}: not one of ours.")
         if file.parent != files[0].parent or not (file.parent / "config.json").is_file():
             raise CheckpointError(f"Weights must lie in the model's folder, but its index names {file}.")
 
@@ -70,7 +70,7 @@ def check_floats(model: nn.Module) -> None:
     packed = {id(module.packed_weight) for module in model.modules() if isinstance(module, QuantLayer)}
     for name, tensor in model.named_parameters():
         if id(tensor) not in packed and not tensor.is_meta and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"`{name}` must be finite, but NaN or infinity came: damaged file.")
+            raise CheckpointError(f"`{name}` must be finite, but got NaN or infinity: damaged file.")
 
 
 def check_files(files: Sequence[Path], digest: Digest | None, recorded: Mapping[str, Tensor]) -> None:

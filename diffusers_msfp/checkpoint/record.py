@@ -82,7 +82,7 @@ class ModelRecord:
         layers = known["layers"]
         if layers is not None and not isinstance(layers, list):
             raise CheckpointError(
-                f"`layers` in config.json must be a list, but {type(layers).__name__} came: damaged file."
+                f"`layers` in config.json must be a list, but got {type(layers).__name__}: damaged file."
             )
         digest = known["digest"] if format_version > 1 else None
         return cls(
@@ -145,5 +145,5 @@ def _require_flat(values: list) -> None:
         ]
     if level:
         raise CheckpointError(
-            f"A config's record is at most {MAX_DEPTH} levels deep, but a deeper one came: damaged file."
+            f"A config's record is at most {MAX_DEPTH} levels deep, but got a deeper one: damaged file."
         )

@@ -37,7 +37,7 @@ class TensorFolder(Mapping):
             there = f"those of {variants}: name one as `variant`" if variants else "none"
             raise CheckpointError(f"{folder} must hold weights ({WEIGHTS}.safetensors), but there are {there}.")
         self._pickled: dict[Path, dict[str, Tensor]] = {}
-        self._places = {name: file for file in self.files for name in self._open(file)}
+        self._ranges = {name: file for file in self.files for name in self._open(file)}
 
     def _open(self, file: Path) -> list[str]:
         """Names of a file's tensors."""
@@ -52,17 +52,17 @@ class TensorFolder(Mapping):
             raise CheckpointError(f"{file} must be a complete weight file, but it is not ({reason}).") from error
 
     def __getitem__(self, name: str) -> Tensor:
-        file = self._places[name]
+        file = self._ranges[name]
         if file in self._pickled:
             return self._pickled[file][name]
         with safe_open(file, framework="pt") as handle:  # anew, for a mapping keeps all pages that were read through it
             return handle.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._ranges)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._ranges)
 
 
 class TensorLayout:
@@ -85,26 +85,26 @@ class TensorLayout:
                 dict(state), filename_pattern=f"{WEIGHTS}{{suffix}}.safetensors", max_shard_size=max_shard_size
             )
         except (ValueError, OverflowError) as error:
-            raise ConfigError(f"`max_shard_size` must be a size like '5GB', but {max_shard_size!r} came.") from error
+            raise ConfigError(f"`max_shard_size` must be a size like '5GB', but got {max_shard_size!r}.") from error
         self._metadata, self._state = dict(metadata), state
         self._files: dict[str, tuple[bytes, int]] = {}  # name → header, number of bytes
-        self._places: dict[str, tuple[str, int, int]] = {}  # name → file, first byte, number of bytes
+        self._ranges: dict[str, tuple[str, int, int]] = {}  # name → file, first byte, number of bytes
         for file, names in self._split.filename_to_tensors.items():
             self._lay_out(file, {name: state[name] for name in names})
 
     def _lay_out(self, file: str, tensors: Mapping[str, Tensor]) -> None:
-        header, places, end = {"__metadata__": {"format": "pt", **self._metadata}}, {}, 0
+        header, ranges, end = {"__metadata__": {"format": "pt", **self._metadata}}, {}, 0
         # Wide numbers first, so that all of them are aligned.
         for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
             begin, end = end, end + tensor.numel() * tensor.element_size()
             dtype = json.loads(save({"": tensor.new_empty(0, device="cpu")})[8:])[""]["dtype"]
             header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-            places[name] = (begin, end - begin)
+            ranges[name] = (begin, end - begin)
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         start = 8 + len(text)
         self._files[file] = (len(text).to_bytes(8, "little") + text, start + end)
-        self._places |= {name: (file, start + begin, size) for name, (begin, size) in places.items()}
+        self._ranges |= {name: (file, start + begin, size) for name, (begin, size) in ranges.items()}
 
     def create(self, folder: Path) -> None:
         """Make the files, without numbers; those that are there already keep theirs."""
@@ -119,10 +119,10 @@ class TensorLayout:
         """Put tensors in their places; the checksum of each."""
         checksums = {}
         for name, tensor in tensors.items():
-            file, first, size = self._places[name]
+            file, first, size = self._ranges[name]
             data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
             if len(data) != size:
-                raise CheckpointError(f"`{name}` must have {size} bytes, but {len(data)} came: not this model's.")
+                raise CheckpointError(f"`{name}` must have {size} bytes, but got {len(data)}: not this model's.")
             with open(folder / file, "r+b") as handle:
                 handle.seek(first)
                 handle.write(data)
@@ -133,7 +133,7 @@ class TensorLayout:
         """Of tensors as they are in the files."""
         found = {}
         for name in names:
-            file, first, size = self._places[name]
+            file, first, size = self._ranges[name]
             with open(folder / file, "rb") as handle:
                 handle.seek(first)
                 found[name] = checksum(name, self._state[name], handle.read(size))

@@ -104,10 +104,10 @@ def check_version(version: object) -> int:
         CheckpointError: so it is.
     """
     if not _whole(version, 1, 2**31):
-        raise CheckpointError(f"`format_version` must be a whole number ≥ 1, but {version!r} came.")
+        raise CheckpointError(f"`format_version` must be a whole number ≥ 1, but got {version!r}.")
     if version > FORMAT_VERSION:
         raise CheckpointError(
-            f"This package reads checkpoints up to format version {FORMAT_VERSION}, but {version} came. Upgrade it: "
+            f"This package reads checkpoints up to format version {FORMAT_VERSION}, but got {version}. Upgrade it: "
             f"`pip install -U diffusers-msfp`."
         )
     return version
@@ -129,7 +129,7 @@ def check_version_2(record: Mapping, known: Collection[str]) -> None:
         if value is None:
             continue
         if not isinstance(value, Mapping):
-            raise CheckpointError(f"`{key}` in config.json must be an object, but {value!r} came: damaged file.")
+            raise CheckpointError(f"`{key}` in config.json must be an object, but got {value!r}: damaged file.")
         _refuse_unknown(key, set(value) - {field.name for field in fields(cls)})
         try:
             cls(**value)

@@ -90,8 +90,8 @@ def evaluate(
     leave_process_group()
     if result is None:
         return None
-    for key, place, pipe in (("bytes_reference", reference, original), ("bytes_candidate", source, candidate)):
-        result[key] = denoisers_bytes(place, pipe, variant)
+    for key, location, pipe in (("bytes_reference", reference, original), ("bytes_candidate", source, candidate)):
+        result[key] = denoisers_bytes(location, pipe, variant)
     result |= {
         "source": source,
         "reference": reference,

@@ -45,13 +45,13 @@ def require_variant(variant: str | None, *sources: str | Path | None) -> None:
     Raises:
         SourceError: no folder among them has weights of it.
     """
-    places = [Path(source) for source in sources if source is not None]
-    if variant is None or any(not place.exists() for place in places):  # the Hub knows
+    locations = [Path(source) for source in sources if source is not None]
+    if variant is None or any(not location.exists() for location in locations):  # the Hub knows
         return
-    known = {each for place in places for found in _variants(place).values() for each in found}
+    known = {each for location in locations for found in _variants(location).values() for each in found}
     if variant not in known:
         names = ", ".join(sorted(f"`{name}`" if name else "plain ones" for name in known)) or "none"
-        where = " and ".join(map(str, places))
+        where = " and ".join(map(str, locations))
         raise SourceError(
             f"{where} must hold weights of the variant `{variant}`, but there are {names}. Leave `--variant` out, or "
             f"name one that is there."
@@ -190,7 +190,7 @@ def open_component(
 def _from_single_file(path: Path, config: str | None) -> DiffusionPipeline:
     """The float pipeline in a single file; its class is the one that its configs name."""
     if path.suffix not in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
-        raise SourceError(f"A single-file checkpoint must end in .safetensors or .ckpt, but {path} came.")
+        raise SourceError(f"A single-file checkpoint must end in .safetensors or .ckpt, but got {path}.")
     try:
         where = config
         if where is None:
@@ -199,7 +199,7 @@ def _from_single_file(path: Path, config: str | None) -> DiffusionPipeline:
         name = index.get("_class_name")
         cls = getattr(diffusers, str(name), None)
         if not hasattr(cls, "from_single_file"):
-            raise SourceError(f"{where} must name a pipeline that loads single files, but {name} came.")
+            raise SourceError(f"{where} must name a pipeline that loads single files, but got {name}.")
         return cls.from_single_file(str(path), config=where, torch_dtype=torch.float32)
     except MSFPError:
         raise

@@ -123,11 +123,11 @@ def quantize(
     seconds_calibration = 0.0
     with work_folder(out) as work:
         search_started = time.perf_counter()
-        places = {name: work / "weights" / name for name in streams}
+        locations = {name: work / "weights" / name for name in streams}
         with progress("searching and packing weights") as report:
             for name, stream in streams.items():
                 with writing(out):
-                    stream.write(places[name], on_layer=report)
+                    stream.write(locations[name], on_layer=report)
         seconds_search = time.perf_counter() - search_started
         journals = [work / "weights" / f"{name}.jsonl" for name in streams] if plan else []
         lines = [journal.read_text(encoding="utf-8").splitlines()[0] for journal in journals]
@@ -136,9 +136,9 @@ def quantize(
         if "." in streams:
             models = {".": streams["."].model}
             state = calibration_state(models["."])
-            publish(places["."], out)
+            publish(locations["."], out)
         else:
-            models = {name: streams.pop(name).load(place) for name, place in places.items()}
+            models = {name: streams.pop(name).load(location) for name, location in locations.items()}
             exchange_parts(loaded, **models)
             for name in encoders if path.is_file() else ():  # those of a folder are quantized while they are loaded
                 quantize_model(getattr(loaded, name), request)
@@ -225,5 +225,5 @@ def _parts(
             refuse_several(name, index[name][1], present)
     encoders = [name for name in names if index and index[name][0] == "transformers"]
     folders = {name: path / name for name in names if name not in encoders}
-    streams = {name: open_component(place, request, max_shard_size, variant) for name, place in folders.items()}
+    streams = {name: open_component(location, request, max_shard_size, variant) for name, location in folders.items()}
     return streams, encoders

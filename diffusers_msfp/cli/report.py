@@ -51,11 +51,11 @@ def report(
     """
     out = Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
-        raise ConfigError(f"`out` must end in .html, but {out} came.")
+        raise ConfigError(f"`out` must end in .html, but got {out}.")
     if out.exists() and not out.is_dir() and not overwrite:
         raise ConfigError(f"{out} must not exist yet, but it does. Choose another file, or pass `--overwrite`.")
     if dtype not in DTYPES:
-        raise ConfigError(f"`dtype` must be one of {', '.join(DTYPES)}, but {dtype!r} came.")
+        raise ConfigError(f"`dtype` must be one of {', '.join(DTYPES)}, but got {dtype!r}.")
     require_writable_file(out)
     require_variant(variant, source, reference)
     original = load_pipeline(reference, variant=variant) if reference is not None else None

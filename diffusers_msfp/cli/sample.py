@@ -33,7 +33,7 @@ def sample(
     """
     out = Path(out)
     if out.suffix.lower() != ".png":
-        raise ConfigError(f"`out` must end in .png, but {out} came.")
+        raise ConfigError(f"`out` must end in .png, but got {out}.")
     require_writable_file(out)
     require_variant(variant, source)
     pipe = load_pipeline(source, variant=variant)

@@ -14,7 +14,7 @@ from ..plugin.config import MSFPConfig
 from ..plugin.quantize import quantize_pipeline
 from ..sampling.denoisers import denoiser_of
 from ..sampling.observation import quantized_models
-from ..space import Contender, build_page, launch, require_comparable, require_gradio, write_space
+from ..space import Candidate, build_page, launch, require_comparable, require_gradio, write_space
 from .load import SourceError, load_pipeline, require_variant
 from .store import check_target, publish
 from .terminal import progress, stderr
@@ -85,10 +85,10 @@ def open_page(
         _require_quantized(quantized, source)
         original = _original(source, reference, denoiser_of(quantized).dtype, variant)
     pipes = [pipe.to("cuda") if torch.cuda.is_available() else pipe for pipe in (quantized, original) if pipe]
-    contenders = [Contender(pipe) for pipe in pipes]
-    if len(contenders) == 2:
-        require_comparable(*contenders)
-    return build_page(title or (EMBEDDED_TITLE if source is None else _name(source)), *contenders)
+    candidates = [Candidate(pipe) for pipe in pipes]
+    if len(candidates) == 2:
+        require_comparable(*candidates)
+    return build_page(title or (EMBEDDED_TITLE if source is None else _name(source)), *candidates)
 
 
 def _require_quantized(pipe, source: str) -> None:
@@ -166,9 +166,9 @@ def space_create(
     if Path(source).exists():
         _require_quantized(load_pipeline(source, variant=variant), source)
     title, reference = title or _name(source), reference or base_of(source)
-    for place in (source, reference):
-        if place is not None and not Path(place).is_dir() and place.count("/") != 1:
-            raise SourceError(f"{place} must be a folder or a Hub id like `user/model`, but it is none of them.")
+    for location in (source, reference):
+        if location is not None and not Path(location).is_dir() and location.count("/") != 1:
+            raise SourceError(f"{location} must be a folder or a Hub id like `user/model`, but it is none of them.")
     license = _card(source).license or "apache-2.0"
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ def _inside(module: object) -> nn.Module | None:
         return None
     if "_fsdp_wrapped_module" in module._modules:
         raise UnsupportedError(
-            f"Quantized weights cannot be cut into shards, but {type(module).__name__} came. Hand over the model "
+            f"Quantized weights cannot be cut into shards, but got {type(module).__name__}. Hand over the model "
             f"itself, or distribute it with DistributedDataParallel."
         )
     (name, child), *rest = module._modules.items() or [("", None)]
@@ -90,19 +90,19 @@ def forget_compiled() -> None:
 @contextmanager
 def _parts_without_wrappers(models: list[nn.Module]) -> Iterator[None]:
     """Within the block, compiled parts of a model stand in it without their wrappers."""
-    places = [
+    found = [
         (parent, name, child)
         for model in models
         for parent in model.modules()
         for name, child in parent._modules.items()
         if child is not None and COMPILED in child._modules and _inside(child) is not None
     ]
-    for parent, name, wrapper in places:
+    for parent, name, wrapper in found:
         parent._modules[name] = wrapper._modules[COMPILED]
     try:
         yield
     finally:
-        for parent, name, wrapper in places:
+        for parent, name, wrapper in found:
             wrapper._modules[COMPILED] = parent._modules[name]
             parent._modules[name] = wrapper
 

@@ -39,7 +39,7 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
     if engine != AutoEngine.name:
         ENGINES[engine]
     if memory not in MEMORY_MODES:
-        raise ConfigError(f"`memory` must be one of {', '.join(MEMORY_MODES)}, but {memory!r} came.")
+        raise ConfigError(f"`memory` must be one of {', '.join(MEMORY_MODES)}, but got {memory!r}.")
     models = list(quantized_models(model))
     layers = [layer for part in models for _, layer in quant_layers(part)]
     if not layers:

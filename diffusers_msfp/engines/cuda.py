@@ -72,7 +72,7 @@ class CudaEngine(Engine):
         if layer.input_format is None:
             return FloatLinear(layer, keep)
         flags = self._flags.setdefault(device, {})
-        flag = flags.setdefault(layer.place, torch.zeros(1, dtype=torch.int32, device=device))
+        flag = flags.setdefault(layer.module_name, torch.zeros(1, dtype=torch.int32, device=device))
         return (CudaLinear if isinstance(layer, nn.Linear) else CudaConv)(layer, keep, self.code_dtype(layer), flag)
 
     def settle(self, *_call) -> None:
@@ -83,9 +83,9 @@ class CudaEngine(Engine):
                 with torch.inference_mode():  # where they may have been made
                     for flag in flags.values():
                         flag.zero_()
-                place = next(place for place, bad in zip(flags, raised, strict=True) if bad)
+                module_name = next(module_name for module_name, bad in zip(flags, raised, strict=True) if bad)
                 raise NonFiniteError(
-                    f"The input of layer `{place}` must be finite, but NaN or infinity came. Look for an overflow "
+                    f"The input of layer `{module_name}` must be finite, but got NaN or infinity. Look for an overflow "
                     f"before this place; float16 overflows at 65504, bfloat16 and float32 do not."
                 )
 

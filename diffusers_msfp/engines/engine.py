@@ -120,7 +120,7 @@ class PreparedLayer(ABC):
 
     def refuse_infinite(self, x: Tensor) -> None:
         """Say what is wrong with an input that a kernel found not to be finite."""
-        where = f"The input of layer `{self.layer.place}`"
+        where = f"The input of layer `{self.layer.module_name}`"
         check_finite(x, where)
         raise NonFiniteError(f"{where} must be finite.")
 

@@ -94,7 +94,7 @@ def compare_pipelines(
         timestep = timestep_argument(module).of(args, kwargs)
         args, kwargs = tree_map(as_candidate, (args, kwargs))
         try:
-            expected, came = model_output(output).double(), model_output(student(*args, **kwargs)).double()
+            expected, actual = model_output(output).double(), model_output(student(*args, **kwargs)).double()
         except (RuntimeError, TypeError) as error:
             raise ConfigError(
                 f"Both denoisers must take the same inputs, but {type(student).__name__} fails on what "
@@ -102,13 +102,13 @@ def compare_pipelines(
                 f"of the reference."
             ) from error
         asking = False
-        if expected.shape != came.shape:
+        if expected.shape != actual.shape:
             raise ConfigError(
-                f"Both denoisers must give the same shape, but {tuple(expected.shape)} and {tuple(came.shape)} came: "
+                f"Both denoisers must give the same shape, but got {tuple(expected.shape)} and {tuple(actual.shape)}: "
                 f"the candidate is not a quantized version of the reference."
             )
-        expected, came = (used_part(reference, each, args, kwargs) for each in (expected, came))
-        figures[name].add(first_timestep(timestep), expected, came)
+        expected, actual = (used_part(reference, each, args, kwargs) for each in (expected, actual))
+        figures[name].add(first_timestep(timestep), expected, actual)
         done += 1
         if on_step is not None:
             on_step(done, max(done, total))
@@ -125,10 +125,10 @@ def compare_pipelines(
             finally:
                 for handle in handles:
                     handle.remove()
-            came = pictures_tensor(same.run(candidate))
-            ratios.append(psnr_db(expected, came))
+            actual = pictures_tensor(same.run(candidate))
+            ratios.append(psnr_db(expected, actual))
             if on_pictures is not None:
-                on_pictures(expected, came)
+                on_pictures(expected, actual)
     pooled = sum(figures.values(), _Figures()).result()
     own = {name: figures[name].result() | {"quantized": is_quantized(model)} for name, model in students.items()}
     return pooled | ({"denoisers": own} if len(own) > 1 else {}) | {"image_psnr_db": torch.cat(ratios).mean().item()}
@@ -145,7 +145,7 @@ def paired_denoisers(reference, candidate) -> tuple[dict[str, nn.Module], dict[s
         return originals, dict(zip(originals, students.values(), strict=True))
     if originals.keys() != students.keys():
         raise ConfigError(
-            f"Both pipelines must have the same denoisers, but {', '.join(originals)} and {', '.join(students)} came: "
+            f"Both pipelines must have the same denoisers, but got {', '.join(originals)} and {', '.join(students)}: "
             f"the candidate is not a quantized version of the reference."
         )
     return originals, students
@@ -157,9 +157,9 @@ class _Figures:
     def __init__(self) -> None:
         self.error, self.energy, self.count = defaultdict(float), defaultdict(float), 0
 
-    def add(self, timestep: float, expected: Tensor, came: Tensor) -> None:
+    def add(self, timestep: float, expected: Tensor, actual: Tensor) -> None:
         """Take the outputs of one call into account, float64."""
-        self.error[timestep] += (came - expected).square().sum().item()
+        self.error[timestep] += (actual - expected).square().sum().item()
         self.energy[timestep] += expected.square().sum().item()
         self.count += expected.numel()
 

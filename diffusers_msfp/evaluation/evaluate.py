@@ -76,7 +76,7 @@ def evaluate_pipelines(
         UnsupportedError: a package or weights are missing.
     """
     if num < 2:
-        raise ConfigError(f"`num` must be at least 2, but {num} came.")
+        raise ConfigError(f"`num` must be at least 2, but got {num}.")
     if process is not None and process.num_processes > 1 and folder is None:
         raise ConfigError("Several processes must share a `folder` of pictures, but none was given.")
     pipes = {"reference": reference, "candidate": candidate}
@@ -171,7 +171,7 @@ def _shape(reference, candidate, prompts: list[str] | None, arguments: dict) -> 
     )
     if one != other:
         raise ConfigError(
-            f"Both pipelines must make pictures of one shape, but {one} and {other} came: the candidate is not a "
+            f"Both pipelines must make pictures of one shape, but got {one} and {other}: the candidate is not a "
             f"quantized version of the reference."
         )
     return one

@@ -49,7 +49,7 @@ FeatureNetwork = Callable[[Tensor], Features]
 def _require_shape(images: Tensor, name: str, shape: tuple[int, ...]) -> None:
     if tuple(images.shape[1:]) != shape:
         raise ShapeError(
-            f"The features `{name}` need pictures of shape {shape}, but {tuple(images.shape[1:])} came. Choose others: "
+            f"The features `{name}` need pictures of shape {shape}, but got {tuple(images.shape[1:])}. Choose others: "
             f"`--features inception` or `--features module:function`."
         )
 
@@ -116,7 +116,7 @@ class Cifar10Features(nn.Module):
     """
 
     classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-    spatial_channels, places = 8, 4
+    spatial_channels, module_names = 8, 4
     mean, deviation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def __init__(self) -> None:
@@ -142,7 +142,7 @@ class Cifar10Features(nn.Module):
         maps = F.relu(self.bn1(self.conv1((images - mean) / deviation)))
         maps = self.layer3(self.layer2(self.layer1(maps)))
         pooled = maps.mean((2, 3))
-        spatial = F.adaptive_avg_pool2d(maps[:, : self.spatial_channels], self.places)
+        spatial = F.adaptive_avg_pool2d(maps[:, : self.spatial_channels], self.module_names)
         return Features(pooled, spatial.flatten(1), self.linear(pooled))
 
 
@@ -225,8 +225,8 @@ def extract(network: FeatureNetwork, images: Tensor) -> Features:
             result = result if isinstance(result, Features) else Features(result)
             if result.pooled.ndim != 2 or len(result.pooled) != len(part):
                 raise ShapeError(
-                    f"A feature network must give a row of features for each of {len(part)} pictures, but "
-                    f"{tuple(result.pooled.shape)} came."
+                    f"A feature network must give a row of features for each of {len(part)} pictures, but got "
+                    f"{tuple(result.pooled.shape)}."
                 )
             found.append(result)
 

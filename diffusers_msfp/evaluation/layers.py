@@ -87,10 +87,10 @@ def layer_snr(
         if trying:
             return
         x, *rest = (*args, *kwargs.values())
-        came = output if layer is module else layer(x.to(dtype), *rest)
-        output, came = counted(used[component], name, [output, came])
+        actual = output if layer is module else layer(x.to(dtype), *rest)
+        output, actual = counted(used[component], name, [output, actual])
         signal[key][running] += output.double().square().sum().item()
-        noise[key][running] += _energy(came, output)
+        noise[key][running] += _energy(actual, output)
 
     handles, names = [], []
     try:

@@ -50,14 +50,14 @@ def provide(name: str, model: nn.Module, call: Callable[[nn.Module], object]) ->
         made = _peer(kind, options, model)
     else:
         known = ", ".join(("fp32", "bf16", "msfp", *SCHEMES, *PEERS))
-        raise ConfigError(f"A provider must be one of {known}, with options behind colons, but {name!r} came.")
+        raise ConfigError(f"A provider must be one of {known}, with options behind colons, but got {name!r}.")
     return torch.compile(made) if compiled else made
 
 
 def _check(name: str, options: list[str], known) -> None:
     unknown = [option for option in options if option not in known]
     if unknown:
-        raise ConfigError(f"Options of `{name}` may be {', '.join(sorted(known))}, but {unknown[0]!r} came.")
+        raise ConfigError(f"Options of `{name}` may be {', '.join(sorted(known))}, but got {unknown[0]!r}.")
 
 
 def _float(model: nn.Module) -> nn.Module:

@@ -61,8 +61,8 @@ def load_real(source: str | Path, shape: tuple[int, int, int]) -> tuple[Tensor, 
     lacks = [wanted - size for wanted, size in zip(sizes, found[1:], strict=True)]
     if found[0] != channels or any(not 0 <= n <= size // _MAX_BORDER for n, size in zip(lacks, sizes, strict=True)):
         raise ShapeError(
-            f"The pictures in {path} must have the shape {shape} of the pipeline's, or lack a narrow border, but "
-            f"{found} came. Convert them first, or give a folder of pictures, which are scaled down."
+            f"The pictures in {path} must have the shape {shape} of the pipeline's, or lack a narrow border, but got "
+            f"{found}. Convert them first, or give a folder of pictures, which are scaled down."
         )
     height, width = lacks
     border = (width // 2, width - width // 2, height // 2, height - height // 2)

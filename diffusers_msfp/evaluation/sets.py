@@ -53,7 +53,7 @@ def compare_pictures(reference: Tensor, candidate: Tensor, seed: int) -> tuple[d
     figures = {"psnr_db": mean_of(by_parts(psnr_db, reference, candidate), seed)}
     shape = tuple(reference.shape[1:])
     if min(shape[1:]) < _SSIM_WINDOW:
-        return figures, {"ssim": f"needs sides of {_SSIM_WINDOW} pixels, but {shape} came"}
+        return figures, {"ssim": f"needs sides of {_SSIM_WINDOW} pixels, but got {shape}"}
 
     def similarity(a: Tensor, b: Tensor) -> Tensor:
         return ssim(b, a, data_range=1.0, reduction="none").reshape(-1)
@@ -93,11 +93,11 @@ def _compare_two(a: Features, b: Features, paired: bool, seed: int) -> tuple[dic
         if left is None or right is None:
             omitted[name] = "these features have no spatial part"
         elif number <= left.shape[1]:
-            omitted[name] = f"needs more than {left.shape[1]} pictures in each set, but {number} came"
+            omitted[name] = f"needs more than {left.shape[1]} pictures in each set, but got {number}"
         else:
             figures[name] = frechet_estimate(left, right, paired=paired, seed=seed)
     if number < MIN_NEIGHBOURHOOD:
-        reason = f"needs {MIN_NEIGHBOURHOOD} pictures in each set for neighbourhoods, but {number} came"
+        reason = f"needs {MIN_NEIGHBOURHOOD} pictures in each set for neighbourhoods, but got {number}"
         return figures, omitted | {"precision": reason, "recall": reason}
     left, right = _some(a.pooled, number, seed), _some(b.pooled, number, seed)
     figures["precision"] = mean_of(within_manifold(left, right), seed)

@@ -47,7 +47,7 @@ def example_inputs(model: ModelMixin, batch: int, size: int | None = None) -> di
         return {"hidden_states": sample, "timestep": timestep, "class_labels": labels}
     raise UnsupportedError(
         f"A benchmark needs to know a model's inputs: UNet2DModel, UNet2DConditionModel without added conditions, or "
-        f"DiTTransformer2DModel; but {type(model).__name__} came."
+        f"DiTTransformer2DModel; but got {type(model).__name__}."
     )
 
 

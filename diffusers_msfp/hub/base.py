@@ -40,9 +40,9 @@ def check_repo_id(name: str, what: str) -> str:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ConfigError(f"{what} must be a Hub id like `user/name`, but {name!r} came: {error}") from error
+        raise ConfigError(f"{what} must be a Hub id like `user/name`, but got {name!r}: {error}") from error
     if name.count("/") != 1:
-        raise ConfigError(f"{what} must be a Hub id like `user/name`, but {name!r} came.")
+        raise ConfigError(f"{what} must be a Hub id like `user/name`, but got {name!r}.")
     return name
 
 

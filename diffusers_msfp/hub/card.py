@@ -93,7 +93,7 @@ def check_card(text: str) -> ModelCard:
         raise ConfigError(f"A card's metadata must be valid, but it is not: {error}") from error
     for key in ("license", "base_model"):
         if not isinstance(card.data.get(key), str):
-            raise ConfigError(f"A card must say `{key}`, but {card.data.get(key)!r} came.")
+            raise ConfigError(f"A card must say `{key}`, but got {card.data.get(key)!r}.")
     return card
 
 

@@ -66,19 +66,19 @@ def read_layout(folder: Path, base_model: str | None) -> tuple[Files, list[str]]
         is_model = library == "diffusers" and any(path.suffix in TENSORS for path in own)
         for path in own:
             if not is_model or _MODEL_FILE.fullmatch(path.name):
-                place = path.relative_to(folder).as_posix()
-                files[place] = _config(path, base_model) if path.name == "config.json" else path
+                location = path.relative_to(folder).as_posix()
+                files[location] = _config(path, base_model) if path.name == "config.json" else path
     files |= {path.name: path for path in folder.glob("LICENSE*") if path.is_file()}
     files["pipeline.py"] = PIPELINE.format(cls=index["_class_name"]).encode()
     others = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _hidden(path, folder)]
-    left = [place for path in others if (place := path.relative_to(folder).as_posix()) not in files]
-    for place in [*files, *left]:
-        if place.endswith(PICKLES):
+    left = [location for path in others if (location := path.relative_to(folder).as_posix()) not in files]
+    for location in [*files, *left]:
+        if location.endswith(PICKLES):
             raise CheckpointError(
-                f"Weights are published as safetensors, but {folder / place} is a pickle, which can run code when it "
-                f"is opened. Remove it, or load the pipeline and call `save_pretrained` to another folder."
+                f"Weights are published as safetensors, but {folder / location} is a pickle, which can run code when "
+                f"it is opened. Remove it, or load the pipeline and call `save_pretrained` to another folder."
             )
-    missed = [place for place in left if place.endswith(".safetensors")]
+    missed = [location for location in left if location.endswith(".safetensors")]
     if missed:
         raise CheckpointError(
             f"Everything that is needed must be fetched by a plain download, but {folder / missed[0]} would not be. "
@@ -103,7 +103,7 @@ def pipeline_index(folder: Path) -> dict:
     name = index.get("_class_name")
     cls = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(cls, type) and issubclass(cls, DiffusionPipeline)):
-        raise ConfigError(f"{MODEL_INDEX} must name one of diffusers' own pipelines, but {name!r} came.")
+        raise ConfigError(f"{MODEL_INDEX} must name one of diffusers' own pipelines, but got {name!r}.")
     for part, (library, class_name) in components(index).items():
         if library not in LIBRARIES:
             raise ConfigError(
@@ -124,7 +124,7 @@ def components(index: Mapping) -> dict[str, tuple[str, str]]:
         if not isinstance(entry, list) or not any(entry):
             continue
         if len(entry) != 2 or not all(isinstance(part, str) for part in entry) or not name.isidentifier():
-            raise CheckpointError(f"{MODEL_INDEX} must map components to [library, class], but {name!r}: {entry} came.")
+            raise CheckpointError(f"{MODEL_INDEX} must map components to [library, class], but got {name!r}: {entry}.")
         found[name] = (entry[0], entry[1])
     return found
 

@@ -98,14 +98,14 @@ def prepare(
     files |= pages(facts, found)
     files[PREVIEW] = _png(image_grid(checked.images, columns=min(num, 8), scale=_scale(checked)))
     used = {path.resolve() for path in found.files.values()}
-    left = [place for place in left if (folder / place).resolve() not in used]
+    left = [location for location in left if (folder / location).resolve() not in used]
     return Prepared(files, left, found.missing(origin["base_model"]), facts["arguments"])
 
 
 def pages(facts: Mapping, results: Results) -> Files:
     """The card, what it says beside the measurements, and its plots; from files alone."""
     files: Files = {"README.md": render_card(facts, results).encode(), CHECKPOINT: as_json(facts)}
-    files |= {place: as_json(content) for place, content in results.published().items()}
+    files |= {location: as_json(content) for location, content in results.published().items()}
     if results.by_timestep:
         files[TIMESTEPS] = plot_timesteps(results.by_timestep)
     for part in facts["components"].values():
@@ -151,7 +151,7 @@ def _licensed(origin: dict[str, str], folder: Path) -> dict[str, str]:
             f"`--license ID`, like `apache-2.0`."
         )
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name):
-        raise ConfigError(f"A licence must be one of the Hub's identifiers, like `apache-2.0`, but {name!r} came.")
+        raise ConfigError(f"A licence must be one of the Hub's identifiers, like `apache-2.0`, but got {name!r}.")
     if name == "other" and not origin.get("license_name"):
         if not (folder / "LICENSE").is_file():
             raise ConfigError(f"The licence `other` must come with its text, but {folder} has no file LICENSE.")

@@ -76,7 +76,7 @@ def publish(
     folder = Path(folder)
     check_repo_id(repo, "`repo`")
     if create_pr and revision:
-        raise ConfigError(f"A pull request goes to main, but `revision={revision!r}` came too. Leave it out.")
+        raise ConfigError(f"A pull request goes to main, but got `revision={revision!r}` too. Leave it out.")
     if dry_run is not None:
         _check_target(Path(dry_run))
     index = pipeline_index(folder)
@@ -102,7 +102,7 @@ def publish(
         "repo": repo,
         "base_model": base_model,
         "license": known["license"],
-        "files": {place: _size(source) for place, source in prepared.files.items()},
+        "files": {location: _size(source) for location, source in prepared.files.items()},
         "left_out": prepared.left_out,
         "missing": prepared.missing,
         "snippet": prepared.snippet,
@@ -131,10 +131,10 @@ def _upload(
         api.create_branch(repo, branch=revision, exist_ok=True)
     parent = api.model_info(repo, revision=revision).sha
     stale = sorted(p for p in _tree(api, repo, parent) if p.partition("/")[0] in owned and p not in files)
-    operations = [CommitOperationAdd(place, source) for place, source in files.items()]
+    operations = [CommitOperationAdd(location, source) for location, source in files.items()]
     commit: CommitInfo = api.create_commit(
         repo,
-        [*operations, *(CommitOperationDelete(place) for place in stale)],
+        [*operations, *(CommitOperationDelete(location) for location in stale)],
         commit_message="Publish an MSFP-quantized checkpoint",
         revision=revision,
         create_pr=create_pr,
@@ -151,15 +151,15 @@ def verify(api: HfApi, repo: str, revision: str, files: Files) -> None:
         HubError: they differ, or a file is missing.
     """
     tree = _tree(api, repo, revision)
-    for place, source in files.items():
-        there = tree.get(place)
+    for location, source in files.items():
+        there = tree.get(location)
         size = _size(source)
         if there is None or there.size != size:
             what = f"{there.size} bytes" if there else "nothing"
-            raise HubError(f"{place} of {repo} must have {size} bytes at {revision}, but it has {what}.")
+            raise HubError(f"{location} of {repo} must have {size} bytes at {revision}, but it has {what}.")
         kept, expected = (there.lfs.sha256, _sha256(source)) if there.lfs else (there.blob_id, _git_hash(source))
         if kept != expected:
-            raise HubError(f"{place} of {repo} must hash to {expected} at {revision}, but it is {kept}.")
+            raise HubError(f"{location} of {repo} must hash to {expected} at {revision}, but it is {kept}.")
 
 
 def _reason(error: Exception) -> str:
@@ -219,8 +219,8 @@ def _write_all(files: Files, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-", suffix=".part") as scratch:
         made = Path(scratch) / "made"
-        for place, source in files.items():
-            target = made / place
+        for location, source in files.items():
+            target = made / location
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(source) if isinstance(source, bytes) else shutil.copyfile(source, target)
         if out.exists():

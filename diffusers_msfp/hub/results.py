@@ -89,7 +89,7 @@ def read_results(folder: Path, more: Iterable[Path] = ()) -> Results:
                 )
             continue
         if kind in found:
-            raise ConfigError(f"A card takes one {kind}, but {files[kind]} and {path} came. Remove one of them.")
+            raise ConfigError(f"A card takes one {kind}, but got {files[kind]} and {path}. Remove one of them.")
         found[kind], files[kind] = content, path
     return Results(**found, files=files)
 

@@ -108,8 +108,8 @@ class Execution(StoredTensors):
         """See `PackedLayer`; of one bank, for several are no single weight."""
         if self.num_banks > 1:
             raise UnsupportedError(
-                f"`{self.place}` must have one weight, but adapters are merged into {self.num_banks}: there is none to "
-                f"read. Fine-tune with `placement='side'` to keep one."
+                f"`{self.module_name}` must have one weight, but adapters are merged into {self.num_banks}: there is "
+                f"none to read. Fine-tune with `placement='side'` to keep one."
             )
         return self.dequantize_weight()
 
@@ -117,17 +117,17 @@ class Execution(StoredTensors):
         """See `PackedLayer`; its input stays float."""
         if self.adapters is not None or self.recall is not None:
             raise UnsupportedError(
-                f"`{self.place}` cannot be trained as a whole: timestep-aware adapters or stored features belong to "
-                f"it. Leave it out of `modules_to_save` and `target_modules`, or unload them first."
+                f"`{self.module_name}` cannot be trained as a whole: timestep-aware adapters or stored features belong "
+                f"to it. Leave it out of `modules_to_save` and `target_modules`, or unload them first."
             )
         return float_layer(self, self.float_class)
 
     def quantize_input(self, x: Tensor, adapter: int | Tensor = 0) -> Tensor:
         """The input as the layer uses it, float32: observed, fake-quantized, or as it is."""
         if self.observing:
-            observe(self.observation, x, self.place)
+            observe(self.observation, x, self.module_name)
         elif self.input_format is not None:
-            require_finite(x, f"The input of layer `{self.place}`")
+            require_finite(x, f"The input of layer `{self.module_name}`")
             qparams = self.input_qparams(adapter)
             if qparams.scale.ndim:  # a set for each row
                 parts = (part.view(-1, *[1] * (x.ndim - 1)) for part in (qparams.scale, qparams.zero_point))
@@ -147,8 +147,8 @@ class Execution(StoredTensors):
         x = input
         if torch.jit.is_tracing():
             raise UnsupportedError(
-                f"`torch.jit.trace` cannot record `{self.place}`, which is quantized. Use `torch.export.export` or "
-                f"`torch.compile`, or trace what `model.dequantize()` gives."
+                f"`torch.jit.trace` cannot record `{self.module_name}`, which is quantized. Use `torch.export.export` "
+                f"or `torch.compile`, or trace what `model.dequantize()` gives."
             )
         if isinstance(x, Codes):
             if x.reader is self and self.prepared is not None and self.prepared.takes(x):
@@ -156,8 +156,8 @@ class Execution(StoredTensors):
             x = x.decoded()
         if not x.is_floating_point():
             raise UnsupportedError(
-                f"Layer `{self.place}` reads floating-point inputs, but {x.dtype} came. Cast the input to the model's "
-                f"dtype, {self.weight.dtype}, first."
+                f"Layer `{self.module_name}` reads floating-point inputs, but got {x.dtype}. Cast the input to the "
+                f"model's dtype, {self.weight.dtype}, first."
             )
         if self.recall is not None:
             return self.recall.recall(self.routing.route(), x, self._forward)

@@ -33,38 +33,43 @@ def check_incoming(module: nn.Module, state: Mapping[str, Tensor], prefix: str, 
             parts of split layers on one side alone, or no formats at all.
     """
     layers = {f"{prefix}{name}." if name else prefix: layer for name, layer in _quantized(module)}
-    came: dict[str, dict[str, Tensor]] = {place: {} for place in layers}
+    given: dict[str, dict[str, Tensor]] = {module_name: {} for module_name in layers}
     for key, value in state.items():
         if not key.startswith(prefix):
             continue
-        place = next((place for place in _places(key) if place in came), None)
-        if key.endswith(f".{FORMATS_TENSOR}") and place != key.removesuffix(FORMATS_TENSOR):
+        module_name = next((module_name for module_name in _places(key) if module_name in given), None)
+        if key.endswith(f".{FORMATS_TENSOR}") and module_name != key.removesuffix(FORMATS_TENSOR):
             raise CheckpointError(
                 f"Each quantized layer of a state must be one of the model's, but {type(module).__name__} has none at "
                 f"`{key.removeprefix(prefix).rpartition('.')[0]}`: not its state, or split differently. {_WAY_OUT}"
             )
-        if place is not None:
-            name = key.removeprefix(place)
-            came[place][PACKED_WEIGHT if name == "weight" else name] = value  # files call it so
-    expected = {place: dict(layer.state_dict()) for place, layer in layers.items()}
-    if any((came[place].keys() & own.keys()) - set(_CAST) for place, own in expected.items()):
-        for place, layer in layers.items():
-            _check_layer(place.removeprefix(prefix).rstrip(".") or layer.place, layer, expected[place], came[place])
+        if module_name is not None:
+            name = key.removeprefix(module_name)
+            given[module_name][PACKED_WEIGHT if name == "weight" else name] = value  # files call it so
+    expected = {module_name: dict(layer.state_dict()) for module_name, layer in layers.items()}
+    if any((given[module_name].keys() & own.keys()) - set(_CAST) for module_name, own in expected.items()):
+        for module_name, layer in layers.items():
+            _check_layer(
+                module_name.removeprefix(prefix).rstrip(".") or layer.module_name,
+                layer,
+                expected[module_name],
+                given[module_name],
+            )
         for key, value in module.state_dict(prefix=prefix).items():
             if key in state and key.rpartition(".")[2] != OBSERVED[0] and state[key].shape != value.shape:
                 raise CheckpointError(
-                    f"`{key}` must have shape {tuple(value.shape)}, but {tuple(state[key].shape)} came: another "
+                    f"`{key}` must have shape {tuple(value.shape)}, but got {tuple(state[key].shape)}: another "
                     f"model's, or other sets of timesteps. {_WAY_OUT}"
                 )
 
 
-def _check_layer(name: str, layer: StoredTensors, expected: Mapping[str, Tensor], came: Mapping[str, Tensor]) -> None:
-    if not came.keys() & expected.keys():
+def _check_layer(name: str, layer: StoredTensors, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    if not given.keys() & expected.keys():
         raise CheckpointError(
             f"A state of quantized layers must hold all of the module's, but `{name}` is missing: not this model's, or "
             f"a part of it, which belongs into that part. {_WAY_OUT}"
         )
-    formats, own = came.get(FORMATS_TENSOR), layer.formats_tensor()
+    formats, own = given.get(FORMATS_TENSOR), layer.formats_tensor()
     if formats is None:
         raise CheckpointError(
             f"The state of a quantized layer must say its formats, but `{name}.{FORMATS_TENSOR}` is missing: of a "
@@ -75,18 +80,18 @@ def _check_layer(name: str, layer: StoredTensors, expected: Mapping[str, Tensor]
             f"The state of `{name}` must have this model's formats ({say_formats(own)}), but it has others "
             f"({say_formats(formats)}): quantized or calibrated otherwise. {_WAY_OUT}"
         )
-    for key in sorted((expected.keys() | {FORMATS_TENSOR}) ^ came.keys()):
+    for key in sorted((expected.keys() | {FORMATS_TENSOR}) ^ given.keys()):
         has, lacks = ("model", "state") if key in expected else ("state", "model")
         raise CheckpointError(
             f"Model and state must hold the same tensors, but the {has} has `{name}.{key}` and the {lacks} has not: "
             f"adapters, parameter sets or features on one side alone. {_WAY_OUT}"
         )
     for key, value in expected.items():
-        fits = key == OBSERVED[0] or came[key].shape == value.shape  # a sample is as long as it is full
-        if not fits or (key not in _CAST and came[key].dtype != value.dtype):
+        fits = key == OBSERVED[0] or given[key].shape == value.shape  # a sample is as long as it is full
+        if not fits or (key not in _CAST and given[key].dtype != value.dtype):
             raise CheckpointError(
-                f"`{name}.{key}` must be {value.dtype} of shape {tuple(value.shape)}, but {came[key].dtype} of shape "
-                f"{tuple(came[key].shape)} came: other banks, sets or sizes. {_WAY_OUT}"
+                f"`{name}.{key}` must be {value.dtype} of shape {tuple(value.shape)}, but got {given[key].dtype} of "
+                f"shape {tuple(given[key].shape)}: other banks, sets or sizes. {_WAY_OUT}"
             )
 
 

@@ -32,18 +32,18 @@ class LogicalWeight(Tensor):
         shape (`tuple[int, ...]`): of the float weight.
         dtype (`torch.dtype`): that the layer computes in.
         device (`torch.device`): of the codes.
-        place (`str`): the layer's name, for messages.
+        module_name (`str`): the layer's name, for messages.
     """
 
     _is_hf_initialized = True  # transformers fills other weights with noise after it has loaded them
 
     @staticmethod
-    def __new__(cls, decode: Callable[[], Tensor], shape, dtype: torch.dtype, device: torch.device, place: str):
+    def __new__(cls, decode: Callable[[], Tensor], shape, dtype: torch.dtype, device: torch.device, module_name: str):
         """An empty shell; nothing is decoded."""
         return empty_shell(cls, shape, dtype, device)
 
-    def __init__(self, decode: Callable[[], Tensor], shape, dtype: torch.dtype, device, place: str) -> None:  # noqa: ARG002
-        self._decode, self._place = decode, place
+    def __init__(self, decode: Callable[[], Tensor], shape, dtype: torch.dtype, device, module_name: str) -> None:  # noqa: ARG002
+        self._decode, self._module_name = decode, module_name
 
     @property
     def layer(self) -> nn.Module | None:
@@ -60,7 +60,7 @@ class LogicalWeight(Tensor):
         kwargs = kwargs or {}
         if func in _ALIASES:
             weight = args[0]
-            return cls(weight._decode, weight.shape, weight.dtype, weight.device, weight._place)
+            return cls(weight._decode, weight.shape, weight.dtype, weight.device, weight._module_name)
         for written in written_arguments(func, args):
             if isinstance(written, cls):
                 written.refuse()
@@ -109,7 +109,7 @@ class PackedLayer(nn.Module):
     """
 
     float_class: type[nn.Module]
-    place: str
+    module_name: str
     packed_weight: Tensor
     weight_dtype: torch.dtype
     logical_shape: tuple[int, ...]
@@ -137,7 +137,7 @@ class PackedLayer(nn.Module):
     def weight(self) -> LogicalWeight:
         """The float weight, `logical_shape`, in the model's dtype."""
         dtype = self.weight_dtype if self.bias is None else self.bias.dtype
-        return LogicalWeight(self.decode_whole, self.logical_shape, dtype, self.packed_weight.device, self.place)
+        return LogicalWeight(self.decode_whole, self.logical_shape, dtype, self.packed_weight.device, self.module_name)
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
@@ -189,10 +189,10 @@ class ReadableState(OrderedDict):
         self._metadata, self._model = getattr(state, "_metadata", OrderedDict()), model
 
     def __missing__(self, key: str) -> Tensor:
-        place, _, tensor = key.rpartition(".")
+        module_name, _, tensor = key.rpartition(".")
         try:
             asked = self._model is not None and tensor == "weight"
-            weight = self._model.get_submodule(place).weight if asked else None
+            weight = self._model.get_submodule(module_name).weight if asked else None
         except AttributeError:
             weight = None
         if isinstance(weight, LogicalWeight):

@@ -49,7 +49,7 @@ _CHUNK = 2**21  # weights encoded at once
 class QuantLayer(Execution, PackedLayer, ABC):
     """Abstract base of the quantized layers. Made by `from_float` or `skeleton`, never by its constructor."""
 
-    place: str
+    module_name: str
     weight_dtype: torch.dtype
     weight_format: FPFormat
     input_format: FPFormat | None
@@ -59,7 +59,7 @@ class QuantLayer(Execution, PackedLayer, ABC):
     routing: Routing | None
     group: int
     adapters: nn.Module | None
-    recall: Recall | None
+    recall: CachedOutput | None
     engine: Engine | None
     columns = None  # or a slice: the input channels of a split layer that this part reads
 
@@ -69,7 +69,7 @@ class QuantLayer(Execution, PackedLayer, ABC):
     def skeleton(
         cls,
         module: nn.Module,
-        place: str,
+        module_name: str,
         weight_format: FPFormat,
         device: torch.device | str = "meta",
         num_banks: int = 1,
@@ -78,11 +78,11 @@ class QuantLayer(Execution, PackedLayer, ABC):
 
         Args:
             module (`nn.Module`): the float original; its weight is not read.
-            place (`str`): its full name in the model, used in messages and as a seed.
+            module_name (`str`): its full name in the model, used in messages and as a seed.
             num_banks (`int`): weights to make room for.
         """
         layer = transplant(module, cls)
-        layer.place, layer.weight_format, layer.weight_dtype = place, weight_format, module.weight.dtype
+        layer.module_name, layer.weight_format, layer.weight_dtype = module_name, weight_format, module.weight.dtype
         layer.input_format, layer.input_candidates, layer.observation = None, (), None
         layer.scheme = None
         layer.routing, layer.group, layer.adapters, layer.recall, layer.engine = None, 0, None, None, None
@@ -93,12 +93,12 @@ class QuantLayer(Execution, PackedLayer, ABC):
         return layer
 
     @classmethod
-    def from_float(cls, module: nn.Module, place: str, scheme: LayerScheme, weight: Tensor | None = None):
+    def from_float(cls, module: nn.Module, module_name: str, scheme: LayerScheme, weight: Tensor | None = None):
         """Quantize a float layer: search, encode, pack. Its input is observed if the scheme quantizes it.
 
         Args:
             module (`nn.Module`): the float original, not changed.
-            place (`str`): its full name in the model.
+            module_name (`str`): its full name in the model.
             scheme (`LayerScheme`): candidate formats.
             weight (`Tensor`, *optional*): used instead of `module.weight`, which may be on the meta device then.
 
@@ -106,9 +106,9 @@ class QuantLayer(Execution, PackedLayer, ABC):
             NonFiniteError: the weight holds NaN or infinity.
         """
         weight = module.weight.detach() if weight is None else weight
-        check_finite(weight, f"The weight of layer `{place}`")
+        check_finite(weight, f"The weight of layer `{module_name}`")
         result = search_weight(weight, scheme.weight)
-        layer = cls.skeleton(module, place, result.qparams.format, device=weight.device)
+        layer = cls.skeleton(module, module_name, result.qparams.format, device=weight.device)
         layer.weight_scale.copy_(result.qparams.scale.flatten())
         layer.weight_error.copy_(result.error)
         layer._store(weight)
@@ -206,8 +206,8 @@ class QuantLayer(Execution, PackedLayer, ABC):
         """
         if tuple(weight.shape) != tuple(self.logical_shape):
             raise ShapeError(
-                f"The teacher's `{self.place}` must have shape {tuple(self.logical_shape)}, but {tuple(weight.shape)} "
-                f"came: not the model that was quantized."
+                f"The teacher's `{self.module_name}` must have shape {tuple(self.logical_shape)}, but got "
+                f"{tuple(weight.shape)} : not the model that was quantized."
             )
 
     # ── the input's range ────────────────────────────────────────────────────────────────────────────────────

@@ -39,10 +39,10 @@ class LayerGroup:
         except ConfigError as error:
             raise CheckpointError(f"In `layers` of config.json a format is not known: {error}") from error
         if not weight.signed:
-            raise CheckpointError(f"Weights are stored in signed formats, but `{weight}` came in config.json.")
+            raise CheckpointError(f"Weights are stored in signed formats, but got `{weight}` in config.json.")
         names = self.modules
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-            raise CheckpointError(f"`modules` of `layers` in config.json must be a list of names, but {names!r} came.")
+            raise CheckpointError(f"`modules` of `layers` in config.json must be a list of names, but got {names!r}.")
         object.__setattr__(self, "modules", tuple(names))
 
     @property
@@ -69,7 +69,7 @@ class LayerGroup:
         """
         if not isinstance(record, Mapping) or not {"weight", "input", "modules"} <= record.keys():
             raise CheckpointError(
-                f"Each entry of `layers` in config.json must have `weight`, `input` and `modules`, but {record!r} came."
+                f"Each entry of `layers` in config.json must have `weight`, `input` and `modules`, but got {record!r}."
             )
         return cls(record["weight"], record["input"], record["modules"])
 

@@ -125,16 +125,16 @@ def channel_axis(layer: nn.Module) -> int:
     return -1 if isinstance(layer, nn.Linear) else 1
 
 
-def split_layer(layer: nn.Module, sizes: Sequence[int], place: str = "a split layer") -> SplitLayer:
+def split_layer(layer: nn.Module, sizes: Sequence[int], module_name: str = "a split layer") -> SplitLayer:
     """A float layer in parts.
 
     Args:
         layer (`nn.Module`): see `can_split`; on the meta device or not. Not changed.
         sizes (`Sequence[int]`): input channels of each part; their sum is the layer's.
-        place (`str`): its full name in the model, for messages.
+        module_name (`str`): its full name in the model, for messages.
     """
     whole = transplant(layer, SPLIT_LAYERS[type(layer)])
-    whole.axis, whole.sizes, whole.place = channel_axis(layer), list(sizes), place
+    whole.axis, whole.sizes, whole.module_name = channel_axis(layer), list(sizes), module_name
     for index, (end, size) in enumerate(zip(accumulate(sizes), sizes, strict=True)):
         part = _resized(layer, size)
         part.columns = slice(end - size, end)

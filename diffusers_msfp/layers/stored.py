@@ -24,8 +24,8 @@ def name_in_files(key: str) -> str:
 
 def name_in_state(key: str, quantized: Collection[str]) -> str:
     """Inverse of `name_in_files`, with the names of a model's quantized layers."""
-    place, _, tensor = key.rpartition(".")
-    return f"{place}.{PACKED_WEIGHT}" if tensor == "weight" and place in quantized else key
+    module_name, _, tensor = key.rpartition(".")
+    return f"{module_name}.{PACKED_WEIGHT}" if tensor == "weight" and module_name in quantized else key
 
 
 _OBSERVING = 255
@@ -101,7 +101,8 @@ class StoredTensors(StatefulModule):
         """
         if requires_grad:
             raise UnsupportedError(
-                f"The weight of `{self.place}` is packed, so it cannot be trained, but `requires_grad_(True)` came. "
+                f"The weight of `{self.module_name}` is packed, so it cannot be trained, but got "
+                f"`requires_grad_(True)`. "
                 f"Train an adapter on it, or its bias alone (`layer.bias.requires_grad_(True)`)."
             )
         return super().requires_grad_(False)
@@ -116,8 +117,8 @@ class StoredTensors(StatefulModule):
         fits = value.ndim == 1 and len(value) <= len(target) if name == OBSERVED[0] else value.shape == target.shape
         if not fits or value.dtype != target.dtype:
             raise CheckpointError(
-                f"`{self.place}.{name}` must be {target.dtype} of shape {tuple(target.shape)}, but {value.dtype} of "
-                f"shape {tuple(value.shape)} came: damaged file."
+                f"`{self.module_name}.{name}` must be {target.dtype} of shape {tuple(target.shape)}, but got "
+                f"{value.dtype} of shape {tuple(value.shape)}: damaged file."
             )
         (target[: len(value)] if name == OBSERVED[0] else target).copy_(value)
 
@@ -131,18 +132,20 @@ class StoredTensors(StatefulModule):
         for name in ("weight_error", "input_error"):
             error = own.get(name)
             if error is not None and not torch.isfinite(error).all():
-                raise CheckpointError(f"`{self.place}.{name}` must be finite, but it is not: damaged file.")
+                raise CheckpointError(f"`{self.module_name}.{name}` must be finite, but it is not: damaged file.")
         for name in ("weight_scale", "input_scale"):
             scale = own.get(name)
             if scale is not None and not (torch.isfinite(scale).all() and (scale > 0).all()):
-                raise CheckpointError(f"`{self.place}.{name}` must be finite and > 0, but it is not: damaged file.")
+                raise CheckpointError(
+                    f"`{self.module_name}.{name}` must be finite and > 0, but it is not: damaged file."
+                )
         zero_point = own.get("input_zero_point")
         if zero_point is not None:
             fits = zero_point == 0 if self.input_format.signed else zero_point <= 0
             if not (torch.isfinite(zero_point) & fits).all():
                 raise CheckpointError(
-                    f"`{self.place}.input_zero_point` must be finite and ≤ 0, and 0 for a signed format, but "
-                    f"{zero_point.tolist()} came for `{self.input_format}`: damaged file."
+                    f"`{self.module_name}.input_zero_point` must be finite and ≤ 0, and 0 for a signed format, but got "
+                    f"{zero_point.tolist()} for `{self.input_format}`: damaged file."
                 )
         if self.adapters is not None:
-            self.adapters.check_values(self.place)
+            self.adapters.check_values(self.module_name)

@@ -28,11 +28,11 @@ def check_student(model: nn.Module, teacher: nn.Module, method: str, *, learns: 
     """
     if type(model) is not type(teacher):
         raise ShapeError(
-            f"The teacher must be the model that was quantized, a {type(model).__name__}, but "
-            f"{type(teacher).__name__} came."
+            f"The teacher must be the model that was quantized, a {type(model).__name__}, but got "
+            f"{type(teacher).__name__}."
         )
     if any(isinstance(module, QuantLayer) for module in teacher.modules()):
-        raise ConfigError("The teacher must be the full-precision original, but a quantized model came.")
+        raise ConfigError("The teacher must be the full-precision original, but got a quantized model.")
     require_timesteps(model)
     if learns and model.dtype == torch.float16:
         raise ConfigError(
@@ -68,12 +68,13 @@ def original_weight(teacher: nn.Module, layer: QuantLayer) -> Tensor:
         ConfigError: the teacher has no such layer.
         ShapeError: its weight has another shape.
     """
-    place, columns = whole_name(layer.place, layer), layer.columns or slice(None)
+    module_name, columns = whole_name(layer.module_name, layer), layer.columns or slice(None)
     try:
-        weight = teacher.get_submodule(place).weight.detach()
+        weight = teacher.get_submodule(module_name).weight.detach()
     except AttributeError as error:
         raise ConfigError(
-            f"The teacher must be the model that was quantized, but {type(teacher).__name__} has no layer `{place}`."
+            f"The teacher must be the model that was quantized, but {type(teacher).__name__} has no layer "
+            f"`{module_name}`."
         ) from error
     weight = weight[:, columns]
     layer.check_original(weight)

@@ -48,10 +48,10 @@ def loss_weights(factors: Mapping[float, float], exponent: float = 1.0, floor: f
         {999.0: 1.5, 0.0: 0.5}
     """
     if exponent < 0 or floor < 0:
-        raise ConfigError(f"Exponent and floor of the denoising factor must be ≥ 0, but {exponent} and {floor} came.")
+        raise ConfigError(f"Exponent and floor of the denoising factor must be ≥ 0, but got {exponent} and {floor}.")
     values = torch.tensor(list(factors.values()), dtype=torch.float64)
     if not len(values) or not torch.isfinite(values).all() or values.sum() <= 0:
-        raise ConfigError(f"Denoising factors must be finite and positive somewhere, but {dict(factors)} came.")
+        raise ConfigError(f"Denoising factors must be finite and positive somewhere, but got {dict(factors)}.")
     weights = (values / values.mean()).clamp_min(floor) ** exponent
     return dict(zip(factors, (weights / weights.mean()).tolist(), strict=True))
 

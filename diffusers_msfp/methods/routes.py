@@ -18,11 +18,11 @@ class RouteHook:
 
     Args:
         argument (`TimestepArgument`): where the model takes its timestep.
-        place (`str`): where the model has what knows them.
+        module_name (`str`): where the model has what knows them.
     """
 
-    def __init__(self, argument: TimestepArgument, place: str) -> None:
-        self.argument, self.place = argument, place
+    def __init__(self, argument: TimestepArgument, module_name: str) -> None:
+        self.argument, self.module_name = argument, module_name
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Enter the call's timestep."""
@@ -30,14 +30,14 @@ class RouteHook:
         if timestep is None:
             raise ConfigError(
                 f"{type(model).__name__} has layers that follow the timestep, so each call must have a `timestep`, but "
-                f"none came."
+                f"got none."
             )
-        getattr(model, self.place).enter(timestep)
+        getattr(model, self.module_name).enter(timestep)
 
 
-def remove_route_hooks(model: nn.Module, place: str) -> None:
+def remove_route_hooks(model: nn.Module, module_name: str) -> None:
     """Look up nothing at this place any more."""
-    if remove_pre_hooks(model, lambda hook: isinstance(hook, RouteHook) and hook.place == place):
+    if remove_pre_hooks(model, lambda hook: isinstance(hook, RouteHook) and hook.module_name == module_name):
         forget_compiled()
 
 

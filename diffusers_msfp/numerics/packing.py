@@ -35,9 +35,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         [[33, 3]]
     """
     if codes.ndim != 2:
-        raise ShapeError(f"Codes must have shape (rows, length), but {tuple(codes.shape)} came.")
+        raise ShapeError(f"Codes must have shape (rows, length), but got {tuple(codes.shape)}.")
     if codes.numel() and int(codes.max()) >= 2**bits:
-        raise ShapeError(f"Codes must be below {2**bits} for {bits} bits, but {int(codes.max())} came.")
+        raise ShapeError(f"Codes must be below {2**bits} for {bits} bits, but got {int(codes.max())}.")
     length = codes.shape[1]
     num_codes, num_bytes = _GROUP[bits]
     groups = _groups(codes, num_codes)
@@ -63,8 +63,8 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
     """
     if packed.ndim != 2 or packed.shape[1] != packed_size(length, bits):
         raise ShapeError(
-            f"{length} codes of {bits} bits take rows of {packed_size(length, bits)} bytes, but "
-            f"{tuple(packed.shape)} came."
+            f"{length} codes of {bits} bits take rows of {packed_size(length, bits)} bytes, but got "
+            f"{tuple(packed.shape)}."
         )
     if bits == 8:
         return packed

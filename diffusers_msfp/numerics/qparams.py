@@ -60,18 +60,18 @@ class QParams:
         scale, zero_point = self.scale.detach(), self.zero_point.detach()
         if not (torch.isfinite(scale).all() and (scale > 0).all()):
             bad = scale.flatten()[~(torch.isfinite(scale) & (scale > 0)).flatten()][0].item()
-            raise NonFiniteError(f"A scale must be finite and > 0 in float32, but {bad} came for `{self.format}`.")
+            raise NonFiniteError(f"A scale must be finite and > 0 in float32, but got {bad} for `{self.format}`.")
         if not torch.isfinite(zero_point).all():
-            raise NonFiniteError(f"A zero point must be finite in float32, but NaN or infinity came ({self.format}).")
+            raise NonFiniteError(f"A zero point must be finite in float32, but got NaN or infinity ({self.format}).")
         if self.format.signed and (zero_point != 0).any():
-            raise FormatError(f"A signed format has no zero point, but {zero_point.min().item()} came ({self.format}).")
+            raise FormatError(f"A signed format has no zero point, but got {zero_point.min().item()} ({self.format}).")
         if (zero_point > 0).any():
-            raise FormatError(f"A zero point must be ≤ 0 so that 0 has a code, but {zero_point.max().item()} came.")
+            raise FormatError(f"A zero point must be ≤ 0 so that 0 has a code, but got {zero_point.max().item()}.")
         try:
             torch.broadcast_shapes(scale.shape, zero_point.shape)
         except RuntimeError as error:
             shapes = f"{tuple(scale.shape)} and {tuple(zero_point.shape)}"
-            raise ShapeError(f"`scale` and `zero_point` must broadcast, but {shapes} came.") from error
+            raise ShapeError(f"`scale` and `zero_point` must broadcast, but got {shapes}.") from error
 
     @property
     def unit(self) -> Tensor:

@@ -63,7 +63,7 @@ def check_finite(x: Tensor, where: str) -> None:
     if not (torch.isfinite(low) and torch.isfinite(high)):
         kind = "NaN" if torch.isnan(low) else "infinity"
         raise NonFiniteError(
-            f"{where} must be finite, but {kind} came (shape {tuple(x.shape)}, {x.dtype}). Look for an overflow before "
+            f"{where} must be finite, but got {kind} (shape {tuple(x.shape)}, {x.dtype}). Look for an overflow before "
             f"this place; float16 overflows at 65504, bfloat16 and float32 do not."
         )
 
@@ -142,6 +142,6 @@ def check_broadcast(x: Tensor, qparams: QParams) -> None:
         shape = None
     if shape != x.shape:
         raise ShapeError(
-            f"`scale` must broadcast to the tensor, but scale {tuple(qparams.scale.shape)} came with a tensor of shape "
+            f"`scale` must broadcast to the tensor, but got scale {tuple(qparams.scale.shape)} with a tensor of shape "
             f"{tuple(x.shape)}. Per output channel of a convolution it is (C, 1, 1, 1)."
         )

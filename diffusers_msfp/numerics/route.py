@@ -73,15 +73,15 @@ class Route:
         if number % each.shape[0]:
             raise UnsupportedError(
                 f"With a timestep of its own for each of {each.shape[0]} samples, a layer must see a multiple of "
-                f"as many rows, but {number} came. Use one timestep per call for this model."
+                f"as many rows, but got {number}. Use one timestep per call for this model."
             )
         return each.repeat_interleave(number // each.shape[0])
 
 
 class ByTimestep:
-    """Abstract base of what looks up the choices of a call; a model has it as the attribute `place`."""
+    """Abstract base of what looks up the choices of a call; a model has it as the attribute `module_name`."""
 
-    place: str
+    module_name: str
 
     @abstractmethod
     def lookup(self, timestep: Timestep) -> Sequence[Route]:
@@ -119,7 +119,7 @@ class ByTimestep:
         if routes is None:
             raise UnsupportedError(
                 f"A layer that follows the timestep must know it. Call the whole model, or the layer within `with "
-                f"model.{self.place}.at(timestep):`."
+                f"model.{self.module_name}.at(timestep):`."
             )
         return routes[group]
 

@@ -70,14 +70,14 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
     ) -> None:
         # PipelineQuantizationConfig.__init__ is left out on purpose: it wants a backend's name or a mapping.
         if quant_method != MSFPMethod.MSFP.value:
-            raise CheckpointError(f"`quant_method` must be 'msfp', but {quant_method!r} came: another method's config.")
+            raise CheckpointError(f"`quant_method` must be 'msfp', but got {quant_method!r}: another method's config.")
         self.quant_method = MSFPMethod.MSFP
         self.format_version = check_version(format_version)
         SCHEMES[scheme]
         self.scheme = scheme
         self.modules_to_not_convert = _names(modules_to_not_convert, "modules_to_not_convert")
         if not isinstance(scheme_overrides or {}, Mapping):
-            raise ConfigError(f"`scheme_overrides` must map patterns to schemes, but {scheme_overrides!r} came.")
+            raise ConfigError(f"`scheme_overrides` must map patterns to schemes, but got {scheme_overrides!r}.")
         self.scheme_overrides = dict(scheme_overrides or {})
         for override in self.scheme_overrides.values():
             SCHEMES[override]
@@ -197,8 +197,8 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
 def _names(value: Sequence[str] | None, what: str) -> list[str]:
     """A list of strings; one string stands for a list of one."""
     if value is not None and not isinstance(value, str | Sequence | Set):
-        raise ConfigError(f"`{what}` must be a list of non-empty strings, but {value!r} came.")
+        raise ConfigError(f"`{what}` must be a list of non-empty strings, but got {value!r}.")
     names = [value] if isinstance(value, str) else list(value or ())
     if not all(isinstance(name, str) and name for name in names):
-        raise ConfigError(f"`{what}` must be a list of non-empty strings, but {value!r} came.")
+        raise ConfigError(f"`{what}` must be a list of non-empty strings, but got {value!r}.")
     return names

@@ -84,8 +84,8 @@ def _refusing_to_be_read(model: nn.Module, called: str):
 
     def refuse(layer: nn.Module, *_) -> None:
         raise UnsupportedError(
-            f"`{called}` copies float weights, but `{layer.place}` of this {type(model).__name__} is packed. Call "
-            f"`model.dequantize()` on a copy of it (`copy.deepcopy`), pass that, and quantize what is made of it."
+            f"`{called}` copies float weights, but `{layer.module_name}` of this {type(model).__name__} is packed. "
+            f"Call `model.dequantize()` on a copy of it (`copy.deepcopy`), pass that, and quantize what is made of it."
         )
 
     hooks = [layer.register_state_dict_pre_hook(refuse) for _, layer in quant_layers(model)]

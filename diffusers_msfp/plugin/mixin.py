@@ -46,7 +46,7 @@ class MSFPPipelineMixin:
         """
         cls = type(pipe)
         if not isinstance(pipe, DiffusionPipeline):
-            raise ConfigError(f"The mixin attaches to pipelines, but {cls.__name__} came.")
+            raise ConfigError(f"The mixin attaches to pipelines, but got {cls.__name__}.")
         if not isinstance(pipe, MSFPPipelineMixin):
             pipe.__class__ = type(cls.__name__, (MSFPPipelineMixin, cls), {"__module__": cls.__module__})
         return pipe
@@ -80,7 +80,7 @@ class MSFPPipelineMixin:
             ConfigError: not a finite number.
         """
         if not isinstance(scale, (int, float)) or not abs(scale) < float("inf"):
-            raise ConfigError(f"The adapters' scale must be a finite number, but {scale!r} came.")
+            raise ConfigError(f"The adapters' scale must be a finite number, but got {scale!r}.")
         self._adapted("Scaling adapters").scale = float(scale)
 
     def talora_summary(self) -> dict:

@@ -55,7 +55,7 @@ def _to(model: nn.Module, *args, **kwargs) -> nn.Module:
     dtype = kwargs.get("dtype") or next((arg for arg in args if isinstance(arg, torch.dtype)), None)
     if dtype is not None and dtype != model.dtype:
         raise UnsupportedError(
-            f"A quantized {type(model).__name__} cannot be cast: it was loaded as {model.dtype}, but {dtype} came. "
+            f"A quantized {type(model).__name__} cannot be cast: it was loaded as {model.dtype}, but got {dtype}. "
             f"Load it with `torch_dtype={dtype}`; for `from_pipe` pass `torch_dtype={model.dtype}`."
         )
     if dtype is not None and not kept_in_float32(model):
@@ -101,7 +101,7 @@ def _require_no_gradients(module: nn.Module, requires_grad: bool = True) -> nn.M
     if requires_grad:
         raise UnsupportedError(
             f"The weights of this MSFP-quantized {type(module).__name__} are packed, so they cannot be trained, but "
-            f"`requires_grad_(True)` came. Train adapters: `diffusers_msfp.finetune(pipe, teacher)`, or PEFT's by "
+            f"got `requires_grad_(True)`. Train adapters: `diffusers_msfp.finetune(pipe, teacher)`, or PEFT's by "
             f"`model.add_adapter(LoraConfig(…))`; biases and norms one by one (`parameter.requires_grad_(True)`)."
         )
     return type(module).requires_grad_(module, requires_grad)
@@ -109,8 +109,8 @@ def _require_no_gradients(module: nn.Module, requires_grad: bool = True) -> nn.M
 
 def _with_packed(model: nn.Module) -> Iterator[nn.Module]:
     """The model and those of its modules that hold quantized layers."""
-    places = {name for name, module in model.named_modules() if isinstance(module, QuantLayer)}
-    above = {"".join(name[:end]) for name in places for end in (0, *(i for i, c in enumerate(name) if c == "."))}
+    module_names = {name for name, module in model.named_modules() if isinstance(module, QuantLayer)}
+    above = {"".join(name[:end]) for name in module_names for end in (0, *(i for i, c in enumerate(name) if c == "."))}
     yield from (module for name, module in model.named_modules() if name in above)
 
 

@@ -77,10 +77,10 @@ class MSFPQuantizer(DiffusersQuantizer):
         Raises:
             UnsupportedError: disk offload in another dtype than float32.
         """
-        places = device_map.values() if isinstance(device_map, dict) else ()
-        if "disk" in places and self._dtype != torch.float32:
+        module_names = device_map.values() if isinstance(device_map, dict) else ()
+        if "disk" in module_names and self._dtype != torch.float32:
             raise UnsupportedError(
-                f"Disk offload keeps scales exact only in float32, but `torch_dtype={self._dtype}` came. Leave "
+                f"Disk offload keeps scales exact only in float32, but got `torch_dtype={self._dtype}`. Leave "
                 f"`torch_dtype` out, or offload to the CPU."
             )
 
@@ -146,15 +146,15 @@ class MSFPQuantizer(DiffusersQuantizer):
 
     def check_if_quantized_param(self, model, param_value, param_name: str, state_dict, **kwargs) -> bool:  # noqa: ARG002
         """Whether a tensor is ours to place."""
-        place, _, tensor = param_name.rpartition(".")
+        module_name, _, tensor = param_name.rpartition(".")
         if self.pre_quantized:
-            module, value = model.get_submodule(place), state_dict.get(param_name, param_value)
+            module, value = model.get_submodule(module_name), state_dict.get(param_name, param_value)
             if tensor in _stored(module):
                 return True
             if getattr(module, tensor).is_floating_point() and not value.is_floating_point():  # it would be cast
-                raise CheckpointError(f"`{param_name}` must hold floats, but {value.dtype} came: damaged file.")
+                raise CheckpointError(f"`{param_name}` must hold floats, but got {value.dtype}: damaged file.")
             return False
-        return tensor == "weight" and place in self._plan.layers
+        return tensor == "weight" and module_name in self._plan.layers
 
     def create_quantized_param(
         self,
@@ -167,17 +167,17 @@ class MSFPQuantizer(DiffusersQuantizer):
         **kwargs,  # noqa: ARG002
     ) -> None:
         """Place a packed tensor, or quantize a float weight; read from `state_dict`, where nothing is cast yet."""
-        place, _, tensor = param_name.rpartition(".")
-        module = model.get_submodule(place)
+        module_name, _, tensor = param_name.rpartition(".")
+        module = model.get_submodule(module_name)
         value = state_dict.get(param_name, param_value)
         if not self.pre_quantized:
             if isinstance(module, QuantLayer):
                 return  # the same module under a second name
-            layer = QUANT_LAYERS[type(module)].from_float(module, place, self._plan.layers[place], value)
+            layer = QUANT_LAYERS[type(module)].from_float(module, module_name, self._plan.layers[module_name], value)
             for name, stored in tensors_of(layer).items():
                 if name != "bias":
                     put_tensor(layer, name, stored.to(target_device))
-            replace_module(model, place, layer)
+            replace_module(model, module_name, layer)
             return
         if tensor in OBSERVED:
             module.load_observed(tensor, value)
@@ -185,8 +185,8 @@ class MSFPQuantizer(DiffusersQuantizer):
         expected = tensors_of(module)[tensor]
         if value.dtype != expected.dtype or value.shape != expected.shape:
             raise CheckpointError(
-                f"`{name_in_files(param_name)}` must be {expected.dtype} of shape {tuple(expected.shape)}, but "
-                f"{value.dtype} of shape {tuple(value.shape)} came: damaged file, or not this model's."
+                f"`{name_in_files(param_name)}` must be {expected.dtype} of shape {tuple(expected.shape)}, but got "
+                f"{value.dtype} of shape {tuple(value.shape)}: damaged file, or not this model's."
             )
         put_tensor(module, tensor, value.to(target_device))
 
@@ -195,8 +195,8 @@ class MSFPQuantizer(DiffusersQuantizer):
         if param_name.endswith(OBSERVED):
             return  # checked when it is placed
         raise CheckpointError(
-            f"`{name_in_files(param_name)}` must have shape {tuple(current_param.shape)}, but "
-            f"{tuple(loaded_param.shape)} came: damaged file, or not this model's."
+            f"`{name_in_files(param_name)}` must have shape {tuple(current_param.shape)}, but got "
+            f"{tuple(loaded_param.shape)}: damaged file, or not this model's."
         )
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:  # noqa: ARG002
@@ -213,7 +213,7 @@ class MSFPQuantizer(DiffusersQuantizer):
                 raise CheckpointError(f"A checkpoint must hold `{key}`, but it does not: damaged or incomplete file.")
         for key in self._loaded_keys:
             if key.rpartition(".")[2] in ours and key not in known:
-                raise CheckpointError(f"config.json says nothing of `{key}`, but it came: not its weights.")
+                raise CheckpointError(f"config.json says nothing of `{key}`, but got it: not its weights.")
         return missing_keys
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:  # noqa: ARG002

@@ -40,7 +40,7 @@ def plan_stages(recipe: str, settings: Mapping[str, Mapping], **shared) -> list[
     for name in settings:
         if name not in {stage.name for stage in stages}:
             have = ", ".join(stage.name for stage in stages) or "none"
-            raise ConfigError(f"Settings must belong to a stage of recipe `{recipe}` ({have}), but {name!r} came.")
+            raise ConfigError(f"Settings must belong to a stage of recipe `{recipe}` ({have}), but got {name!r}.")
     plan = []
     for stage in stages:
         kind = METHODS[stage.name]
@@ -48,15 +48,13 @@ def plan_stages(recipe: str, settings: Mapping[str, Mapping], **shared) -> list[
         wanted = dict(settings.get(stage.name, {}))
         unknown = [key for key in wanted if key not in known]
         if unknown:
-            raise ConfigError(
-                f"A setting of `{stage.name}` must be one of {', '.join(known)}, but {unknown[0]!r} came."
-            )
+            raise ConfigError(f"A setting of `{stage.name}` must be one of {', '.join(known)}, but got {unknown[0]!r}.")
         try:
             plan.append((stage.name, kind.config(**shared | dict(stage.settings) | wanted)))
         except TypeError as error:
             given = ", ".join(f"{key}={value!r}" for key, value in wanted.items())
             raise ConfigError(
-                f"Settings of `{stage.name}` must have the types that `{kind.config.__name__}` says, but {given} came."
+                f"Settings of `{stage.name}` must have the types that `{kind.config.__name__}` says, but got {given}."
             ) from error
     names = [name for name, _ in plan]
     for index, (name, config) in enumerate(plan):
@@ -88,7 +86,7 @@ class RecipeRun:
             if entry["settings"] != self._settings(index):
                 break
             self.figures.append(entry)
-        kept = {self._place(index).name for index in range(len(self.figures))}
+        kept = {self._stage_folder(index).name for index in range(len(self.figures))}
         for old in folder.glob("[0-9]*-*"):
             if self._journal.differs or not (old.name in kept or old.name.endswith(WORK)):
                 shutil.rmtree(old)
@@ -97,13 +95,13 @@ class RecipeRun:
     @property
     def latest(self) -> Path | None:
         """The checkpoint after the last stage that is finished; None before the first."""
-        return self._place(len(self.figures) - 1) if self.figures else None
+        return self._stage_folder(len(self.figures) - 1) if self.figures else None
 
     def _settings(self, index: int) -> list[str]:
         """Of a stage and of those before it."""
         return [f"{name}: {config}" for name, config in self.plan[: index + 1]]
 
-    def _place(self, index: int) -> Path:
+    def _stage_folder(self, index: int) -> Path:
         return self.folder / f"{index + 1}-{self.plan[index][0]}"
 
     def run(
@@ -140,7 +138,7 @@ class RecipeRun:
                     result = {"left_out": str(error)}
                 except NonFiniteError as error:  # of these settings, not of the source
                     raise ConfigError(f"Stage `{name}` must have settings that keep numbers finite. {error}") from error
-            save(pipe, self._place(index))
+            save(pipe, self._stage_folder(index))
             for figures in (result, *(part for part in result.values() if isinstance(part, dict))):
                 figures.pop("losses", None)
             entry = {

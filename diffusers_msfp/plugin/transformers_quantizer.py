@@ -71,8 +71,8 @@ class MSFPTransformersQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs) -> bool:  # noqa: ARG002
         """Whether a float tensor is the weight of a layer to quantize."""
-        place, _, tensor = param_name.rpartition(".")
-        return self._plan is not None and tensor == "weight" and place in self._plan.layers
+        module_name, _, tensor = param_name.rpartition(".")
+        return self._plan is not None and tensor == "weight" and module_name in self._plan.layers
 
     def get_quantize_ops(self) -> ConversionOps:
         """What transformers does with such a weight."""
@@ -87,16 +87,16 @@ class MSFPTransformersQuantizer(HfQuantizer):
         """What a stored tensor is cast to; floats where bytes should be stay what they are, to be found out."""
         return None if dtype == torch.uint8 else super().get_new_dtype(converter, param, dtype)
 
-    def quantize_weight(self, model: PreTrainedModel, place: str, weight: torch.Tensor) -> None:
+    def quantize_weight(self, model: PreTrainedModel, module_name: str, weight: torch.Tensor) -> None:
         """Put a packed layer where the weight's float one is; an error waits until transformers has loaded the rest."""
-        module = model.get_submodule(place)
+        module = model.get_submodule(module_name)
         try:
-            layer = QUANT_LAYERS[type(module)].from_float(module, place, self._plan.layers[place], weight)
+            layer = QUANT_LAYERS[type(module)].from_float(module, module_name, self._plan.layers[module_name], weight)
         except MSFPError as error:
             self.failure = self.failure or error
             return
         mark_initialised(layer.packed_weight, layer)
-        replace_module(model, place, layer)
+        replace_module(model, module_name, layer)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:  # noqa: ARG002
         if self.failure is not None:
@@ -105,7 +105,7 @@ class MSFPTransformersQuantizer(HfQuantizer):
         for name, layer in quant_layers(model):
             if layer.packed_weight.dtype != torch.uint8:
                 raise CheckpointError(
-                    f"`{name}.weight` must be torch.uint8, but {layer.packed_weight.dtype} came: damaged file, or not "
+                    f"`{name}.weight` must be torch.uint8, but got {layer.packed_weight.dtype}: damaged file, or not "
                     f"this model's."
                 )
             layer.check_stored()

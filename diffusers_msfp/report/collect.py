@@ -135,8 +135,8 @@ def _in_place_of(reference: DiffusionPipeline | None, model: ModelMixin) -> Diff
     original = denoiser_of(reference)
     if type(model) is not type(original):
         raise ConfigError(
-            f"A denoiser alone must be of the class of the reference's, {type(original).__name__}, but "
-            f"{type(model).__name__} came. Name the pipeline that it was made from."
+            f"A denoiser alone must be of the class of the reference's, {type(original).__name__}, but got "
+            f"{type(model).__name__}. Name the pipeline that it was made from."
         )
     return with_parts(reference, **{denoiser_name(reference): model})
 
@@ -180,8 +180,8 @@ def _compare(reference, pipe, num_samples: int, run: dict, on_step: OnStep | Non
         on_pictures=lambda *pair: kept.append(pair),
         **run,
     )
-    expected, came = (torch.cat(images) for images in zip(*kept, strict=True))
-    return comparison, picture_rows({REFERENCE: expected, QUANTIZED: came})
+    expected, actual = (torch.cat(images) for images in zip(*kept, strict=True))
+    return comparison, picture_rows({REFERENCE: expected, QUANTIZED: actual})
 
 
 def _draw(

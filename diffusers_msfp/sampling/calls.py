@@ -38,9 +38,9 @@ def require_positive(**numbers: int) -> None:
     """Refuse counts below 1, and what is no whole number, by name."""
     for name, value in numbers.items():
         if not isinstance(value, Integral):
-            raise ConfigError(f"`{name}` must be a whole number, but {value!r} came.")
+            raise ConfigError(f"`{name}` must be a whole number, but got {value!r}.")
         if value < 1:
-            raise ConfigError(f"`{name}` must be at least 1, but {value} came.")
+            raise ConfigError(f"`{name}` must be at least 1, but got {value}.")
 
 
 def batch_size_for(models: Sequence[nn.Module], num_samples: int) -> int:
@@ -127,7 +127,7 @@ def call_arguments(
     parameters = inspect.signature(pipe.__call__).parameters
     prompts = [prompts] if isinstance(prompts, str) else list(DEFAULT_PROMPTS if prompts is None else prompts)
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ConfigError(f"`prompts` must be a non-empty list of strings, but {prompts!r} came.")
+        raise ConfigError(f"`prompts` must be a non-empty list of strings, but got {prompts!r}.")
     for name in (name for name in SET_BY_VERBS if given.get(name) is not None):  # None makes room for embeddings
         raise ConfigError(f"`{name}` cannot be passed on to the pipeline, since {SET_BY_VERBS[name]}. Leave it out.")
     given = known_arguments(pipe, given)
@@ -186,7 +186,7 @@ def known_arguments(pipe, given: dict) -> dict:
             return given  # whatever becomes of them
         more |= set(re.findall(r'kwargs\.(?:pop|get)\("(\w+)"', source))  # names of older versions; others are dropped
     for name in given.keys() - parameters.keys() - more:
-        raise ConfigError(f"Arguments passed on must be among those of {type(pipe).__name__}, but `{name}` came.")
+        raise ConfigError(f"Arguments passed on must be among those of {type(pipe).__name__}, but got `{name}`.")
     return {name: value for name, value in given.items() if name in parameters or name in more - {"output_type"}}
 
 
@@ -223,7 +223,7 @@ def batched_calls(make: Callable, models: Sequence[nn.Module], num_samples: int,
         models (`Sequence[nn.Module]`): as for `batch_size_for`.
     """
     if not isinstance(seed, Integral):
-        raise ConfigError(f"`seed` must be a whole number, but {seed!r} came.")
+        raise ConfigError(f"`seed` must be a whole number, but got {seed!r}.")
     size = batch_size_for(models, num_samples)
     return [
         make(start, min(size, num_samples - start), torch.Generator().manual_seed(seed + start))

@@ -138,5 +138,5 @@ def model_output(output) -> Tensor:
     if isinstance(first, list | tuple) and len({getattr(each, "shape", None) for each in first}) == 1:
         first = torch.stack(list(first))  # a tensor for each sample
     if not isinstance(first, Tensor):
-        raise ConfigError(f"A denoiser's first output must be a tensor, but {type(first).__name__} came.")
+        raise ConfigError(f"A denoiser's first output must be a tensor, but got {type(first).__name__}.")
     return first

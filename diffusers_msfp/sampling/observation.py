@@ -47,7 +47,7 @@ class Calibration:
     def __post_init__(self) -> None:
         numbers = all(isinstance(each, int | float | None) for each in (self.last_timestep, self.first_timestep))
         if self.state not in ("observing", "frozen") or not numbers or self.has_fallen not in (True, False):
-            raise CheckpointError(f"`calibration` in config.json must say the state, but {self!r} came: damaged file.")
+            raise CheckpointError(f"`calibration` in config.json must say the state, but got {self!r}: damaged file.")
 
     @classmethod
     def from_dict(cls, record: object) -> "Calibration":
@@ -57,7 +57,7 @@ class Calibration:
             CheckpointError: it is none.
         """
         if not isinstance(record, Mapping):
-            raise CheckpointError(f"`calibration` in config.json must say the state, but {record!r} came.")
+            raise CheckpointError(f"`calibration` in config.json must say the state, but got {record!r}.")
         return cls(**{key: value for key, value in record.items() if key in cls.__dataclass_fields__})
 
     def to_dict(self) -> dict:

@@ -146,7 +146,7 @@ class Trajectories:
 
     def __init__(self, pipe, make_arguments: Callable, batch_size: int, seed: int, rank: int = 0, world: int = 1):
         if batch_size % world:
-            raise ConfigError(f"`batch_size` must be a multiple of the {world} processes, but {batch_size} came.")
+            raise ConfigError(f"`batch_size` must be a multiple of the {world} processes, but got {batch_size}.")
         self.pipe, self.make_arguments = pipe, make_arguments
         self.batch_size, self.seed, self.rank, self.share = batch_size, seed, rank, batch_size // world
         self._roll(0)
@@ -154,11 +154,13 @@ class Trajectories:
     def __getitem__(self, number: int) -> DenoisingStep:
         """Batch `number`: every sample of the rollout once, at a step drawn for it; rollouts last one pass."""
         length = len(self._steps)
-        rollout_number, place = divmod(number, length)
+        rollout_number, module_name = divmod(number, length)
         if rollout_number != self._number:
             self._roll(rollout_number)
         order = [
-            torch.randperm(length, generator=torch.Generator().manual_seed(self.seed + self._first + i))[place].item()
+            torch.randperm(length, generator=torch.Generator().manual_seed(self.seed + self._first + i))[
+                module_name
+            ].item()
             for i in range(self.share)
         ]
         rows = len(self._steps[0].output)  # guidance calls the denoiser with every sample twice

@@ -3,8 +3,8 @@
 What is here knows pipelines, not where they come from: `cli/space.py` loads them.
 """
 
-from .contender import Contender, require_comparable
+from .candidate import Candidate, require_comparable
 from .page import build_page, launch, require_gradio
 from .writer import write_space
 
-__all__ = ["Contender", "build_page", "launch", "require_comparable", "require_gradio", "write_space"]
+__all__ = ["Candidate", "build_page", "launch", "require_comparable", "require_gradio", "write_space"]

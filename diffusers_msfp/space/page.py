@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ConfigError, MSFPError
-from .contender import MAX_SEED, Contender
+from .candidate import MAX_SEED, Candidate
 from .markup import STOPPED, names_line
 from .show import DEFAULT_STEPS, Show
 
@@ -57,13 +57,13 @@ def require_gradio():
     return gradio
 
 
-def build_page(title: str, quantized: Contender, reference: Contender | None = None):
+def build_page(title: str, quantized: Candidate, reference: Candidate | None = None):
     """The page of a quantized pipeline, which is run once for it.
 
     Args:
         title (`str`): heading.
-        quantized (`Contender`): what is shown.
-        reference (`Contender`, *optional*): full precision beside it.
+        quantized (`Candidate`): what is shown.
+        reference (`Candidate`, *optional*): full precision beside it.
 
     Returns:
         `gradio.Blocks`: to be started by `launch`.
@@ -129,17 +129,17 @@ def build_page(title: str, quantized: Contender, reference: Contender | None = N
     return page
 
 
-def _inputs(gr, contender: Contender) -> dict:
-    """The components for what a pipeline takes; names are those of `Contender.request`."""
+def _inputs(gr, candidate: Candidate) -> dict:
+    """The components for what a pipeline takes; names are those of `Candidate.request`."""
     inputs = {}
-    if "prompt" in contender.parameters:
+    if "prompt" in candidate.parameters:
         inputs["prompt"] = gr.Textbox(label="Prompt", placeholder="What to draw", autofocus=True)
-        if "negative_prompt" in contender.parameters:
+        if "negative_prompt" in candidate.parameters:
             inputs["negative_prompt"] = gr.Textbox(label="Negative prompt", placeholder="What to avoid")
-    if contender.classes:
-        inputs["class_label"] = gr.Dropdown(contender.classes, value=contender.classes[0][1], label="Class")
-    if contender.guidance_scale is not None:
-        inputs["guidance_scale"] = gr.Slider(1, 20, contender.guidance_scale, step=0.5, label="Guidance")
+    if candidate.classes:
+        inputs["class_label"] = gr.Dropdown(candidate.classes, value=candidate.classes[0][1], label="Class")
+    if candidate.guidance_scale is not None:
+        inputs["guidance_scale"] = gr.Slider(1, 20, candidate.guidance_scale, step=0.5, label="Guidance")
     inputs["seed"] = gr.Number(0, label="Seed", info="Equal seeds give equal noise.")
     anew = gr.Button("New seed", size="sm")
     anew.click(lambda: random.randrange(MAX_SEED + 1), None, inputs["seed"], **SILENT)

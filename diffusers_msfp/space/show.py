@@ -13,7 +13,7 @@ from PIL import Image
 from ..errors import ConfigError
 from ..evaluation.compare import psnr_db
 from ..sampling.calls import DEFAULT_PROMPTS
-from .contender import Contender
+from .candidate import Candidate
 from .denoise import Step, side_by_side
 from .markup import adapter_at, adapter_strip, beside, enlarge, figures_table, progress_line
 
@@ -42,14 +42,14 @@ class Frame(NamedTuple):
 
 
 class Show:
-    """Runs of all contenders, as frames of the page.
+    """Runs of all candidates, as frames of the page.
 
     Args:
-        contenders (`list[Contender]`): the reference, if there is one, and the quantized pipeline last.
+        candidates (`list[Candidate]`): the reference, if there is one, and the quantized pipeline last.
     """
 
-    def __init__(self, contenders: list[Contender]) -> None:
-        self.contenders, self.quantized = contenders, contenders[-1]
+    def __init__(self, candidates: list[Candidate]) -> None:
+        self.candidates, self.quantized = candidates, candidates[-1]
         self._run = zero_gpu.GPU(self.steps) if zero_gpu else self.steps
 
     def first_frame(self) -> Frame:
@@ -67,9 +67,9 @@ class Show:
         return end._replace(history=[]) if small else frame._replace(figures=self.figures())
 
     def steps(self, scheduler: str, steps: int, wishes: dict) -> Iterator[tuple[Step, ...]]:
-        """The run of all contenders; on ZeroGPU this is what gets the GPU."""
+        """The run of all candidates; on ZeroGPU this is what gets the GPU."""
         make_call = self.quantized.request(steps=steps, **wishes)
-        pipes = [contender.pipe for contender in self.contenders]
+        pipes = [candidate.pipe for candidate in self.candidates]
         yield from side_by_side(pipes, self.quantized.schedulers[scheduler], make_call)
 
     def frames(self, history: list, scheduler: str, steps: int, wishes: dict) -> Iterator[Frame]:
@@ -77,17 +77,17 @@ class Show:
 
         Args:
             history (`list`): of the frame before.
-            scheduler (`str`): a name in the contender's `schedulers`.
+            scheduler (`str`): a name in the candidate's `schedulers`.
             steps (`int`): denoising steps.
-            wishes (`dict`): the other arguments of `Contender.request`.
+            wishes (`dict`): the other arguments of `Candidate.request`.
 
         Raises:
             ConfigError: wishes that cannot be met.
         """
         if scheduler not in self.quantized.schedulers:
             choices = ", ".join(self.quantized.schedulers)
-            raise ConfigError(f"The scheduler must be one of {choices}, but {scheduler!r} came.")
-        visited, seconds, shown_at = [], [[] for _ in self.contenders], 0.0
+            raise ConfigError(f"The scheduler must be one of {choices}, but got {scheduler!r}.")
+        visited, seconds, shown_at = [], [[] for _ in self.candidates], 0.0
         for turn in self._run(scheduler, steps, wishes):
             now = turn[-1]
             visited.append(now.timestep)
@@ -117,8 +117,8 @@ class Show:
 
     def figures(self, seconds: list[list[float]] = ()) -> str:
         """The table; the first step's time is left out, as it includes reading the prompt."""
-        times = [median(own[1:] or own) for own in seconds] or [None] * len(self.contenders)
-        columns = zip(self.contenders, times, strict=True)
+        times = [median(own[1:] or own) for own in seconds] or [None] * len(self.candidates)
+        columns = zip(self.candidates, times, strict=True)
         return figures_table([(each.name, each.weight_bytes, each.memory_bytes, time) for each, time in columns])
 
 

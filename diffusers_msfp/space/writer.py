@@ -56,14 +56,14 @@ def write_space(
     Returns:
         `list[str]`: names of all files, sorted.
     """
-    places, models = {}, []
-    for name, place in (("model", source), ("reference", reference)):
-        if place is not None and Path(place).is_dir():
-            shutil.copytree(place, folder / name)
-            places[name] = name
+    locations, models = {}, []
+    for name, location in (("model", source), ("reference", reference)):
+        if location is not None and Path(location).is_dir():
+            shutil.copytree(location, folder / name)
+            locations[name] = name
         else:
-            places[name] = place
-            models += [place] if place else []
+            locations[name] = location
+            models += [location] if location else []
     card = SpaceCardData(
         title=title,
         emoji="🪶",
@@ -79,8 +79,8 @@ def write_space(
     texts = {
         "app.py": APP.format(
             title=title,
-            source=places["model"],
-            reference=places["reference"],
+            source=locations["model"],
+            reference=locations["reference"],
             variant=f", variant={variant!r}" if variant else "",
         ),
         "requirements.txt": REQUIREMENTS,

@@ -46,5 +46,5 @@ def test_same_data_same_sample_and_copies_go_on_alike():
 
 
 def test_non_finite_inputs_name_the_layer():
-    with pytest.raises(NonFiniteError, match="The input of layer `mid.conv` must be finite, but infinity came"):
+    with pytest.raises(NonFiniteError, match="The input of layer `mid.conv` must be finite, but got infinity"):
         observe(Observation(), torch.tensor([float("inf")]), "mid.conv")

@@ -132,7 +132,7 @@ def test_finetune(tiny_dir, packed_dir, tmp_path):
         ("tiny", "tiny", [], "must be quantized, but it is not: run `diffusers-msfp quantize` first"),
         ("packed", "packed", [], "must be the full-precision pipeline, but"),
         ("packed", "tiny", ["--minutes", "1", "--train-steps", "1"], "exclude each other"),
-        ("packed", "tiny", ["--placement", "inside"], "one of merged, side, but 'inside' came"),
+        ("packed", "tiny", ["--placement", "inside"], "one of merged, side, but got 'inside'"),
         ("packed", "nowhere", [], "must be a folder, a file or a Hub id"),
     ],
 )

@@ -161,12 +161,12 @@ def test_baselines_are_checkpoints_like_any_other(source, tmp_path, recipe):
     ("recipe", "settings", "message"),
     [
         ("fullest", {}, "Unknown recipe 'fullest'. Known: ptq, tfmq"),
-        ("tfmq", {"talora": {"rank": 4}}, r"must belong to a stage of recipe `tfmq` \(temporal\), but 'talora' came"),
-        ("full", {"talora": {"ranks": 4}}, "A setting of `talora` must be one of num_adapters, .*, but 'ranks' came"),
+        ("tfmq", {"talora": {"rank": 4}}, r"must belong to a stage of recipe `tfmq` \(temporal\), but got 'talora'"),
+        ("full", {"talora": {"ranks": 4}}, "A setting of `talora` must be one of num_adapters, .*, but got 'ranks'"),
         (
             "full",
             {"talora": {"rank": "x"}},
-            "`rank` must be a whole number, but 'x' came",
+            "`rank` must be a whole number, but got 'x'",
         ),
         ("tfmq", {"temporal": {"fsc": "some"}}, "`fsc` must be one of"),
     ],

@@ -314,7 +314,7 @@ def damage(prior: Path, kind: str) -> None:
         ("none", "must hold weights"),
         ("incomplete", "of PriorTransformer must hold `.*weight`, but they do not"),
         ("foreign", "of PriorTransformer must have shape"),
-        ("NaN", "must be finite, but NaN came"),
+        ("NaN", "must be finite, but got NaN"),
     ],
 )
 def test_bad_sources_leave_nothing(kind, message, prior, tmp_path):
@@ -329,7 +329,7 @@ def test_bad_sources_leave_nothing(kind, message, prior, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_shard_size": "5 apples"}, "must be a size like '5GB', but '5 apples' came"),
+        ({"max_shard_size": "5 apples"}, "must be a size like '5GB', but got '5 apples'"),
         ({"components": ["prior"]}, "selects parts of a pipeline, but .* is a single model"),
         ({"modules_to_not_convert": ["zzz"]}, "matches none"),
     ],

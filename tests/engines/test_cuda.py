@@ -165,7 +165,7 @@ def test_refusals_say_why(monkeypatch):
         patch.setattr(cuda, "launch_failure", lambda _device: "Triton fails here")
         assert engine.refusal(layer) == "Triton fails here"
     for capability, reason in ((None, "not on an NVIDIA GPU"), ((7, 5), "8.0 is needed")):
-        monkeypatch.setattr(CudaEngine, "capability", lambda _self, _device, came=capability: came)
+        monkeypatch.setattr(CudaEngine, "capability", lambda _self, _device, actual=capability: actual)
         assert reason in engine.refusal(layer)
 
 
@@ -205,7 +205,7 @@ def test_infinite_inputs_are_refused_by_name(bad):
     layers = [quantized(nn.Linear(8, 4), "w4a4", (2, 8))[0] for _ in range(3)]
     engine = CudaEngine()
     for index, layer in enumerate(layers):
-        layer.place = f"place{index}"
+        layer.module_name = f"place{index}"
         layer.use_engine(engine)
         x = torch.ones(2, 8, device=DEVICE)
         x[1, 3] = bad if index else 0.0

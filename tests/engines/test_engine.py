@@ -124,7 +124,7 @@ def test_infinite_values_are_refused_behind_a_fused_norm(packed_pipe, images):
 def test_what_is_asked_for_must_exist(packed_pipe, unet):
     with pytest.raises(ConfigError, match="Unknown engine 'int4'. Known: .*int8"):
         set_engine(packed_pipe, "int4")
-    with pytest.raises(ConfigError, match="`memory` must be one of fast, low, but 'tiny' came"):
+    with pytest.raises(ConfigError, match="`memory` must be one of fast, low, but got 'tiny'"):
         set_engine(packed_pipe, "auto", memory="tiny")
     with pytest.raises(ConfigError, match="has no quantized layer"):
         set_engine(unet, "auto")

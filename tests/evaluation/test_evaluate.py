@@ -94,12 +94,12 @@ def test_a_pipeline_against_itself(reference):
 
 def test_what_too_few_pictures_do_not_allow_is_named(tiny_pipe):
     result = evaluate_pipelines(tiny_pipe, tiny_pipe, num=4, steps=1, features=RUN["features"])
-    few = "needs 50 pictures in each set for neighbourhoods, but 4 came"
+    few = "needs 50 pictures in each set for neighbourhoods, but got 4"
     assert result["omitted"] == {
-        "candidate_to_reference.spatial_frechet_distance": "needs more than 4 pictures in each set, but 4 came",
+        "candidate_to_reference.spatial_frechet_distance": "needs more than 4 pictures in each set, but got 4",
         "candidate_to_reference.precision": few,
         "candidate_to_reference.recall": few,
-        "candidate_to_reference.ssim": "needs sides of 11 pixels, but (3, 8, 8) came",
+        "candidate_to_reference.ssim": "needs sides of 11 pixels, but got (3, 8, 8)",
     }
     assert list(result["figures"]["candidate_to_reference"]) == ["frechet_distance", "psnr_db"]
     omitted = evaluate_pipelines(tiny_pipe, tiny_pipe, num=4, steps=1, features=f"{__name__}:pooled_features")[
@@ -125,9 +125,9 @@ def test_pictures_that_are_no_numbers(tiny_pipe):
 
 
 def test_bad_requests_are_refused(tiny_pipe, reference, packed_pipe, monkeypatch, real):
-    with pytest.raises(ConfigError, match="`num` must be at least 2, but 1 came"):
+    with pytest.raises(ConfigError, match="`num` must be at least 2, but got 1"):
         evaluate_pipelines(tiny_pipe, tiny_pipe, num=1)
-    with pytest.raises(ConfigError, match=r"pictures of one shape, but \(3, 8, 8\) and \(3, 16, 16\) came"):
+    with pytest.raises(ConfigError, match=r"pictures of one shape, but got \(3, 8, 8\) and \(3, 16, 16\)"):
         evaluate_pipelines(tiny_pipe, reference, **RUN)
     with pytest.raises(UnsupportedError, match="`inception` need the package torch-fidelity"):
         evaluate_pipelines(tiny_pipe, tiny_pipe)

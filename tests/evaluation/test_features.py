@@ -28,7 +28,7 @@ def test_the_fashion_network():
     torch.testing.assert_close(found.pooled[129:], alone.pooled.double(), atol=1e-5, rtol=1e-5)
     assert torch.equal(alone.spatial.view(1, 8, 4, 4).mean((2, 3)), alone.pooled[:, :8])
     torch.testing.assert_close(network.head(alone.pooled), alone.logits)
-    with pytest.raises(ShapeError, match=r"`fashion` need pictures of shape \(1, 32, 32\), but \(3, 8, 8\) came"):
+    with pytest.raises(ShapeError, match=r"`fashion` need pictures of shape \(1, 32, 32\), but got \(3, 8, 8\)"):
         network(torch.rand(2, 3, 8, 8))
 
 

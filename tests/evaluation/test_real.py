@@ -31,9 +31,9 @@ def test_archives(tmp_path):
 @pytest.mark.parametrize(
     ("array", "error", "message"),
     [
-        (np.zeros((2, 24, 24), np.uint8), ShapeError, r"or lack a narrow border, but \(1, 24, 24\) came"),
+        (np.zeros((2, 24, 24), np.uint8), ShapeError, r"or lack a narrow border, but got \(1, 24, 24\)"),
         (np.zeros((2, 36, 36), np.uint8), ShapeError, "Convert them first"),
-        (np.zeros((2, 32, 32, 3), np.uint8), ShapeError, r"\(3, 32, 32\) came"),
+        (np.zeros((2, 32, 32, 3), np.uint8), ShapeError, r"\(3, 32, 32\)"),
         (np.zeros((32, 32), np.uint8), ShapeError, "must have 3 or 4 axes"),
         (np.zeros((0, 32, 32), np.uint8), ShapeError, "and pictures in it"),
         (np.full((2, 32, 32), 2.0), ConfigError, r"must be uint8, or float in \[0, 1\], but it is float64"),

@@ -48,8 +48,8 @@ def test_providers_are_what_their_names_say():
     assert model.dtype == torch.float32
     for name, message in (
         ("fp16", "A provider must be one of fp32, bf16, msfp, w4a4"),
-        ("bf16:cll", "Options of `bf16:cll` may be cl, but 'cll' came"),
-        ("w4a4:hot", "Options of `w4a4` may be .*low.*, but 'hot' came"),
+        ("bf16:cll", "Options of `bf16:cll` may be cl, but got 'cll'"),
+        ("w4a4:hot", "Options of `w4a4` may be .*low.*, but got 'hot'"),
     ):
         with pytest.raises(ConfigError, match=message):
             provide(name, model, call)
@@ -89,7 +89,7 @@ def test_missing_peers_are_refused_or_left_out(monkeypatch):
 
 
 def test_models_whose_inputs_are_unknown_are_refused():
-    with pytest.raises(UnsupportedError, match="but AutoencoderKL came"):
+    with pytest.raises(UnsupportedError, match="but got AutoencoderKL"):
         benchmark(make_vae(), ["fp32"], repeats=2)
 
 

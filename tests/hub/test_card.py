@@ -55,7 +55,7 @@ EVALUATION = {
         "candidate_to_real": {},
         "classifier_score": {"reference": {"value": 3.2, "low": 3.1, "high": 3.3, "bias": 0}},
     },
-    "omitted": {"candidate_to_real.recall": "needs 100 pictures in each set for neighbourhoods, but 16 came"},
+    "omitted": {"candidate_to_real.recall": "needs 100 pictures in each set for neighbourhoods, but got 16"},
     "eps_rel_l2": 0.128,
     "eps_rel_l2_by_timestep": {"950": 0.066, "500": 0.071, "0": 0.56},
     "settings": {"num": 2000, "steps": 20, "seed": 0, "features": "fashion", "scheduler": "DDIMScheduler"},
@@ -183,7 +183,7 @@ def test_results_that_are_none(tmp_path):
     with pytest.raises(ConfigError, match="must be a JSON file"):
         read_results(tmp_path, [tmp_path / "none.json"])
     write(tmp_path / "results" / "a.json", SPEED)
-    with pytest.raises(ConfigError, match="A card takes one speed, but .*a.json and .*b.json came"):
+    with pytest.raises(ConfigError, match="A card takes one speed, but got .*a.json and .*b.json"):
         read_results(tmp_path, [write(tmp_path / "b.json", SPEED)])
 
 

@@ -47,7 +47,7 @@ def test_pickles_are_refused(folder, bomb):
     content = {"a": Bomb()} if bomb else load_file(folder / FILE)
     torch.save(content, folder / "diffusion_pytorch_model.bin")
     (folder / FILE).unlink()
-    with pytest.raises((CheckpointError, OSError), match="safetensors, but .*bin came|Unable to load weights"):
+    with pytest.raises((CheckpointError, OSError), match="safetensors, but got .*bin|Unable to load weights"):
         UNet2DModel.from_pretrained(folder)
 
 
@@ -77,7 +77,7 @@ def test_the_quantizer_itself_refuses_files_from_elsewhere(folder, tmp_path):
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"layers": 5}, "`layers` in config.json must be a list, but int came"),
+        ({"layers": 5}, "`layers` in config.json must be a list, but got int"),
         ({"layers": [[[[[[[[[[[]]]]]]]]]]]}, "at most 8 levels deep"),
         ({"calibration": {"state": "frozen", "last_timestep": "now"}}, "`calibration` in config.json must say"),
         ({"calibration": []}, "`calibration` in config.json must say"),
@@ -115,7 +115,7 @@ def edit(folder: Path, **changes: torch.Tensor | None) -> None:
         (None, "must hold `conv_norm_out.bias`, but it does not"),
         (torch.full((32,), float("nan")), "`conv_norm_out.bias` must be finite"),
         (torch.full((32,), float("inf")), "`conv_norm_out.bias` must be finite"),
-        (torch.zeros(32, dtype=torch.int64), "`conv_norm_out.bias` must hold floats, but torch.int64 came"),
+        (torch.zeros(32, dtype=torch.int64), "`conv_norm_out.bias` must hold floats, but got torch.int64"),
     ],
     ids=["missing", "nan", "infinite", "whole numbers"],
 )
@@ -132,9 +132,9 @@ def check_faithful(folder: Path, model: UNet2DModel, images: torch.Tensor) -> No
     assert state.keys() == stored.keys() or _is_another_model(folder)
     for name, tensor in state.items():
         assert not tensor.is_meta, name
-        came = stored[name]
-        assert torch.equal(tensor, came.to(tensor.dtype)), name
-        assert tensor.dtype == came.dtype or (tensor.is_floating_point() and came.is_floating_point()), name
+        actual = stored[name]
+        assert torch.equal(tensor, actual.to(tensor.dtype)), name
+        assert tensor.dtype == actual.dtype or (tensor.is_floating_point() and actual.is_floating_point()), name
         assert not tensor.is_floating_point() or torch.isfinite(tensor).all(), name
     recorded = {name: group["weight"] for group in record["layers"] for name in group["modules"]}
     layers = {name: m.weight_format.name for name, m in model.named_modules() if isinstance(m, QuantLayer)}

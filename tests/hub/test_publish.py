@@ -106,7 +106,7 @@ def test_revisions_and_pull_requests_leave_main_alone(hub, folder):
     assert report["url"].endswith("/discussions/1")
     assert WEIGHTS in hub.files("user/tiny", "refs/pr/1")
     assert list(hub.files("user/tiny")) == ["a.txt"]
-    with pytest.raises(ConfigError, match="A pull request goes to main, but `revision='w4'` came"):
+    with pytest.raises(ConfigError, match="A pull request goes to main, but got `revision='w4'`"):
         send(hub, folder, create_pr=True, revision="w4")
 
 
@@ -268,7 +268,7 @@ def refuse(folder: Path, reason: str, error: type[MSFPError] = CheckpointError, 
 
 
 def test_arguments_that_make_no_sense(folder, hub):
-    refuse(folder, "`repo` must be a Hub id like `user/name`, but 'tiny' came", ConfigError, repo="tiny")
+    refuse(folder, "`repo` must be a Hub id like `user/name`, but got 'tiny'", ConfigError, repo="tiny")
     refuse(folder, "`base_model` must be a Hub id", ConfigError, base_model="../base")
     refuse(folder, "must name the model that was quantized", ConfigError, base_model=None)
     refuse(

@@ -58,9 +58,9 @@ def test_computes_what_the_oracle_computes(module, shape, activation):
     x = activation(torch.randn(shape) * 2)
     layer = quantized(module, x)
     expected = oracle(layer, module, x)
-    came = layer(x)
-    assert came.shape == expected.shape
-    assert torch.allclose(came.double(), expected, rtol=1e-5, atol=1e-5)
+    actual = layer(x)
+    assert actual.shape == expected.shape
+    assert torch.allclose(actual.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @CASES
@@ -142,10 +142,10 @@ def test_gradients_reach_input_and_bias_only():
 def test_non_finite_values_name_the_layer():
     module = nn.Linear(4, 2)
     layer = quantized(module, torch.randn(3, 4))
-    with pytest.raises(NonFiniteError, match="The input of layer `place` must be finite, but NaN came"):
+    with pytest.raises(NonFiniteError, match="The input of layer `module_name` must be finite, but got NaN"):
         layer(torch.full((1, 4), float("nan")))
     module.weight.data[0, 0] = float("inf")
-    with pytest.raises(NonFiniteError, match="The weight of layer `deep.place` must be finite, but infinity came"):
+    with pytest.raises(NonFiniteError, match="The weight of layer `deep.place` must be finite, but got infinity"):
         QuantLinear.from_float(module, "deep.place", LayerScheme(("fp4_e2m1",)))
 
 

@@ -135,7 +135,7 @@ def test_a_batch_holds_every_sample_once_at_its_own_timestep(teacher):
         seen |= set(zip(range(4), step.timesteps.tolist(), strict=True))
     assert len(seen) == 4 * 5
     assert torch.equal(whole[7].timesteps, Trajectories(teacher, make, 4, seed=3)[7].timesteps)
-    with pytest.raises(ConfigError, match="must be a multiple of the 3 processes, but 4 came"):
+    with pytest.raises(ConfigError, match="must be a multiple of the 3 processes, but got 4"):
         Trajectories(teacher, make, 4, seed=0, world=3)
 
 
@@ -219,8 +219,8 @@ def test_bad_requests_are_refused_before_anything_is_changed(packed_pipe, teache
     ("settings", "message"),
     [
         ({"rank": 0}, "`rank` must be at least 1"),
-        ({"num_adapters": 300}, "at most 256, but 300 came"),
-        ({"placement": "inside"}, "one of merged, side, but 'inside' came"),
+        ({"num_adapters": 300}, "at most 256, but got 300"),
+        ({"placement": "inside"}, "one of merged, side, but got 'inside'"),
         ({"train_steps": 1, "minutes": 1.0}, "exclude each other"),
         ({"minutes": 0.0}, "`minutes` must be above 0"),
         ({"learning_rate": float("nan")}, "`learning_rate` must be finite"),

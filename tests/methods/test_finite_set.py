@@ -57,7 +57,7 @@ def test_features_are_looked_up_and_the_rest_is_computed():
     known.cached = False
     assert recall(500, torch.zeros(1, 5)) == [[9, 9]]
     known.cached = True
-    with pytest.raises(UnsupportedError, match="multiple of as many rows, but 3 came"):
+    with pytest.raises(UnsupportedError, match="multiple of as many rows, but got 3"):
         recall(torch.tensor([0, 500]), torch.zeros(3, 5))
 
 

@@ -246,9 +246,9 @@ def test_labels_and_guidance_are_the_pipeline_s():
 
 def test_bad_input_is_refused(packed_pipe, teacher, tmp_path):
     for settings, message in (
-        ({"granularity": "model"}, "`granularity` must be one of block, layer, but 'model' came"),
-        ({"iterations": 0}, "`iterations` must be at least 1, but 0 came"),
-        ({"penalty": float("nan")}, "`penalty` must be finite and ≥ 0, but nan came"),
+        ({"granularity": "model"}, "`granularity` must be one of block, layer, but got 'model'"),
+        ({"iterations": 0}, "`iterations` must be at least 1, but got 0"),
+        ({"penalty": float("nan")}, "`penalty` must be finite and ≥ 0, but got nan"),
     ):
         with pytest.raises(ConfigError, match=message):
             RoundingConfig(**settings)

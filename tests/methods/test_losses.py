@@ -118,7 +118,7 @@ def test_weights_have_mean_one_a_floor_and_an_exponent():
     for bad in ({}, {0.0: 0.0}, {0.0: float("nan")}):
         with pytest.raises(ConfigError, match="finite and positive"):
             loss_weights(bad)
-    with pytest.raises(ConfigError, match="must be ≥ 0, but -1 and 0.0 came"):
+    with pytest.raises(ConfigError, match="must be ≥ 0, but got -1 and 0.0"):
         loss_weights(factors, exponent=-1)
 
 

@@ -50,7 +50,7 @@ def test_mixed_samples_get_their_own_adapter_in_their_own_rows():
     expected = x * 10 + torch.tensor([2, 2, 0, 0, 2, 2, 1, 1.0])[:, None]
     assert torch.equal(route.apply(function, x, 3), expected)
     assert sorted(calls) == [0, 1, 2]
-    with pytest.raises(UnsupportedError, match="multiple of as many rows, but 6 came"):
+    with pytest.raises(UnsupportedError, match="multiple of as many rows, but got 6"):
         route.apply(function, x[:6], 3)
 
 

@@ -116,9 +116,9 @@ def test_the_exponent_falls_after_the_warm_up():
 
 
 def test_bad_input_is_refused():
-    with pytest.raises(FormatError, match="needs a signed format, but `fp4_ue2m2` came"):
+    with pytest.raises(FormatError, match="needs a signed format, but got `fp4_ue2m2`"):
         SoftRounding(torch.ones(2), QParams("fp4_ue2m2", 1.0))
-    with pytest.raises(NonFiniteError, match="A weight to round must be finite, but NaN came"):
+    with pytest.raises(NonFiniteError, match="A weight to round must be finite, but got NaN"):
         SoftRounding(torch.tensor([float("nan")]), ONE)
     with pytest.raises(ShapeError, match="broadcast"):
         SoftRounding(torch.ones(3, 2), QParams("fp4_e2m1", torch.ones(4, 1)))

@@ -230,7 +230,7 @@ def test_refusals(teacher):
     with pytest.raises(NonFiniteError, match=r"up_blocks\.1\.resnets\.0\.conv_shortcut"):
         split_shortcuts(pipe, broken, SHORT)
     assert equal_state(before, pipe.unet)
-    with pytest.raises(ConfigError, match="full-precision original, but a quantized model came"):
+    with pytest.raises(ConfigError, match="full-precision original, but got a quantized model"):
         split_shortcuts(pipe, quantized(teacher), SHORT)
     adapted = copy.deepcopy(teacher)
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["conv_shortcut"]), adapted.unet)

@@ -29,7 +29,7 @@ def test_is_a_little_endian_bit_stream(bits):
 def test_bad_shapes_are_refused():
     with pytest.raises(ShapeError, match="shape \\(rows, length\\)"):
         pack(torch.zeros(3, dtype=torch.uint8), 4)
-    with pytest.raises(ShapeError, match="below 16 for 4 bits, but 16 came"):
+    with pytest.raises(ShapeError, match="below 16 for 4 bits, but got 16"):
         pack(torch.full((1, 2), 16, dtype=torch.uint8), 4)
     with pytest.raises(ShapeError, match="rows of 2 bytes"):
         unpack(torch.zeros(1, 3, dtype=torch.uint8), 4, 4)

@@ -257,7 +257,7 @@ def test_bad_requests_are_refused(tiny_pipe, packed_pipe):
         calibrate(tiny_pipe)
     with pytest.raises(ConfigError, match="needs a pipeline"):
         calibrate(packed_pipe.unet)
-    with pytest.raises(ConfigError, match="`num_samples` must be at least 1, but 0 came"):
+    with pytest.raises(ConfigError, match="`num_samples` must be at least 1, but got 0"):
         calibrate(packed_pipe, num_samples=0)
     weights_only = quantize_pipeline(copy.deepcopy(tiny_pipe), "w4a16")
     with pytest.raises(ConfigError, match="weights only"):

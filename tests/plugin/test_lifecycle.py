@@ -373,9 +373,9 @@ def test_an_observing_model_compiles_too_and_observes(images):
 @pytest.mark.slow
 def test_compiles_with_inductor(packed_pipe, images):
     expected = run(packed_pipe.unet, images, torch.tensor(10))
-    came = compiled(packed_pipe.unet, "inductor", images)
+    actual = compiled(packed_pipe.unet, "inductor", images)
     # one value on a border flips a whole step, so whole networks agree loosely; layers agree exactly
-    assert (came - expected).norm() < 0.05 * expected.norm()
+    assert (actual - expected).norm() < 0.05 * expected.norm()
 
 
 # ── damaged and foreign checkpoints ──────────────────────────────────────────────────────────────────────────
@@ -406,7 +406,7 @@ def edit_tensor(path: Path, key: str, value: torch.Tensor | None) -> Path:
 
 
 def test_newer_version_is_refused_and_unknown_keys_warn(packed_dir, tmp_path, caplog):
-    with pytest.raises(CheckpointError, match="up to format version 2, but 3 came"):
+    with pytest.raises(CheckpointError, match="up to format version 2, but got 3"):
         load(edit_record(packed_dir, tmp_path, format_version=3))
     with pytest.raises(TypeError, match="surprise"):
         MSFPConfig(surprise=1)
@@ -447,7 +447,7 @@ def test_impossible_records_are_refused(packed_dir, tmp_path, changes, reason):
         ("conv_out.weight", None, "must hold `conv_out.weight`"),
         ("conv_out.weight_scale", torch.full((3,), float("nan")), "must be finite and > 0"),
         ("conv_out.weight_scale", torch.zeros(3), "must be finite and > 0"),
-        ("conv_out.weight_scale", torch.ones(4), "must have shape \\(3,\\), but \\(4,\\) came"),
+        ("conv_out.weight_scale", torch.ones(4), "must have shape \\(3,\\), but got \\(4,\\)"),
         ("conv_out.weight", torch.zeros(3, 1, 1, 5, dtype=torch.uint8), "must have shape"),
         ("conv_out.weight", torch.zeros(3, 1, 1, 288), "must be torch.uint8"),
         ("conv_out.input_zero_point", torch.tensor(1.0), "must be finite and ≤ 0"),

@@ -49,13 +49,13 @@ MALFORMED = [
     ({"layers": [GROUP | {"surprise": 1}]}, "only known keys, but `layers` in config.json has surprise"),
     ({"calibration": {"state": "frozen", "mood": 1}}, "only known keys, but `calibration` in config.json has mood"),
     ({"channel_scales": {"layers": []}}, "`channel_scales.layers`"),
-    ({"adapters": PLAN | {"reads": "minds"}}, "`reads` must be one of float, codes, but 'minds' came"),
+    ({"adapters": PLAN | {"reads": "minds"}}, "`reads` must be one of float, codes, but got 'minds'"),
     ({"surprise": 1}, "only known keys, but `quantization_config` in config.json has surprise"),
     ({"digest": 5}, "`digest` in config.json is malformed"),
     ({"digest": DIGEST | {"groups": [{"tensors": ["weight"], "modules": {"a": "01234567"}}]}}, "is malformed"),
     ({"digest": DIGEST | {"groups": [{"tensors": ["weight:uint8"], "modules": {"a": "0123"}}]}}, "is malformed"),
     ({"digest": DIGEST | {"more": 1}}, "is malformed"),
-    ({"format_version": 3}, "up to format version 2, but 3 came"),
+    ({"format_version": 3}, "up to format version 2, but got 3"),
 ]
 
 

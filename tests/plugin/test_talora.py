@@ -228,7 +228,7 @@ def damaged(folder, change) -> None:
     ("change", "message"),
     [
         (lambda t: t.pop("timestep_router.table"), "must hold `timestep_router.table`"),
-        (lambda t: t["timestep_router.table"].fill_(2), "must name adapters below 2, but 2 came"),
+        (lambda t: t["timestep_router.table"].fill_(2), "must name adapters below 2, but got 2"),
         (lambda t: t.update({"timestep_router.table": torch.zeros(1, 3, dtype=torch.uint8)}), "must have shape"),
         (lambda t: t["conv_in.adapters.up"].fill_(float("nan")), "`conv_in.adapters.up` must be finite"),
         (lambda t: t.pop("conv_in.adapters.down"), "must hold `conv_in.adapters.down`"),
@@ -284,7 +284,7 @@ def test_disable_scale_and_unload_fall_back_to_the_base(side, packed_pipe, image
     assert plan_of(side.unet) is None
     with pytest.raises(ConfigError, match="it has none: load them with `load_talora`"):
         side.disable_talora()
-    with pytest.raises(ConfigError, match="must be a finite number, but nan came"):
+    with pytest.raises(ConfigError, match="must be a finite number, but got nan"):
         side.set_talora_scale(float("nan"))
 
 
@@ -345,7 +345,7 @@ def test_adapters_for_another_base_are_refused_and_change_nothing(side, tmp_path
     ("change", "error", "message"),
     [
         (lambda t: t.pop("timestep_router.table"), CheckpointError, "must hold the router's table"),
-        (lambda t: t["timestep_router.table"].fill_(9), CheckpointError, "below 2, but 9 came"),
+        (lambda t: t["timestep_router.table"].fill_(9), CheckpointError, "below 2, but got 9"),
         (lambda t: t["conv_in.adapters.up"].fill_(float("inf")), CheckpointError, "must be finite"),
         (lambda t: t.pop("conv_in.adapters.up"), CheckpointError, "`up`, but it is missing"),
         (lambda t: t.update({"conv_in.adapters.up": torch.zeros(2, 32, 9).half()}), ShapeError, r"\(rank 1\), but"),
@@ -414,7 +414,7 @@ def test_saving_never_names_a_class_that_plain_diffusers_cannot_open(side, tmp_p
         assert type(DiffusionPipeline.from_pretrained(tmp_path / name)) is DDPMPipeline
     assert type(side).__name__ == "DDPMPipeline"
     assert MSFPPipelineMixin.attach(side) is side
-    with pytest.raises(ConfigError, match="attaches to pipelines, but dict came"):
+    with pytest.raises(ConfigError, match="attaches to pipelines, but got dict"):
         MSFPPipelineMixin.attach({})
 
 
@@ -574,9 +574,9 @@ def test_foreign_loras_are_refused_and_change_nothing(side, tmp_path):
         import_adapter(side.unet, 0, tmp_path)
     with pytest.raises(CheckpointError, match="holds neither"):
         import_adapter(side.unet, 0, tmp_path / "nothing")
-    with pytest.raises(ConfigError, match="`adapter` must lie in 0 … 1, but 2 came"):
+    with pytest.raises(ConfigError, match="`adapter` must lie in 0 … 1, but got 2"):
         import_adapter(side.unet, 2, tmp_path)
-    with pytest.raises(ConfigError, match="`format` must be one of peft, diffusers, but 'kohya' came"):
+    with pytest.raises(ConfigError, match="`format` must be one of peft, diffusers, but got 'kohya'"):
         export_adapter(side.unet, 0, tmp_path, "kohya")
     assert equal_state(state, side.unet)
 

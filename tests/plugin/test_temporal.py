@@ -29,7 +29,7 @@ from diffusers_msfp.methods.temporal import BlockLayer, TemporalBlock
 from diffusers_msfp.methods.temporal.attach import plan_of
 from diffusers_msfp.methods.temporal.features import temporal_features
 from diffusers_msfp.methods.temporal.maintain import choose_cached
-from diffusers_msfp.methods.temporal.reconstruct import cell_timesteps
+from diffusers_msfp.methods.temporal.reconstruct import neighbourhoods
 from diffusers_msfp.numerics import Codes
 
 SET = (800, 600, 400, 200, 0)
@@ -375,6 +375,6 @@ def test_a_layer_that_others_read_is_stored_only_if_all_of_them_are():
 
 
 def test_entries_stand_for_the_timesteps_nearest_to_them():
-    cells = cell_timesteps(torch.tensor([0.0, 10, 21])).tolist()
+    cells = neighbourhoods(torch.tensor([0.0, 10, 21])).tolist()
     assert cells == [[0, 0, 0, 2, 5], [10, 8, 5, 13, 16], [21, 18, 16, 21, 21]]
-    assert cell_timesteps(torch.tensor([0.0, 0.5])).tolist()[0] == [0, 0, 0, 0.125, 0.25]
+    assert neighbourhoods(torch.tensor([0.0, 0.5])).tolist()[0] == [0, 0, 0, 0.125, 0.25]

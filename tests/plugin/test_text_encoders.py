@@ -122,7 +122,7 @@ def test_alone_through_transformers(packed_dir, float_dir):
         assert torch.equal(layer.weight_scale, exact.weight_scale)
         assert layer.weight_scale.dtype == torch.float32
     assert error(half, model) < 0.05
-    with pytest.raises(MSFPError, match="was loaded as torch.float32, but torch.float16 came"):
+    with pytest.raises(MSFPError, match="was loaded as torch.float32, but got torch.float16"):
         model.to(torch.float16)
 
 
@@ -179,7 +179,7 @@ DAMAGES = {
     "weight missing": ({"fc1.weight": None}, "must hold `encoder.layers.0.mlp.fc1.weight`"),
     "bias missing": ({"fc1.bias": None}, "must hold `encoder.layers.0.mlp.fc1.bias`"),
     "scale not finite": ({"fc1.weight_scale": torch.full((32,), torch.nan)}, "must be finite and > 0"),
-    "float weight": ({"fc1.weight": torch.zeros(32, 1, 8)}, "must be torch.uint8, but torch.float32 came"),
+    "float weight": ({"fc1.weight": torch.zeros(32, 1, 8)}, "must be torch.uint8, but got torch.float32"),
 }
 
 

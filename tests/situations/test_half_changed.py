@@ -124,7 +124,7 @@ def test_vae_without_upcast():
         ({"num_samples": 0}, "`num_samples` must be at least 1"),
         ({"num_inference_steps": 0}, "`num_inference_steps` must be at least 1"),
         ({"prompts": []}, "non-empty list of strings"),
-        ({"colour": "red"}, "among those of StableDiffusionImg2ImgPipeline, but `colour` came"),
+        ({"colour": "red"}, "among those of StableDiffusionImg2ImgPipeline, but got `colour`"),
         ({"prompt": "a fox"}, r"prompts are given as `prompts=\[…\]`"),
         ({"image": picture().repeat(3, 1, 1, 1), "num_samples": 4}, "a batch of 4 fails in its first step"),
         ({"image": picture().repeat(16, 1, 1, 1), "num_samples": 18}, "a batch of 2 fails in its first step"),

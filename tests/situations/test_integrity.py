@@ -285,7 +285,7 @@ OTHERS = {
     "other formats of inputs": (lambda _: frozen("w4a4", 40.0), "must have this model's formats"),
     "other formats of weights": (lambda _: frozen("w6a6"), "must have this model's formats"),
     "observing": (lambda _: observed("w4a4"), "must have this model's formats .*input observing"),
-    "banks": (lambda pipe: merged(pipe, "merged"), "came: other banks, sets or sizes"),
+    "banks": (lambda pipe: merged(pipe, "merged"), ": other banks, sets or sizes"),
     "adapters": (lambda pipe: merged(pipe, "side"), "the state has `.*adapters.* and the model has not"),
     "sets and features by timestep": (maintained, "on one side alone|other banks, sets or sizes"),
     "split layers": (split, "not its state, or split differently"),
@@ -459,7 +459,7 @@ def change_record(folder: Path, **changes) -> None:
 
 REFUSALS = {
     "damaged": (break_scale, "All variants must have the same `conv_in.weight_scale`"),
-    "newer": (lambda folder: change_record(folder, format_version=3), "up to format version 2, but 3 came"),
+    "newer": (lambda folder: change_record(folder, format_version=3), "up to format version 2, but got 3"),
     "no record": (lambda folder: change_record(folder, layers=None), "must have `layers`"),
     "links": (lambda folder: (folder / "link").symlink_to(folder / "model_index.json"), "but .*link is a link"),
     "not quantized": (

@@ -181,7 +181,7 @@ def test_finetune():
     [
         ({"generator": torch.Generator()}, "`generator` cannot be passed on.*follows `seed`"),
         ({"batch_size": 3}, "`batch_size` cannot be passed on"),
-        ({"colour": "red"}, "must be among those of DDPMPipeline, but `colour` came"),
+        ({"colour": "red"}, "must be among those of DDPMPipeline, but got `colour`"),
     ],
 )
 @pytest.mark.situation("arguments that would undo the seed or the number of samples", "refused")

@@ -46,7 +46,7 @@ def test_integers_are_not_taken_for_codes(packed_pipe, dtype, engine):
     set_engine(packed_pipe, engine)
     for kind, shape in ((nn.Linear, lambda m: (2, m.in_features)), (nn.Conv2d, lambda m: (2, m.in_channels, 4, 4))):
         layer = first_layer(packed_pipe.unet, kind)
-        with pytest.raises(UnsupportedError, match=f"reads floating-point inputs, but {dtype} came. Cast the input"):
+        with pytest.raises(UnsupportedError, match=f"reads floating-point inputs, but got {dtype}. Cast the input"):
             layer(torch.ones(shape(layer)).to(dtype))
 
 

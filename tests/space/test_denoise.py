@@ -10,7 +10,7 @@ from conftest import make_condition_unet, make_dit_pipe, make_unet, make_vae
 from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, StableDiffusionPipeline
 
 from diffusers_msfp.errors import ConfigError
-from diffusers_msfp.space.contender import SOLVERS, Contender, require_comparable
+from diffusers_msfp.space.candidate import SOLVERS, Candidate, require_comparable
 from diffusers_msfp.space.denoise import denoise, side_by_side
 
 
@@ -92,17 +92,17 @@ def test_errors_of_a_pipeline_reach_the_visitor(packed_pipe):
 
 def test_latents_are_decoded_a_few_times():
     pipe = make_dit_pipe()
-    contender = Contender(pipe)
-    make_call = contender.request(seed=1, steps=12, class_label=7, guidance_scale=2.0)
+    candidate = Candidate(pipe)
+    make_call = candidate.request(seed=1, steps=12, class_label=7, guidance_scale=2.0)
     steps = list(denoise(pipe, DPMSolverMultistepScheduler, make_call()))
     shown = [step.index for step in steps if step.picture is not None]
     assert shown == [3, 6, 9, 12]
     assert {step.picture.shape for step in steps if step.picture is not None} == {steps[-1].picture.shape}
-    assert not contender.draws_small
+    assert not candidate.draws_small
 
 
 def test_inputs_are_what_the_pipeline_takes(tiny_pipe, packed_pipe):
-    plain, by_class, by_text = Contender(tiny_pipe), Contender(make_dit_pipe()), Contender(text_pipe())
+    plain, by_class, by_text = Candidate(tiny_pipe), Candidate(make_dit_pipe()), Candidate(text_pipe())
     assert (plain.classes, plain.guidance_scale, "prompt" in plain.parameters) == ([], None, False)
     assert list(plain.schedulers) == ["DDIM", "DPM-Solver++", "UniPC"]
     assert plain.draws_small
@@ -113,37 +113,37 @@ def test_inputs_are_what_the_pipeline_takes(tiny_pipe, packed_pipe):
     assert (made["prompt"], made["negative_prompt"], made["guidance_scale"]) == (["a fox"], ["rain"], 5.0)
     assert made["generator"].initial_seed() == 3
     assert by_class.request(seed=3, steps=2, class_label=5)()["class_labels"] == [5]
-    assert (plain.name, Contender(packed_pipe).name) == ("float32", "w4a4")
-    assert plain.weight_bytes > 3 * Contender(packed_pipe).weight_bytes
+    assert (plain.name, Candidate(packed_pipe).name) == ("float32", "w4a4")
+    assert plain.weight_bytes > 3 * Candidate(packed_pipe).weight_bytes
 
 
 def test_named_classes_are_listed_by_name():
     pipe = make_dit_pipe()
     pipe.labels = {"zebra": 340, "ant": 310}
-    assert Contender(pipe).classes == [("ant", 310), ("zebra", 340)]
+    assert Candidate(pipe).classes == [("ant", 310), ("zebra", 340)]
 
 
 @pytest.mark.parametrize(
     ("make", "wishes", "message"),
     [
-        (None, {"seed": -1}, "seed must be a whole number from 0 to 4294967295, but -1 came"),
+        (None, {"seed": -1}, "seed must be a whole number from 0 to 4294967295, but got -1"),
         (None, {"seed": 1.5}, "seed must be a whole number"),
-        (None, {"seed": None}, "seed must be a whole number from 0 to 4294967295, but None came"),
+        (None, {"seed": None}, "seed must be a whole number from 0 to 4294967295, but got None"),
         (None, {"seed": 2**32}, "seed must be a whole number"),
-        (None, {"steps": 0}, "`steps` must be at least 1, but 0 came"),
-        (make_dit_pipe, {"class_label": 1000}, "class must be one of the list, but 1000 came"),
-        (make_dit_pipe, {}, "class must be one of the list, but None came"),
+        (None, {"steps": 0}, "`steps` must be at least 1, but got 0"),
+        (make_dit_pipe, {"class_label": 1000}, "class must be one of the list, but got 1000"),
+        (make_dit_pipe, {}, "class must be one of the list, but got None"),
         (text_pipe, {"prompt": " "}, "prompt must say what to draw, but it is empty"),
     ],
 )
 def test_wishes_that_cannot_be_met(tiny_pipe, make, wishes, message):
-    contender = Contender(make() if make else tiny_pipe)
+    candidate = Candidate(make() if make else tiny_pipe)
     with pytest.raises(ConfigError, match=message):
-        contender.request(**{"seed": 0, "steps": 2} | wishes)
+        candidate.request(**{"seed": 0, "steps": 2} | wishes)
 
 
 def test_only_like_is_compared_with_like(tiny_pipe):
     other = DDPMPipeline(make_unet(in_channels=1, out_channels=1), DDPMScheduler())
-    require_comparable(Contender(tiny_pipe), Contender(tiny_pipe))
-    with pytest.raises(ConfigError, match="must be a DDPMPipeline with 3 channels at 8.* with 1 channels at 8 came"):
-        require_comparable(Contender(tiny_pipe), Contender(other))
+    require_comparable(Candidate(tiny_pipe), Candidate(tiny_pipe))
+    with pytest.raises(ConfigError, match="must be a DDPMPipeline with 3 channels at 8.* with 1 channels at 8"):
+        require_comparable(Candidate(tiny_pipe), Candidate(other))

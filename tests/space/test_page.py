@@ -21,15 +21,15 @@ from diffusers_msfp import FinetuneConfig, cli, finetune, quantize_pipeline
 from diffusers_msfp.cli.app import main
 from diffusers_msfp.cli.space import base_of, open_page
 from diffusers_msfp.errors import ConfigError
-from diffusers_msfp.space import Contender, build_page, launch, markup, page
+from diffusers_msfp.space import Candidate, build_page, launch, markup, page
 from diffusers_msfp.space.show import Show
 from diffusers_msfp.space.writer import GRADIO
 
 
 @pytest.fixture
-def adapted(packed_pipe, tiny_pipe) -> Contender:
+def adapted(packed_pipe, tiny_pipe) -> Candidate:
     finetune(packed_pipe, tiny_pipe, FinetuneConfig(train_steps=1, num_inference_steps=3, batch_size=2, rank=2))
-    return Contender(packed_pipe)
+    return Candidate(packed_pipe)
 
 
 def components(built: gr.Blocks, kind: type) -> dict:
@@ -39,7 +39,7 @@ def components(built: gr.Blocks, kind: type) -> dict:
 
 def test_a_run_is_shown_until_its_result(adapted, tiny_pipe, monkeypatch):
     monkeypatch.setattr("diffusers_msfp.space.show.SECONDS_BETWEEN_PICTURES", 0)
-    show = Show([Contender(tiny_pipe), adapted])
+    show = Show([Candidate(tiny_pipe), adapted])
     frames = list(show.frames([], "DDIM", 4, {"seed": 7}))
     assert len(frames) == 4
     for index, frame in enumerate(frames[:-1]):
@@ -61,7 +61,7 @@ def test_a_run_is_shown_until_its_result(adapted, tiny_pipe, monkeypatch):
 
 
 def test_one_alone_has_one_picture(packed_pipe):
-    *_, end = Show([Contender(packed_pipe)]).frames([], "DDIM", 2, {"seed": 0})
+    *_, end = Show([Candidate(packed_pipe)]).frames([], "DDIM", 2, {"seed": 0})
     assert end.pictures.size == (512, 512)
     assert end.strip == ""
     assert "less" not in end.figures
@@ -69,17 +69,17 @@ def test_one_alone_has_one_picture(packed_pipe):
 
 
 def test_first_frame(packed_pipe):
-    show = Show([Contender(packed_pipe)])
+    show = Show([Candidate(packed_pipe)])
     assert show.first_frame().pictures.size == (512, 512)
     assert show.first_frame().history == []
-    large = Show([Contender(make_dit_pipe())]).first_frame()
+    large = Show([Candidate(make_dit_pipe())]).first_frame()
     assert large.pictures is None
     assert "Generate" in large.progress
 
 
 def test_unknown_scheduler(packed_pipe):
-    with pytest.raises(ConfigError, match="must be one of DDIM, DPM-Solver\\+\\+, UniPC, but 'Euler' came"):
-        next(Show([Contender(packed_pipe)]).frames([], "Euler", 2, {"seed": 0}))
+    with pytest.raises(ConfigError, match="must be one of DDIM, DPM-Solver\\+\\+, UniPC, but got 'Euler'"):
+        next(Show([Candidate(packed_pipe)]).frames([], "Euler", 2, {"seed": 0}))
 
 
 def test_pictures_are_enlarged_by_whole_pixels():
@@ -115,12 +115,12 @@ def test_figures():
 
 
 def test_the_page_has_only_what_the_pipeline_takes(packed_pipe, tiny_pipe):
-    plain = build_page("Tiny", Contender(packed_pipe), Contender(tiny_pipe))
+    plain = build_page("Tiny", Candidate(packed_pipe), Candidate(tiny_pipe))
     assert set(components(plain, gr.Slider)) == {"Steps", "Line between the two"}
     assert set(components(plain, gr.Dropdown)) == {"Scheduler"}
     assert not components(plain, gr.Textbox)
     assert len(components(plain, gr.ImageSlider)) == 1
-    by_class = build_page("Classes", Contender(make_dit_pipe()))
+    by_class = build_page("Classes", Candidate(make_dit_pipe()))
     assert set(components(by_class, gr.Slider)) == {"Steps", "Guidance"}
     assert set(components(by_class, gr.Dropdown)) == {"Class", "Scheduler"}
     assert not components(by_class, gr.ImageSlider)
@@ -138,7 +138,7 @@ def test_served_and_called(packed_dir, tiny_dir, tmp_path):
         assert "Done: 3 steps" in job.outputs()[-1][1]
         port = int(served.local_url.rstrip("/").rpartition(":")[2])
         with pytest.raises(ConfigError, match=f"needs a free port, but {port} is in use. Choose another: `--port N`"):
-            launch(build_page("Second", Contender(make_dit_pipe())), port)
+            launch(build_page("Second", Candidate(make_dit_pipe())), port)
     finally:
         served.close(verbose=False)
 
@@ -180,7 +180,7 @@ def test_zero_gpu_decorates_the_run(packed_pipe, monkeypatch):
             return function
 
     monkeypatch.setattr("diffusers_msfp.space.show.zero_gpu", Spaces)
-    show = Show([Contender(packed_pipe)])
+    show = Show([Candidate(packed_pipe)])
     assert Spaces.decorated == ["steps"]
     assert show.first_frame().pictures is None
     assert len(list(show.frames([], "DDIM", 2, {"seed": 0}))) >= 1

@@ -48,8 +48,8 @@ def publish(
     )
     if as_json:
         return print_json(result)
-    for place, size in sorted(result["files"].items()):
-        stdout.print(f"{megabytes(size):>12}  {place}", soft_wrap=True, highlight=False, markup=False)
+    for location, size in sorted(result["files"].items()):
+        stdout.print(f"{megabytes(size):>12}  {location}", soft_wrap=True, highlight=False, markup=False)
     for title in ("left_out", "removed"):
         if result.get(title):
             stderr.print(f"[yellow]{title.replace('_', ' ')}:[/] {', '.join(result[title])}", soft_wrap=True)

@@ -40,14 +40,14 @@ def quantize(
     for item in override or ():
         pattern, equals, name = item.rpartition("=")
         if not equals or not pattern:
-            raise MSFPError(f"`--override` must read PATTERN=SCHEME, but {item!r} came.")
+            raise MSFPError(f"`--override` must read PATTERN=SCHEME, but got {item!r}.")
         overrides[pattern] = name
     settings: dict[str, dict] = {}
     for item in setting or ():
-        place, equals, value = item.partition("=")
-        stage, dot, name = place.partition(".")
+        location, equals, value = item.partition("=")
+        stage, dot, name = location.partition(".")
         if not (equals and dot and name):
-            raise MSFPError(f"`--set` must read STAGE.NAME=VALUE, but {item!r} came.")
+            raise MSFPError(f"`--set` must read STAGE.NAME=VALUE, but got {item!r}.")
         settings.setdefault(stage, {})[name] = parse_value(value)
     result = cli.quantize(
         source,

@@ -21,11 +21,11 @@ def limits(capability: tuple[int, int]) -> dict[str, str]:
 
     Kernels are `int_mm` (linears by `gemm`), `triton` (everything written in Triton) and `fp4`.
     """
-    came = ".".join(map(str, capability))
+    actual = ".".join(map(str, capability))
     reasons = {"fp4": _NO_FP4}
     for kernel, ((major, minor), why) in _NEEDS.items():
         if capability < (major, minor):
-            reasons[kernel] = f"compute capability {major}.{minor} is needed ({why}), but this is {came}"
+            reasons[kernel] = f"compute capability {major}.{minor} is needed ({why}), but this is {actual}"
     return {kernel: reasons.get(kernel, "") for kernel in _NEEDS}
 
 

@@ -55,12 +55,10 @@ class RoundingConfig:
         counts = ("num_samples", "num_inference_steps", "iterations", "batch_size", "patience", "memory_mb")
         require_positive(**{name: getattr(self, name) for name in counts})
         if self.granularity not in GRANULARITIES:
-            raise ConfigError(
-                f"`granularity` must be one of {', '.join(GRANULARITIES)}, but {self.granularity!r} came."
-            )
+            raise ConfigError(f"`granularity` must be one of {', '.join(GRANULARITIES)}, but got {self.granularity!r}.")
         for name in ("learning_rate", "penalty"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"`{name}` must be finite and ≥ 0, but {getattr(self, name)} came.")
+                raise ConfigError(f"`{name}` must be finite and ≥ 0, but got {getattr(self, name)}.")
 
     def to_dict(self) -> dict:
         """In types that JSON knows."""

@@ -162,7 +162,7 @@ class Reconstructor:
         finally:
             part.close()
         if not all(torch.isfinite(torch.tensor([start, least]))):
-            raise NonFiniteError(f"The outputs of `{name}` must be finite, but NaN or infinity came.")
+            raise NonFiniteError(f"The outputs of `{name}` must be finite, but got NaN or infinity.")
         counts = {"layers": len(inner), "examples": len(examples), "iterations": done}
         return best, {"part": name, **counts, "before": start, "after": least}
 

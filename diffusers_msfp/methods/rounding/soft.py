@@ -46,7 +46,7 @@ class SoftRounding(nn.Module):
     def __init__(self, weight: Tensor, qparams: QParams, *, scale_aware: bool = True) -> None:
         super().__init__()
         if not qparams.format.signed:
-            raise FormatError(f"Learned rounding needs a signed format, but `{qparams.format}` came.")
+            raise FormatError(f"Learned rounding needs a signed format, but got `{qparams.format}`.")
         check_finite(weight, "A weight to round")
         check_broadcast(weight, qparams)
         weight = weight.detach().to(torch.float32)

@@ -174,9 +174,9 @@ class _Concatenations(TorchFunctionMode):
 def _quantized(original: nn.Module, layer: QuantLayer, sizes: Sequence[int]) -> SplitLayer:
     """The layer in quantized parts; parts observe if the layer's input is quantized."""
     scheme = layer.scheme if layer.input_format is not None else LayerScheme(layer.scheme.weight)
-    split = split_layer(original, sizes, layer.place)
+    split = split_layer(original, sizes, layer.module_name)
     for index, part in enumerate(list(split.children())):
-        quantized = QUANT_LAYERS[type(part)].from_float(part, f"{layer.place}.{index}", scheme)
+        quantized = QUANT_LAYERS[type(part)].from_float(part, f"{layer.module_name}.{index}", scheme)
         quantized.bias = layer.bias if index == 0 else None
         quantized.use_engine(layer.engine)
         split.add_module(str(index), quantized.to(layer.packed_weight.device))
@@ -189,7 +189,7 @@ def _observe(teacher, split: Mapping[str, SplitLayer], calls: list[dict]) -> Non
     def look(name: str, args: tuple) -> None:
         for part, piece in zip(split[name].children(), split[name].pieces(args[0]), strict=True):
             if part.observing:
-                observe(part.observation, piece, part.place)
+                observe(part.observation, piece, part.module_name)
 
     layers = {name: denoiser_of(teacher).get_submodule(name) for name in split}
     with quiet(teacher), torch.no_grad(), watching_calls(layers, look):

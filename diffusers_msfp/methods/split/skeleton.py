@@ -20,7 +20,7 @@ def read_split(record: object) -> Split:
         CheckpointError: it is none.
     """
     if not isinstance(record, Mapping):
-        raise CheckpointError(f"`split` in config.json must map layers to sizes, but {record!r} came: damaged file.")
+        raise CheckpointError(f"`split` in config.json must map layers to sizes, but got {record!r}: damaged file.")
     return dict(record)
 
 

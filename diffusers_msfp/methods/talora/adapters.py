@@ -125,7 +125,7 @@ class AdapterBank(StatefulModule):
             hidden = hidden * gate.view(*gate.shape, *[1] * (hidden.ndim - 2))
         return torch.einsum("or,br...->bo...", up, hidden)
 
-    def check_values(self, place: str) -> None:
+    def check_values(self, module_name: str) -> None:
         """Refuse values that no training could have written.
 
         Raises:
@@ -135,6 +135,6 @@ class AdapterBank(StatefulModule):
             bad = not torch.isfinite(tensor).all() or (name == "input_scale" and (tensor <= 0).any())
             if bad or (name == "input_zero_point" and (tensor > 0).any()):
                 raise CheckpointError(
-                    f"`{place}.adapters.{name}` must be finite (a scale > 0, a zero point ≤ 0), but it is not: damaged "
-                    f"file."
+                    f"`{module_name}.adapters.{name}` must be finite (a scale > 0, a zero point ≤ 0), but it is not: "
+                    f"damaged file."
                 )

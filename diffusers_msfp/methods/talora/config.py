@@ -81,22 +81,22 @@ class FinetuneConfig:
         counts = ("num_adapters", "rank", "num_inference_steps", "batch_size", "gradient_accumulation_steps")
         require_positive(**{name: getattr(self, name) for name in (*counts, "checkpoint_every")})
         if self.train_steps is not None and self.minutes is not None:
-            raise ConfigError("`train_steps` and `minutes` exclude each other, but both came.")
+            raise ConfigError("`train_steps` and `minutes` exclude each other, but got both.")
         if self.train_steps is not None:
             require_positive(train_steps=self.train_steps)
         if self.minutes is not None and not self.minutes > 0:
-            raise ConfigError(f"`minutes` must be above 0, but {self.minutes} came.")
+            raise ConfigError(f"`minutes` must be above 0, but got {self.minutes}.")
         if self.num_adapters > MAX_ADAPTERS:
-            raise ConfigError(f"`num_adapters` must be at most {MAX_ADAPTERS}, but {self.num_adapters} came.")
+            raise ConfigError(f"`num_adapters` must be at most {MAX_ADAPTERS}, but got {self.num_adapters}.")
         for name, choices in (("placement", PLACEMENTS), ("mixed_precision", ("no", "bf16"))):
             if getattr(self, name) not in choices:
-                raise ConfigError(f"`{name}` must be one of {', '.join(choices)}, but {getattr(self, name)!r} came.")
+                raise ConfigError(f"`{name}` must be one of {', '.join(choices)}, but got {getattr(self, name)!r}.")
         rates = ("learning_rate", "activation_learning_rate", "router_learning_rate", "weight_decay", "balance")
         for name in (*rates, "exploration", "denoising_factor_exponent", "denoising_factor_floor", "preview_every"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"`{name}` must be finite and ≥ 0, but {getattr(self, name)} came.")
+                raise ConfigError(f"`{name}` must be finite and ≥ 0, but got {getattr(self, name)}.")
         if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"`ema_decay` must lie in [0, 1), but {self.ema_decay} came.")
+            raise ConfigError(f"`ema_decay` must lie in [0, 1), but got {self.ema_decay}.")
 
     def to_dict(self) -> dict:
         """In types that JSON knows."""

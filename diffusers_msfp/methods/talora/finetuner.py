@@ -151,7 +151,7 @@ class Finetuner:
         errors = self.student.errors_by_timestep(self.trajectories[number] for number in range(steps))
         sums = self.accelerator.reduce(torch.tensor(list(errors.values()), device=self.accelerator.device), "sum")
         if not torch.isfinite(sums).all():
-            raise NonFiniteError("The teacher's and the student's outputs must be finite, but NaN or infinity came.")
+            raise NonFiniteError("The teacher's and the student's outputs must be finite, but got NaN or infinity.")
         means = (sums[:, 0] / sums[:, 1].clamp_min(1)).tolist()
         return {timestep: (self._weight(timestep) * mean) ** 0.5 for timestep, mean in zip(errors, means, strict=True)}
 
@@ -207,7 +207,7 @@ class Finetuner:
         loss = self.accelerator.gather(torch.stack(losses).mean()[None]).mean().item()
         if not np.isfinite(loss):
             raise NonFiniteError(
-                f"The loss must be finite, but {loss} came at update {progress.update}. Lower the learning rates; the "
+                f"The loss must be finite, but got {loss} at update {progress.update}. Lower the learning rates; the "
                 f"quantized model is as it was."
             )
         progress.update += 1

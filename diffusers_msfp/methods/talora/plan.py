@@ -44,17 +44,17 @@ class AdapterPlan:
     def __post_init__(self) -> None:
         problem, patterns = None, self.router_groups
         if not isinstance(patterns, list | tuple) or not all(isinstance(pattern, str) for pattern in patterns):
-            problem = f"`router_groups` must be a list of patterns, but {patterns!r} came"
+            problem = f"`router_groups` must be a list of patterns, but got {patterns!r}"
         elif self.placement not in PLACEMENTS:
-            problem = f"`placement` must be one of {', '.join(PLACEMENTS)}, but {self.placement!r} came"
+            problem = f"`placement` must be one of {', '.join(PLACEMENTS)}, but got {self.placement!r}"
         elif not _whole(self.num_adapters) or self.num_adapters > MAX_ADAPTERS:
-            problem = f"`num_adapters` must lie in 1 … {MAX_ADAPTERS}, but {self.num_adapters!r} came"
+            problem = f"`num_adapters` must lie in 1 … {MAX_ADAPTERS}, but got {self.num_adapters!r}"
         elif not _whole(self.num_timesteps) or self.num_timesteps > 2**20:
-            problem = f"`num_timesteps` must lie in 1 … {2**20}, but {self.num_timesteps!r} came"
+            problem = f"`num_timesteps` must lie in 1 … {2**20}, but got {self.num_timesteps!r}"
         elif not (isinstance(self.ranks, Mapping) and all(_is_rank_entry(*item) for item in self.ranks.items())):
             problem = "`ranks` must map ranks to lists of layer names, but it does not"
         elif self.reads not in READS:
-            problem = f"`reads` must be one of {', '.join(READS)}, but {self.reads!r} came"
+            problem = f"`reads` must be one of {', '.join(READS)}, but got {self.reads!r}"
         elif self.reads == "codes":
             raise CheckpointError(
                 "This package cannot execute `adapters` that read codes: it needs a newer package: `pip install -U "

@@ -23,7 +23,7 @@ class RoutingTable(ByTimestep, nn.Module):
         CheckpointError: a table of another shape or dtype, or one that names an adapter that does not exist.
     """
 
-    place = ROUTER
+    module_name = ROUTER
 
     def __init__(self, table: Tensor, num_adapters: int) -> None:
         super().__init__()
@@ -37,12 +37,12 @@ class RoutingTable(ByTimestep, nn.Module):
         table = self.table
         if table.dtype != torch.uint8 or table.ndim != 2 or not table.numel():
             raise CheckpointError(
-                f"A router's table must be uint8 of shape (groups, timesteps), but {table.dtype} of shape "
-                f"{tuple(table.shape)} came: damaged file."
+                f"A router's table must be uint8 of shape (groups, timesteps), but got {table.dtype} of shape "
+                f"{tuple(table.shape)}: damaged file."
             )
         if not table.is_meta and int(table.max()) >= self.num_adapters:
             raise CheckpointError(
-                f"A router's table must name adapters below {self.num_adapters}, but {int(table.max())} came: damaged "
+                f"A router's table must name adapters below {self.num_adapters}, but got {int(table.max())}: damaged "
                 f"file."
             )
 
@@ -73,8 +73,8 @@ class RoutingTable(ByTimestep, nn.Module):
         wanted = torch.as_tensor(timestep).detach().reshape(-1).to("cpu")
         if not bool(self._inside(wanted)):
             raise ConfigError(
-                f"Timesteps must lie within 0 … {self.num_timesteps - 1}, where this router was trained, but "
-                f"{wanted.tolist()} came. Use a scheduler with as many training timesteps."
+                f"Timesteps must lie within 0 … {self.num_timesteps - 1}, where this router was trained, but got "
+                f"{wanted.tolist()}. Use a scheduler with as many training timesteps."
             )
         if bool((wanted == wanted[0]).all()):
             wanted = wanted[:1]

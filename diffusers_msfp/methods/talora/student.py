@@ -162,7 +162,7 @@ class Student(nn.Module):
     def abandon(self) -> nn.Module:
         """Put the quantized layers back, and everything else as it was."""
         for trainee in list(self.trainees()):
-            replace_module(self.model, trainee.layer.place, trainee.layer)
+            replace_module(self.model, trainee.layer.module_name, trainee.layer)
         self._restore()
         return self.model
 
@@ -186,9 +186,9 @@ class Student(nn.Module):
         """
         for name, value in self.trainable_state().items():
             check_finite(value, f"The trained `{name}`")
-        finished = [(trainee.layer.place, trainee.finish(dtype)) for trainee in list(self.trainees())]
-        for place, layer in finished:
-            replace_module(self.model, place, layer)
+        finished = [(trainee.layer.module_name, trainee.finish(dtype)) for trainee in list(self.trainees())]
+        for module_name, layer in finished:
+            replace_module(self.model, module_name, layer)
         self._restore()
         base = base_fingerprint(self.model) if self.plan.placement == "side" else None
         plan = AdapterPlan(**{**vars(self.plan), "training": training or {}, "base": base})

@@ -22,7 +22,7 @@ class SetHook(RouteHook):
     """`RouteHook` that leaves out cached features where users' adapters on the block would change them."""
 
     def __init__(self, argument: TimestepArgument, block: tuple[str, ...]) -> None:
-        super().__init__(argument, FiniteSet.place)
+        super().__init__(argument, FiniteSet.module_name)
         self.block = block
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -45,7 +45,7 @@ def attach_sets(model: nn.Module, plan: TemporalPlan, timesteps: Tensor, feature
         layers[name].recall = FeatureTable(table)
     for name in plan.layers:
         layers[name].route_by(finite_set)
-    setattr(model, FiniteSet.place, finite_set)
+    setattr(model, FiniteSet.module_name, finite_set)
     model.register_forward_pre_hook(SetHook(argument, plan.block if plan.cached_layers() else ()), with_kwargs=True)
     forget_compiled()
     prepare_layers(model)
@@ -92,5 +92,5 @@ def detach_sets(model: nn.Module) -> None:
         layer.recall = None
         if layer.routing is finite_set:
             layer.route_by(None)
-    delattr(model, FiniteSet.place)
-    remove_route_hooks(model, FiniteSet.place)
+    delattr(model, FiniteSet.module_name)
+    remove_route_hooks(model, FiniteSet.module_name)

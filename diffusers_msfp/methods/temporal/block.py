@@ -104,7 +104,7 @@ def find_block(layers: Mapping[str, nn.Module], calls: Sequence[Call], varied: S
             continue
         inputs = [run[name][0][0] for run in runs]
         if inputs[0].ndim > 1 and not torch.equal(inputs[0], inputs[-1]):
-            found.append(_place(name, inputs, [layer.name for layer in found], runs))
+            found.append(_block_layer(name, inputs, [layer.name for layer in found], runs))
     return TemporalBlock(tuple(found))
 
 
@@ -113,7 +113,7 @@ def _same(calls: list[tuple[Tensor, Tensor]], others: list[tuple[Tensor, Tensor]
     return bool(calls) and len(calls) == len(others) and all(torch.equal(calls[0][0], x) for x, _ in calls + others)
 
 
-def _place(name: str, inputs: list[Tensor], earlier: list[str], runs: list[dict]) -> BlockLayer:
+def _block_layer(name: str, inputs: list[Tensor], earlier: list[str], runs: list[dict]) -> BlockLayer:
     """Where a layer's input comes from."""
     for source in reversed(earlier):
         outputs = [run[source][0][1] for run in runs]

@@ -43,10 +43,10 @@ def temporal_features(
     errors: dict[str, dict[float, float]] = {name: {} for name in probe.block.names}
     for timestep in probe.timesteps.flip(0).tolist():
         args, kwargs = probe.arguments_at(timestep)
-        expected, came = (_outputs(each, errors, args, kwargs) for each in (denoiser_of(reference), model))
+        expected, actual = (_outputs(each, errors, args, kwargs) for each in (denoiser_of(reference), model))
         for name, values in errors.items():
             energy = expected[name].norm().clamp_min(1e-30)
-            values[timestep] = ((came[name] - expected[name]).norm() / energy).item()
+            values[timestep] = ((actual[name] - expected[name]).norm() / energy).item()
     return errors
 
 

@@ -44,7 +44,7 @@ class FiniteSet(ByTimestep, StatefulModule):
         CheckpointError: another shape, dtype or order.
     """
 
-    place = FINITE_SET
+    module_name = FINITE_SET
     strength = 0.0  # of adapters; there are none
 
     def __init__(self, timesteps: Tensor) -> None:
@@ -60,8 +60,8 @@ class FiniteSet(ByTimestep, StatefulModule):
         fits = known.dtype == torch.float32 and known.ndim == 1 and known.numel()
         if not fits or (not known.is_meta and not (torch.isfinite(known).all() and (known.diff() > 0).all())):
             raise CheckpointError(
-                f"A set of timesteps must be finite and ascending, float32 of shape (S,), but {known.dtype} of shape "
-                f"{tuple(known.shape)} came: damaged file."
+                f"A set of timesteps must be finite and ascending, float32 of shape (S,), but got {known.dtype} of "
+                f"shape {tuple(known.shape)}: damaged file."
             )
 
     def lookup(self, timestep: Timestep) -> list[Entry]:
@@ -94,14 +94,14 @@ class FeatureTable(StatefulModule):
         super().__init__()
         self.register_buffer("features", features)
 
-    def check(self, place: str) -> None:
+    def check(self, module_name: str) -> None:
         """Refuse features that no network could have given.
 
         Raises:
             CheckpointError: NaN or infinity.
         """
         if not self.features.is_meta and not torch.isfinite(self.features).all():
-            raise CheckpointError(f"`{place}.features` must be finite, but it is not: damaged file.")
+            raise CheckpointError(f"`{module_name}.features` must be finite, but it is not: damaged file.")
 
     def recall(self, entry: Entry, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """The layer's output for an input, looked up where it can be.

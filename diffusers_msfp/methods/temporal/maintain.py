@@ -24,7 +24,7 @@ from ..checks import check_student, require_takes
 from . import SCOPES, TemporalBlock, TemporalPlan, store_features
 from .attach import attach_sets
 from .probe import TemporalProbe
-from .reconstruct import StudentBlock, cell_timesteps
+from .reconstruct import StudentBlock, neighbourhoods
 from .sets import observe_sets
 
 logger = logging.getLogger(__name__)
@@ -65,11 +65,11 @@ class TemporalConfig:
     def __post_init__(self) -> None:
         require_positive(num_inference_steps=self.num_inference_steps, num_samples=self.num_samples)
         if self.fsc not in (*SCOPES, None):
-            raise ConfigError(f"`fsc` must be one of {', '.join(SCOPES)} or None, but {self.fsc!r} came.")
+            raise ConfigError(f"`fsc` must be one of {', '.join(SCOPES)} or None, but got {self.fsc!r}.")
         if self.iterations < 0 or self.learning_rate <= 0 or self.penalty < 0 or (self.cache_above or 0) < 0:
             raise ConfigError(
-                f"`iterations`, `penalty` and `cache_above` must be ≥ 0 and `learning_rate` > 0, but "
-                f"{self.iterations}, {self.penalty}, {self.cache_above} and {self.learning_rate} came."
+                f"`iterations`, `penalty` and `cache_above` must be ≥ 0 and `learning_rate` > 0, but got "
+                f"{self.iterations}, {self.penalty}, {self.cache_above} and {self.learning_rate}."
             )
 
 
@@ -139,8 +139,8 @@ def _maintain(pipe, teacher, config: TemporalConfig, prompts, arguments: dict) -
             f"{type(model).__name__} must have a quantized linear that depends on the timestep alone, but it has none: "
             f"there is nothing to maintain."
         )
-    cells = cell_timesteps(probe.timesteps)
-    roots = {name: x.unflatten(0, cells.shape) for name, x in probe.roots(cells.flatten()).items()}
+    points = neighbourhoods(probe.timesteps)
+    roots = {name: x.unflatten(0, points.shape) for name, x in probe.roots(points.flatten()).items()}
     parts = roots, probe.features(roots), probe.weights
     roots, targets, originals = ({name: x.to(model.device) for name, x in part.items()} for part in parts)
     for name, target in targets.items():
@@ -173,7 +173,7 @@ def _maintain(pipe, teacher, config: TemporalConfig, prompts, arguments: dict) -
         cached: dict[str, list[str]] = {}
         for name, table in features.items():
             cached.setdefault(str(table.dtype).removeprefix("torch."), []).append(name)
-        plan = TemporalPlan(len(cells), probe.block.names, tuple(sets), cached, asdict(config))
+        plan = TemporalPlan(len(points), probe.block.names, tuple(sets), cached, asdict(config))
         attach_sets(model, plan, probe.timesteps.to(model.device), features)
         channels = {name: layer.logical_shape[0] for name, layer in layers.items()}
         errors = {name: {"ptq": before[name], "reconstructed": reconstructed[name]} for name in targets}

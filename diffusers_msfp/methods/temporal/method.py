@@ -10,7 +10,7 @@ from .maintain import TemporalConfig, maintain_temporal
 
 def _describe(plan: TemporalPlan, tensors: Mapping) -> dict:
     channels = {name: tensors[f"{name}.weight_scale"].numel() for name in plan.block}
-    return plan.summary(tensors[f"{FiniteSet.place}.timesteps"].tolist(), channels)
+    return plan.summary(tensors[f"{FiniteSet.module_name}.timesteps"].tolist(), channels)
 
 
 TEMPORAL = Method(

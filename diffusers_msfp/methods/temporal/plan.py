@@ -36,9 +36,9 @@ class TemporalPlan:
         problem = None
         whole = isinstance(self.num_timesteps, int) and not isinstance(self.num_timesteps, bool)
         if not whole or not 1 <= self.num_timesteps <= MAX_TIMESTEPS:
-            problem = f"`num_timesteps` must lie in 1 … {MAX_TIMESTEPS}, but {self.num_timesteps!r} came"
+            problem = f"`num_timesteps` must lie in 1 … {MAX_TIMESTEPS}, but got {self.num_timesteps!r}"
         elif not (isinstance(self.cached, Mapping) and set(self.cached) <= CACHE_DTYPES.keys()):
-            problem = f"`cached` must map {' or '.join(CACHE_DTYPES)} to names of layers, but {self.cached!r} came"
+            problem = f"`cached` must map {' or '.join(CACHE_DTYPES)} to names of layers, but got {self.cached!r}"
         elif not all(map(_is_names, (self.block, self.sets, *self.cached.values()))):
             problem = "`block`, `sets` and `cached` must hold different names of layers, but they do not"
         elif not set(self.cached_layers()) <= set(self.block):

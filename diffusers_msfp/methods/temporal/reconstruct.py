@@ -24,12 +24,12 @@ NEIGHBOURS = 0.1
 """Their weight in reconstruction."""
 
 
-def cell_timesteps(timesteps: Tensor) -> Tensor:
+def neighbourhoods(timesteps: Tensor) -> Tensor:
     """For each entry of a set its own timestep and four more on the way to its neighbours; `(S,)` → `(S, 5)`."""
     before, after = torch.cat([timesteps[:1], timesteps[:-1]]), torch.cat([timesteps[1:], timesteps[-1:]])
-    cells = [timesteps] + [timesteps + share * (end - timesteps) for end in (before, after) for share in SHARES]
+    points = [timesteps] + [timesteps + share * (end - timesteps) for end in (before, after) for share in SHARES]
     whole = bool((timesteps == timesteps.round()).all())  # some models embed whole timesteps only
-    return torch.stack([cell.round() if whole else cell for cell in cells], dim=1)
+    return torch.stack([point.round() if whole else point for point in points], dim=1)
 
 
 class StudentBlock:
@@ -52,8 +52,8 @@ class StudentBlock:
     def run(self, roots: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The outputs of all layers, `(S, 5, out)`, for inputs of the roots `(S, 5, in)`."""
 
-        def apply(place: BlockLayer, x: Tensor) -> Tensor:
-            return self._multiply(place.name, self._quantize(place.name, x), weights or self.weights)
+        def apply(module_name: BlockLayer, x: Tensor) -> Tensor:
+            return self._multiply(module_name.name, self._quantize(module_name.name, x), weights or self.weights)
 
         return self.block.run(roots, apply)
 
@@ -76,15 +76,15 @@ class StudentBlock:
         self.sets = {}
         known: dict[tuple, tuple[Tensor, Tensor, Tensor]] = {}  # most layers of a block read the same input
 
-        def apply(place: BlockLayer, x: Tensor) -> Tensor:
-            layer = self.layers[place.name]
+        def apply(module_name: BlockLayer, x: Tensor) -> Tensor:
+            layer = self.layers[module_name.name]
             if layer.input_format is not None:
-                key = place.source or place.name, place.activation, layer.input_format
+                key = module_name.source or module_name.name, module_name.activation, layer.input_format
                 if key not in known:
                     scale, zero_point, errors = finite_set_search(x, layer.input_qparams())
                     known[key] = scale, zero_point, errors.sum() / x.square().sum().clamp_min(1e-30)
-                self.sets[place.name] = known[key]
-            return self._multiply(place.name, self._quantize(place.name, x), self.weights)
+                self.sets[module_name.name] = known[key]
+            return self._multiply(module_name.name, self._quantize(module_name.name, x), self.weights)
 
         self.block.run(roots, apply)
 

@@ -97,14 +97,15 @@ def refuse_widened(model: nn.Module) -> None:
         return
     names = {plain_name(name): name for name, module in model.named_modules() if type(module) is nn.Linear}
     for layer in layers:
-        model.set_submodule(names[layer.place], layer)
+        model.set_submodule(names[layer.module_name], layer)
     for key, value in model.config.items():
         if getattr(model.config, key, value) is not value:
             setattr(model.config, key, value)
     forget_widened_weights(model)
-    places = ", ".join(f"`{layer.place}`" for layer in layers)
+    module_names = ", ".join(f"`{layer.module_name}`" for layer in layers)
     raise UnsupportedError(
-        f"A LoRA must fit the layers that it adapts, but this one reads more channels than {places} of the quantized "
+        f"A LoRA must fit the layers that it adapts, but this one reads more channels than {module_names} of the "
+        f"quantized "
         f"{type(model).__name__} has: a control LoRA, or one for another model. To use a control LoRA leave that "
-        f"layer float, with `modules_to_not_convert={[layer.place for layer in layers]}`."
+        f"layer float, with `modules_to_not_convert={[layer.module_name for layer in layers]}`."
     )

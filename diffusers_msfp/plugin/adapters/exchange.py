@@ -103,7 +103,7 @@ def import_adapter(model: nn.Module, adapter: int, folder: str | Path, prefix: s
     foreign = sorted(key for key in tensors if not key.endswith((".lora_A.weight", ".lora_B.weight")))
     if foreign or config.get("use_dora"):
         raise ConfigError(
-            f"Only plain LoRA pairs can be imported, but {foreign[0] if foreign else '`use_dora`'} came: another kind "
+            f"Only plain LoRA pairs can be imported, but got {foreign[0] if foreign else '`use_dora`'}: another kind "
             f"of adapter."
         )
     unknown = sorted({key.rpartition(".lora_")[0] for key in tensors} - set(ranks))
@@ -120,16 +120,16 @@ def import_adapter(model: nn.Module, adapter: int, folder: str | Path, prefix: s
             continue
         whole = down is not None and up is not None
         if not whole or down.shape != bank.down.shape[1:] or up.flatten(1).shape != bank.up.shape[1:]:
-            came = [tuple(part.shape) if part is not None else None for part in (down, up)]
+            actual = [tuple(part.shape) if part is not None else None for part in (down, up)]
             raise ShapeError(
                 f"The adapter of `{name}` must have rank {rank} (shapes {tuple(bank.down.shape[1:])} and "
-                f"{tuple(bank.up.shape[1:])}), but {came[0]} and {came[1]} came."
+                f"{tuple(bank.up.shape[1:])}), but got {actual[0]} and {actual[1]}."
             )
         alpha = _for_layer(config, "alpha", name, config.get("lora_alpha", rank))
         scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         pairs[name] = (down.to(bank.down.dtype), (up.flatten(1) * scaling).to(bank.up.dtype))
         if not all(torch.isfinite(part).all() for part in pairs[name]):
-            raise NonFiniteError(f"The adapter of `{name}` must be finite, but NaN or infinity came: damaged file.")
+            raise NonFiniteError(f"The adapter of `{name}` must be finite, but got NaN or infinity: damaged file.")
     with torch.no_grad():
         for name, (down, up) in pairs.items():
             layers[name].adapters.down[adapter].copy_(down)
@@ -141,9 +141,9 @@ def _require(model: nn.Module, adapter: int, format: str) -> dict[str, int]:
     plan = plan_of(model)
     refuse_merged(model, "Exchanging adapters")
     if not 0 <= adapter < plan.num_adapters:
-        raise ConfigError(f"`adapter` must lie in 0 … {plan.num_adapters - 1}, but {adapter} came.")
+        raise ConfigError(f"`adapter` must lie in 0 … {plan.num_adapters - 1}, but got {adapter}.")
     if format not in FORMATS:
-        raise ConfigError(f"`format` must be one of {', '.join(FORMATS)}, but {format!r} came.")
+        raise ConfigError(f"`format` must be one of {', '.join(FORMATS)}, but got {format!r}.")
     return plan.rank_of()
 
 

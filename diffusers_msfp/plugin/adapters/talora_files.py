@@ -105,7 +105,7 @@ def load_talora(model: nn.Module, source: str | Path, **hub) -> None:
         raise CheckpointError(f"{source} must hold the router's table (`{ROUTER}.table`), but it does not.")
     if tuple(table.shape) != (plan.groups, plan.num_timesteps):
         raise CheckpointError(
-            f"The router's table must have shape {(plan.groups, plan.num_timesteps)}, but {tuple(table.shape)} came."
+            f"The router's table must have shape {(plan.groups, plan.num_timesteps)}, but got {tuple(table.shape)}."
         )
     RoutingTable(table, plan.num_adapters)  # refuses a bad one before the model is touched
     for name, bank in banks.items():
@@ -135,7 +135,7 @@ def _bank(layer, name: str, rank: int, plan: AdapterPlan, tensors: Mapping[str, 
         if value.shape != expected.shape or value.dtype != expected.dtype:
             raise ShapeError(
                 f"`{name}.adapters.{key}` must be {expected.dtype} of shape {tuple(expected.shape)} (rank {rank}), but "
-                f"{value.dtype} of shape {tuple(value.shape)} came."
+                f"got {value.dtype} of shape {tuple(value.shape)}."
             )
     own = {key: tensors[f"{name}.adapters.{key}"].to(layer.packed_weight.device) for key in bank.state_dict()}
     bank.load_state_dict(own, assign=True)
@@ -172,7 +172,7 @@ def _read(folder: Path) -> tuple[AdapterPlan, dict[str, Tensor]]:
         kept = config.record.to_dict()
         record, files = kept["adapters"] | {"digest": kept.get("digest")}, weight_files(part)
     if not isinstance(record, Mapping):
-        raise CheckpointError(f"{CONFIG} must be a JSON object, but {type(record).__name__} came.")
+        raise CheckpointError(f"{CONFIG} must be a JSON object, but got {type(record).__name__}.")
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:

@@ -29,9 +29,10 @@ def require_peft(library: str) -> None:
     installed = _installed("peft")
     if minimum is None or (installed and Version(installed) >= Version(minimum)):
         return
-    came = f"PEFT {installed}" if installed else "no PEFT"
+    actual = f"PEFT {installed}" if installed else "no PEFT"
     raise UnsupportedError(
-        f"Adapters on models of {library} {_installed(library)} need PEFT {minimum} or newer, but {came} is installed: "
+        f"Adapters on models of {library} {_installed(library)} need PEFT {minimum} or newer, but {actual} is "
+        f"installed: "
         f"`pip install 'peft>={minimum}'`, or where there is no such release `pip install '{_tested(library)}'`."
     )
 

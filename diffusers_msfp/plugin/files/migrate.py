@@ -122,13 +122,13 @@ def _add_formats(path: Path, formats: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 def _add_to_index(path: Path, formats: Mapping[str, Tensor]) -> None:
     index = json.loads(path.read_text(encoding="utf-8"))
-    places = index["weight_map"]
-    new = {_said(name): place for name, place in places.items() if name in formats}
+    files = index["weight_map"]
+    new = {_said(name): file for name, file in files.items() if name in formats}
     metadata = index.setdefault("metadata", {})
     if isinstance(metadata.get("total_size"), int):
-        metadata["total_size"] += sum(formats[name].numel() for name in places if name in formats)
+        metadata["total_size"] += sum(formats[name].numel() for name in files if name in formats)
     metadata |= {"format_version": str(FORMAT_VERSION)} if "format_version" in metadata else {}
-    places |= new
+    files |= new
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     part.replace(path)

@@ -47,7 +47,7 @@ def tensors_to_save(state_dict: Mapping[str, Any], config) -> dict[str, Any]:
 def without_adapters(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """What was there before adapters of any kind: PEFT's wrappers keep it under names of their own."""
     steps = {key: [(key[:i], key[i + 1 :].split(".")[0]) for i, c in enumerate(key) if c == "."] for key in state_dict}
-    wrappers = {place for walk in steps.values() for place, child in walk if child in _WRAPPED}
+    wrappers = {module_name for walk in steps.values() for module_name, child in walk if child in _WRAPPED}
     added = {key for key, walk in steps.items() if any(p in wrappers and c not in _WRAPPED for p, c in walk)}
     return {key: value for key, value in state_dict.items() if key not in added}
 

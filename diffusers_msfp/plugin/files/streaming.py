@@ -67,7 +67,7 @@ class StreamedModel:
         self._floats = {name: self.model.get_submodule(name) for name in self._plan.layers}
         for name, scheme in self._plan.layers.items():
             if len({FORMATS[fmt].bits for fmt in scheme.weight}) > 1:
-                raise ConfigError(f"Formats of one layer must be equally wide, but {scheme.weight} came for `{name}`.")
+                raise ConfigError(f"Formats of one layer must be equally wide, but got {scheme.weight} for `{name}`.")
             group = LayerGroup(scheme.weight[0], OBSERVING if scheme.activation else None, (name,))
             convert_skeleton(self.model, [group], self._plan.layers)
             layer = self.model.get_submodule(name)
@@ -109,30 +109,32 @@ class StreamedModel:
             logger.warning("%s was left by a run with other %s: starting anew.", folder, " and ".join(journal.differs))
             shutil.rmtree(folder, ignore_errors=True)
         self._layout.create(folder)
-        places: dict[str, list[str]] = {}
+        module_names: dict[str, list[str]] = {}
         for name in self._state:
-            places.setdefault(name.rpartition(".")[0], []).append(name)
+            module_names.setdefault(name.rpartition(".")[0], []).append(name)
         done = {
             entry["place"]: entry
             for entry in journal.entries
-            if self._layout.checksums(folder, places[entry["place"]]) == entry["checksums"]
+            if self._layout.checksums(folder, module_names[entry["place"]]) == entry["checksums"]
         }
         journal.keep(list(done.values()))
         layers = {
-            place: module for place in places if isinstance(module := self.model.get_submodule(place), QuantLayer)
+            module_name: module
+            for module_name in module_names
+            if isinstance(module := self.model.get_submodule(module_name), QuantLayer)
         }
         if done:
             found = len(done.keys() & layers.keys())
             logger.warning("Going on after %d of %d layers, found in %s.", found, len(layers), folder)
         self._plan.report(self.model)
         finished = 0
-        for place, names in places.items():
-            layer = layers.get(place)
-            if place not in done:
-                done[place] = self._write_place(folder, place, names, layer)
-                journal.add(done[place])
+        for module_name, names in module_names.items():
+            layer = layers.get(module_name)
+            if module_name not in done:
+                done[module_name] = self._write_place(folder, module_name, names, layer)
+                journal.add(done[module_name])
             if layer is not None:
-                layer.weight_format = FORMATS[done[place]["format"]]
+                layer.weight_format = FORMATS[done[module_name]["format"]]
                 finished += 1
                 if on_layer is not None:
                     on_layer(finished, len(layers))
@@ -148,18 +150,20 @@ class StreamedModel:
             model.register_to_config(_name_or_path=origin)
         return model
 
-    def _write_place(self, folder: Path, place: str, names: Sequence[str], empty: QuantLayer | None) -> dict:
+    def _write_place(self, folder: Path, module_name: str, names: Sequence[str], empty: QuantLayer | None) -> dict:
         """Write one module's own tensors; its entry in the journal."""
         packed, chosen = {}, None
         if empty is not None:
-            module = self._floats[empty.place]
-            weight = self._read(f"{empty.place}.weight", module.weight)
-            layer = QUANT_LAYERS[type(module)].from_float(module, empty.place, self._plan.layers[empty.place], weight)
-            own = layer.state_dict(prefix=f"{place}.")
+            module = self._floats[empty.module_name]
+            weight = self._read(f"{empty.module_name}.weight", module.weight)
+            layer = QUANT_LAYERS[type(module)].from_float(
+                module, empty.module_name, self._plan.layers[empty.module_name], weight
+            )
+            own = layer.state_dict(prefix=f"{module_name}.")
             packed = {name_in_files(name): tensor for name, tensor in own.items() if not tensor.is_meta}
             chosen = layer.weight_format.name
         tensors = {name: packed[name] if name in packed else self._read(name, self._state[name]) for name in names}
-        return {"place": place, "checksums": self._layout.write(folder, tensors), "format": chosen}
+        return {"place": module_name, "checksums": self._layout.write(folder, tensors), "format": chosen}
 
     def _read(self, name: str, like: Tensor) -> Tensor:
         """A stored tensor in the model's dtype; a buffer that is not stored is as the model made it."""
@@ -170,12 +174,12 @@ def _with_formats(model: ModelMixin) -> dict[str, Tensor]:
     """The state of a model without weights, as files have it, with room for formats, which the search will choose."""
     layers, state, before = dict(quant_layers(model)), {}, ""
     for key, value in [*model.state_dict().items(), ("", None)]:
-        place = key.rpartition(".")[0]
-        if place != before and before in layers:
+        module_name = key.rpartition(".")[0]
+        if module_name != before and before in layers:
             state[f"{before}.{FORMATS_TENSOR}"] = layers[before].formats_tensor()
         if key:
             state[name_in_files(key)] = value
-        before = place
+        before = module_name
     return state
 
 
@@ -191,6 +195,6 @@ def _stored_names(model: ModelMixin, tensors: Mapping[str, Tensor]) -> dict[str,
         shape = tensors[names[name]].shape
         if shape != expected.shape:
             raise CheckpointError(
-                f"`{name}` of {type(model).__name__} must have shape {tuple(expected.shape)}, but {tuple(shape)} came."
+                f"`{name}` of {type(model).__name__} must have shape {tuple(expected.shape)}, but got {tuple(shape)}."
             )
     return names

@@ -215,7 +215,7 @@ def _keep_settings(settings: Settings, file: Path) -> None:
     if changed:
         then, now = ({name: values.get(name) for name in changed} for values in (before, asked))
         raise OtherSettingsError(
-            f"A run must go on with the settings that it was begun with, {then} in {file}, but {now} came. Give these "
+            f"A run must go on with the settings that it was begun with, {then} in {file}, but got {now}. Give these "
             f"again, or begin another run: `--out`."
         )
     _write(file, json.dumps(asked, indent=1) + "\n")

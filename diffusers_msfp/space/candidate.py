@@ -27,7 +27,7 @@ MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
-class Contender:
+class Candidate:
     """One pipeline, and how the page asks it for pictures.
 
     Args:
@@ -114,7 +114,7 @@ class Contender:
             ConfigError: something that the pipeline cannot do.
         """
         if seed is None or seed != int(seed) or not 0 <= seed <= MAX_SEED:
-            raise ConfigError(f"The seed must be a whole number from 0 to {MAX_SEED}, but {seed} came.")
+            raise ConfigError(f"The seed must be a whole number from 0 to {MAX_SEED}, but got {seed}.")
         require_positive(steps=steps)
         given = {"output_type": "np"}
         if "prompt" in self.parameters:
@@ -124,7 +124,7 @@ class Contender:
                 given["negative_prompt"] = [negative_prompt]
         if self.classes:
             if class_label not in [number for _, number in self.classes]:
-                raise ConfigError(f"The class must be one of the list, but {class_label} came.")
+                raise ConfigError(f"The class must be one of the list, but got {class_label}.")
             given["class_labels"] = [class_label]
         if self.guidance_scale is not None and guidance_scale is not None:
             given["guidance_scale"] = guidance_scale
@@ -132,7 +132,7 @@ class Contender:
         return lambda: make(0, 1, torch.Generator().manual_seed(int(seed))).arguments
 
 
-def require_comparable(quantized: Contender, reference: Contender) -> None:
+def require_comparable(quantized: Candidate, reference: Candidate) -> None:
     """Refuse two pipelines that cannot be called alike.
 
     Raises:
@@ -144,4 +144,4 @@ def require_comparable(quantized: Contender, reference: Contender) -> None:
     ]
     if kinds[0] != kinds[1]:
         told = [f"{name} with {channels} channels at {size}" for name, channels, size in kinds]
-        raise ConfigError(f"The reference must be a {told[0]}, as the quantized pipeline is, but a {told[1]} came.")
+        raise ConfigError(f"The reference must be a {told[0]}, as the quantized pipeline is, but got a {told[1]}.")
