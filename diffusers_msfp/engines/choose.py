@@ -12,7 +12,7 @@ from ..layers import QuantLayer
 from ..layers.convert import quant_layers
 from ..sampling.observation import quantized_models
 from . import ENGINES, MEMORY_MODES, AutoEngine, Engine
-from .fusion.blocks import fuse, undo
+from .fusion.fuse import fuse, undo
 from .fusion.processors import use_engine_attention
 
 ENGINE_VARIABLE = "MSFP_ENGINE"

@@ -20,7 +20,7 @@ from ..errors import NonFiniteError
 from ..formats import FORMATS
 from .engine import Engine, PreparedLayer
 from .triton.capability import code_dtypes, limits
-from .triton.codes import MAX_TERMS
+from .triton.device_codes import MAX_TERMS
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class CudaEngine(Engine):
 def launch_failure(device: torch.device) -> str | None:
     """Why Triton cannot make and launch a kernel, e.g. for lack of a C compiler; None if it can."""
     try:
-        from .triton.quantize import quantize
+        from .triton.input_codes import quantize
 
         one = torch.ones((), device=device)
         quantize(one, one, one, FORMATS["fp4_e2m1"])

@@ -11,8 +11,8 @@ from ..numerics.rounding import zero_point_steps
 from .engine import PreparedLayer, weight_unit
 from .geometry import Geometry
 from .triton import conv2d, gemm, w4a16
-from .triton.codes import code_offset, weight_codes
-from .triton.quantize import quantize
+from .triton.device_codes import code_offset, weight_codes
+from .triton.input_codes import quantize
 
 
 @dataclass(frozen=True)

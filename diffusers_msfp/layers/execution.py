@@ -9,7 +9,7 @@ from ..numerics import Codes, QParams, decode, fake_quantize, select, unpack
 from ..numerics.rounding import require_finite
 from ..numerics.route import Route
 from .incoming import check_incoming
-from .prepared import Engine, Prepared
+from .protocols import Engine, Prepared
 from .stored import FORMATS_TENSOR, OBSERVED, PACKED_WEIGHT, StoredTensors
 from .transplant import float_layer
 

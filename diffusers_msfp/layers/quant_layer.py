@@ -39,8 +39,7 @@ from ..numerics.rounding import check_finite
 from ..schemes import LayerScheme
 from .execution import Execution
 from .logical import PackedLayer
-from .prepared import Engine
-from .routing import CachedOutput, Routing
+from .protocols import CachedOutput, Engine, Routing
 from .stored import INPUT_TENSORS
 from .transplant import transplant
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from diffusers_msfp import MSFPConfig
 from diffusers_msfp.compat import diffusers, peft, transformers
 from diffusers_msfp.compat import torch as torch_compat
-from diffusers_msfp.engines.fusion.blocks import FusedResnetBlock2D
+from diffusers_msfp.engines.fusion.fuse import FusedResnetBlock2D
 from diffusers_msfp.engines.fusion.norms import fuse_norm
 from diffusers_msfp.engines.fusion.processors import BF16AttnProcessor
 

@@ -30,10 +30,10 @@ class Driver:
 
 def call_everything() -> None:
     from diffusers_msfp import FORMATS
-    from diffusers_msfp.engines.triton import conv2d, quantize, w4a16
+    from diffusers_msfp.engines.triton import conv2d, input_codes, w4a16
 
     one, many = torch.ones(()), torch.ones(128)
-    quantize.quantize(torch.zeros(4096), one, one, FORMATS["fp4_ue2m2"], bad=torch.zeros(1, dtype=torch.int32))
+    input_codes.quantize(torch.zeros(4096), one, one, FORMATS["fp4_ue2m2"], bad=torch.zeros(1, dtype=torch.int32))
     for dtype in (torch.int8, torch.bfloat16):
         conv2d.conv2d(
             torch.zeros(2, 128, 16, 16).to(dtype),

@@ -170,12 +170,12 @@ def test_refusals_say_why(monkeypatch):
 
 
 def test_a_launch_that_fails_is_a_reason(monkeypatch):
-    from diffusers_msfp.engines.triton import quantize
+    from diffusers_msfp.engines.triton import input_codes
 
     def fail(*_):
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(quantize, "quantize", fail)
+    monkeypatch.setattr(input_codes, "quantize", fail)
     assert "C compiler" in cuda.launch_failure.__wrapped__(torch.device(DEVICE))
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from diffusers_msfp import MSFPConfig, MSFPPipelineMixin, freeze, quantize_pipeline, set_engine
 from diffusers_msfp.engines.choose import engines_of
 from diffusers_msfp.engines.fusion.attention import attention
-from diffusers_msfp.engines.fusion.blocks import FusedResnetBlock2D
+from diffusers_msfp.engines.fusion.fuse import FusedResnetBlock2D
 from diffusers_msfp.engines.fusion.norms import FusedGroupNorm, PassingSiLU
 from diffusers_msfp.engines.fusion.processors import BF16AttnProcessor
 from diffusers_msfp.errors import ConfigError, NonFiniteError

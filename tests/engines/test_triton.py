@@ -23,8 +23,8 @@ from diffusers_msfp import FORMATS, QParams
 from diffusers_msfp.engines.triton import conv2d as conv
 from diffusers_msfp.engines.triton import gemm, w4a16
 from diffusers_msfp.engines.triton.capability import code_dtypes, limits
-from diffusers_msfp.engines.triton.codes import code_offset, holds, weight_codes
-from diffusers_msfp.engines.triton.quantize import quantize
+from diffusers_msfp.engines.triton.device_codes import code_offset, holds, weight_codes
+from diffusers_msfp.engines.triton.input_codes import quantize
 from diffusers_msfp.errors import ShapeError
 from diffusers_msfp.layers.kinds import QuantConv2d, QuantLinear
 from diffusers_msfp.numerics import decode, pack
@@ -411,6 +411,6 @@ def test_the_package_needs_no_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import diffusers_msfp\n"
-        "from diffusers_msfp.engines.triton import capability, codes, gemm"
+        "from diffusers_msfp.engines.triton import capability, device_codes, gemm"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

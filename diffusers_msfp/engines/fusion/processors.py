@@ -1,4 +1,4 @@
-"""Let a model's attention use the engines' products; see `engines.attention`."""
+"""Let a model's attention use the engines' products; see `attention`."""
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0

@@ -3,7 +3,7 @@
 import torch
 
 from ...formats import FPFormat
-from .codes import holds
+from .device_codes import holds
 
 _NEEDS = {  # kernel: (compute capability, why)
     "int_mm": ((7, 5), "int8 tensor cores"),

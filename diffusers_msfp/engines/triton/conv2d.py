@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...errors import ShapeError
-from .codes import MAX_TERMS
+from .device_codes import MAX_TERMS
 from .launch import on, tile
 
 

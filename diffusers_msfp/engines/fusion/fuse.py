@@ -1,4 +1,4 @@
-"""Find the places of a model where a leaf can do the work of several: see `engines.fused`."""
+"""Find the places of a model where a leaf can do the work of several: see `norms`."""
 
 from collections.abc import Iterator
 
