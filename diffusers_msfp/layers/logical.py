@@ -69,7 +69,7 @@ class LogicalWeight(Tensor):
     def refuse(self) -> None:
         """Say that it cannot be written."""
         raise UnsupportedError(
-            f"The weight of `{self._place}` is packed and cannot be written, but something tried to. To change or fuse "
+            f"The weight of `{self._module_name}` is packed and cannot be written, but something tried to. To change or fuse "
             f"weights call `model.dequantize()` first; adapters can stay beside them."
         )
 
@@ -97,7 +97,7 @@ class LogicalWeight(Tensor):
         return self.decoded().__reduce_ex__(protocol)
 
     def __repr__(self, **_) -> str:
-        return f"LogicalWeight of `{self._place}`: {self.decoded()}"
+        return f"LogicalWeight of `{self._module_name}`: {self.decoded()}"
 
 
 class PackedLayer(nn.Module):

@@ -207,7 +207,7 @@ class QuantLayer(Execution, PackedLayer, ABC):
         if tuple(weight.shape) != tuple(self.logical_shape):
             raise ShapeError(
                 f"The teacher's `{self.module_name}` must have shape {tuple(self.logical_shape)}, but got "
-                f"{tuple(weight.shape)} : not the model that was quantized."
+                f"{tuple(weight.shape)}: not the model that was quantized."
             )
 
     # ── the input's range ────────────────────────────────────────────────────────────────────────────────────

@@ -82,6 +82,15 @@ def test_checkpoints_and_previews_come_by_time(tiny_dir, packed_dir, tmp_path, m
     assert pictures[-1] == "preview-000005.png"
 
 
+@pytest.fixture
+def stoppable():
+    """A background shell lets its children ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("stoppable")
 def test_signals_wait_and_are_not_lost():
     reached = []
     with pytest.raises(KeyboardInterrupt), deferred_signals() as asked:  # noqa: PT012 – it comes where the block ends
@@ -109,9 +118,9 @@ VERBS = {
     "sample": (["sample", "{tiny}", "--out", "{out}.png"], "sample.sample_images", "begins anew"),
     "publish": (["publish", "{packed}", "--repo", "user/name"], "publish.hub.publish", "sends what is missing"),
     "space create": (["space", "create", "{packed}", "--out", "{out}"], "space.write_space", "begins anew"),
-    "inspect": (["inspect", "{packed}"], "inspect.describe_checkpoint", "begins anew"),
+    "inspect": (["inspect", "{packed}"], "checkpoints.describe_checkpoint", "begins anew"),
     "demo": (["demo", "--out", "{out}"], "demo.sample_images", "begins anew"),
-    "convert": (["convert-checkpoint", "{packed}"], "convert_checkpoint.outdated_components", "begins anew"),
+    "convert": (["convert-checkpoint", "{packed}"], "checkpoints.outdated_components", "begins anew"),
 }
 
 

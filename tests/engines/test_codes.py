@@ -37,7 +37,7 @@ def block(packed_pipe):
     return block, torch.randn(2, 64, 4, 4)
 
 
-REFUSED = r"Layer `module_name` reads floating-point inputs, but got torch.uint8. Cast the input to the model's dtype"
+REFUSED = r"Layer `place` reads floating-point inputs, but got torch.uint8. Cast the input to the model's dtype"
 
 
 @pytest.mark.parametrize("engine", [None, "int8", "bf16", "reference"])

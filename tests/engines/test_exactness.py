@@ -151,7 +151,7 @@ def test_infinite_inputs_are_refused_by_name(name, bad):
     layer, x = quantized(nn.Linear(8, 4), "w4a4", (2, 8), signed=True)
     layer.use_engine(ENGINES[name]())
     x[1, 3] = bad
-    with pytest.raises(NonFiniteError, match="input of layer `module_name` must be finite"):
+    with pytest.raises(NonFiniteError, match="input of layer `place` must be finite"):
         layer(x)
 
 

@@ -149,7 +149,7 @@ def test_rank_is_scaled_down_for_narrow_layers():
 def test_bad_input_is_refused():
     module, shape = LAYERS["linear"]
     trainee, *_ = made(module, shape, "side")
-    with pytest.raises(ShapeError, match=r"`module_name` must have shape \(6, 8\), but got \(5, 8\)"):
+    with pytest.raises(ShapeError, match=r"`place` must have shape \(6, 8\), but got \(5, 8\)"):
         Trainee(trainee.layer, torch.zeros(5, 8), trainee.adapters, "side", Gate(), 0)
     trainee.adapters.up.data[0, 0, 0] = float("nan")
     with pytest.raises(CheckpointError, match="`place.adapters.up` must be finite"):

@@ -463,7 +463,7 @@ def test_damaged_tensors_are_refused(packed_dir, tmp_path, key, value, reason):
 def test_non_finite_weight_names_the_layer(unet, tmp_path):
     unet.mid_block.resnets[0].conv1.weight.data[0, 0, 0, 0] = float("nan")
     unet.save_pretrained(tmp_path)
-    with pytest.raises(MSFPError, match="weight of layer `mid_block.resnets.0.conv1` must be finite, but NaN"):
+    with pytest.raises(MSFPError, match="weight of layer `mid_block.resnets.0.conv1` must be finite, but got NaN"):
         load(tmp_path, quantization_config=MSFPConfig())
 
 

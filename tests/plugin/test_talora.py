@@ -127,7 +127,7 @@ def test_continuous_timesteps_of_another_scheduler(tuned):
 
 
 def test_timesteps_outside_the_table_are_refused(tuned, images):
-    with pytest.raises(ConfigError, match=r"Timesteps must lie within 0 … 999.* but \[2000"):
+    with pytest.raises(ConfigError, match=r"Timesteps must lie within 0 … 999.* but got \[2000"):
         run(tuned.unet, images, 2000)
     with pytest.raises(ConfigError, match="each call must have a `timestep`"):
         tuned.unet(sample=images, timestep=None)

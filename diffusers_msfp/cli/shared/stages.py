@@ -30,7 +30,11 @@ def print_stages(names: list[str]) -> None:
     for name in names:
         recipes = [recipe for recipe, stages in RECIPES.items() if name in {stage.name for stage in stages}]
         title = f"stage {name}, of the recipes {', '.join(recipes)}" if recipes else f"stage {name}"
-        table = Table("setting", "type", "default", "meaning", title=title, title_justify="left", show_lines=True)
+        setting_names = [f"{name}.{setting.name}" for setting in settings_of(METHODS[name].config)]
+        table = Table(title=title, title_justify="left", show_lines=True)
+        table.add_column("setting", no_wrap=True, min_width=max(map(len, setting_names)))
+        for heading in ("type", "default", "meaning"):
+            table.add_column(heading)
         for setting in settings_of(METHODS[name].config):
             cells = (f"{name}.{setting.name}", setting.type_name, _value(setting.default), setting.meaning)
             table.add_row(*map(escape, cells))

@@ -131,7 +131,7 @@ class StreamedModel:
         for module_name, names in module_names.items():
             layer = layers.get(module_name)
             if module_name not in done:
-                done[module_name] = self._write_place(folder, module_name, names, layer)
+                done[module_name] = self._write_module(folder, module_name, names, layer)
                 journal.add(done[module_name])
             if layer is not None:
                 layer.weight_format = FORMATS[done[module_name]["format"]]
@@ -150,7 +150,7 @@ class StreamedModel:
             model.register_to_config(_name_or_path=origin)
         return model
 
-    def _write_place(self, folder: Path, module_name: str, names: Sequence[str], empty: QuantLayer | None) -> dict:
+    def _write_module(self, folder: Path, module_name: str, names: Sequence[str], empty: QuantLayer | None) -> dict:
         """Write one module's own tensors; its entry in the journal."""
         packed, chosen = {}, None
         if empty is not None:

@@ -7,6 +7,7 @@ there. Models on latents need `--autoencoder AUTOENCODER`, as in their training.
 `results/training.json` alone; `--card-only` does no more than that.
 """
 
+import inspect
 import json
 import sys
 import textwrap
@@ -73,7 +74,8 @@ def yardsticks() -> dict:
 
 def measure(pipe: DiffusionPipeline, guidance: float | None, data: Path, num: int, steps: int, kept: Path) -> tuple:
     """Figures of a pipeline's pictures, and the first of them."""
-    prompts = [captions(name)[0] for name in CIFAR10_CLASSES]
+    takes_prompts = "prompt" in inspect.signature(pipe.__call__).parameters
+    prompts = [captions(name)[0] for name in CIFAR10_CLASSES] if takes_prompts else None
     arguments = {} if guidance is None else {"guidance_scale": guidance}
     images = draw_pictures(pipe, num=num, steps=steps, prompts=prompts, folder=kept, on_step=_tell, **arguments)
     real, train_pictures = load_cifar10(data, train=False).images, load_cifar10(data).images
