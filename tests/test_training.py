@@ -129,7 +129,8 @@ def make_card(name: str, data: Path, folder: Path, **arguments) -> tuple[str, di
     text = (out / "README.md").read_text(encoding="utf-8")
     results = json.loads((out / model_card.RESULTS).read_text(encoding="utf-8"))
     assert text == model_card.card(name, results)
-    assert Image.open(out / "samples.png").size == (3 * 256, 3 * 256)
+    with Image.open(out / "samples.png") as samples:
+        assert samples.size == (3 * 256, 3 * 256)
     assert results["training"]["updates"] == 2
     for part in ("**Weak**: ", "not selected", "JPEG CIFAR-10", "*not* FID", "its training stopped after 2 updates"):
         assert part in " ".join(text.split())

@@ -157,7 +157,7 @@ class Execution(StoredTensors):
         if not x.is_floating_point():
             raise UnsupportedError(
                 f"Layer `{self.module_name}` reads floating-point inputs, but got {x.dtype}. Cast the input to the "
-                f"model's dtype, {self.weight.dtype}, first."
+                f"model's dtype, {self.weight_dtype}, first."
             )
         if self.recall is not None:
             return self.recall.output(self.routing.route(), x, self._forward)

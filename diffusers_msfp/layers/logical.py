@@ -69,8 +69,8 @@ class LogicalWeight(Tensor):
     def refuse(self) -> None:
         """Say that it cannot be written."""
         raise UnsupportedError(
-            f"The weight of `{self._module_name}` is packed and cannot be written, but something tried to. To change or fuse "
-            f"weights call `model.dequantize()` first; adapters can stay beside them."
+            f"The weight of `{self._module_name}` is packed and cannot be written, but something tried to. To change "
+            f"or fuse weights call `model.dequantize()` first; adapters can stay beside them."
         )
 
     @property
