@@ -45,7 +45,7 @@ def shown(name: str) -> str:
         return name
 
     def default(parameter: inspect.Parameter) -> str:
-        text = "" if parameter.default is parameter.empty else f"={parameter.default!r}"
+        text = "" if parameter.default is parameter.empty else "=" + repr(parameter.default).replace("'", '"')
         stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
         return f"{stars}{parameter.name}{text}"
 
