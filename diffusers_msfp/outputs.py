@@ -68,7 +68,7 @@ def require_writable_file(out: Path) -> None:
 
 def _try_to_write(out: Path, folder: Path) -> None:
     folder = folder.absolute()
-    nearest = next(module_name for module_name in (folder, *folder.parents) if module_name.exists())
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir():
         raise ConfigError(f"{out} cannot be written: {nearest} is a file, not a folder. Choose another place.")
     with tempfile.TemporaryFile(dir=nearest) as probe:

@@ -39,16 +39,6 @@ from .files.saving import file_metadata, tensors_to_save
 logger = logging.getLogger(__name__)
 
 
-def _stored_tensors() -> dict[type, tuple[str, ...]]:
-    """What a checkpoint keeps beside float tensors, by the kind of module that keeps it."""
-    own = {QuantLayer: (PACKED_WEIGHT, *WEIGHT_TENSORS, *INPUT_TENSORS, *OBSERVED)}
-    return own | {kind: names for part in parts() for kind, names in part.stored.items()}
-
-
-def _stored(module: nn.Module) -> tuple[str, ...]:
-    return next((names for cls, names in _stored_tensors().items() if isinstance(module, cls)), ())
-
-
 class MSFPQuantizer(DiffusersQuantizer):
     """Connects `MSFPConfig` with `ModelMixin.from_pretrained` and `save_pretrained`; diffusers makes it.
 
@@ -73,6 +63,13 @@ class MSFPQuantizer(DiffusersQuantizer):
         self._record: ModelRecord | None = quantization_config.record if self.pre_quantized else None
         self._packed = frozenset() if self._record is None else self._record.names()
         self._formats: dict[str, torch.Tensor] = {}
+        self._kept = {QuantLayer: (PACKED_WEIGHT, *WEIGHT_TENSORS, *INPUT_TENSORS, *OBSERVED)}
+        for part in parts():
+            self._kept |= part.stored
+
+    def _stored(self, module: nn.Module) -> tuple[str, ...]:
+        """Tensors that a checkpoint keeps of a module beside float ones."""
+        return next((names for kind, names in self._kept.items() if isinstance(module, kind)), ())
 
     # ── loading ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -87,8 +84,8 @@ class MSFPQuantizer(DiffusersQuantizer):
         Raises:
             UnsupportedError: disk offload in another dtype than float32.
         """
-        module_names = device_map.values() if isinstance(device_map, dict) else ()
-        if "disk" in module_names and self._dtype != torch.float32:
+        devices = device_map.values() if isinstance(device_map, dict) else ()
+        if "disk" in devices and self._dtype != torch.float32:
             raise UnsupportedError(
                 f"Disk offload keeps scales exact only in float32, but got `dtype={self._dtype}`. Leave "
                 f"`dtype` out, or offload to the CPU."
@@ -159,7 +156,7 @@ class MSFPQuantizer(DiffusersQuantizer):
         module_name, _, tensor = param_name.rpartition(".")
         if self.pre_quantized:
             module, value = model.get_submodule(module_name), state_dict.get(param_name, param_value)
-            if tensor in _stored(module):
+            if tensor in self._stored(module):
                 return True
             if getattr(module, tensor).is_floating_point() and not value.is_floating_point():  # it would be cast
                 raise CheckpointError(f"`{param_name}` must hold floats, but got {value.dtype}: damaged file.")
@@ -216,7 +213,7 @@ class MSFPQuantizer(DiffusersQuantizer):
         if missing_keys:
             missing = name_in_files(sorted(missing_keys)[0])
             raise CheckpointError(f"A checkpoint must hold `{missing}`, but it does not: damaged or incomplete file.")
-        ours = {FORMATS_TENSOR, *(name for names in _stored_tensors().values() for name in names)} - {PACKED_WEIGHT}
+        ours = {FORMATS_TENSOR, *(name for names in self._kept.values() for name in names)} - {PACKED_WEIGHT}
         known = model.state_dict() | (self._formats if self.quantization_config.format_version > 1 else {})
         for key in known.keys() & self._formats.keys():
             if key not in self._loaded_keys:
@@ -230,7 +227,7 @@ class MSFPQuantizer(DiffusersQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, QuantLayer) and not module.weight_scale.is_meta:
                 module.check_stored()
-            elif hasattr(module, "check") and _stored(module):
+            elif hasattr(module, "check") and self._stored(module):
                 module.check(name)
         if self.pre_quantized:
             check_floats(model)

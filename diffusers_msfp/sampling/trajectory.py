@@ -154,12 +154,12 @@ class Trajectories:
     def __getitem__(self, number: int) -> DenoisingStep:
         """Batch `number`: every sample of the rollout once, at a step drawn for it; rollouts last one pass."""
         length = len(self._steps)
-        rollout_number, module_name = divmod(number, length)
+        rollout_number, position = divmod(number, length)
         if rollout_number != self._number:
             self._roll(rollout_number)
         order = [
             torch.randperm(length, generator=torch.Generator().manual_seed(self.seed + self._first + i))[
-                module_name
+                position
             ].item()
             for i in range(self.share)
         ]

@@ -61,8 +61,8 @@ def quantize(
         overrides[pattern] = name
     settings: dict[str, dict] = {}
     for item in setting or ():
-        location, equals, value = item.partition("=")
-        stage, dot, name = location.partition(".")
+        key, equals, value = item.partition("=")
+        stage, dot, name = key.partition(".")
         if not (equals and dot and name):
             raise MSFPError(f"`--set` must read STAGE.NAME=VALUE, but got {item!r}; `--set help` lists all settings.")
         settings.setdefault(stage, {})[name] = parse_value(value)

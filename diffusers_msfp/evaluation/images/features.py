@@ -35,8 +35,8 @@ class Features:
     """What a network says of N pictures; all float.
 
     Args:
-        pooled (`Tensor`, `(N, d)`): without places, for Fréchet distance, precision and recall.
-        spatial (`Tensor`, `(N, s)`, *optional*): a few channels with their places, for the spatial Fréchet distance.
+        pooled (`Tensor`, `(N, d)`): without positions, for Fréchet distance, precision and recall.
+        spatial (`Tensor`, `(N, s)`, *optional*): a few channels with their positions, for the spatial Fréchet distance.
         logits (`Tensor`, `(N, classes)`, *optional*): for the classifier score.
     """
 
@@ -109,7 +109,7 @@ class _ResidualBlock(nn.Module):
 
 
 class Cifar10Features(nn.Module):
-    """Images `(N, 3, 32, 32)` in [0, 1] → 64 pooled features, 128 spatial ones (8 channels, 4 × 4 places), 10 logits.
+    """Images `(N, 3, 32, 32)` in [0, 1] → 64 pooled features, 128 spatial ones (8 channels at 4 × 4), 10 logits.
 
     Source:
         arXiv 1512.03385, section 4.2, n = 9; weights: `assets/cifar10-resnet56.md`.
@@ -119,7 +119,7 @@ class Cifar10Features(nn.Module):
     """
 
     classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-    spatial_channels, module_names = 8, 4
+    spatial_channels, positions = 8, 4
     mean, deviation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def __init__(self) -> None:
@@ -145,7 +145,7 @@ class Cifar10Features(nn.Module):
         maps = F.relu(self.bn1(self.conv1((images - mean) / deviation)))
         maps = self.layer3(self.layer2(self.layer1(maps)))
         pooled = maps.mean((2, 3))
-        spatial = F.adaptive_avg_pool2d(maps[:, : self.spatial_channels], self.module_names)
+        spatial = F.adaptive_avg_pool2d(maps[:, : self.spatial_channels], self.positions)
         return Features(pooled, spatial.flatten(1), self.linear(pooled))
 
 
@@ -250,15 +250,15 @@ def feature_network(name: str) -> FeatureNetwork:
 @contextmanager
 def _working_directory() -> Iterator[None]:
     """Modules of the working directory can be imported, which the installed program does not see by itself."""
-    module_name = str(Path.cwd())
-    added = not {module_name, ""} & set(sys.path)
+    folder = str(Path.cwd())
+    added = not {folder, ""} & set(sys.path)
     if added:
-        sys.path.append(module_name)
+        sys.path.append(folder)
     try:
         yield
     finally:
         if added:
-            sys.path.remove(module_name)
+            sys.path.remove(folder)
 
 
 def extract(network: FeatureNetwork, images: Tensor) -> Features:

@@ -38,8 +38,8 @@ def image_grid(images: np.ndarray, *, columns: int, scale: int = 1, labels: Sequ
         draw.text((MARGIN, MARGIN + row * row_height + 2), label, fill="black", font_size=13)
     for index, picture in enumerate(pixels):
         row, column = divmod(index, columns)
-        module_name = (MARGIN + column * (width + MARGIN), MARGIN + row * row_height + title)
-        sheet.paste(Image.fromarray(picture), module_name)
+        corner = (MARGIN + column * (width + MARGIN), MARGIN + row * row_height + title)
+        sheet.paste(Image.fromarray(picture), corner)
     return sheet
 
 

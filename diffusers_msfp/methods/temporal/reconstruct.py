@@ -52,8 +52,8 @@ class StudentBlock:
     def run(self, roots: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The outputs of all layers, `(S, 5, out)`, for inputs of the roots `(S, 5, in)`."""
 
-        def apply(module_name: BlockLayer, x: Tensor) -> Tensor:
-            return self._multiply(module_name.name, self._quantize(module_name.name, x), weights or self.weights)
+        def apply(block_layer: BlockLayer, x: Tensor) -> Tensor:
+            return self._multiply(block_layer.name, self._quantize(block_layer.name, x), weights or self.weights)
 
         return self.block.run(roots, apply)
 
@@ -76,15 +76,15 @@ class StudentBlock:
         self.sets = {}
         known: dict[tuple, tuple[Tensor, Tensor, Tensor]] = {}  # most layers of a block read the same input
 
-        def apply(module_name: BlockLayer, x: Tensor) -> Tensor:
-            layer = self.layers[module_name.name]
+        def apply(block_layer: BlockLayer, x: Tensor) -> Tensor:
+            layer = self.layers[block_layer.name]
             if layer.input_format is not None:
-                key = module_name.source or module_name.name, module_name.activation, layer.input_format
+                key = block_layer.source or block_layer.name, block_layer.activation, layer.input_format
                 if key not in known:
                     scale, zero_point, errors = finite_set_search(x, layer.input_qparams())
                     known[key] = scale, zero_point, errors.sum() / x.square().sum().clamp_min(1e-30)
-                self.sets[module_name.name] = known[key]
-            return self._multiply(module_name.name, self._quantize(module_name.name, x), self.weights)
+                self.sets[block_layer.name] = known[key]
+            return self._multiply(block_layer.name, self._quantize(block_layer.name, x), self.weights)
 
         self.block.run(roots, apply)
 
