@@ -63,9 +63,7 @@ class MSFPQuantizer(DiffusersQuantizer):
         self._record: ModelRecord | None = quantization_config.record if self.pre_quantized else None
         self._packed = frozenset() if self._record is None else self._record.names()
         self._formats: dict[str, torch.Tensor] = {}
-        self._kept = {QuantLayer: (PACKED_WEIGHT, *WEIGHT_TENSORS, *INPUT_TENSORS, *OBSERVED)}
-        for part in parts():
-            self._kept |= part.stored
+        self._kept: dict[type, tuple[str, ...]] = {}
 
     def _stored(self, module: nn.Module) -> tuple[str, ...]:
         """Tensors that a checkpoint keeps of a module beside float ones."""
@@ -123,6 +121,9 @@ class MSFPQuantizer(DiffusersQuantizer):
         if self.pre_quantized:
             self._record = config.take_record()
         self._plan = config.plan(model)
+        self._kept = {QuantLayer: (PACKED_WEIGHT, *WEIGHT_TENSORS, *INPUT_TENSORS, *OBSERVED)}
+        for part in parts():
+            self._kept |= part.stored
         if self.pre_quantized:
             found = [(part, self._record.parts[part.key]) for part in parts() if part.key in self._record.parts]
             for part, record in found:
