@@ -8,6 +8,8 @@ from .engines.choose import set_engine
 from .errors import MSFPError
 from .formats import FORMATS, FPFormat
 from .hub import publish
+from .methods.correction.attach import uncorrect_output
+from .methods.correction.fit import CorrectionConfig, correct_output
 from .methods.rounding.config import RoundingConfig
 from .methods.rounding.learn import learn_rounding
 from .methods.split.shortcuts import SplitConfig, split_shortcuts
@@ -34,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FORMATS",
     "SCHEMES",
+    "CorrectionConfig",
     "FPFormat",
     "FinetuneConfig",
     "MSFPConfig",
@@ -46,6 +49,7 @@ __all__ = [
     "TemporalConfig",
     "calibrate",
     "calibration_state",
+    "correct_output",
     "decode",
     "denoising_factors",
     "encode",
@@ -61,6 +65,7 @@ __all__ = [
     "search_qparams",
     "set_engine",
     "split_shortcuts",
+    "uncorrect_output",
 ]
 
 register()

@@ -71,8 +71,8 @@ def observe_sets(
 
 def _search(layer: QuantLayer, default: QParams) -> tuple[Tensor, Tensor, Tensor]:
     """Scale, zero point and relative squared error, `()`, for what a layer has seen; the default for nothing."""
-    values = layer.observation.values().to(default.scale.device)
+    values = layer.observation.drawn().to(default.scale.device)
     if not len(values):
         return default.scale, default.zero_point, torch.zeros_like(default.scale)
-    scale, zero_point, error = finite_set_search(values[None], default)
+    scale, zero_point, error = finite_set_search(values[None], default, layer.observation.bounds())
     return scale[0], zero_point[0], error[0] / values.square().sum().clamp_min(1e-30)

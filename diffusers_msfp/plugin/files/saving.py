@@ -18,6 +18,7 @@ from ...compat.peft import has_adapters
 from ...errors import ConfigError, UnsupportedError
 from ...layers.convert import plain_name
 from ...layers.stored import FORMATS_TENSOR, name_in_files
+from ...methods.method import parts
 
 _WRAPPED = ("base_layer", "original_module")
 """What PEFT's wrappers call the layer that was there before."""
@@ -64,11 +65,19 @@ def save_config(model: nn.Module, save_directory: str | Path, *args, **kwargs) -
         ConfigError: tensors are offloaded; nothing is written then.
     """
     config = model.config.quantization_config
+    _raise_version(model)
     record = ModelRecord.of(model, config.format_version)
     if config.format_version > 1:
         made = Digest.of(tensors_to_save(model.state_dict(), config))
         record = record.with_digest(made.joined(recorded_digest(save_directory)))
     save_record(model, save_directory, record, *args, **kwargs)
+
+
+def _raise_version(model: nn.Module) -> None:
+    """Let a model that was loaded from an older format version be saved as the one that knows all that it has."""
+    config = model.config.quantization_config
+    needed = [part.since for part in parts() if part.record_of(model) is not None]
+    config.format_version = max(config.format_version, *needed, 1)
 
 
 def save_record(model: nn.Module, save_directory: str | Path, record: ModelRecord, *args, **kwargs) -> None:
@@ -112,6 +121,7 @@ def _save_transformer(model: nn.Module, save_directory: str | Path, *args, push_
     Until config.json has the digest, the folder counts as one that was not saved to its end.
     """
     before = recorded_digest(save_directory)
+    _raise_version(model)
     hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr") if key in kwargs}
     hub |= {"token": kwargs["token"]} if "token" in kwargs else {}
     with recorded(model, ModelRecord.of(model, model.config.quantization_config.format_version)):
