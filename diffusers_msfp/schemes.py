@@ -137,7 +137,7 @@ def resolve(name: str, scheme: str, overrides: Mapping[str, str]) -> LayerScheme
         overrides (`Mapping[str, str]`): pattern → scheme; the last one that matches wins and is taken at its word,
             also for edge and input layers.
     """
-    for pattern, override in reversed(overrides.items()):
+    for pattern, override in reversed([*overrides.items()]):
         if matches(pattern, name):
             return SCHEMES[override].inner
     if any(fnmatchcase(name, pattern) for pattern in INPUT_PATTERNS):

@@ -11,6 +11,7 @@ range. The zero point runs over the lattice integers on the grid that reach down
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -111,7 +112,7 @@ def search_weight(weight: Tensor, formats: Sequence[str]) -> SearchResult:
 
     errors = [matrix.new_zeros(channels, dtype=torch.float64) for _ in signed]
     scales = [matrix.new_ones(channels, dtype=torch.float32) for _ in signed]
-    energy = 0.0
+    energy: float | Tensor = 0.0
     largest = NUM_SCALES * max(len(fmt.magnitudes) for fmt in signed)
     step = max(1, _CHUNK // max(largest, matrix.shape[1]))
     for start in range(0, channels, step):
@@ -181,7 +182,7 @@ def search_activation(x: Tensor, formats: Sequence[str]) -> SearchResult:
         return SearchResult(QParams(allowed[0], one), torch.zeros((), device=x.device))
 
     rows = _SortedRows(values[None])
-    best = (torch.inf, None)
+    best: tuple[float, QParams | None] = (torch.inf, None)
     for fmt in allowed:
         scale, k = _tensor_candidates(fmt, low, high, values.device)  # (P,), (P,)
         lattice = torch.tensor(fmt.lattice, dtype=torch.float64, device=values.device)
@@ -193,7 +194,7 @@ def search_activation(x: Tensor, formats: Sequence[str]) -> SearchResult:
                 chosen = part[index]
                 zero_point = -k[chosen].to(torch.float32) * (scale[chosen] * fmt.step)
                 best = (error.item(), QParams(fmt, scale[chosen].clone(), zero_point))
-    return SearchResult(best[1], torch.tensor(best[0] / rows.energy.item(), device=x.device))
+    return SearchResult(cast(QParams, best[1]), torch.tensor(best[0] / rows.energy.item(), device=x.device))
 
 
 def _tensor_candidates(fmt: FPFormat, low: float, high: float, device: torch.device) -> tuple[Tensor, Tensor]:

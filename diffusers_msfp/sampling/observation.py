@@ -96,7 +96,7 @@ class RunTracker:
         if self.paused or timestep is None:
             return
         now = float(torch.as_tensor(timestep).max())
-        if self.last_timestep is None:
+        if self.last_timestep is None or self.first_timestep is None:
             self.first_timestep = now
         elif now > self.last_timestep and self.has_fallen or self.has_risen and now <= self.first_timestep:
             freeze(model)
@@ -117,7 +117,8 @@ class RunTracker:
     @property
     def has_risen(self) -> bool:
         """Whether this run counts upwards."""
-        return self.last_timestep is not None and not self.has_fallen and self.last_timestep > self.first_timestep
+        first, last = self.first_timestep, self.last_timestep
+        return first is not None and last is not None and not self.has_fallen and last > first
 
     def record(self) -> Calibration:
         """What a checkpoint keeps of it, to go on after loading."""
@@ -214,7 +215,7 @@ def freeze(model: nn.Module) -> None:
         observing = [(name, layer) for name, layer in quant_layers(m) if layer.observing]
         if not observing:
             continue
-        if not any(int(layer.observation.count) for _, layer in observing):
+        if not any(int(layer.observation.count) for _, layer in observing if layer.observation is not None):
             raise ConfigError(
                 f"Ranges need data, but no input of {type(m).__name__} has been seen. Run the pipeline once, or call "
                 f"`calibrate(pipe)`."
