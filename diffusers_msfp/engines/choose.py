@@ -84,11 +84,11 @@ def _engine_of(layer: QuantLayer) -> str:
     return "reference" if engine is None or layer.observing else engine.choose(layer)[0].name
 
 
-def resident_bytes(model: ModelMixin) -> int:
+def resident_bytes(model: nn.Module) -> int:
     """Memory of a model's tensors and of what its engines keep ready beside them, in bytes."""
-    model = cast(ModelMixin, unwrap(model))
-    prepared = [layer.prepared for _, layer in quant_layers(model) if layer.prepared is not None]
-    return model.get_memory_footprint() + sum(each.kept_bytes for each in prepared)
+    bare = cast(ModelMixin, unwrap(model))
+    prepared = [layer.prepared for _, layer in quant_layers(bare) if layer.prepared is not None]
+    return bare.get_memory_footprint() + sum(each.kept_bytes for each in prepared)
 
 
 def engine_from_environment() -> str:

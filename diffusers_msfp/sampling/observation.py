@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..compat.torch import pre_hooks, remove_pre_hooks
@@ -175,7 +176,7 @@ def _require_quantized(model_or_pipe: object) -> list[nn.Module]:
     return models
 
 
-def calibration_state(model: nn.Module) -> str:
+def calibration_state(model: nn.Module | DiffusionPipeline) -> str:
     """`"observing"` while activation ranges are being observed, `"frozen"` afterwards or where there are none.
 
     Args:
