@@ -12,6 +12,7 @@ index of its magnitude in the sorted lattice.
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 from .errors import FormatError
 from .registry import Registry
@@ -65,7 +66,7 @@ class FPFormat:
 
     @cached_property
     def _fields(self) -> tuple[int, bool, int, int]:
-        match = _NAME.fullmatch(self.name)
+        match = cast("re.Match[str]", _NAME.fullmatch(self.name))  # __post_init__ has looked
         return int(match[1]), not match[2], int(match[3]), int(match[4])
 
     @property

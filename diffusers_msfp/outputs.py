@@ -26,7 +26,7 @@ _REASONS = {
 
 def reason_of(error: OSError) -> str:
     """What the system did not do, in words, with the path that it names."""
-    reason = _REASONS.get(error.errno) or (error.strerror or str(error) or type(error).__name__).lower()
+    reason = _REASONS.get(error.errno or 0) or (error.strerror or str(error) or type(error).__name__).lower()
     return f"{reason} ({error.filename})" if error.filename else reason
 
 

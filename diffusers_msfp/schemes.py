@@ -124,16 +124,23 @@ _VERSION_1: dict[str, QuantScheme] = {}
 _UNIFORM = tuple(name for name, fmt in FORMATS.items() if fmt.exponent_bits == 1)
 
 
-def _add(name: str, *bits: int | None, formats: Sequence[str] | None = None, **kind: bool) -> None:
+def _add(
+    name: str,
+    weight_bits: int,
+    activation_bits: int | None,
+    *,
+    formats: Sequence[str] | None = None,
+    mixup: bool = True,
+) -> None:
     def made(**more: bool) -> QuantScheme:
-        scheme = _scheme(*bits, **kind | more)
+        scheme = _scheme(weight_bits, activation_bits, mixup=mixup, **more)
         return scheme if formats is None else scheme.only(formats)
 
     SCHEMES.add(name, made())
     _VERSION_1[name] = made(wide=True, pure=True)
-    if bits[1] is not None and bits[1] < EDGE_BITS:
+    if activation_bits is not None and activation_bits < EDGE_BITS:
         SCHEMES.add(f"{name}-pure", made(pure=True))
-    if formats is None and bits[1] == EDGE_BITS:
+    if formats is None and activation_bits == EDGE_BITS:
         SCHEMES.add(f"{name}-wide", made(wide=True))
 
 
@@ -199,7 +206,7 @@ def resolve(name: str, scheme: str, overrides: Mapping[str, str], format_version
         format_version (`int`, *optional*): see `scheme_of`.
     """
     wanted = scheme_of(scheme, format_version)
-    for pattern, override in reversed(overrides.items()):
+    for pattern, override in reversed([*overrides.items()]):
         if matches(pattern, name):
             return scheme_of(override, format_version).inner
     if any(fnmatchcase(name, pattern) for pattern in INPUT_PATTERNS):

@@ -1,8 +1,10 @@
 """Every public name is documented, annotated, shown in an example, and in the generated reference."""
 
+import importlib
 import inspect
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,3 +39,35 @@ def test_every_name_has_an_example_that_uses_it(name):
 
 def test_it_is_typed():
     assert (Path(diffusers_msfp.__file__).parent / "py.typed").is_file()
+
+
+PACKAGE = Path(diffusers_msfp.__file__).parent
+FACES = [file for file in sorted(PACKAGE.rglob("*.py")) if "\n__all__ = " in file.read_text(encoding="utf-8")]
+"""Modules that say what of them is public."""
+
+
+def functions_of(item: object) -> dict[str, Callable]:
+    """A public function, or the public methods, properties and constructor that a class of the package defines."""
+    if not getattr(item, "__module__", "").startswith("diffusers_msfp"):
+        return {}
+    if inspect.isfunction(item):
+        return {item.__name__: item}
+    if not inspect.isclass(item):
+        return {}
+    members = {name: member for name, member in vars(item).items() if name == "__init__" or not name.startswith("_")}
+    members = {name: getattr(member, "fget", getattr(member, "__func__", member)) for name, member in members.items()}
+    return {f"{item.__name__}.{name}": member for name, member in members.items() if inspect.isfunction(member)}
+
+
+@pytest.mark.parametrize("file", FACES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_public_functions_and_methods_are_annotated_throughout(file):
+    name = ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    module = importlib.import_module(name)
+    for item in (getattr(module, name) for name in module.__all__):
+        for name, function in functions_of(item).items():
+            signature = inspect.signature(function)
+            own = [parameter for key, parameter in signature.parameters.items() if key not in ("self", "cls")]
+            missing = [parameter.name for parameter in own if parameter.annotation is parameter.empty]
+            assert not missing, f"{name} of {module.__name__} does not say the types of {missing}"
+            said = signature.return_annotation is not signature.empty or name.endswith("__init__")
+            assert said, f"{name} of {module.__name__} does not say what it returns"

@@ -72,6 +72,7 @@ def test_ci_runs_the_readme_s_own_test_command():
         assert step in script
     assert "ruff check" in script
     assert "ruff format --check" in script
+    assert "\n    mypy " in script
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -14,6 +14,7 @@ value.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -92,7 +93,8 @@ def _weight_ratios(device: torch.device) -> Tensor:
 
 
 def _activation_ratios(device: torch.device) -> Tensor:
-    return torch.logspace(*(math.log10(end) for end in ACTIVATION_RATIOS), NUM_RATIOS, device=device)
+    low, high = ACTIVATION_RATIOS
+    return torch.logspace(math.log10(low), math.log10(high), NUM_RATIOS, device=device)
 
 
 def _refined(ratios: Tensor, best: Tensor) -> Tensor:
@@ -127,7 +129,7 @@ def search_weight(weight: Tensor, formats: Sequence[str]) -> SearchResult:
 
     errors = [matrix.new_zeros(channels, dtype=torch.float64) for _ in signed]
     scales = [matrix.new_ones(channels, dtype=torch.float32) for _ in signed]
-    energy = 0.0
+    energy: float | Tensor = 0.0
     largest = NUM_SCALES * max(len(fmt.magnitudes) for fmt in signed)
     step = max(1, _CHUNK // max(largest, matrix.shape[1]))
     for start in range(0, channels, step):
@@ -136,19 +138,24 @@ def search_weight(weight: Tensor, formats: Sequence[str]) -> SearchResult:
         amax = rows.values[:, -1]
         for i, fmt in enumerate(signed):
             grid = torch.tensor(fmt.magnitudes, dtype=torch.float64, device=weight.device) * fmt.step
-            tried, ratios = [], _weight_ratios(weight.device)
-            for part in (ratios, None):
-                part = _refined(ratios, tried[0][2]) if part is None else part
-                scale = _unit_scale(part * amax[:, None] / fmt.max, fmt)  # (R, S)
-                best = rows.error(scale.to(torch.float64)[..., None] * grid).min(dim=1)
-                tried.append((best.values, scale.gather(1, best.indices[:, None])[:, 0], best.indices))
-            (error, found, _), (finer_error, finer, _) = tried
+            ratios = _weight_ratios(weight.device)
+            error, found, index = _best_ratio(rows, amax, fmt, grid, ratios)
+            finer_error, finer, _ = _best_ratio(rows, amax, fmt, grid, _refined(ratios, index))
             errors[i][start : start + step] = torch.minimum(error, finer_error)
             found = torch.where(finer_error < error, finer, found)
             scales[i][start : start + step] = torch.where(amax > 0, found, 1.0)
     winner = min(range(len(signed)), key=lambda i: errors[i].sum().item())
     relative = (errors[winner].sum() / energy).nan_to_num(0.0)
     return SearchResult(QParams(signed[winner], scales[winner].view(shape)), relative.to(torch.float32))
+
+
+def _best_ratio(
+    rows: _SortedRows, amax: Tensor, fmt: FPFormat, grid: Tensor, ratios: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row the least error, its scale and the index of its ratio, `(R,)` each; ratios `(S,)` or `(R, S)`."""
+    scale = _unit_scale(ratios * amax[:, None] / fmt.max, fmt)  # (R, S)
+    best = rows.error(scale.to(torch.float64)[..., None] * grid).min(dim=1)
+    return best.values, scale.gather(1, best.indices[:, None])[:, 0], best.indices
 
 
 def is_skewed(low: float, high: float) -> bool:
@@ -208,14 +215,14 @@ def search_activation(x: Tensor, formats: Sequence[str], bounds: tuple[float, fl
         return SearchResult(QParams(allowed[0], one), torch.zeros((), device=x.device))
 
     rows = _SortedRows(values[None])
-    best = (torch.inf, None)
+    best: tuple[float, QParams | None] = (torch.inf, None)
     for fmt in allowed:
         ratios = _activation_ratios(values.device)
         coarse = _best_of(rows, fmt, ratios, low, high)
         finer = _best_of(rows, fmt, _refined(ratios, coarse[2]), low, high)
         best = min(best, coarse[:2], finer[:2], key=lambda found: found[0])
     energy = rows.energy.item()  # of a sample; it may be of zeros alone
-    return SearchResult(best[1], torch.tensor(best[0] / energy if energy else 0.0, device=x.device))
+    return SearchResult(cast(QParams, best[1]), torch.tensor(best[0] / energy if energy else 0.0, device=x.device))
 
 
 def _best_of(

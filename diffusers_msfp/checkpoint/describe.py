@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from ..engines.choose import engine_named
 from ..errors import CheckpointError
 from ..formats import FPFormat
+from ..layers import QuantLayer
 from ..methods.method import parts
 from .record import ModelRecord
 
@@ -39,7 +41,8 @@ class StoredLayer:
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """See `QuantLayer.matrix_shape`."""
-        return self.logical_shape[:2]
+        rows, length, *_ = self.logical_shape
+        return rows, length
 
     @classmethod
     def of(cls, shape: list[int], rows: int, weight_format: FPFormat, input_format: FPFormat | None) -> "StoredLayer":
@@ -159,7 +162,7 @@ def _describe_component(folder: Path, variant: str | None) -> dict:
             scale = tensors[f"{name}.weight_scale"]
             rows, *_, row_bytes = shape = shapes[f"{name}.weight"]
             stored = StoredLayer.of(shape, scale.numel(), fmt, read)
-            engine, refusals = auto.choose(stored)
+            engine, refusals = auto.choose(cast(QuantLayer, stored))
             if group.observing:
                 *others, engine = auto.engines
                 refusals = {other.name: OBSERVING for other in others}

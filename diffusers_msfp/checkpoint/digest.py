@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def checksum(name: str, like: Tensor, data: bytes | memoryview | None = None) ->
     """
     if data is None:
         plain = like.detach().to("cpu").contiguous().reshape(-1)
-        data = memoryview(plain.view(torch.uint8).numpy())
+        data = plain.view(torch.uint8).numpy().data
     head = f"{name} {dtype_name(like)} {list(like.shape)}".encode()
     return f"{zlib.crc32(data, zlib.crc32(head)):0{_LENGTH}x}"
 
@@ -71,7 +72,7 @@ class Digest:
         return cls({(name, dtype_name(tensor)): checksum(name, tensor) for name, tensor in tensors.items()})
 
     @classmethod
-    def from_dict(cls, record: object) -> "Digest":
+    def from_dict(cls, record: Any) -> "Digest":
         """Read a record.
 
         Raises:

@@ -5,6 +5,7 @@ Files of format version 2 say the formats of each layer, which must be the recor
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +25,7 @@ def formats_of(model: nn.Module) -> dict[str, Tensor]:
     return {f"{name}{_ENDING}": layer.formats_tensor() for name, layer in quant_layers(model)}
 
 
-def without_formats(names: Iterable[str], config) -> list[str]:
+def without_formats(names: Iterable[str], config: Any) -> list[str]:
     """Names of tensors that libraries place; version 1 knows no formats in files, so there they are left over."""
     return [name for name in names if config.format_version == 1 or not name.endswith(_ENDING)]
 

@@ -93,7 +93,8 @@ class TensorLayout:
             self._lay_out(file, {name: state[name] for name in names})
 
     def _lay_out(self, file: str, tensors: Mapping[str, Tensor]) -> None:
-        header, ranges, end = {"__metadata__": {"format": "pt", **self._metadata}}, {}, 0
+        header: dict[str, dict] = {"__metadata__": {"format": "pt", **self._metadata}}
+        ranges, end = {}, 0
         # Wide numbers first, so that all of them are aligned.
         for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
             begin, end = end, end + tensor.numel() * tensor.element_size()
@@ -120,7 +121,7 @@ class TensorLayout:
         checksums = {}
         for name, tensor in tensors.items():
             file, first, size = self._ranges[name]
-            data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
             if len(data) != size:
                 raise CheckpointError(f"`{name}` must have {size} bytes, but got {len(data)}: not this model's.")
             with open(folder / file, "r+b") as handle:

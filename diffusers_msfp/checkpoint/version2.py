@@ -23,6 +23,7 @@ Newly quantized models are saved as version 2, for the digest is what protects p
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from ..errors import CheckpointError
 
@@ -78,7 +79,7 @@ RESERVED = {
 """Key of a record → what it must hold."""
 
 
-def check_version(version: object) -> int:
+def check_version(version: Any) -> int:
     """Refuse what is no format version, or a newer one.
 
     Raises:

@@ -7,7 +7,8 @@ one line and 2, Ctrl-C one line, on what is kept and how to go on, and 130.
 import logging
 import sys
 import warnings
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, cast
 
 import typer
 from diffusers.utils import logging as diffusers_logging
@@ -46,7 +47,7 @@ for command in COMMANDS:
     app.command()(interruptible(command))
 for group in GROUPS:
     for each in group.registered_commands:
-        each.callback = interruptible(each.callback)
+        each.callback = interruptible(cast(Callable, each.callback))
     app.add_typer(group)
 
 

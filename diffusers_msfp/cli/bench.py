@@ -1,5 +1,7 @@
 """`bench`: how fast a model's step is in several ways."""
 
+from typing import Any
+
 import torch
 from diffusers import DiffusionPipeline
 
@@ -58,7 +60,7 @@ def bench(
     return {"model": model, "threads": torch.get_num_threads(), "rows": rows}
 
 
-def _load(model: str, variant: str | None):
+def _load(model: str, variant: str | None) -> Any:
     if model in SHAPES:
         torch.manual_seed(0)
         return SHAPES[model]().eval()

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from diffusers import DDPMScheduler
 from ..compat.accelerate import leave_process_group
 from ..errors import ConfigError
 from ..evaluation import compare_pipelines, image_grid
+from ..methods.routes import routing_of
+from ..methods.talora import RoutingTable
 from ..methods.talora.config import FinetuneConfig
 from ..methods.talora.finetuner import PREVIEWS, Finetuner
 from ..outputs import require_writable_folder
@@ -97,7 +100,7 @@ def finetune(
 
     def keep_preview(update: int, pictures: np.ndarray) -> None:
         if not rows:
-            rows.append(run.preview(teacher=True))
+            rows.append(cast(Finetuner, run).preview(teacher=True))
         grid = image_grid(
             np.concatenate([rows[0], pictures]),
             columns=PREVIEWS,
@@ -144,7 +147,7 @@ def finetune(
         "seconds_total": time.perf_counter() - started,
         "loss_first": float(np.mean(losses[:tenth])),
         "loss_last": float(np.mean(losses[-tenth:])),
-        "intervals": denoiser.timestep_router.intervals(),
+        "intervals": cast(RoutingTable, routing_of(denoiser)).intervals(),
         "bytes_before": model_bytes(source, denoiser, name, variant),
         "bytes_after": model_bytes(str(out), denoiser, name),
         "peak_rss_bytes": peak_rss_bytes(),

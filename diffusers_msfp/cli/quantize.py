@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.quantizers import PipelineQuantizationConfig
@@ -154,6 +155,7 @@ def quantize(
             publish(locations["."], out)
         else:
             models = {name: streams.pop(name).load(location) for name, location in locations.items()}
+            loaded = cast(DiffusionPipeline, loaded)
             exchange_parts(loaded, **models)
             for name in encoders if path.is_file() else ():  # those of a folder are quantized while they are loaded
                 quantize_model(getattr(loaded, name), request)
@@ -232,7 +234,7 @@ def _parts(
     if index:
         listed = {name: part for name, part in index.items() if isinstance(part, list) and part[0] is not None}
         present = {name: class_named(part) for name, part in listed.items()}
-        names = request.choose_components(present, index.get("_class_name"))
+        names = request.choose_components(present, str(index.get("_class_name")))
     elif request.components_to_quantize:
         raise ConfigError(f"`components` selects parts of a pipeline, but {path} is a single model.")
     else:

@@ -1,6 +1,7 @@
 """`report`: one HTML page on the quality of a quantized checkpoint."""
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -85,7 +86,7 @@ def report(
     data |= {"name": _short(source), "reference": reference and _short(reference), "out": str(out)}
     data["bytes"] = model_bytes(str(folder), model, data["component"], variant)
     data["bytes_reference"] = original and model_bytes(
-        reference, denoiser_of(original), denoiser_name(original), variant
+        cast(str, reference), denoiser_of(original), denoiser_name(original), variant
     )
     write_text(render_report(data), out)
     return data

@@ -2,10 +2,12 @@
 
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..assets import EMBEDDED_MODEL
@@ -31,7 +33,7 @@ def space_run(
     title: str | None = None,
     variant: str | None = None,
     port: int | None = None,
-    on_start=None,
+    on_start: Callable[[str], None] | None = None,
 ) -> None:
     """Serve the page until Ctrl-C, which ends it as it should.
 
@@ -58,7 +60,7 @@ def print_address(address: str) -> None:
 
 def open_page(
     source: str | None = None, *, reference: str | None = None, title: str | None = None, variant: str | None = None
-):
+) -> Any:
     """Load pipelines and build their page.
 
     Args:
@@ -77,6 +79,7 @@ def open_page(
         ConfigError: Gradio is not installed, or the two cannot be compared.
     """
     require_gradio()
+    original: DiffusionPipeline | None
     if source is None:
         original, quantized = (load_pipeline(str(EMBEDDED_MODEL)) for _ in range(2))
         with progress("quantizing the embedded model") as report:
@@ -86,7 +89,8 @@ def open_page(
             require_variant(variant, source, reference)
             quantized = load_pipeline(source, variant=variant)
         _require_quantized(quantized, source)
-        original = _original(source, reference, denoiser_of(quantized).dtype, variant)
+        dtype = cast(ModelMixin, denoiser_of(quantized)).dtype
+        original = _original(source, reference, dtype, variant)
     pipes = [pipe.to("cuda") if torch.cuda.is_available() else pipe for pipe in (quantized, original) if pipe]
     candidates = [Candidate(pipe) for pipe in pipes]
     if len(candidates) == 2:
@@ -94,7 +98,7 @@ def open_page(
     return build_page(title or (EMBEDDED_TITLE if source is None else _name(source)), *candidates)
 
 
-def _require_quantized(pipe, source: str) -> None:
+def _require_quantized(pipe: DiffusionPipeline, source: str) -> None:
     if not list(quantized_models(pipe)):
         raise SourceError(f"{source} must be quantized, but it is not: run `diffusers-msfp quantize` first.")
 
@@ -129,7 +133,7 @@ def _card(source: str) -> ModelCardData:
 def base_of(source: str) -> str | None:
     """The model that a checkpoint was made from, as its model card says."""
     base = _card(source).base_model
-    return base[0] if isinstance(base, list) and base else base or None
+    return next(iter(base), None) if isinstance(base, list) else base or None
 
 
 def _name(source: str) -> str:
@@ -141,7 +145,7 @@ def _license(source: str, reference: str | None) -> dict[str, str]:
     remembered = remembered_base(Path(source)) if reference is None and Path(source).is_dir() else None
     for location, copied in ((source, "model"), (reference or remembered, "reference")):
         card = _card(location) if location is not None else None
-        if card is None or not isinstance(card.license, str):
+        if location is None or card is None or not isinstance(card.license, str):
             continue
         found = {key: card.get(key) for key in ("license", "license_name", "license_link")}
         link = found["license_link"]

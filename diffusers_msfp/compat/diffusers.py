@@ -4,11 +4,16 @@ import inspect
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeAlias, cast
 
+import torch
+from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import no_init_weights  # float models on the meta device, without drawing weights
 from diffusers.quantizers import auto
+from torch import nn
 
 __all__ = [
+    "Scheduler",
     "components_being_loaded",
     "execution_device",
     "forget_widened_weights",
@@ -24,6 +29,9 @@ __all__ = [
     "source_of",
     "widened_weights",
 ]
+
+Scheduler: TypeAlias = Any
+"""A scheduler of diffusers; its classes share no base that declares what is used of them."""
 
 
 def quantization_tables() -> tuple[dict, dict]:
@@ -44,17 +52,17 @@ def components_being_loaded() -> dict | None:
     return dict(components) if isinstance(components, Mapping) else None
 
 
-def progress_bar_config(pipe) -> dict:
+def progress_bar_config(pipe: DiffusionPipeline) -> dict:
     """What `set_progress_bar_config` was last called with; there is no getter."""
     return dict(getattr(pipe, "_progress_bar_config", {}))
 
 
-def set_progress_bar_config(pipe, config: Mapping) -> None:
+def set_progress_bar_config(pipe: Any, config: Mapping) -> None:
     """Replace it; pipelines that are combined override the public method, and one of them turns on offloading there."""
     pipe._progress_bar_config = dict(config)
 
 
-def rename_old_keys(model, names: dict) -> None:
+def rename_old_keys(model: Any, names: dict) -> None:
     """Give attention weights of old checkpoints their new names, in place, as loading does it."""
     model._fix_state_dict_keys_on_load(names)
 
@@ -65,22 +73,22 @@ def saves_averages() -> bool:
     return caller.f_code.co_name == "save_pretrained" and type(caller.f_locals.get("self")).__name__ == "EMAModel"
 
 
-def execution_device(pipe):
+def execution_device(pipe: object) -> torch.device | None:
     """Where a pipeline computes while parts of it are offloaded; None where it does not say."""
     return getattr(pipe, "_execution_device", None)
 
 
-def kept_in_float32(model) -> frozenset[str]:
+def kept_in_float32(model: nn.Module) -> frozenset[str]:
     """Names of modules whose weights a model of diffusers or transformers keeps in float32."""
     return frozenset(getattr(model, "_keep_in_fp32_modules", None) or ())
 
 
-def widened_weights(model) -> dict:
+def widened_weights(model: nn.Module) -> dict:
     """Weights for which a control LoRA of Flux has just put wider layers in place, by name."""
     return dict(getattr(model, "_overwritten_params", None) or {})
 
 
-def forget_widened_weights(model) -> None:
+def forget_widened_weights(model: Any) -> None:
     """Let the pipeline believe that it has widened nothing."""
     del model._overwritten_params
 
@@ -88,12 +96,12 @@ def forget_widened_weights(model) -> None:
 def source_of(thing: object) -> str | None:
     """The code of a pipeline's class, module or method; None where there is none to read, as in a frozen program."""
     try:
-        return inspect.getsource(thing)
+        return inspect.getsource(cast(Any, thing))
     except (OSError, TypeError):
         return None
 
 
-def set_config(model, config: Mapping) -> None:
+def set_config(model: Any, config: Mapping) -> None:
     """Replace a model's config; `register_to_config` can add, but not remove."""
     model._internal_dict = type(model._internal_dict)(dict(config))
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from types import FrameType
 
 from peft.utils.other import get_pattern_key  # which key of `rank_pattern` or `alpha_pattern` fits a module
 
@@ -21,7 +22,7 @@ def is_wrapped(name: str) -> bool:
     return name.endswith(_BASE)
 
 
-def has_adapters(model) -> bool:
+def has_adapters(model: object) -> bool:
     """Whether diffusers' or transformers' mixin has attached adapters to a model."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
@@ -32,7 +33,7 @@ def asked_by_peft() -> bool:
     PEFT trains copies of layers (`modules_to_save`), and makes a convolution's LoRA of layers of its class
     (`type(base_layer)(…)`); it has no hook for either.
     """
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_globals.get("__name__", "") in ("copy", *_OWN):
         frame = frame.f_back
     return frame is not None and (frame.f_globals.get("__name__") or "").startswith("peft.")
@@ -40,4 +41,4 @@ def asked_by_peft() -> bool:
 
 def pattern_value(patterns: Mapping[str, float], name: str, default: float) -> float:
     """The value of a pattern table for a module."""
-    return patterns.get(get_pattern_key(patterns.keys(), name), default)
+    return patterns.get(get_pattern_key([*patterns], name), default)

@@ -1,11 +1,14 @@
 """Internals of torch (all since 2.6, the oldest that is supported)."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch._library.opaque_object import register_opaque_type
 from torch._opaque_base import OpaqueBase as Opaque  # what an operator takes that is neither a tensor nor a number
+from torch.nn.modules.conv import _ConvNd as ConvNd  # what all convolutions are
 from torch.utils._pytree import (  # the public `torch.utils.pytree` came with 2.10 only
     tree_flatten,
     tree_flatten_with_path,
@@ -15,9 +18,12 @@ from torch.utils._pytree import (  # the public `torch.utils.pytree` came with 2
 )
 
 __all__ = [
+    "ConvNd",
     "StatefulModule",
     "assert_later",
+    "bias_of",
     "convolve",
+    "device_of",
     "empty_shell",
     "has_bf16_instructions",
     "has_int8_operators",
@@ -29,6 +35,7 @@ __all__ = [
     "pack_int8_linear",
     "padding_ends",
     "pre_hooks",
+    "put_bias",
     "put_tensor",
     "remove_hooks",
     "remove_load_hooks",
@@ -39,10 +46,13 @@ __all__ = [
     "tree_leaves",
     "tree_map",
     "tree_unflatten",
+    "weight_of",
     "without_functions",
     "written_arguments",
 ]
 
+
+AnyOpaque = TypeVar("AnyOpaque", bound=Opaque)
 
 # ── processors and operators ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -63,7 +73,14 @@ def pack_int8_linear(weight: Tensor) -> Tensor:
 
 
 def int8_linear(
-    x: Tensor, unit: float, zero: int, packed: Tensor, units: Tensor, zeros: Tensor, bias: Tensor | None, dtype
+    x: Tensor,
+    unit: float,
+    zero: int,
+    packed: Tensor,
+    units: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """`unit * units[n] * Σ_k (x[m, k] - zero) * weight[n, k] + bias[n]`.
 
@@ -76,14 +93,22 @@ def int8_linear(
     return torch.ops.onednn.qlinear_pointwise(x, unit, zero, packed, units, zeros, bias, 1.0, 0, dtype, "none", [], "")
 
 
-def pack_int8_conv(weight: Tensor, units: Tensor, stride, padding, dilation, groups: int, shape) -> Tensor:
+def pack_int8_conv(
+    weight: Tensor,
+    units: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    shape: Sequence[int],
+) -> Tensor:
     """`(N, C / groups, H, W)` int8 as `int8_conv` wants it for inputs like one of this shape."""
     return torch.ops.onednn.qconv_prepack(weight, units, 1.0, 0, stride, padding, dilation, groups, list(shape))
 
 
 def int8_conv(
     x: Tensor, unit: float, zero: int, packed: Tensor, units: Tensor, zeros: Tensor, bias: Tensor | None,
-    stride, padding, dilation, groups: int, dtype,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """The convolution's counterpart of `int8_linear`; `x` `(B, C, H, W)` uint8, channels last."""
     return torch.ops.onednn.qconv_pointwise(
@@ -117,22 +142,22 @@ def assert_later(condition: Tensor, message: str) -> None:
     torch._assert_async(condition, message)
 
 
-def convolve(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def convolve(layer: ConvNd, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A convolution layer's operation with another weight, in its padding mode."""
     return layer._conv_forward(x, weight, bias)
 
 
-def padding_ends(layer: nn.Module) -> list[int]:
+def padding_ends(layer: ConvNd) -> list[int]:
     """A convolution's padding as `F.pad` takes it: `(left, right, top, bottom)`."""
     return list(layer._reversed_padding_repeated_twice)
 
 
-def without_functions():
+def without_functions() -> AbstractContextManager[None]:
     """A context in which subclasses of tensors are plain tensors to Python."""
     return torch._C.DisableTorchFunctionSubclass()
 
 
-def register_opaque(cls: type[Opaque], guarded: Callable[[Opaque], list]) -> None:
+def register_opaque(cls: type[AnyOpaque], guarded: Callable[[AnyOpaque], list]) -> None:
     """Let operators take objects of a class, which compiled graphs have as inputs (torch 2.13; before it had no names).
 
     Args:
@@ -141,7 +166,7 @@ def register_opaque(cls: type[Opaque], guarded: Callable[[Opaque], list]) -> Non
     register_opaque_type(cls, typ="reference", guard_fn=guarded)
 
 
-def opaque_inside(argument: Opaque) -> Opaque:
+def opaque_inside(argument: AnyOpaque) -> AnyOpaque:
     """The object itself, where an operator's fake gets the compiler's stand-in for it."""
     return getattr(argument, "real_obj", argument)
 
@@ -179,6 +204,26 @@ def replace_children(parent: nn.Module, instead: Mapping[int, nn.Module]) -> Non
         parent._modules[name] = instead.get(id(child), child)
 
 
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight of a layer of any kind; torch declares it kind by kind."""
+    return cast(Tensor, layer.weight)
+
+
+def bias_of(layer: nn.Module) -> nn.Parameter | None:
+    """The bias of a layer of any kind; None where it has none."""
+    return cast("nn.Parameter | None", layer.bias)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is that says so itself, as those of diffusers and transformers do."""
+    return cast(torch.device, model.device)
+
+
+def put_bias(layer: nn.Module, bias: Tensor | None) -> None:
+    """Give a layer of any kind another bias, or none."""
+    cast(Any, layer).bias = bias
+
+
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """A module's own parameters and buffers, by name."""
     own = (*module._parameters.items(), *module._buffers.items())
@@ -206,24 +251,24 @@ class StatefulModule(nn.Module):
     def after_state(self) -> None:
         """Called when a state has been loaded."""
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StatefulModule":
         """What `to`, `half`, `cuda` and the like come down to."""
         self.before_move(fn)
         exact = {name: tensor.data for name, tensor in self.exact_tensors()}  # a parameter is cast in place
         super()._apply(fn, recurse)
         for name, before in exact.items():
             is_buffer = name in self._buffers
-            moved = self._buffers[name] if is_buffer else self._parameters[name]
+            moved = tensors_of(self)[name]
             if moved.dtype != before.dtype:
                 back = before.to(moved.device)
                 setattr(self, name, back if is_buffer else nn.Parameter(back, requires_grad=moved.requires_grad))
         return self
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update({prefix + name: tensor for name, tensor in self.more_state().items()})
 
-    def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         super()._load_from_state_dict(self.take_state(state_dict, prefix), prefix, *arguments)
         self.after_state()
 
@@ -243,12 +288,12 @@ def put_tensor(module: nn.Module, name: str, value: Tensor) -> None:
         module._buffers[name] = value
 
 
-def empty_shell(cls: type[Tensor], shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+def empty_shell(cls: type[Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of a subclass that has no memory, only a shape, for `__torch_dispatch__` to fill with meaning."""
     return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=False)
 
 
-def written_arguments(func, args: tuple) -> Iterator:
+def written_arguments(func: Any, args: tuple) -> Iterator:
     """Those of an operator's positional arguments that it writes into."""
     for argument, value in zip(func._schema.arguments, args, strict=False):
         if argument.alias_info is not None and argument.alias_info.is_write:

@@ -1,7 +1,9 @@
 """Internals of transformers (all since 5.0)."""
 
 from collections.abc import Callable
+from typing import Any, cast
 
+from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightRenaming  # how loading converts and renames tensors
 from transformers.quantizers import auto
 
@@ -33,14 +35,14 @@ def register(method: str, quantizer: type, config: type) -> None:
 def mark_initialised(*things: object) -> None:
     """Tell the loader that modules or parameters have their values; it would fill others with noise."""
     for thing in things:
-        thing._is_hf_initialized = True
+        cast(Any, thing)._is_hf_initialized = True
 
 
 _FILL = "_move_missing_keys_from_meta_to_device"
 _IGNORED = "_keys_to_ignore_on_load_unexpected"
 
 
-def watch_loading(model, look: Callable[[list[str]], None], ignored: str | None = None) -> None:
+def watch_loading(model: nn.Module, look: Callable[[list[str]], None], ignored: str | None = None) -> None:
     """Say what of a checkpoint's keys this model's loading is to look at, until `unwatch_loading`.
 
     Args:
@@ -52,14 +54,14 @@ def watch_loading(model, look: Callable[[list[str]], None], ignored: str | None 
         setattr(model, _IGNORED, {*(getattr(model, _IGNORED) or ()), ignored})
     fill = getattr(model, _FILL)
 
-    def watched(missing_keys, *args, **kwargs) -> None:
+    def watched(missing_keys: list[str], *args: Any, **kwargs: Any) -> None:
         look(sorted(missing_keys))
         fill(missing_keys, *args, **kwargs)
 
     setattr(model, _FILL, watched)
 
 
-def unwatch_loading(model) -> None:
+def unwatch_loading(model: nn.Module) -> None:
     """Take off what `watch_loading` put on."""
     for name in (_FILL, _IGNORED):
         model.__dict__.pop(name, None)

@@ -9,6 +9,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -141,7 +142,7 @@ def sees_through(verb: Callable | None = None, *, changes: bool = True) -> Calla
         return functools.partial(sees_through, changes=changes)
 
     @functools.wraps(verb)
-    def through(*args, **kwargs):
+    def through(*args: Any, **kwargs: Any) -> Any:
         with seen_through(*args, *kwargs.values(), changes=changes) as bare:
             named = dict(zip(kwargs, bare[len(args) :], strict=True))
             return verb(*bare[: len(args)], **named)

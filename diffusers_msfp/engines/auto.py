@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from .engine import Engine
+from ..layers import QuantLayer
+from .engine import Engine, PreparedLayer
 
 
 class AutoEngine(Engine):
@@ -18,7 +19,7 @@ class AutoEngine(Engine):
         super().__init__(engines[0].memory)
         self.engines = tuple(engines)
 
-    def choose(self, layer) -> tuple[Engine, dict[str, str]]:
+    def choose(self, layer: QuantLayer) -> tuple[Engine, dict[str, str]]:
         """The engine for a layer, and why those before it refused it."""
         refused = {}
         for engine in self.engines:
@@ -28,15 +29,15 @@ class AutoEngine(Engine):
             refused[engine.name] = reason
         return engine, refused
 
-    def refusal(self, layer) -> str | None:
+    def refusal(self, layer: QuantLayer) -> str | None:
         """See `Engine.refusal`."""
         return self.engines[-1].refusal(layer)
 
-    def prepare(self, layer):
+    def prepare(self, layer: QuantLayer) -> PreparedLayer | None:
         """See `Engine.prepare`."""
         return self.choose(layer)[0].prepare(layer)
 
-    def check_inputs(self, *call) -> None:
+    def check_inputs(self, *call: object) -> None:
         """See `Engine.check_inputs`."""
         for engine in self.engines:
             engine.check_inputs(*call)

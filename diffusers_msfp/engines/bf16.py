@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..formats import FPFormat
+from ..layers import QuantLayer
 from . import kernels
 from .engine import Engine, PreparedLayer, weight_unit
 from .grid import InputGrid
@@ -21,12 +22,12 @@ class BF16Engine(Engine):
 
     name = "bf16"
 
-    def refusal(self, layer) -> str | None:
+    def refusal(self, layer: QuantLayer) -> str | None:
         """See `Engine.refusal`."""
         device = layer.packed_weight.device.type
         return None if device == "cpu" else f"its weight is on {device}, not on the CPU"
 
-    def prepare(self, layer) -> "BF16Layer":
+    def prepare(self, layer: QuantLayer) -> "BF16Layer":
         """See `Engine.prepare`."""
         return BF16Layer(layer, self.memory == "fast")
 
@@ -40,7 +41,7 @@ def _fits_bfloat16(fmt: FPFormat, zero: int) -> bool:
 class BF16Layer(PreparedLayer):
     """A layer of any kind; the layer's own `compute` does the work."""
 
-    def __init__(self, layer, keep: bool) -> None:
+    def __init__(self, layer: QuantLayer, keep: bool) -> None:
         super().__init__(layer, keep)
         self._units = weight_unit(layer)
         self._table = torch.tensor(layer.weight_format.code_values, dtype=torch.int32)

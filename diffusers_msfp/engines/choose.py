@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from typing import cast
 
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
@@ -11,7 +12,7 @@ from ..errors import ConfigError
 from ..layers import QuantLayer
 from ..layers.convert import quant_layers
 from ..sampling.observation import quantized_models
-from . import ENGINES, MEMORY_MODES, AutoEngine, Engine
+from . import ENGINES, MEMORY_MODES, AutoEngine
 from .fusion.fuse import fuse, undo
 from .fusion.processors import use_engine_attention
 
@@ -64,7 +65,7 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
     for part in models:
         fuse(part)
         use_engine_attention(part, wanted=True)
-        part.input_check = part.register_forward_hook(chosen.check_inputs)
+        vars(part)["input_check"] = part.register_forward_hook(chosen.check_inputs)
 
 
 def engine_named(name: str, memory: str = "fast") -> AutoEngine:
@@ -79,15 +80,15 @@ def engines_of(model: nn.Module) -> dict[str, int]:
 
 
 def _engine_of(layer: QuantLayer) -> str:
-    used = layer.engine is not None and not layer.observing
-    return layer.engine.choose(layer)[0].name if used else "reference"
+    engine = cast("AutoEngine | None", layer.engine)
+    return "reference" if engine is None or layer.observing else engine.choose(layer)[0].name
 
 
-def resident_bytes(model: ModelMixin) -> int:
+def resident_bytes(model: nn.Module) -> int:
     """Memory of a model's tensors and of what its engines keep ready beside them, in bytes."""
-    model = unwrap(model)
-    prepared = [layer.prepared for _, layer in quant_layers(model) if layer.prepared is not None]
-    return model.get_memory_footprint() + sum(each.kept_bytes for each in prepared)
+    bare = cast(ModelMixin, unwrap(model))
+    prepared = [layer.prepared for _, layer in quant_layers(bare) if layer.prepared is not None]
+    return bare.get_memory_footprint() + sum(each.kept_bytes for each in prepared)
 
 
 def engine_from_environment() -> str:
@@ -102,7 +103,7 @@ def engine_from_environment() -> str:
     return name
 
 
-def _require_use(name: str, chosen: Engine, layers: list[QuantLayer]) -> None:
+def _require_use(name: str, chosen: AutoEngine, layers: list[QuantLayer]) -> None:
     """Refuse an engine that can run no layer, and say which can."""
     if name in (AutoEngine.name, "reference") or any(layer.observing for layer in layers):
         return
@@ -120,8 +121,7 @@ def _unprepare(model: nn.Module) -> None:
     use_engine_attention(model, wanted=False)
     undo(model)
     if "input_check" in vars(model):
-        model.input_check.remove()
-        del model.input_check
+        vars(model).pop("input_check").remove()
     for module in model.modules():
         if isinstance(module, QuantLayer):
             module.use_engine(None)

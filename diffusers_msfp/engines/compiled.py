@@ -7,6 +7,7 @@ and a layer that was made ready anew, or freed, leaves nothing behind that could
 """
 
 import weakref
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from torch import Tensor
 from ..compat.torch import Opaque, opaque_inside, register_opaque
 from ..errors import UnsupportedError
 from ..numerics.route import Route
+
+if TYPE_CHECKING:
+    from .engine import PreparedLayer
 
 
 class LayerReference(Opaque):
@@ -28,20 +32,21 @@ class LayerReference(Opaque):
         sizes (`str`): all that a graph takes from the layer: what the shape of its output goes by.
     """
 
-    _prepared: "weakref.ref | None" = None
+    sizes: str
+    _prepared: "weakref.ref[PreparedLayer] | None" = None
 
-    def __init__(self, prepared) -> None:
+    def __init__(self, prepared: "PreparedLayer") -> None:
         layer = prepared.layer
         self._prepared = weakref.ref(prepared)
         self.sizes = f"{type(layer).__name__}({layer.float_class.extra_repr(layer)})"
 
-    def prepared(self):
+    def prepared(self) -> "PreparedLayer":
         """The layer.
 
         Raises:
             UnsupportedError: it has changed or gone since, or this is a copy.
         """
-        prepared = self._prepared and self._prepared()
+        prepared = None if self._prepared is None else self._prepared()
         if prepared is None:
             raise UnsupportedError(
                 f"A compiled graph must be given layers that an engine has made ready, but the one of {self.sizes} has "
@@ -69,7 +74,7 @@ def run_layer(x: Tensor, reference: LayerReference, bank: int, adapter: int, ind
     prepared = reference.prepared()
 
     def run(rows: Tensor, index: Tensor | int | None) -> Tensor:
-        return prepared.run(rows, *(index if each < 0 else each for each in (bank, adapter)))
+        return prepared.run(rows, *(cast("int | Tensor", index) if each < 0 else each for each in (bank, adapter)))
 
     y = Route(index).apply(run, x, 0) if index is not None and index.ndim else run(x, index)
     return y.contiguous(memory_format=_memory_format(x))

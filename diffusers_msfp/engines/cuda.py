@@ -12,12 +12,14 @@ import logging
 from functools import lru_cache
 from importlib.util import find_spec
 from subprocess import SubprocessError
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import NonFiniteError
 from ..formats import FORMATS
+from ..layers import QuantLayer
 from .engine import Engine, PreparedLayer
 from .triton.capability import code_dtypes, limits
 from .triton.device_codes import MAX_TERMS
@@ -40,7 +42,7 @@ class CudaEngine(Engine):
         nvidia = device.type == "cuda" and torch.version.hip is None
         return torch.cuda.get_device_capability(device) if nvidia else None
 
-    def refusal(self, layer) -> str | None:
+    def refusal(self, layer: QuantLayer) -> str | None:
         """See `Engine.refusal`."""
         device = layer.packed_weight.device
         capability = self.capability(device)
@@ -57,13 +59,16 @@ class CudaEngine(Engine):
             return f"no codes hold both {layer.weight_format} and {layer.input_format}"
         return launch_failure(device)
 
-    def code_dtype(self, layer) -> torch.dtype | None:
+    def code_dtype(self, layer: QuantLayer) -> torch.dtype | None:
         """The best dtype for the codes of a layer; None if none is exact."""
-        dtypes = code_dtypes(layer.weight_format, layer.input_format, self.capability(layer.packed_weight.device))
+        capability = self.capability(layer.packed_weight.device)
+        if layer.input_format is None or capability is None:
+            return None
+        dtypes = code_dtypes(layer.weight_format, layer.input_format, capability)
         many = layer.matrix_shape[1] > MAX_TERMS
         return next((dtype for dtype in dtypes if not (many and dtype == torch.int8)), None)
 
-    def prepare(self, layer) -> PreparedLayer:
+    def prepare(self, layer: QuantLayer) -> PreparedLayer:
         """See `Engine.prepare`."""
         from .cuda_layers import CudaConv, CudaLinear, FloatLinear
 
@@ -71,11 +76,12 @@ class CudaEngine(Engine):
         _say_what_is_left_out(self.capability(device))
         if layer.input_format is None:
             return FloatLinear(layer, keep)
+        dtype = cast(torch.dtype, self.code_dtype(layer))  # `refusal` has looked
         flags = self._flags.setdefault(device, {})
         flag = flags.setdefault(layer.module_name, torch.zeros(1, dtype=torch.int32, device=device))
-        return (CudaLinear if isinstance(layer, nn.Linear) else CudaConv)(layer, keep, self.code_dtype(layer), flag)
+        return (CudaLinear if isinstance(layer, nn.Linear) else CudaConv)(layer, keep, dtype, flag)
 
-    def check_inputs(self, *_call) -> None:
+    def check_inputs(self, *_call: object) -> None:
         """See `Engine.check_inputs`."""
         for flags in self._flags.values():
             raised = torch.cat(list(flags.values())).tolist()

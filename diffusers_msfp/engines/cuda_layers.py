@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ..formats import FPFormat
+from ..layers import QuantLayer
 from ..numerics import QParams
 from ..numerics.rounding import zero_point_steps
 from .engine import PreparedLayer, weight_unit
@@ -35,7 +38,7 @@ class DeviceGrid:
 class FloatLinear(PreparedLayer):
     """`nn.Linear` with packed 4-bit weights and a float input; nothing is ever expanded."""
 
-    def __init__(self, layer, keep: bool) -> None:
+    def __init__(self, layer: QuantLayer, keep: bool) -> None:
         super().__init__(layer, keep)
         self._units = weight_unit(layer)
 
@@ -58,10 +61,11 @@ class _CodeLayer(PreparedLayer):
         flag (`Tensor`, `(1,)`, int32): set to 1 by an input that is not finite.
     """
 
-    def __init__(self, layer, keep: bool, dtype: torch.dtype, flag: Tensor) -> None:
+    def __init__(self, layer: QuantLayer, keep: bool, dtype: torch.dtype, flag: Tensor) -> None:
         super().__init__(layer, keep)
         self.dtype, self._flag, self._units = dtype, flag, weight_unit(layer)
-        self._offset = code_offset(layer.input_format, dtype)
+        self._format = cast(FPFormat, layer.input_format)
+        self._offset = code_offset(self._format, dtype)
 
     def make_grid(self, qparams: QParams) -> DeviceGrid:
         """See `PreparedLayer.make_grid`."""
@@ -75,10 +79,12 @@ class _CodeLayer(PreparedLayer):
 
     def codes(self, x: Tensor, adapter: int | Tensor) -> Tensor:
         """Codes of a float input."""
-        grid, fmt = self.grid(adapter), self.layer.input_format
-        return quantize(x, grid.inverse, grid.k, fmt, dtype=self.dtype, offset=self._offset, bad=self._flag)
+        grid: DeviceGrid = self.grid(adapter)
+        return quantize(x, grid.inverse, grid.k, self._format, dtype=self.dtype, offset=self._offset, bad=self._flag)
 
-    def multiply(self, kernel: Callable, x: Tensor, bank: int | Tensor, adapter: int | Tensor, **geometry) -> Tensor:
+    def multiply(
+        self, kernel: Callable, x: Tensor, bank: int | Tensor, adapter: int | Tensor, **geometry: Any
+    ) -> Tensor:
         """The layer's output in the dtype of `x`, by a kernel for codes."""
         grid, (weight, total) = self.grid(adapter), self.weight(bank)
         return kernel(
@@ -110,7 +116,7 @@ class CudaLinear(_CodeLayer):
 class CudaConv(_CodeLayer):
     """`nn.Conv2d` and `nn.Conv1d` on codes, channels last."""
 
-    def __init__(self, layer, keep: bool, dtype: torch.dtype, flag: Tensor) -> None:
+    def __init__(self, layer: QuantLayer, keep: bool, dtype: torch.dtype, flag: Tensor) -> None:
         super().__init__(layer, keep, dtype, flag)
         self._geometry = Geometry(layer)
 

@@ -1,12 +1,14 @@
 """What every engine is: a name, the layers it refuses and why, and a way to make the others ready."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..compat.torch import tree_leaves
 from ..errors import NonFiniteError
+from ..layers import QuantLayer
 from ..numerics import Codes, QParams
 from ..numerics.rounding import check_finite
 from .compiled import LayerReference, call_layer
@@ -28,14 +30,14 @@ class Engine(ABC):
         self.memory = memory
 
     @abstractmethod
-    def refusal(self, layer) -> str | None:
+    def refusal(self, layer: QuantLayer) -> str | None:
         """Why this engine cannot run a layer exactly, on this machine; None if it can."""
 
     @abstractmethod
-    def prepare(self, layer) -> "PreparedLayer | None":
+    def prepare(self, layer: QuantLayer) -> "PreparedLayer | None":
         """The layer made ready, or None to leave it to the reference."""
 
-    def check_inputs(self, *_call) -> None:  # noqa: B027 – most leave nothing to be found out
+    def check_inputs(self, *_call: object) -> None:  # noqa: B027 – most leave nothing to be found out
         """Raise what layers found but did not wait for; a forward hook of the whole model."""
 
 
@@ -49,13 +51,11 @@ class PreparedLayer(ABC):
         keep (`bool`): keep expanded weights instead of making them anew in each call.
     """
 
-    reads_codes = False  # whether another module may quantize its input, with its grid
-
-    def __init__(self, layer, keep: bool) -> None:
+    def __init__(self, layer: QuantLayer, keep: bool) -> None:
         self.layer, self._keep = layer, keep
         self._reference = LayerReference(self)
-        self._grids: dict[tuple[int, bool], InputGrid] = {}
-        self._weights: dict[tuple, Tensor] = {}
+        self._grids: dict[tuple[int, bool], Any] = {}
+        self._weights: dict[tuple, Any] = {}
 
     def __call__(self, x: Tensor, bank: int | Tensor = 0, adapter: int | Tensor = 0) -> Tensor:
         """The layer's output for a float input, in its dtype, with one bank and the input's grid of one adapter."""
@@ -71,6 +71,11 @@ class PreparedLayer(ABC):
         vars(self).update(state)
         self._reference = LayerReference(self)
 
+    @property
+    def reads_codes(self) -> bool:
+        """Whether another module may quantize its input, with its grid."""
+        return False
+
     @abstractmethod
     def run(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor) -> Tensor:
         """What `__call__` does when nothing is being compiled."""
@@ -83,11 +88,15 @@ class PreparedLayer(ABC):
         """As the layer, for an input that another module has quantized for it and that it `takes`."""
         raise NotImplementedError
 
+    def hand_over(self, values: Tensor, adapter: int, dtype: torch.dtype) -> Codes:
+        """Bytes that another module made with `grid(adapter)` from floats of this dtype, for `from_codes`."""
+        raise NotImplementedError
+
     def nothing(self, x: Tensor) -> Tensor:
         """An output of the right shape and dtype without worth, for inputs without elements or values."""
         return self.layer.compute(x, x.new_empty(self.layer.logical_shape), None)
 
-    def grid(self, adapter: int | Tensor = 0) -> InputGrid:
+    def grid(self, adapter: int | Tensor = 0) -> Any:
         """The input's quantizer under an adapter."""
         routing = self.layer.routing
         key = (int(adapter), routing is not None and bool(routing.strength))
@@ -95,11 +104,11 @@ class PreparedLayer(ABC):
             self._grids[key] = self.make_grid(self.layer.input_qparams(key[0]))
         return self._grids[key]
 
-    def make_grid(self, qparams: QParams) -> InputGrid:
-        """The quantizer as kernels read it."""
+    def make_grid(self, qparams: QParams) -> Any:
+        """The quantizer as kernels read it: an `InputGrid`, or what an engine has of its own."""
         return InputGrid.of(qparams)
 
-    def weight(self, bank: int | Tensor, *how) -> Tensor:
+    def weight(self, bank: int | Tensor, *how: Any) -> Any:
         """A bank's weight as a kernel wants it."""
         key = (int(bank), *how)
         if key in self._weights:
@@ -112,11 +121,11 @@ class PreparedLayer(ABC):
     @property
     def kept_bytes(self) -> int:
         """Memory of the expanded weights that it keeps, in bytes."""
-        return sum(weight.numel() * weight.element_size() for weight in self._weights.values())
+        return sum(part.numel() * part.element_size() for part in tree_leaves(list(self._weights.values())))
 
     @abstractmethod
-    def expand(self, bank: int, *how) -> Tensor:
-        """Make a bank's weight from its packed codes."""
+    def expand(self, *bank_and_how: Any, **_: Any) -> Any:
+        """Make a bank's weight from its packed codes: a tensor, or several."""
 
     def refuse_infinite(self, x: Tensor) -> None:
         """Say what is wrong with an input that a kernel found not to be finite."""
@@ -125,6 +134,6 @@ class PreparedLayer(ABC):
         raise NonFiniteError(f"{where} must be finite.")
 
 
-def weight_unit(layer) -> Tensor:
+def weight_unit(layer: QuantLayer) -> Tensor:
     """Real size of a lattice step of each output channel, `(C,)` float32."""
     return QParams.unchecked(layer.weight_format, layer.weight_scale, torch.zeros_like(layer.weight_scale)).unit

@@ -1,11 +1,13 @@
 """Convolutions of any kind as what kernels know: two dimensions, a batch, the same padding on both sides."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import cast
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..compat.torch import padding_ends
+from ..compat.torch import ConvNd, padding_ends
+from ..layers import QuantLayer
 
 
 class Geometry:
@@ -18,17 +20,17 @@ class Geometry:
         layer: a quantized `nn.Conv2d` or `nn.Conv1d`.
     """
 
-    def __init__(self, layer) -> None:
+    def __init__(self, layer: QuantLayer) -> None:
         self.flat, self.groups = len(layer.kernel_size) == 1, layer.groups
         self.kernel_size = self._pair(layer.kernel_size, 1)
         self.stride, self.dilation = self._pair(layer.stride, 1), self._pair(layer.dilation, 1)
-        ends = padding_ends(layer)  # (left, right, top, bottom)
+        ends = padding_ends(cast(ConvNd, layer))  # (left, right, top, bottom)
         simple = layer.padding_mode == "zeros" and ends[::2] == ends[1::2]
         self.padding = self._pair(ends[::2][::-1], 0) if simple else [0, 0]
         self.ends = None if simple else ends
         self._mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
 
-    def _pair(self, values, first: int) -> list[int]:
+    def _pair(self, values: Sequence[int], first: int) -> list[int]:
         return [first, *values] if self.flat else list(values)
 
     def apply(self, convolve: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

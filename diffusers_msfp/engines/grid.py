@@ -1,5 +1,6 @@
 """How an input's real values become lattice integers in bytes: what kernels and engines pass to each other."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..formats import FPFormat
@@ -56,7 +57,9 @@ class InputGrid:
         return [upper, (self.unit, zero & (2**bits - 1))] if bits else [upper]
 
 
-def output_size(shape, size, stride, padding, dilation) -> tuple[int, ...]:
+def output_size(
+    shape: Sequence[int], size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, ...]:
     """Height and width of a convolution's output; every argument is such a pair."""
     pairs = zip(shape, size, stride, padding, dilation, strict=True)
     return tuple((n + 2 * pad - d * (k - 1) - 1) // s + 1 for n, k, s, pad, d in pairs)

@@ -20,8 +20,9 @@ no compiler on the user's machine.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from ..compat.torch import (
     pack_int8_linear,
 )
 from ..formats import FPFormat
+from ..layers import QuantLayer
 from ..numerics import Codes
 from . import kernels
 from .engine import Engine, PreparedLayer, weight_unit
@@ -51,7 +53,7 @@ class Int8Engine(Engine):
 
     name = "int8"
 
-    def refusal(self, layer) -> str | None:
+    def refusal(self, layer: QuantLayer) -> str | None:
         """See `Engine.refusal`."""
         if layer.packed_weight.device.type != "cpu":
             return f"its weight is on {layer.packed_weight.device.type}, not on the CPU"
@@ -70,7 +72,7 @@ class Int8Engine(Engine):
             return "this processor adds pairs of such products in 16 bits"
         return None
 
-    def prepare(self, layer) -> "Int8Linear | Int8Conv":
+    def prepare(self, layer: QuantLayer) -> "Int8Linear | Int8Conv":
         """See `Engine.prepare`."""
         return (Int8Linear if isinstance(layer, nn.Linear) else Int8Conv)(layer, self.memory == "fast")
 
@@ -110,13 +112,22 @@ def _zeros(size: int) -> Tensor:
     return torch.zeros(size, dtype=torch.int64)
 
 
-def _linear(x: Tensor, unit: float, zero: int, packed: Tensor, units: Tensor, bias, dtype=torch.float32) -> Tensor:
+def _linear(
+    x: Tensor,
+    unit: float,
+    zero: int,
+    packed: Tensor,
+    units: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     return int8_linear(x, unit, zero, packed, units, _zeros(len(units)), bias, dtype)
 
 
 def _conv(
-    x: Tensor, unit: float, zero: int, packed: Tensor, units: Tensor, bias, stride, padding, dilation, groups: int,
-    dtype=torch.float32,
+    x: Tensor, unit: float, zero: int, packed: Tensor, units: Tensor, bias: Tensor | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # fmt: skip
     return int8_conv(x, unit, zero, packed, units, _zeros(len(units)), bias, stride, padding, dilation, groups, dtype)
 
@@ -132,7 +143,7 @@ def _as_they_are(codes: Tensor, adapter: int | Tensor) -> list[Tensor]:  # noqa:
 class _Int8Layer(PreparedLayer):
     """What both kinds share: integers of the weight, and bytes of the input."""
 
-    def __init__(self, layer, keep: bool) -> None:
+    def __init__(self, layer: QuantLayer, keep: bool) -> None:
         super().__init__(layer, keep)
         self.units = weight_unit(layer)
         self.bias = None if layer.bias is None else layer.bias.detach().to(torch.float32)
@@ -147,7 +158,7 @@ class _Int8Layer(PreparedLayer):
     @property
     def reads_codes(self) -> bool:
         """Whether another module may quantize its input: to one byte a value."""
-        return not low_bits(self.layer.input_format)
+        return not low_bits(cast(FPFormat, self.layer.input_format))
 
     def hand_over(self, values: Tensor, adapter: int, dtype: torch.dtype) -> Codes:
         """Bytes that another module made with `grid(adapter)` from floats of this dtype, for `from_codes`."""
@@ -184,13 +195,15 @@ class _Int8Layer(PreparedLayer):
             self.refuse_infinite(x)
         return planes
 
-    def sum_of_planes(self, multiply, codes: list[Tensor], adapter: int | Tensor, dtype: torch.dtype) -> Tensor:
+    def sum_of_planes(
+        self, multiply: Callable[..., Tensor], codes: list[Tensor], adapter: int | Tensor, dtype: torch.dtype
+    ) -> Tensor:
         """`multiply(bytes, unit, zero, bias, dtype)` added up over the bytes that hold an integer."""
-        (codes, (unit, zero)), *rest = zip(codes, self.grid(adapter).planes, strict=True)
+        (first, (unit, zero)), *rest = zip(codes, self.grid(adapter).planes, strict=True)
         wide = torch.float32 if rest or not writes(dtype) else dtype
-        y = multiply(codes, unit, zero, self.bias, wide)
-        for codes, (unit, zero) in rest:
-            y += multiply(codes, unit, zero, None, wide)
+        y = multiply(first, unit, zero, self.bias, wide)
+        for more, (unit, zero) in rest:
+            y += multiply(more, unit, zero, None, wide)
         return y.to(dtype)
 
 
@@ -220,10 +233,10 @@ class Int8Linear(_Int8Layer):
 class Int8Conv(_Int8Layer):
     """`nn.Conv2d` and `nn.Conv1d` in 8-bit integers, channels last."""
 
-    def __init__(self, layer, keep: bool) -> None:
+    def __init__(self, layer: QuantLayer, keep: bool) -> None:
         super().__init__(layer, keep)
         self.geometry = Geometry(layer)
-        self._shape = None
+        self._shape: tuple[int, ...] = ()
 
     @property
     def reads_codes(self) -> bool:

@@ -1,5 +1,6 @@
 """reference: the layer's own float32 forward. It defines the result, and gradients flow through it."""
 
+from ..layers import QuantLayer
 from .engine import Engine
 
 
@@ -8,8 +9,8 @@ class ReferenceEngine(Engine):
 
     name = "reference"
 
-    def refusal(self, layer) -> None:  # noqa: ARG002
+    def refusal(self, layer: QuantLayer) -> None:  # noqa: ARG002
         """It can run everything."""
 
-    def prepare(self, layer) -> None:  # noqa: ARG002
+    def prepare(self, layer: QuantLayer) -> None:  # noqa: ARG002
         """There is nothing to prepare."""

@@ -8,8 +8,10 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..compat.torch import tree_map
@@ -34,8 +36,8 @@ def psnr_db(a: Tensor, b: Tensor) -> Tensor:
 
 @sees_through(changes=False)
 def compare_pipelines(
-    reference,
-    candidate,
+    reference: DiffusionPipeline,
+    candidate: DiffusionPipeline,
     *,
     num_samples: int = 16,
     num_inference_steps: int = 20,
@@ -44,7 +46,7 @@ def compare_pipelines(
     prompts: list[str] | None = None,
     on_step: Callable[[int, int], None] | None = None,
     on_pictures: Callable[[Tensor, Tensor], None] | None = None,
-    **arguments,
+    **arguments: Any,
 ) -> dict:
     """Error of the denoiser and of the pictures for equal noise, on DDIM where it can take the scheduler's place.
 
@@ -80,13 +82,13 @@ def compare_pipelines(
     asking = False  # the candidate may be the reference itself
     total = len(calls) * num_inference_steps
 
-    def watch(module, args, kwargs, output, *, name: str) -> None:
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, name: str) -> None:
         nonlocal done, asking
         if asking:
             return
         student = students[name]
 
-        def as_candidate(value):
+        def as_candidate(value: Any) -> Any:
             is_data = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1  # no timesteps
             return value.to(student.dtype) if is_data else value
 
@@ -134,7 +136,9 @@ def compare_pipelines(
     return pooled | ({"denoisers": own} if len(own) > 1 else {}) | {"image_psnr_db": torch.cat(ratios).mean().item()}
 
 
-def paired_denoisers(reference, candidate) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+def paired_denoisers(
+    reference: DiffusionPipeline, candidate: DiffusionPipeline
+) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """The denoisers of two pipelines under the reference's names; one each are a pair whatever they are called.
 
     Raises:
@@ -155,7 +159,9 @@ class _Figures:
     """Error of a denoiser's outputs by timestep."""
 
     def __init__(self) -> None:
-        self.error, self.energy, self.count = defaultdict(float), defaultdict(float), 0
+        self.error: dict[float, float] = defaultdict(float)
+        self.energy: dict[float, float] = defaultdict(float)
+        self.count = 0
 
     def add(self, timestep: float, expected: Tensor, actual: Tensor) -> None:
         """Take the outputs of one call into account, float64."""

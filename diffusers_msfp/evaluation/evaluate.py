@@ -9,11 +9,13 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
 import torch
 from accelerate import PartialState
+from diffusers import DiffusionPipeline
 
 from ..errors import ConfigError, UnsupportedError
 from ..sampling.observation import calibration_state, quantized_models
@@ -31,8 +33,8 @@ COMPARED = 16
 
 
 def evaluate_pipelines(
-    reference,
-    candidate,
+    reference: DiffusionPipeline,
+    candidate: DiffusionPipeline,
     *,
     data: str | Path | None = None,
     num: int = 2000,
@@ -43,7 +45,7 @@ def evaluate_pipelines(
     folder: str | Path | None = None,
     process: PartialState | None = None,
     on_step: Callable[[int, int, str], None] | None = None,
-    **arguments,
+    **arguments: Any,
 ) -> dict | None:
     """All figures of a candidate; the noise of picture i depends on `seed` and i alone, on DDIM.
 
@@ -136,6 +138,7 @@ def evaluate_pipelines(
     layers = layer_snr(
         reference, candidate, num_samples=COMPARED // 4, on_step=_stage(on_step, "layers"), **run, **arguments
     )
+    source = None if data is None else Path(data).name
     return {
         "figures": {pair: {name: e.to_dict() for name, e in values.items()} for pair, values in figures.items()},
         "omitted": omitted,
@@ -147,7 +150,7 @@ def evaluate_pipelines(
             "seed": seed,
             "features": features,
             "prompts": prompts,
-            "data": None if real is None else {"pictures": len(real), "source": Path(data).name, "adapted": adapted},
+            "data": None if real is None else {"pictures": len(real), "source": source, "adapted": adapted},
             "scheduler": type(with_ddim(reference).scheduler).__name__,
             "picture_shape": list(shape),
         },
@@ -178,7 +181,9 @@ def _features(name: str | None, shape: tuple[int, ...]) -> tuple[str | None, Fea
         return None, None, str(error).rstrip(".")
 
 
-def _shape(reference, candidate, prompts: list[str] | None, arguments: dict) -> tuple[int, ...]:
+def _shape(
+    reference: DiffusionPipeline, candidate: DiffusionPipeline, prompts: list[str] | None, arguments: dict
+) -> tuple[int, ...]:
     """Of the pictures of both, from one step of each."""
     one, other = (
         tuple(draw_pictures(pipe, num=1, steps=1, prompts=prompts, **arguments).shape[1:])

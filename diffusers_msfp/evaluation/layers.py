@@ -9,8 +9,10 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from typing import Any, cast
 
 import torch
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from ..compat.wrappers import sees_through
@@ -34,15 +36,15 @@ def snr_db(signal: float, noise: float) -> float:
 
 @sees_through(changes=False)
 def layer_snr(
-    reference,
-    candidate,
+    reference: DiffusionPipeline,
+    candidate: DiffusionPipeline,
     *,
     num_samples: int = 4,
     num_inference_steps: int = 20,
     seed: int = 0,
     prompts: list[str] | None = None,
     on_step: Callable[[int, int], None] | None = None,
-    **arguments,
+    **arguments: Any,
 ) -> dict[str, dict]:
     """Signal-to-noise ratio of every linear and convolution in the denoisers.
 
@@ -65,11 +67,14 @@ def layer_snr(
     originals, students = paired_denoisers(reference, candidate)
     make_arguments = call_arguments(reference, prompts, num_inference_steps, {"output_type": "pt"} | arguments)
     calls = batched_calls(make_arguments, list(students.values()), num_samples, seed)
-    signal, noise = defaultdict(lambda: defaultdict(float)), defaultdict(lambda: defaultdict(float))
+    signal: dict[str, dict[float, float]] = defaultdict(lambda: defaultdict(float))
+    noise: dict[str, dict[float, float]] = defaultdict(lambda: defaultdict(float))
     done, running = 0, math.nan
     used, trying = {}, False
 
-    def begin(module, args, kwargs, *, component: str, student: nn.Module) -> None:
+    def begin(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, component: str, student: nn.Module
+    ) -> None:
         nonlocal done, running, trying
         if trying:
             return
@@ -85,7 +90,18 @@ def layer_snr(
         if on_step is not None:
             on_step(done, max(done, len(calls) * num_inference_steps))
 
-    def measure(module, args, kwargs, output, *, component: str, name: str, key: str, layer: nn.Module, dtype) -> None:
+    def measure(
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+        *,
+        component: str,
+        name: str,
+        key: str,
+        layer: nn.Module,
+        dtype: torch.dtype,
+    ) -> None:
         if trying:
             return
         x, *rest = (*args, *kwargs.values())
@@ -98,11 +114,10 @@ def layer_snr(
     try:
         for component, teacher in originals.items():
             student, prefix = students[component], f"{component}:" if len(originals) > 1 else ""
-            start = partial(begin, component=component, student=student)
+            start, dtype = partial(begin, component=component, student=student), cast(ModelMixin, student).dtype
             handles.append(teacher.register_forward_pre_hook(start, with_kwargs=True))
             for name, (layer, own) in _pairs(teacher, student).items():
-                where = {"component": component, "name": name, "key": prefix + name}
-                look = partial(measure, **where, layer=own, dtype=student.dtype)
+                look = partial(measure, component=component, name=name, key=prefix + name, layer=own, dtype=dtype)
                 handles.append(layer.register_forward_hook(look, with_kwargs=True))
                 names[prefix + name] = _adapted(student, name)
         with quiet(reference), torch.no_grad():
@@ -131,7 +146,7 @@ def _adapted(student: nn.Module, name: str) -> bool:
 def _pairs(teacher: nn.Module, student: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
     """Layers of a float model with those of the same names in its quantized version."""
     counterparts = dict(student.named_modules())
-    pairs = {
+    pairs: dict[str, tuple[nn.Module, nn.Module]] = {
         name: (layer, counterparts[name])
         for name, layer in teacher.named_modules()
         if isinstance(layer, LAYERS) and name in counterparts

@@ -113,7 +113,8 @@ def _load(folder: Path, variant: str | None) -> DiffusionPipeline:
 def _check_tensors(files: Sequence[Path], model: ModelMixin) -> None:
     """The files of a model hold its tensors, packed ones as bytes, and no others."""
     packed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, QuantLayer)}
-    known, seen = {name_in_files(name) for name in model.state_dict()}, set()
+    known = {name_in_files(name) for name in model.state_dict()}
+    seen: set[str] = set()
     for file in files:
         try:
             with safe_open(file, framework="pt") as handle:

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..errors import UnsupportedError
 
@@ -36,7 +37,7 @@ def plot_router(intervals: Sequence[Sequence[tuple[int, int, int]]], num_adapter
     return _png(figure)
 
 
-def _axes(height: float):
+def _axes(height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -47,7 +48,7 @@ def _axes(height: float):
     return figure, figure.subplots()
 
 
-def _png(figure) -> bytes:
+def _png(figure: Any) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=100, metadata={"Software": None})
     return file.getvalue()

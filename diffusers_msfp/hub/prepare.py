@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from diffusers import DiffusionPipeline
 from PIL.Image import Image
@@ -88,7 +89,7 @@ def prepare(
     )
     named = {"revision": revision, "variant": checked.variant}
     arguments = [json.dumps(repo), *(f"{key}={json.dumps(value)}" for key, value in named.items() if value)]
-    facts = {
+    facts: dict[str, Any] = {
         "repo": repo,
         "arguments": ", ".join(arguments),
         "pipeline_tag": origin.pop("pipeline_tag", None) or task_of(type(checked.pipe)),
@@ -123,7 +124,7 @@ def as_json(content: object) -> bytes:
 
 def describe(folder: Path, checked: Checked) -> dict[str, dict]:
     """Quantized components of a loaded checkpoint; `engines` are this machine's and stay out."""
-    report = MSFPPipelineMixin.quantization_report(checked.pipe)
+    report = MSFPPipelineMixin.quantization_report(cast(MSFPPipelineMixin, checked.pipe))
     for name, part in report.items():
         del part["engines"]
         model = getattr(checked.pipe, name)

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.hf_api import RepoFile
@@ -196,7 +197,7 @@ def _reason(error: Exception) -> str:
     return ": ".join(dict.fromkeys(line for line in lines if line and not line.startswith("For more information")))
 
 
-def _tree(api: HfApi, repo: str, revision: str) -> dict[str, RepoFile]:
+def _tree(api: HfApi, repo: str, revision: str | None) -> dict[str, RepoFile]:
     entries = api.list_repo_tree(repo, recursive=True, revision=revision)
     return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
@@ -214,7 +215,7 @@ def _size(source: Path | bytes) -> int:
     return len(source) if isinstance(source, bytes) else source.stat().st_size
 
 
-def _hash(digest, source: Path | bytes) -> str:
+def _hash(digest: Any, source: Path | bytes) -> str:
     for block in _blocks(source):
         digest.update(block)
     return digest.hexdigest()

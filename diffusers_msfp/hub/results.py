@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 from ..errors import ConfigError
 
@@ -44,9 +45,9 @@ class Results:
     def sizes(self) -> tuple[int, int] | None:
         """Bytes of the denoiser's weights in full precision and quantized."""
         for found, keys in ((self.evaluation, ("reference", "candidate")), (self.comparison, ("ref", "cand"))):
-            sizes = tuple((found or {}).get(f"bytes_{key}") for key in keys)
-            if all(isinstance(size, int) and size > 0 for size in sizes):
-                return sizes
+            one, other = ((found or {}).get(f"bytes_{key}") for key in keys)
+            if isinstance(one, int) and isinstance(other, int) and one > 0 and other > 0:
+                return one, other
         return None
 
     def missing(self, base: str) -> dict[str, str]:
@@ -74,7 +75,8 @@ def read_results(folder: Path, more: Iterable[Path] = ()) -> Results:
     Raises:
         ConfigError: a named file is not a result, a file holds what no measurement gives, or there are two of a kind.
     """
-    found, files = {}, {}
+    found: dict[str, dict] = {}
+    files: dict[str, Path] = {}
     named = [Path(path) for path in more]
     beside = [folder / "results.json", folder.parent / f"{folder.name}-evaluation" / "results.json"]
     for path in dict.fromkeys([*sorted((folder / FOLDER).glob("*.json")), *beside, *named]):
@@ -91,10 +93,10 @@ def read_results(folder: Path, more: Iterable[Path] = ()) -> Results:
         if kind in found:
             raise ConfigError(f"A card takes one {kind}, but got {files[kind]} and {path}. Remove one of them.")
         found[kind], files[kind] = content, path
-    return Results(**found, files=files)
+    return Results(**cast(Any, found), files=files)
 
 
-def _read(path: Path) -> object:
+def _read(path: Path) -> Any:
     def refuse(constant: str) -> None:
         raise ValueError(f"it holds {constant}")
 

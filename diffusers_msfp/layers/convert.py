@@ -11,7 +11,7 @@ from torch import nn
 
 from ..compat.diffusers import kept_in_float32
 from ..compat.peft import is_wrapped, name_inside
-from ..compat.torch import replace_children
+from ..compat.torch import replace_children, weight_of
 from ..compat.wrappers import own_name
 from ..errors import ConfigError
 from ..numerics.rounding import check_finite
@@ -101,7 +101,7 @@ class Conversion:
             NonFiniteError: a weight holds NaN or infinity.
         """
         for name in self.layers:
-            check_finite(model.get_submodule(name).weight, f"The weight of layer `{name}`")
+            check_finite(weight_of(model.get_submodule(name)), f"The weight of layer `{name}`")
 
     def report(self, model: nn.Module) -> None:
         """Say once what stays float and why."""
@@ -128,7 +128,7 @@ def base_fingerprint(model: nn.Module) -> str:
     for name, layer in sorted(layers_by_name(model).items()):
         digest.update(f"{name}:{layer.weight_format}:{layer.input_format}".encode())
         for tensor in (layer.packed_weight, layer.weight_scale):
-            digest.update(tensor.detach().cpu().contiguous().numpy())
+            digest.update(tensor.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 

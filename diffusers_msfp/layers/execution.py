@@ -1,5 +1,8 @@
 """How a quantized layer is run: by the engine that was chosen for it, or by the reference, which defines the result."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
 import torch
 from torch import Tensor, nn
 
@@ -9,15 +12,20 @@ from ..numerics import Codes, QParams, decode, fake_quantize, select, unpack
 from ..numerics.rounding import require_finite
 from ..numerics.route import Route
 from .incoming import check_incoming
+from .logical import PackedLayer
 from .protocols import Engine, Prepared
 from .stored import FORMATS_TENSOR, OBSERVED, PACKED_WEIGHT, StoredTensors
 from .transplant import float_layer
 
+if TYPE_CHECKING:
+    from .quant_layer import QuantLayer
 
-class Execution(StoredTensors):
+
+class Execution(StoredTensors, PackedLayer):
     """Abstract base of `QuantLayer`: the two quantizers and the forward pass."""
 
     prepared: Prepared | None = None
+    weight_dtype: torch.dtype
 
     # ── engines ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -33,7 +41,7 @@ class Execution(StoredTensors):
     def prepare(self) -> None:
         """Let the engine make the layer ready now, where it can; a call does it otherwise, but not while compiling."""
         if self.engine is not None and not self.observing and not self.packed_weight.is_meta:
-            self.__dict__["prepared"] = self.engine.prepare(self)
+            self.__dict__["prepared"] = self.engine.prepare(cast("QuantLayer", self))
 
     def ready(self, x: Tensor) -> Prepared | None:
         """The layer as its engine made it ready; None where the reference must run.
@@ -51,7 +59,7 @@ class Execution(StoredTensors):
     def _wants_gradients(self, x: Tensor) -> bool:
         return x.requires_grad or any(tensor.requires_grad for tensor in self.parameters())
 
-    def before_move(self, fn) -> None:
+    def before_move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """What an engine made ready stays behind when the model is moved or cast."""
         self.changed()
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype

@@ -18,7 +18,7 @@ _CAST = ("bias",)
 """Follow the model's dtype, and may be loaded without the rest."""
 
 
-def check_incoming(module: nn.Module, state: Mapping[str, Tensor], prefix: str, *_) -> None:
+def check_incoming(module: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: object) -> None:
     """Refuse a state that the quantized layers of a module cannot take; a hook for `load_state_dict`.
 
     torch does not tell its hooks whether a load is strict, so a state holds all quantized layers or none (adapters

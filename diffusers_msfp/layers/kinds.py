@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..compat.torch import convolve
+from ..compat.torch import ConvNd, convolve
 from .quant_layer import QuantLayer
 
 
@@ -13,7 +13,7 @@ class QuantLinear(QuantLayer, nn.Linear):
     float_class = nn.Linear
 
     @property
-    def logical_shape(self) -> tuple[int, int]:
+    def logical_shape(self) -> tuple[int, ...]:
         """`(out_features, in_features)`."""
         return self.out_features, self.in_features
 
@@ -22,7 +22,7 @@ class QuantLinear(QuantLayer, nn.Linear):
         return F.linear(x, weight, bias)
 
 
-class _QuantConvNd(QuantLayer):
+class _QuantConvNd(QuantLayer, ConvNd):
     """Convolutions: the input is quantized before it is padded, and real 0 has a code, so padding is exact."""
 
     @property

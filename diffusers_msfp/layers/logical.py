@@ -10,13 +10,15 @@ counts or saves parameters would have to go through it, while plain bytes pass t
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..compat.peft import asked_by_peft
-from ..compat.torch import empty_shell, tree_map, written_arguments
+from ..compat.torch import bias_of, empty_shell, tree_map, written_arguments
 from ..errors import UnsupportedError
 
 _ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
@@ -38,11 +40,25 @@ class LogicalWeight(Tensor):
     _is_hf_initialized = True  # transformers fills other weights with noise after it has loaded them
 
     @staticmethod
-    def __new__(cls, decode: Callable[[], Tensor], shape, dtype: torch.dtype, device: torch.device, module_name: str):
+    def __new__(
+        cls,
+        decode: Callable[[], Tensor],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        module_name: str,
+    ) -> Any:
         """An empty shell; nothing is decoded."""
         return empty_shell(cls, shape, dtype, device)
 
-    def __init__(self, decode: Callable[[], Tensor], shape, dtype: torch.dtype, device, module_name: str) -> None:  # noqa: ARG002
+    def __init__(
+        self,
+        decode: Callable[[], Tensor],
+        shape: Sequence[int],  # noqa: ARG002
+        dtype: torch.dtype,  # noqa: ARG002
+        device: torch.device,  # noqa: ARG002
+        module_name: str,
+    ) -> None:
         self._decode, self._module_name = decode, module_name
 
     @property
@@ -55,7 +71,9 @@ class LogicalWeight(Tensor):
         return self._decode().to(self.dtype)
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # noqa: ARG003
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares the bound form
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:  # noqa: ARG003
         """Compute with the decoded weight; refuse to write into it."""
         kwargs = kwargs or {}
         if func in _ALIASES:
@@ -82,7 +100,7 @@ class LogicalWeight(Tensor):
     def data(self, value: Tensor) -> None:  # noqa: ARG002
         self.refuse()
 
-    def numpy(self, *, force: bool = False):
+    def numpy(self, *, force: bool = False) -> np.ndarray:
         """The decoded weight as an array."""
         return self.decoded().numpy(force=force)
 
@@ -90,13 +108,13 @@ class LogicalWeight(Tensor):
         """The decoded weight as lists."""
         return self.decoded().tolist()
 
-    def __deepcopy__(self, memo) -> Tensor:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.decoded()
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         return self.decoded().__reduce_ex__(protocol)
 
-    def __repr__(self, **_) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # torch's own has no annotations
         return f"LogicalWeight of `{self._module_name}`: {self.decoded()}"
 
 
@@ -110,11 +128,21 @@ class PackedLayer(nn.Module):
 
     float_class: type[nn.Module]
     module_name: str
-    packed_weight: Tensor
-    weight_dtype: torch.dtype
-    logical_shape: tuple[int, ...]
+    if TYPE_CHECKING:  # attributes of some layers and properties of others
 
-    def __new__(cls, *sizes, **more):
+        @property
+        def packed_weight(self) -> Tensor:
+            """The codes."""
+
+        @property
+        def weight_dtype(self) -> torch.dtype:
+            """Of the float weight."""
+
+        @property
+        def logical_shape(self) -> tuple[int, ...]:
+            """Of the float weight; output channels first."""
+
+    def __new__(cls, *sizes: Any, **more: Any) -> Any:
         """An empty object, for `copy` and `pickle`; for PEFT a float layer.
 
         Raises:
@@ -134,15 +162,19 @@ class PackedLayer(nn.Module):
         raise NotImplementedError
 
     @property
-    def weight(self) -> LogicalWeight:
+    def weight(self) -> Tensor:
         """The float weight, `logical_shape`, in the model's dtype."""
-        dtype = self.weight_dtype if self.bias is None else self.bias.dtype
-        return LogicalWeight(self.decode_whole, self.logical_shape, dtype, self.packed_weight.device, self.module_name)
+        return self._logical()
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
         if not isinstance(value, LogicalWeight) or value.layer is not self:  # PEFT gives it back when it unloads
-            self.weight.refuse()
+            self._logical().refuse()
+
+    def _logical(self) -> LogicalWeight:
+        bias = bias_of(self)
+        dtype = self.weight_dtype if bias is None else bias.dtype
+        return LogicalWeight(self.decode_whole, self.logical_shape, dtype, self.packed_weight.device, self.module_name)
 
     def float_copy(self) -> nn.Module:
         """A float layer with the decoded weight, of the model's dtype, and a bias of its own.
@@ -165,15 +197,15 @@ class PackedLayer(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As of any module; `weight` is refused."""
         if name == "weight":
-            self.weight.refuse()
+            self._logical().refuse()
         super().register_parameter(name, param)
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     return value.decoded() if isinstance(value, LogicalWeight) else value
 
 
-class ReadableState(OrderedDict):
+class ReadableState(OrderedDict[str, Any]):
     """A state dict that also answers to the float weights' names, for loaders of LoRA files that look up shapes.
 
     Only `state["layer.weight"]` does; iteration, length and `in` know the tensors that are there. Copies and pickles
@@ -184,29 +216,31 @@ class ReadableState(OrderedDict):
         model (`nn.Module`, *optional*): whose weights are read; None for what others make of such a state dict.
     """
 
-    def __init__(self, state=(), model: nn.Module | None = None) -> None:
+    def __init__(
+        self, state: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), model: nn.Module | None = None
+    ) -> None:
         super().__init__(state)
         self._metadata, self._model = getattr(state, "_metadata", OrderedDict()), model
 
     def __missing__(self, key: str) -> Tensor:
         module_name, _, tensor = key.rpartition(".")
         try:
-            asked = self._model is not None and tensor == "weight"
-            weight = self._model.get_submodule(module_name).weight if asked else None
+            asked = self._model if tensor == "weight" else None
+            weight = None if asked is None else asked.get_submodule(module_name).weight
         except AttributeError:
             weight = None
         if isinstance(weight, LogicalWeight):
             return weight
         raise KeyError(key)
 
-    def copy(self) -> OrderedDict:
+    def copy(self) -> Any:
         """A plain state dict."""
         state = OrderedDict(self)
-        state._metadata = self._metadata
+        vars(state).update(_metadata=self._metadata)
         return state
 
     def __copy__(self) -> OrderedDict:
         return self.copy()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return OrderedDict, (), {"_metadata": self._metadata}, None, iter(self.items())

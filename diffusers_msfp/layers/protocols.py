@@ -4,19 +4,27 @@ Such things are `engines.Engine` and `PreparedLayer`; `talora.RoutingTable`, `te
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
 from ..numerics import Codes
 from ..numerics.route import Route
 
+if TYPE_CHECKING:
+    from .quant_layer import QuantLayer
+
 
 class Prepared(Protocol):
     """One layer, made ready by an engine. The layer drops it when anything it was made from changes."""
 
-    reads_codes: bool
-    """Whether another module may quantize the layer's input."""
+    @property
+    def reads_codes(self) -> bool:
+        """Whether another module may quantize the layer's input."""
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of what it keeps beside the layer's own tensors, in bytes."""
 
     def __call__(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor) -> Tensor:
         """The layer's output for a float input, in its dtype."""
@@ -31,15 +39,16 @@ class Prepared(Protocol):
 class Engine(Protocol):
     """Makes layers ready."""
 
-    def prepare(self, layer) -> Prepared | None:
+    def prepare(self, layer: "QuantLayer") -> Prepared | None:
         """The layer made ready; None leaves it to the reference."""
 
 
 class Routing(Protocol):
     """Asked by a layer which of its banks, adapters or parameter sets to use."""
 
-    strength: float
-    """Factor of what adapters add; 0 where there are none."""
+    @property
+    def strength(self) -> float:
+        """Factor of what adapters add; 0 where there are none."""
 
     def route(self, group: int = 0) -> Route:
         """The running call's choice for a layer group."""
@@ -48,5 +57,5 @@ class Routing(Protocol):
 class CachedOutput(Protocol):
     """Knows a layer's outputs at some timesteps."""
 
-    def output(self, route: Route, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        """The layer's output for `x` at the timestep of a route, computed where it is not known."""
+    def output(self, route: Any, x: Tensor, compute: Callable[[Tensor], Tensor], /) -> Tensor:
+        """The layer's output for `x` at the timestep of a route of its kind, computed where it is not known."""

@@ -26,19 +26,19 @@ only and decoded when it is used, see `logical`.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..calibration import Observation, search_activation, search_weight
-from ..compat.torch import tensors_of
+from ..compat.torch import tensors_of, weight_of
 from ..errors import ShapeError
 from ..formats import FPFormat
 from ..numerics import QParams, encode, pack, packed_size, select
 from ..numerics.rounding import check_finite
 from ..schemes import LayerScheme
 from .execution import Execution
-from .logical import PackedLayer
 from .protocols import CachedOutput, Engine, Routing
 from .stored import INPUT_TENSORS
 from .transplant import transplant
@@ -46,10 +46,16 @@ from .transplant import transplant
 _CHUNK = 2**21  # weights encoded at once
 
 
-class QuantLayer(Execution, PackedLayer, ABC):
+class QuantLayer(Execution, ABC):
     """Abstract base of the quantized layers. Made by `from_float` or `skeleton`, never by its constructor."""
 
     module_name: str
+    packed_weight: nn.Parameter
+    weight_scale: Tensor
+    weight_error: Tensor
+    input_scale: Tensor
+    input_zero_point: Tensor
+    input_error: Tensor
     weight_dtype: torch.dtype
     weight_format: FPFormat
     input_format: FPFormat | None
@@ -61,7 +67,7 @@ class QuantLayer(Execution, PackedLayer, ABC):
     adapters: nn.Module | None
     recall: CachedOutput | None
     engine: Engine | None
-    columns = None  # or a slice: the input channels of a split layer that this part reads
+    columns = cast("slice | None", None)  # input channels of a split layer that it reads; kept by `transplant`
 
     # ── making one ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -73,7 +79,7 @@ class QuantLayer(Execution, PackedLayer, ABC):
         weight_format: FPFormat,
         device: torch.device | str = "meta",
         num_banks: int = 1,
-    ):
+    ) -> "QuantLayer":
         """An empty quantized layer for a float one, with a float input.
 
         Args:
@@ -82,7 +88,7 @@ class QuantLayer(Execution, PackedLayer, ABC):
             num_banks (`int`): weights to make room for.
         """
         layer = transplant(module, cls)
-        layer.module_name, layer.weight_format, layer.weight_dtype = module_name, weight_format, module.weight.dtype
+        layer.module_name, layer.weight_format, layer.weight_dtype = module_name, weight_format, weight_of(module).dtype
         layer.input_format, layer.input_candidates, layer.observation = None, (), None
         layer.scheme = None
         layer.routing, layer.group, layer.adapters, layer.recall, layer.engine = None, 0, None, None, None
@@ -93,7 +99,9 @@ class QuantLayer(Execution, PackedLayer, ABC):
         return layer
 
     @classmethod
-    def from_float(cls, module: nn.Module, module_name: str, scheme: LayerScheme, weight: Tensor | None = None):
+    def from_float(
+        cls, module: nn.Module, module_name: str, scheme: LayerScheme, weight: Tensor | None = None
+    ) -> "QuantLayer":
         """Quantize a float layer: search, encode, pack. Its input is observed if the scheme quantizes it.
 
         Args:
@@ -105,7 +113,7 @@ class QuantLayer(Execution, PackedLayer, ABC):
         Raises:
             NonFiniteError: the weight holds NaN or infinity.
         """
-        weight = module.weight.detach() if weight is None else weight
+        weight = weight_of(module).detach() if weight is None else weight
         check_finite(weight, f"The weight of layer `{module_name}`")
         result = search_weight(weight, scheme.weight)
         layer = cls.skeleton(module, module_name, result.qparams.format, device=weight.device)
@@ -232,9 +240,10 @@ class QuantLayer(Execution, PackedLayer, ABC):
         Returns:
             `bool`: False if nothing was seen; the input then stays float for good.
         """
-        values = self.observation.drawn()
+        observation = cast(Observation, self.observation)
+        values = observation.drawn()
         if len(values):
-            result = search_activation(values, self.input_candidates, self.observation.bounds())
+            result = search_activation(values, self.input_candidates, observation.bounds())
             self.expect_input(result.qparams.format, self.packed_weight.device)
             stored = (result.qparams.scale, result.qparams.zero_point, result.error)
             for name, value in zip(INPUT_TENSORS, stored, strict=True):
@@ -261,7 +270,7 @@ class QuantLayer(Execution, PackedLayer, ABC):
         """
         error = self.input_error if error is None else error
         num_sets = scale.shape[0] if scale.ndim and self.num_banks == 1 else 0
-        self.expect_input(self.input_format, scale.device, num_sets)
+        self.expect_input(cast(FPFormat, self.input_format), scale.device, num_sets)
         for name, value in zip(INPUT_TENSORS, (scale, zero_point, error), strict=True):
             getattr(self, name).copy_(value.view_as(getattr(self, name)))
 

@@ -104,7 +104,7 @@ def convert_skeleton(model: nn.Module, groups: Sequence[LayerGroup], plan: Mappi
                 module = model.get_submodule(name)
             except AttributeError:
                 module = None
-            if type(module) not in QUANT_LAYERS:
+            if module is None or type(module) not in QUANT_LAYERS:
                 raise CheckpointError(
                     f"config.json says that `{name}` is quantized, but {type(model).__name__} has "
                     f"{'no such layer' if module is None else type(module).__name__ + ' there'}: not its checkpoint."

@@ -6,6 +6,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from ..compat.torch import bias_of, put_bias, weight_of
 from .logical import PackedLayer
 from .quant_layer import QuantLayer
 from .transplant import float_layer, transplant
@@ -33,37 +34,40 @@ class SplitLayer(PackedLayer):
     def packed_weight(self) -> Tensor:
         """The first part's own tensor; where it is tells where the layer is."""
         part = next(self.children())
-        return part.packed_weight if isinstance(part, QuantLayer) else part.weight
+        return part.packed_weight if isinstance(part, QuantLayer) else weight_of(part)
 
     @property
     def weight_dtype(self) -> torch.dtype:
         """Of the parts."""
-        return next(self.children()).weight.dtype
+        return weight_of(next(self.children())).dtype
 
     @property
     def logical_shape(self) -> tuple[int, ...]:
         """Shape of the whole weight; output channels first."""
-        rows, _, *rest = next(self.children()).weight.shape
+        rows, _, *rest = weight_of(next(self.children())).shape
         return (rows, sum(self.sizes), *rest)
 
     def decode_whole(self) -> Tensor:
         """See `PackedLayer`."""
-        return torch.cat([part.weight.detach().to(torch.float32) for part in self.children()], 1)
+        return torch.cat([weight_of(part).detach().to(torch.float32) for part in self.children()], 1)
 
     @property
     def bias(self) -> Tensor | None:
         """The first part's own."""
-        return next(self.children()).bias
+        return bias_of(next(self.children()))
 
     @bias.setter
-    def bias(self, value: nn.Parameter | None) -> None:
+    def bias(self, value: Tensor | None) -> None:
+        self._put_bias(value)
+
+    def _put_bias(self, value: Tensor | None) -> None:
         for part in list(self.children())[:1]:
-            part.bias = value
+            put_bias(part, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As of `PackedLayer`; the bias is the first part's."""
         if name == "bias":
-            SplitLayer.bias.fset(self, param)
+            self._put_bias(param)
         else:
             super().register_parameter(name, param)
 
@@ -84,12 +88,12 @@ class SplitLayer(PackedLayer):
         """The whole layer; parts must be float."""
         parts = list(self.children())
         whole = _resized(parts[0], sum(self.sizes))
-        whole.weight = nn.Parameter(torch.cat([part.weight.detach() for part in parts], 1))
-        whole.bias = parts[0].bias
+        whole.weight = nn.Parameter(torch.cat([weight_of(part).detach() for part in parts], 1))
+        put_bias(whole, bias_of(parts[0]))
         return whole
 
 
-class SplitLinear(SplitLayer, nn.Linear):
+class SplitLinear(SplitLayer, nn.Linear):  # type: ignore[misc]  # torch infers that a linear always has a bias
     """`nn.Linear` in parts."""
 
     float_class = nn.Linear
@@ -107,7 +111,9 @@ class SplitConv1d(SplitLayer, nn.Conv1d):
     float_class = nn.Conv1d
 
 
-SPLIT_LAYERS = {cls.float_class: cls for cls in (SplitLinear, SplitConv2d, SplitConv1d)}
+SPLIT_LAYERS: dict[type[nn.Module], type[SplitLayer]] = {
+    cls.float_class: cls for cls in (SplitLinear, SplitConv2d, SplitConv1d)
+}
 
 
 def can_split(layer: nn.Module) -> bool:
@@ -136,10 +142,10 @@ def split_layer(layer: nn.Module, sizes: Sequence[int], module_name: str = "a sp
     whole = transplant(layer, SPLIT_LAYERS[type(layer)])
     whole.axis, whole.sizes, whole.module_name = channel_axis(layer), list(sizes), module_name
     for index, (end, size) in enumerate(zip(accumulate(sizes), sizes, strict=True)):
-        part = _resized(layer, size)
-        part.columns = slice(end - size, end)
-        part.weight = nn.Parameter(layer.weight.detach()[:, part.columns])
-        part.bias = layer.bias if index == 0 else None
+        part, columns = _resized(layer, size), slice(end - size, end)
+        vars(part).update(columns=columns)
+        part.weight = nn.Parameter(weight_of(layer).detach()[:, columns])
+        put_bias(part, bias_of(layer) if index == 0 else None)
         whole.add_module(str(index), part)
     return whole
 

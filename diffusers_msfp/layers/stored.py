@@ -1,6 +1,7 @@
 """The tensors that a quantized layer keeps: exact under casts, checked when they are loaded."""
 
 from collections.abc import Collection, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,6 +59,9 @@ def say_formats(tensor: Tensor) -> str:
     return f"weight {words[0]}, input {words[1]}"
 
 
+Own = TypeVar("Own", bound="StoredTensors")
+
+
 class StoredTensors(StatefulModule):
     """Abstract base of `QuantLayer`: what concerns its tensors as a checkpoint's, not as numbers to compute with."""
 
@@ -70,7 +74,7 @@ class StoredTensors(StatefulModule):
             zip(OBSERVED, (self.observation.drawn(), self.observation.count, self.observation.range), strict=True)
         )
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         """Make `OBSERVED` tensors look like stored ones; diffusers looks a name up before it loads it."""
         if name in OBSERVED and name in self.observed:
             return self.observed[name]
@@ -93,7 +97,7 @@ class StoredTensors(StatefulModule):
         said = {} if self.weight_scale.is_meta else {FORMATS_TENSOR: self.formats_tensor()}
         return self.observed | said
 
-    def requires_grad_(self, requires_grad: bool = True):
+    def requires_grad_(self: Own, requires_grad: bool = True) -> Own:
         """As of a float layer, with True refused: packed weights cannot be trained.
 
         Raises:

@@ -1,29 +1,35 @@
 """Another class for a layer's sizes and bias."""
 
+from typing import TypeVar
+
 from torch import nn
 
 from ..compat.accelerate import SET_BY_HOOKS
+from ..compat.torch import bias_of, put_bias
 from .logical import PackedLayer
 
+Module = TypeVar("Module", bound=nn.Module)
 
-def transplant(source: nn.Module, cls: type[nn.Module]) -> nn.Module:
+
+def transplant(source: nn.Module, cls: type[Module]) -> Module:
     """An empty module of another class with the plain attributes (sizes, strides, …) and the bias of `source`."""
     module = object.__new__(cls)
     nn.Module.__init__(module)
     own = set(module.__dict__).union(*(_annotated(kind) for kind in (*type(source).__mro__, *cls.__mro__)))
     module.__dict__.update({key: value for key, value in vars(source).items() if key not in own})
     module.train(source.training)
-    module.register_parameter("bias", source.bias)
+    module.register_parameter("bias", bias_of(source))
     return module
 
 
-def float_layer(source: PackedLayer, cls: type[nn.Module]) -> nn.Module:
+def float_layer(source: PackedLayer, cls: type[Module]) -> Module:
     """A float layer of a class with the weight that a packed one stands for, sharing nothing with it."""
     module = transplant(source, cls)
     for key in SET_BY_HOOKS:
         module.__dict__.pop(key, None)
     module.weight = nn.Parameter(source.decode_whole().to(source.weight.dtype))
-    module.bias = None if source.bias is None else nn.Parameter(source.bias.detach().clone())
+    bias = bias_of(source)
+    put_bias(module, None if bias is None else nn.Parameter(bias.detach().clone()))
     return module
 
 

@@ -5,6 +5,7 @@ A block's inputs are those of the quantized model up to it, its targets the full
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ def block_call(model: nn.Module, block: str, step: DenoisingStep) -> tuple[tuple
     """
     seen = []
 
-    def stop(_module, args, kwargs) -> None:
+    def stop(_module: nn.Module, args: tuple, kwargs: dict) -> None:
         seen.append((args, kwargs))
         raise _Reached
 
@@ -84,7 +85,7 @@ def block_outputs(model: nn.Module, block: str, step: DenoisingStep, *, gradient
         return float_outputs(model.get_submodule(block)(*call[0], **call[1]))
 
 
-def float_outputs(output) -> list[Tensor]:
+def float_outputs(output: Any) -> list[Tensor]:
     """The floating-point tensors in what a module returns."""
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 

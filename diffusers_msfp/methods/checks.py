@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compat.peft import is_wrapped
+from ..compat.torch import weight_of
 from ..errors import ConfigError, ShapeError
 from ..layers import QuantLayer
 from ..layers.split import whole_name
@@ -70,7 +71,7 @@ def original_weight(teacher: nn.Module, layer: QuantLayer) -> Tensor:
     """
     module_name, columns = whole_name(layer.module_name, layer), layer.columns or slice(None)
     try:
-        weight = teacher.get_submodule(module_name).weight.detach()
+        weight = weight_of(teacher.get_submodule(module_name)).detach()
     except AttributeError as error:
         raise ConfigError(
             f"The teacher must be the model that was quantized, but {type(teacher).__name__} has no layer "

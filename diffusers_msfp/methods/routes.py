@@ -1,11 +1,17 @@
 """What stands on a model and follows the timestep, by name, and the hook that tells it the timestep of a call."""
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 
 from ..compat.torch import remove_hooks
 from ..compat.wrappers import forget_compiled
 from ..errors import ConfigError
 from ..sampling.timestep import TimestepArgument
+
+if TYPE_CHECKING:
+    from .talora import RoutingTable
+    from .temporal import FiniteSet
 
 ROUTER = "timestep_router"
 """Where a model has `talora.RoutingTable`."""
@@ -41,12 +47,12 @@ def remove_route_hooks(model: nn.Module, module_name: str) -> None:
         forget_compiled()
 
 
-def routing_of(model: nn.Module) -> nn.Module | None:
+def routing_of(model: nn.Module) -> "RoutingTable | None":
     """The model's `RoutingTable`; None without adapters."""
     return getattr(model, ROUTER, None)
 
 
-def finite_set_of(model: nn.Module) -> nn.Module | None:
+def finite_set_of(model: nn.Module) -> "FiniteSet | None":
     """The model's `FiniteSet`; None without temporal maintenance."""
     return getattr(model, FINITE_SET, None)
 

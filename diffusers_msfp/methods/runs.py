@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ def inputs_digest(model: nn.Module, *others: object) -> str:
             return " ".join(describe(getattr(value, name)) for name in value.__tensor_flatten__()[0])
         if isinstance(value, Tensor):
             plain = value.detach().cpu().contiguous().reshape(-1)
-            return hashlib.sha256(plain.view(torch.uint8).numpy()).hexdigest()
+            return hashlib.sha256(plain.view(torch.uint8).numpy().data).hexdigest()
         return type(value).__name__
 
     for name, tensor in sorted(model.state_dict().items()):
@@ -73,7 +74,7 @@ class Stop:
     """Whether a signal has asked a run to end."""
 
     asked: int | None = None
-    _before: Mapping[int, object] = {}
+    _before: Mapping[int, Any] = {}
 
     def end(self) -> None:
         """Let the signal take its effect; where it came to another process, that of Ctrl-C.
@@ -112,7 +113,7 @@ def deferred_signals(enabled: bool = True) -> Iterator[Stop]:
             signal.signal(number, ask)
         yield stop
     finally:
-        for number, before in stop._before.items():
-            signal.signal(number, before)
+        for deferred, before in stop._before.items():
+            signal.signal(deferred, before)
     if stop.asked is not None:  # after the last update
         signal.raise_signal(stop.asked)

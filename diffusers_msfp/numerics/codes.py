@@ -1,5 +1,8 @@
 """Codes on their way from the module that made them to the layer that they were made for."""
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, SupportsIndex
+
 import torch
 from torch import Tensor
 
@@ -44,19 +47,25 @@ class Codes(Tensor):
         return ((self.bytes().to(torch.float32) - self.zero) * self.unit).to(self.float_dtype)
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):  # noqa: ARG003
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ARG003
         """Any operation sees floats; a dropout that does nothing lets codes pass."""
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") == "dropout" and kwargs.get("training") is False:
             return args[0]
         return func(*tree_map(_floats, args), **tree_map(_floats, kwargs))
 
-    def __deepcopy__(self, memo) -> Tensor:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.decoded()
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         return self.decoded().__reduce_ex__(protocol)
 
 
-def _floats(value):
+def _floats(value: Any) -> Any:
     return value.decoded() if isinstance(value, Codes) else value

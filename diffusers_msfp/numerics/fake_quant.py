@@ -1,5 +1,7 @@
 """Fake quantization: float in, float out, with gradients for value, scale and zero point."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ class _FakeQuantize(torch.autograd.Function):
     """One node instead of a dozen: training keeps the input and the result, and nothing in between."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, fmt: FPFormat) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, fmt: FPFormat) -> Tensor:
         qparams = QParams.unchecked(fmt, scale, zero_point)
         values = _values(x, qparams)
         ctx.save_for_backward(x, values, scale, zero_point)
@@ -20,7 +22,7 @@ class _FakeQuantize(torch.autograd.Function):
         return values
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, values, scale, zero_point = ctx.saved_tensors
         qparams = QParams.unchecked(ctx.format, scale, zero_point)
         low, high = lattice_range(ctx.format)

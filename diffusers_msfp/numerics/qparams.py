@@ -15,7 +15,7 @@ from ..formats import FORMATS, FPFormat
 TINY = torch.finfo(torch.float32).tiny
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class QParams:
     """Format, scale and zero point of a tensor: `x ≈ grid value * scale + zero_point`.
 
@@ -43,14 +43,13 @@ class QParams:
     """
 
     format: FPFormat
-    scale: Tensor | float
-    zero_point: Tensor | float = 0.0
+    scale: Tensor
+    zero_point: Tensor
 
-    def __post_init__(self) -> None:
-        if isinstance(self.format, str):
-            object.__setattr__(self, "format", FORMATS[self.format])
-        for name in ("scale", "zero_point"):
-            value = torch.as_tensor(getattr(self, name))
+    def __init__(self, format: FPFormat | str, scale: Tensor | float, zero_point: Tensor | float = 0.0) -> None:
+        object.__setattr__(self, "format", FORMATS[format] if isinstance(format, str) else format)
+        for name, given in (("scale", scale), ("zero_point", zero_point)):
+            value = torch.as_tensor(given)
             object.__setattr__(self, name, value if value.dtype == torch.float32 else value.to(torch.float32))
         self._check()
 

@@ -9,6 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,18 +49,18 @@ class Route:
             return function(x, self.index)
         index = self.rows(self.index, x.shape[0])
         if torch.compiler.is_compiling():  # no shapes that depend on values: compute all, keep one
-            result = function(x, 0)
+            kept = function(x, 0)
             for adapter in range(1, num_choices):
-                chosen = (index == adapter).view(-1, *[1] * (result.ndim - 1))
-                result = torch.where(chosen, function(x, adapter), result)
-            return result
-        result = None
+                chosen = (index == adapter).view(-1, *[1] * (kept.ndim - 1))
+                kept = torch.where(chosen, function(x, adapter), kept)
+            return kept
+        result: Tensor | None = None
         for adapter in index.unique().tolist():
             rows = (index == adapter).nonzero().flatten()
             part = function(x[rows], adapter)
             result = part.new_empty(x.shape[0], *part.shape[1:]) if result is None else result
             result[rows] = part
-        return result
+        return cast(Tensor, result)
 
     @staticmethod
     def rows(each: Tensor, number: int) -> Tensor:
@@ -127,5 +128,5 @@ class ByTimestep:
         return {key: value for key, value in self.__dict__.items() if key not in ("_running", "_latest")}
 
     def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
+        cast(Any, super()).__setstate__(state)  # of the module that it is mixed into
         self.forget()

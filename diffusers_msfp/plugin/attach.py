@@ -1,5 +1,7 @@
 """What both quantizers do with a model that has quantized layers, and how it is undone."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -11,7 +13,7 @@ from ..sampling.observation import Calibration, track, untrack
 from . import overrides
 
 
-def attach(model: nn.Module, quantizer, calibration: Calibration | None = None) -> None:
+def attach(model: nn.Module, quantizer: Any, calibration: Calibration | None = None) -> None:
     """Make a model with quantized layers know that it is one.
 
     Args:
@@ -20,9 +22,10 @@ def attach(model: nn.Module, quantizer, calibration: Calibration | None = None) 
     """
     config = quantizer.quantization_config
     quantizer.pre_quantized = True
-    model.is_quantized = True
-    model.hf_quantizer = quantizer
-    model.quantization_method = config.quant_method
+    marked: Any = model
+    marked.is_quantized = True
+    marked.hf_quantizer = quantizer
+    marked.quantization_method = config.quant_method
     overrides.install(model)
     watch_states(model)
     track(model, calibration)

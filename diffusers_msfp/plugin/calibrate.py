@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -14,8 +14,9 @@ from ..layers.convert import quant_layers
 from ..methods.method import parts
 from ..sampling.calls import batched_calls, call_arguments, counting_steps, quiet, require_positive
 from ..sampling.denoisers import denoisers_of
-from ..sampling.observation import freeze, quantized_models, track, tracker
+from ..sampling.observation import RunTracker, freeze, quantized_models, track, tracker
 from ..sampling.trial import describe, refuse_upcast, try_calls
+from ..schemes import LayerScheme
 
 
 @sees_through
@@ -67,21 +68,21 @@ def calibrate(
     observe_ranges(pipe, prompts=prompts, on_step=on_step, **counts, **arguments)
 
 
-def named_quantized(pipe) -> dict[str, nn.Module]:
+def named_quantized(pipe: object) -> dict[str, nn.Module]:
     """The components of a pipeline that have quantized layers, by name."""
     found, parts = list(quantized_models(pipe)), getattr(pipe, "components", None)
     return {name: part for name, part in parts.items() if part in found} if isinstance(parts, dict) else {}
 
 
 def check_calibration(
-    pipe,
+    pipe: DiffusionPipeline,
     models: Mapping[str, nn.Module],
     *,
     num_samples: int = 64,
     num_inference_steps: int = 20,
     prompts: Sequence[str] | None = None,
     seed: int = 0,
-    **arguments,
+    **arguments: Any,
 ) -> None:
     """Refuse what a calibration would fail with, as far as one step shows it; nothing is changed.
 
@@ -101,14 +102,14 @@ def check_calibration(
 
 
 def observe_ranges(
-    pipe,
+    pipe: DiffusionPipeline,
     *,
     num_samples: int = 64,
     num_inference_steps: int = 20,
     prompts: Sequence[str] | None = None,
     seed: int = 0,
     on_step: Callable[[int, int], None] | None = None,
-    **arguments,
+    **arguments: Any,
 ) -> None:
     """What `calibrate` does after its checks; arguments are the same."""
     calls = batched_calls(
@@ -146,7 +147,7 @@ def observe_ranges(
             ) from error
 
 
-def _require_seen(pipe, models: Sequence[nn.Module]) -> None:
+def _require_seen(pipe: DiffusionPipeline, models: Sequence[nn.Module]) -> None:
     """Refuse to freeze a model that no run has called, before any is frozen.
 
     Raises:
@@ -154,7 +155,8 @@ def _require_seen(pipe, models: Sequence[nn.Module]) -> None:
     """
     names = {id(unwrap(part)): name for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     for model in models:
-        if not any(int(layer.observation.count) for _, layer in quant_layers(model) if layer.observing):
+        seen = (layer.observation for _, layer in quant_layers(model) if layer.observing)
+        if not any(int(observation.count) for observation in seen if observation is not None):
             raise ConfigError(
                 f"Each quantized component must be called in calibration, but `{names.get(id(model))}` was not with "
                 f"these arguments and this number of steps. Call `calibrate` again with others; until then its "
@@ -168,10 +170,11 @@ def restart_observation(model: nn.Module) -> bool:
         if part.of_ranges and part.detach is not None:
             part.detach(model)
     for _, layer in quant_layers(model):
-        if layer.scheme.activation:
-            layer.start_observing(layer.scheme.activation)
+        candidates = cast(LayerScheme, layer.scheme).activation
+        if candidates:
+            layer.start_observing(candidates)
     if not any(layer.observing for _, layer in quant_layers(model)):
         return False
     track(model)
-    tracker(model).paused = True
+    cast(RunTracker, tracker(model)).paused = True
     return True

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence, Set
 from enum import Enum
+from typing import Any, cast
 
 from diffusers.quantizers import PipelineQuantizationConfig
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
@@ -54,7 +55,8 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
         'w4a4'
     """
 
-    quant_mapping = None
+    quant_mapping: Any = None
+    quant_method: Any
 
     def __init__(
         self,
@@ -83,7 +85,7 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
         self.record = record
 
     @classmethod
-    def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs):
+    def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Read a record: unknown keys get a warning in version 1 and are refused in version 2; newer ones are too.
 
         Raises:
@@ -151,19 +153,19 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
         record.require_complete()
         return record
 
-    def _resolve_quant_config(self, is_diffusers: bool = True, module_name: str | None = None):  # noqa: ARG002
+    def _resolve_quant_config(self, is_diffusers: bool = True, module_name: str | None = None) -> "MSFPConfig | None":  # noqa: ARG002
         """Called by diffusers for each component of a pipeline: this config or None."""
         components = components_being_loaded()
         if components is not None:
             self.choose_components(components, "this one", named=module_name)
-        kind = (components or {}).get(module_name)
+        kind = (components or {}).get(module_name or "")
         return self.for_one_model() if self.selects(module_name, kind) else None
 
     def selects(self, name: str | None, kind: type | None) -> bool:
         """Whether a component of this name and class (None: unknown) is to be quantized."""
         if self.components_to_quantize:
             return name in self.components_to_quantize
-        return name == "controlnet" or is_denoiser(name, kind)
+        return name is not None and (name == "controlnet" or is_denoiser(name, kind))
 
     def choose_components(
         self, present: Mapping[str, type | None], owner: str, *, named: str | None = None
@@ -192,6 +194,11 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {json.dumps(self.to_diff_dict(), indent=2)}"
+
+
+def config_of(model: nn.Module) -> MSFPConfig:
+    """The config that a quantized model has."""
+    return cast(Any, model).config.quantization_config
 
 
 def _names(value: Sequence[str] | None, what: str) -> list[str]:

@@ -8,8 +8,9 @@ module; packed ones fit nowhere, so the first that is read is refused, with the 
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from diffusers import ModelMixin
 from torch import nn
@@ -27,15 +28,16 @@ def install() -> None:
     """Add to `ModelMixin`, once, what makes copies right or refused; classes that are there and later ones get it."""
     if getattr(vars(ModelMixin).get("from_config"), "__func__", None) is _from_config:
         return
-    ModelMixin.from_config = classmethod(_from_config)
-    ModelMixin.__init_subclass__ = classmethod(_init_subclass)
+    base: Any = ModelMixin
+    base.from_config = classmethod(_from_config)
+    base.__init_subclass__ = classmethod(_init_subclass)
     known = [ModelMixin]
     for cls in known:
         _guard_constructors(cls)
         known += cls.__subclasses__()
 
 
-def _from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
+def _from_config(cls: Any, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
     """A float model with this config; what a quantized model's says about its quantization is left out."""
     if isinstance(config, Mapping) and _is_ours(config.get("quantization_config")):
         if saves_averages():
@@ -53,7 +55,7 @@ def _is_ours(config: object) -> bool:
     return method == MSFPMethod.MSFP
 
 
-def _init_subclass(cls, **kwargs) -> None:
+def _init_subclass(cls: Any, **kwargs: Any) -> None:
     super(ModelMixin, cls).__init_subclass__(**kwargs)
     _guard_constructors(cls)
 
@@ -65,24 +67,24 @@ def _guard_constructors(cls: type[ModelMixin]) -> None:
             setattr(cls, name, classmethod(_guarded(method.__func__, f"{cls.__name__}.{name}")))
 
 
-def _guarded(constructor, called: str):
+def _guarded(constructor: Callable, called: str) -> Callable:
     @functools.wraps(constructor)
-    def construct(cls, *args, **kwargs):
+    def construct(cls: type, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
             for model in (*args, *kwargs.values()):
                 if isinstance(model, nn.Module):
                     stack.enter_context(_refusing_to_be_read(model, called))
             return constructor(cls, *args, **kwargs)
 
-    construct.__signature__ = inspect.signature(constructor)
+    vars(construct)["__signature__"] = inspect.signature(constructor)
     return construct
 
 
 @contextmanager
-def _refusing_to_be_read(model: nn.Module, called: str):
+def _refusing_to_be_read(model: nn.Module, called: str) -> Iterator[None]:
     """While this lasts, the packed tensors of a model are not handed out."""
 
-    def refuse(layer: nn.Module, *_) -> None:
+    def refuse(layer: nn.Module, *_: object) -> None:
         raise UnsupportedError(
             f"`{called}` copies float weights, but `{layer.module_name}` of this {type(model).__name__} is packed. "
             f"Call `model.dequantize()` on a copy of it (`copy.deepcopy`), pass that, and quantize what is made of it."

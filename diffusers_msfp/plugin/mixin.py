@@ -7,9 +7,11 @@ activations at the end of a call.
 import functools
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from ..compat.wrappers import unwrap
@@ -17,11 +19,13 @@ from ..engines.choose import engines_of
 from ..errors import ConfigError
 from ..layers.convert import quant_layers
 from ..methods.routes import finite_set_of, routing_of
+from ..methods.talora import RoutingTable
 from ..methods.talora.attach import refuse_merged
 from ..sampling.denoisers import is_quantized
 from ..sampling.observation import calibration_state, freeze, quantized_models, tracker
 from .adapters import talora_files
 from .adapters.talora_files import require_plan
+from .config import config_of
 
 
 class MSFPPipelineMixin:
@@ -37,11 +41,11 @@ class MSFPPipelineMixin:
         ```
     """
 
-    def __init_subclass__(cls, **kwargs) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         call = getattr(cls, "__call__", None)  # noqa: B004
         if call is not None and not hasattr(call, "_freezes"):
-            cls.__call__ = _freezing(call)
+            type.__setattr__(cls, "__call__", _freezing(call))
 
     @staticmethod
     def attach(pipe: DiffusionPipeline) -> DiffusionPipeline:
@@ -59,7 +63,7 @@ class MSFPPipelineMixin:
 
     # ── adapters ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def load_talora(self, source: str | Path, **hub) -> None:
+    def load_talora(self, source: str | Path, **hub: Any) -> None:
         """Load adapters beside the weights from a folder or Hub id; see `talora_files.load_talora`."""
         talora_files.load_talora(self._quantized(), source, **hub)
 
@@ -109,7 +113,7 @@ class MSFPPipelineMixin:
             `adapters` (see `talora_summary`, or None), `temporal` (see `TemporalPlan.summary`, or None).
         """
         report = {}
-        for name, model in self.components.items():
+        for name, model in cast(DiffusionPipeline, self).components.items():
             model = unwrap(model) if isinstance(model, nn.Module) else None
             if model is None or not is_quantized(model):
                 continue
@@ -121,7 +125,7 @@ class MSFPPipelineMixin:
                 layer.packed_weight.numel() // layer.num_banks + 4 * layer.weight_scale.numel() for layer in layers
             )
             report[name] = {
-                "scheme": model.config.quantization_config.scheme,
+                "scheme": config_of(model).scheme,
                 "calibration_state": calibration_state(model),
                 "layers": len(layers),
                 "weight_formats": dict(Counter(layer.weight_format.name for layer in layers)),
@@ -129,7 +133,7 @@ class MSFPPipelineMixin:
                 "unsigned_inputs": unsigned,
                 "engines": engines_of(model),
                 "bits_per_weight": 8 * packed / weights,
-                "bytes": model.get_memory_footprint(),
+                "bytes": cast(ModelMixin, model).get_memory_footprint(),
                 "adapters": _summary(model) if routing_of(model) is not None else None,
                 "temporal": _temporal_summary(model),
             }
@@ -145,26 +149,26 @@ class MSFPPipelineMixin:
             )
         return (adapted or models)[0]
 
-    def _adapted(self, what: str):
+    def _adapted(self, what: str) -> RoutingTable:
         model = self._quantized()
         require_plan(model)
         refuse_merged(model, what)
-        return routing_of(model)
+        return cast(RoutingTable, routing_of(model))
 
     # ── what is saved ────────────────────────────────────────────────────────────────────────────────────────
 
     def to_json_string(self) -> str:
         """The pipeline's index, naming the stock class, which plain diffusers can open."""
         stock = next((c for c in type(self).__mro__ if c.__module__.startswith("diffusers.")), type(self))
-        index = json.loads(super().to_json_string()) | {"_class_name": stock.__name__}
+        index = json.loads(cast(Any, super()).to_json_string()) | {"_class_name": stock.__name__}
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
-def _freezing(call):
+def _freezing(call: Callable) -> Callable:
     """A pipeline's call that ends the observation of activations when it is over."""
 
     @functools.wraps(call)
-    def wrapped(self, *args, **kwargs):
+    def wrapped(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
         result = call(self, *args, **kwargs)
         for model in quantized_models(self):
             watching = tracker(model)
@@ -172,7 +176,7 @@ def _freezing(call):
                 freeze(model)
         return result
 
-    wrapped._freezes = True
+    vars(wrapped)["_freezes"] = True
     return wrapped
 
 
@@ -185,7 +189,7 @@ def _temporal_summary(model: nn.Module) -> dict | None:
 
 
 def _summary(model: nn.Module) -> dict:
-    plan, routing = require_plan(model), routing_of(model)
+    plan, routing = require_plan(model), cast(RoutingTable, routing_of(model))
     usage = routing.usage()
     return {
         "placement": plan.placement,

@@ -4,7 +4,8 @@ The class of the model stays the stock one, so that its name in a checkpoint is 
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ _REFUSED = {
 }
 
 
-def _refuse(model: nn.Module, *_, method: str, **__):
+def _refuse(model: nn.Module, *_: object, method: str, **__: object) -> None:
     bits = sorted({layer.weight_format.bits for _, layer in quant_layers(model)})
     reason = _REFUSED[method].format(bits=" and ".join(map(str, bits)))
     raise UnsupportedError(f"`{method}` is not possible for the MSFP-quantized {type(model).__name__}. {reason}")
@@ -40,7 +41,9 @@ def _refuse(model: nn.Module, *_, method: str, **__):
 
 def _num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
     """As `ModelMixin.num_parameters`, with packed weights counted as the weights they stand for."""
-    count = type(model).num_parameters(model, only_trainable=only_trainable, exclude_embeddings=exclude_embeddings)
+    count = cast(Any, type(model)).num_parameters(
+        model, only_trainable=only_trainable, exclude_embeddings=exclude_embeddings
+    )
     if only_trainable:  # packed weights are not trainable, so none of them was counted
         return count
     layers = {id(layer): layer for _, layer in quant_layers(model)}
@@ -50,7 +53,7 @@ def _num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embe
     return count
 
 
-def _to(model: nn.Module, *args, **kwargs) -> nn.Module:
+def _to(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
     """As `ModelMixin.to`; the dtype that the model has is for what was added to it, another one is refused."""
     dtype = kwargs.get("dtype") or next((arg for arg in args if isinstance(arg, torch.dtype)), None)
     if dtype is not None and dtype != model.dtype:
@@ -70,10 +73,12 @@ def _to(model: nn.Module, *args, **kwargs) -> nn.Module:
 def _set_default_attn_processor(model: nn.Module) -> None:
     """As diffusers' own, which does not know the engines' processors and would refuse them."""
     use_engine_attention(model, wanted=False)
-    type(model).set_default_attn_processor(model)
+    cast(Any, type(model)).set_default_attn_processor(model)
 
 
-def _attach(model: nn.Module, *args, method: str, hotswap: bool = False, adapter_name: str | None = None, **kwargs):
+def _attach(
+    model: nn.Module, *args: Any, method: str, hotswap: bool = False, adapter_name: str | None = None, **kwargs: Any
+) -> Any:
     """As the model's own method, where PEFT is new enough for whoever loads in this call; an error changes nothing."""
     require_peft("transformers" if isinstance(model, PreTrainedModel) else "diffusers")
     state, pipeline = args[0] if args else None, kwargs.get("_pipeline")
@@ -90,7 +95,7 @@ def _attach(model: nn.Module, *args, method: str, hotswap: bool = False, adapter
         return getattr(type(model), method)(model, *args, **kwargs)
 
 
-def _state_dict(model: nn.Module, *args, **kwargs):
+def _state_dict(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """As of any module; it also knows the float weights by their names."""
     state = type(model).state_dict(model, *args, **kwargs)
     return state if args or "destination" in kwargs else ReadableState(state, model)
@@ -114,7 +119,7 @@ def _with_packed(model: nn.Module) -> Iterator[nn.Module]:
     yield from (module for name, module in model.named_modules() if name in above)
 
 
-_ANSWERS = {
+_ANSWERS: dict[str, Callable[..., Any]] = {
     "state_dict": _state_dict,
     "num_parameters": _num_parameters,
     "to": _to,
@@ -130,12 +135,12 @@ def install(model: nn.Module) -> None:
     """Set the answers on the model object."""
     for method, answer in _ANSWERS.items():
         if hasattr(type(model), method):
-            bound = functools.partial(answer, model)
+            bound: Any = functools.partial(answer, model)
             if method.startswith("save"):
                 bound.__wrapped__ = getattr(type(model), method)  # for those who look which arguments there are
             setattr(model, method, bound)
     for module in _with_packed(model):
-        module.requires_grad_ = functools.partial(_require_no_gradients, module)
+        vars(module)["requires_grad_"] = functools.partial(_require_no_gradients, module)
 
 
 def remove(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Quantize a pipeline that is already in memory."""
 
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, cast
 
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
@@ -16,7 +16,7 @@ from ..sampling.observation import calibration_state, quantized_models
 from ..sampling.trial import refuse_upcast
 from ..schemes import DEFAULT_SCHEME
 from .calibrate import check_calibration, observe_ranges
-from .config import MSFPConfig
+from .config import MSFPConfig, config_of
 from .quantizer import MSFPQuantizer
 from .transformers_quantizer import MSFPTransformersQuantizer
 
@@ -57,7 +57,7 @@ def _quantize(
     """Do it."""
     dtype = model.dtype
     convert(model, plan, on_layer)
-    quantizer.attach(model)
+    cast(Any, quantizer).attach(model)
     if isinstance(model, ModelMixin):
         model.register_to_config(_pre_quantization_dtype=dtype)
     plan.report(model)
@@ -96,7 +96,7 @@ def quantize_pipeline(
     return pipe
 
 
-def _quantize_components(pipe, config: MSFPConfig, calibration: dict) -> None:
+def _quantize_components(pipe: DiffusionPipeline, config: MSFPConfig, calibration: dict) -> None:
     models = components_of(pipe, config)
     plans = {name: _planned(model, config) for name, model in models.items() if not _is_left(model, config)}
     refuse_upcast(pipe, models)
@@ -113,14 +113,14 @@ def _is_left(model: ModelMixin | PreTrainedModel, config: MSFPConfig) -> bool:
     """Whether an earlier call with the same config has quantized a model's weights and not come to its end."""
     if not list(quantized_models(model)) or calibration_state(model) != "observing":
         return False
-    wanted, done = config.without_record(), model.config.quantization_config
+    wanted, done = config.without_record(), config_of(model)
     return all(getattr(wanted, key) == getattr(done, key) for key in _REQUEST)
 
 
 _REQUEST = ("scheme", "modules_to_not_convert", "scheme_overrides")
 
 
-def components_of(pipe, config: MSFPConfig) -> dict[str, ModelMixin | PreTrainedModel]:
+def components_of(pipe: DiffusionPipeline, config: MSFPConfig) -> dict[str, ModelMixin | PreTrainedModel]:
     """The components that a config selects, by name.
 
     Raises:

@@ -6,10 +6,11 @@ Loading a packed checkpoint makes room from `config.json` first; every tensor th
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import CustomDtype
+from diffusers import ModelMixin
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 
@@ -54,8 +55,9 @@ class MSFPQuantizer(DiffusersQuantizer):
 
     use_keep_in_fp32_modules = True
     requires_calibration = False
+    quantization_config: MSFPConfig
 
-    def __init__(self, quantization_config: MSFPConfig, **kwargs) -> None:
+    def __init__(self, quantization_config: MSFPConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._plan: Conversion | None = None
         self._dtype = torch.float32
@@ -76,7 +78,7 @@ class MSFPQuantizer(DiffusersQuantizer):
         self._dtype = torch.float32 if torch_dtype is None else torch_dtype
         return self._dtype
 
-    def validate_environment(self, *args, device_map=None, **kwargs) -> None:  # noqa: ARG002
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
         """Refuse what diffusers would do behind our back: tensors on disk are cast and never shown to us.
 
         Raises:
@@ -109,7 +111,7 @@ class MSFPQuantizer(DiffusersQuantizer):
         check_places([Path(file) for file in checkpoint_files or ()])
         return without_formats(self._loaded_keys, self.quantization_config)
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if "state_dict" in kwargs:
             raise UnsupportedError(
                 "A single file cannot be loaded and quantized in one call. Load the float pipeline with "
@@ -124,12 +126,13 @@ class MSFPQuantizer(DiffusersQuantizer):
         self._kept = {QuantLayer: (PACKED_WEIGHT, *WEIGHT_TENSORS, *INPUT_TENSORS, *OBSERVED)}
         for part in parts():
             self._kept |= part.stored
-        if self.pre_quantized:
-            found = [(part, self._record.parts[part.key]) for part in parts() if part.key in self._record.parts]
+        if self._record is not None:
+            kept = self._record.parts
+            found = [(part, kept[part.key]) for part in parts() if part.key in kept]
             for part, record in found:
                 if part.reshape is not None:
                     part.reshape(model, record)
-            convert_skeleton(model, self._record.layers, self._plan.layers)
+            convert_skeleton(model, self._record.layers or (), self._plan.layers)
             for part, record in found:
                 if part.attach is not None:
                     part.attach(model, record)
@@ -152,7 +155,9 @@ class MSFPQuantizer(DiffusersQuantizer):
         ours = {f"{name}.weight" for name in self._plan.layers}
         return {key: value if key in ours else value.clone() for key, value in state_dict.items()}
 
-    def check_if_quantized_param(self, model, param_value, param_name: str, state_dict, **kwargs) -> bool:  # noqa: ARG002
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **__: Any
+    ) -> bool:
         """Whether a tensor is ours to place."""
         module_name, _, tensor = param_name.rpartition(".")
         if self.pre_quantized:
@@ -162,7 +167,7 @@ class MSFPQuantizer(DiffusersQuantizer):
             if getattr(module, tensor).is_floating_point() and not value.is_floating_point():  # it would be cast
                 raise CheckpointError(f"`{param_name}` must hold floats, but got {value.dtype}: damaged file.")
             return False
-        return tensor == "weight" and module_name in self._plan.layers
+        return tensor == "weight" and module_name in cast(Conversion, self._plan).layers
 
     def create_quantized_param(
         self,
@@ -172,8 +177,8 @@ class MSFPQuantizer(DiffusersQuantizer):
         target_device: torch.device,
         state_dict: dict[str, Any],
         unexpected_keys: list[str] | None = None,  # noqa: ARG002
-        **kwargs,  # noqa: ARG002
-    ) -> None:
+        **kwargs: Any,  # noqa: ARG002
+    ) -> Any:
         """Place a packed tensor, or quantize a float weight; read from `state_dict`, where nothing is cast yet."""
         module_name, _, tensor = param_name.rpartition(".")
         module = model.get_submodule(module_name)
@@ -181,14 +186,15 @@ class MSFPQuantizer(DiffusersQuantizer):
         if not self.pre_quantized:
             if isinstance(module, QuantLayer):
                 return  # the same module under a second name
-            layer = QUANT_LAYERS[type(module)].from_float(module, module_name, self._plan.layers[module_name], value)
+            scheme = cast(Conversion, self._plan).layers[module_name]
+            layer = QUANT_LAYERS[type(module)].from_float(module, module_name, scheme, value)
             for name, stored in tensors_of(layer).items():
                 if name != "bias":
                     put_tensor(layer, name, stored.to(target_device))
             replace_module(model, module_name, layer)
             return
         if tensor in OBSERVED:
-            module.load_observed(tensor, value)
+            cast(QuantLayer, module).load_observed(tensor, value)
             return
         expected = tensors_of(module)[tensor]
         if value.dtype != expected.dtype or value.shape != expected.shape:
@@ -198,7 +204,9 @@ class MSFPQuantizer(DiffusersQuantizer):
             )
         put_tensor(module, tensor, value.to(target_device))
 
-    def check_quantized_param_shape(self, param_name: str, current_param, loaded_param) -> None:
+    def check_quantized_param_shape(
+        self, param_name: str, current_param: torch.Tensor, loaded_param: torch.Tensor
+    ) -> None:
         """Refuse a shape that the skeleton does not expect; an observer's sample has no fixed length."""
         if param_name.endswith(OBSERVED):
             return  # checked when it is placed
@@ -224,7 +232,7 @@ class MSFPQuantizer(DiffusersQuantizer):
                 raise CheckpointError(f"config.json says nothing of `{key}`, but got it: not its weights.")
         return missing_keys
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:  # noqa: ARG002
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:  # noqa: ARG002
         for name, module in model.named_modules():
             if isinstance(module, QuantLayer) and not module.weight_scale.is_meta:
                 module.check_stored()
@@ -235,7 +243,7 @@ class MSFPQuantizer(DiffusersQuantizer):
         on_the_fly = not self.pre_quantized
         self.attach(model)
         if on_the_fly:
-            self._plan.report(model)
+            cast(Conversion, self._plan).report(model)
             if calibration_state(model) == "observing":
                 logger.warning(
                     "%s: activations stay float during the first complete denoising run, which sets their ranges; or "
@@ -245,7 +253,7 @@ class MSFPQuantizer(DiffusersQuantizer):
 
     def attach(self, model: nn.Module) -> None:
         """Make a model with quantized layers know that it is one."""
-        model.register_to_config(quantization_config=self.quantization_config)
+        cast(Any, model).register_to_config(quantization_config=self.quantization_config)
         attach(model, self, None if self._record is None else self._record.calibration)
         self._record = None
 
@@ -261,8 +269,8 @@ class MSFPQuantizer(DiffusersQuantizer):
         return tensors_to_save(state_dict, config), file_metadata(config)
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
-        detach(model, model.dtype)
-        config = dict(model.config)
+        detach(model, cast(ModelMixin, model).dtype)
+        config = dict(cast(Any, model).config)
         for key in ("quantization_config", "_pre_quantization_dtype"):
             config.pop(key, None)
         set_config(model, config)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from diffusers import DDPMScheduler, DiffusionPipeline
 
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 WORK = ".work"
 
 
-def plan_stages(recipe: str, settings: Mapping[str, Mapping], **shared) -> list[tuple[str, object]]:
+def plan_stages(recipe: str, settings: Mapping[str, Mapping], **shared: Any) -> list[tuple[str, object]]:
     """Stages of a recipe with their configs.
 
     Args:

@@ -6,6 +6,7 @@ record in `config.json` are those of `quantizer`.
 """
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -34,8 +35,9 @@ class MSFPTransformersQuantizer(HfQuantizer):
     """
 
     requires_calibration = False
+    quantization_config: MSFPConfig
 
-    def __init__(self, quantization_config: MSFPConfig, **kwargs) -> None:
+    def __init__(self, quantization_config: MSFPConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config.weights_only(), **kwargs)
         self._plan: Conversion | None = None
         self._record: ModelRecord | None = self.quantization_config.record if self.pre_quantized else None
@@ -47,7 +49,7 @@ class MSFPTransformersQuantizer(HfQuantizer):
         self,
         model: PreTrainedModel,
         checkpoint_files: list[str] | None = None,
-        **kwargs,  # noqa: ARG002
+        **kwargs: Any,  # noqa: ARG002
     ) -> None:
         config = self.quantization_config
         if not self.pre_quantized:
@@ -55,7 +57,7 @@ class MSFPTransformersQuantizer(HfQuantizer):
             return
         self._record = config.take_record()
         digest = self._record.digest_to_check()
-        convert_skeleton(model, self._record.layers, {})
+        convert_skeleton(model, self._record.layers or (), {})
         if config.format_version > 1:
             check_files([Path(file) for file in checkpoint_files or ()], digest, formats_of(model))
 
@@ -69,7 +71,7 @@ class MSFPTransformersQuantizer(HfQuantizer):
         checked = rf"\.{FORMATS_TENSOR}$" if config.format_version > 1 else None
         watch_loading(model, refuse_missing, ignored=checked)
 
-    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs) -> bool:  # noqa: ARG002
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:  # noqa: ARG002
         """Whether a float tensor is the weight of a layer to quantize."""
         module_name, _, tensor = param_name.rpartition(".")
         return self._plan is not None and tensor == "weight" and module_name in self._plan.layers
@@ -83,22 +85,22 @@ class MSFPTransformersQuantizer(HfQuantizer):
         names = sorted(self._record.names()) if self._record is not None else ()
         return [WeightRenaming(f"^{name}.weight", f"{name}.{PACKED_WEIGHT}") for name in names]
 
-    def get_new_dtype(self, converter, param, dtype: torch.dtype | None) -> torch.dtype | None:
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """What a stored tensor is cast to; floats where bytes should be stay what they are, to be found out."""
         return None if dtype == torch.uint8 else super().get_new_dtype(converter, param, dtype)
 
     def quantize_weight(self, model: PreTrainedModel, module_name: str, weight: torch.Tensor) -> None:
         """Put a packed layer where the weight's float one is; an error waits until transformers has loaded the rest."""
-        module = model.get_submodule(module_name)
+        module, plan = model.get_submodule(module_name), cast(Conversion, self._plan)
         try:
-            layer = QUANT_LAYERS[type(module)].from_float(module, module_name, self._plan.layers[module_name], weight)
+            layer = QUANT_LAYERS[type(module)].from_float(module, module_name, plan.layers[module_name], weight)
         except MSFPError as error:
             self.failure = self.failure or error
             return
         mark_initialised(layer.packed_weight, layer)
         replace_module(model, module_name, layer)
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:  # noqa: ARG002
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:  # noqa: ARG002
         if self.failure is not None:
             raise self.failure
         unwatch_loading(model)
@@ -155,7 +157,9 @@ class _QuantizeWeight(ConversionOps):
     def __init__(self, quantizer: MSFPTransformersQuantizer) -> None:
         self._quantizer = quantizer
 
-    def convert(self, input_dict: dict, *, full_layer_name: str, model, missing_keys, **kwargs) -> dict:  # noqa: ARG002
+    def convert(  # type: ignore[override]  # transformers gives all but the first by name
+        self, input_dict: dict, *, full_layer_name: str, model: PreTrainedModel, missing_keys: set[str], **_: Any
+    ) -> dict:
         """Nothing is left for transformers to place."""
         (value,) = input_dict.values()
         weight = value[0] if isinstance(value, list) else value

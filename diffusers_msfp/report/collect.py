@@ -9,6 +9,7 @@ import platform
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -52,7 +53,7 @@ def collect_report(
     prompts: list[str] | None = None,
     with_speed: bool = True,
     on_step: OnStep | None = None,
-    **arguments,
+    **arguments: Any,
 ) -> dict:
     """Everything that a report shows.
 
@@ -76,7 +77,7 @@ def collect_report(
         ConfigError: the candidate is not of the reference's architecture or not calibrated, or numbers below 1.
     """
     pipe = candidate if isinstance(candidate, DiffusionPipeline) else _in_place_of(reference, candidate)
-    model = candidate if pipe is None else denoiser_of(pipe)
+    model: Any = candidate if pipe is None else denoiser_of(pipe)
     component = denoiser_name(pipe) if pipe is candidate else "."
     run = {"num_inference_steps": num_inference_steps, "seed": seed, "prompts": prompts, **arguments}
     if pipe is not None:
@@ -87,8 +88,10 @@ def collect_report(
     )
     if others:
         missing["denoisers"] = OTHER_DENOISERS.format(component=component, others=" and ".join(others))
-    comparison, pictures, errors, inputs = None, [], {}, {}
-    if reference is not None:
+    comparison: dict | None = None
+    pictures: list = []
+    errors, inputs = {}, {}
+    if reference is not None and pipe is not None:
         comparison, pictures = _compare(reference, pipe, num_samples, run, on_step)
         with watching_inputs(denoiser_of(reference)) as inputs:
             told = _stage(on_step, "layers")
@@ -143,7 +146,7 @@ def _in_place_of(reference: DiffusionPipeline | None, model: ModelMixin) -> Diff
     return with_parts(reference, **{denoiser_name(reference): model})
 
 
-def _require_calibrated(pipe) -> None:
+def _require_calibrated(pipe: DiffusionPipeline) -> None:
     for model in quantized_models(pipe):
         if calibration_state(model) == "observing":
             raise ConfigError(
@@ -172,7 +175,9 @@ def _stage(on_step: OnStep | None, what: str) -> Callable[[int, int], None] | No
     return None if on_step is None else lambda done, total: on_step(done, total, what)
 
 
-def _compare(reference, pipe, num_samples: int, run: dict, on_step: OnStep | None) -> tuple[dict, list]:
+def _compare(
+    reference: DiffusionPipeline, pipe: DiffusionPipeline, num_samples: int, run: dict, on_step: OnStep | None
+) -> tuple[dict, list]:
     kept: list[tuple[Tensor, Tensor]] = []
     comparison = compare_pipelines(
         reference,
@@ -186,7 +191,7 @@ def _compare(reference, pipe, num_samples: int, run: dict, on_step: OnStep | Non
     return comparison, picture_rows({REFERENCE: expected, QUANTIZED: actual})
 
 
-def _draw(pipe, num: int, run: dict, on_step: OnStep | None) -> tuple[list, dict[str, Observation]]:
+def _draw(pipe: DiffusionPipeline, num: int, run: dict, on_step: OnStep | None) -> tuple[list, dict[str, Observation]]:
     run = dict(run)
     steps = run.pop("num_inference_steps")
     models = list(quantized_models(pipe))
@@ -202,7 +207,7 @@ def _draw(pipe, num: int, run: dict, on_step: OnStep | None) -> tuple[list, dict
     return picture_rows({QUANTIZED: images}), inputs
 
 
-def _speed(model: nn.Module, reference, missing: dict[str, str]) -> dict | None:
+def _speed(model: ModelMixin, reference: DiffusionPipeline | None, missing: dict[str, str]) -> dict | None:
     """Seconds of a step for one sample, in turns with the original in bfloat16, channels last."""
     try:
         inputs = example_inputs(model, 1)

@@ -13,6 +13,7 @@ from ..formats import FORMATS
 from ..layers import QuantLayer
 from ..layers.convert import quant_layers
 from ..layers.split import whole_name
+from ..methods.talora import RoutingTable
 from ..schemes import matches
 
 BINS = 56
@@ -98,12 +99,13 @@ def block_of(name: str) -> str:
 
 
 def input_levels(layer: QuantLayer | None) -> list[list[float]]:
-    """The values that a layer's input is rounded to, ascending; a list for each adapter with a range of its own."""
+    """The values that a layer's input is rounded to, ascending; a list for each range of an adapter or timestep."""
     if layer is None or layer.input_format is None:
         return []
     grid = np.array(layer.input_format.grid)
     found = []
-    for adapter in range(layer.routing.num_adapters if layer.routing is not None else 1):
+    routing = layer.routing
+    for adapter in range(routing.num_adapters if isinstance(routing, RoutingTable) else max(1, layer.num_sets)):
         qparams = layer.input_qparams(adapter)
         levels = (grid * float(qparams.scale) + float(qparams.zero_point)).tolist()
         found += [levels] if levels not in found else []
@@ -114,7 +116,7 @@ def advice(layer: Mapping) -> dict[str, str] | None:
     """`scheme_overrides` for a layer whose narrow input is a sum of residuals; None where that is not the reason."""
     pattern = next((pattern for pattern in RESIDUAL_READERS if matches(pattern, layer["name"])), None)
     fmt = layer.get("input_format")
-    if pattern is None or fmt not in FORMATS or FORMATS[fmt].bits >= 8:
+    if pattern is None or fmt is None or fmt not in FORMATS or FORMATS[fmt].bits >= 8:
         return None
     return {pattern: "w4a8" if FORMATS[layer["weight_format"]].bits == 4 else "w8a8"}
 

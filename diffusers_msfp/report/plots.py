@@ -5,6 +5,7 @@ Timesteps run from noise on the left to the image on the right.
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 from markupsafe import Markup
 
@@ -16,7 +17,7 @@ def tag(name: str, *children: object, **attributes: object) -> Markup:
     """An element; text and attributes are escaped. `cls` stands for `class`, `_` in a name for `-`."""
     names = {key: "class" if key == "cls" else key.replace("_", "-") for key in attributes}
     written = Markup("").join(Markup(' {}="{}"').format(names[key], value) for key, value in attributes.items())
-    inner = Markup("").join(children)
+    inner = Markup("").join(cast("tuple[str, ...]", children))
     return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), written, inner)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -109,14 +109,14 @@ class Call:
     arguments: dict[str, Any]
     seed: int
 
-    def run(self, pipe) -> Any:
+    def run(self, pipe: DiffusionPipeline) -> Any:
         """What the pipeline returns; the user's random states stay as they are."""
         with drawing_from(self.seed, pipe):
-            return pipe(**self.arguments)
+            return cast(Any, pipe)(**self.arguments)
 
 
 def call_arguments(
-    pipe, prompts: Sequence[str] | None, num_inference_steps: int, given: dict
+    pipe: DiffusionPipeline, prompts: Sequence[str] | None, num_inference_steps: int, given: dict
 ) -> Callable[[int, int, Generators], Call]:
     """How to call this pipeline: a function of (index of the first sample, batch size, generator or one a sample).
 
@@ -163,7 +163,11 @@ def call_arguments(
         return [labels[i] for i in torch.randint(len(labels), (size,), generator=drawer)]
 
     def make(start: int, size: int, generator: Generators) -> Call:
-        arguments = {"generator": generator, "num_inference_steps": num_inference_steps, "batch_size": size}
+        arguments: dict[str, Any] = {
+            "generator": generator,
+            "num_inference_steps": num_inference_steps,
+            "batch_size": size,
+        }
         arguments["prior_num_inference_steps"] = num_inference_steps  # of pipelines with a prior of their own
         arguments["output_type"] = "latent" if skip_decoding else "np"
         if "prompt" in parameters:
@@ -177,7 +181,7 @@ def call_arguments(
     return make
 
 
-def known_arguments(pipe, given: dict) -> dict:
+def known_arguments(pipe: DiffusionPipeline, given: dict) -> dict:
     """Arguments that a pipeline's call takes; an output type that it does not know is left out.
 
     Raises:
@@ -195,14 +199,14 @@ def known_arguments(pipe, given: dict) -> dict:
     return {name: value for name, value in given.items() if name in parameters or name in more - {"output_type"}}
 
 
-def num_classes_of(pipe) -> int | None:
+def num_classes_of(pipe: DiffusionPipeline) -> int | None:
     """How many class labels a pipeline's models know; None where they take none."""
     models = [m for m in pipe.components.values() if isinstance(m, nn.Module) and hasattr(m, "config")]
     numbers = [getattr(m.config, name, None) for m in models for name in ("num_embeds_ada_norm", "num_class_embeds")]
     return next((number for number in numbers if number), None)
 
 
-def labels_of(pipe) -> Sequence[int]:
+def labels_of(pipe: DiffusionPipeline) -> Sequence[int]:
     """The class labels that a pipeline names (`id2label`), else all that its models know; empty where there are none.
 
     A model may have embeddings for more labels than it was trained on.
@@ -211,7 +215,7 @@ def labels_of(pipe) -> Sequence[int]:
     return sorted(set(named.values())) if named else range(num_classes_of(pipe) or 0)
 
 
-def keep_labels(pipe) -> None:
+def keep_labels(pipe: DiffusionPipeline) -> None:
     """Have `save_pretrained` write the names of a pipeline's labels, which diffusers reads but does not keep."""
     if getattr(pipe, "labels", None) and not pipe.config.get("id2label"):
         names: dict[str, list[str]] = {}
@@ -237,7 +241,7 @@ def batched_calls(make: Callable, models: Sequence[nn.Module], num_samples: int,
 
 
 @contextmanager
-def quiet(pipe):
+def quiet(pipe: DiffusionPipeline) -> Iterator[None]:
     """Without the progress bars of the pipeline and of those that it is combined from."""
     parts = [pipe, *(part for part in vars(pipe).values() if isinstance(part, DiffusionPipeline))]
     before = [progress_bar_config(part) for part in parts]
@@ -251,11 +255,13 @@ def quiet(pipe):
 
 
 @contextmanager
-def counting_steps(models: Iterable[nn.Module], total: int, on_step: Callable[[int, int], None] | None):
+def counting_steps(
+    models: Iterable[nn.Module], total: int, on_step: Callable[[int, int], None] | None
+) -> Iterator[None]:
     """Report each call of one of the models."""
     done = 0
 
-    def count(*_) -> None:
+    def count(*_: object) -> None:
         nonlocal done
         done += 1
         if on_step is not None:

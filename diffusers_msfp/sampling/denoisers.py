@@ -4,10 +4,13 @@ import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from ..compat.diffusers import Scheduler
 from ..compat.wrappers import unwrap
 from ..errors import ConfigError
 from ..layers import QuantLayer
@@ -37,7 +40,7 @@ def is_denoiser(name: str, kind: type | None) -> bool:
     return name in DENOISERS and (name in _MAIN or kind is None or timestep_argument(kind).name is not None)
 
 
-def denoisers_of(pipe, *, required: bool = True) -> dict[str, nn.Module]:
+def denoisers_of(pipe: DiffusionPipeline, *, required: bool = True) -> dict[str, nn.Module]:
     """All networks of a pipeline that predict noise, by name; only one where `focus` says so.
 
     Raises:
@@ -56,17 +59,19 @@ def denoisers_of(pipe, *, required: bool = True) -> dict[str, nn.Module]:
     return found
 
 
-def denoiser_name(pipe) -> str:
+def denoiser_name(pipe: DiffusionPipeline) -> str:
     """Under which name a pipeline has the network that predicts noise, the first of them where there are several."""
     return next(iter(denoisers_of(pipe)))
 
 
-def denoiser_of(pipe) -> nn.Module:
+def denoiser_of(pipe: DiffusionPipeline) -> nn.Module:
     """The network that predicts noise, the first of them where there are several."""
     return next(iter(denoisers_of(pipe).values()))
 
 
-def each_quantized(pipe, teacher) -> dict[str, tuple]:
+def each_quantized(
+    pipe: DiffusionPipeline, teacher: DiffusionPipeline
+) -> dict[str, tuple[DiffusionPipeline, DiffusionPipeline]]:
     """A quantized pipeline and its float original for each quantized denoiser, looking at this one only.
 
     Where there are several, those that stay float are named in a warning.
@@ -104,7 +109,7 @@ def work_folders(folder: str | Path | None, names: Iterable[str]) -> dict[str, P
     """Where each denoiser's run keeps its state: in the folder itself, or in one below it where there are several."""
     names = list(names)
     if folder is None or len(names) == 1:
-        return dict.fromkeys(names, folder)
+        return {name: None if folder is None else Path(folder) for name in names}
     return {name: Path(folder) / name for name in names}
 
 
@@ -113,14 +118,14 @@ def is_quantized(model: nn.Module) -> bool:
     return any(isinstance(module, QuantLayer) for module in model.modules())
 
 
-def focus(pipe, name: str):
+def focus(pipe: DiffusionPipeline, name: str) -> DiffusionPipeline:
     """A shallow copy of a pipeline of which one denoiser only is looked at; it runs as the pipeline does."""
     copied = copy.copy(pipe)
     vars(copied)[_FOCUS] = name
     return copied
 
 
-def scheduler_of(pipe):
+def scheduler_of(pipe: DiffusionPipeline) -> Scheduler:
     """The scheduler that leads a pipeline's (first) denoiser: a prior or a decoder may have one of its own."""
     stage = denoiser_name(pipe).partition("_")[0]  # prior, decoder, super
     own = {"prior": "prior_scheduler", "decoder": "decoder_scheduler", "super": "super_res_scheduler"}.get(stage)
@@ -128,7 +133,7 @@ def scheduler_of(pipe):
     return pipe.scheduler if found is None else found
 
 
-def model_output(output) -> Tensor:
+def model_output(output: Any) -> Tensor:
     """What a denoiser predicts: the first field of its output object or tuple.
 
     Raises:

@@ -2,11 +2,12 @@
 
 import copy
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import SchedulerMixin
 
+from ..compat.diffusers import Scheduler
 from ..errors import ConfigError, NonFiniteError
 from .finite_steps import SHAPE, learns_variance, no_finite_step, probe_of
 
@@ -42,7 +43,7 @@ def denoising_factors(scheduler: SchedulerMixin, num_inference_steps: int, **ste
         >>> list(denoising_factors(DDIMScheduler(), 4))
         [750.0, 500.0, 250.0, 0.0]
     """
-    changes = {key: False for key in NONLINEAR if key in scheduler.config}
+    changes: dict[str, Any] = {key: False for key in NONLINEAR if key in cast(Scheduler, scheduler).config}
     changes |= {"variance_type": "fixed_small"} if learns_variance(scheduler) else {}
     try:
         probe = probe_of(scheduler, num_inference_steps, **changes)
@@ -76,20 +77,22 @@ def denoising_factors(scheduler: SchedulerMixin, num_inference_steps: int, **ste
     return {timestep: sum(values) / len(values) for timestep, values in found.items()}
 
 
-def _as_input(scheduler, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+def _as_input(scheduler: Scheduler, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
     """A sample as the model sees it; flow-matching schedulers scale nothing."""
     scale = getattr(scheduler, "scale_model_input", None)
     return sample if scale is None else scale(sample, timestep)
 
 
-def _step(scheduler, output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, given: dict) -> torch.Tensor:
+def _step(
+    scheduler: Scheduler, output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, given: dict
+) -> torch.Tensor:
     arguments = dict(given)
     if arguments.get("generator") == 0:
         arguments["generator"] = torch.Generator().manual_seed(0)
     return scheduler.step(output, timestep, sample, **arguments).prev_sample
 
 
-def step_arguments(scheduler, arguments: dict) -> dict:
+def step_arguments(scheduler: Scheduler, arguments: dict) -> dict:
     """Those of a pipeline's arguments that its scheduler's step takes, such as `eta`."""
     known = inspect.signature(scheduler.step).parameters
     return {key: value for key, value in arguments.items() if key in known}

@@ -1,21 +1,23 @@
 """Whether a sampler's steps are finite where its samples are."""
 
 import inspect
+from typing import Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
 
+from ..compat.diffusers import Scheduler
 from ..errors import NonFiniteError
 
 SHAPE = (1, 1, 8, 8)
 
 
-def learns_variance(scheduler) -> bool:
+def learns_variance(scheduler: Scheduler) -> bool:
     """Whether the second half of the model's output is a variance, which the sampler's step expects."""
     return str(scheduler.config.get("variance_type") or "").startswith("learned")
 
 
-def probe_of(scheduler, num_inference_steps: int, **changes):
+def probe_of(scheduler: Scheduler, num_inference_steps: int, **changes: Any) -> Scheduler:
     """A new scheduler of the same class and settings, but for some changes, ready to make steps; nothing is logged."""
     verbosity = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
@@ -27,7 +29,7 @@ def probe_of(scheduler, num_inference_steps: int, **changes):
     return probe
 
 
-def require_finite_steps(scheduler, num_inference_steps: int) -> None:
+def require_finite_steps(scheduler: Scheduler, num_inference_steps: int) -> None:
     """Refuse a sampler that makes infinity or NaN of finite samples and outputs.
 
     A probe makes every step from noise. What cannot be stepped without a pipeline is left to the pipeline.
@@ -60,7 +62,7 @@ def require_finite_steps(scheduler, num_inference_steps: int) -> None:
         return
 
 
-def no_finite_step(scheduler, timestep: float) -> str:
+def no_finite_step(scheduler: Scheduler, timestep: float) -> str:
     """The message about a step that is not finite."""
     name, config = type(scheduler).__name__, scheduler.config
     if config.get("rescale_betas_zero_snr") and config.get("prediction_type") == "epsilon":

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..compat.torch import pre_hooks, remove_hooks
@@ -108,7 +109,7 @@ class RunTracker:
         if self.paused or timestep is None:
             return
         now = float(torch.as_tensor(timestep).max())
-        if self.last_timestep is None:
+        if self.last_timestep is None or self.first_timestep is None:
             self.first_timestep = now
         elif now > self.last_timestep and self.has_fallen or self.has_risen and now <= self.first_timestep:
             freeze(model)
@@ -129,7 +130,8 @@ class RunTracker:
     @property
     def has_risen(self) -> bool:
         """Whether this run counts upwards."""
-        return self.last_timestep is not None and not self.has_fallen and self.last_timestep > self.first_timestep
+        first, last = self.first_timestep, self.last_timestep
+        return first is not None and last is not None and not self.has_fallen and last > first
 
     def record(self) -> Calibration:
         """What a checkpoint keeps of it, to go on after loading."""
@@ -165,7 +167,7 @@ def track(model: nn.Module, run: Calibration | None = None) -> None:
     if calibration_state(model) == "frozen":
         return
     run = run or Calibration("observing")
-    if any(layer.observing and layer.scheme.residual for _, layer in quant_layers(model)):
+    if any(layer.observing and layer.scheme and layer.scheme.residual for _, layer in quant_layers(model)):
         trace = ResidualTrace(run.residual)
         apply_residual(model, run.residual or ())
         model.register_forward_pre_hook(trace.before)
@@ -202,7 +204,7 @@ def _require_quantized(model_or_pipe: object) -> list[nn.Module]:
     return models
 
 
-def calibration_state(model: nn.Module) -> str:
+def calibration_state(model: nn.Module | DiffusionPipeline) -> str:
     """`"observing"` while activation ranges are being observed, `"frozen"` afterwards or where there are none.
 
     Args:
@@ -242,7 +244,7 @@ def freeze(model: nn.Module) -> None:
         observing = [(name, layer) for name, layer in quant_layers(m) if layer.observing]
         if not observing:
             continue
-        if not any(int(layer.observation.count) for _, layer in observing):
+        if not any(int(layer.observation.count) for _, layer in observing if layer.observation is not None):
             raise ConfigError(
                 f"Ranges need data, but no input of {type(m).__name__} has been seen. Run the pipeline once, or call "
                 f"`calibrate(pipe)`."

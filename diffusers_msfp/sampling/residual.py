@@ -9,6 +9,7 @@ is, only moved or joined with others: as a shortcut behind a downsampling convol
 
 from collections.abc import Collection
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class _Following(TorchFunctionMode):
     def in_stream(self, value: object) -> bool:
         return isinstance(value, Tensor) and value.ndim >= MIN_AXES and value in self.kinds
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # noqa: ARG002
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -120,5 +121,5 @@ class ResidualTrace:
 def apply_residual(model: nn.Module, names: Collection[str]) -> None:
     """Let the layers of these names try the formats that their scheme has for residual sums."""
     for name, layer in layers_by_name(model).items():
-        if name in names and layer.observing and layer.scheme.residual:
+        if name in names and layer.observing and layer.scheme and layer.scheme.residual:
             layer.input_candidates = layer.scheme.residual

@@ -3,10 +3,12 @@
 import copy
 import functools
 import inspect
+from typing import Any, cast
 
 import torch
-from diffusers import DDIMInverseScheduler, DDIMScheduler, DiffusionPipeline, LCMScheduler, TCDScheduler
+from diffusers import DDIMInverseScheduler, DDIMScheduler, DiffusionPipeline, LCMScheduler, SchedulerMixin, TCDScheduler
 
+from ..compat.diffusers import Scheduler
 from ..errors import ConfigError
 from .finite_steps import learns_variance
 
@@ -14,7 +16,7 @@ OTHER_EQUATIONS = (LCMScheduler, TCDScheduler, DDIMInverseScheduler)
 """Schedulers with the configs of diffusion's solvers that do something else."""
 
 
-def with_parts(pipe, **parts):
+def with_parts(pipe: DiffusionPipeline, **parts: Any) -> DiffusionPipeline:
     """A copy of a pipeline in which some components are others; the rest is shared.
 
     It keeps class, config, progress bar and whatever else its constructor or its user has set; models and their hooks
@@ -31,7 +33,7 @@ def with_parts(pipe, **parts):
     return other
 
 
-def exchange_parts(pipe, **parts) -> None:
+def exchange_parts(pipe: DiffusionPipeline, **parts: Any) -> None:
     """Put other components into a pipeline, and into those of which it is combined; names as in `components`."""
     instead = {id(old): part for name, part in parts.items() if (old := getattr(pipe, name, None)) is not None}
     for inner in _inner_pipelines(pipe).values():
@@ -40,18 +42,20 @@ def exchange_parts(pipe, **parts) -> None:
     pipe.register_modules(**parts)
 
 
-def _inner_pipelines(pipe) -> dict[str, DiffusionPipeline]:
+def _inner_pipelines(pipe: DiffusionPipeline) -> dict[str, DiffusionPipeline]:
     """The pipelines of which a combined one is made, by the names of its attributes."""
     return {name: value for name, value in vars(pipe).items() if isinstance(value, DiffusionPipeline)}
 
 
-def solver_from(cls: type, scheduler):
+def solver_from(cls: type[SchedulerMixin], scheduler: Scheduler) -> Scheduler:
     """A scheduler of another class with the settings of this one; it clips samples only if this one does."""
     clips = {"clip_sample": False} if "clip_sample" in inspect.signature(cls).parameters else {}
-    return cls.from_config(scheduler.config, **clips | {k: scheduler.config[k] for k in clips if k in scheduler.config})
+    return cast(Any, cls).from_config(
+        scheduler.config, **clips | {k: scheduler.config[k] for k in clips if k in scheduler.config}
+    )
 
 
-def ddim_for(scheduler) -> DDIMScheduler | None:
+def ddim_for(scheduler: Scheduler) -> DDIMScheduler | None:
     """DDIM with a scheduler's settings; None where it would not solve the same equation.
 
     That is so for a flow's schedulers, for those of consistency models, for other noise schedules than DDIM has, and
@@ -73,12 +77,12 @@ def ddim_for(scheduler) -> DDIMScheduler | None:
     return None if divides or not torch.allclose(own, ddim.alphas_cumprod, atol=1e-6) else ddim
 
 
-def takes_ddim(scheduler) -> bool:
+def takes_ddim(scheduler: Scheduler) -> bool:
     """Whether DDIM, or another solver of the same equation, can take a scheduler's place; see `ddim_for`."""
     return ddim_for(scheduler) is not None
 
 
-def with_ddim(pipe, eta: float = 0.0):
+def with_ddim(pipe: DiffusionPipeline, eta: float = 0.0) -> DiffusionPipeline:
     """A copy of a pipeline on DDIM; the pipeline itself where its scheduler must be kept, see `ddim_for`.
 
     Args:
@@ -101,10 +105,10 @@ def with_ddim(pipe, eta: float = 0.0):
         signature = inspect.signature(step)
 
         @functools.wraps(step)  # pipelines look at the signature for what they may pass
-        def noisy(*args, **kwargs):
+        def noisy(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs)
             bound.arguments["eta"] = eta
             return step(*bound.args, **bound.kwargs)
 
-        ddim.step = noisy
+        vars(ddim)["step"] = noisy
     return with_parts(pipe, scheduler=ddim)

@@ -4,7 +4,7 @@ import functools
 import inspect
 import math
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ class TimestepArgument(NamedTuple):
         timestep = kwargs.get(self.name)
         if timestep is None and 0 <= self.position < len(args):
             timestep = args[self.position]
-        return timestep if isinstance(timestep, (Real, torch.Tensor)) else None
+        return cast(Timestep, timestep) if isinstance(timestep, (Real, torch.Tensor)) else None
 
     def put(self, args: tuple, kwargs: dict, timestep: Timestep) -> tuple[tuple, dict]:
         """The arguments of the same call at another timestep."""
@@ -44,7 +44,8 @@ class TimestepArgument(NamedTuple):
 
 def timestep_argument(model: nn.Module | type[nn.Module]) -> TimestepArgument:
     """Where a model, or a class of models, takes its timestep."""
-    return _argument_of(model if isinstance(model, type) else type(model))
+    cls: Any = model if isinstance(model, type) else type(model)
+    return _argument_of(cls)
 
 
 @functools.cache

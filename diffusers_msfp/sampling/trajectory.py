@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
 
 from ..compat.torch import tree_flatten, tree_map, tree_unflatten
 from ..errors import ConfigError
@@ -57,7 +58,7 @@ def _equal(a: Any, b: Any) -> bool:
     return type(a) is type(b) and (not isinstance(a, int | float | str) or a == b)
 
 
-def rollout(pipe, make_arguments: Callable, first: int, size: int, seed: int) -> list[DenoisingStep]:
+def rollout(pipe: DiffusionPipeline, make_arguments: Callable, first: int, size: int, seed: int) -> list[DenoisingStep]:
     """Sample `size` trajectories and keep every call of the denoiser.
 
     Args:
@@ -75,7 +76,7 @@ def rollout(pipe, make_arguments: Callable, first: int, size: int, seed: int) ->
     argument = require_timesteps(denoiser)
     steps: list[DenoisingStep] = []
 
-    def keep(_module, args, kwargs, output) -> None:
+    def keep(_module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         predicted = used_part(pipe, model_output(output), args, kwargs)
         timesteps = torch.as_tensor(argument.of(args, kwargs), device=predicted.device).flatten()
         steps.append(DenoisingStep(timesteps.expand(len(predicted)), args, kwargs, predicted))
@@ -144,7 +145,15 @@ class Trajectories:
         ConfigError: the batch cannot be shared out evenly, or the pipeline cannot be a teacher.
     """
 
-    def __init__(self, pipe, make_arguments: Callable, batch_size: int, seed: int, rank: int = 0, world: int = 1):
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        make_arguments: Callable,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ):
         if batch_size % world:
             raise ConfigError(f"`batch_size` must be a multiple of the {world} processes, but got {batch_size}.")
         self.pipe, self.make_arguments = pipe, make_arguments
@@ -158,9 +167,7 @@ class Trajectories:
         if rollout_number != self._number:
             self._roll(rollout_number)
         order = [
-            torch.randperm(length, generator=torch.Generator().manual_seed(self.seed + self._first + i))[
-                position
-            ].item()
+            int(torch.randperm(length, generator=torch.Generator().manual_seed(self.seed + self._first + i))[position])
             for i in range(self.share)
         ]
         rows = len(self._steps[0].output)  # guidance calls the denoiser with every sample twice

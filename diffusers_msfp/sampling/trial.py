@@ -5,11 +5,13 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any, cast
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..compat.diffusers import source_of
+from ..compat.diffusers import Scheduler, source_of
 from ..errors import ConfigError, MSFPError, NonFiniteError
 from ..layers import QuantLayer
 from .calls import Call, quiet
@@ -21,7 +23,7 @@ class _Reached(Exception):
     """Everything that is to be tried has worked; the rest of the run is not needed."""
 
 
-def try_calls(pipe, calls: Sequence[Call]) -> None:
+def try_calls(pipe: DiffusionPipeline, calls: Sequence[Call]) -> None:
     """Run calls of a pipeline through the first step of its sampler, and drop what they make.
 
     One call of each batch size is tried. Models that are still observing, or whose weights are elsewhere (on the meta
@@ -65,7 +67,7 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:500].rstrip('.')}."
 
 
-def refuse_upcast(pipe, models: Mapping[str, nn.Module]) -> None:
+def refuse_upcast(pipe: DiffusionPipeline, models: Mapping[str, nn.Module]) -> None:
     """Refuse models that a pipeline casts to float32 while it runs, which packed weights cannot be.
 
     Args:
@@ -77,7 +79,7 @@ def refuse_upcast(pipe, models: Mapping[str, nn.Module]) -> None:
     """
     for name, model in models.items():
         wanted = getattr(getattr(model, "config", None), "force_upcast", False) and model.dtype == torch.float16
-        if wanted and _casts(type(pipe)):
+        if wanted and _casts(cast(Any, type(pipe))):
             raise ConfigError(
                 f"A quantized model keeps its dtype, but {type(pipe).__name__} casts a float16 `{name}` to float32 "
                 f"(`force_upcast` in its config). Load the pipeline in bfloat16 or float32, or leave `{name}` out of "
@@ -122,7 +124,7 @@ def _on_cpu(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _stopping_before(models: Sequence[nn.Module]) -> Iterator[None]:
-    def stop(*_) -> None:
+    def stop(*_: object) -> None:
         raise _Reached
 
     with ExitStack() as stack:
@@ -131,12 +133,12 @@ def _stopping_before(models: Sequence[nn.Module]) -> Iterator[None]:
         yield
 
 
-def _ending_after_one_step(scheduler):
+def _ending_after_one_step(scheduler: Scheduler) -> Scheduler:
     """Let a scheduler end the run after its first step, which must be finite."""
     step: Callable = scheduler.step
 
     @functools.wraps(step)  # pipelines look at the signature
-    def only(*args, **kwargs):
+    def only(*args: Any, **kwargs: Any) -> Any:
         made = step(*args, **kwargs)
         sample = made[0] if isinstance(made, tuple) else getattr(made, "prev_sample", None)
         if isinstance(sample, torch.Tensor) and not sample.isfinite().all():

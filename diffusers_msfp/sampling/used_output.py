@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..calibration.watch import watching_calls
@@ -19,7 +20,7 @@ from .finite_steps import learns_variance
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def used_part(pipe, output: Tensor, args: tuple, kwargs: Mapping) -> Tensor:
+def used_part(pipe: DiffusionPipeline, output: Tensor, args: tuple, kwargs: Mapping) -> Tensor:
     """The prediction in a denoiser's output, `(B, C, …)` of `(B, C, …)` or `(B, 2 C, …)`; a view.
 
     Args:
@@ -62,7 +63,7 @@ def counted(used: UsedChannels | None, part: str, outputs: list[Tensor]) -> list
 
 
 @torch.no_grad()
-def used_channels(pipe, model: nn.Module, args: tuple, kwargs: dict) -> UsedChannels | None:
+def used_channels(pipe: DiffusionPipeline, model: nn.Module, args: tuple, kwargs: dict) -> UsedChannels | None:
     """See `UsedChannels`; None where everything that the model puts out is its prediction.
 
     The channels are found by experiment: in a second call the last layer puts out the numbers of its channels, and

@@ -4,13 +4,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
+from typing import Any, cast
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    ModelMixin,
+    UniPCMultistepScheduler,
+)
 
 from ..engines.choose import resident_bytes
 from ..errors import ConfigError
 from ..methods.routes import routing_of
+from ..plugin.config import config_of
 from ..sampling.calls import call_arguments, num_classes_of, require_positive
 from ..sampling.denoisers import denoiser_of
 from ..sampling.observation import quantized_models
@@ -37,28 +46,33 @@ class Candidate:
         ConfigError: a pipeline that needs more than noise, a prompt or a class, such as one for inpainting.
     """
 
-    pipe: object
+    pipe: DiffusionPipeline
 
     def __post_init__(self) -> None:
         call_arguments(self.pipe, None, 1, {})
 
+    @property
+    def denoiser(self) -> ModelMixin:
+        """The pipeline's (first) denoiser."""
+        return cast(ModelMixin, denoiser_of(self.pipe))
+
     @cached_property
     def name(self) -> str:
         """The scheme of a quantized one, the dtype of another."""
-        denoiser = denoiser_of(self.pipe)
+        denoiser = self.denoiser
         if list(quantized_models(denoiser)):
-            return denoiser.config.quantization_config.scheme
+            return config_of(denoiser).scheme
         return str(denoiser.dtype).removeprefix("torch.")
 
     @cached_property
     def parameters(self) -> frozenset[str]:
         """Names of what the pipeline's call takes."""
-        return frozenset(signature(self.pipe.__call__).parameters)
+        return frozenset(signature(cast(Any, self.pipe).__call__).parameters)
 
     @cached_property
     def guidance_scale(self) -> float | None:
         """Its default; None where the pipeline takes none."""
-        parameter = signature(self.pipe.__call__).parameters.get("guidance_scale")
+        parameter = signature(cast(Any, self.pipe).__call__).parameters.get("guidance_scale")
         return None if parameter is None else float(parameter.default)
 
     @cached_property
@@ -79,23 +93,23 @@ class Candidate:
     @property
     def draws_small(self) -> bool:
         """Whether its pictures are so small that one wants to see their pixels."""
-        size = denoiser_of(self.pipe).config.get("sample_size") or SMALL
+        size = cast(Any, self.denoiser).config.get("sample_size") or SMALL
         return decoder_of(self.pipe) is None and max(size if isinstance(size, Sequence) else [size]) < SMALL
 
     @cached_property
     def weight_bytes(self) -> int:
         """Size of the denoiser's stored tensors."""
-        return denoiser_of(self.pipe).get_memory_footprint()
+        return self.denoiser.get_memory_footprint()
 
     @property
     def memory_bytes(self) -> int:
         """Memory that the denoiser's tensors take now, what engines keep ready included."""
-        return resident_bytes(denoiser_of(self.pipe))
+        return resident_bytes(self.denoiser)
 
     @cached_property
     def intervals(self) -> list[list[tuple[int, int, int]]]:
         """`[layer group][(first timestep, last timestep, adapter), …]`; empty without adapters."""
-        routing = routing_of(denoiser_of(self.pipe))
+        routing = routing_of(self.denoiser)
         return [] if routing is None else routing.intervals()
 
     def request(
@@ -116,7 +130,7 @@ class Candidate:
         if seed is None or seed != int(seed) or not 0 <= seed <= MAX_SEED:
             raise ConfigError(f"The seed must be a whole number from 0 to {MAX_SEED}, but got {seed}.")
         require_positive(steps=steps)
-        given = {"output_type": "np"}
+        given: dict[str, Any] = {"output_type": "np"}
         if "prompt" in self.parameters:
             if not (prompt or "").strip():
                 raise ConfigError("The prompt must say what to draw, but it is empty. Write a few words.")
@@ -139,7 +153,10 @@ def require_comparable(quantized: Candidate, reference: Candidate) -> None:
         ConfigError: they are of different kinds or draw pictures of different shapes.
     """
     kinds = [
-        (type(each.pipe).__name__, *(denoiser_of(each.pipe).config.get(key) for key in ("in_channels", "sample_size")))
+        (
+            type(each.pipe).__name__,
+            *(cast(Any, each.denoiser).config.get(key) for key in ("in_channels", "sample_size")),
+        )
         for each in (quantized, reference)
     ]
     if kinds[0] != kinds[1]:

@@ -7,18 +7,21 @@ while the other computes. Visitors share the models; pipeline object, scheduler 
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from threading import Semaphore
 from time import perf_counter
+from typing import Any, cast
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from ..compat.diffusers import Scheduler
 from ..sampling.solvers import solver_from, with_parts
 
 DECODED_PREVIEWS = 5  # of one run of a latent model; each costs a pass of the decoder
@@ -65,9 +68,11 @@ def side_by_side(pipes: Sequence, scheduler: type, make_call: Callable[[], dict]
         yield from zip(*runs, strict=True)
 
 
-def denoise(pipe, scheduler: type, call: dict) -> Iterator[Step]:
+def denoise(pipe: DiffusionPipeline, scheduler: type, call: dict) -> Generator[Step, None, None]:
     """Run one pipeline; closing the iterator stops it after the step at hand."""
-    events, permission, stopped, step = SimpleQueue(), Semaphore(0), False, None
+    events: SimpleQueue[Any] = SimpleQueue()
+    permission, stopped = Semaphore(0), False
+    step: Step | None = None
 
     def hand_over(event: tuple) -> None:
         events.put(event)
@@ -78,7 +83,7 @@ def denoise(pipe, scheduler: type, call: dict) -> Iterator[Step]:
     own = with_parts(pipe, scheduler=_watched(solver_from(scheduler, pipe.scheduler), hand_over))
     own.set_progress_bar_config(disable=True)
     with ThreadPoolExecutor(1) as thread:
-        run = thread.submit(own, **call)
+        run: Future[Any] = thread.submit(cast(Callable, own), **call)
         run.add_done_callback(events.put)
         try:
             while True:
@@ -86,7 +91,7 @@ def denoise(pipe, scheduler: type, call: dict) -> Iterator[Step]:
                 event = events.get()
                 seconds = perf_counter() - start
                 if event is run:
-                    yield replace(step, picture=event.result().images[0], finished=True)
+                    yield replace(cast(Step, step), picture=event.result().images[0], finished=True)
                     return
                 index, total, timestep, estimate = event
                 step = Step(index, total, timestep, seconds, _preview(pipe, estimate, index, total))
@@ -98,14 +103,14 @@ def denoise(pipe, scheduler: type, call: dict) -> Iterator[Step]:
             permission.release()
 
 
-def _watched(scheduler, hand_over: Callable[[tuple], None]):
+def _watched(scheduler: Scheduler, hand_over: Callable[[tuple], None]) -> Scheduler:
     """Let a scheduler report (steps done, steps in all, timestep, estimate of the result) after each step."""
     step = scheduler.step
     accepted = inspect.signature(step).parameters
     done = 0
 
     @functools.wraps(step)  # pipelines look at the signature
-    def watched(*args, return_dict: bool = True, **kwargs):
+    def watched(*args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         nonlocal done
         known = {name: value for name, value in kwargs.items() if name in accepted}
         result = step(*args, return_dict=True, **known)
@@ -119,7 +124,7 @@ def _watched(scheduler, hand_over: Callable[[tuple], None]):
     return scheduler
 
 
-def _estimate(scheduler, result) -> Tensor:
+def _estimate(scheduler: Scheduler, result: Any) -> Tensor:
     """The denoised sample as the step predicts it; where a scheduler keeps that to itself, the sample as it is."""
     predicted = getattr(result, "pred_original_sample", None)
     if predicted is not None:
@@ -128,13 +133,13 @@ def _estimate(scheduler, result) -> Tensor:
     return result.prev_sample if not history or history[-1] is None else history[-1]
 
 
-def decoder_of(pipe):
+def decoder_of(pipe: DiffusionPipeline) -> Any:
     """What turns a latent pipeline's samples into pictures; None where they are pictures already."""
     return getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
 
 
 @torch.no_grad()
-def _preview(pipe, sample: Tensor, index: int, total: int) -> np.ndarray | None:
+def _preview(pipe: DiffusionPipeline, sample: Tensor, index: int, total: int) -> np.ndarray | None:
     """A sample as a picture; latents are decoded a few times in a run."""
     decoder = decoder_of(pipe)
     if decoder is not None:

@@ -8,6 +8,8 @@ line between the pictures by a slider of its own, as that of Gradio's component 
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from ..errors import ConfigError, MSFPError
 from .candidate import MAX_SEED, Candidate
@@ -42,7 +44,7 @@ LINKS = (
 )
 
 
-def require_gradio():
+def require_gradio() -> ModuleType:
     """The module `gradio`, an extra that takes seconds to import.
 
     Raises:
@@ -57,7 +59,7 @@ def require_gradio():
     return gradio
 
 
-def build_page(title: str, quantized: Candidate, reference: Candidate | None = None):
+def build_page(title: str, quantized: Candidate, reference: Candidate | None = None) -> Any:
     """The page of a quantized pipeline, which is run once for it.
 
     Args:
@@ -104,7 +106,7 @@ def build_page(title: str, quantized: Candidate, reference: Candidate | None = N
             label="Your results", show_label=False, format="png", interactive=False, elem_id="msfp-results"
         )
 
-        def generate(past: list, scheduler: str, steps: int, *values) -> Iterator[tuple]:
+        def generate(past: list, scheduler: str, steps: int, *values: Any) -> Iterator[tuple]:
             try:
                 for frame in show.frames(past, scheduler, steps, dict(zip(wishes, values, strict=True))):
                     yield *(gr.skip() if part is None else part for part in frame), frame.history
@@ -129,7 +131,7 @@ def build_page(title: str, quantized: Candidate, reference: Candidate | None = N
     return page
 
 
-def _inputs(gr, candidate: Candidate) -> dict:
+def _inputs(gr: ModuleType, candidate: Candidate) -> dict:
     """The components for what a pipeline takes; names are those of `Candidate.request`."""
     inputs = {}
     if "prompt" in candidate.parameters:
@@ -146,7 +148,7 @@ def _inputs(gr, candidate: Candidate) -> dict:
     return inputs
 
 
-def launch(page, port: int | None = None) -> str:
+def launch(page: Any, port: int | None = None) -> str:
     """Serve a page in the background.
 
     Args:

@@ -2,11 +2,12 @@
 
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from statistics import median
 from time import perf_counter
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -87,14 +88,16 @@ class Show:
         if scheduler not in self.quantized.schedulers:
             choices = ", ".join(self.quantized.schedulers)
             raise ConfigError(f"The scheduler must be one of {choices}, but got {scheduler!r}.")
-        visited, seconds, shown_at = [], [[] for _ in self.candidates], 0.0
+        visited: list[float] = []
+        seconds: list[list[float]] = [[] for _ in self.candidates]
+        shown_at = 0.0
         for turn in self._run(scheduler, steps, wishes):
             now = turn[-1]
             visited.append(now.timestep)
             for own, step in zip(seconds, turn, strict=True):
                 own.append(step.seconds)
             if now.finished:
-                results = [step.picture for step in turn]
+                results = [cast(np.ndarray, step.picture) for step in turn]
                 caption = f"seed {int(wishes['seed'])} · {scheduler}, {steps} steps"
                 history = [(beside(results), caption), *history][:KEPT_RESULTS]
                 progress = progress_line(now, closeness=_closeness(results))
@@ -106,18 +109,18 @@ class Show:
 
     def pictures(self, turn: tuple[Step, ...]) -> tuple[Image.Image, ...] | Image.Image | None:
         """For the slider, or for one picture; None where there is no news."""
-        if any(step.picture is None for step in turn):
+        images = tuple(enlarge(step.picture) for step in turn if step.picture is not None)
+        if len(images) < len(turn):
             return None
-        images = tuple(enlarge(step.picture) for step in turn)
         return images if len(images) > 1 else images[0]
 
-    def strip(self, visited: list[float] = ()) -> str:
+    def strip(self, visited: Sequence[float] = ()) -> str:
         """Adapters over timesteps; nothing where there are none."""
         return adapter_strip(self.quantized.intervals, visited) if self.quantized.intervals else ""
 
-    def figures(self, seconds: list[list[float]] = ()) -> str:
+    def figures(self, seconds: Sequence[list[float]] = ()) -> str:
         """The table; the first step's time is left out, as it includes reading the prompt."""
-        times = [median(own[1:] or own) for own in seconds] or [None] * len(self.candidates)
+        times: list[float | None] = [median(own[1:] or own) for own in seconds] or [None] * len(self.candidates)
         columns = zip(self.candidates, times, strict=True)
         return figures_table([(each.name, each.weight_bytes, each.memory_bytes, time) for each, time in columns])
 

@@ -62,7 +62,8 @@ def write_space(
     Returns:
         `list[str]`: names of all files, sorted.
     """
-    locations, models = {}, []
+    locations: dict[str, str | None] = {}
+    models: list[str] = []
     for name, location in (("model", source), ("reference", reference)):
         if location is not None and Path(location).is_dir():
             shutil.copytree(location, folder / name)

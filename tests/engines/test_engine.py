@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from diffusers_msfp import MSFPConfig, MSFPPipelineMixin, freeze, quantize_pipeline, set_engine
 from diffusers_msfp.engines.choose import engines_of
+from diffusers_msfp.engines.engine import PreparedLayer
 from diffusers_msfp.engines.fusion.attention import attention
 from diffusers_msfp.engines.fusion.fuse import FusedResnetBlock2D
 from diffusers_msfp.engines.fusion.norms import FusedGroupNorm, PassingSiLU
@@ -169,3 +170,21 @@ def test_dequantizing_leaves_stock_classes(packed_pipe: DDPMPipeline):
     set_engine(packed_pipe, "auto")
     packed_pipe.unet.dequantize()
     assert not {FusedGroupNorm, PassingSiLU, FusedResnetBlock2D} & set(kinds(packed_pipe.unet))
+
+
+class Pairs(PreparedLayer):
+    """Made ready as the CUDA engine does it: a weight and its sums."""
+
+    def expand(self, bank: int):
+        return torch.zeros(2, 3), torch.zeros(2, dtype=torch.int32)
+
+    def run(self, x, bank, adapter):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_memory_of_weights_in_several_tensors_is_counted_whole(packed_pipe, keep):
+    _, layer = next(quant_layers(packed_pipe.unet))
+    prepared = Pairs(layer, keep)
+    prepared.weight(0)
+    assert prepared.kept_bytes == (2 * 3 * 4 + 2 * 4 if keep else 0)

@@ -20,8 +20,9 @@ from diffusers_msfp.engines.choose import set_engine
 from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.evaluation import compare_pipelines, layer_snr
 from diffusers_msfp.layers.convert import Conversion, convert, quant_layers
+from diffusers_msfp.methods.temporal import FiniteSet
 from diffusers_msfp.report import collect_report, plots, render_report
-from diffusers_msfp.report.layers import EDGE_BLOCK, advice, block_of
+from diffusers_msfp.report.layers import EDGE_BLOCK, advice, block_of, input_levels
 from diffusers_msfp.report.page import psnr_meaning
 
 RUN = {"num_samples": 4, "num_inference_steps": 3, "with_speed": False}
@@ -254,6 +255,14 @@ def test_adapters_have_grids_of_their_own_and_a_strip(reference, tmp_path):
     adapters = [a for a in page.all("rect") if a["class"].startswith("adapter")]
     assert len(adapters) == sum(map(len, data["adapters"]["intervals"]))
     assert "Then fine-tuned with 2 timestep-aware adapters per layer" in page.text
+
+
+def test_parameter_sets_for_timesteps_have_grids_of_their_own(packed_pipe):
+    layer = next(layer for _, layer in quant_layers(packed_pipe.unet) if layer.input_format is not None)
+    scale, zero_point = layer.input_scale, layer.input_zero_point
+    layer.store_input(torch.stack((scale, scale * 2)), torch.stack((zero_point, zero_point)))
+    layer.route_by(FiniteSet(torch.tensor([0.0, 500.0])))
+    assert len(input_levels(layer)) == 2
 
 
 def test_a_transformer_with_labels_and_guidance():

@@ -125,7 +125,7 @@ def _timesteps(result: dict, layers: dict) -> Table:
     table = Table("timestep", "eps_rel_l2", "worst layer", "SNR (dB)")
     for timestep, error in result["eps_rel_l2_by_timestep"].items():
         ratios = {n: layer["by_timestep"][timestep] for n, layer in layers.items() if timestep in layer["by_timestep"]}
-        worst = min(ratios, key=ratios.get, default="")
+        worst = min(ratios, key=ratios.__getitem__, default="")
         table.add_row(timestep, f"{error:.4f}", worst, f"{ratios[worst]:.1f}" if worst else "")
     return table
 

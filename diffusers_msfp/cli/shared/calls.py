@@ -1,7 +1,10 @@
 """What a user says on how a pipeline is called: prompts and guidance."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any, cast
+
+from diffusers import DiffusionPipeline
 
 from ...errors import ConfigError
 from ...sampling.calls import DEFAULT_PROMPTS
@@ -9,8 +12,8 @@ from .terminal import stderr
 
 
 def call_settings(
-    pipe, prompts: Sequence[str] | None, guidance_scale: float | None, *, samples: bool = True
-) -> Mapping[str, object]:
+    pipe: DiffusionPipeline | None, prompts: Sequence[str] | None, guidance_scale: float | None, *, samples: bool = True
+) -> dict[str, Any]:
     """Arguments to pass on to a pipeline; says on standard error which prompts it gets where none are named.
 
     Args:
@@ -23,7 +26,7 @@ def call_settings(
         ConfigError: the pipeline takes no prompts, or no guidance, but some were named.
     """
     name = "a model on its own" if pipe is None else type(pipe).__name__
-    parameters = {} if pipe is None else inspect.signature(pipe.__call__).parameters
+    parameters = {} if pipe is None else inspect.signature(cast(Any, pipe).__call__).parameters
     for option, what, given in (("prompt", "prompts", prompts), ("guidance_scale", "guidance", guidance_scale)):
         if given is not None and option not in parameters:
             flag = option.replace("_", "-")

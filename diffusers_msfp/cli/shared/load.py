@@ -2,10 +2,12 @@
 
 import importlib
 from pathlib import Path
+from typing import Any, cast
 
 import diffusers
 import torch
 from diffusers import AutoModel, DiffusionPipeline, ModelMixin
+from torch import nn
 
 from ...checkpoint.describe import file_bytes, read_config, weights_by_variant
 from ...compat.diffusers import single_file_origin
@@ -93,7 +95,7 @@ def _variants(folder: Path) -> dict[Path, dict[str | None, list[Path]]]:
     return {part: found for part in parts if (found := weights_by_variant(part))}
 
 
-def load_any(source: str, *, variant: str | None = None, **arguments) -> DiffusionPipeline | ModelMixin:
+def load_any(source: str, *, variant: str | None = None, **arguments: Any) -> DiffusionPipeline | ModelMixin:
     """A pipeline, or the model in a component's own folder, quantized by whatever package is installed.
 
     Args:
@@ -131,7 +133,7 @@ def _import_quantizers(folder: Path) -> None:
 
 
 def load_pipeline(
-    source: str, *, config: str | None = None, variant: str | None = None, **arguments
+    source: str, *, config: str | None = None, variant: str | None = None, **arguments: Any
 ) -> DiffusionPipeline:
     """A pipeline from a folder, a Hub id or a single file.
 
@@ -195,9 +197,9 @@ def _from_single_file(path: Path, config: str | None) -> DiffusionPipeline:
         where = config
         if where is None:
             where = single_file_origin(path)
-        index = DiffusionPipeline.load_config(where)
+        index: Any = DiffusionPipeline.load_config(where)
         name = index.get("_class_name")
-        cls = getattr(diffusers, str(name), None)
+        cls: Any = getattr(diffusers, str(name), None)
         if not hasattr(cls, "from_single_file"):
             raise SourceError(f"{where} must name a pipeline that loads single files, but got {name}.")
         return cls.from_single_file(str(path), config=where, dtype=torch.float32)
@@ -215,11 +217,11 @@ def components_on_disk(folder: Path) -> list[Path]:
     return [p for p in sorted(folder.iterdir()) if p.is_dir() and read_config(p)]
 
 
-def model_bytes(source: str, model: ModelMixin, name: str, variant: str | None = None) -> int:
+def model_bytes(source: str, model: nn.Module, name: str, variant: str | None = None) -> int:
     """Size of a component's weights: its files where they are at hand, else its tensors in memory."""
     folder = Path(source) / name if name != "." else Path(source)
     on_disk = file_bytes(folder, variant) if folder.is_dir() else 0
-    return on_disk or model.get_memory_footprint()
+    return on_disk or cast(ModelMixin, model).get_memory_footprint()
 
 
 def denoisers_bytes(source: str, pipe: DiffusionPipeline, variant: str | None = None) -> int:

@@ -5,7 +5,8 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import Annotated, get_args, get_origin
+from types import GenericAlias
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 from rich.table import Table
@@ -59,7 +60,7 @@ def with_config(
         for parameter in signature.parameters.values():
             keyword = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
             parameters += options if parameter.name == "config" else [keyword]
-        called.__signature__ = signature.replace(parameters=parameters)
+        vars(called)["__signature__"] = signature.replace(parameters=parameters)
         called.__annotations__ = {each.name: each.annotation for each in parameters}
         del called.__wrapped__  # whose annotations would be read instead
         return called
@@ -68,17 +69,18 @@ def with_config(
 
 
 def _parameter(setting: Setting, names: tuple[str, ...], own: Mapping[str, object]) -> inspect.Parameter:
-    kind, default, name = setting.type, setting.default, setting.name.replace("_", "-")
+    kind: Any = setting.type
+    default, name = setting.default, setting.name.replace("_", "-")
     meaning = (setting.meaning[:1].upper() + setting.meaning[1:]).replace('`"', "`").replace('"`', "`")
     if get_origin(kind) is tuple:
-        kind, default = list[get_args(kind)[0]] | None, list(default) or None
+        kind, default = GenericAlias(list, get_args(kind)[0]) | None, list(default) or None
         meaning += " Repeatable."
     option = typer.Option(*names or (f"--{name}/--no-{name}" if kind is bool else f"--{name}",), help=meaning)
     annotation = own.get(setting.name, Annotated[kind, option])
     return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _plain(setting: Setting, value: object) -> object:
+def _plain(setting: Setting, value: Any) -> Any:
     """What typer makes of a repeated option, as configs have it."""
     return tuple(value or setting.default) if get_origin(setting.type) is tuple else value
 

@@ -17,7 +17,7 @@ def asked_for(items: list[str] | None) -> list[str]:
     Raises:
         ConfigError: there is no such stage.
     """
-    names = []
+    names: list[str] = []
     for item in items or ():
         stage, dot, name = item.rpartition(".")
         if name == HELP:

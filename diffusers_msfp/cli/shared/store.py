@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 from filelock import FileLock, Timeout
@@ -21,7 +22,10 @@ from .terminal import stderr
 
 
 def check_target(
-    out: str | Path, overwrite: bool, marks: Sequence[str] = ("model_index.json", "config.json"), what="checkpoints"
+    out: str | Path,
+    overwrite: bool,
+    marks: Sequence[str] = ("model_index.json", "config.json"),
+    what: str = "checkpoints",
 ) -> Path:
     """Refuse a place that holds something that was not asked to be replaced, or that cannot be written.
 
@@ -45,7 +49,9 @@ def check_target(
     return out
 
 
-def write_checkpoint(loaded, out: Path, folder: Path | None = None, max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
+def write_checkpoint(
+    loaded: Any, out: Path, folder: Path | None = None, max_shard_size: int | str = MAX_SHARD_SIZE
+) -> None:
     """Save to `folder`, or beside `out`, and move into place in one step: nothing half-written looks finished."""
     with writing(out):
         folder = folder or _parent(out)

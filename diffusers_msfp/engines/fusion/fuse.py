@@ -1,6 +1,7 @@
 """Find the places of a model where a leaf can do the work of several: see `norms`."""
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
@@ -14,11 +15,11 @@ from .norms import FusedGroupNorm, fuse_norm, unfuse
 class FusedResnetBlock2D(ResnetBlock2D):
     """`ResnetBlock2D` whose second norm adds the time embedding itself; the residual is added in place."""
 
-    def forward(self, input_tensor: Tensor, temb: Tensor | None, *args, **kwargs) -> Tensor:
+    def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """As the original."""
         second = self.norm2
         if type(second) is not FusedGroupNorm or self.time_emb_proj is None or torch.is_grad_enabled():
-            return super().forward(input_tensor, temb, *args, **kwargs)
+            return super().forward(input_tensor, cast(Tensor, temb), *args, **kwargs)
         x = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
         temb = temb if self.skip_time_act else self.nonlinearity(temb)
         x = self.nonlinearity(second(x, self.time_emb_proj(temb)))
@@ -35,7 +36,7 @@ def fuse(model: nn.Module) -> None:
             found = [getattr(module, name, None) for name in names]
             kinds = (type(found[0]) is nn.GroupNorm, isinstance(found[1], QuantLayer), isinstance(found[-1], nn.SiLU))
             if all(kinds[: len(found)]):
-                fuse_norm(found[0], module, layer, activation)
+                fuse_norm(cast(nn.GroupNorm, found[0]), module, layer, activation)
         if type(module) is ResnetBlock2D and module.time_embedding_norm == "default" and not _resamples(module):
             module.__class__ = FusedResnetBlock2D
 
@@ -45,7 +46,7 @@ def undo(model: nn.Module) -> None:
     for module in model.modules():
         unfuse(module)
         if type(module) is FusedResnetBlock2D:
-            module.__class__ = ResnetBlock2D
+            cast(nn.Module, module).__class__ = ResnetBlock2D
 
 
 def _places(module: nn.Module) -> Iterator[tuple[str, str | None, str]]:

@@ -6,6 +6,7 @@ adapters beside its weight, or PEFT stands between), the leaf does what its orig
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from ...compat.torch import is_hooked
 from ...layers import QuantLayer
 from ...numerics import Codes
 from .. import kernels
+from ..engine import PreparedLayer
 
 _KNOWN = ("diffusers.", "diffusers_msfp.")
 """Packages whose blocks run norm, activation and layer in this order."""
@@ -26,6 +28,9 @@ class FusedGroupNorm(nn.GroupNorm):
     values are computed in float32 whatever the dtype of the input; they agree with torch's to relative 1e-6.
     """
 
+    feeds: "Feeds"
+    silu: bool
+
     def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """See the class.
 
@@ -36,11 +41,11 @@ class FusedGroupNorm(nn.GroupNorm):
         layer = self.feeds.layer()
         images = x.ndim == 4 and x.numel() and x.is_floating_point()
         takes = images and isinstance(layer, QuantLayer) and self.feeds.undisturbed(self)
-        adapter = layer.takes_codes(x) if takes else None
+        adapter = cast(QuantLayer, layer).takes_codes(x) if takes else None
         if adapter is None:
             return super().forward(x if added is None else x + added[:, :, None, None])
         x = x.contiguous(memory_format=torch.channels_last)
-        prepared = layer.prepared
+        prepared = cast(PreparedLayer, layer.prepared)
         arguments = x, self.num_groups, *_affine(self), self.eps, self.silu
         codes, finite = kernels.norm(*arguments, prepared.grid(adapter), added)
         if not finite:

@@ -1,5 +1,7 @@
 """Let a model's attention use the engines' products; see `attention`."""
 
+from typing import Any
+
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ class BF16AttnProcessor(AttnProcessor2_0):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
-        **arguments,
+        **arguments: Any,
     ) -> Tensor:
         """As the original; `(B, N, C)` or `(B, C, H, W)` → the same shape."""
         plain = (

@@ -15,12 +15,19 @@ three returns with its tensor whether all values were finite.
 - `softmax_numerators(scores)`: `(…, n)` bfloat16, becomes softmax × factor → `(…, 1)` float32, factor.
 """
 
+from types import ModuleType
+
+from . import torch_kernels
+
+best: ModuleType = torch_kernels
 try:
     import numba  # noqa: F401 – only whether it is there
 except ImportError:
-    from . import torch_kernels as best
+    pass
 else:
-    from . import numba_kernels as best
+    from . import numba_kernels
+
+    best = numba_kernels
 
 NAME = best.__name__.rpartition(".")[2].removesuffix("_kernels")
 

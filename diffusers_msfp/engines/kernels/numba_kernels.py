@@ -3,6 +3,7 @@
 import functools
 import os
 import threading
+from collections.abc import Sequence
 from types import FunctionType
 
 import numba
@@ -221,7 +222,14 @@ def expand(packed: Tensor, bits: int, length: int, table: Tensor) -> Tensor:
     return out
 
 
-def columns(codes: Tensor, size, stride, padding, dilation, zero: int) -> Tensor:
+def columns(
+    codes: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    zero: int,
+) -> Tensor:
     """See `kernels.columns`."""
     shape = output_size(codes.shape[2:], size, stride, padding, dilation)
     out = torch.empty(codes.shape[0], *shape, size[0] * size[1] * codes.shape[1], dtype=torch.uint8)

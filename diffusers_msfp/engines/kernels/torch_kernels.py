@@ -1,5 +1,7 @@
 """The CPU kernels as torch operations: for machines without Numba. Same results, several passes over memory."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -75,7 +77,14 @@ def expand(packed: Tensor, bits: int, length: int, table: Tensor) -> Tensor:
     return table[unpack(packed, bits, length).to(torch.int32)]
 
 
-def columns(codes: Tensor, size, stride, padding, dilation, zero: int) -> Tensor:
+def columns(
+    codes: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    zero: int,
+) -> Tensor:
     """See `kernels.columns`."""
     rows, width = output_size(codes.shape[2:], size, stride, padding, dilation)
     x = F.pad(codes.permute(0, 2, 3, 1), (0, 0, *[padding[1]] * 2, *[padding[0]] * 2), value=zero)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ...sampling.calls import call_arguments
@@ -13,7 +14,13 @@ from .samples import noise_generator
 
 
 def asked_classes(
-    pipe, network: FeatureNetwork, *, num: int, seed: int, prompts: list[str] | None, arguments: dict
+    pipe: DiffusionPipeline,
+    network: FeatureNetwork | None,
+    *,
+    num: int,
+    seed: int,
+    prompts: list[str] | None,
+    arguments: dict,
 ) -> tuple[Tensor | None, str | None]:
     """Which of the classifier's classes each picture of `draw_pictures` was asked to be.
 
@@ -59,8 +66,8 @@ def _named_in(text: str, classes: list[str]) -> list[int]:
 
 
 def class_agreement(
-    pipe,
-    network: FeatureNetwork,
+    pipe: DiffusionPipeline,
+    network: FeatureNetwork | None,
     found: Mapping[str, Features],
     *,
     num: int,
@@ -80,6 +87,7 @@ def class_agreement(
     asked, reason = asked_classes(pipe, network, num=num, seed=seed, prompts=prompts, arguments=arguments)
     if asked is None:
         return {}, reason
-    if any(features.logits is None for features in found.values()):
+    logits = {name: features.logits for name, features in found.items() if features.logits is not None}
+    if len(logits) < len(found):
         return {}, "these features have no logits"
-    return {name: mean_of(features.logits.argmax(1) == asked, seed) for name, features in found.items()}, None
+    return {name: mean_of(each.argmax(1) == asked, seed) for name, each in logits.items()}, None

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -143,7 +144,8 @@ class Cifar10Features(nn.Module):
         _require_shape(images, "cifar10-resnet56", CIFAR10_SHAPE)
         mean, deviation = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.deviation))
         maps = F.relu(self.bn1(self.conv1((images - mean) / deviation)))
-        maps = self.layer3(self.layer2(self.layer1(maps)))
+        for level in (1, 2, 3):
+            maps = self.get_submodule(f"layer{level}")(maps)
         pooled = maps.mean((2, 3))
         spatial = F.adaptive_avg_pool2d(maps[:, : self.spatial_channels], self.positions)
         return Features(pooled, spatial.flatten(1), self.linear(pooled))
@@ -172,7 +174,7 @@ class InceptionFeatures:
         self.network = FeatureExtractorInceptionV3("inception-v3-compat", names, str(weights)).eval()
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
 
-    def _keep(self, _module, _args, output: Tensor) -> None:
+    def _keep(self, _module: nn.Module, _args: object, output: Tensor) -> None:
         self._maps = output[:, :7].flatten(1)
 
     def __call__(self, images: Tensor) -> Features:
@@ -186,7 +188,7 @@ FEATURES: Registry[Callable[[], FeatureNetwork]] = Registry("feature network")
 FEATURES.add("inception", InceptionFeatures)
 FEATURES.add("fashion", FashionFeatures.trained)
 FEATURES.add("cifar10-resnet56", Cifar10Features.trained)
-_BY_SHAPE = {FASHION_SHAPE: "fashion", CIFAR10_SHAPE: "cifar10-resnet56"}
+_BY_SHAPE: dict[tuple[int, ...], str] = {FASHION_SHAPE: "fashion", CIFAR10_SHAPE: "cifar10-resnet56"}
 
 
 def default_features(shape: tuple[int, ...]) -> str:
@@ -283,7 +285,7 @@ def extract(network: FeatureNetwork, images: Tensor) -> Features:
                 )
             found.append(result)
 
-    def joined(name: str) -> Tensor | None:
+    def joined(name: str) -> Any:
         parts = [getattr(result, name) for result in found]
         return None if parts[0] is None else torch.cat(parts).double()
 

@@ -1,10 +1,11 @@
 """Pictures from a pipeline, as people look at them."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, DiffusionPipeline
 from PIL import Image, ImageDraw
 
 from ...sampling.calls import batched_calls, call_arguments, counting_steps, quiet, require_positive
@@ -44,14 +45,14 @@ def image_grid(images: np.ndarray, *, columns: int, scale: int = 1, labels: Sequ
 
 
 def sample_images(
-    pipe,
+    pipe: DiffusionPipeline,
     *,
     num: int,
     steps: int,
     seed: int = 0,
     prompts: list[str] | None = None,
     on_step: Callable[[int, int], None] | None = None,
-    **arguments,
+    **arguments: Any,
 ) -> np.ndarray:
     """Pictures `(num, H, W, channels)` in [0, 1]; ancestral DDPM, which needs all its steps, is replaced by DDIM.
 

@@ -16,7 +16,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 _MAX_BORDER = 8  # a side may lack one part in so many
 
 
-def load_real(source: str | Path, shape: tuple[int, int, int]) -> tuple[Tensor, str]:
+def load_real(source: str | Path, shape: tuple[int, ...]) -> tuple[Tensor, str]:
     """Real pictures in the shape of a pipeline's.
 
     Arrays get a black border where they lack at most an eighth of a side, as Fashion-MNIST's 28 pixels at 32; the
@@ -70,7 +70,7 @@ def load_real(source: str | Path, shape: tuple[int, int, int]) -> tuple[Tensor, 
     return F.pad(pictures, border), done
 
 
-def _from_folder(folder: Path, shape: tuple[int, int, int]) -> tuple[Tensor, str]:
+def _from_folder(folder: Path, shape: tuple[int, ...]) -> tuple[Tensor, str]:
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
     channels, height, width = shape
     if not files:

@@ -10,9 +10,11 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ...methods.runs import inputs_digest, plain_config
@@ -30,7 +32,7 @@ def noise_generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed((start + index) % 2**32)
 
 
-def pictures_tensor(output) -> Tensor:
+def pictures_tensor(output: Any) -> Tensor:
     """The pictures, or a video's, that a pipeline puts out for `pt`, or for `np` where it knows no other.
 
     Args:
@@ -48,7 +50,7 @@ def pictures_tensor(output) -> Tensor:
 
 
 def draw_pictures(
-    pipe,
+    pipe: DiffusionPipeline,
     *,
     num: int,
     steps: int,
@@ -57,7 +59,7 @@ def draw_pictures(
     folder: Path | None = None,
     share: tuple[int, int] = (0, 1),
     on_step: OnStep | None = None,
-    **arguments,
+    **arguments: Any,
 ) -> Tensor:
     """Pictures of a pipeline on DDIM, made or found.
 
@@ -89,18 +91,18 @@ def draw_pictures(
         for start, end in missing:
             noise = [noise_generator(seed, index) for index in range(start, end)]
             images = pictures_tensor(make(start, end - start, noise).run(pipe))
-            kept[start, end] = images.numpy().astype(np.float16)
+            kept[start, end] = made = images.numpy().astype(np.float16)
             if folder is not None:
-                _write(folder, (start, end), kept[start, end])
+                _write(folder, (start, end), made)
     return torch.from_numpy(np.concatenate([kept[group] for group in groups])) if groups else torch.empty(0)
 
 
-def _identity(pipe, steps: int, seed: int, prompts: list[str] | None, arguments: dict) -> str:
+def _identity(pipe: DiffusionPipeline, steps: int, seed: int, prompts: list[str] | None, arguments: dict) -> str:
     """A name for all that pictures depend on, beside their number."""
     models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     parts = {name: inputs_digest(model, repr(model), plain_config(model)) for name, model in models.items()}
     running = [
-        (getattr(module, "engine", None) and module.engine.name, getattr(module, "strength", None))
+        (getattr(getattr(module, "engine", None), "name", None), getattr(module, "strength", None))
         for model in quantized_models(pipe)
         for module in model.modules()
     ]

@@ -1,6 +1,7 @@
 """Figures of sets of pictures, pair by pair; those that need more pictures than there are, are named instead."""
 
 from collections.abc import Callable, Collection
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def require_ssim() -> Callable[..., Tensor]:
         raise UnsupportedError(
             'An evaluation needs torchmetrics, which is not installed: `pip install "diffusers-msfp[eval]"`.'
         ) from error
-    return structural_similarity_index_measure
+    return cast("Callable[..., Tensor]", structural_similarity_index_measure)
 
 
 def compare_pictures(reference: Tensor, candidate: Tensor, seed: int) -> tuple[dict[str, Estimate], dict[str, str]]:
@@ -68,7 +69,8 @@ def compare_sets(found: dict[str, Features], seed: int) -> tuple[dict[str, dict[
     Returns:
         `dict`, `dict`: pair or `classifier_score` → figures; figure → why it is missing.
     """
-    figures, omitted = {}, {}
+    figures: dict[str, dict[str, Estimate]] = {}
+    omitted: dict[str, str] = {}
     for one, other in PAIRS:
         if other not in found:
             continue

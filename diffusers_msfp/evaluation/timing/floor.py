@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU
@@ -90,7 +91,8 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def _floor_of(model: nn.Module, step: Callable[[], object]) -> Floor:
-    calls, touched, products = [], [], []
+    calls, touched = [], []
+    products: list[Callable[[], object]] = []
     layers = {id(layer) for _, layer in quant_layers(model)}
     hooks = []
     for module in model.modules():
@@ -109,7 +111,7 @@ def _floor_of(model: nn.Module, step: Callable[[], object]) -> Floor:
     per_byte = fastest(copied.clone) / (2 * copied.numel())
     return Floor(
         kernels=sum(_kernel(layer, x) for layer, x in calls),
-        attention=sum(fastest(call) for call in products),
+        attention=sum(map(fastest, products)),
         traffic=sum(read + written for read, written in touched) * per_byte,
     )
 
@@ -118,7 +120,7 @@ def _bytes(tensor: Tensor) -> int:
     return (tensor.bytes() if isinstance(tensor, Codes) else tensor).nbytes
 
 
-def _kernel(layer, x: Tensor) -> float:
+def _kernel(layer: Any, x: Tensor) -> float:
     """Seconds of a layer's kernel alone; quantizing its input is not counted where the engine can take codes."""
     prepared = layer.ready(x)
     if prepared is None or not prepared.reads_codes or (not isinstance(x, Codes) and layer.takes_codes(x) is None):

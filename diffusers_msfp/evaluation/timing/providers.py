@@ -6,7 +6,8 @@ A provider's name is a kind, with options behind colons: `bf16:cl`, `w4a4`, `w4a
 
 import copy
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -45,30 +46,35 @@ def provide(name: str, model: nn.Module, call: Callable[[nn.Module], object]) ->
     elif kind in ("fp32", "bf16"):
         _check(name, options, {"cl"})
         made = _float(model).to(torch.float32 if kind == "fp32" else torch.bfloat16)
-        made = made.to(memory_format=torch.channels_last) if options else made
+        made = _channels_last(made) if options else made
     elif kind in PEERS:
         made = _peer(kind, options, model)
     else:
         known = ", ".join(("fp32", "bf16", "msfp", *SCHEMES, *PEERS))
         raise ConfigError(f"A provider must be one of {known}, with options behind colons, but got {name!r}.")
-    return torch.compile(made) if compiled else made
+    return cast(nn.Module, torch.compile(made)) if compiled else made
 
 
-def _check(name: str, options: list[str], known) -> None:
+def _check(name: str, options: list[str], known: Collection[str]) -> None:
     unknown = [option for option in options if option not in known]
     if unknown:
         raise ConfigError(f"Options of `{name}` may be {', '.join(sorted(known))}, but got {unknown[0]!r}.")
+
+
+def _channels_last(model: nn.Module) -> nn.Module:
+    return cast(Any, model).to(memory_format=torch.channels_last)  # which torch declares for tensors alone
 
 
 def _float(model: nn.Module) -> nn.Module:
     """A copy with float weights; of a quantized model with random ones, since only their shapes matter here."""
     if not any(True for _ in quant_layers(model)):
         return copy.deepcopy(model)
-    config = {key: value for key, value in model.config.items() if key != "quantization_config"}
-    return type(model).from_config(config).eval()
+    own: Any = model
+    config = {key: value for key, value in own.config.items() if key != "quantization_config"}
+    return type(own).from_config(config).eval()
 
 
-def _msfp(kind: str, options: list[str], model: nn.Module, call) -> nn.Module:
+def _msfp(kind: str, options: list[str], model: nn.Module, call: Callable[[nn.Module], object]) -> nn.Module:
     engines = {*ENGINES, "auto"}
     _check(kind, options, {*MEMORY_MODES, "fp32", *engines})
     made = copy.deepcopy(model)
@@ -85,7 +91,7 @@ def _msfp(kind: str, options: list[str], model: nn.Module, call) -> nn.Module:
 def _peer(kind: str, options: list[str], model: nn.Module) -> nn.Module:
     if importlib.util.find_spec(PEERS[kind].partition(".")[0]) is None:
         raise UnsupportedError(f"Provider {kind!r} needs `{PEERS[kind]}`, which is not installed: leave it out.")
-    made = _float(model).to(torch.bfloat16).to(memory_format=torch.channels_last)
+    made = _channels_last(_float(model).to(torch.bfloat16))
     if kind == "sdnq":
         import sdnq
 

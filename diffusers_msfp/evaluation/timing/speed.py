@@ -66,9 +66,14 @@ def step_of(model: nn.Module, inputs: Mapping[str, Tensor], steps: int = 1) -> C
     return run
 
 
-def take_turns(calls: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2, on_call=None) -> dict:
+def take_turns(
+    calls: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warmup: int = 2,
+    on_call: Callable[[int, int], None] | None = None,
+) -> dict:
     """Seconds of each call, `{name: [repeats values]}`; every round runs all of them, in turn."""
-    seconds = {name: [] for name in calls}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(warmup + repeats):
         for done, (name, call) in enumerate(calls.items()):
             start = time.perf_counter()

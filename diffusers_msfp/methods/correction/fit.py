@@ -58,7 +58,7 @@ class _Sums:
     """Sums over samples of what least squares needs, by channel, float64."""
 
     def __init__(self) -> None:
-        self.count, self.mean, self.products = 0, None, None
+        self.count, self.mean, self.products = 0, torch.zeros((), dtype=torch.float64), torch.zeros(())
 
     def add(self, columns: Tensor) -> None:
         """Take `(K, C, n)`: outputs, samples where they count, and targets."""
@@ -67,11 +67,10 @@ class _Sums:
         mean = columns.mean(-1)
         centred = columns - mean[..., None]
         products = torch.einsum("kcn,lcn->kl", centred, centred)
-        if self.count:  # parallel update of means and central moments (Chan et al. 1979)
-            apart, total = mean - self.mean, self.count + n
-            products = products + self.products + torch.einsum("kc,lc->kl", apart, apart) * (self.count * n / total)
-            mean = self.mean + apart * (n / total)
-        self.count, self.mean, self.products = self.count + n, mean, products
+        apart, total = mean - self.mean.to(mean.device), self.count + n  # joined as by Chan et al. (1979)
+        joined = torch.einsum("kc,lc->kl", apart, apart) * (self.count * n / total)
+        self.products = self.products.to(mean.device) + products + joined
+        self.mean, self.count = self.mean.to(mean.device) + apart * (n / total), total
 
     def solve(self) -> tuple[Tensor, Tensor]:
         """Coefficients `(K - 1,)` of the columns before the last, and a constant `(C,)` for each channel."""
@@ -151,7 +150,14 @@ def correct_output(
 
 
 @torch.no_grad()
-def _fit(pipe, teacher, config: CorrectionConfig, prompts, arguments: dict, on_step) -> tuple[CorrectionTable, dict]:
+def _fit(
+    pipe: Any,
+    teacher: Any,
+    config: CorrectionConfig,
+    prompts: Sequence[str] | None,
+    arguments: dict,
+    on_step: Callable[[int, int, str], None] | None,
+) -> tuple[CorrectionTable, dict]:
     model, original = denoiser_of(pipe), denoiser_of(teacher)
     argument = require_timesteps(model)
     runner = with_ddim(pipe)
@@ -161,7 +167,7 @@ def _fit(pipe, teacher, config: CorrectionConfig, prompts, arguments: dict, on_s
     solved: dict[float, tuple[Tensor, Tensor]] = {}
     done, total = 0, len(calls) * config.num_inference_steps
 
-    def look(_model: nn.Module, args: tuple, kwargs: dict, output):
+    def look(_model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         nonlocal done
         prediction = used_part(pipe, model_output(output), args, kwargs)
         target = used_part(pipe, model_output(original(*args, **kwargs)), args, kwargs)
@@ -194,7 +200,7 @@ def _fit(pipe, teacher, config: CorrectionConfig, prompts, arguments: dict, on_s
     before, after = (
         [(pair[i] / e) ** 0.5 if e else 0.0 for pair, e in zip(errors, energy, strict=True)] for i in (0, 1)
     )
-    table = CorrectionTable(*_table({t: solved[t] for t in order}, model.device))
+    table = CorrectionTable(*_table({t: solved[t] for t in order}, next(model.parameters()).device))
     return table, {
         "timesteps": order,
         "a": table.a[:, 0].tolist(),

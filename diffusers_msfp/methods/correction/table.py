@@ -1,6 +1,8 @@
 """The table of a corrected output, and the hook that applies it in a model's forward."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +55,11 @@ class CorrectionTable(StatefulModule):
     Raises:
         CheckpointError: other shapes, dtypes or order, or values that are not finite.
     """
+
+    timesteps: Tensor
+    a: Tensor
+    b: Tensor
+    c: Tensor
 
     def __init__(self, timesteps: Tensor, a: Tensor, b: Tensor, c: Tensor) -> None:
         super().__init__()
@@ -125,7 +132,7 @@ class CorrectionHook:
     def __init__(self, argument: TimestepArgument) -> None:
         self.argument = argument
 
-    def __call__(self, model: nn.Module, args: tuple, kwargs: dict, output):
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """The output with another prediction in it."""
         timestep = self.argument.of(args, kwargs)
         if timestep is None:
@@ -133,13 +140,13 @@ class CorrectionHook:
                 f"The output of {type(model).__name__} is corrected by timestep, so each call must have a `timestep`, "
                 f"but got none."
             )
-        table: CorrectionTable = getattr(model, CORRECTION)
+        table = cast(CorrectionTable, getattr(model, CORRECTION))
         return map_prediction(
             output, table.a.shape[-1], lambda each: table.correct(each, sample_of(args, kwargs), timestep)
         )
 
 
-def map_prediction(output, channels: int, change):
+def map_prediction(output: Any, channels: int, change: Callable[[Tensor], Tensor]) -> Any:
     """A model's output, object or tuple, with another prediction: its first field, of which `channels` count."""
     if isinstance(output, Tensor):
         own = channels_of(output)

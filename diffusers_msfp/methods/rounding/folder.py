@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import cast
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -59,4 +60,4 @@ class RoundingFolder:
             return json.loads(file.metadata()["record"])
 
     def _file(self, number: int) -> Path:
-        return self.path / f"part-{number:04}.safetensors"
+        return cast(Path, self.path) / f"part-{number:04}.safetensors"

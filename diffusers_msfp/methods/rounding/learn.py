@@ -44,14 +44,14 @@ class Reconstructor:
     @sees_through
     def __init__(
         self,
-        pipe,
-        teacher,
+        pipe: DiffusionPipeline,
+        teacher: DiffusionPipeline,
         config: RoundingConfig | None = None,
         *,
         work_dir: str | Path | None = None,
         prompts: list[str] | None = None,
         on_part: Callable[[int, int, str], None] | None = None,
-        **arguments,
+        **arguments: Any,
     ) -> None:
         self.config, self.on_part = config or RoundingConfig(), on_part
         self._before: dict[str, tuple[Tensor, Tensor]] = {}
@@ -133,8 +133,8 @@ class Reconstructor:
     def _learn(self, number: int, name: str, inner: list[str]) -> tuple[dict[str, Tensor], dict]:
         """The rounded weights of one part, and what became of it."""
         config, originals = self.config, {key: self.originals[key] for key in inner}
-        options = {"scale_aware": config.scale_aware, "used": self.used}
-        part = Part(self.model, name, originals, **options)  # first: it is handed no codes
+        # first: it is handed no codes
+        part = Part(self.model, name, originals, scale_aware=config.scale_aware, used=self.used)
         try:
             memory = config.memory_mb * 2**20
             examples = Examples.collect(self.model, self.teacher, name, self.steps, memory, self.used)

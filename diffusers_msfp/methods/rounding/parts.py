@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class Part:
     ) -> None:
         self.model, self.name, self.originals, self.used = model, name, originals, used
         self.layers = {
-            key: RoundedLayer(model.get_submodule(key), original, scale_aware=scale_aware)
+            key: RoundedLayer(cast(QuantLayer, model.get_submodule(key)), original, scale_aware=scale_aware)
             for key, original in originals.items()
         }
         for key, layer in self.layers.items():
@@ -93,12 +93,13 @@ class Part:
         """Mean squared error of what the part puts out, `()`."""
         with self.finite_set.at(timesteps) if self.finite_set is not None else nullcontext():
             outputs = counted(self.used, self.name, float_outputs(self.module(*call[0], **call[1])))
-        return sum(squared_error(output, target).mean() for output, target in zip(outputs, targets, strict=True))
+        errors = (squared_error(output, target).mean() for output, target in zip(outputs, targets, strict=True))
+        return cast(Tensor, sum(errors))
 
     def penalty(self, exponent: float) -> Tensor:
         """Mean of the regulariser over all weights, `()`."""
         total = sum(layer.soft.penalty(exponent) for layer in self.layers.values())
-        return total / sum(logit.numel() for logit in self.logits())
+        return cast(Tensor, total) / sum(logit.numel() for logit in self.logits())
 
     @torch.no_grad()
     def hard_weights(self) -> dict[str, Tensor]:
@@ -153,7 +154,9 @@ class Examples:
         Raises:
             ConfigError: steps call the part with something that differs and cannot be told from example to example.
         """
-        parts, targets, taken = [], [], 0
+        parts: list[list] = []
+        targets: list[list[Tensor]] = []
+        taken = 0
         for step in steps:
             leaves, structure = tree_flatten(block_call(model, name, step))
             outputs = counted(used, name, block_outputs(teacher, name, step, gradients=False))

@@ -43,6 +43,11 @@ class SoftRounding(nn.Module):
         ([0.30000001192092896, -6.0], [0.5, -6.0])
     """
 
+    unit: Tensor
+    floor: Tensor
+    step: Tensor
+    sensitivity: Tensor | None
+
     def __init__(self, weight: Tensor, qparams: QParams, *, scale_aware: bool = True) -> None:
         super().__init__()
         if not qparams.format.signed:
@@ -64,7 +69,7 @@ class SoftRounding(nn.Module):
         logit = torch.logit(((magnitude - floor) * inverse - LOW) / (HIGH - LOW))
         sensitivity = step / step.mean(-1, keepdim=True) if scale_aware else None
         self.register_buffer("sensitivity", sensitivity, persistent=False)
-        self.logit = nn.Parameter(logit * sensitivity if scale_aware else logit)
+        self.logit = nn.Parameter(logit if sensitivity is None else logit * sensitivity)
 
     def fraction(self) -> Tensor:
         """`h`: where each weight stands between its neighbours; `(*S)` in [0, 1], with gradients."""

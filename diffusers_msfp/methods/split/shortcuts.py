@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -19,15 +19,16 @@ from torch.overrides import TorchFunctionMode
 from ...calibration import observe
 from ...calibration.watch import watching_calls
 from ...compat.peft import is_wrapped
+from ...compat.torch import put_bias
 from ...compat.wrappers import sees_through
 from ...errors import ConfigError
 from ...layers import QUANT_LAYERS, QuantLayer, SplitLayer
 from ...layers.convert import layers_by_name, prepare_layers, replace_modules
 from ...layers.split import can_split, channel_axis, split_layer
 from ...numerics.rounding import check_finite
-from ...sampling.calls import batched_calls, call_arguments, quiet, require_positive
+from ...sampling.calls import Call, batched_calls, call_arguments, quiet, require_positive
 from ...sampling.denoisers import by_denoiser, denoiser_of, each_quantized
-from ...sampling.trajectory import rollout
+from ...sampling.trajectory import DenoisingStep, rollout
 from ...schemes import LayerScheme
 from ..checks import check_student, original_weight
 
@@ -106,13 +107,19 @@ def split_shortcuts(
     return by_denoiser({name: apply() for name, apply in ready.items()})  # only now are models changed
 
 
-def _split(pipe, teacher, config: SplitConfig, prompts, arguments: dict) -> Callable[[], dict]:
+def _split(
+    pipe: DiffusionPipeline,
+    teacher: DiffusionPipeline,
+    config: SplitConfig,
+    prompts: Sequence[str] | None,
+    arguments: dict,
+) -> Callable[[], dict]:
     """The new layers of one denoiser; the function that is returned puts them in, and gives the verb's result."""
     started, model, original = time.perf_counter(), denoiser_of(pipe), denoiser_of(teacher)
     layers = layers_by_name(model)
     make_arguments = call_arguments(teacher, prompts, config.num_inference_steps, arguments)
-    found = concatenated_inputs(original, rollout(teacher, make_arguments, 0, 1, config.seed)[0])
-    found = {name: list(sizes) for name, sizes in found.items() if name in layers}
+    concatenated = concatenated_inputs(original, rollout(teacher, make_arguments, 0, 1, config.seed)[0])
+    found = {name: list(sizes) for name, sizes in concatenated.items() if name in layers}
     if not found:
         logger.warning(
             "%s has no quantized layer, or none left, that reads a concatenation: nothing is split.",
@@ -128,7 +135,7 @@ def _split(pipe, teacher, config: SplitConfig, prompts, arguments: dict) -> Call
         _observe(teacher, split, calls)
         for each in split.values():
             for part in each.children():
-                if part.observing:
+                if isinstance(part, QuantLayer) and part.observing:
                     part.freeze()
 
     def apply() -> dict:
@@ -140,7 +147,7 @@ def _split(pipe, teacher, config: SplitConfig, prompts, arguments: dict) -> Call
     return apply
 
 
-def concatenated_inputs(model: nn.Module, step) -> dict[str, tuple[int, ...]]:
+def concatenated_inputs(model: nn.Module, step: DenoisingStep) -> dict[str, tuple[int, ...]]:
     """Layers of a float model whose input is a concatenation along the channels, with the channels of its parts.
 
     Args:
@@ -165,7 +172,13 @@ class _Concatenations(TorchFunctionMode):
         super().__init__()
         self._made: list[tuple[Tensor, int, tuple[int, ...]]] = []  # holds the tensors: their ids must stay theirs
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if func in _CONCATENATE:
@@ -184,22 +197,23 @@ class _Concatenations(TorchFunctionMode):
 
 def _quantized(original: nn.Module, layer: QuantLayer, sizes: Sequence[int]) -> SplitLayer:
     """The layer in quantized parts; parts observe if the layer's input is quantized."""
-    scheme = layer.scheme if layer.input_format is not None else LayerScheme(layer.scheme.weight)
+    scheme = cast(LayerScheme, layer.scheme)
+    scheme = scheme if layer.input_format is not None else LayerScheme(scheme.weight)
     split = split_layer(original, sizes, layer.module_name)
     for index, part in enumerate(list(split.children())):
         quantized = QUANT_LAYERS[type(part)].from_float(part, f"{layer.module_name}.{index}", scheme)
-        quantized.bias = layer.bias if index == 0 else None
+        put_bias(quantized, layer.bias if index == 0 else None)
         quantized.use_engine(layer.engine)
         split.add_module(str(index), quantized.to(layer.packed_weight.device))
     return split
 
 
-def _observe(teacher, split: Mapping[str, SplitLayer], calls: list[dict]) -> None:
+def _observe(teacher: DiffusionPipeline, split: Mapping[str, SplitLayer], calls: Sequence[Call]) -> None:
     """Show the parts what the teacher's layers read."""
 
     def look(name: str, args: tuple) -> None:
         for part, piece in zip(split[name].children(), split[name].pieces(args[0]), strict=True):
-            if part.observing:
+            if isinstance(part, QuantLayer) and part.observation is not None:
                 observe(part.observation, piece, part.module_name)
 
     layers = {name: denoiser_of(teacher).get_submodule(name) for name in split}

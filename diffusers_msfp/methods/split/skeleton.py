@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from ...compat.torch import weight_of
 from ...errors import CheckpointError, UnsupportedError
 from ...layers import SplitLayer
 from ...layers.convert import plain_name, replace_module
@@ -42,7 +43,7 @@ def split_skeleton(model: nn.Module, split: Split) -> None:
         except AttributeError:
             layer = None
         counted = isinstance(sizes, list) and all(type(size) is int and size > 0 for size in sizes) and sizes
-        if not can_split(layer) or not counted or sum(sizes) != layer.weight.shape[1]:
+        if layer is None or not can_split(layer) or not counted or sum(sizes) != weight_of(layer).shape[1]:
             raise CheckpointError(
                 f"config.json says that `{name}` of {type(model).__name__} is split into {sizes!r} input channels, but "
                 f"it cannot be: not its checkpoint."

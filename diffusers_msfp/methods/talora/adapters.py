@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ...compat.torch import StatefulModule
 from ...errors import CheckpointError
+from ...layers import QuantLayer
 from ...numerics import select
 
 ADAPTER_TENSORS = ("down", "up", "input_scale", "input_zero_point")
@@ -88,7 +89,7 @@ class AdapterBank(StatefulModule):
         """`(r, in / groups, *kernel)` and `(out, r)` of one adapter, float32; views where `adapter` is a number."""
         return select(self.down, adapter).float(), select(self.up, adapter).float()
 
-    def forward(self, layer: nn.Module, x: Tensor, adapter: int | Tensor) -> Tensor:
+    def forward(self, layer: QuantLayer, x: Tensor, adapter: int | Tensor) -> Tensor:
         """What one adapter adds to the layer's output; `x` and the result float32.
 
         Args:
@@ -103,7 +104,7 @@ class AdapterBank(StatefulModule):
         return self
 
     @staticmethod
-    def low_rank(layer: nn.Module, x: Tensor, down: Tensor, up: Tensor, gate: Tensor | None = None) -> Tensor:
+    def low_rank(layer: QuantLayer, x: Tensor, down: Tensor, up: Tensor, gate: Tensor | None = None) -> Tensor:
         """`up(gate * down(x))` with the layer's own geometry.
 
         Args:

@@ -8,11 +8,13 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, is_tensorboard_available
+from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
@@ -26,8 +28,9 @@ from ...sampling.trajectory import DenoisingStep, Trajectories, check_timesteps
 from ...sampling.used_output import counted, used_channels
 from ..blocks import block_outputs, trainable_blocks
 from ..losses import loss_weights, squared_error
+from ..routes import routing_of
 from ..runs import Stop, deferred_signals, inputs_digest, plain_config
-from . import Trainee
+from . import RoutingTable, Trainee
 from .config import DEFAULT_UPDATES, FinetuneConfig, block_at, example_seed, exploration_factor, learning_rate_factor
 from .folder import Progress, TrainingFolder, optimizer_for
 from .student import Student
@@ -58,15 +61,15 @@ class Finetuner:
     @sees_through
     def __init__(
         self,
-        pipe,
-        teacher,
+        pipe: DiffusionPipeline,
+        teacher: DiffusionPipeline,
         config: FinetuneConfig | None = None,
         *,
         work_dir: str | Path | None = None,
         prompts: list[str] | None = None,
         on_update: Callable[[int, int, float], None] | None = None,
         on_preview: Callable[[int, np.ndarray], None] | None = None,
-        **arguments,
+        **arguments: Any,
     ) -> None:
         view, *others = each_quantized(pipe, teacher).values()
         if others:
@@ -113,7 +116,7 @@ class Finetuner:
             original,
             num_timesteps=num_timesteps,
             num_adapters=config.num_adapters,
-            rank=config.rank,
+            rank=cast(int, config.rank),
             placement=config.placement,
             router_groups=config.router_groups,
             seed=config.seed,
@@ -179,7 +182,7 @@ class Finetuner:
         finally:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
-        usage = model.timestep_router.usage()
+        usage = cast(RoutingTable, routing_of(model)).usage()
         return {
             "updates": progress.update,
             "seconds": progress.seconds,
@@ -261,9 +264,10 @@ class Finetuner:
         if progress.total or progress.update < TIMED_UPDATES:
             return
         rate = (progress.seconds - progress.first) / (progress.update - 1)
-        more = torch.tensor((60 * config.minutes - progress.seconds) / rate, device=self.accelerator.device)
-        more = int(self.accelerator.gather(more[None]).min())
-        progress.total = progress.update + max(0, more)
+        more = torch.tensor(
+            (60 * cast(float, config.minutes) - progress.seconds) / rate, device=self.accelerator.device
+        )
+        progress.total = progress.update + max(0, int(self.accelerator.gather(more[None]).min()))
 
     def _report(self, loss: float, factor: float) -> None:
         progress = self.progress
@@ -274,7 +278,7 @@ class Finetuner:
         wanted = self.on_preview is not None and self.accelerator.is_main_process and self.folder.preview_due()
         if wanted and self._stop.asked is None:
             with self.folder.previewing():
-                self.on_preview(progress.update, self.preview())
+                cast(Callable, self.on_preview)(progress.update, self.preview())
         self.folder.keep(self._stop)
 
     @torch.no_grad()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import nn
 
 from ...layers.convert import base_fingerprint
 from ..runs import SETTINGS, Stop, check_settings, write_settings
@@ -25,7 +27,7 @@ class Progress:
         ema (`EMAModel`, *optional*): as well.
     """
 
-    def __init__(self, student: Student, ema=None) -> None:
+    def __init__(self, student: Student, ema: EMAModel | None = None) -> None:
         self.student, self.ema = student, ema
         self.update = 0
         self.total = 0  # 0: not known yet
@@ -181,7 +183,8 @@ def optimizer_for(student: Student, config: FinetuneConfig) -> torch.optim.Optim
     Adapters learn in steps of their layer's weight grid (EfficientDM's scale-aware learning rate): groups of equal rate
     are joined, in steps of a tenth.
     """
-    ranges, adapters = [], {}
+    ranges: list[nn.Parameter] = []
+    adapters: dict[float, list[nn.Parameter]] = {}
     for trainee in student.trainees():
         ranges += [p for p in (trainee.log_scale, trainee.relative_zero_point) if p is not None]
         peak = float(f"{config.learning_rate * trainee.weight_step():.1e}")

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...compat.torch import weight_of
+
 EMBEDDING = 16
 HIDDEN = 64
 PERIODS = 4.0  # of the fastest sinusoid over all timesteps: neighbours choose alike
@@ -76,7 +78,7 @@ class TimestepRouter(nn.Module):
         load = torch.tensor([loads[t] for t in timesteps], dtype=torch.float64)
         middle = (load.cumsum(0) - load / 2) / load.sum().clamp_min(1e-30)
         share = (middle * self.num_adapters).long().clamp(0, self.num_adapters - 1)
-        device = self.mlp[0].weight.device
+        device = weight_of(self.mlp[0]).device
         wanted = torch.tensor(timesteps, device=device)
         target = F.one_hot(share, self.num_adapters).float()[:, None].expand(-1, self.groups, -1) * WARM_LOGIT
         optimizer = torch.optim.Adam(self.mlp.parameters(), lr=1e-2)
@@ -102,7 +104,7 @@ class TimestepRouter(nn.Module):
         Args:
             trained (`Sequence[float]`): timesteps of training; each other one takes the choice of the nearest of them.
         """
-        device = self.mlp[0].weight.device
-        trained = torch.tensor(sorted(set(trained)), device=device)
-        distance = (torch.arange(self.num_timesteps, device=device)[:, None] - trained).abs()
-        return self.logits(trained).argmax(-1)[distance.argmin(1)].T.to(torch.uint8).contiguous()
+        device = weight_of(self.mlp[0]).device
+        known = torch.tensor(sorted(set(trained)), device=device)
+        distance = (torch.arange(self.num_timesteps, device=device)[:, None] - known).abs()
+        return self.logits(known).argmax(-1)[distance.argmin(1)].T.to(torch.uint8).contiguous()

@@ -10,6 +10,7 @@ from ...compat.torch import assert_later
 from ...errors import CheckpointError, ConfigError
 from ...numerics.route import ByTimestep, Route, Timestep
 from ..routes import ROUTER
+from .plan import AdapterPlan
 
 
 class RoutingTable(ByTimestep, nn.Module):
@@ -24,6 +25,8 @@ class RoutingTable(ByTimestep, nn.Module):
     """
 
     module_name = ROUTER
+    table: Tensor
+    plan: AdapterPlan
 
     def __init__(self, table: Tensor, num_adapters: int) -> None:
         super().__init__()

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
+from ...compat.torch import device_of, weight_of
 from ...errors import ConfigError
 from ...layers.convert import base_fingerprint, layers_by_name, replace_module
 from ...numerics.rounding import check_finite
@@ -79,11 +82,11 @@ class Student(nn.Module):
         for name, trainee in trainees.items():  # only now is the model changed
             replace_module(model, name, trainee)
         self.model = model
-        self.router = TimestepRouter(num_timesteps, num_adapters, self.plan.groups, seed).to(model.device)
+        self.router = TimestepRouter(num_timesteps, num_adapters, self.plan.groups, seed).to(device_of(model))
 
     def choose(self, timesteps: Tensor, noise: Tensor | None = None) -> None:
         """Set the adapters of the coming calls, `(B,)` timesteps, with the router's gradient."""
-        gate, _ = self.router(timesteps.to(self.router.mlp[0].weight.device), noise)
+        gate, _ = self.router(timesteps.to(weight_of(self.router.mlp[0]).device), noise)
         self.gate.set(gate)
 
     def forward(
@@ -140,7 +143,7 @@ class Student(nn.Module):
 
     def watch_timesteps(self, timesteps: list[float]) -> None:
         """Over which timesteps the load of the adapters is to be balanced."""
-        self.watched = torch.tensor(timesteps, dtype=torch.float32, device=self.router.mlp[0].weight.device)
+        self.watched = torch.tensor(timesteps, dtype=torch.float32, device=weight_of(self.router.mlp[0]).device)
 
     def trainees(self) -> Iterator[Trainee]:
         """Layers with adapters."""
@@ -168,14 +171,15 @@ class Student(nn.Module):
 
     def checkpoint_gradients(self) -> None:
         """Recompute activations in the backward pass, until the end of training."""
-        self._checkpointing = not self.model.is_gradient_checkpointing
-        self.model.enable_gradient_checkpointing()
+        model = cast(ModelMixin, self.model)
+        self._checkpointing = not model.is_gradient_checkpointing
+        model.enable_gradient_checkpointing()
 
     def _restore(self) -> None:
         for parameter, required in self._before:
             parameter.requires_grad_(required)
         if self._checkpointing:
-            self.model.disable_gradient_checkpointing()
+            cast(ModelMixin, self.model).disable_gradient_checkpointing()
 
     def finish(self, training: dict | None = None, dtype: torch.dtype = torch.float16) -> nn.Module:
         """The quantized model with what was learned; the router becomes a table.

@@ -6,9 +6,13 @@ It stands in the quantized layer's place and hands its result back to it. Placem
 - `side`: `Q(W) x + B_k A_k x`, with the packed weight; deployed as float adapters beside it.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
+from ...formats import FPFormat
+from ...layers import QuantLayer
 from ...numerics import QParams, fake_quantize
 from ...numerics.rounding import zero_point_steps
 from .adapters import AdapterBank
@@ -45,8 +49,15 @@ class Trainee(nn.Module):
         ShapeError: `weight` is not of the layer's shape.
     """
 
+    layer: QuantLayer
+    adapters: AdapterBank
+    gate: Gate
+    source: Tensor
+    log_scale: nn.Parameter | None
+    relative_zero_point: nn.Parameter | None
+
     def __init__(
-        self, layer: nn.Module, weight: Tensor, bank: AdapterBank, placement: str, gate: Gate, group: int
+        self, layer: QuantLayer, weight: Tensor, bank: AdapterBank, placement: str, gate: Gate, group: int
     ) -> None:
         super().__init__()
         layer.check_original(weight)
@@ -67,11 +78,11 @@ class Trainee(nn.Module):
 
     def input_qparams(self) -> QParams:
         """Scales and zero points `(h,)` as they are now, with gradients; zero points in units of the initial scale."""
-        scale = self.log_scale.exp()
+        scale, fmt = cast(Tensor, self.log_scale).exp(), cast(FPFormat, self.layer.input_format)
         if self.relative_zero_point is None:
-            return QParams.unchecked(self.layer.input_format, scale, torch.zeros_like(scale))
+            return QParams.unchecked(fmt, scale, torch.zeros_like(scale))
         zero_point = (self.relative_zero_point * self.layer.input_scale).clamp_max(0)
-        return QParams.unchecked(self.layer.input_format, scale, zero_point)
+        return QParams.unchecked(fmt, scale, zero_point)
 
     @property
     def weight(self) -> Tensor:
@@ -103,8 +114,8 @@ class Trainee(nn.Module):
         used = sorted(set(choice))
         if choice == sorted(choice):  # samples in the adapters' order need no copies
             counts = [choice.count(adapter) for adapter in used]
-            parts = zip(exact.split(counts), gate.split(counts), used, strict=True)
-            return torch.cat([run(*part) for part in parts]).to(x.dtype)
+            pieces = zip(exact.split(counts), gate.split(counts), used, strict=True)
+            return torch.cat([run(*piece) for piece in pieces]).to(x.dtype)
         rows = [torch.tensor([i for i, own in enumerate(choice) if own == k], device=x.device) for k in used]
         parts = [run(exact.index_select(0, i), gate[i], adapter) for i, adapter in zip(rows, used, strict=True)]
         return torch.cat(parts).index_select(0, torch.cat(rows).argsort()).to(x.dtype)
@@ -124,7 +135,7 @@ class Trainee(nn.Module):
         return self.source.to(torch.float32) + self.adapters.update(gate)
 
     @torch.no_grad()
-    def finish(self, dtype: torch.dtype) -> nn.Module:
+    def finish(self, dtype: torch.dtype) -> QuantLayer:
         """Write what was learned into the quantized layer and return it.
 
         Args:
@@ -135,9 +146,9 @@ class Trainee(nn.Module):
             qparams = self.input_qparams()
             kept = (qparams.scale, -zero_point_steps(qparams) * qparams.unit)
         if self.placement == "side":
-            layer.adapters = self.adapters.cast(dtype)
+            layer.adapters = bank = self.adapters.cast(dtype)
             if kept is not None:
-                layer.adapters.keep_input(*kept)
+                bank.keep_input(*kept)
             return layer
         layer.store_banks([self.merged_weight(k) for k in range(self.adapters.num_adapters)])
         if kept is not None:

@@ -5,12 +5,14 @@ input or features of their own, and ask the set's running route.
 """
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ...compat.wrappers import forget_compiled
 from ...errors import CheckpointError
+from ...formats import FPFormat
 from ...layers import QuantLayer
 from ...layers.convert import layers_by_name, prepare_layers
 from ...sampling.timestep import TimestepArgument, require_timesteps
@@ -27,7 +29,8 @@ class SetHook(RouteHook):
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Enter the call's timestep."""
-        finite_set_of(model).cached = all(isinstance(model.get_submodule(name), QuantLayer) for name in self.block)
+        finite_set = cast(FiniteSet, finite_set_of(model))
+        finite_set.cached = all(isinstance(model.get_submodule(name), QuantLayer) for name in self.block)
         super().__call__(model, args, kwargs)
 
 
@@ -74,7 +77,7 @@ def temporal_skeleton(model: nn.Module, plan: TemporalPlan) -> None:
         if layer.routing is not None:
             raise CheckpointError(f"In config.json `{name}` has adapters and follows a set of timesteps: damaged file.")
         if name in plan.sets:
-            layer.expect_input(layer.input_format, num_sets=plan.num_timesteps)
+            layer.expect_input(cast(FPFormat, layer.input_format), num_sets=plan.num_timesteps)
     size = plan.num_timesteps
     features = {
         name: torch.empty(size, layers[name].logical_shape[0], dtype=getattr(torch, dtype), device="meta")

@@ -80,8 +80,8 @@ class TemporalBlock:
         """
         outputs: dict[str, Tensor] = {}
         for layer in self.layers:
-            root = layer.source is None
-            x = roots[layer.name] if root else ACTIVATIONS[layer.activation](outputs[layer.source])
+            source = layer.source
+            x = roots[layer.name] if source is None else ACTIVATIONS[layer.activation](outputs[source])
             outputs[layer.name] = apply(layer, x)
         return outputs
 

@@ -1,8 +1,10 @@
 """How far a quantized pipeline's temporal features are from full precision, layer by layer and timestep by timestep."""
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ...compat.wrappers import sees_through
@@ -15,13 +17,13 @@ from .probe import TemporalProbe
 @sees_through(changes=False)
 @torch.no_grad()
 def temporal_features(
-    reference,
-    candidate,
+    reference: DiffusionPipeline,
+    candidate: DiffusionPipeline,
     *,
     num_inference_steps: int = 20,
     seed: int = 0,
     prompts: Sequence[str] | None = None,
-    **arguments,
+    **arguments: Any,
 ) -> dict[str, dict[float, float]]:
     """Relative error of every quantized layer that depends on the timestep alone, at the timesteps of a sampler.
 

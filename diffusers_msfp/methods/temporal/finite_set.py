@@ -6,6 +6,7 @@ and continuous timesteps find the nearest of the set. Exact features serve a cal
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from ...formats import FPFormat
 from ...numerics import QParams, fake_quantize
 from ...numerics.route import ByTimestep, Route, Timestep
 from ..routes import FINITE_SET
+from .plan import TemporalPlan
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class FiniteSet(ByTimestep, StatefulModule):
     """
 
     module_name = FINITE_SET
+    timesteps: Tensor
+    plan: TemporalPlan
     strength = 0.0  # of adapters; there are none
 
     def __init__(self, timesteps: Tensor) -> None:
@@ -90,6 +94,8 @@ class FeatureTable(StatefulModule):
         features (`Tensor`, `(S, C)`): float16, or float32 where that would not do.
     """
 
+    features: Tensor
+
     def __init__(self, features: Tensor) -> None:
         super().__init__()
         self.register_buffer("features", features)
@@ -118,7 +124,7 @@ class FeatureTable(StatefulModule):
         known = known.view(x.shape[0], *[1] * (x.ndim - 2), -1).expand(*x.shape[:-1], -1)
         if entry.certainly:
             return known
-        exact = Route.rows(entry.exact, x.shape[0])
+        exact = Route.rows(cast(Tensor, entry.exact), x.shape[0])
         return torch.where(exact.view(-1, *[1] * (x.ndim - 1)), known, compute(x))
 
 

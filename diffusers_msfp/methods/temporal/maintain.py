@@ -16,6 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from ...compat.torch import device_of
 from ...compat.wrappers import sees_through
 from ...errors import ConfigError, NothingToDoError
 from ...layers.convert import layers_by_name
@@ -128,19 +129,26 @@ def maintain_temporal(
         check_student(model, denoiser_of(original), "temporal", learns=False)
         if config.fsc == "all":
             require_takes(model, denoiser_of(original))
-    ready, refused = {}, None
+    ready: dict[str, Callable[[], dict]] = {}
+    refused: NothingToDoError | None = None
     for name, view in views.items():
         try:
             ready[name] = _maintain(*view, config, prompts, arguments)
         except NothingToDoError as error:
             refused = error
             logger.warning("`%s`: %s", name, error)
-    if not ready:
+    if refused is not None and not ready:
         raise refused
     return by_denoiser({name: apply() for name, apply in ready.items()})  # only now are models changed
 
 
-def _maintain(pipe, teacher, config: TemporalConfig, prompts, arguments: dict) -> Callable[[], dict]:
+def _maintain(
+    pipe: DiffusionPipeline,
+    teacher: DiffusionPipeline,
+    config: TemporalConfig,
+    prompts: Sequence[str] | None,
+    arguments: dict,
+) -> Callable[[], dict]:
     """All that one denoiser needs; the function that is returned changes it and gives `maintain_temporal`'s result."""
     model, layers = denoiser_of(pipe), layers_by_name(denoiser_of(pipe))
     make_arguments = call_arguments(teacher, prompts, config.num_inference_steps, arguments)
@@ -153,7 +161,7 @@ def _maintain(pipe, teacher, config: TemporalConfig, prompts, arguments: dict) -
     points = neighbourhoods(probe.timesteps)
     roots = {name: x.unflatten(0, points.shape) for name, x in probe.roots(points.flatten()).items()}
     parts = roots, probe.features(roots), probe.weights
-    roots, targets, originals = ({name: x.to(model.device) for name, x in part.items()} for part in parts)
+    roots, targets, originals = ({name: x.to(device_of(model)) for name, x in part.items()} for part in parts)
     for name, target in targets.items():
         check_finite(target, f"The output of the teacher's layer `{name}`")
     student = StudentBlock(probe.block, layers)
@@ -185,7 +193,7 @@ def _maintain(pipe, teacher, config: TemporalConfig, prompts, arguments: dict) -
         for name, table in features.items():
             cached.setdefault(str(table.dtype).removeprefix("torch."), []).append(name)
         plan = TemporalPlan(len(points), probe.block.names, tuple(sets), cached, asdict(config))
-        attach_sets(model, plan, probe.timesteps.to(model.device), features)
+        attach_sets(model, plan, probe.timesteps.to(device_of(model)), features)
         channels = {name: layer.logical_shape[0] for name, layer in layers.items()}
         errors = {name: {"ptq": before[name], "reconstructed": reconstructed[name]} for name in targets}
         return plan.summary(probe.timesteps.tolist(), channels) | {"errors": errors}

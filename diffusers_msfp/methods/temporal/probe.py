@@ -1,15 +1,16 @@
 """The full-precision model's temporal information block, found and computed along the teacher's own sampler."""
 
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, cast
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...compat.torch import tree_map
 from ...sampling.denoisers import denoiser_of
-from ...sampling.timestep import timestep_argument
+from ...sampling.timestep import Timestep, timestep_argument
 from ...sampling.trajectory import DenoisingStep, rollout
 from . import BlockLayer, TemporalBlock, find_block, root_inputs
 
@@ -29,7 +30,9 @@ class TemporalProbe:
         weights (`dict[str, Tensor]`): of its layers, float32.
     """
 
-    def __init__(self, teacher, names: Collection[str], make_arguments: Callable, seed: int = 0) -> None:
+    def __init__(
+        self, teacher: DiffusionPipeline, names: Collection[str], make_arguments: Callable, seed: int = 0
+    ) -> None:
         self.model = denoiser_of(teacher)
         self._timestep = timestep_argument(self.model)
         steps = {step.timesteps[0].float().item(): step for step in rollout(teacher, make_arguments, 0, 1, seed)}
@@ -67,16 +70,17 @@ class TemporalProbe:
             return leaf if leaf.dtype == torch.bool else (leaf == 0).to(leaf.dtype)
 
         args, kwargs = tree_map(other, (step.args, step.kwargs))
-        return self._timestep.put(args, kwargs, self._timestep.of(step.args, step.kwargs))
+        return self._timestep.put(args, kwargs, cast(Timestep, self._timestep.of(step.args, step.kwargs)))
 
     def arguments_at(self, timestep: float) -> tuple[tuple, dict]:
         """Arguments of a call of the denoiser at a timestep."""
         step = self._step
         own = self._timestep.of(step.args, step.kwargs)
+        other: Timestep = timestep
         if isinstance(own, Tensor):
             whole = own.is_floating_point() or timestep == int(timestep)
-            timestep = torch.full_like(own, timestep, dtype=own.dtype if whole else torch.float32)
-        return self._timestep.put(step.args, step.kwargs, timestep)
+            other = torch.full_like(own, timestep, dtype=own.dtype if whole else torch.float32)
+        return self._timestep.put(step.args, step.kwargs, other)
 
     def roots(self, timesteps: Tensor) -> dict[str, Tensor]:
         """What the block starts from, `(S, in)` float32 for each root."""

@@ -5,6 +5,7 @@ them: the entry's own, and two on the way to each neighbour.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,7 +116,7 @@ class StudentBlock:
         with torch.enable_grad():
             for iteration in range(iterations):
                 outputs = self.run(roots, {name: rounding() for name, rounding in soft.items()})
-                loss = sum(
+                loss: Any = sum(
                     ((y - targets[name]).square().sum(-1) * factors[name]).sum(1).mean() for name, y in outputs.items()
                 )
                 exponent = annealed_exponent(iteration / iterations)

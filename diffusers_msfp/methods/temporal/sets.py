@@ -1,10 +1,14 @@
 """FSC on all layers: input parameters for each timestep, from what really passes there."""
 
 from collections.abc import Callable, Collection
+from typing import cast
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from ...calibration import Observation
+from ...formats import FPFormat
 from ...layers import QuantLayer
 from ...layers.convert import prepare_layers, quant_layers
 from ...numerics import QParams
@@ -18,7 +22,7 @@ from .reconstruct import Sets
 @torch.no_grad()
 def observe_sets(
     model: nn.Module,
-    teacher,
+    teacher: DiffusionPipeline,
     make_arguments: Callable,
     timesteps: Tensor,
     leave_out: Collection[str],
@@ -51,7 +55,7 @@ def observe_sets(
     try:
         for steps in calls.values():
             for name, layer in layers.items():
-                layer.start_observing((kept[name][0].name,))
+                layer.start_observing((cast(FPFormat, kept[name][0]).name,))
             for step in steps:
                 model(*step.args, **step.kwargs)
             for name, layer in layers.items():
@@ -71,8 +75,9 @@ def observe_sets(
 
 def _search(layer: QuantLayer, default: QParams) -> tuple[Tensor, Tensor, Tensor]:
     """Scale, zero point and relative squared error, `()`, for what a layer has seen; the default for nothing."""
-    values = layer.observation.drawn().to(default.scale.device)
+    observation = cast(Observation, layer.observation)
+    values = observation.drawn().to(default.scale.device)
     if not len(values):
         return default.scale, default.zero_point, torch.zeros_like(default.scale)
-    scale, zero_point, error = finite_set_search(values[None], default, layer.observation.bounds())
+    scale, zero_point, error = finite_set_search(values[None], default, observation.bounds())
     return scale[0], zero_point[0], error[0] / values.square().sum().clamp_min(1e-30)

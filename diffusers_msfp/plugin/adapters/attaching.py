@@ -9,6 +9,7 @@ model's methods, so for them PEFT's behaviour stays: nothing is changed where th
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,7 +18,7 @@ from torch import nn
 
 from ...compat.diffusers import forget_widened_weights, widened_weights
 from ...errors import UnsupportedError
-from ...layers import SplitLayer
+from ...layers import QuantLayer, SplitLayer
 from ...layers.convert import plain_name
 from ...layers.logical import LogicalWeight
 
@@ -60,13 +61,13 @@ def _contents(attributes: dict) -> dict:
     return {key: type(value)(value) for key, value in attributes.items() if type(value) in _CONTAINERS}
 
 
-def _refill(container, content) -> None:
+def _refill(container: Any, content: Any) -> None:
     """The same object with other contents: hooks and views hold on to it."""
     container.clear()
     container.extend(content) if isinstance(container, list) else container.update(content)
 
 
-def leave_out_parts(model: nn.Module, config) -> None:
+def leave_out_parts(model: nn.Module, config: Any) -> None:
     """Let `target_modules="all-linear"` mean whole layers, not also the parts of split ones.
 
     Args:
@@ -76,7 +77,7 @@ def leave_out_parts(model: nn.Module, config) -> None:
         f"{name}.{child}"
         for name, module in model.named_modules()
         if isinstance(module, (SplitLayer, BaseTunerLayer))
-        for child, _ in module.named_modules()
+        for child, _ in cast(nn.Module, module).named_modules()
         if child
     }
     split = any(isinstance(module, SplitLayer) for module in model.modules())
@@ -92,15 +93,20 @@ def refuse_widened(model: nn.Module) -> None:
     Raises:
         UnsupportedError: the quantized layer is back in its place then.
     """
-    layers = [weight.layer for weight in widened_weights(model).values() if isinstance(weight, LogicalWeight)]
+    layers = [
+        cast(QuantLayer, weight.layer)
+        for weight in widened_weights(model).values()
+        if isinstance(weight, LogicalWeight)
+    ]
     if not layers:
         return
     names = {plain_name(name): name for name, module in model.named_modules() if type(module) is nn.Linear}
     for layer in layers:
         model.set_submodule(names[layer.module_name], layer)
-    for key, value in model.config.items():
-        if getattr(model.config, key, value) is not value:
-            setattr(model.config, key, value)
+    config = cast(Any, model).config
+    for key, value in config.items():
+        if getattr(config, key, value) is not value:
+            setattr(config, key, value)
     forget_widened_weights(model)
     module_names = ", ".join(f"`{layer.module_name}`" for layer in layers)
     raise UnsupportedError(

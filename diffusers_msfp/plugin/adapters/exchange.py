@@ -7,6 +7,7 @@ router's table, do not: on another base an exported adapter is an ordinary LoRA.
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig
@@ -19,8 +20,9 @@ from ...compat.wrappers import sees_through
 from ...errors import CheckpointError, ConfigError, NonFiniteError, ShapeError, UnsupportedError
 from ...layers.convert import layers_by_name
 from ...layers.split import whole_name
+from ...methods.talora import AdapterBank
 from ...methods.talora.attach import refuse_merged
-from .talora_files import plan_of
+from .talora_files import require_plan
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DIFFUSERS_FILE, METADATA = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
@@ -66,7 +68,8 @@ def export_adapter(
             raise UnsupportedError(
                 f"Adapters on parts of a split layer like `{name}` fit no other model: they cannot be exported."
             )
-        down, up = (tensor[adapter].contiguous() for tensor in (layer.adapters.down, layer.adapters.up))
+        bank = cast(AdapterBank, layer.adapters)
+        down, up = (tensor[adapter].contiguous() for tensor in (bank.down, bank.up))
         tensors[f"{name}.lora_A.weight"] = down
         tensors[f"{name}.lora_B.weight"] = up.view(*up.shape, *[1] * (down.ndim - 2)).contiguous()
     most = max(ranks.values())
@@ -77,7 +80,7 @@ def export_adapter(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if format == "peft":
-        config.save_pretrained(folder)
+        config.save_pretrained(str(folder))
         save_file({PEFT_PREFIX + key: value for key, value in tensors.items()}, folder / PEFT_FILE, {"format": "pt"})
         return folder / PEFT_FILE
     record = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
@@ -123,13 +126,12 @@ def import_adapter(model: nn.Module, adapter: int, folder: str | Path, prefix: s
             f"({unknown[0]}, …): not made for {type(model).__name__}."
         )
     for name, rank in ranks.items():
-        bank = layers[name].adapters
+        bank = cast(AdapterBank, layers[name].adapters)
         down, up = (tensors.get(f"{name}.lora_{part}.weight") for part in "AB")
         if down is None and up is None:
             pairs[name] = (torch.zeros_like(bank.down[adapter]), torch.zeros_like(bank.up[adapter]))
             continue
-        whole = down is not None and up is not None
-        if not whole or down.shape != bank.down.shape[1:] or up.flatten(1).shape != bank.up.shape[1:]:
+        if down is None or up is None or down.shape != bank.down.shape[1:] or up.flatten(1).shape != bank.up.shape[1:]:
             actual = [tuple(part.shape) if part is not None else None for part in (down, up)]
             raise ShapeError(
                 f"The adapter of `{name}` must have rank {rank} (shapes {tuple(bank.down.shape[1:])} and "
@@ -142,13 +144,14 @@ def import_adapter(model: nn.Module, adapter: int, folder: str | Path, prefix: s
             raise NonFiniteError(f"The adapter of `{name}` must be finite, but got NaN or infinity: damaged file.")
     with torch.no_grad():
         for name, (down, up) in pairs.items():
-            layers[name].adapters.down[adapter].copy_(down)
-            layers[name].adapters.up[adapter].copy_(up)
+            bank = cast(AdapterBank, layers[name].adapters)
+            bank.down[adapter].copy_(down)
+            bank.up[adapter].copy_(up)
 
 
 def _require(model: nn.Module, adapter: int, format: str) -> dict[str, int]:
     """Layers with adapters and their ranks, if the request makes sense."""
-    plan = plan_of(model)
+    plan = require_plan(model)
     refuse_merged(model, "Exchanging adapters")
     if not 0 <= adapter < plan.num_adapters:
         raise ConfigError(f"`adapter` must lie in 0 … {plan.num_adapters - 1}, but got {adapter}.")

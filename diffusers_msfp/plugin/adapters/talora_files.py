@@ -7,6 +7,7 @@ have the names that they have in the model.
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 
 from ...checkpoint.describe import read_config, weight_files
 from ...checkpoint.digest import Digest, checking
+from ...compat.torch import device_of
 from ...compat.wrappers import sees_through
 from ...errors import CheckpointError, ConfigError, ShapeError
+from ...layers import QuantLayer
 from ...layers.convert import base_fingerprint, layers_by_name
 from ...methods.method import read_part
 from ...methods.routes import ROUTER, routing_of
@@ -36,12 +39,13 @@ def require_plan(model: nn.Module) -> AdapterPlan:
     Raises:
         ConfigError: it has none.
     """
-    if routing_of(model) is None:
+    plan = plan_of(model)
+    if plan is None:
         raise ConfigError(
             f"This {type(model).__name__} must have timestep-aware adapters, but it has none: load them with "
             f"`load_talora`, or fine-tune."
         )
-    return plan_of(model)
+    return plan
 
 
 @sees_through
@@ -63,7 +67,7 @@ def save_talora(model: nn.Module, folder: str | Path) -> None:
 
 
 @sees_through
-def load_talora(model: nn.Module, source: str | Path, **hub) -> None:
+def load_talora(model: nn.Module, source: str | Path, **hub: Any) -> None:
     """Put saved adapters beside the weights of the quantized model that they were trained for.
 
     Args:
@@ -111,7 +115,7 @@ def load_talora(model: nn.Module, source: str | Path, **hub) -> None:
     RoutingTable(table, plan.num_adapters)  # refuses a bad one before the model is touched
     for name, bank in banks.items():
         layers[name].adapters = bank
-    connect(model, plan, table.to(model.device))
+    connect(model, plan, table.to(device_of(model)))
 
 
 @sees_through
@@ -126,7 +130,7 @@ def unload_talora(model: nn.Module) -> None:
     disconnect(model)
 
 
-def _bank(layer, name: str, rank: int, plan: AdapterPlan, tensors: Mapping[str, Tensor]) -> AdapterBank:
+def _bank(layer: QuantLayer, name: str, rank: int, plan: AdapterPlan, tensors: Mapping[str, Tensor]) -> AdapterBank:
     quantized = layer.input_format is not None
     bank = AdapterBank(layer.logical_shape, plan.num_adapters, rank, quantized, torch.float16)
     for key, expected in bank.state_dict().items():
@@ -145,7 +149,7 @@ def _bank(layer, name: str, rank: int, plan: AdapterPlan, tensors: Mapping[str, 
     return bank
 
 
-def _folder(source: str | Path, **hub) -> Path:
+def _folder(source: str | Path, **hub: Any) -> Path:
     path = Path(source)
     if path.is_dir():
         return path

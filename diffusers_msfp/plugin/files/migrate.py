@@ -77,7 +77,8 @@ def _convert(folder: Path) -> set[str | None]:
         raise CheckpointError(
             f"Packed weights are stored as safetensors, and as these alone, but {folder} is otherwise."
         )
-    formats, seen, sums = _formats(record.layers), set(), {}
+    formats, seen = _formats(record.layers or ()), set()
+    sums: dict[tuple[str, str], str] = {}
     for path in files:
         own = _add_formats(path, formats)
         seen |= own.keys() & formats.keys()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -19,12 +19,13 @@ from ...errors import ConfigError, UnsupportedError
 from ...layers.convert import plain_name
 from ...layers.stored import FORMATS_TENSOR, name_in_files
 from ...methods.method import parts
+from ..config import MSFPConfig, config_of
 
 _WRAPPED = ("base_layer", "original_module")
 """What PEFT's wrappers call the layer that was there before."""
 
 
-def tensors_to_save(state_dict: Mapping[str, Any], config) -> dict[str, Any]:
+def tensors_to_save(state_dict: Mapping[str, Any], config: MSFPConfig) -> dict[str, Any]:
     """The model alone, under the names of files, also while PEFT adapters are attached.
 
     Args:
@@ -53,18 +54,18 @@ def without_adapters(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state_dict.items() if key not in added}
 
 
-def file_metadata(config) -> dict[str, str]:
+def file_metadata(config: MSFPConfig) -> dict[str, str]:
     """What each weight file says about itself."""
     return {"quant_method": config.quant_method.value, "format_version": str(config.format_version)}
 
 
-def save_config(model: nn.Module, save_directory: str | Path, *args, **kwargs) -> None:
+def save_config(model: nn.Module, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
     """As `ModelMixin.save_config`, with the digest of what the model holds; variants in the same folder keep theirs.
 
     Raises:
         ConfigError: tensors are offloaded; nothing is written then.
     """
-    config = model.config.quantization_config
+    config = config_of(model)
     _raise_version(model)
     record = ModelRecord.of(model, config.format_version)
     if config.format_version > 1:
@@ -75,21 +76,21 @@ def save_config(model: nn.Module, save_directory: str | Path, *args, **kwargs) -
 
 def _raise_version(model: nn.Module) -> None:
     """Let a model that was loaded from an older format version be saved as the one that knows all that it has."""
-    config = model.config.quantization_config
+    config = config_of(model)
     needed = [part.since for part in parts() if part.record_of(model) is not None]
     config.format_version = max(config.format_version, *needed, 1)
 
 
-def save_record(model: nn.Module, save_directory: str | Path, record: ModelRecord, *args, **kwargs) -> None:
+def save_record(model: nn.Module, save_directory: str | Path, record: ModelRecord, *args: Any, **kwargs: Any) -> None:
     """As `ModelMixin.save_config`, with this record beside the request."""
     with recorded(model, record):
-        type(model).save_config(model, save_directory, *args, **kwargs)
+        cast(Any, type(model)).save_config(model, save_directory, *args, **kwargs)
 
 
 @contextmanager
 def recorded(model: nn.Module, record: ModelRecord) -> Iterator[None]:
     """While this lasts, a model's config has a record, which libraries write."""
-    config = model.config.quantization_config
+    config = config_of(model)
     config.record = record
     try:
         yield
@@ -97,13 +98,14 @@ def recorded(model: nn.Module, record: ModelRecord) -> Iterator[None]:
         config.record = None
 
 
-def save_pretrained(model: nn.Module, save_directory: str | Path, *args, **kwargs) -> None:
+def save_pretrained(model: nn.Module, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
     """As the model's own method.
 
     Raises:
         UnsupportedError: other files than safetensors are asked for; nothing is written then.
     """
-    given = inspect.signature(type(model).save_pretrained).bind(model, save_directory, *args, **kwargs).arguments
+    own: Any = type(model)
+    given = inspect.signature(own.save_pretrained).bind(model, save_directory, *args, **kwargs).arguments
     given |= given.get("kwargs", {})
     if given.get("safe_serialization") is False or given.get("use_flashpack"):
         raise UnsupportedError(
@@ -111,29 +113,32 @@ def save_pretrained(model: nn.Module, save_directory: str | Path, *args, **kwarg
             f"{type(model).__name__} was to be saved as something else. Leave `safe_serialization` and `use_flashpack` "
             f"out."
         )
-    save = type(model).save_pretrained if hasattr(type(model), "save_config") else _save_transformer
+    save = own.save_pretrained if hasattr(own, "save_config") else _save_transformer
     save(model, save_directory, *args, **kwargs)  # diffusers' own calls `save_config`
 
 
-def _save_transformer(model: nn.Module, save_directory: str | Path, *args, push_to_hub: bool = False, **kwargs) -> None:
+def _save_transformer(
+    model: nn.Module, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **kwargs: Any
+) -> None:
     """As `PreTrainedModel.save_pretrained`, which may give tensors other names: digested as they lie in the files.
 
     Until config.json has the digest, the folder counts as one that was not saved to its end.
     """
     before = recorded_digest(save_directory)
     _raise_version(model)
-    hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr") if key in kwargs}
+    names = ("repo_id", "commit_message", "private", "create_pr")
+    hub: dict[str, Any] = {key: kwargs.pop(key) for key in names if key in kwargs}
     hub |= {"token": kwargs["token"]} if "token" in kwargs else {}
-    with recorded(model, ModelRecord.of(model, model.config.quantization_config.format_version)):
-        type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    with recorded(model, ModelRecord.of(model, config_of(model).format_version)):
+        cast(Any, type(model)).save_pretrained(model, save_directory, *args, **kwargs)
     adapters_alone = has_adapters(model)
     writes = kwargs.get("is_main_process", args[0] if args else True) and not adapters_alone
-    if writes and model.config.quantization_config.format_version > 1:
+    if writes and config_of(model).format_version > 1:
         files = files_of(Path(save_directory), TRANSFORMERS_WEIGHTS, kwargs.get("variant"))
         write_digest(Path(save_directory), digest_of_files(files).joined(before))
     if push_to_hub:
         repo_id = hub.pop("repo_id", Path(save_directory).name)
-        model.push_to_hub(repo_id, **hub)  # saves anew, by this function, and uploads that
+        cast(Any, model).push_to_hub(repo_id, **hub)  # saves anew, by this function, and uploads that
 
 
 def files_of(folder: Path, stem: str, variant: str | None = None) -> list[Path]:

@@ -9,6 +9,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
@@ -60,7 +61,7 @@ class StreamedModel:
         max_shard_size: int | str = MAX_SHARD_SIZE,
     ) -> None:
         with no_init_weights(), init_empty_weights():
-            self.model = cls.from_config(model_config).eval()
+            self.model = cast(Any, cls).from_config(model_config).eval()
         self._tensors, self._names = tensors, _stored_names(self.model, tensors)
         config = config.without_record()
         self._plan = config.plan(self.model)
@@ -83,12 +84,12 @@ class StreamedModel:
 
     @classmethod
     def from_folder(
-        cls, model_class: type[ModelMixin], folder: Path, *arguments, variant: str | None = None, **named
+        cls, model_class: type[ModelMixin], folder: Path, *arguments: Any, variant: str | None = None, **named: Any
     ) -> "StreamedModel":
         """A model that lies in a folder, of `variant` where it has that; arguments as above."""
         tensors = TensorFolder(folder, variant)
         sources = [folder / "config.json", *tensors.files]
-        streamed = cls(model_class, model_class.load_config(folder), tensors, sources, *arguments, **named)
+        streamed = cls(model_class, cast(Any, model_class).load_config(folder), tensors, sources, *arguments, **named)
         streamed.model.register_to_config(_name_or_path=str(folder))
         return streamed
 
