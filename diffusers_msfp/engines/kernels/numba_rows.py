@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from .. import user_cache
+from . import user_cache
 
 EXPONENT = np.int32(0x7F800000)
 _HALF = np.int32(0x400000)

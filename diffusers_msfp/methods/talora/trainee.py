@@ -11,9 +11,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ...engines.training import fake_quantize
 from ...formats import FPFormat
 from ...layers import QuantLayer
-from ...numerics import QParams, fake_quantize
+from ...numerics import QParams
 from ...numerics.rounding import zero_point_steps
 from .adapters import AdapterBank
 

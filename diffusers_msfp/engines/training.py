@@ -1,0 +1,63 @@
+"""Fake quantization with gradients, by the fastest that gives the same numbers: for layers that are being trained."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import numerics
+from ..formats import FPFormat
+from ..numerics import QParams
+from ..numerics.rounding import zero_point_steps
+
+try:
+    from .kernels import numba_training
+except ImportError:  # Numba is not installed
+    numba_training = None
+
+
+class _Fused(torch.autograd.Function):
+    """`numerics.fake_quantize` in one pass forward and one backward; the gradients' sums have another order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, fmt: FPFormat) -> Tensor:
+        qparams = QParams.unchecked(fmt, scale, zero_point)
+        unit, zero = qparams.unit.reshape(-1), zero_point_steps(qparams).reshape(-1)
+        values = numba_training.forward(x, 1 / unit, unit, zero.expand_as(unit).contiguous(), fmt)
+        ctx.save_for_backward(x, values, scale, zero_point)
+        ctx.format = fmt
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, values, scale, zero_point = ctx.saved_tensors
+        qparams = QParams.unchecked(ctx.format, scale, zero_point)
+        unit, zero = qparams.unit.reshape(-1), zero_point_steps(qparams).reshape(-1).expand(scale.numel()).contiguous()
+        moves = ctx.needs_input_grad[2] and not ctx.format.signed
+        border = zero * unit if moves else torch.zeros_like(unit)
+        grad = grad.contiguous(memory_format=_format_of(x))
+        inside, sums = numba_training.backward(grad, x, values, 1 / unit, zero, border, ctx.format)
+        for_scale = sums[:, 0].view(scale.shape) / scale if ctx.needs_input_grad[1] else None
+        return inside, for_scale, sums[:, 1].view(zero_point.shape) if moves else None, None
+
+
+def _format_of(x: Tensor) -> torch.memory_format:
+    last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
+    """As `numerics.fake_quantize`, bit for bit; gradients of scale and zero point up to the order of their sums.
+
+    Fused are float32 tensors on the CPU with one scale for all, or one for each row of a matrix.
+
+    Args:
+        x (`Tensor`), qparams (`QParams`): as there.
+    """
+    scale = qparams.scale
+    rows = scale.ndim == 0 or (x.ndim == 2 and scale.shape == (x.shape[0], 1) and x.is_contiguous())
+    dense = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+    suits = numba_training is not None and x.device.type == "cpu" and x.dtype == torch.float32 and rows and dense
+    if not suits or not x.numel() or torch.compiler.is_compiling() or qparams.zero_point.shape not in (scale.shape, ()):
+        return numerics.fake_quantize(x, qparams)
+    return _Fused.apply(x, scale, qparams.zero_point, qparams.format)
