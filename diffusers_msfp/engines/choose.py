@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from ..compat.wrappers import sees_through, unwrap
-from ..errors import ConfigError
+from ..errors import ConfigError, StateError
 from ..layers import QuantLayer
 from ..layers.convert import quant_layers
 from ..sampling.observation import quantized_models
@@ -48,7 +48,7 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
     models = list(quantized_models(model))
     layers = [layer for part in models for _, layer in quant_layers(part)]
     if not layers:
-        raise ConfigError(
+        raise StateError(
             f"An engine needs a quantized model, but {type(model).__name__} has no quantized layer. Quantize it, or "
             f"load a quantized checkpoint with `quantization_config=MSFPConfig()`."
         )

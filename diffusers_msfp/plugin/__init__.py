@@ -3,6 +3,7 @@
 from .adapters.exchange import export_adapter, import_adapter
 from .calibrate import calibrate
 from .config import MSFPConfig
+from .dequantize import dequantize
 from .mixin import MSFPPipelineMixin
 from .quantize import quantize_pipeline
 from .quantizer import MSFPQuantizer
@@ -13,6 +14,7 @@ __all__ = [
     "MSFPPipelineMixin",
     "MSFPQuantizer",
     "calibrate",
+    "dequantize",
     "export_adapter",
     "import_adapter",
     "quantize_pipeline",

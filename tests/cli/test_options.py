@@ -78,7 +78,18 @@ def test_finetune_takes_every_setting_and_has_the_same_defaults(monkeypatch):
     place = ["finetune", "a", "--teacher", "b", "--out", "c"]
     assert program(*place).returncode == 0
     assert actual.pop() == FinetuneConfig()
-    old = ["--steps", 5, "--dfa-exponent", 0, "--router-group", "mid*", "--router-group", "up*", "--minutes", 2]
+    old = [
+        "--num-inference-steps",
+        5,
+        "--dfa-exponent",
+        0,
+        "--router-group",
+        "mid*",
+        "--router-group",
+        "up*",
+        "--minutes",
+        2,
+    ]
     assert program(*place, *old, "--preview-every", 0, "--balance", 0.5, "--gradient-checkpointing").returncode == 0
     assert actual.pop() == FinetuneConfig(
         num_inference_steps=5,
