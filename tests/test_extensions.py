@@ -52,7 +52,7 @@ def blocks(room: str) -> list[tuple[str, str]]:
 
 def apply(kind: str, text: str, package: Path) -> None:
     """Write a new file, or change lines of files: without lines to be replaced, new ones go to the end."""
-    if kind == "python":
+    if kind == "py":
         place, _, code = text.removeprefix("# ").partition("\n")
         (package / place).parent.mkdir(exist_ok=True)
         (package / place).write_text(code, encoding="utf-8")
@@ -69,7 +69,7 @@ def apply(kind: str, text: str, package: Path) -> None:
 @pytest.mark.parametrize("room", SECTIONS)
 def test_the_steps_are_short(room):
     for kind, text in blocks(room):
-        assert kind in ("python", "diff")
+        assert kind in ("py", "diff")
         assert len([line for line in text.splitlines() if line.strip()]) <= 16  # with the line that names the file
 
 

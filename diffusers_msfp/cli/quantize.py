@@ -112,8 +112,8 @@ def quantize(
             `.<out>.part`, where the run goes on if it was interrupted.
         settings (`Mapping[str, Mapping]`, *optional*): stage → settings that replace the recipe's.
         num_samples, num_inference_steps, seed: for `calibrate` and, but the first, for the stages.
-            raise ConfigError("`--images` need a pipeline to be shown to, but this is a model alone. Leave them out.")
-            each line.
+        prompts (`str`, `Path` or `list[str]`, *optional*): for pipelines that take prompts: texts, or a file with one
+            on each line.
         images (`str` or `Path`, *optional*): folder of pictures that set the activation ranges, see `calibrate`.
         modules_to_not_convert, scheme_overrides, components: as in `MSFPConfig`.
         config (`str`, *optional*): folder or Hub id with the configs of a single file.
@@ -157,7 +157,7 @@ def quantize(
     if "." in streams:
         arguments = call_settings(None, prompts, guidance_scale)
         if images is not None:
-            raise ConfigError("`--images` need a pipeline to show them to, but this is a model alone. Leave them out.")
+            raise ConfigError("`--images` need a pipeline to be shown to, but this is a model alone. Leave them out.")
     else:
         with stderr.status("trying a first step"):
             if loaded is None:

@@ -34,7 +34,8 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
             when it is needed.
 
     Raises:
-        ConfigError: an unknown name, a model without quantized layers, or an engine that can run none of them here.
+        ConfigError: an unknown name, or an engine that can run none of the layers here.
+        StateError: no layer is quantized.
 
     Example:
         ```py

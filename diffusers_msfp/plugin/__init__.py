@@ -3,9 +3,8 @@
 from .adapters.exchange import export_adapter, import_adapter
 from .calibrate import calibrate
 from .config import MSFPConfig
-from .dequantize import dequantize
 from .mixin import MSFPPipelineMixin
-from .quantize import quantize_pipeline
+from .quantize import dequantize, quantize_pipeline
 from .quantizer import MSFPQuantizer
 from .register import register
 

@@ -8,8 +8,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..compat.wrappers import seen_through, sees_through, unwrap
-from ..errors import ConfigError
+from ..errors import ConfigError, StateError
 from ..layers.convert import Conversion, convert
+from ..methods.method import parts
 from ..results import OnProgress, in_stage
 from ..sampling.calls import keep_labels
 from ..sampling.denoisers import DENOISERS
@@ -175,3 +176,30 @@ def refuse_several(name: str, kind: str, present: Collection[str]) -> None:
         f"Each component to quantize must be one model, but `{name}` is a {kind}, which holds several. Leave it float: "
         f"`components_to_quantize={others}`."
     )
+
+
+@sees_through
+def dequantize(model: nn.Module | DiffusionPipeline) -> None:
+    """Make all quantized layers float again, in place, with the weights that they compute with.
+
+    Args:
+        model (`nn.Module` or `DiffusionPipeline`): with quantized layers; of a pipeline all components that have some.
+
+    Raises:
+        StateError: it has none.
+        UnsupportedError: a model has no single float weight for each layer; none is changed then.
+
+    Example:
+        ```py
+        dequantize(pipe)  # as pipe.unet.dequantize() and its like
+        ```
+    """
+    models = list(quantized_models(model))
+    if not models:
+        raise StateError(f"A quantized model is needed to make it float, but {type(model).__name__} has none.")
+    for each in models:
+        for part in parts():
+            if part.require_float is not None:
+                part.require_float(each)
+    for each in models:
+        each.dequantize()

@@ -181,7 +181,7 @@ def calibration_state(model: nn.Module) -> str:
         model (`nn.Module` or pipeline): with quantized layers.
 
     Raises:
-        ConfigError: it has none.
+        StateError: it has none.
 
     Example:
         ```py
@@ -201,7 +201,7 @@ def freeze(model: nn.Module) -> None:
         model (`nn.Module` or pipeline): with quantized layers; nothing happens if it is already frozen.
 
     Raises:
-        ConfigError: it has no quantized layers, or no input was ever seen.
+        StateError: it has no quantized layers, or no input was ever seen.
 
     Example:
         ```py

@@ -56,7 +56,7 @@ def test_it_lowers_the_error_of_a_trained_model(coarse, embedded, placement, tmp
     )
     seen = []
     result = finetune(pipe, teacher, config, on_progress=lambda *update, **info: seen.append((*update, info["loss"])))
-    after = compare_pipelines(teacher, pipe, num_samples=4, num_inference_steps=10)["eps_mse"]
+    after = compare_pipelines(teacher, pipe, num_samples=4, num_inference_steps=10).eps_mse
     assert after < 0.93 * before
     assert result.updates == 40 == len(result.losses)
     assert seen[-1] == (40, 40, result.losses[-1])

@@ -94,7 +94,7 @@ def test_it_lives_a_checkpoint_s_life(registered, tmp_path):
 
     class Quiet:
         def __enter__(self):
-            return lambda *_: None
+            return lambda *_, **__: None
 
         def __exit__(self, *_):
             return None
@@ -109,7 +109,7 @@ def test_it_lives_a_checkpoint_s_life(registered, tmp_path):
     loaded = UNet2DModel.from_pretrained(tmp_path / "unet")
     assert equal_state(loaded, pipe.unet)
     assert int(loaded.note.value) == 9
-    assert cli.inspect(tmp_path / "unet").components.components["."].parts.parts["note"] == {
+    assert cli.inspect(tmp_path / "unet").components["."].parts["note"] == {
         "length": 1,
         "tensors": True,
     }

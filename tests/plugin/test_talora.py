@@ -24,20 +24,13 @@ from diffusers_msfp import (
     FinetuneConfig,
     MSFPConfig,
     MSFPPipelineMixin,
+    StateError,
     export_adapter,
     finetune,
     import_adapter,
     quantize_pipeline,
 )
-from diffusers_msfp.errors import (
-    CheckpointError,
-    ConfigError,
-    MSFPError,
-    NonFiniteError,
-    ShapeError,
-    StateError,
-    UnsupportedError,
-)
+from diffusers_msfp.errors import CheckpointError, ConfigError, MSFPError, NonFiniteError, ShapeError, UnsupportedError
 from diffusers_msfp.layers.convert import layers_by_name
 from diffusers_msfp.methods.talora import AdapterBank, AdapterPlan, adapter_rank
 from diffusers_msfp.methods.talora.attach import connect, plan_of

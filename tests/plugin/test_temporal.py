@@ -289,7 +289,7 @@ def test_records_that_do_not_fit_are_refused(cached, tmp_path, change, message):
 
 def test_inspect_and_the_report_show_it(cached, tmp_path):
     cached.save_pretrained(tmp_path)
-    shown = inspect(tmp_path)["unet"]["temporal"]
+    shown = inspect(tmp_path).components["unet"].parts["temporal"]
     assert shown["timesteps"] == sorted(map(float, SET))
     assert len(shown["cached"]) == len(shown["sets"]) == len(shown["block"])
     assert shown["cache_bytes"] > shown["sets_bytes"] > 0

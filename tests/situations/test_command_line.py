@@ -84,17 +84,17 @@ def test_the_only_variant_is_read(half, tmp_path, capsys):
 
 @pytest.mark.situation("`--variant` where a folder has plain weights too", "right")
 def test_a_variant_that_is_named(both, packed_dir, tmp_path, run):
-    plain, other = (cli.inspect(both, variant=variant).components.components["unet"] for variant in (None, "other"))
+    plain, other = (cli.inspect(both, variant=variant).components["unet"] for variant in (None, "other"))
     assert plain.layers == other.layers
     assert other.bytes_quantized == (both / "unet" / f"{WEIGHTS}.other.safetensors").stat().st_size
-    assert cli.compare(packed_dir, str(both), num_samples=1, num_inference_steps=1)["eps_rel_l2"] == 0
+    assert cli.compare(packed_dir, str(both), num_samples=1, num_inference_steps=1).eps_rel_l2 == 0
     code, out, _ = run(
         "compare", packed_dir, both, "--num-samples", 1, "--num-inference-steps", 1, "--variant", "other", "--json"
     )
     assert code == 0
     assert json.loads(out)["eps_rel_l2"] > 0  # and the pipeline without that variant was read plain
     cli.sample(str(both), tmp_path / "grid.png", num_samples=1, num_inference_steps=1, variant="other")
-    assert cli.bench(str(both), ["msfp"], variant="other", repeats=2)["rows"]
+    assert cli.bench(str(both), ["msfp"], variant="other", repeats=2).rows
 
 
 @pytest.mark.situation("`--variant` that no folder has, or none where there are two and no plain weights", "refused")

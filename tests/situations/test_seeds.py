@@ -87,7 +87,7 @@ def test_calibration(make):
 @pytest.mark.situation("such a pipeline is compared with itself", "right")
 def test_compare_with_itself(make):
     pipe = make()
-    assert compare_pipelines(pipe, pipe, num_samples=3, num_inference_steps=2)["image_psnr_db"] == 100
+    assert compare_pipelines(pipe, pipe, num_samples=3, num_inference_steps=2).image_psnr_db == 100
 
 
 @MAKERS

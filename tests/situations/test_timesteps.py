@@ -138,10 +138,10 @@ def test_one_step(kind):
         errors = temporal_features(teacher, pipe, num_inference_steps=1, **arguments)
         assert max(max(by_timestep.values()) for by_timestep in errors.values()) < 2e-3
     rounding = RoundingConfig(num_inference_steps=1, num_samples=2, batch_size=2, iterations=2)
-    assert learn_rounding(pipe, teacher, rounding, **arguments)["parts"]
+    assert learn_rounding(pipe, teacher, rounding, **arguments).parts
     tuning = FinetuneConfig(train_steps=2, batch_size=2, num_inference_steps=1, rank=2)
-    assert finetune(pipe, teacher, tuning, **arguments)["updates"] == 2
-    assert compare_pipelines(teacher, pipe, **ONE, **arguments)["eps_rel_l2"] < 2 * before["eps_rel_l2"]
+    assert finetune(pipe, teacher, tuning, **arguments).updates == 2
+    assert compare_pipelines(teacher, pipe, **ONE, **arguments).eps_rel_l2 < 2 * before.eps_rel_l2
 
 
 @pytest.mark.situation(

@@ -34,7 +34,7 @@ def require_plan(model: nn.Module) -> AdapterPlan:
     """The model's timestep-aware adapters.
 
     Raises:
-        ConfigError: it has none.
+        StateError: it has none.
     """
     if routing_of(model) is None:
         raise StateError(
@@ -49,7 +49,7 @@ def save_talora(model: nn.Module, folder: str | Path) -> None:
     """Write a model's adapters without the model.
 
     Raises:
-        ConfigError: it has none.
+        StateError: it has none.
         UnsupportedError: they are merged into the weights.
     """
     plan = require_plan(model)
