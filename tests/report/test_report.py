@@ -146,12 +146,10 @@ def test_histograms_count_inputs_and_carry_the_grid(measured, packed_pipe):
 
 def test_the_page_says_what_the_data_say(measured):
     page = page_of(measured)
-    loads_nothing(
-        render_report(measured | {"name": "packed", "reference": "float", "bytes": 10, "bytes_reference": 40})
-    )
-    comparison = measured["comparison"]
-    assert f"{comparison['eps_rel_l2']:.4f}" in page.text
-    assert f"{comparison['image_psnr_db']:.1f} dB" in page.text
+    loads_nothing(rendered(measured.to_dict()))
+    comparison = measured.comparison
+    assert f"{comparison.eps_rel_l2:.4f}" in page.text
+    assert f"{comparison.image_psnr_db:.1f} dB" in page.text
     assert "1.00 MB" in page.text
     assert "3.5 × smaller" in page.text
     cells = [a for a in page.all("td") if a.get("class", "").startswith("h")]
@@ -159,7 +157,7 @@ def test_the_page_says_what_the_data_say(measured):
     assert len(cells) == 3 * len(changed)
     told = sorted(cell["title"] for cell in cells)
     assert told == sorted(f"t = {t}: {r:.1f} dB" for row in changed for t, r in row["snr_db_by_timestep"].items())
-    assert sum(a.get("class") == "histogram" for a in page.all("svg")) == len(measured["layers"])
+    assert sum(a.get("class") == "histogram" for a in page.all("svg")) == len(measured.layers)
     assert len(page.all("circle")) == 3
     assert len(page.all("img")) == 3 * 4
     worst = min(changed, key=lambda layer: layer["snr_db"])

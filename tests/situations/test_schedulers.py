@@ -163,7 +163,7 @@ def test_learned_variance_in_errors(make, last):
     found = compare_pipelines(pipe, other, num_samples=2, num_inference_steps=2)
     assert found.eps_mse == 0
     layers = layer_snr(pipe, other, num_samples=1, num_inference_steps=2)
-    assert layers[last.partition(".")[2]]["snr_db"] == 100
+    assert layers[last.partition(".")[2]].snr_db == 100
     with torch.no_grad():
         layer_at(other, last).weight[rows.min() - 1] += 0.3
     assert compare_pipelines(pipe, other, num_samples=2, num_inference_steps=2).eps_mse > 0
