@@ -7,8 +7,7 @@ one line and 2, Ctrl-C one line, on what is kept and how to go on, and 130.
 import logging
 import sys
 import warnings
-from collections.abc import Callable
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 from diffusers.utils import logging as diffusers_logging
@@ -18,6 +17,7 @@ from .. import __version__
 from ..errors import MSFPError
 from ..outputs import reason_of
 from .commands import COMMANDS, GROUPS
+from .shared.aliases import Command
 from .shared.interrupts import interruptible
 from .shared.terminal import stderr
 
@@ -44,10 +44,10 @@ def _main(
 
 
 for command in COMMANDS:
-    app.command()(interruptible(command))
+    app.command(cls=Command)(interruptible(command))
 for group in GROUPS:
     for each in group.registered_commands:
-        each.callback = interruptible(cast(Callable, each.callback))
+        each.callback, each.cls = interruptible(each.callback), Command
     app.add_typer(group)
 
 

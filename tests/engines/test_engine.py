@@ -45,7 +45,7 @@ def test_quality_of_a_whole_model_is_the_reference_s(embedded):
     errors = {}
     for engine in ("reference", "auto"):
         set_engine(pipe, engine)
-        errors[engine] = compare_pipelines(embedded, pipe, num_samples=8, num_inference_steps=10)["eps_rel_l2"]
+        errors[engine] = compare_pipelines(embedded, pipe, num_samples=8, num_inference_steps=10).eps_rel_l2
     assert errors["auto"] == pytest.approx(errors["reference"], rel=0.02)
 
 
