@@ -7,7 +7,8 @@ one line and 2, Ctrl-C one line, on what is kept and how to go on, and 130.
 import logging
 import sys
 import warnings
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, cast
 
 import typer
 from diffusers.utils import logging as diffusers_logging
@@ -47,7 +48,7 @@ for command in COMMANDS:
     app.command(cls=Command)(interruptible(command))
 for group in GROUPS:
     for each in group.registered_commands:
-        each.callback, each.cls = interruptible(each.callback), Command
+        each.callback, each.cls = interruptible(cast(Callable, each.callback)), Command
     app.add_typer(group)
 
 

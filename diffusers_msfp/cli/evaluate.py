@@ -119,7 +119,7 @@ def evaluate(
     if result is None:
         return None
     evaluation = CheckpointEvaluation(
-        **vars(result) | {"settings": result.settings | arguments},
+        **vars(result) | {"settings": {**result.settings, **arguments}},
         candidate=candidate,
         reference=reference,
         bytes_reference=denoisers_bytes(reference, original, variant),

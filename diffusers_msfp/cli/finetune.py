@@ -14,6 +14,8 @@ from diffusers import DDPMScheduler
 from ..compat.accelerate import leave_process_group
 from ..errors import StateError
 from ..evaluation import compare_pipelines, image_grid
+from ..methods.routes import routing_of
+from ..methods.talora import RoutingTable
 from ..methods.talora.config import FinetuneConfig
 from ..methods.talora.finetuner import PREVIEWS, Finetuner
 from ..outputs import require_writable_folder
@@ -186,7 +188,7 @@ def finetune(
         seconds_total=time.perf_counter() - started,
         loss_first=float(np.mean(losses[:tenth])),
         loss_last=float(np.mean(losses[-tenth:])),
-        intervals=denoiser.timestep_router.intervals(),
+        intervals=cast(RoutingTable, routing_of(denoiser)).intervals(),
         bytes_before=model_bytes(source, denoiser, name, variant),
         bytes_after=model_bytes(str(out), denoiser, name),
         peak_rss_bytes=peak_rss_bytes(),

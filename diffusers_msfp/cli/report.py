@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -95,7 +96,9 @@ def report(
             **arguments,
         )
     model = denoiser_of(loaded) if isinstance(loaded, DiffusionPipeline) else loaded
-    size = original and model_bytes(reference, denoiser_of(original), denoiser_name(original), variant)
+    size = None
+    if original is not None:
+        size = model_bytes(cast(str, reference), denoiser_of(original), denoiser_name(original), variant)
     result = CheckpointReport(
         **vars(found),
         name=_short(candidate),

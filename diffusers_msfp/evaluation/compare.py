@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from ..compat.torch import tree_map
@@ -78,7 +78,7 @@ class Comparison(DenoiserError):
 @sees_through(changes=False)
 def compare_pipelines(
     reference: DiffusionPipeline,
-    candidate: DiffusionPipeline,
+    candidate: DiffusionPipeline | ModelMixin,
     *,
     num_samples: int = 16,
     num_inference_steps: int = 20,
@@ -87,7 +87,7 @@ def compare_pipelines(
     prompts: list[str] | None = None,
     on_progress: OnProgress | None = None,
     on_pictures: Callable[[Tensor, Tensor], None] | None = None,
-    **arguments,
+    **arguments: Any,
 ) -> Comparison:
     """Error of the denoiser and of the pictures for equal noise, on DDIM where it can take the scheduler's place.
 
@@ -180,7 +180,7 @@ def compare_pipelines(
     )
 
 
-def in_place_of(reference, candidate):
+def in_place_of(reference: DiffusionPipeline, candidate: DiffusionPipeline | ModelMixin) -> DiffusionPipeline:
     """The candidate as a pipeline: itself, or the reference with another denoiser.
 
     Args:

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import numpy as np
 import torch
 from accelerate import PartialState
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 
 from ..errors import ConfigError, StateError, UnsupportedError
 from ..results import OPTIONAL, OnProgress, in_stage
@@ -62,7 +62,7 @@ class Evaluation(DenoiserError):
 
 def evaluate_pipelines(
     reference: DiffusionPipeline,
-    candidate: DiffusionPipeline,
+    candidate: DiffusionPipeline | ModelMixin,
     *,
     data: str | Path | None = None,
     num_samples: int = 2000,
@@ -73,7 +73,7 @@ def evaluate_pipelines(
     folder: str | Path | None = None,
     process: PartialState | None = None,
     on_progress: OnProgress | None = None,
-    **arguments,
+    **arguments: Any,
 ) -> Evaluation | None:
     """All figures of a candidate; the noise of picture i depends on `seed` and i alone, on DDIM.
 
@@ -174,7 +174,9 @@ def evaluate_pipelines(
             "seed": seed,
             "features": features,
             "prompts": prompts,
-            "data": None if real is None else {"pictures": len(real), "source": source, "adapted": adapted},
+            "data": None
+            if real is None
+            else {"pictures": len(real), "source": Path(cast(str, data)).name, "adapted": adapted},
             "scheduler": type(with_ddim(reference).scheduler).__name__,
             "picture_shape": list(shape),
         },

@@ -54,14 +54,14 @@ class LayerError(Result):
 @sees_through(changes=False)
 def layer_snr(
     reference: DiffusionPipeline,
-    candidate: DiffusionPipeline,
+    candidate: DiffusionPipeline | ModelMixin,
     *,
     num_samples: int = 4,
     num_inference_steps: int = 20,
     seed: int = 0,
     prompts: list[str] | None = None,
     on_progress: OnProgress | None = None,
-    **arguments,
+    **arguments: Any,
 ) -> dict[str, LayerError]:
     """Signal-to-noise ratio of every linear and convolution in the denoisers.
 

@@ -150,7 +150,7 @@ def publish(
         prompts=prompts,
         on_progress=on_progress,
     )
-    report = {
+    report: dict[str, Any] = {
         "repo": repo,
         "base_model": origin["base_model"] or origin["base_elsewhere"],
         "license": origin["license"],

@@ -45,9 +45,9 @@ class Results:
     def sizes(self) -> tuple[int, int] | None:
         """Bytes of the denoiser's weights in full precision and quantized."""
         for found in (self.evaluation, self.comparison):
-            sizes = tuple((found or {}).get(key) for key in ("bytes_reference", "bytes_quantized"))
-            if all(isinstance(size, int) and size > 0 for size in sizes):
-                return sizes
+            one, other = ((found or {}).get(key) for key in ("bytes_reference", "bytes_quantized"))
+            if isinstance(one, int) and isinstance(other, int) and one > 0 and other > 0:
+                return one, other
         return None
 
     def missing(self, base: str) -> dict[str, str]:

@@ -110,5 +110,6 @@ def require_order(model: nn.Module, name: str) -> None:
         StateError: one that it forbids is on the model.
     """
     for other, instead in METHODS[name].forbids.items():
-        if METHODS[other].part.record_of(model) is not None:
+        part = METHODS[other].part
+        if part is not None and part.record_of(model) is not None:
             raise StateError(instead)

@@ -4,6 +4,7 @@
 up to a whole byte, so rows can be read alone.
 """
 
+from functools import reduce
 from math import gcd
 
 import torch
@@ -47,7 +48,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     length = codes.shape[1]
     num_codes, num_bytes = _group(bits)
     groups = _groups(codes, num_codes, bits)
-    word = sum(groups[..., i] << (i * bits) for i in range(num_codes))  # (rows, groups)
+    word = reduce(torch.add, [groups[..., i] << (i * bits) for i in range(num_codes)])  # (rows, groups)
     parts = [(word >> (8 * i)) & 0xFF for i in range(num_bytes)]
     packed = torch.stack(parts, dim=-1).to(torch.uint8).flatten(1)
     return packed[:, : packed_size(length, bits)].contiguous()
@@ -78,7 +79,7 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
         return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(1)[:, :length]
     num_codes, num_bytes = _group(bits)
     groups = _groups(packed, num_bytes, bits)
-    word = sum(groups[..., i] << (8 * i) for i in range(num_bytes))
+    word = reduce(torch.add, [groups[..., i] << (8 * i) for i in range(num_bytes)])
     parts = [(word >> (i * bits)) & (2**bits - 1) for i in range(num_codes)]
     return torch.stack(parts, dim=-1).to(torch.uint8).flatten(1)[:, :length]
 

@@ -86,8 +86,12 @@ def calibrate(
             f"Calibration needs a pipeline with quantized components, but {type(pipe).__name__} has none. Load it with "
             f"`quantization_config=MSFPConfig()` or call `quantize_pipeline(pipe, scheme)`."
         )
-    given = {"prompts": prompts, "images": taken(images, num_samples)} | arguments
-    counts = {"num_samples": num_samples, "num_inference_steps": num_inference_steps, "seed": seed}
+    given: dict[str, Any] = {"prompts": prompts, "images": taken(images, num_samples)} | arguments
+    counts: dict[str, Any] = {
+        "num_samples": num_samples,
+        "num_inference_steps": num_inference_steps,
+        "seed": seed,
+    }
     check_calibration(pipe, models, **counts, **given)
     observe_ranges(pipe, on_progress=on_progress, **counts, **given)
 
@@ -128,7 +132,7 @@ def check_calibration(
 
 
 def _pictures(
-    pipe,
+    pipe: DiffusionPipeline,
     models: Sequence[nn.Module],
     images: Images | None,
     prompts: Sequence[str] | None,
@@ -138,7 +142,7 @@ def _pictures(
     """What the denoiser is to read instead of the sampler's; None for that."""
     if images is None:
         return None
-    found = NoisedPictures(pipe, images, prompts, num_samples, seed)
+    found = NoisedPictures(pipe, cast(list, images), prompts, num_samples, seed)
     for model in models:
         if model is not found.model and isinstance(model, ModelMixin):
             raise ConfigError(
@@ -157,7 +161,7 @@ def observe_ranges(
     images: Images | None = None,
     seed: int = 0,
     on_progress: OnProgress | None = None,
-    **arguments,
+    **arguments: Any,
 ) -> None:
     """What `calibrate` does after its checks; arguments are the same."""
     calls = batched_calls(
@@ -178,7 +182,7 @@ def observe_ranges(
             bar = stack.enter_context(DiffusionPipeline.progress_bar(pipe, total=total))  # combined ones give none
             bar.set_description("calibrating")
         stack.enter_context(quiet(pipe))
-        stack.enter_context(counting_steps(counted, total, on_progress or (lambda *_: bar.update())))
+        stack.enter_context(counting_steps(counted, total, on_progress or (lambda *_, **__: bar.update())))
         stack.enter_context(torch.no_grad())
         stack.enter_context(showing(pipe, pictures))
         try:

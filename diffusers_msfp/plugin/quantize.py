@@ -1,7 +1,7 @@
 """Quantize a pipeline that is already in memory."""
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
@@ -60,7 +60,7 @@ def _quantize(
     """Do it."""
     dtype = model.dtype
     convert(model, plan, on_progress)
-    quantizer.attach(model)
+    cast(Any, quantizer).attach(model)
     if isinstance(model, ModelMixin):
         model.register_to_config(_pre_quantization_dtype=dtype)
     plan.report(model)
@@ -113,7 +113,9 @@ def quantize_pipeline(
     return pipe
 
 
-def _quantize_components(pipe, config: MSFPConfig, calibration: dict, on_progress: OnProgress | None) -> None:
+def _quantize_components(
+    pipe: DiffusionPipeline, config: MSFPConfig, calibration: dict, on_progress: OnProgress | None
+) -> None:
     if "images" in calibration:  # an iterable can be read once
         images = taken(calibration["images"], calibration.get("num_samples", DEFAULT_SAMPLES))
         calibration = calibration | {"images": images}
@@ -202,4 +204,4 @@ def dequantize(model: nn.Module | DiffusionPipeline) -> None:
             if part.require_float is not None:
                 part.require_float(each)
     for each in models:
-        each.dequantize()
+        cast(Any, each).dequantize()

@@ -90,7 +90,7 @@ def collect_report(
     prompts: list[str] | None = None,
     with_speed: bool = True,
     on_progress: OnProgress | None = None,
-    **arguments,
+    **arguments: Any,
 ) -> Report:
     """Everything that a report shows.
 
@@ -108,19 +108,20 @@ def collect_report(
         ConfigError: the candidate is not of the reference's architecture or not calibrated, or numbers below 1.
     """
     alone = reference is None and not isinstance(candidate, DiffusionPipeline)
-    pipe = None if alone else candidate if reference is None else in_place_of(reference, candidate)
-    model = candidate if pipe is None else denoiser_of(pipe)
-    component = denoiser_name(pipe) if pipe is candidate else "."
+    pipe: Any = None if alone else candidate if reference is None else in_place_of(reference, candidate)
+    model: Any = candidate if pipe is None else denoiser_of(pipe)
+    whole = pipe is candidate
+    component = denoiser_name(pipe) if whole else "."
     run = {"num_inference_steps": num_inference_steps, "seed": seed, "prompts": prompts, **arguments}
     if pipe is not None:
         _require_calibrated(pipe)
     missing: dict[str, str] = {}
-    others = (
-        [name for name in denoisers_of(pipe) if name != component] if pipe is candidate and pipe is not None else []
-    )
+    others = [name for name in denoisers_of(pipe) if name != component] if whole else []
     if others:
         missing["denoisers"] = OTHER_DENOISERS.format(component=component, others=" and ".join(others))
-    comparison, pictures, errors, inputs = None, [], {}, {}
+    comparison: Comparison | None = None
+    pictures: list = []
+    errors, inputs = {}, {}
     if reference is not None:
         comparison, pictures = _compare(reference, pipe, num_samples, run, on_progress)
         with watching_inputs(denoiser_of(reference)) as inputs:
@@ -188,7 +189,9 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def _compare(reference, pipe, num_samples: int, run: dict, on_progress: OnProgress | None) -> tuple[Comparison, list]:
+def _compare(
+    reference: DiffusionPipeline, pipe: DiffusionPipeline, num_samples: int, run: dict, on_progress: OnProgress | None
+) -> tuple[Comparison, list]:
     kept: list[tuple[Tensor, Tensor]] = []
     comparison = compare_pipelines(
         reference,
@@ -202,7 +205,9 @@ def _compare(reference, pipe, num_samples: int, run: dict, on_progress: OnProgre
     return comparison, picture_rows({REFERENCE: expected, QUANTIZED: actual})
 
 
-def _draw(pipe, num_samples: int, run: dict, on_progress: OnProgress | None) -> tuple[list, dict[str, Observation]]:
+def _draw(
+    pipe: DiffusionPipeline, num_samples: int, run: dict, on_progress: OnProgress | None
+) -> tuple[list, dict[str, Observation]]:
     run = dict(run)
     num_inference_steps = run.pop("num_inference_steps")
     models = list(quantized_models(pipe))

@@ -259,7 +259,7 @@ def quiet(pipe: DiffusionPipeline) -> Iterator[None]:
 
 
 @contextmanager
-def counting_steps(models: Iterable[nn.Module], total: int, on_progress: OnProgress | None):
+def counting_steps(models: Iterable[nn.Module], total: int, on_progress: OnProgress | None) -> Iterator[None]:
     """Report each call of one of the models."""
     done = 0
 

@@ -216,7 +216,7 @@ def freeze(model: nn.Module) -> None:
         observing = [(name, layer) for name, layer in quant_layers(m) if layer.observing]
         if not observing:
             continue
-        if not any(int(layer.observation.count) for _, layer in observing):
+        if not any(int(layer.observation.count) for _, layer in observing if layer.observation is not None):
             raise StateError(
                 f"Ranges need data, but no input of {type(m).__name__} has been seen. Run the pipeline once, or call "
                 f"`calibrate(pipe)`."

@@ -231,7 +231,8 @@ class NoisedPictures:
 
     def _latents(self, pictures: Tensor) -> Tensor:
         """`(N, channels, h, w)`, float32, shifted and scaled as the denoiser was trained."""
-        vae, config = self.vae, self.vae.config
+        vae: Any = self.vae
+        config = vae.config
         encoded = vae.encode(pictures.to(vae.device, vae.dtype))
         encoded = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
         latents = encoded.float().cpu()

@@ -24,7 +24,7 @@ class _Reached(Exception):
     """Everything that is to be tried has worked; the rest of the run is not needed."""
 
 
-def try_calls(pipe, calls: Sequence[Call], pictures: NoisedPictures | None = None) -> None:
+def try_calls(pipe: DiffusionPipeline, calls: Sequence[Call], pictures: NoisedPictures | None = None) -> None:
     """Run calls of a pipeline through the first step of its sampler, and drop what they make.
 
     One call of each batch size is tried. Models that are still observing, or whose weights are elsewhere (on the meta

@@ -130,7 +130,7 @@ class Candidate:
         if seed is None or seed != int(seed) or not 0 <= seed <= MAX_SEED:
             raise ConfigError(f"The seed must be a whole number from 0 to {MAX_SEED}, but got {seed}.")
         require_positive(num_inference_steps=num_inference_steps)
-        given = {"output_type": "np"}
+        given: dict[str, Any] = {"output_type": "np"}
         if "prompt" in self.parameters:
             if not (prompt or "").strip():
                 raise ConfigError("The prompt must say what to draw, but it is empty. Write a few words.")

@@ -132,7 +132,7 @@ def _timesteps(result: CheckpointEvaluation, layers: dict[str, LayerError]) -> T
     table = Table("timestep", "eps_rel_l2", "worst layer", "SNR (dB)")
     for timestep, error in result.eps_rel_l2_by_timestep.items():
         ratios = {n: layer.by_timestep[timestep] for n, layer in layers.items() if timestep in layer.by_timestep}
-        worst = min(ratios, key=ratios.get, default="")
+        worst = min(ratios, key=ratios.__getitem__, default="")
         table.add_row(timestep, f"{error:.4f}", worst, f"{ratios[worst]:.1f}" if worst else "")
     return table
 
@@ -142,6 +142,6 @@ def _layers(layers: dict[str, LayerError]) -> Table:
     table = Table("layer", "SNR (dB)", "lowest, at timestep", title=f"{len(worst)} worst of {len(layers)} layers")
     for name in worst:
         times = layers[name].by_timestep
-        lowest = min(times, key=times.get)
+        lowest = min(times, key=times.__getitem__)
         table.add_row(name, f"{layers[name].snr_db:.1f}", f"{times[lowest]:.1f}, {lowest}")
     return table

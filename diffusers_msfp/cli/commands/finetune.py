@@ -50,7 +50,7 @@ def finetune(
         f"{result.loss_first:.5f} → {result.loss_last:.5f}, {megabytes(result.bytes_before)} → "
         f"{megabytes(result.bytes_after)}; logs and previews in {result.training_dir}."
     )
-    if result.before:
+    if result.before and result.after:
         before, after, shared = result.before, result.after, result.comparison
         stdout.print(
             f"Before and after, as `compare` measures ({shared['num_samples']} samples, "

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -70,11 +70,11 @@ def _layer_row(layer: LayerDescription) -> tuple[str, ...]:
     if layer.input_signed is None:
         return (*row, layer.input_format or "float", "", "", "", layer.engine)
     zero_point = "" if layer.input_signed else _numbers(layer.input_zero_point)
-    error = _error(layer.input_rel_mse)
-    return (*row, layer.input_format, _numbers(layer.input_scale), zero_point, error, layer.engine)
+    error = _error(cast(float, layer.input_rel_mse))
+    return (*row, str(layer.input_format), _numbers(layer.input_scale), zero_point, error, layer.engine)
 
 
-def _numbers(value: float | list[float]) -> str:
+def _numbers(value: Any) -> str:
     """One number, or the range of several."""
     return f"{min(value):.2g}…{max(value):.2g}" if isinstance(value, list) else f"{value:.3g}"
 

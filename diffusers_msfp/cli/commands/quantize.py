@@ -97,8 +97,8 @@ def quantize(
     )
     if as_json:
         return print_json(result)
-    for stage in result.stages:
-        stdout.print(f"stage {stage['stage']}: {stage['seconds']:.1f} s")
+    for done in result.stages:
+        stdout.print(f"stage {done['stage']}: {done['seconds']:.1f} s")
     stdout.print(
         f"[bold]{result.out}[/]: {result.layers} layers as {scheme}, {megabytes(result.bytes_reference)} → "
         f"{megabytes(result.bytes_quantized)}, {result.weight_bits_per_param:.2f} bits per quantized weight, "

@@ -1,6 +1,7 @@
 """Old spellings of options, taken for one version more: they stand in no help, and say what they are called now."""
 
-from typer import Context
+from typing import Any
+
 from typer.core import TyperCommand
 
 from .terminal import stderr
@@ -18,7 +19,7 @@ OLD_SPELLINGS = {
 class Command(TyperCommand):
     """A command of the program."""
 
-    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the arguments, old spellings as new ones."""
         takes_value = {name: not getattr(each, "is_flag", False) for each in self.params for name in each.opts}
         old = {was: now for was, now in OLD_SPELLINGS.items() if now in takes_value and was not in takes_value}

@@ -3,7 +3,7 @@
 import inspect
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from types import GenericAlias
 from typing import Annotated, Any, get_args, get_origin
@@ -99,7 +99,7 @@ def parse_value(text: str) -> object:
         return text
 
 
-def print_router(intervals: list) -> None:
+def print_router(intervals: Sequence) -> None:
     """Which adapter serves which timesteps."""
     for group, runs in enumerate(intervals):
         title = f"router, layer group {group}" if len(intervals) > 1 else "router"

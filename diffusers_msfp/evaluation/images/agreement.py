@@ -14,7 +14,13 @@ from .samples import noise_generator
 
 
 def asked_classes(
-    pipe, network: FeatureNetwork, *, num_samples: int, seed: int, prompts: list[str] | None, arguments: dict
+    pipe: DiffusionPipeline,
+    network: FeatureNetwork | None,
+    *,
+    num_samples: int,
+    seed: int,
+    prompts: list[str] | None,
+    arguments: dict,
 ) -> tuple[Tensor | None, str | None]:
     """Which of the classifier's classes each picture of `draw_pictures` was asked to be.
 

@@ -1,6 +1,7 @@
 """Pictures from a pipeline, as people look at them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ def sample_images(
     seed: int = 0,
     prompts: list[str] | None = None,
     on_progress: OnProgress | None = None,
-    **arguments,
+    **arguments: Any,
 ) -> np.ndarray:
     """Pictures `(N, H, W, channels)` in [0, 1]; ancestral DDPM, which needs all its steps, is replaced by DDIM.
 

@@ -57,7 +57,7 @@ def draw_pictures(
     folder: Path | None = None,
     share: tuple[int, int] = (0, 1),
     on_progress: OnProgress | None = None,
-    **arguments,
+    **arguments: Any,
 ) -> Tensor:
     """Pictures of a pipeline on DDIM, made or found.
 
@@ -95,7 +95,9 @@ def draw_pictures(
     return torch.from_numpy(np.concatenate([kept[group] for group in groups])) if groups else torch.empty(0)
 
 
-def _identity(pipe, num_inference_steps: int, seed: int, prompts: list[str] | None, arguments: dict) -> str:
+def _identity(
+    pipe: DiffusionPipeline, num_inference_steps: int, seed: int, prompts: list[str] | None, arguments: dict
+) -> str:
     """A name for all that pictures depend on, beside their number."""
     models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     parts = {name: inputs_digest(model, repr(model), plain_config(model)) for name, model in models.items()}

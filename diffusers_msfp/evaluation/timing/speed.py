@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median, quantiles
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, ModelMixin, UNet2DConditionModel, UNet2DModel
@@ -142,13 +143,13 @@ def benchmark(
     Returns:
         `list[Timing]`: the baseline first.
     """
-    model = denoiser_of(model).eval() if isinstance(model, DiffusionPipeline) else model
-    inputs = example_inputs(model, batch, size)
+    timed = cast(ModelMixin, denoiser_of(model).eval() if isinstance(model, DiffusionPipeline) else model)
+    inputs = example_inputs(timed, batch, size)
     names = list(dict.fromkeys((BASELINE, *names)))
     made = {}
     for name in names:
         try:
-            made[name] = provide(name, model, lambda each: step_of(each, inputs)())
+            made[name] = provide(name, timed, lambda each: step_of(each, inputs)())
             step_of(made[name], inputs)()
         except Exception as error:  # noqa: BLE001 – a peer may fail in any way
             if not (skip_missing and name.partition(":")[0] in PEERS):
@@ -171,15 +172,15 @@ def benchmark(
             Timing(
                 provider=name,
                 batch=batch,
-                size=size or model.config.sample_size,
+                size=size or cast(Any, timed).config.sample_size,
                 num_inference_steps=num_inference_steps,
                 seconds=median(times),
                 seconds_low=low,
                 seconds_high=high,
                 speedup=median(ratios),
                 engines=engines,
-                floor_seconds=floor and floor.total,
-                floor_parts=floor and floor.parts,
+                floor_seconds=None if floor is None else floor.total,
+                floor_parts=None if floor is None else floor.parts,
             )
         )
     return rows

@@ -76,7 +76,7 @@ class Reconstructor:
         work_dir: str | Path | None = None,
         prompts: list[str] | None = None,
         on_progress: OnProgress | None = None,
-        **arguments,
+        **arguments: Any,
     ) -> None:
         self.config, self.on_progress = config or RoundingConfig(), on_progress
         self._before: dict[str, tuple[Tensor, Tensor]] = {}

@@ -121,7 +121,13 @@ def split_shortcuts(
     return by_denoiser({name: apply() for name, apply in ready.items()})  # only now are models changed
 
 
-def _split(pipe, teacher, config: SplitConfig, prompts, arguments: dict) -> Callable[[], SplitShortcuts]:
+def _split(
+    pipe: DiffusionPipeline,
+    teacher: DiffusionPipeline,
+    config: SplitConfig,
+    prompts: Sequence[str] | None,
+    arguments: dict,
+) -> Callable[[], SplitShortcuts]:
     """The new layers of one denoiser; the function that is returned puts them in, and gives the verb's result."""
     started, model, original = time.perf_counter(), denoiser_of(pipe), denoiser_of(teacher)
     layers = layers_by_name(model)

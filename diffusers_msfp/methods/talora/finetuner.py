@@ -29,8 +29,9 @@ from ...sampling.trajectory import DenoisingStep, Trajectories, check_timesteps
 from ...sampling.used_output import counted, used_channels
 from ..blocks import block_outputs, trainable_blocks
 from ..losses import loss_weights, squared_error
+from ..routes import routing_of
 from ..runs import Stop, deferred_signals, inputs_digest, plain_config
-from . import Trainee
+from . import RoutingTable, Trainee
 from .config import (
     DEFAULT_UPDATES,
     FinetuneConfig,
@@ -186,7 +187,7 @@ class Finetuner:
         finally:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
-        usage = model.timestep_router.usage()
+        usage = cast(RoutingTable, routing_of(model)).usage()
         return Finetuned(
             updates=progress.update,
             seconds=progress.seconds,

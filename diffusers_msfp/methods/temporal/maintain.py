@@ -150,7 +150,7 @@ def maintain_temporal(
         check_student(model, denoiser_of(original), "temporal", learns=False)
         if config.fsc == "all":
             require_takes(model, denoiser_of(original))
-    ready: dict[str, Callable[[], dict]] = {}
+    ready: dict[str, Callable[[], TemporalMaintenance]] = {}
     refused: NothingToDoError | None = None
     for name, view in views.items():
         try:
@@ -163,7 +163,13 @@ def maintain_temporal(
     return by_denoiser({name: apply() for name, apply in ready.items()})  # only now are models changed
 
 
-def _maintain(pipe, teacher, config: TemporalConfig, prompts, arguments: dict) -> Callable[[], TemporalMaintenance]:
+def _maintain(
+    pipe: DiffusionPipeline,
+    teacher: DiffusionPipeline,
+    config: TemporalConfig,
+    prompts: Sequence[str] | None,
+    arguments: dict,
+) -> Callable[[], TemporalMaintenance]:
     """All that one denoiser needs; the function that is returned changes it and gives `maintain_temporal`'s result."""
     model, layers = denoiser_of(pipe), layers_by_name(denoiser_of(pipe))
     make_arguments = call_arguments(teacher, prompts, config.num_inference_steps, arguments)

@@ -25,7 +25,7 @@ from ...layers.convert import base_fingerprint, layers_by_name
 from ...methods.method import read_part
 from ...methods.routes import ROUTER, routing_of
 from ...methods.talora import AdapterBank, AdapterPlan, RoutingTable
-from ...methods.talora.attach import adapter_tensors, connect, disconnect, refuse_merged
+from ...methods.talora.attach import adapter_tensors, connect, disconnect, plan_of, refuse_merged
 from ...sampling.observation import calibration_state
 from ...sampling.timestep import require_timesteps
 from ..config import MSFPConfig
@@ -39,7 +39,8 @@ def require_plan(model: nn.Module) -> AdapterPlan:
     Raises:
         StateError: it has none.
     """
-    if routing_of(model) is None:
+    plan = plan_of(model)
+    if plan is None:
         raise StateError(
             f"This {type(model).__name__} must have timestep-aware adapters, but it has none: load them with "
             f"`load_talora`, or fine-tune."
