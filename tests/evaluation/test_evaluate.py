@@ -80,7 +80,7 @@ def test_every_figure_is_there(result, reference, candidate):
     assert result.settings["data"] == {"pictures": 70, "source": "real.npz", "adapted": "as they are"}
     assert result.settings["scheduler"] == "DDIMScheduler"
     assert {"machine", "torch", "diffusers", "diffusers_msfp"} <= set(result.origin)
-    json.dumps(result)
+    json.dumps(result.to_dict())
 
 
 def test_a_pipeline_against_itself(reference):

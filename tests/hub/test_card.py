@@ -65,7 +65,7 @@ EVALUATION = {
         "features": "fashion",
         "scheduler": "DDIMScheduler",
     },
-    "source": "/home/somebody/w4a4",
+    "candidate": "/home/somebody/w4a4",
     "bytes_reference": 3_600_000,
     "bytes_quantized": 1_017_432,
 }
@@ -187,6 +187,19 @@ def test_results_are_told_by_their_fields(tmp_path):
     assert found.sizes == (3_600_000, 1_017_432)
     assert not found.missing("org/base")
     assert "somebody" not in json.dumps(found.published()), "no paths of this machine"
+
+
+def test_results_of_an_earlier_version_are_read(tmp_path):
+    older = dict(EVALUATION)
+    older["settings"] = {"num": 2000, "steps": 20, "seed": 0, "features": "fashion", "scheduler": "DDIMScheduler"}
+    older["bytes_candidate"], older["source"] = older.pop("bytes_quantized"), older.pop("candidate")
+    speed = SPEED | {"rows": [row | {"steps": 1} for row in SPEED["rows"]]}
+    compared = COMPARISON | {"bytes_ref": 2, "bytes_cand": 1}
+    files = [write(tmp_path / f"{n}.json", each) for n, each in enumerate((older, speed, compared))]
+    found = read_results(tmp_path / "model", files)
+    assert found.evaluation == EVALUATION
+    assert found.speed == SPEED | {"rows": [row | {"num_inference_steps": 1} for row in SPEED["rows"]]}
+    assert found.comparison == COMPARISON | {"bytes_reference": 2, "bytes_quantized": 1}
 
 
 def test_results_that_are_none(tmp_path):

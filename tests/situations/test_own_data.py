@@ -101,8 +101,9 @@ def test_latents_are_those_of_training(euler):
     (one,) = photographs(1)
     seen = inputs_of(pipe, images=[one], prompts=["a hat"], guidance_scale=4.0)
     size = 8 * pipe.vae_scale_factor
-    pixels = torch.from_numpy(np.asarray(one.resize((size, size)))).float().permute(2, 0, 1)[None] / 127.5 - 1
-    latents = pipe.vae.encode(pixels).latent_dist.mode()[0] * pipe.vae.config.scaling_factor
+    pixels = torch.from_numpy(np.array(one.resize((size, size)))).float().permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        latents = pipe.vae.encode(pixels).latent_dist.mode()[0] * pipe.vae.config.scaling_factor
     alphas, times = DDIMScheduler.from_config(pipe.scheduler.config).alphas_cumprod, set()
     for sample, timestep in seen:
         uncond, cond = sample.chunk(2)
