@@ -5,7 +5,7 @@ Importing this package registers the quantization method `"msfp"` with diffusers
 
 from .calibration import search_qparams
 from .engines.choose import set_engine
-from .errors import MSFPError
+from .errors import MSFPError, StateError
 from .formats import FORMATS, FPFormat
 from .hub import publish
 from .methods.rounding.config import RoundingConfig
@@ -20,6 +20,7 @@ from .plugin import (
     MSFPPipelineMixin,
     MSFPQuantizer,
     calibrate,
+    dequantize,
     export_adapter,
     import_adapter,
     quantize_pipeline,
@@ -43,11 +44,13 @@ __all__ = [
     "QParams",
     "RoundingConfig",
     "SplitConfig",
+    "StateError",
     "TemporalConfig",
     "calibrate",
     "calibration_state",
     "decode",
     "denoising_factors",
+    "dequantize",
     "encode",
     "export_adapter",
     "fake_quantize",
