@@ -23,8 +23,8 @@ def check_student(model: nn.Module, teacher: nn.Module, method: str, *, learns: 
         learns (`bool`): by gradients.
 
     Raises:
-        ConfigError: the model is still observing, is float16, has what the method forbids, or cannot take what the
-            teacher takes.
+        ConfigError: the model is float16, or cannot take what the teacher takes.
+        StateError: it is still observing, or has what the method forbids; the teacher is quantized.
         ShapeError: the teacher is another model.
     """
     if type(model) is not type(teacher):

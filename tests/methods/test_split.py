@@ -237,7 +237,7 @@ def test_refusals(teacher):
     with pytest.raises(StateError, match="without adapters"):
         split_shortcuts(pipe, adapted, SHORT)
     maintain_temporal(pipe, teacher, TemporalConfig(iterations=0, num_inference_steps=3))
-    with pytest.raises(ConfigError, match="before temporal maintenance"):
+    with pytest.raises(StateError, match="before temporal maintenance"):
         split_shortcuts(pipe, teacher, SHORT)
     with pytest.raises(ConfigError, match="num_samples"):
         SplitConfig(num_samples=0)

@@ -47,8 +47,8 @@ def test_compare_with_guidance(folders):
     assert 0 < result.eps_rel_l2 < 0.3
     assert len(result.eps_rel_l2_by_timestep) == 3
     same = compare_pipelines(reference, reference, num_samples=1, num_inference_steps=2)
-    assert same["eps_mse"] == 0
-    assert same["image_psnr_db"] == 100
+    assert same.eps_mse == 0
+    assert same.image_psnr_db == 100
 
 
 def test_style_lora_through_the_pipeline(folders, tmp_path):

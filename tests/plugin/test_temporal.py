@@ -350,7 +350,7 @@ def test_pipelines_that_do_not_fit_are_refused(cached, packed_pipe, teacher):
     with pytest.raises(ShapeError, match="must be the model that was quantized"):
         maintain_temporal(packed_pipe, make_dit_pipe(norm_num_groups=4))
     finetune(packed_pipe, teacher, FinetuneConfig(train_steps=1, batch_size=2, num_inference_steps=2, rank=2))
-    with pytest.raises(ConfigError, match="comes before fine-tuning"):
+    with pytest.raises(StateError, match="comes before fine-tuning"):
         maintain_temporal(packed_pipe, teacher)
     observing = quantize_pipeline(copy.deepcopy(teacher), "w4a16")
     figures = maintain_temporal(observing, teacher, TemporalConfig(**STEPS, iterations=0, cache_above=0.0))

@@ -70,7 +70,7 @@ def test_eta(make):
         compare_pipelines(pipe, pipe, num_samples=2, num_inference_steps=3, eta=eta, on_pictures=lambda *_: None)
         for eta in (1.0, 0.0)
     )
-    assert noisy["image_psnr_db"] == calm["image_psnr_db"] == 100
+    assert noisy.image_psnr_db == calm.image_psnr_db == 100
 
 
 @pytest.mark.situation("`eta` 1 puts noise into the steps of every pipeline, whatever its own default is", "right")

@@ -127,7 +127,7 @@ def test_one_step(kind):
     pipe = quantize_pipeline(copy.deepcopy(teacher), "w4a4", **ONE, **arguments)
     assert calibration_state(pipe) == "frozen"
     before = compare_pipelines(teacher, pipe, **ONE, **arguments)
-    assert len(before["eps_rel_l2_by_timestep"]) == 1
+    assert len(before.eps_rel_l2_by_timestep) == 1
     config = TemporalConfig(num_inference_steps=1, iterations=4, cache_above=0.0)
     if kind == "LCM":  # its embedding depends on the guidance too
         with pytest.raises(NothingToDoError, match="there is nothing to maintain"):
