@@ -8,6 +8,8 @@ from .engines.choose import set_engine
 from .errors import MSFPError, StateError
 from .formats import FORMATS, FPFormat
 from .hub import publish
+from .methods.correction.attach import uncorrect_output
+from .methods.correction.fit import CorrectionConfig, correct_output
 from .methods.rounding.config import RoundingConfig
 from .methods.rounding.learn import learn_rounding
 from .methods.split.shortcuts import SplitConfig, split_shortcuts
@@ -35,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FORMATS",
     "SCHEMES",
+    "CorrectionConfig",
     "FPFormat",
     "FinetuneConfig",
     "MSFPConfig",
@@ -48,6 +51,7 @@ __all__ = [
     "TemporalConfig",
     "calibrate",
     "calibration_state",
+    "correct_output",
     "decode",
     "denoising_factors",
     "dequantize",
@@ -64,6 +68,7 @@ __all__ = [
     "search_qparams",
     "set_engine",
     "split_shortcuts",
+    "uncorrect_output",
 ]
 
 register()

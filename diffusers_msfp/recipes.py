@@ -17,7 +17,7 @@ class Stage:
     """One stage.
 
     Args:
-        name (`str`): `"split"`, `"temporal"`, `"rounding"` or `"talora"`.
+        name (`str`): `"split"`, `"temporal"`, `"rounding"`, `"talora"` or `"correction"`.
         settings (`Mapping`): that differ from the defaults of the stage's config.
     """
 

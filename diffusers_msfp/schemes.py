@@ -32,15 +32,18 @@ class LayerScheme:
         weight (`tuple[str, ...]`): names of signed formats, one scale per output channel.
         activation (`tuple[str, ...]`): names of signed and unsigned formats, one scale per tensor; empty leaves the
             input float. Unsigned ones are tried with a zero point, where the data allow it.
+        residual (`tuple[str, ...]`): instead of `activation` where the input is a residual sum that no norm has scaled;
+            empty for no difference.
     """
 
     weight: tuple[str, ...]
     activation: tuple[str, ...] = ()
+    residual: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.weight:
             raise ConfigError("A scheme needs at least one weight format, but got none.")
-        for name in self.weight + self.activation:
+        for name in self.weight + self.activation + self.residual:
             fmt = FORMATS[name]
             if name in self.weight and not fmt.signed:
                 raise ConfigError(f"Weights need signed formats, but `{name}` is unsigned. Use it for activations.")
@@ -66,36 +69,100 @@ class QuantScheme:
         """The same scheme with these of its candidates."""
 
         def reduced(layer: LayerScheme) -> LayerScheme:
-            kept = ([name for name in names if name in formats] for names in (layer.weight, layer.activation))
-            return LayerScheme(*map(tuple, kept))
+            places = (layer.weight, layer.activation, layer.residual)
+            return LayerScheme(*(tuple(name for name in names if name in formats) for names in places))
 
         return QuantScheme(reduced(self.inner), reduced(self.edge), reduced(self.input))
 
 
-def _scheme(weight_bits: int, activation_bits: int | None, *, mixup: bool = True) -> QuantScheme:
-    def layer(w: int, a: int | None) -> LayerScheme:
-        activation = candidates(a, signed=True) + (candidates(a, signed=False) if mixup else ()) if a else ()
-        return LayerScheme(candidates(w, signed=True), activation)
+BYTE = 255
+"""The largest range of lattice integers that one byte holds, as 8-bit products want it."""
 
-    edge = layer(8, 8 if activation_bits else None)
+
+def fits_byte(name: str) -> bool:
+    """Whether a format's lattice integers fit one byte, signed or unsigned."""
+    fmt = FORMATS[name]
+    return fmt.lattice_max * (2 if fmt.signed else 1) <= BYTE
+
+
+def _scheme(
+    weight_bits: int, activation_bits: int | None, *, mixup: bool = True, wide: bool = False, pure: bool = False
+) -> QuantScheme:
+    """A scheme by its bits.
+
+    Args:
+        mixup (`bool`): unsigned formats are candidates too.
+        wide (`bool`): 8-bit formats need not fit one byte.
+        pure (`bool`): residual sums get no more bits than other inputs.
+    """
+
+    def narrow(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name for name in names if wide or FORMATS[name].bits < EDGE_BITS or fits_byte(name))
+
+    def layer(w: int, a: int | None) -> LayerScheme:
+        def inputs(bits: int) -> tuple[str, ...]:
+            return narrow(candidates(bits, signed=True) + (candidates(bits, signed=False) if mixup else ()))
+
+        if a is None:
+            return LayerScheme(candidates(w, signed=True))
+        residual = () if pure or a >= EDGE_BITS else inputs(EDGE_BITS)
+        return LayerScheme(narrow(candidates(w, signed=True)), inputs(a), residual)
+
+    edge = layer(EDGE_BITS, EDGE_BITS if activation_bits else None)
     return QuantScheme(layer(weight_bits, activation_bits), edge, replace(edge, activation=()))
 
 
+EDGE_BITS = 8
 SCHEMES: Registry[QuantScheme] = Registry("scheme")
-"""Presets by name: `w{weight bits}a{activation bits}`; `a16` leaves activations float."""
+"""Presets by name: `w{weight bits}a{activation bits}`; `a16` leaves activations float.
+
+Every 8-bit format fits one byte, so that 8-bit products serve. `…-wide` also tries those that need two bytes (E4M3 and
+the like): less error, slower. Below 8 bits, layers that read a residual sum get 8-bit inputs, at no byte; `…-pure`, for
+ablation, gives them no more bits than others.
+"""
+_VERSION_1: dict[str, QuantScheme] = {}
+_UNIFORM = tuple(name for name, fmt in FORMATS.items() if fmt.exponent_bits == 1)
+
+
+def _add(
+    name: str,
+    weight_bits: int,
+    activation_bits: int | None,
+    *,
+    formats: Sequence[str] | None = None,
+    mixup: bool = True,
+) -> None:
+    def made(**more: bool) -> QuantScheme:
+        scheme = _scheme(weight_bits, activation_bits, mixup=mixup, **more)
+        return scheme if formats is None else scheme.only(formats)
+
+    SCHEMES.add(name, made())
+    _VERSION_1[name] = made(wide=True, pure=True)
+    if activation_bits is not None and activation_bits < EDGE_BITS:
+        SCHEMES.add(f"{name}-pure", made(pure=True))
+    if formats is None and activation_bits == EDGE_BITS:
+        SCHEMES.add(f"{name}-wide", made(wide=True))
+
 
 for _w, _a in ((4, 4), (4, 6), (4, 8), (6, 6), (8, 8), (4, None), (6, None), (8, None)):
-    SCHEMES.add(f"w{_w}a{_a or 16}", _scheme(_w, _a))
+    _add(f"w{_w}a{_a or 16}", _w, _a)
 # Baselines to compare with: signed formats only (as LLM-FP4), and uniform grids with the same search.
-_UNIFORM = tuple(name for name, fmt in FORMATS.items() if fmt.exponent_bits == 1)
 for _w, _a in ((4, 4), (4, 8), (6, 6), (8, 8)):
-    SCHEMES.add(f"w{_w}a{_a}-signed", _scheme(_w, _a, mixup=False))
-    SCHEMES.add(f"int-w{_w}a{_a}", SCHEMES[f"w{_w}a{_a}"].only(_UNIFORM))
-# Only formats that fit 8-bit integers: no input is split into two bytes, no weight needs 16 bits. It costs error: on
-# the embedded model 6 % more at w4a8, and 75 % more at w8a8, where there is little.
-for _name in ("w4a8", "w8a8"):
-    SCHEMES.add(f"{_name}-int8", SCHEMES[_name].only(("fp4_e1m2", "fp4_e2m1", "fp4_e3m0", "fp8_e1m6", "fp8_ue1m7")))
+    _add(f"w{_w}a{_a}-signed", _w, _a, mixup=False)
+    _add(f"int-w{_w}a{_a}", _w, _a, formats=_UNIFORM)
 DEFAULT_SCHEME = "w4a8"
+
+# What names meant in checkpoints of format version 1, which go on as they began.
+for _name in ("w4a8", "w8a8"):
+    _one_byte = ("fp4_e1m2", "fp4_e2m1", "fp4_e3m0", "fp8_e1m6", "fp8_ue1m7")
+    _VERSION_1[f"{_name}-int8"] = _VERSION_1[_name].only(_one_byte)
+    SCHEMES.add(f"{_name}-int8", SCHEMES[_name])  # their former name
+
+
+def scheme_of(name: str, format_version: int | None = None) -> QuantScheme:
+    """A scheme by its name, as a checkpoint of this format version means it; None for the newest."""
+    return _VERSION_1[name] if format_version == 1 and name in _VERSION_1 else SCHEMES[name]
+
 
 INPUT_PATTERNS = ("conv_in", "encoder.conv_in", "decoder.conv_in", "pos_embed.proj", "x_embedder", "patch_embed.proj")
 EDGE_PATTERNS = (
@@ -128,7 +195,7 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) if "*" in pattern else pattern in name
 
 
-def resolve(name: str, scheme: str, overrides: Mapping[str, str]) -> LayerScheme:
+def resolve(name: str, scheme: str, overrides: Mapping[str, str], format_version: int | None = None) -> LayerScheme:
     """The candidates of one layer.
 
     Args:
@@ -136,15 +203,17 @@ def resolve(name: str, scheme: str, overrides: Mapping[str, str]) -> LayerScheme
         scheme (`str`): name in `SCHEMES`.
         overrides (`Mapping[str, str]`): pattern → scheme; the last one that matches wins and is taken at its word,
             also for edge and input layers.
+        format_version (`int`, *optional*): see `scheme_of`.
     """
+    wanted = scheme_of(scheme, format_version)
     for pattern, override in reversed([*overrides.items()]):
         if matches(pattern, name):
-            return SCHEMES[override].inner
+            return scheme_of(override, format_version).inner
     if any(fnmatchcase(name, pattern) for pattern in INPUT_PATTERNS):
-        return SCHEMES[scheme].input
+        return wanted.input
     if any(fnmatchcase(name, pattern) for pattern in EDGE_PATTERNS):
-        return SCHEMES[scheme].edge
-    return SCHEMES[scheme].inner
+        return wanted.edge
+    return wanted.inner
 
 
 def check_patterns(patterns: Sequence[str], names: Sequence[str], what: str) -> None:

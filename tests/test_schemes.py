@@ -1,5 +1,7 @@
 """Schemes, patterns and which layer gets what."""
 
+import re
+
 import pytest
 from conftest import make_unet
 from torch import nn
@@ -7,20 +9,34 @@ from torch import nn
 from diffusers_msfp import FORMATS, SCHEMES
 from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.layers.convert import Conversion
-from diffusers_msfp.schemes import LayerScheme, matches, resolve, weights_only
+from diffusers_msfp.schemes import LayerScheme, fits_byte, matches, resolve, scheme_of, weights_only
 
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_widths_are_what_the_name_says(name):
     scheme = SCHEMES[name]
-    digits = [
-        int(n) for n in name.replace("int-", "").replace("-signed", "").replace("-int8", "").lstrip("w").split("a")
-    ]
-    weight, activation = digits
+    weight, activation = map(int, re.fullmatch(r"(?:int-)?w(\d)a(\d+)(?:-signed|-int8|-pure|-wide)*", name).groups())
     assert {FORMATS[f].bits for f in scheme.inner.weight} == {weight}
     assert {FORMATS[f].bits for f in scheme.inner.activation} == ({activation} if activation != 16 else set())
     assert {FORMATS[f].bits for f in scheme.edge.weight + scheme.input.weight} == {8}
     assert scheme.input.activation == ()
+    residual = activation < 8 and "-pure" not in name
+    assert {FORMATS[f].bits for f in scheme.inner.residual} == ({8} if residual else set())
+    assert scheme.edge.residual == scheme.input.residual == ()
+    eight = [f for f in scheme.inner.activation + scheme.inner.residual + scheme.edge.activation if f[2] == "8"]
+    assert all(map(fits_byte, eight)) != ("-wide" in name)
+
+
+def test_a_byte_holds_what_fits_it():
+    assert {name for name in FORMATS if fits_byte(name) and FORMATS[name].bits == 8} == {"fp8_e1m6", "fp8_ue1m7"}
+    assert all(fits_byte(name) for name in ("fp4_e3m0", "fp4_ue3m1", "fp6_e2m3", "fp6_ue2m4"))
+
+
+def test_version_1_means_what_it_meant():
+    assert scheme_of("w4a4", 1).inner.residual == ()
+    assert "fp8_e4m3" in scheme_of("w4a8", 1).inner.activation
+    assert "fp8_e4m3" not in scheme_of("w4a8", 2).inner.activation
+    assert scheme_of("w4a8-int8", 1).inner.activation == ("fp8_e1m6", "fp8_ue1m7")
 
 
 @pytest.mark.parametrize("name", SCHEMES)

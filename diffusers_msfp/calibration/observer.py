@@ -35,9 +35,10 @@ class Observation:
         """The valid part of the sample, float32."""
         return self.sample[: min(int(self.count), CAPACITY)]
 
-    def values(self) -> Tensor:
-        """What a range is searched for: the sample and both ends of the range, float32; empty if nothing was seen."""
-        return torch.cat([self.drawn(), self.range]) if int(self.count) else self.sample[:0]
+    def bounds(self) -> tuple[float, float]:
+        """Smallest and largest of all values; they are no part of the sample, where they would weigh far too much."""
+        low, high = self.range.tolist()
+        return low, high
 
 
 def observe(observation: Observation, x: Tensor, module_name: str) -> None:

@@ -5,10 +5,13 @@ candidate costs one binary search per cell border, whatever the number of values
 The minimum is the one that trying all candidates on all values finds.
 
 Search ranges (our choice, since the paper's were not found): weights 0.3 to 2.0 times the largest magnitude of their
-channel, because 4-bit formats want to clip and wide-exponent formats to stretch; activations up to 1.2 times the
-range. The zero point runs over the lattice integers on the grid that reach down to the smallest value.
+channel, because 4-bit formats want to clip and wide-exponent formats to stretch; activations 0.001 to 1.2 times the
+range, in equal ratios, for with outliers the best lies far below the largest value. The neighbourhood of the best is
+searched again more finely. The zero point runs over the lattice integers on the grid that reach down to the smallest
+value.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -23,13 +26,16 @@ from ..numerics import QParams
 from ..numerics.qparams import TINY
 from ..numerics.rounding import check_finite
 
-SILU_MINIMUM = -0.27846455
-"""The smallest value of x · sigmoid(x)."""
-
 WEIGHT_RATIOS = (0.3, 2.0)
-ACTIVATION_RATIOS = (0.012, 1.2)
+ACTIVATION_RATIOS = (0.001, 1.2)
 NUM_SCALES = 100
-"""Scales tried per format; on the embedded model 30 cost 2 to 10 % more error, 300 gained nothing."""
+"""Scales of weights tried per format; on the embedded model 30 cost 2 to 10 % more error."""
+NUM_RATIOS = 80
+"""Scales of activations tried per format."""
+SKEW = 1.25
+"""So many times further the positives reach than the negatives where unsigned formats are tried."""
+NUM_REFINED = 15
+"""Scales tried between the neighbours of the best."""
 MAX_ZERO_POINTS = 8
 """Zero points tried per scale: all if there are no more, else 0 and the upper half of the reach, evenly."""
 _CHUNK = 2**18  # candidate levels held at once; more would not fit into the cache
@@ -82,8 +88,19 @@ def _unit_scale(scale: Tensor, fmt: FPFormat) -> Tensor:
     return scale.clamp(TINY / fmt.step, torch.finfo(torch.float32).max / fmt.max)
 
 
-def _ratios(bounds: tuple[float, float], device: torch.device) -> Tensor:
-    return torch.linspace(*bounds, NUM_SCALES, device=device)
+def _weight_ratios(device: torch.device) -> Tensor:
+    return torch.linspace(*WEIGHT_RATIOS, NUM_SCALES, device=device)
+
+
+def _activation_ratios(device: torch.device) -> Tensor:
+    low, high = ACTIVATION_RATIOS
+    return torch.logspace(math.log10(low), math.log10(high), NUM_RATIOS, device=device)
+
+
+def _refined(ratios: Tensor, best: Tensor) -> Tensor:
+    """Ratios between the neighbours of the best ones: indices of any shape → `(…, NUM_REFINED)`."""
+    low, high = (ratios[(best + step).clamp(0, len(ratios) - 1)][..., None] for step in (-1, 1))
+    return low + (high - low) * torch.linspace(0, 1, NUM_REFINED + 2, device=ratios.device)[1:-1]
 
 
 def search_weight(weight: Tensor, formats: Sequence[str]) -> SearchResult:
@@ -120,25 +137,36 @@ def search_weight(weight: Tensor, formats: Sequence[str]) -> SearchResult:
         energy += rows.energy.sum()
         amax = rows.values[:, -1]
         for i, fmt in enumerate(signed):
-            scale = _unit_scale(_ratios(WEIGHT_RATIOS, weight.device) * amax[:, None] / fmt.max, fmt)  # (R, S)
             grid = torch.tensor(fmt.magnitudes, dtype=torch.float64, device=weight.device) * fmt.step
-            best = rows.error(scale.to(torch.float64)[..., None] * grid).min(dim=1)
-            errors[i][start : start + step] = best.values
-            found = scale.gather(1, best.indices[:, None])[:, 0]
+            ratios = _weight_ratios(weight.device)
+            error, found, index = _best_ratio(rows, amax, fmt, grid, ratios)
+            finer_error, finer, _ = _best_ratio(rows, amax, fmt, grid, _refined(ratios, index))
+            errors[i][start : start + step] = torch.minimum(error, finer_error)
+            found = torch.where(finer_error < error, finer, found)
             scales[i][start : start + step] = torch.where(amax > 0, found, 1.0)
     winner = min(range(len(signed)), key=lambda i: errors[i].sum().item())
     relative = (errors[winner].sum() / energy).nan_to_num(0.0)
     return SearchResult(QParams(signed[winner], scales[winner].view(shape)), relative.to(torch.float32))
 
 
-def is_anomalous(low: float, high: float) -> bool:
-    """Whether an unsigned format can win: negatives squeezed into SiLU's range and smaller than the positives.
+def _best_ratio(
+    rows: _SortedRows, amax: Tensor, fmt: FPFormat, grid: Tensor, ratios: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row the least error, its scale and the index of its ratio, `(R,)` each; ratios `(S,)` or `(R, S)`."""
+    scale = _unit_scale(ratios * amax[:, None] / fmt.max, fmt)  # (R, S)
+    best = rows.error(scale.to(torch.float64)[..., None] * grid).min(dim=1)
+    return best.values, scale.gather(1, best.indices[:, None])[:, 0], best.indices
+
+
+def is_skewed(low: float, high: float) -> bool:
+    """Whether unsigned formats are worth trying: the positives reach clearly further than the negatives.
 
     Source:
-        arXiv 2505.21591 calls these anomalous-activation layers (AAL), the others normal (NAL); the test on the data
-        instead of the network's structure is our choice, so that any place behind a SiLU is found.
+        arXiv 2505.21591 takes unsigned formats for layers behind SiLU, whose values never fall below -0.28 (it calls
+        them anomalous-activation layers); the test on the data instead of the network's structure is our choice, so
+        that any skewed input may have a zero point where that lowers the error.
     """
-    return low >= SILU_MINIMUM * 1.01 and -low < high
+    return -low * SKEW < high
 
 
 def search_qparams(x: Tensor, formats: Sequence[str], *, per_channel: bool = False) -> QParams:
@@ -147,7 +175,7 @@ def search_qparams(x: Tensor, formats: Sequence[str], *, per_channel: bool = Fal
     Args:
         x (`Tensor`, any shape, float32/bfloat16/float16): finite values; a sample of an activation, or a weight.
         formats (`Sequence[str]`): candidate names. Unsigned ones are tried, with a zero point, only where they can
-            win: with `per_channel` never, else if `is_anomalous` holds for the smallest and largest value.
+            win: with `per_channel` never, else if `is_skewed` holds for the smallest and largest value.
         per_channel (`bool`): one scale per index of axis 0 instead of one per tensor.
 
     Returns:
@@ -169,12 +197,17 @@ def search_qparams(x: Tensor, formats: Sequence[str], *, per_channel: bool = Fal
     return search_weight(x, [name for name in formats if FORMATS[name].signed]).qparams
 
 
-def search_activation(x: Tensor, formats: Sequence[str]) -> SearchResult:
-    """`search_qparams` for one tensor, with the error that remains; `x` and `formats` as there."""
+def search_activation(x: Tensor, formats: Sequence[str], bounds: tuple[float, float] | None = None) -> SearchResult:
+    """`search_qparams` for one tensor, with the error that remains.
+
+    Args:
+        x (`Tensor`), formats (`Sequence[str]`): as in `search_qparams`.
+        bounds (`tuple[float, float]`, *optional*): smallest and largest of all values of which `x` is a sample.
+    """
     check_finite(x, "Values to search a range for")
     values = x.detach().flatten().to(torch.float32)
-    low, high = (v.item() for v in torch.aminmax(values)) if values.numel() else (0.0, 0.0)
-    allowed = [FORMATS[name] for name in formats if FORMATS[name].signed or is_anomalous(low, high)]
+    low, high = bounds or ((v.item() for v in torch.aminmax(values)) if values.numel() else (0.0, 0.0))
+    allowed = [FORMATS[name] for name in formats if FORMATS[name].signed or is_skewed(low, high)]
     if not allowed:
         raise ConfigError(f"Values from {low:.4g} to {high:.4g} need a signed format, but got only {list(formats)}.")
     if low == high == 0.0:
@@ -184,33 +217,46 @@ def search_activation(x: Tensor, formats: Sequence[str]) -> SearchResult:
     rows = _SortedRows(values[None])
     best: tuple[float, QParams | None] = (torch.inf, None)
     for fmt in allowed:
-        scale, k = _tensor_candidates(fmt, low, high, values.device)  # (P,), (P,)
-        lattice = torch.tensor(fmt.lattice, dtype=torch.float64, device=values.device)
-        unit = (scale * fmt.step).to(torch.float64)
-        for part in torch.arange(len(scale), device=values.device).split(max(1, _CHUNK // len(lattice))):
-            levels = (lattice - k[part, None]) * unit[part, None]
-            error, index = rows.error(levels[None])[0].min(0)
-            if error.item() < best[0]:
-                chosen = part[index]
-                zero_point = -k[chosen].to(torch.float32) * (scale[chosen] * fmt.step)
-                best = (error.item(), QParams(fmt, scale[chosen].clone(), zero_point))
-    return SearchResult(cast(QParams, best[1]), torch.tensor(best[0] / rows.energy.item(), device=x.device))
+        ratios = _activation_ratios(values.device)
+        coarse = _best_of(rows, fmt, ratios, low, high)
+        finer = _best_of(rows, fmt, _refined(ratios, coarse[2]), low, high)
+        best = min(best, coarse[:2], finer[:2], key=lambda found: found[0])
+    energy = rows.energy.item()  # of a sample; it may be of zeros alone
+    return SearchResult(cast(QParams, best[1]), torch.tensor(best[0] / energy if energy else 0.0, device=x.device))
 
 
-def _tensor_candidates(fmt: FPFormat, low: float, high: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pairs of scale (float32) and zero point in lattice steps (float64), `(P,)` each."""
+def _best_of(
+    rows: _SortedRows, fmt: FPFormat, ratios: Tensor, low: float, high: float
+) -> tuple[float, QParams, Tensor]:
+    """Error and parameters of the best candidate of a format, and the index of its ratio."""
+    scale, k, ratio = _tensor_candidates(fmt, low, high, ratios)
+    lattice = torch.tensor(fmt.lattice, dtype=torch.float64, device=ratios.device)
+    unit = (scale * fmt.step).to(torch.float64)
+    errors = [
+        rows.error(((lattice - k[part, None]) * unit[part, None])[None])[0]
+        for part in torch.arange(len(scale), device=ratios.device).split(max(1, _CHUNK // len(lattice)))
+    ]
+    error, chosen = torch.cat(errors).min(0)
+    zero_point = -k[chosen].to(torch.float32) * (scale[chosen] * fmt.step)
+    return error.item(), QParams(fmt, scale[chosen].clone(), zero_point), ratio[chosen]
+
+
+def _tensor_candidates(fmt: FPFormat, low: float, high: float, ratios: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale (float32), zero point in lattice steps (float64) and index of the ratio, `(P,)` each."""
     span = max(-low, high) if fmt.signed else high - min(low, 0.0)
-    scale = _unit_scale(_ratios(ACTIVATION_RATIOS, device) * (span / fmt.max), fmt)
+    scale = _unit_scale(ratios * (span / fmt.max), fmt)
+    index = torch.arange(len(ratios), device=ratios.device)
     if fmt.signed:
-        return scale, torch.zeros_like(scale, dtype=torch.float64)
-    magnitudes = torch.tensor(fmt.magnitudes, dtype=torch.float64, device=device)
-    scales, steps = [], []
-    for value in scale:
+        return scale, torch.zeros_like(scale, dtype=torch.float64), index
+    magnitudes = torch.tensor(fmt.magnitudes, dtype=torch.float64, device=ratios.device)
+    scales, steps, indices = [], [], []
+    for value, i in zip(scale, index, strict=True):
         reach = int((magnitudes * (value.item() * fmt.step) < -low).sum()) + 1  # up to the first that covers `low`
         picks = _zero_point_picks(min(reach, len(magnitudes)))
         scales.append(value.expand(len(picks)))
-        steps.append(magnitudes[picks.to(device)])
-    return torch.cat(scales), torch.cat(steps)
+        steps.append(magnitudes[picks.to(ratios.device)])
+        indices.append(i.expand(len(picks)))
+    return torch.cat(scales), torch.cat(steps), torch.cat(indices)
 
 
 def _zero_point_picks(reach: int) -> Tensor:

@@ -9,7 +9,7 @@ Beside the keys of version 1, `quantization_config` of version 2 holds:
 | `adapters.reads` | `"float"` or `"codes"`: what adapters beside the weights read; absent means `"float"` | `"float"` |
 | `layers[…].group_size` | group scales of the weights, see below | no |
 | `timestep_scales` | the input's scales by timestep, see `TimestepScales` | no |
-| `output_correction` | correction of the output by timestep, see `OutputCorrection` | no |
+| `output_correction` | correction of the output by timestep, see `methods.correction.CorrectionTable` | yes |
 | `channel_scales` | scales per input channel, see `ChannelScales` | no |
 
 `group_size` (whole number ≥ 2): so many consecutive weights of an output channel, its input dimensions flattened, share
@@ -30,7 +30,7 @@ from ..errors import CheckpointError
 FORMAT_VERSION = 2
 MAX_ENTRIES = 2**16
 LAYER_KEYS = {"weight", "input", "modules"}
-CALIBRATION_KEYS = {"state", "last_timestep", "has_fallen", "first_timestep"}
+CALIBRATION_KEYS = {"state", "last_timestep", "has_fallen", "first_timestep", "residual"}
 NEWER = "it needs a newer package: `pip install -U diffusers-msfp`."
 
 
@@ -56,24 +56,6 @@ class TimestepScales:
 
 
 @dataclass(frozen=True)
-class OutputCorrection:
-    """The model's output as `a_t * output + b_t * input + c_t`, by timestep and channel. Not executed yet.
-
-    Args:
-        entries (`int`): S. Tensors of float32: `output_correction.timesteps` `(S,)`, ascending, and
-            `output_correction.a`, `.b`, `.c`, `(S, channels)`.
-        channels (`int`): of the output; 1 serves all.
-    """
-
-    entries: int
-    channels: int
-
-    def __post_init__(self) -> None:
-        _require("output_correction.entries", self.entries, _whole(self.entries, 1, MAX_ENTRIES))
-        _require("output_correction.channels", self.channels, _whole(self.channels, 1, MAX_ENTRIES))
-
-
-@dataclass(frozen=True)
 class ChannelScales:
     """A factor for each input channel, folded into the weight's columns. Not executed yet.
 
@@ -92,7 +74,6 @@ class ChannelScales:
 
 RESERVED = {
     "timestep_scales": TimestepScales,
-    "output_correction": OutputCorrection,
     "channel_scales": ChannelScales,
 }
 """Key of a record → what it must hold."""
@@ -154,8 +135,12 @@ def check_version_1(record: Mapping) -> None:
     """Refuse what changes the meaning of a part that version 1 has too.
 
     Raises:
-        CheckpointError: a kind of adapters, which only version 2 can say.
+        CheckpointError: a kind of adapters or a correction of the output, which only version 2 can say.
     """
+    if record.get("output_correction") is not None:
+        raise CheckpointError(
+            "`output_correction` in config.json belongs to format version 2, but it says 1: damaged file."
+        )
     adapters = record.get("adapters")
     if isinstance(adapters, Mapping) and "reads" in adapters:
         raise CheckpointError(

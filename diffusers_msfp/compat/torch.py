@@ -37,8 +37,8 @@ __all__ = [
     "pre_hooks",
     "put_bias",
     "put_tensor",
+    "remove_hooks",
     "remove_load_hooks",
-    "remove_pre_hooks",
     "replace_children",
     "tensors_of",
     "tree_flatten",
@@ -179,13 +179,18 @@ def pre_hooks(module: nn.Module) -> Iterator:
     yield from module._forward_pre_hooks.values()
 
 
-def remove_pre_hooks(module: nn.Module, unwanted: Callable[[object], bool]) -> int:
-    """Take off the hooks that are not wanted any more, and say how many; a handle would not survive a copy."""
-    found = [key for key, hook in module._forward_pre_hooks.items() if unwanted(hook)]
-    for key in found:
-        del module._forward_pre_hooks[key]
-        module._forward_pre_hooks_with_kwargs.pop(key, None)
-    return len(found)
+def remove_hooks(module: nn.Module, unwanted: Callable[[object], bool]) -> bool:
+    """Take off the hooks around `forward` that are not wanted any more, and say whether there were some; a handle would
+    not survive a copy."""
+    found = False
+    for before_or_after in ("forward_pre_hooks", "forward_hooks"):
+        hooks = getattr(module, f"_{before_or_after}")
+        for key in [key for key, hook in hooks.items() if unwanted(hook)]:
+            del hooks[key]
+            getattr(module, f"_{before_or_after}_with_kwargs").pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)
+            found = True
+    return found
 
 
 def is_hooked(module: nn.Module) -> bool:

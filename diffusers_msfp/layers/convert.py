@@ -38,7 +38,12 @@ class Conversion:
 
     @classmethod
     def plan(
-        cls, model: nn.Module, scheme: str, keep: Sequence[str] = (), overrides: Mapping[str, str] | None = None
+        cls,
+        model: nn.Module,
+        scheme: str,
+        keep: Sequence[str] = (),
+        overrides: Mapping[str, str] | None = None,
+        format_version: int | None = None,
     ) -> "Conversion":
         """Decide by name and kind.
 
@@ -46,6 +51,7 @@ class Conversion:
             scheme (`str`): name in `SCHEMES`.
             keep (`Sequence[str]`): patterns of modules that stay float.
             overrides (`Mapping[str, str]`): pattern → scheme.
+            format_version (`int`, *optional*): of the checkpoint that names the schemes, see `schemes.scheme_of`.
 
         Raises:
             ConfigError: unknown scheme, a pattern that matches nothing, or nothing to convert.
@@ -82,7 +88,7 @@ class Conversion:
             elif not module.weight.is_floating_point():
                 skipped[name] = f"its weight is {module.weight.dtype}: already quantized by something else"
             else:
-                layers[name] = resolve(name, scheme, overrides)
+                layers[name] = resolve(name, scheme, overrides, format_version)
         if not layers:
             kinds = ", ".join(cls.__name__ for cls in QUANT_LAYERS)
             raise ConfigError(f"A model must have a layer to quantize ({kinds}), but {type(model).__name__} has none.")

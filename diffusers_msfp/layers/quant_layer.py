@@ -240,9 +240,10 @@ class QuantLayer(Execution, ABC):
         Returns:
             `bool`: False if nothing was seen; the input then stays float for good.
         """
-        values = cast(Observation, self.observation).values()
+        observation = cast(Observation, self.observation)
+        values = observation.drawn()
         if len(values):
-            result = search_activation(values, self.input_candidates)
+            result = search_activation(values, self.input_candidates, observation.bounds())
             self.expect_input(result.qparams.format, self.packed_weight.device)
             stored = (result.qparams.scale, result.qparams.zero_point, result.error)
             for name, value in zip(INPUT_TENSORS, stored, strict=True):

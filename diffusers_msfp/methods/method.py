@@ -31,6 +31,8 @@ class Part:
         require_float (`Callable`, *optional*): `(model)` refuses a model that cannot become float again.
         detach (`Callable`, *optional*): `(model)` takes it off.
         of_ranges (`bool`): whether it belongs to the inputs' ranges and goes when these are observed anew.
+        since (`int`): the format version that has a place for it; a model that was loaded from an older one and has it
+            now is saved as this one.
         describe (`Callable`, *optional*): `(record, tensors) -> dict` for `inspect`, from a checkpoint's small ones.
     """
 
@@ -44,6 +46,7 @@ class Part:
     require_float: Callable[[nn.Module], None] | None = None
     detach: Callable[[nn.Module], None] | None = None
     of_ranges: bool = False
+    since: int = 1
     describe: Callable[[Any, Mapping], dict] | None = None
 
 
@@ -91,6 +94,11 @@ def read_part(cls: type, key: str, record: object) -> Any:
         raise CheckpointError(f"`{key}` in config.json is malformed ({error}): damaged file.") from error
 
 
+CORRECTED = (
+    "The output of this model is corrected for the weights that it has, which would change. Take the correction off "
+    "first (`uncorrect_output(pipe)`), and fit it again afterwards."
+)
+"""Why methods that change weights layer by layer forbid a correction before them."""
 METHODS: Registry[Method] = Registry("method")
 """Methods by name, in the order in which recipes run them."""
 

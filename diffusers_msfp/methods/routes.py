@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..compat.torch import remove_pre_hooks
+from ..compat.torch import remove_hooks
 from ..compat.wrappers import forget_compiled
 from ..errors import ConfigError
 from ..sampling.timestep import TimestepArgument
@@ -43,7 +43,7 @@ class RouteHook:
 
 def remove_route_hooks(model: nn.Module, module_name: str) -> None:
     """Look up nothing at this place any more."""
-    if remove_pre_hooks(model, lambda hook: isinstance(hook, RouteHook) and hook.module_name == module_name):
+    if remove_hooks(model, lambda hook: isinstance(hook, RouteHook) and hook.module_name == module_name):
         forget_compiled()
 
 

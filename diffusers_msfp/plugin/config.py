@@ -139,7 +139,9 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
 
     def plan(self, model: nn.Module) -> Conversion:
         """What to do with each layer of a model."""
-        return Conversion.plan(model, self.scheme, self.modules_to_not_convert, self.scheme_overrides)
+        return Conversion.plan(
+            model, self.scheme, self.modules_to_not_convert, self.scheme_overrides, self.format_version
+        )
 
     def take_record(self) -> ModelRecord:
         """The record of a checkpoint that is being loaded, which the model's config does not keep.

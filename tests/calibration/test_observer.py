@@ -26,10 +26,10 @@ def test_memory_is_bounded_and_the_range_exact():
 def test_small_inputs_are_kept_whole_and_empty_ones_ignored():
     observation = Observation()
     observe(observation, torch.zeros(0), "a")
-    assert len(observation.values()) == 0
+    assert len(observation.drawn()) == 0
     observe(observation, torch.tensor([1.0, 2.0]), "a")
-    assert set(observation.values().tolist()) <= {1.0, 2.0}
-    assert observation.range.tolist() == [1.0, 2.0]
+    assert set(observation.drawn().tolist()) <= {1.0, 2.0}
+    assert observation.bounds() == (1.0, 2.0)
 
 
 def test_same_data_same_sample_and_copies_go_on_alike():

@@ -5,8 +5,15 @@ import torch
 from reference import grid_of, squared_error
 
 from diffusers_msfp import FORMATS, fake_quantize, search_qparams
-from diffusers_msfp.calibration import is_anomalous, search_activation, search_weight
-from diffusers_msfp.calibration.search import WEIGHT_RATIOS, _ratios, _SortedRows, _tensor_candidates, _unit_scale
+from diffusers_msfp.calibration import is_skewed, search_activation, search_weight
+from diffusers_msfp.calibration.search import (
+    _activation_ratios,
+    _refined,
+    _SortedRows,
+    _tensor_candidates,
+    _unit_scale,
+    _weight_ratios,
+)
 from diffusers_msfp.errors import ConfigError, NonFiniteError, ShapeError
 from diffusers_msfp.schemes import candidates
 
@@ -14,15 +21,20 @@ SIGNED4, UNSIGNED4 = candidates(4, signed=True), candidates(4, signed=False)
 
 
 def brute_force_weight(weight: torch.Tensor, names) -> tuple[str, torch.Tensor, float]:
-    """Every format and scale tried on every value."""
-    best = None
+    """Every format and scale tried on every value, and again between the neighbours of the best."""
+    best, ratios = None, _weight_ratios(weight.device)
     for name in names:
         fmt = FORMATS[name]
         error, scales = 0.0, []
         for channel in weight.flatten(1):
             amax = channel.abs().max()
-            tried = _unit_scale(_ratios(WEIGHT_RATIOS, weight.device) * amax / fmt.max, fmt)
+            tried = _unit_scale(ratios * amax / fmt.max, fmt)
             errors = [squared_error(channel, grid_of(name), s.item()) for s in tried]
+            finer = _unit_scale(_refined(ratios, torch.tensor(errors.index(min(errors)))) * amax / fmt.max, fmt)
+            tried, errors = (
+                torch.cat([tried, finer]),
+                errors + [squared_error(channel, grid_of(name), s.item()) for s in finer],
+            )
             error += min(errors)
             scales.append(tried[errors.index(min(errors))])
         if best is None or error < best[2]:
@@ -50,10 +62,15 @@ def test_activation_search_equals_brute_force(shift):
     low, high = x.min().item(), x.max().item()
     best = (float("inf"),)
     for name in SIGNED4 + UNSIGNED4:
-        fmt = FORMATS[name]
-        for scale, k in zip(*_tensor_candidates(fmt, low, high, x.device), strict=True):
-            zero_point = -k.item() * scale.item() * fmt.step
-            best = min(best, (squared_error(x, grid_of(name), scale.item(), zero_point), name, scale.item()))
+        fmt, ratios = FORMATS[name], _activation_ratios(x.device)
+        for _ in range(2):
+            tried = []
+            for scale, k, index in zip(*_tensor_candidates(fmt, low, high, ratios), strict=True):
+                zero_point = -k.item() * scale.item() * fmt.step
+                error = squared_error(x, grid_of(name), scale.item(), zero_point)
+                tried.append((error, name, scale.item(), index))
+            best = min(best, min(tried)[:3])
+            ratios = _refined(ratios, min(tried)[3])
     found = search_activation(x, SIGNED4 + UNSIGNED4)
     assert (found.qparams.format.name, found.qparams.scale.item()) == best[1:]
     assert found.error.item() == pytest.approx(best[0] / x.double().square().sum().item(), rel=1e-5)
@@ -69,7 +86,7 @@ def test_error_of_any_grid_is_exact():
             assert errors[row, candidate].item() == pytest.approx(nearest.item(), rel=1e-9)
 
 
-def test_unsigned_wins_behind_silu_and_is_not_tried_elsewhere():
+def test_unsigned_wins_behind_silu_and_where_values_are_skewed():
     formats = SIGNED4 + UNSIGNED4
     silu = torch.nn.functional.silu(torch.randn(20000) * 2)
     mixed, signed = search_activation(silu, formats), search_activation(silu, SIGNED4)
@@ -77,9 +94,10 @@ def test_unsigned_wins_behind_silu_and_is_not_tried_elsewhere():
     assert mixed.qparams.zero_point < -0.15
     assert mixed.error < 0.4 * signed.error
     assert search_qparams(torch.randn(1000), formats).format.signed
-    assert is_anomalous(-0.2784, 5.0)
-    assert not is_anomalous(-0.3, 5.0)
-    assert not is_anomalous(-0.2, 0.1)
+    assert is_skewed(-0.2784, 5.0)
+    assert not is_skewed(-3.1, 3.3)
+    skewed = torch.rand(20000) * 1.4 - 0.4
+    assert not search_qparams(skewed, formats).format.signed
     positive = search_qparams(torch.rand(1000), formats)
     assert not positive.format.signed
 
@@ -113,8 +131,16 @@ def test_bad_requests_are_refused():
     with pytest.raises(NonFiniteError, match="A weight must be finite, but got infinity"):
         search_weight(torch.tensor([[1.0, float("inf")]]), SIGNED4)
     with pytest.raises(ConfigError, match="need a signed format"):
-        search_qparams(torch.randn(50), UNSIGNED4)
+        search_qparams(-torch.rand(50), UNSIGNED4)
     with pytest.raises(ConfigError, match="all of them signed"):
         search_weight(torch.randn(2, 2), UNSIGNED4)
     with pytest.raises(ShapeError, match="at least one axis"):
         search_qparams(torch.tensor(1.0), SIGNED4, per_channel=True)
+
+
+def test_outliers_do_not_choose_the_range_and_are_no_part_of_the_sample():
+    bulk = torch.randn(20000)
+    alone = search_activation(bulk, SIGNED4)
+    seen = search_activation(bulk, SIGNED4, bounds=(-3.0, 400.0))
+    assert seen.error.item() == pytest.approx(alone.error.item(), rel=0.03)
+    assert seen.qparams.scale.item() == pytest.approx(alone.qparams.scale.item(), rel=0.1)

@@ -108,7 +108,7 @@ def test_hooks_and_children():
     module.register_forward_pre_hook(lambda *_: None, with_kwargs=True)
     assert torch_compat.is_hooked(module), "torch keeps hooks elsewhere"
     assert len(list(torch_compat.pre_hooks(module))) == 1, "torch keeps hooks elsewhere"
-    torch_compat.remove_pre_hooks(module, lambda hook: callable(hook))
+    torch_compat.remove_hooks(module, lambda hook: callable(hook))
     module(torch.zeros(1, 2))
     assert not torch_compat.is_hooked(module), "a hook was not taken off"
     other = nn.Linear(2, 5)

@@ -1,8 +1,11 @@
 """The CPU kernels, both sets, against the definition of the codes."""
 
 import importlib
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from diffusers_msfp.formats import FORMATS
 from diffusers_msfp.numerics import QParams, pack
 from diffusers_msfp.numerics.rounding import quantize_to_lattice
 
+PACKAGE = Path(numba_kernels.__file__).parents[2]
 KERNELS = {"numba": numba_kernels, "torch": torch_kernels}
 BYTE_FORMATS = [name for name, fmt in FORMATS.items() if low_bits(fmt) <= 8]
 SIZES = {"serial": 1, "parallel": 2_200_001}
@@ -158,3 +162,34 @@ def test_torch_keeps_its_number_of_threads():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1"
+
+
+@pytest.mark.parametrize("place", ["default", "chosen", "unwritable"])
+def test_compiled_kernels_are_never_kept_beside_the_package(tmp_path, place):
+    """What lies there outlives an uninstallation, and hides the installation after it as a namespace package."""
+    package = tmp_path / "site" / "diffusers_msfp"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    before = {file for file in package.rglob("*") if file.is_file()}
+    blocked = tmp_path / "file"
+    blocked.touch()
+    environment = {
+        "default": {"XDG_CACHE_HOME": str(tmp_path / "cache")},
+        "chosen": {"NUMBA_CACHE_DIR": str(tmp_path / "cache")},
+        "unwritable": {"XDG_CACHE_HOME": str(blocked)},
+    }[place]
+    code = (
+        "import torch; from diffusers_msfp.engines import kernels; from diffusers_msfp.engines.grid import InputGrid;"
+        "print(kernels.__file__); kernels.softmax_numerators(torch.randn(2, 8, dtype=torch.bfloat16))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-B", "-c", code],
+        env={**os.environ, "NUMBA_CACHE_DIR": "", "PYTHONPATH": str(package.parent), **environment},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert run.returncode == 0, run.stderr
+    assert Path(run.stdout.strip()).is_relative_to(package)
+    assert {file for file in package.rglob("*") if file.is_file()} == before
+    kept = sorted((tmp_path / "cache").rglob("*.nbi"))
+    assert bool(kept) == (place != "unwritable"), kept

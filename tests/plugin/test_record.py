@@ -23,7 +23,6 @@ DIGEST = {"algorithm": "crc32", "groups": [{"tensors": ["weight:uint8"], "module
 RESERVED = {
     "scales by timestep": {"timestep_scales": SCALES},
     "scales over intervals": {"timestep_scales": SCALES | {"over": "intervals"}},
-    "output correction": {"output_correction": {"entries": 20, "channels": 3}},
     "group scales": {"layers": [GROUP | {"group_size": 32}]},
     "adapters that read codes": {"adapters": PLAN | {"reads": "codes"}},
     "scales per input channel": {"channel_scales": {"layers": ["conv_in"], "power_of_two": True}},

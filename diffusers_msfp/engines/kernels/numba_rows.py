@@ -7,11 +7,15 @@ whose last bit is worth `step`, rounded half to even by the hardware; subtractin
 is bit for bit `numerics.round_to_lattice`. What computes codes may not be compiled with `fastmath`.
 """
 
+from pathlib import Path
+
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
+
+from .. import user_cache
 
 EXPONENT = np.int32(0x7F800000)
 _HALF = np.int32(0x400000)
@@ -21,13 +25,22 @@ _MAGIC = np.float32(12582912.0)  # 1.5 * 2^23
 
 
 def jit(**options):
-    """`numba.njit` with a cache on disk where there is a place for one."""
+    """`numba.njit` with a cache on disk: in `NUMBA_CACHE_DIR` if that is set, else in `user_cache.folder("numba")`.
+
+    Numba's own default, the source's folder, is left out; where there is no place, each process compiles anew.
+    """
 
     def decorate(function):
+        chosen = numba.config.CACHE_DIR
         try:
-            return numba.njit(nogil=True, error_model="numpy", cache=True, **options)(function)
-        except RuntimeError:  # no writable place for the cache
-            return numba.njit(nogil=True, error_model="numpy", **options)(function)
+            numba.config.CACHE_DIR = chosen or str(user_cache.folder("numba"))
+            compiled = numba.njit(nogil=True, error_model="numpy", cache=True, **options)(function)
+            in_sources = Path(compiled.stats.cache_path).parent == Path(__file__).parent
+        except RuntimeError:  # no writable place at all
+            in_sources = True
+        finally:
+            numba.config.CACHE_DIR = chosen
+        return numba.njit(nogil=True, error_model="numpy", **options)(function) if in_sources else compiled
 
     return decorate
 

@@ -1,6 +1,6 @@
 """Learned rounding as one of the methods: it leaves other weights, and nothing else."""
 
-from ..method import Method
+from ..method import CORRECTED, Method
 from .config import RoundingConfig
 from .learn import learn_rounding
 
@@ -8,6 +8,9 @@ ROUNDING = Method(
     "rounding",
     RoundingConfig,
     learn_rounding,
-    forbids={"talora": "This model has adapters already. Start from the checkpoint that `quantize` wrote."},
+    forbids={
+        "correction": CORRECTED,
+        "talora": "This model has adapters already. Start from the checkpoint that `quantize` wrote.",
+    },
     reports=True,
 )

@@ -1,6 +1,6 @@
 """Splitting as one of the methods: layers in parts."""
 
-from ..method import Method, Part
+from ..method import CORRECTED, Method, Part
 from .shortcuts import SplitConfig, split_shortcuts
 from .skeleton import read_split, require_complete, split_of, split_skeleton
 
@@ -17,6 +17,7 @@ SPLIT = Method(
         require_float=require_complete,
     ),
     forbids={
+        "correction": CORRECTED,
         "talora": "Layers are split before fine-tuning, but this model has adapters already. Start from the checkpoint "
         "that `quantize` wrote.",
         "temporal": "Layers are split before temporal maintenance. Start from the quantized model.",

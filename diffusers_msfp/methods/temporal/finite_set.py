@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...calibration import search_activation
-from ...calibration.search import is_anomalous
+from ...calibration.search import is_skewed
 from ...compat.torch import StatefulModule
 from ...errors import CheckpointError
 from ...formats import FPFormat
@@ -135,13 +135,16 @@ def store_features(features: Tensor, tolerance: float) -> Tensor:
     return half if bool((lost <= tolerance * features.norm(dim=1)).all()) else features.contiguous()
 
 
-def finite_set_search(x: Tensor, default: QParams) -> tuple[Tensor, Tensor, Tensor]:
+def finite_set_search(
+    x: Tensor, default: QParams, bounds: tuple[float, float] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Finite set calibration (FSC): the best scale and zero point of one format for each timestep.
 
     Args:
         x (`Tensor`, `(S, …)`, float32): what is quantized at each timestep.
         default (`QParams`): scale and zero point `()`, kept where the format does not fit, such as an unsigned one
             for values that are nearly all negative; its format is the one used.
+        bounds (`tuple[float, float]`, *optional*): of all values of which `x` is a sample.
 
     Returns:
         `tuple[Tensor, Tensor, Tensor]`: scale and zero point, `(S,)`, and the squared errors, `(S,)`.
@@ -149,16 +152,16 @@ def finite_set_search(x: Tensor, default: QParams) -> tuple[Tensor, Tensor, Tens
     Source:
         arXiv 2311.16503, section 4.3, takes minimum and maximum; here the squared error is searched.
     """
-    best = [_best(values, default) for values in x]
+    best = [_best(values, default, bounds) for values in x]
     found = QParams.unchecked(default.format, *(torch.stack(part) for part in zip(*best, strict=True)))
     return found.scale, found.zero_point, (quantize_rows(x, found) - x).square().flatten(1).sum(1)
 
 
-def _best(values: Tensor, default: QParams) -> tuple[Tensor, Tensor]:
+def _best(values: Tensor, default: QParams, bounds: tuple[float, float] | None) -> tuple[Tensor, Tensor]:
     fmt: FPFormat = default.format
-    low, high = (end.item() for end in torch.aminmax(values))
-    fits = fmt.signed or is_anomalous(low, high)
-    found = search_activation(values, [fmt.name]).qparams if fits else default
+    low, high = bounds or (end.item() for end in torch.aminmax(values))
+    fits = fmt.signed or is_skewed(low, high)
+    found = search_activation(values, [fmt.name], (low, high)).qparams if fits else default
     return found.scale.reshape(()), found.zero_point.reshape(())
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from functools import partial
 
-from ..method import Method, Part, read_part
+from ..method import CORRECTED, Method, Part, read_part
 from . import FeatureTable, FiniteSet, TemporalPlan
 from .attach import detach_sets, plan_of, temporal_skeleton
 from .maintain import TemporalConfig, maintain_temporal
@@ -30,6 +30,7 @@ TEMPORAL = Method(
         describe=_describe,
     ),
     forbids={
+        "correction": CORRECTED,
         "talora": "Temporal maintenance comes before fine-tuning, but this model has adapters. Start from the "
         "checkpoint that `quantize` wrote.",
         "temporal": "This model's temporal features are maintained already. Start from the quantized model.",

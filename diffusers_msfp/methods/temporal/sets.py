@@ -75,8 +75,9 @@ def observe_sets(
 
 def _search(layer: QuantLayer, default: QParams) -> tuple[Tensor, Tensor, Tensor]:
     """Scale, zero point and relative squared error, `()`, for what a layer has seen; the default for nothing."""
-    values = cast(Observation, layer.observation).values().to(default.scale.device)
+    observation = cast(Observation, layer.observation)
+    values = observation.drawn().to(default.scale.device)
     if not len(values):
         return default.scale, default.zero_point, torch.zeros_like(default.scale)
-    scale, zero_point, error = finite_set_search(values[None], default)
+    scale, zero_point, error = finite_set_search(values[None], default, observation.bounds())
     return scale[0], zero_point[0], error[0] / values.square().sum().clamp_min(1e-30)

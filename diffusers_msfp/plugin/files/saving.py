@@ -18,6 +18,7 @@ from ...compat.peft import has_adapters
 from ...errors import ConfigError, UnsupportedError
 from ...layers.convert import plain_name
 from ...layers.stored import FORMATS_TENSOR, name_in_files
+from ...methods.method import parts
 from ..config import MSFPConfig, config_of
 
 _WRAPPED = ("base_layer", "original_module")
@@ -65,11 +66,19 @@ def save_config(model: nn.Module, save_directory: str | Path, *args: Any, **kwar
         ConfigError: tensors are offloaded; nothing is written then.
     """
     config = config_of(model)
+    _raise_version(model)
     record = ModelRecord.of(model, config.format_version)
     if config.format_version > 1:
         made = Digest.of(tensors_to_save(model.state_dict(), config))
         record = record.with_digest(made.joined(recorded_digest(save_directory)))
     save_record(model, save_directory, record, *args, **kwargs)
+
+
+def _raise_version(model: nn.Module) -> None:
+    """Let a model that was loaded from an older format version be saved as the one that knows all that it has."""
+    config = config_of(model)
+    needed = [part.since for part in parts() if part.record_of(model) is not None]
+    config.format_version = max(config.format_version, *needed, 1)
 
 
 def save_record(model: nn.Module, save_directory: str | Path, record: ModelRecord, *args: Any, **kwargs: Any) -> None:
@@ -116,6 +125,7 @@ def _save_transformer(
     Until config.json has the digest, the folder counts as one that was not saved to its end.
     """
     before = recorded_digest(save_directory)
+    _raise_version(model)
     names = ("repo_id", "commit_message", "private", "create_pr")
     hub: dict[str, Any] = {key: kwargs.pop(key) for key in names if key in kwargs}
     hub |= {"token": kwargs["token"]} if "token" in kwargs else {}
