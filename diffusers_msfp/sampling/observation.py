@@ -14,7 +14,7 @@ from torch import nn
 
 from ..compat.torch import pre_hooks, remove_pre_hooks
 from ..compat.wrappers import sees_through, unwrap
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, StateError
 from ..layers import QuantLayer
 from ..layers.convert import prepare_layers, quant_layers
 from .timestep import timestep_argument
@@ -167,7 +167,7 @@ def quantized_models(model_or_pipe: object) -> Iterator[nn.Module]:
 def _require_quantized(model_or_pipe: object) -> list[nn.Module]:
     models = list(quantized_models(model_or_pipe))
     if not models:
-        raise ConfigError(
+        raise StateError(
             f"A model with quantized layers is needed, but {type(model_or_pipe).__name__} has none. Load it with "
             f"`quantization_config=MSFPConfig()` or call `quantize_pipeline(pipe, scheme)`."
         )
@@ -181,7 +181,7 @@ def calibration_state(model: nn.Module) -> str:
         model (`nn.Module` or pipeline): with quantized layers.
 
     Raises:
-        ConfigError: it has none.
+        StateError: it has none.
 
     Example:
         ```py
@@ -201,7 +201,7 @@ def freeze(model: nn.Module) -> None:
         model (`nn.Module` or pipeline): with quantized layers; nothing happens if it is already frozen.
 
     Raises:
-        ConfigError: it has no quantized layers, or no input was ever seen.
+        StateError: it has no quantized layers, or no input was ever seen.
 
     Example:
         ```py
@@ -215,7 +215,7 @@ def freeze(model: nn.Module) -> None:
         if not observing:
             continue
         if not any(int(layer.observation.count) for _, layer in observing):
-            raise ConfigError(
+            raise StateError(
                 f"Ranges need data, but no input of {type(m).__name__} has been seen. Run the pipeline once, or call "
                 f"`calibrate(pipe)`."
             )

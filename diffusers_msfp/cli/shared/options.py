@@ -10,6 +10,7 @@ from typing import Annotated, get_args, get_origin
 import typer
 from rich.table import Table
 
+from ...results import Result
 from .settings import Setting, settings_of
 from .terminal import stdout
 
@@ -83,9 +84,9 @@ def _plain(setting: Setting, value: object) -> object:
     return tuple(value or setting.default) if get_origin(setting.type) is tuple else value
 
 
-def print_json(result: dict) -> None:
-    """One object on standard output."""
-    sys.stdout.write(json.dumps(result) + "\n")
+def print_json(result: Result) -> None:
+    """One object on standard output: exactly what its `to_dict` gives."""
+    sys.stdout.write(json.dumps(result.to_dict()) + "\n")
 
 
 def parse_value(text: str) -> object:

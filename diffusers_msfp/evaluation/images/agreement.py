@@ -13,7 +13,7 @@ from .samples import noise_generator
 
 
 def asked_classes(
-    pipe, network: FeatureNetwork, *, num: int, seed: int, prompts: list[str] | None, arguments: dict
+    pipe, network: FeatureNetwork, *, num_samples: int, seed: int, prompts: list[str] | None, arguments: dict
 ) -> tuple[Tensor | None, str | None]:
     """Which of the classifier's classes each picture of `draw_pictures` was asked to be.
 
@@ -26,11 +26,11 @@ def asked_classes(
         num, seed, prompts, arguments: of `draw_pictures`.
 
     Returns:
-        `Tensor`, `(num,)`, int64, or None; and why there is none, unless nothing was asked.
+        `Tensor`, `(num_samples,)`, int64, or None; and why there is none, unless nothing was asked.
     """
     classes = [name.lower() for name in getattr(network, "classes", ())]
     make = call_arguments(pipe, prompts, 1, arguments)
-    asked = make(0, num, [noise_generator(seed, index) for index in range(num)]).arguments
+    asked = make(0, num_samples, [noise_generator(seed, index) for index in range(num_samples)]).arguments
     if "prompt" not in asked and "class_labels" not in asked:
         return None, None
     if not classes:
@@ -63,7 +63,7 @@ def class_agreement(
     network: FeatureNetwork,
     found: Mapping[str, Features],
     *,
-    num: int,
+    num_samples: int,
     seed: int,
     prompts: list[str] | None,
     arguments: dict,
@@ -77,7 +77,9 @@ def class_agreement(
     Returns:
         `dict`: set → share; empty where it cannot be told. `str` or None: why not; None where nothing was asked.
     """
-    asked, reason = asked_classes(pipe, network, num=num, seed=seed, prompts=prompts, arguments=arguments)
+    asked, reason = asked_classes(
+        pipe, network, num_samples=num_samples, seed=seed, prompts=prompts, arguments=arguments
+    )
     if asked is None:
         return {}, reason
     if any(features.logits is None for features in found.values()):

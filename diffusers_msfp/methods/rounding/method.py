@@ -9,5 +9,5 @@ ROUNDING = Method(
     RoundingConfig,
     learn_rounding,
     forbids={"talora": "This model has adapters already. Start from the checkpoint that `quantize` wrote."},
-    callback="on_part",
+    reports=True,
 )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...checkpoint.describe import read_config, weight_files
 from ...checkpoint.digest import Digest, checking
 from ...compat.wrappers import sees_through
-from ...errors import CheckpointError, ConfigError, ShapeError
+from ...errors import CheckpointError, ConfigError, ShapeError, StateError
 from ...layers.convert import base_fingerprint, layers_by_name
 from ...methods.method import read_part
 from ...methods.routes import ROUTER, routing_of
@@ -34,10 +34,10 @@ def require_plan(model: nn.Module) -> AdapterPlan:
     """The model's timestep-aware adapters.
 
     Raises:
-        ConfigError: it has none.
+        StateError: it has none.
     """
     if routing_of(model) is None:
-        raise ConfigError(
+        raise StateError(
             f"This {type(model).__name__} must have timestep-aware adapters, but it has none: load them with "
             f"`load_talora`, or fine-tune."
         )
@@ -49,7 +49,7 @@ def save_talora(model: nn.Module, folder: str | Path) -> None:
     """Write a model's adapters without the model.
 
     Raises:
-        ConfigError: it has none.
+        StateError: it has none.
         UnsupportedError: they are merged into the weights.
     """
     plan = require_plan(model)
@@ -76,10 +76,10 @@ def load_talora(model: nn.Module, source: str | Path, **hub) -> None:
         ConfigError: adapters for another base, or the model has adapters already; the model is unchanged.
     """
     if routing_of(model) is not None:
-        raise ConfigError("This model has timestep-aware adapters already. Call `unload_talora` first.")
+        raise StateError("This model has timestep-aware adapters already. Call `unload_talora` first.")
     require_timesteps(model)
     if calibration_state(model) == "observing":
-        raise ConfigError("Adapters need a calibrated model, but this one observes: call `calibrate(pipe)` first.")
+        raise StateError("Adapters need a calibrated model, but this one observes: call `calibrate(pipe)` first.")
     plan, tensors = _read(_folder(source, **hub))
     if plan.placement != "side":
         raise ConfigError(
@@ -96,7 +96,7 @@ def load_talora(model: nn.Module, source: str | Path, **hub) -> None:
         )
     taken = sorted(name for name in plan.rank_of() if layers[name].routing is not None)
     if taken:
-        raise ConfigError(
+        raise StateError(
             f"Layers have adapters or follow a set of timesteps, not both, but `{taken[0]}` would do both. Load the "
             f"checkpoint that `finetune` started from."
         )
