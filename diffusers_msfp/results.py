@@ -32,7 +32,7 @@ class Result:
     """Base of what verbs return: its fields are what was found, `to_dict` gives them as JSON knows them."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, which `--json` prints: fields by name, in order; `OPTIONAL` ones that are None are left out."""
+        """Plain data, which `--json` prints: fields by name, in order, `OPTIONAL` ones that are None left out."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         optional = {field.name for field in fields(self) if field.metadata.get("optional")}
         return {name: plain(value) for name, value in own.items() if value is not None or name not in optional}

@@ -97,6 +97,9 @@ def publish(
         endpoint (`str`, *optional*): another Hub than the client's.
         on_progress (`OnProgress`, *optional*): called with (done, total) after each denoising step.
 
+    Returns:
+        `Published`.
+
     Raises:
         CheckpointError: the checkpoint does not load, does not sample, or holds what should not be published.
         ConfigError: licence or base are not known, arguments contradict each other, or a dry run cannot be written.

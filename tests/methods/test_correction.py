@@ -55,7 +55,7 @@ def test_a_known_distortion_is_found_and_undone():
     before = compare_pipelines(teacher, wrong, num_samples=4, num_inference_steps=4, seed=9)
     result = correct_output(wrong, teacher, SMALL)
     after = compare_pipelines(teacher, wrong, num_samples=4, num_inference_steps=4, seed=9)
-    assert after["eps_rel_l2"] < 0.1 * before["eps_rel_l2"]
+    assert after.eps_rel_l2 < 0.1 * before.eps_rel_l2
     assert all(a == pytest.approx(1.25, rel=0.02) for a in result.a)
     table = correction_of(wrong.unet)
     assert torch.allclose(table.c, (-offset / 0.8).expand_as(table.c), atol=0.02)
