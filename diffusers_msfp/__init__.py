@@ -5,7 +5,7 @@ Importing this package registers the quantization method `"msfp"` with diffusers
 
 from .calibration import search_qparams
 from .engines.choose import set_engine
-from .errors import MSFPError
+from .errors import MSFPError, StateError
 from .formats import FORMATS, FPFormat
 from .hub import publish
 from .methods.correction.attach import uncorrect_output
@@ -22,6 +22,7 @@ from .plugin import (
     MSFPPipelineMixin,
     MSFPQuantizer,
     calibrate,
+    dequantize,
     export_adapter,
     import_adapter,
     quantize_pipeline,
@@ -46,12 +47,14 @@ __all__ = [
     "QParams",
     "RoundingConfig",
     "SplitConfig",
+    "StateError",
     "TemporalConfig",
     "calibrate",
     "calibration_state",
     "correct_output",
     "decode",
     "denoising_factors",
+    "dequantize",
     "encode",
     "export_adapter",
     "fake_quantize",

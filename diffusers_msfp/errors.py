@@ -34,6 +34,18 @@ class ConfigError(MSFPError):
     """A configuration that cannot be honoured."""
 
 
+class StateError(MSFPError):
+    """A model or pipeline in another state than the call needs: not quantized, still observing, adapted already.
+
+    Example:
+        >>> from diffusers_msfp import StateError, calibration_state
+        >>> try:
+        ...     calibration_state(float_model)
+        ... except StateError:
+        ...     print("not quantized")
+    """
+
+
 class NothingToDoError(ConfigError):
     """A stage that has nothing to work on in this model; recipes go on without it."""
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "diffusers_msfp"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
-    0: ("errors", "registry", "outputs", "compat", "formats", "schemes", "recipes", "assets"),
+    0: ("errors", "registry", "outputs", "results", "compat", "formats", "schemes", "recipes", "assets"),
     1: ("numerics",),
     2: ("calibration",),
     3: ("layers",),
@@ -26,7 +26,7 @@ LAYERS = {
     10: ("hub",),
     11: ("cli", "__init__", "__main__"),
 }
-BASE = ("errors", "registry", "outputs", "compat", "formats", "schemes", "recipes")
+BASE = ("errors", "registry", "outputs", "results", "compat", "formats", "schemes", "recipes")
 """The lowest layer's own order: each may import those before it."""
 SIDEWAYS = {("__main__", "cli"), ("cli", "__init__")}
 MAX_LINES = 300

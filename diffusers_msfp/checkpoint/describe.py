@@ -2,9 +2,10 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +15,7 @@ from ..errors import CheckpointError
 from ..formats import FPFormat
 from ..layers import QuantLayer
 from ..methods.method import parts
+from ..results import Result, plain
 from .record import ModelRecord
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -49,6 +51,79 @@ class StoredLayer:
         """From the shape of the packed weight and the number of output channels."""
         length = shape[-1] * 8 // weight_format.bits
         return cls(weight_format, input_format, (rows, length, 1, 1) if len(shape) == 4 else (rows, length))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerDescription(Result):
+    """A stored layer.
+
+    Args:
+        name, weight_format (`str`), weight_bits (`int`): of the layer and its weight.
+        weight_scale_min, weight_scale_max (`float`, *optional*): over output channels; None for an empty layer.
+        weight_rel_mse (`float`): error of the weight.
+        input_format (`str`, *optional*): None if float, `"observing"` before calibration.
+        input_signed (`bool`, *optional*), input_scale, input_zero_point, input_rel_mse (`float`, *optional*): of a
+            quantized input; scales and zero points are lists where there are several.
+        engine (`str`): that `auto` would take on this machine's CPU.
+        engine_refusals (`Mapping[str, str]`): those before it → why not.
+        weight_bytes (`int`): of all banks.
+    """
+
+    name: str
+    weight_format: str
+    weight_bits: int
+    weight_scale_min: float | None
+    weight_scale_max: float | None
+    weight_rel_mse: float
+    input_format: str | None
+    input_signed: bool | None
+    input_scale: float | list[float] | None
+    input_zero_point: float | list[float] | None
+    input_rel_mse: float | None
+    engine: str
+    engine_refusals: Mapping[str, str]
+    weight_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentDescription(Result):
+    """A quantized component of a checkpoint.
+
+    Args:
+        scheme (`str`, *optional*), calibration_state (`str`, *optional*), format_version (`int`): as its config says.
+        bytes_quantized (`int`): weight files.
+        layers (`list[LayerDescription]`): in the record's order.
+        parts (`Mapping[str, dict | None]`): what methods left, by key, which `to_dict` puts beside the fields:
+            `adapters`: `placement`, `num_adapters` and the router's `intervals`
+            (`[group][(first timestep, last timestep, adapter), …]`); `temporal`: see `TemporalPlan.summary`.
+    """
+
+    scheme: str | None
+    calibration_state: str | None
+    format_version: int
+    bytes_quantized: int
+    layers: list[LayerDescription]
+    parts: Mapping[str, dict | None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """See `Result.to_dict`; what methods left stands beside the fields."""
+        found = super().to_dict()
+        return found | found.pop("parts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointDescription(Result):
+    """What `describe_checkpoint` found.
+
+    Args:
+        components (`Mapping[str, ComponentDescription]`): by name; `.` is a component's own folder.
+    """
+
+    components: Mapping[str, ComponentDescription]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Component → its description, see `Result.to_dict`."""
+        return plain(self.components)
 
 
 def component_dirs(path: Path) -> dict[str, Path]:
@@ -123,21 +198,12 @@ def file_bytes(folder: Path, variant: str | None = None) -> int:
     return sum(file.stat().st_size for file in weight_files(folder, variant))
 
 
-def describe_checkpoint(path: str | Path, variant: str | None = None) -> dict:
+def describe_checkpoint(path: str | Path, variant: str | None = None) -> CheckpointDescription:
     """Layers of a quantized checkpoint with formats, scales and errors.
 
     Args:
         path (`str` or `Path`): folder of a pipeline or of one of its components.
         variant (`str`, *optional*): see `weight_files`.
-
-    Returns:
-        `dict`: component → `scheme`, `calibration_state`, `format_version`, `bytes`, and `layers`: a list of `name`,
-        `weight_format`, `weight_bits`, `weight_scale_min`, `weight_scale_max`, `weight_rel_mse`, `input_format` (None
-        if float, `"observing"` before calibration), `input_signed`, `input_scale`, `input_zero_point`,
-        `input_rel_mse`, `engine` (that `auto` would take on this machine's CPU), `engine_refusals` (those before it →
-        why not), `weight_bytes` (of all banks; `input_scale` and `input_zero_point` are lists where there are
-        several); `adapters`: None, or `placement`, `num_adapters` and the router's `intervals`
-        (`[group][(first timestep, last timestep, adapter), …]`); and `temporal`: None, or `TemporalPlan.summary`.
 
     Raises:
         CheckpointError: no such checkpoint, or a damaged one.
@@ -148,10 +214,10 @@ def describe_checkpoint(path: str | Path, variant: str | None = None) -> dict:
             described[name] = _describe_component(folder, variant)
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{folder} is no complete checkpoint: {error} is missing or malformed.") from error
-    return described
+    return CheckpointDescription(components=described)
 
 
-def _describe_component(folder: Path, variant: str | None) -> dict:
+def _describe_component(folder: Path, variant: str | None) -> ComponentDescription:
     config = read_config(folder)["quantization_config"]
     record = ModelRecord.from_dict(config)
     tensors, shapes = _small_tensors(folder, variant)
@@ -167,34 +233,35 @@ def _describe_component(folder: Path, variant: str | None) -> dict:
                 *others, engine = auto.engines
                 refusals = {other.name: OBSERVING for other in others}
             layers.append(
-                {
-                    "name": name,
-                    "weight_format": fmt.name,
-                    "weight_bits": fmt.bits,
-                    "weight_scale_min": scale.min().item() if scale.numel() else None,
-                    "weight_scale_max": scale.max().item() if scale.numel() else None,
-                    "weight_rel_mse": tensors[f"{name}.weight_error"].item(),
-                    "input_format": group.input,
-                    "input_signed": read.signed if read else None,
-                    "input_scale": tensors[f"{name}.input_scale"].tolist() if read else None,
-                    "input_zero_point": tensors[f"{name}.input_zero_point"].tolist() if read else None,
-                    "input_rel_mse": tensors[f"{name}.input_error"].item() if read else None,
-                    "engine": engine.name,
-                    "engine_refusals": refusals,
-                    "weight_bytes": rows * row_bytes,
-                }
+                LayerDescription(
+                    name=name,
+                    weight_format=fmt.name,
+                    weight_bits=fmt.bits,
+                    weight_scale_min=scale.min().item() if scale.numel() else None,
+                    weight_scale_max=scale.max().item() if scale.numel() else None,
+                    weight_rel_mse=tensors[f"{name}.weight_error"].item(),
+                    input_format=group.input,
+                    input_signed=read.signed if read else None,
+                    input_scale=tensors[f"{name}.input_scale"].tolist() if read else None,
+                    input_zero_point=tensors[f"{name}.input_zero_point"].tolist() if read else None,
+                    input_rel_mse=tensors[f"{name}.input_error"].item() if read else None,
+                    engine=engine.name,
+                    engine_refusals=refusals,
+                    weight_bytes=rows * row_bytes,
+                )
             )
-    return {
-        "scheme": config.get("scheme"),
-        "calibration_state": record.calibration.state if record.calibration else None,
-        "format_version": record.format_version,
-        "bytes": file_bytes(folder, variant),
-        "layers": layers,
-    } | {
-        part.key: part.describe(record.parts[part.key], tensors) if part.key in record.parts else None
-        for part in parts()
-        if part.describe is not None
-    }
+    return ComponentDescription(
+        scheme=config.get("scheme"),
+        calibration_state=record.calibration.state if record.calibration else None,
+        format_version=record.format_version,
+        bytes_quantized=file_bytes(folder, variant),
+        layers=layers,
+        parts={
+            part.key: part.describe(record.parts[part.key], tensors) if part.key in record.parts else None
+            for part in parts()
+            if part.describe is not None
+        },
+    )
 
 
 def _small_tensors(folder: Path, variant: str | None) -> tuple[dict, dict]:

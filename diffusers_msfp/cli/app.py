@@ -18,6 +18,7 @@ from .. import __version__
 from ..errors import MSFPError
 from ..outputs import reason_of
 from .commands import COMMANDS, GROUPS
+from .shared.aliases import Command
 from .shared.interrupts import interruptible
 from .shared.terminal import stderr
 
@@ -44,10 +45,10 @@ def _main(
 
 
 for command in COMMANDS:
-    app.command()(interruptible(command))
+    app.command(cls=Command)(interruptible(command))
 for group in GROUPS:
     for each in group.registered_commands:
-        each.callback = interruptible(cast(Callable, each.callback))
+        each.callback, each.cls = interruptible(cast(Callable, each.callback)), Command
     app.add_typer(group)
 
 

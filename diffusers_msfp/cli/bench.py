@@ -1,17 +1,33 @@
 """`bench`: how fast a model's step is in several ways."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 
 from ..evaluation.timing.shapes import SHAPES
-from ..evaluation.timing.speed import benchmark
-from ..sampling.denoisers import denoiser_of
+from ..evaluation.timing.speed import Timing, benchmark
+from ..results import Result
+from ..sampling.observation import quantized_models
 from .shared.load import load_any, require_variant
 from .shared.terminal import progress, stderr
 
 DEFAULT_PROVIDERS = ("fp32", "bf16", "w4a4", "w4a8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench(Result):
+    """What `bench` timed.
+
+    Args:
+        model (`str`): as it was named.
+        threads (`int`): of torch.
+        rows (`list[Timing]`): the baseline first.
+    """
+
+    model: str
+    threads: int
+    rows: list[Timing]
 
 
 def bench(
@@ -20,31 +36,28 @@ def bench(
     *,
     batch: int = 1,
     size: int | None = None,
-    steps: int = 1,
+    num_inference_steps: int = 1,
     repeats: int = 7,
     variant: str | None = None,
     skip_missing: bool = False,
-) -> dict:
+) -> Bench:
     """Time one denoising step.
 
     Args:
         model (`str`): a name in `SHAPES`, or a folder or Hub id of a pipeline or model, float or quantized.
         providers (`list[str]`, *optional*): see `evaluation.timing.providers`.
         batch, size: of the samples.
-        steps (`int`): denoising steps that are timed as one.
+        num_inference_steps (`int`): denoising steps that are timed as one.
         repeats (`int`): timed rounds.
         variant (`str`, *optional*): of the weights of a folder or Hub id.
         skip_missing (`bool`): leave out peers that are not installed or cannot run the model, instead of refusing.
-
-    Returns:
-        `dict`: `model`, `threads`, `rows` (see `evaluation.timing.speed.benchmark`).
 
     Raises:
         MSFPError: an unknown model or provider.
     """
     with stderr.status(f"preparing {model}"):
         loaded = _load(model, variant)
-    quantized = getattr(loaded, "is_quantized", False)
+    quantized = any(True for _ in quantized_models(loaded))
     names = providers or (("msfp",) if quantized else DEFAULT_PROVIDERS)
     with progress("timing steps") as report:
         rows = benchmark(
@@ -52,12 +65,12 @@ def bench(
             names,
             batch=batch,
             size=size,
-            steps=steps,
+            num_inference_steps=num_inference_steps,
             repeats=repeats,
             skip_missing=skip_missing,
-            on_call=report,
+            on_progress=report,
         )
-    return {"model": model, "threads": torch.get_num_threads(), "rows": rows}
+    return Bench(model=model, threads=torch.get_num_threads(), rows=rows)
 
 
 def _load(model: str, variant: str | None) -> Any:
@@ -65,5 +78,4 @@ def _load(model: str, variant: str | None) -> Any:
         torch.manual_seed(0)
         return SHAPES[model]().eval()
     require_variant(variant, model)
-    loaded = load_any(model, variant=variant)
-    return denoiser_of(loaded).eval() if isinstance(loaded, DiffusionPipeline) else loaded
+    return load_any(model, variant=variant)

@@ -1,26 +1,42 @@
 """`inspect` and `convert-checkpoint`: what a quantized checkpoint holds; an older one as the present format version."""
 
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.describe import describe_checkpoint
+from ..checkpoint.describe import CheckpointDescription, describe_checkpoint
 from ..errors import ConfigError
 from ..plugin.config import FORMAT_VERSION
 from ..plugin.files.migrate import migrate, outdated_components
+from ..results import Result
 from .shared.load import require_variant, variant_of
 from .shared.store import publish
 
 
-def convert_checkpoint(source: str | Path) -> dict:
+@dataclass(frozen=True, kw_only=True)
+class ConvertedCheckpoint(Result):
+    """What `convert_checkpoint` did.
+
+    Args:
+        format_version (`int`): of all components now.
+        converted, already (`Sequence[str]`): components that were raised, and that had it; `.` is the folder itself.
+        out (`str`): the folder.
+    """
+
+    format_version: int
+    converted: Sequence[str]
+    already: Sequence[str]
+    out: str
+
+
+def convert_checkpoint(source: str | Path) -> ConvertedCheckpoint:
     """Raise a pipeline's or model's folder to the present format version, in place, completely or not at all.
 
     Every tensor keeps its bits. The new folder grows beside the old one, is loaded, and takes its place.
 
     Args:
         source (`str` or `Path`): the folder.
-
-    Returns:
-        `dict`: `format_version`, `converted` and `already` (names of components; `.` is the folder itself), `out`.
 
     Raises:
         MSFPError: no quantized checkpoint, a damaged or newer one, or links instead of files; nothing is changed.
@@ -34,10 +50,10 @@ def convert_checkpoint(source: str | Path) -> dict:
             made = Path(scratch) / "made"
             migrate(folder, old, made)
             publish(made, folder)
-    return {"format_version": FORMAT_VERSION, "converted": old, "already": already, "out": str(folder)}
+    return ConvertedCheckpoint(format_version=FORMAT_VERSION, converted=old, already=already, out=str(folder))
 
 
-def inspect(source: str | Path, *, variant: str | None = None) -> dict:
+def inspect(source: str | Path, *, variant: str | None = None) -> CheckpointDescription:
     """Layers of a quantized checkpoint, with the weights of a variant where it has that; see `describe_checkpoint`."""
     require_variant(variant, source)
     return describe_checkpoint(source, variant_of(source, variant))

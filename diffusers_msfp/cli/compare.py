@@ -1,51 +1,65 @@
 """`compare`: what a quantized pipeline lost."""
 
-from ..evaluation import compare_pipelines
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..evaluation import Comparison, compare_pipelines
 from .shared.calls import call_settings
-from .shared.load import denoisers_bytes, load_pipeline, require_variant
+from .shared.load import denoisers_bytes, load_any, load_pipeline, require_variant
 from .shared.terminal import progress
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckpointComparison(Comparison):
+    """A `Comparison` of two checkpoints.
+
+    Args:
+        settings (`Mapping[str, Any]`): of the run.
+        bytes_reference, bytes_quantized (`int`): weight files of the denoisers.
+    """
+
+    settings: Mapping[str, Any]
+    bytes_reference: int
+    bytes_quantized: int
+
+
 def compare(
-    ref: str,
-    cand: str,
+    reference: str,
+    candidate: str,
     *,
-    num: int = 16,
-    steps: int = 20,
+    num_samples: int = 16,
+    num_inference_steps: int = 20,
     seed: int = 0,
     eta: float = 0.0,
     prompts: list[str] | None = None,
     guidance_scale: float | None = None,
     variant: str | None = None,
-) -> dict:
+) -> CheckpointComparison:
     """Error of a candidate pipeline against a reference for equal noise.
 
     Args:
-        ref, cand (`str`): folders, Hub ids or single files of pipelines of the same architecture.
-        num, steps, seed, eta, prompts: see `compare_pipelines`.
+        reference (`str`): folder, Hub id or single file of the full-precision pipeline.
+        candidate (`str`): of the quantized one, of the same architecture, or the folder of its denoiser alone.
+        num_samples, num_inference_steps, seed, eta, prompts: see `compare_pipelines`.
         guidance_scale (`float`, *optional*): for pipelines with guidance; the pipeline's own by default.
         variant (`str`, *optional*): of the weights, where a pipeline has it.
-
-    Returns:
-        `dict`: as `compare_pipelines`, with `settings`, `bytes_ref` and `bytes_cand` (weight files of the denoisers).
     """
-    require_variant(variant, ref, cand)
-    reference, candidate = (load_pipeline(source, variant=variant) for source in (ref, cand))
-    arguments = call_settings(reference, prompts, guidance_scale)
+    require_variant(variant, reference, candidate)
+    original, quantized = load_pipeline(reference, variant=variant), load_any(candidate, variant=variant)
+    arguments = call_settings(original, prompts, guidance_scale)
+    run = {
+        "num_samples": num_samples,
+        "num_inference_steps": num_inference_steps,
+        "seed": seed,
+        "eta": eta,
+        "prompts": prompts,
+    }
     with progress("comparing") as report:
-        result = compare_pipelines(
-            reference,
-            candidate,
-            num_samples=num,
-            num_inference_steps=steps,
-            seed=seed,
-            eta=eta,
-            prompts=prompts,
-            on_step=report,
-            **arguments,
-        )
-    settings = {"num_samples": num, "num_inference_steps": steps, "seed": seed, "eta": eta, "prompts": prompts}
-    result["settings"] = settings | arguments
-    for key, source, pipe in (("bytes_ref", ref, reference), ("bytes_cand", cand, candidate)):
-        result[key] = denoisers_bytes(source, pipe, variant)
-    return result
+        found = compare_pipelines(original, quantized, on_progress=report, **run, **arguments)
+    return CheckpointComparison(
+        **vars(found),
+        settings=run | arguments,
+        bytes_reference=denoisers_bytes(reference, original, variant),
+        bytes_quantized=denoisers_bytes(candidate, quantized, variant),
+    )

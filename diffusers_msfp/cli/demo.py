@@ -1,14 +1,18 @@
 """`demo`: the embedded model, quantized, beside full precision."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..assets import EMBEDDED_MODEL
 from ..evaluation import image_grid, sample_images
 from ..outputs import require_writable_file, require_writable_folder, writing
-from .compare import compare
-from .quantize import quantize
+from ..results import Result
+from .compare import CheckpointComparison, compare
+from .quantize import QuantizedCheckpoint, quantize
 from .shared.load import load_pipeline
 from .shared.terminal import progress, stderr
 
@@ -16,17 +20,43 @@ SCHEMES = ("w8a8", "w4a8", "w4a4")
 PICTURES = 10
 
 
-def demo(out: str | Path = "msfp-demo", *, steps: int = 50, seed: int = 0) -> dict:
+@dataclass(frozen=True, kw_only=True)
+class DemoScheme(Result):
+    """One scheme of the demo.
+
+    Args:
+        quantized (`QuantizedCheckpoint`), compared (`CheckpointComparison`): what `quantize` and `compare` found; in
+            `to_dict` all of both side by side.
+    """
+
+    quantized: QuantizedCheckpoint
+    compared: CheckpointComparison
+
+    def to_dict(self) -> dict[str, Any]:
+        """See the class."""
+        return self.quantized.to_dict() | self.compared.to_dict()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(Result):
+    """What `demo` wrote.
+
+    Args:
+        picture (`str`): path of the PNG; rows: full precision, then each scheme.
+        schemes (`Mapping[str, DemoScheme]`): by name.
+    """
+
+    picture: str
+    schemes: Mapping[str, DemoScheme]
+
+
+def demo(out: str | Path = "msfp-demo", *, num_inference_steps: int = 50, seed: int = 0) -> Demo:
     """Quantize the embedded Fashion-MNIST DDPM, sample it beside full precision, and compare.
 
     Args:
         out (`str` or `Path`): folder for `demo.png` and the quantized checkpoints.
-        steps (`int`): denoising steps of the pictures.
+        num_inference_steps (`int`): denoising steps of the pictures.
         seed (`int`): of calibration and noise.
-
-    Returns:
-        `dict`: `picture` (path of the PNG; rows: full precision, then each scheme) and `schemes`: name → figures of
-        `quantize` and `compare`.
     """
     out = Path(out)
     require_writable_folder(out)
@@ -36,7 +66,15 @@ def demo(out: str | Path = "msfp-demo", *, steps: int = 50, seed: int = 0) -> di
 
     def draw(source: str | Path, label: str) -> None:
         with progress(f"sampling {label}") as report:
-            rows.append(sample_images(load_pipeline(str(source)), num=PICTURES, steps=steps, seed=seed, on_step=report))
+            rows.append(
+                sample_images(
+                    load_pipeline(str(source)),
+                    num_samples=PICTURES,
+                    num_inference_steps=num_inference_steps,
+                    seed=seed,
+                    on_progress=report,
+                )
+            )
         labels.append(label)
 
     draw(EMBEDDED_MODEL, "full precision")
@@ -44,9 +82,9 @@ def demo(out: str | Path = "msfp-demo", *, steps: int = 50, seed: int = 0) -> di
         stderr.print(f"[bold]{scheme}[/]: quantizing, sampling, comparing")
         target = out / scheme
         made = quantize(str(EMBEDDED_MODEL), target, scheme=scheme, seed=seed, overwrite=True)
-        figures[scheme] = made | compare(str(EMBEDDED_MODEL), str(target), seed=seed)
-        draw(target, f"{scheme}, {made['bytes_after'] / 1e6:.2f} MB")
+        figures[scheme] = DemoScheme(quantized=made, compared=compare(str(EMBEDDED_MODEL), str(target), seed=seed))
+        draw(target, f"{scheme}, {made.bytes_quantized / 1e6:.2f} MB")
     picture = out / "demo.png"
     with writing(picture):
         image_grid(np.concatenate(rows), columns=PICTURES, scale=2, labels=labels).save(picture)
-    return {"picture": str(picture), "schemes": figures}
+    return Demo(picture=str(picture), schemes=figures)

@@ -1,6 +1,7 @@
 """`evaluate`: how good a quantized pipeline is, in figures with intervals."""
 
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -8,31 +9,51 @@ import torch
 from accelerate import PartialState
 
 from ..compat.accelerate import leave_process_group
-from ..evaluation import evaluate_pipelines
+from ..evaluation import Evaluation, evaluate_pipelines
 from ..outputs import require_writable_folder
 from .shared.calls import call_settings
 from .shared.interrupts import keeping
-from .shared.load import denoisers_bytes, load_pipeline, require_variant
+from .shared.load import denoisers_bytes, load_any, load_pipeline, require_variant
 from .shared.store import peak_rss_bytes, write_json
 from .shared.terminal import progress, stderr
 
 PATIENCE = timedelta(days=30)  # of a process whose share is done
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckpointEvaluation(Evaluation):
+    """An `Evaluation` of two checkpoints.
+
+    Args:
+        candidate, reference (`str`): where they are.
+        bytes_reference, bytes_quantized (`int`): weight files of the denoisers.
+        seconds (`float`), peak_rss_bytes (`int`): time of the run and largest memory.
+        out (`str`): the folder of `results.json`.
+    """
+
+    candidate: str
+    reference: str
+    bytes_reference: int
+    bytes_quantized: int
+    seconds: float
+    peak_rss_bytes: int
+    out: str
+
+
 def evaluate(
-    source: str,
+    candidate: str,
     reference: str,
     *,
     data: str | Path | None = None,
-    num: int = 2000,
-    steps: int = 20,
+    num_samples: int = 2000,
+    num_inference_steps: int = 20,
     features: str | None = None,
     seed: int = 0,
     prompts: list[str] | None = None,
     guidance_scale: float | None = None,
     variant: str | None = None,
     out: str | Path | None = None,
-) -> dict | None:
+) -> CheckpointEvaluation | None:
     """Evaluate a pipeline and write `results.json`.
 
     Pictures are kept in `<out>/pictures`: a run that was killed goes on when it is started again, and the reference's
@@ -40,17 +61,17 @@ def evaluate(
     beside them. Under `accelerate launch` each process draws a share, and the first one does the rest.
 
     Args:
-        source (`str`): folder or Hub id of the pipeline, quantized by whatever diffusers can load.
+        candidate (`str`): folder or Hub id of the pipeline, or folder of its denoiser, quantized by whatever diffusers
+            can load.
         reference (`str`): its full-precision original.
-        data, num, steps, features, seed, prompts: see `evaluate_pipelines`.
+        data, num_samples, num_inference_steps, features, seed, prompts: see `evaluate_pipelines`.
         guidance_scale (`float`, *optional*): for pipelines with guidance; the pipeline's own by default.
         variant (`str`, *optional*): of the weights, where a pipeline has it.
-        out (`str` or `Path`, *optional*): folder to write; `<source>-evaluation` by default, for a Hub id in the
+        out (`str` or `Path`, *optional*): folder to write; `<candidate>-evaluation` by default, for a Hub id in the
             working folder.
 
     Returns:
-        `dict`: as `evaluate_pipelines`, with `source`, `reference`, `bytes_reference`, `bytes_candidate` (weight files
-        of the denoiser), `seconds`, `peak_rss_bytes`, `out`; None in all processes but the first.
+        `CheckpointEvaluation`; None in all processes but the first.
 
     Raises:
         MSFPError: see `evaluate_pipelines`; or something cannot be loaded.
@@ -59,53 +80,53 @@ def evaluate(
     process = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     main = process.is_main_process
     if out is None:
-        name = source.rstrip("/\\")
-        out = f"{name if Path(source).exists() else name.rpartition('/')[2]}-evaluation"
+        name = candidate.rstrip("/\\")
+        out = f"{name if Path(candidate).exists() else name.rpartition('/')[2]}-evaluation"
     out = Path(out)
     for folder in (out, out / "pictures"):
         require_writable_folder(folder)
-    require_variant(variant, source, reference)
-    original, candidate = (load_pipeline(each, variant=variant) for each in (reference, source))
+    require_variant(variant, candidate, reference)
+    original, quantized = load_pipeline(reference, variant=variant), load_any(candidate, variant=variant)
     arguments = call_settings(original, prompts, guidance_scale)
-    for pipe in (original, candidate):
-        pipe.to(process.device)
+    for each in (original, quantized):
+        each.to(process.device)
     kept = f"{out / 'pictures'} keeps the pictures that are drawn, and the same command goes on with them"
     with keeping(kept), progress("evaluating") as report:
         last = None
 
-        def tell(done: int, total: int, what: str) -> None:
+        def tell(done: int, total: int, /, stage: str = "", **info: object) -> None:
             nonlocal last
-            report(done, total, what)
-            if what != last and not stderr.is_terminal:
-                stderr.print(what)
-            last = what
+            report(done, total, stage=stage, **info)
+            if stage != last and not stderr.is_terminal:
+                stderr.print(stage)
+            last = stage
 
         result = evaluate_pipelines(
             original,
-            candidate,
+            quantized,
             data=data,
-            num=num,
-            steps=steps,
+            num_samples=num_samples,
+            num_inference_steps=num_inference_steps,
             features=features,
             seed=seed,
             prompts=prompts,
             folder=out / "pictures",
             process=process,
-            on_step=tell if main else None,
+            on_progress=tell if main else None,
             **arguments,
         )
     leave_process_group()
     if result is None:
         return None
-    for key, location, pipe in (("bytes_reference", reference, original), ("bytes_candidate", source, candidate)):
-        result[key] = denoisers_bytes(location, pipe, variant)
-    result["settings"] |= arguments
-    result |= {
-        "source": source,
-        "reference": reference,
-        "seconds": time.perf_counter() - started,
-        "peak_rss_bytes": peak_rss_bytes(),
-        "out": str(out),
-    }
-    write_json(result, out / "results.json")
-    return result
+    evaluation = CheckpointEvaluation(
+        **vars(result) | {"settings": {**result.settings, **arguments}},
+        candidate=candidate,
+        reference=reference,
+        bytes_reference=denoisers_bytes(reference, original, variant),
+        bytes_quantized=denoisers_bytes(candidate, quantized, variant),
+        seconds=time.perf_counter() - started,
+        peak_rss_bytes=peak_rss_bytes(),
+        out=str(out),
+    )
+    write_json(evaluation.to_dict(), out / "results.json")
+    return evaluation

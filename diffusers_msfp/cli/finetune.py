@@ -1,8 +1,10 @@
 """`finetune`: timestep-aware adapters for a quantized pipeline."""
 
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -10,13 +12,14 @@ from accelerate import PartialState
 from diffusers import DDPMScheduler
 
 from ..compat.accelerate import leave_process_group
-from ..errors import ConfigError
+from ..errors import StateError
 from ..evaluation import compare_pipelines, image_grid
 from ..methods.routes import routing_of
 from ..methods.talora import RoutingTable
 from ..methods.talora.config import FinetuneConfig
 from ..methods.talora.finetuner import PREVIEWS, Finetuner
 from ..outputs import require_writable_folder
+from ..results import Result
 from ..sampling.denoisers import denoiser_name, denoiser_of
 from ..sampling.observation import quantized_models
 from ..sampling.solvers import with_ddim
@@ -30,6 +33,43 @@ COMPARED = 16
 """Samples before and after, as many as `compare` takes by default."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class FinetunedCheckpoint(Result):
+    """What `finetune` did.
+
+    Args:
+        updates (`int`): of the optimizer.
+        seconds, seconds_total (`float`): of training; of everything.
+        loss_first, loss_last (`float`): means of a tenth of the updates.
+        usage (`Sequence[Sequence[float]]`), collapsed (`bool`): see `Finetuned`.
+        intervals (`Sequence`): which adapter serves which timesteps, for each group of layers.
+        bytes_before, bytes_after (`int`): of the quantized denoiser's weights.
+        peak_rss_bytes (`int`): largest memory.
+        training_dir (`str`): logs and previews.
+        before, after (`Mapping[str, float]`, *optional*): `eps_mse`, `eps_rel_l2`, `image_psnr_db`; None where nothing
+            was compared.
+        comparison (`Mapping[str, int]`): its `num_samples` and `num_inference_steps`.
+        out (`str`): the checkpoint.
+    """
+
+    updates: int
+    seconds: float
+    seconds_total: float
+    loss_first: float
+    loss_last: float
+    usage: Sequence[Sequence[float]]
+    collapsed: bool
+    intervals: Sequence[Any]
+    bytes_before: int
+    bytes_after: int
+    peak_rss_bytes: int
+    training_dir: str
+    before: Mapping[str, float] | None
+    after: Mapping[str, float] | None
+    comparison: Mapping[str, int]
+    out: str
+
+
 def finetune(
     source: str,
     teacher: str,
@@ -41,7 +81,7 @@ def finetune(
     variant: str | None = None,
     compare: bool = True,
     overwrite: bool = False,
-) -> dict | None:
+) -> FinetunedCheckpoint | None:
     """Fine-tune a quantized checkpoint and write the result.
 
     The run keeps its checkpoints, logs and preview pictures in `<out>-training` and goes on from there when it is
@@ -60,10 +100,7 @@ def finetune(
         overwrite (`bool`): replace `out` if it exists.
 
     Returns:
-        `dict`: `updates`, `seconds` (of training), `seconds_total`, `loss_first` and `loss_last` (means of a tenth of
-        the updates), `usage`, `collapsed`, `intervals`, `bytes_before`, `bytes_after`, `peak_rss_bytes`,
-        `training_dir`, `before` and `after` (`eps_mse`, `eps_rel_l2`, `image_psnr_db`; None where `compare` is off),
-        `comparison` (their `num_samples` and `num_inference_steps`), `out`; None in all processes but the first.
+        `FinetunedCheckpoint`; None in all processes but the first.
 
     Raises:
         MSFPError: `out` exists, or the two pipelines do not fit together.
@@ -78,7 +115,7 @@ def finetune(
     if not list(quantized_models(pipe)):
         raise SourceError(f"{source} must be quantized, but it is not: run `diffusers-msfp quantize` first.")
     if list(quantized_models(original)):
-        raise ConfigError(f"The teacher must be the full-precision pipeline, but {teacher} is quantized.")
+        raise StateError(f"The teacher must be the full-precision pipeline, but {teacher} is quantized.")
     arguments = call_settings(original, prompts, guidance_scale)
     for part in (pipe, original):
         part.to(process.device)
@@ -91,9 +128,9 @@ def finetune(
         if not (compare and main):
             return None
         with progress(f"comparing {when} fine-tuning") as report:
-            more = {"seed": config.seed, "prompts": prompts, "on_step": report}
+            more = {"seed": config.seed, "prompts": prompts, "on_progress": report}
             found = compare_pipelines(original, pipe, **shared, **more, **arguments)
-        return {key: found[key] for key in ("eps_mse", "eps_rel_l2", "image_psnr_db")}
+        return {key: getattr(found, key) for key in ("eps_mse", "eps_rel_l2", "image_psnr_db")}
 
     before = measured("before")
     rows: list[np.ndarray] = []
@@ -116,8 +153,8 @@ def finetune(
     run = None
     with keeping(kept), progress("fine-tuning") as report:
 
-        def tell(done: int, total: int, loss: float) -> None:
-            report(done, total, f"loss {loss:.5f}")
+        def tell(done: int, total: int, /, *, loss: float, **info: object) -> None:
+            report(done, total, loss=loss, **info)
             if main and not stderr.is_terminal and done % config.checkpoint_every == 0:
                 stderr.print(f"update {done} of {total or '?'}, loss {loss:.5f}")
 
@@ -127,7 +164,7 @@ def finetune(
             config,
             work_dir=training,
             prompts=prompts,
-            on_update=tell if main else None,
+            on_progress=tell if main else None,
             on_preview=keep_preview,
             **arguments,
         )
@@ -137,23 +174,27 @@ def finetune(
         if main:
             write_checkpoint(pipe, out)
             run.folder.clear()
-    losses = result.pop("losses")
+    losses = result.losses
     tenth = max(1, len(losses) // 10)
     leave_process_group(run.accelerator)
     if not main:
         return None
     denoiser, name = denoiser_of(pipe), denoiser_name(pipe)
-    return result | {
-        "seconds_total": time.perf_counter() - started,
-        "loss_first": float(np.mean(losses[:tenth])),
-        "loss_last": float(np.mean(losses[-tenth:])),
-        "intervals": cast(RoutingTable, routing_of(denoiser)).intervals(),
-        "bytes_before": model_bytes(source, denoiser, name, variant),
-        "bytes_after": model_bytes(str(out), denoiser, name),
-        "peak_rss_bytes": peak_rss_bytes(),
-        "training_dir": str(training),
-        "before": before,
-        "after": measured("after"),
-        "comparison": shared,
-        "out": str(out),
-    }
+    return FinetunedCheckpoint(
+        updates=result.updates,
+        seconds=result.seconds,
+        usage=result.usage,
+        collapsed=result.collapsed,
+        seconds_total=time.perf_counter() - started,
+        loss_first=float(np.mean(losses[:tenth])),
+        loss_last=float(np.mean(losses[-tenth:])),
+        intervals=cast(RoutingTable, routing_of(denoiser)).intervals(),
+        bytes_before=model_bytes(source, denoiser, name, variant),
+        bytes_after=model_bytes(str(out), denoiser, name),
+        peak_rss_bytes=peak_rss_bytes(),
+        training_dir=str(training),
+        before=before,
+        after=measured("after"),
+        comparison=shared,
+        out=str(out),
+    )

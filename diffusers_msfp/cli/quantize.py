@@ -1,9 +1,10 @@
 """`quantize`: from a float checkpoint to a packed one."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.quantizers import PipelineQuantizationConfig
@@ -20,11 +21,13 @@ from ..plugin.files.streaming import StreamedModel
 from ..plugin.quantize import components_of, quantize_model, refuse_several
 from ..plugin.recipe import RecipeRun, plan_stages
 from ..recipes import DEFAULT_RECIPE
+from ..results import Result
 from ..sampling.calls import require_positive
 from ..sampling.observation import calibration_state
+from ..sampling.pictures import picture_files
 from ..sampling.solvers import exchange_parts
 from ..schemes import DEFAULT_SCHEME
-from .shared.calls import call_settings
+from .shared.calls import call_settings, read_prompts
 from .shared.load import (
     fetch,
     load_pipeline,
@@ -38,6 +41,38 @@ from .shared.store import check_target, peak_rss_bytes, publish, work_folder, wr
 from .shared.terminal import progress, stderr
 
 
+@dataclass(frozen=True, kw_only=True)
+class QuantizedCheckpoint(Result):
+    """What `quantize` did.
+
+    Args:
+        scheme (`str`), components (`Sequence[str]`), layers (`int`): what was quantized.
+        weight_bits_per_param (`float`): packed codes and scales of the quantized weights.
+        bytes_reference, bytes_quantized (`int`): weight files of the components before and after.
+        seconds, seconds_calibration, seconds_search (`float`): in all; of calibration; of reading, search, packing and
+            writing of the weights.
+        peak_rss_bytes (`int`): largest memory.
+        calibration_state (`str`), recipe (`str`): of the result.
+        stages (`Sequence[Mapping[str, Any]]`): each with `stage`, `settings`, `seconds` and its own `figures`.
+        out (`str`): the checkpoint.
+    """
+
+    scheme: str
+    components: Sequence[str]
+    layers: int
+    weight_bits_per_param: float
+    bytes_reference: int
+    bytes_quantized: int
+    seconds: float
+    seconds_calibration: float
+    seconds_search: float
+    peak_rss_bytes: int
+    calibration_state: str
+    recipe: str
+    stages: Sequence[Mapping[str, Any]]
+    out: str
+
+
 def quantize(
     source: str,
     out: str | Path,
@@ -45,10 +80,11 @@ def quantize(
     scheme: str = DEFAULT_SCHEME,
     recipe: str = DEFAULT_RECIPE,
     settings: Mapping[str, Mapping] | None = None,
-    calibration_samples: int = 64,
-    steps: int = 20,
+    num_samples: int = 64,
+    num_inference_steps: int = 20,
     seed: int = 0,
-    prompts: list[str] | None = None,
+    prompts: str | Path | list[str] | None = None,
+    images: str | Path | None = None,
     guidance_scale: float | None = None,
     modules_to_not_convert: list[str] | None = None,
     scheme_overrides: dict[str, str] | None = None,
@@ -57,7 +93,7 @@ def quantize(
     variant: str | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
     overwrite: bool = False,
-) -> dict:
+) -> QuantizedCheckpoint:
     """Quantize a checkpoint and write the packed one.
 
     Weights go from file to file layer by layer, so a float model need not fit into memory; then the pipeline's own
@@ -75,8 +111,10 @@ def quantize(
         recipe (`str`): name in `RECIPES`: what follows search and calibration. After each stage a checkpoint lies in
             `.<out>.part`, where the run goes on if it was interrupted.
         settings (`Mapping[str, Mapping]`, *optional*): stage → settings that replace the recipe's.
-        calibration_samples, steps, seed: for `calibrate` and, but the first, for the stages.
-        prompts (`list[str]`, *optional*): for pipelines that take prompts.
+        num_samples, num_inference_steps, seed: for `calibrate` and, but the first, for the stages.
+        prompts (`str`, `Path` or `list[str]`, *optional*): for pipelines that take prompts: texts, or a file with one
+            on each line.
+        images (`str` or `Path`, *optional*): folder of pictures that set the activation ranges, see `calibrate`.
         modules_to_not_convert, scheme_overrides, components: as in `MSFPConfig`.
         config (`str`, *optional*): folder or Hub id with the configs of a single file.
         guidance_scale (`float`, *optional*): for pipelines with guidance; the pipeline's own by default.
@@ -84,19 +122,15 @@ def quantize(
         max_shard_size (`int` or `str`): of weight files, as in `save_pretrained`.
         overwrite (`bool`): replace `out` if it exists.
 
-    Returns:
-        `dict`: `scheme`, `components`, `layers`, `weight_bits_per_param` (packed codes and scales of the quantized
-        weights), `bytes_before` and `bytes_after` (weight files of the quantized components), `seconds`,
-        `seconds_calibration`, `seconds_search` (reading, search, packing and writing of the weights), `peak_rss_bytes`,
-        `calibration_state`, `recipe`, `stages` (each with `stage`, `settings`, `seconds` and its own `figures`), `out`.
-
     Raises:
         MSFPError: `out` exists, or `source` cannot be quantized.
     """
     started = time.perf_counter()
     out = check_target(out, overwrite)
-    require_positive(calibration_samples=calibration_samples, steps=steps)
-    plan = plan_stages(recipe, settings or {}, num_inference_steps=steps, seed=seed)
+    require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
+    prompts = read_prompts(prompts)
+    pictures = None if images is None else picture_files(images)[:num_samples]
+    plan = plan_stages(recipe, settings or {}, num_inference_steps=num_inference_steps, seed=seed)
     request = MSFPConfig(
         scheme=scheme,
         modules_to_not_convert=modules_to_not_convert,
@@ -116,12 +150,14 @@ def quantize(
             f"pipeline, or use `ptq`."
         )
     if path.is_dir():
-        bytes_before = sum(file_bytes(path / name, variant) for name in (*streams, *encoders))
+        bytes_reference = sum(file_bytes(path / name, variant) for name in (*streams, *encoders))
     else:
-        bytes_before = sum(getattr(loaded, name).get_memory_footprint() for name in (*streams, *encoders))
+        bytes_reference = sum(getattr(loaded, name).get_memory_footprint() for name in (*streams, *encoders))
 
     if "." in streams:
         arguments = call_settings(None, prompts, guidance_scale)
+        if images is not None:
+            raise ConfigError("`--images` need a pipeline to be shown to, but this is a model alone. Leave them out.")
     else:
         with stderr.status("trying a first step"):
             if loaded is None:
@@ -134,8 +170,8 @@ def quantize(
             arguments = call_settings(loaded, prompts, guidance_scale, samples=calibrates or bool(plan))
             if calibrates:
                 chosen = {name: getattr(loaded, name) for name in streams}
-                counts = {"num_samples": calibration_samples, "num_inference_steps": steps, "seed": seed}
-                check_calibration(loaded, chosen, prompts=prompts, **counts, **arguments)
+                counts = {"num_samples": num_samples, "num_inference_steps": num_inference_steps, "seed": seed}
+                check_calibration(loaded, chosen, prompts=prompts, images=pictures, **counts, **arguments)
     seconds_calibration = 0.0
     with work_folder(out) as work:
         search_started = time.perf_counter()
@@ -143,11 +179,17 @@ def quantize(
         with progress("searching and packing weights") as report:
             for name, stream in streams.items():
                 with writing(out):
-                    stream.write(locations[name], on_layer=report)
+                    stream.write(locations[name], on_progress=report)
         seconds_search = time.perf_counter() - search_started
         journals = [work / "weights" / f"{name}.jsonl" for name in streams] if plan else []
         lines = [journal.read_text(encoding="utf-8").splitlines()[0] for journal in journals]
-        identity = {"weights": lines, "calibration": [calibration_samples, steps, seed], "prompts": prompts} | arguments
+        identity = {
+            "weights": lines,
+            "calibration": [num_samples, num_inference_steps, seed],
+            "prompts": prompts,
+        } | arguments
+        if pictures is not None:
+            identity["images"] = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in pictures]
         run = RecipeRun(work, plan, identity)
         if "." in streams:
             models = {".": streams["."].model}
@@ -169,11 +211,12 @@ def quantize(
                 with progress("calibrating activations") as report:
                     calibrate(
                         loaded,
-                        num_samples=calibration_samples,
-                        num_inference_steps=steps,
+                        num_samples=num_samples,
+                        num_inference_steps=num_inference_steps,
                         prompts=prompts,
+                        images=pictures,
                         seed=seed,
-                        on_step=report,
+                        on_progress=report,
                         **arguments,
                     )
                 seconds_calibration = time.perf_counter() - calibration_started
@@ -196,22 +239,22 @@ def quantize(
     layers = [layer for model in models.values() for _, layer in quant_layers(model)]
     bits = 8 * sum(layer.packed_weight.numel() + 4 * layer.weight_scale.numel() for layer in layers)
     parameters = sum(rows * length for rows, length in (layer.matrix_shape for layer in layers))
-    return {
-        "scheme": scheme,
-        "components": list(models),
-        "layers": len(layers),
-        "weight_bits_per_param": bits / parameters,
-        "bytes_before": bytes_before,
-        "bytes_after": sum(model_bytes(str(out), model, name) for name, model in models.items()),
-        "seconds": time.perf_counter() - started,
-        "seconds_calibration": seconds_calibration,
-        "seconds_search": seconds_search,
-        "peak_rss_bytes": peak_rss_bytes(),
-        "calibration_state": state,
-        "recipe": recipe,
-        "stages": run.figures,
-        "out": str(out),
-    }
+    return QuantizedCheckpoint(
+        scheme=scheme,
+        components=list(models),
+        layers=len(layers),
+        weight_bits_per_param=bits / parameters,
+        bytes_reference=bytes_reference,
+        bytes_quantized=sum(model_bytes(str(out), model, name) for name, model in models.items()),
+        seconds=time.perf_counter() - started,
+        seconds_calibration=seconds_calibration,
+        seconds_search=seconds_search,
+        peak_rss_bytes=peak_rss_bytes(),
+        calibration_state=state,
+        recipe=recipe,
+        stages=run.figures,
+        out=str(out),
+    )
 
 
 def _parts(

@@ -1,5 +1,6 @@
 """`report`: one HTML page on the quality of a quantized checkpoint."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -8,7 +9,7 @@ from diffusers import DiffusionPipeline
 
 from ..errors import ConfigError
 from ..outputs import require_writable_file
-from ..report import collect_report, render_report
+from ..report import Report, collect_report, render_report
 from ..sampling.denoisers import denoiser_name, denoiser_of
 from .shared.calls import call_settings
 from .shared.load import fetch, load_any, load_pipeline, model_bytes, require_variant
@@ -18,13 +19,30 @@ from .shared.terminal import progress
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckpointReport(Report):
+    """A `Report` of checkpoints.
+
+    Args:
+        name (`str`), reference (`str`, *optional*): what they are called.
+        bytes_quantized (`int`), bytes_reference (`int`, *optional*): weight files of the denoiser.
+        out (`str`): the page.
+    """
+
+    name: str
+    reference: str | None
+    bytes_quantized: int
+    bytes_reference: int | None
+    out: str
+
+
 def report(
-    source: str,
+    candidate: str,
     out: str | Path,
     *,
     reference: str | None = None,
-    num: int = 8,
-    steps: int = 20,
+    num_samples: int = 8,
+    num_inference_steps: int = 20,
     seed: int = 0,
     prompts: list[str] | None = None,
     guidance_scale: float | None = None,
@@ -32,23 +50,20 @@ def report(
     dtype: str = "float32",
     speed: bool = True,
     overwrite: bool = False,
-) -> dict:
+) -> CheckpointReport:
     """Measure a checkpoint and write a page about it, which is there only when it is complete.
 
     Args:
-        source (`str`): folder or Hub id of a pipeline, or folder of a denoiser; quantized by this or another package.
+        candidate (`str`): folder or Hub id of a pipeline, or folder of a denoiser; quantized by this or another
+            package.
         out (`str` or `Path`): HTML file to write.
         reference (`str`, *optional*): the full-precision pipeline.
-        num, steps, seed, prompts: see `collect_report`.
+        num_samples, num_inference_steps, seed, prompts: see `collect_report`.
         guidance_scale (`float`, *optional*): for pipelines with guidance; the pipeline's own by default.
         variant (`str`, *optional*): of the weights, where a model has it.
         dtype (`str`): that the checkpoint runs in.
         speed (`bool`): time a step.
         overwrite (`bool`): replace an existing page.
-
-    Returns:
-        `dict`: see `collect_report`, with `name`, `reference`, `bytes` and `bytes_reference` (weight files of the
-        denoiser), `out`.
 
     Raises:
         MSFPError: see `collect_report`; or something cannot be loaded, or the page exists.
@@ -61,35 +76,39 @@ def report(
     if dtype not in DTYPES:
         raise ConfigError(f"`dtype` must be one of {', '.join(DTYPES)}, but got {dtype!r}.")
     require_writable_file(out)
-    require_variant(variant, source, reference)
+    require_variant(variant, candidate, reference)
     original = load_pipeline(reference, variant=variant) if reference is not None else None
-    folder = fetch(source, variant)
-    candidate = load_any(
-        str(folder), variant=variant, **({} if dtype == "float32" else {"dtype": getattr(torch, dtype)})
-    )
-    drawn = candidate if isinstance(candidate, DiffusionPipeline) else original
+    folder = fetch(candidate, variant)
+    loaded = load_any(str(folder), variant=variant, **({} if dtype == "float32" else {"dtype": getattr(torch, dtype)}))
+    drawn = loaded if isinstance(loaded, DiffusionPipeline) else original
     arguments = call_settings(drawn, prompts, guidance_scale)
     with progress("measuring") as told:
-        data = collect_report(
-            candidate,
+        found = collect_report(
+            loaded,
             original,
             folder=folder,
-            num_samples=num,
-            num_inference_steps=steps,
+            num_samples=num_samples,
+            num_inference_steps=num_inference_steps,
             seed=seed,
             prompts=prompts,
             with_speed=speed,
-            on_step=told,
+            on_progress=told,
             **arguments,
         )
-    model = denoiser_of(candidate) if isinstance(candidate, DiffusionPipeline) else candidate
-    data |= {"name": _short(source), "reference": reference and _short(reference), "out": str(out)}
-    data["bytes"] = model_bytes(str(folder), model, data["component"], variant)
-    data["bytes_reference"] = original and model_bytes(
-        cast(str, reference), denoiser_of(original), denoiser_name(original), variant
+    model = denoiser_of(loaded) if isinstance(loaded, DiffusionPipeline) else loaded
+    size = None
+    if original is not None:
+        size = model_bytes(cast(str, reference), denoiser_of(original), denoiser_name(original), variant)
+    result = CheckpointReport(
+        **vars(found),
+        name=_short(candidate),
+        reference=reference and _short(reference),
+        bytes_quantized=model_bytes(str(folder), model, found.component, variant),
+        bytes_reference=size,
+        out=str(out),
     )
-    write_text(render_report(data), out)
-    return data
+    write_text(render_report(result), out)
+    return result
 
 
 def _short(source: str) -> str:

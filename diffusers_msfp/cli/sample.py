@@ -1,38 +1,52 @@
 """`sample`: pictures from a pipeline."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
 from ..evaluation import image_grid, sample_images
 from ..outputs import require_writable_file, writing
+from ..results import Result
 from .shared.calls import call_settings
 from .shared.load import load_pipeline, require_variant
 from .shared.terminal import progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled(Result):
+    """What `sample` wrote.
+
+    Args:
+        out (`str`): the PNG.
+        num_samples, num_inference_steps, seed (`int`): of its pictures.
+    """
+
+    out: str
+    num_samples: int
+    num_inference_steps: int
+    seed: int
 
 
 def sample(
     source: str,
     out: str | Path,
     *,
-    num: int = 16,
-    steps: int = 50,
+    num_samples: int = 16,
+    num_inference_steps: int = 50,
     seed: int = 0,
     prompts: list[str] | None = None,
     guidance_scale: float | None = None,
     variant: str | None = None,
-) -> dict:
+) -> Sampled:
     """Draw pictures and write them as one grid.
 
     Args:
         source (`str`): folder, Hub id or single file of a pipeline, quantized or not.
         out (`str` or `Path`): PNG to write.
-        num, steps, seed (`int`): pictures, denoising steps, seed of the noise.
+        num_samples, num_inference_steps, seed (`int`): pictures, denoising steps, seed of the noise.
         prompts (`list[str]`, *optional*): for pipelines that take prompts.
         guidance_scale (`float`, *optional*): for pipelines with guidance; the pipeline's own by default.
         variant (`str`, *optional*): of the weights, like `"fp16"`.
-
-    Returns:
-        `dict`: `out`, `num`, `steps`, `seed`.
     """
     out = Path(out)
     if out.suffix.lower() != ".png":
@@ -42,9 +56,17 @@ def sample(
     pipe = load_pipeline(source, variant=variant)
     arguments = call_settings(pipe, prompts, guidance_scale)
     with progress("sampling") as report:
-        images = sample_images(pipe, num=num, steps=steps, seed=seed, prompts=prompts, on_step=report, **arguments)
-    grid = image_grid(images, columns=min(num, 8), scale=max(1, 96 // images.shape[1]))
+        images = sample_images(
+            pipe,
+            num_samples=num_samples,
+            num_inference_steps=num_inference_steps,
+            seed=seed,
+            prompts=prompts,
+            on_progress=report,
+            **arguments,
+        )
+    grid = image_grid(images, columns=min(num_samples, 8), scale=max(1, 96 // images.shape[1]))
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         grid.save(out)
-    return {"out": str(out), "num": num, "steps": steps, "seed": seed}
+    return Sampled(out=str(out), num_samples=num_samples, num_inference_steps=num_inference_steps, seed=seed)

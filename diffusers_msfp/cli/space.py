@@ -2,7 +2,8 @@
 
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from ..hub.base import base_of as remembered_base
 from ..outputs import writing
 from ..plugin.config import MSFPConfig
 from ..plugin.quantize import quantize_pipeline
+from ..results import Result
 from ..sampling.denoisers import denoiser_of
 from ..sampling.observation import quantized_models
 from ..space import Candidate, build_page, launch, require_comparable, require_gradio, write_space
@@ -53,6 +55,17 @@ def space_run(
         page.close(verbose=False)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Address(Result):
+    """Where a page is served.
+
+    Args:
+        address (`str`): its URL.
+    """
+
+    address: str
+
+
 def print_address(address: str) -> None:
     """Tell people where the page is."""
     stderr.print(f"The page is at [bold]{address}[/] (Ctrl+C stops it)", soft_wrap=True)
@@ -83,7 +96,7 @@ def open_page(
     if source is None:
         original, quantized = (load_pipeline(str(EMBEDDED_MODEL)) for _ in range(2))
         with progress("quantizing the embedded model") as report:
-            quantize_pipeline(quantized, EMBEDDED_SCHEME, num_samples=32, on_step=report)
+            quantize_pipeline(quantized, EMBEDDED_SCHEME, num_samples=32, on_progress=report)
     else:
         with stderr.status(f"opening {source}"):
             require_variant(variant, source, reference)
@@ -159,6 +172,23 @@ def _license(source: str, reference: str | None) -> dict[str, str]:
     return {}
 
 
+@dataclass(frozen=True, kw_only=True)
+class CreatedSpace(Result):
+    """What `space_create` wrote.
+
+    Args:
+        out, title (`str`), reference (`str`, *optional*): folder, heading, full-precision pipeline.
+        files (`Sequence[str]`): names, sorted.
+        bytes (`int`): of all files.
+    """
+
+    out: str
+    title: str
+    reference: str | None
+    files: Sequence[str]
+    bytes: int
+
+
 def space_create(
     source: str,
     out: str | Path,
@@ -167,7 +197,7 @@ def space_create(
     title: str | None = None,
     variant: str | None = None,
     overwrite: bool = False,
-) -> dict:
+) -> CreatedSpace:
     """Write a Space that serves the page of a quantized pipeline.
 
     Args:
@@ -179,9 +209,6 @@ def space_create(
         title (`str`, *optional*): the source's name by default.
         variant (`str`, *optional*): of the weights, where a pipeline has it.
         overwrite (`bool`): replace a Space that is there.
-
-    Returns:
-        `dict`: `out`, `title`, `reference`, `files` (names, sorted), `bytes` (of all files).
 
     Raises:
         SourceError: a folder that holds no quantized pipeline, or neither a folder nor a Hub id.
@@ -204,4 +231,4 @@ def space_create(
             files = write_space(made, title, source, reference, variant=variant, **license)
             size = sum((made / file).stat().st_size for file in files)
             publish(made, out)
-    return {"out": str(out), "title": title, "reference": reference, "files": files, "bytes": size}
+    return CreatedSpace(out=str(out), title=title, reference=reference, files=files, bytes=size)

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from ..compat.wrappers import sees_through, unwrap
-from ..errors import ConfigError
+from ..errors import ConfigError, StateError
 from ..layers import QuantLayer
 from ..layers.convert import quant_layers
 from ..sampling.observation import quantized_models
@@ -35,7 +35,8 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
             when it is needed.
 
     Raises:
-        ConfigError: an unknown name, a model without quantized layers, or an engine that can run none of them here.
+        ConfigError: an unknown name, or an engine that can run none of the layers here.
+        StateError: no layer is quantized.
 
     Example:
         ```py
@@ -49,7 +50,7 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
     models = list(quantized_models(model))
     layers = [layer for part in models for _, layer in quant_layers(part)]
     if not layers:
-        raise ConfigError(
+        raise StateError(
             f"An engine needs a quantized model, but {type(model).__name__} has no quantized layer. Quantize it, or "
             f"load a quantized checkpoint with `quantization_config=MSFPConfig()`."
         )

@@ -3,15 +3,18 @@
 from ..checkpoint.describe import describe_checkpoint
 from ..methods.temporal.features import temporal_features
 from ..sampling.solvers import with_ddim
-from .compare import compare_pipelines
-from .evaluate import evaluate_pipelines
+from .compare import Comparison, compare_pipelines
+from .evaluate import Evaluation, evaluate_pipelines
 from .images.features import FEATURES, Features
 from .images.grid import image_grid, sample_images
-from .layers import layer_snr
+from .layers import LayerError, layer_snr
 
 __all__ = [
     "FEATURES",
+    "Comparison",
+    "Evaluation",
     "Features",
+    "LayerError",
     "compare_pipelines",
     "describe_checkpoint",
     "evaluate_pipelines",

@@ -6,20 +6,22 @@ is called with, the candidate is called with too, in every stock pipeline. Pictu
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from ..compat.torch import tree_map
 from ..compat.wrappers import sees_through
 from ..errors import ConfigError
+from ..results import OPTIONAL, OnProgress, Result
 from ..sampling.calls import batched_calls, call_arguments, quiet, require_positive
-from ..sampling.denoisers import denoisers_of, is_quantized, model_output
-from ..sampling.solvers import with_ddim
+from ..sampling.denoisers import denoiser_name, denoiser_of, denoisers_of, is_quantized, model_output
+from ..sampling.solvers import with_ddim, with_parts
 from ..sampling.timestep import first_timestep, timestep_argument
 from ..sampling.trial import describe
 from ..sampling.used_output import used_part
@@ -34,44 +36,80 @@ def psnr_db(a: Tensor, b: Tensor) -> Tensor:
     return (-10 * torch.log10(error)).clamp_max(MAX_PSNR_DB)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DenoiserError(Result):
+    """How far a denoiser's outputs are from the reference's, pooled over samples and timesteps.
+
+    Args:
+        eps_mse (`float`, *optional*): mean squared difference; None for a denoiser that was never called.
+        eps_rel_l2 (`float`, *optional*): `sqrt(Σ‖Δ‖² / Σ‖reference‖²)`; None likewise.
+        eps_rel_l2_by_timestep (`Mapping[str, float]`): timestep → the same.
+    """
+
+    eps_mse: float | None
+    eps_rel_l2: float | None
+    eps_rel_l2_by_timestep: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedDenoiser(DenoiserError):
+    """One denoiser of several.
+
+    Args:
+        quantized (`bool`): whether the candidate's is.
+    """
+
+    quantized: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(DenoiserError):
+    """What `compare_pipelines` found; the errors are pooled over denoisers.
+
+    Args:
+        denoisers (`Mapping[str, ComparedDenoiser]`, *optional*): by name where there are several.
+        image_psnr_db (`float`): mean over pictures of [0, 1], each at most 100.
+    """
+
+    denoisers: Mapping[str, ComparedDenoiser] | None = field(default=None, metadata=OPTIONAL)
+    image_psnr_db: float
+
+
 @sees_through(changes=False)
 def compare_pipelines(
     reference: DiffusionPipeline,
-    candidate: DiffusionPipeline,
+    candidate: DiffusionPipeline | ModelMixin,
     *,
     num_samples: int = 16,
     num_inference_steps: int = 20,
     seed: int = 0,
     eta: float = 0.0,
     prompts: list[str] | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
     on_pictures: Callable[[Tensor, Tensor], None] | None = None,
     **arguments: Any,
-) -> dict:
+) -> Comparison:
     """Error of the denoiser and of the pictures for equal noise, on DDIM where it can take the scheduler's place.
 
     Variances that a model puts out beside its prediction are not counted.
 
     Args:
-        reference, candidate (`DiffusionPipeline`): of the same architecture; neither is changed.
+        reference (`DiffusionPipeline`): full precision; not changed.
+        candidate (`DiffusionPipeline` or `ModelMixin`): of the same architecture, not changed; a denoiser alone takes
+            the place of the reference's.
         num_samples, num_inference_steps, seed, eta: of both runs.
         prompts (`list[str]`, *optional*): taken in turn where the pipeline takes prompts.
-        on_step (`Callable[[int, int], None]`, *optional*): called after each step of the reference with (done, total).
+        on_progress (`OnProgress`, *optional*): called with (done, total) after each step of the reference.
         on_pictures (`Callable[[Tensor, Tensor], None]`, *optional*): called with each batch of the reference's and the
             candidate's pictures, `(N, channels, H, W)` in [0, 1].
         **arguments: passed on to both pipelines.
 
-    Returns:
-        `dict`: `eps_mse` (mean squared difference of the outputs), `eps_rel_l2` (`sqrt(Σ‖Δ‖² / Σ‖reference‖²)`), both
-        pooled over samples, timesteps and denoisers; `eps_rel_l2_by_timestep` (timestep → value); `image_psnr_db`
-        (mean over images of [0, 1]); and where there are several denoisers, `denoisers` (name → the first three and
-        `quantized`).
-
     Raises:
-        ConfigError: other denoisers, outputs of different shapes, numbers below 1, or an `eta` for a pipeline that DDIM
-            cannot sample.
+        ConfigError: a reference that is no pipeline, other denoisers, outputs of different shapes, numbers below 1, or
+            an `eta` for a pipeline that DDIM cannot sample.
     """
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
+    candidate = in_place_of(reference, candidate)
     reference, candidate = with_ddim(reference, eta), with_ddim(candidate, eta)
     originals, students = paired_denoisers(reference, candidate)
     make_arguments = call_arguments(reference, prompts, num_inference_steps, {"output_type": "pt"} | arguments)
@@ -112,8 +150,8 @@ def compare_pipelines(
         expected, actual = (used_part(reference, each, args, kwargs) for each in (expected, actual))
         figures[name].add(first_timestep(timestep), expected, actual)
         done += 1
-        if on_step is not None:
-            on_step(done, max(done, total))
+        if on_progress is not None:
+            on_progress(done, max(done, total))
 
     ratios = []
     with quiet(reference), quiet(candidate), torch.no_grad():
@@ -131,9 +169,41 @@ def compare_pipelines(
             ratios.append(psnr_db(expected, actual))
             if on_pictures is not None:
                 on_pictures(expected, actual)
-    pooled = sum(figures.values(), _Figures()).result()
-    own = {name: figures[name].result() | {"quantized": is_quantized(model)} for name, model in students.items()}
-    return pooled | ({"denoisers": own} if len(own) > 1 else {}) | {"image_psnr_db": torch.cat(ratios).mean().item()}
+    own = {
+        name: ComparedDenoiser(**figures[name].result(), quantized=is_quantized(model))
+        for name, model in students.items()
+    }
+    return Comparison(
+        **sum(figures.values(), _Figures()).result(),
+        denoisers=own if len(own) > 1 else None,
+        image_psnr_db=torch.cat(ratios).mean().item(),
+    )
+
+
+def in_place_of(reference: DiffusionPipeline, candidate: DiffusionPipeline | ModelMixin) -> DiffusionPipeline:
+    """The candidate as a pipeline: itself, or the reference with another denoiser.
+
+    Args:
+        reference (`DiffusionPipeline`): whose pictures are the measure.
+        candidate (`DiffusionPipeline` or `ModelMixin`): pipeline, or denoiser alone.
+
+    Raises:
+        ConfigError: the reference is no pipeline, or the candidate no denoiser of its class.
+    """
+    if isinstance(reference, nn.Module):
+        raise ConfigError(
+            f"A reference must be a pipeline, since a {type(reference).__name__} alone draws no pictures. Pass the "
+            f"pipeline that it belongs to; the candidate may be a model alone."
+        )
+    if not isinstance(candidate, nn.Module):
+        return candidate
+    original = denoiser_of(reference)
+    if type(candidate) is not type(original):
+        raise ConfigError(
+            f"A denoiser alone must be of the class of the reference's, {type(original).__name__}, but got "
+            f"{type(candidate).__name__}. Name the pipeline that it was made from."
+        )
+    return with_parts(reference, **{denoiser_name(reference): candidate})
 
 
 def paired_denoisers(
@@ -178,8 +248,8 @@ class _Figures:
                 both.energy[timestep] += part.energy[timestep]
         return both
 
-    def result(self) -> dict:
-        """`eps_mse`, `eps_rel_l2` and `eps_rel_l2_by_timestep`; None for a denoiser that was never called."""
+    def result(self) -> dict[str, Any]:
+        """The fields of a `DenoiserError`."""
         error, energy = sum(self.error.values()), sum(self.energy.values())
         by_timestep = {f"{t:g}": _relative(self.error[t], self.energy[t]) for t in sorted(self.error, reverse=True)}
         return {

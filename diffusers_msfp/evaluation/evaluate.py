@@ -5,54 +5,83 @@ outputs and by the outputs of their layers.
 """
 
 import platform
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import numpy as np
 import torch
 from accelerate import PartialState
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 
-from ..errors import ConfigError, UnsupportedError
+from ..errors import ConfigError, StateError, UnsupportedError
+from ..results import OPTIONAL, OnProgress, in_stage
 from ..sampling.observation import calibration_state, quantized_models
 from ..sampling.solvers import with_ddim
-from .compare import compare_pipelines
+from .compare import ComparedDenoiser, DenoiserError, compare_pipelines, in_place_of
 from .images.agreement import class_agreement
+from .images.distances import Estimate
 from .images.features import FeatureNetwork, default_features, extract, feature_network
 from .images.real import load_real
 from .images.samples import draw_pictures
 from .images.sets import compare_pictures, compare_sets, require_finite_pictures, require_ssim, without_features
-from .layers import layer_snr
+from .layers import LayerError, layer_snr
 
 COMPARED = 16
 """Samples for the denoiser's error; its layers take a quarter of them."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(DenoiserError):
+    """What `evaluate_pipelines` found; `eps_mse` and its like as `Comparison` has them.
+
+    Args:
+        denoisers (`Mapping[str, ComparedDenoiser]`, *optional*): by name where there are several.
+        figures (`Mapping[str, Mapping[str, Estimate]]`): `candidate_to_reference`, and where there is data
+            `candidate_to_real` and `reference_to_real`: `frechet_distance`, `spatial_frechet_distance`, `precision`,
+            `recall`; the first also has `psnr_db` and `ssim` for equal noise; `classifier_score`: `reference`,
+            `candidate`, `real`; and for conditional pipelines `class_agreement`: `reference`, `candidate`, the share
+            of pictures that the features' classifier takes for the class that was asked.
+        omitted (`Mapping[str, str]`): figure → why it is missing.
+        layers (`Mapping[str, LayerError]`): see `layer_snr`.
+        settings (`Mapping[str, Any]`): of the run.
+        origin (`Mapping[str, str]`): machine and versions.
+    """
+
+    denoisers: Mapping[str, ComparedDenoiser] | None = field(default=None, metadata=OPTIONAL)
+    figures: Mapping[str, Mapping[str, Estimate]]
+    omitted: Mapping[str, str]
+    layers: Mapping[str, LayerError]
+    settings: Mapping[str, Any]
+    origin: Mapping[str, str]
+
+
 def evaluate_pipelines(
     reference: DiffusionPipeline,
-    candidate: DiffusionPipeline,
+    candidate: DiffusionPipeline | ModelMixin,
     *,
     data: str | Path | None = None,
-    num: int = 2000,
-    steps: int = 20,
+    num_samples: int = 2000,
+    num_inference_steps: int = 20,
     features: str | None = None,
     seed: int = 0,
     prompts: list[str] | None = None,
     folder: str | Path | None = None,
     process: PartialState | None = None,
-    on_step: Callable[[int, int, str], None] | None = None,
+    on_progress: OnProgress | None = None,
     **arguments: Any,
-) -> dict | None:
+) -> Evaluation | None:
     """All figures of a candidate; the noise of picture i depends on `seed` and i alone, on DDIM.
 
     Args:
-        reference, candidate (`DiffusionPipeline`): of the same architecture; neither is changed.
+        reference (`DiffusionPipeline`): full precision; not changed.
+        candidate (`DiffusionPipeline` or `ModelMixin`): see `compare_pipelines`.
         data (`str` or `Path`, *optional*): real pictures, see `load_real`.
-        num, steps (`int`): pictures of each pipeline, denoising steps.
+        num_samples, num_inference_steps (`int`): pictures of each pipeline, denoising steps.
         features (`str`, *optional*): see `feature_network`; by default as `default_features`, and where their weights
             are missing, what needs no features is computed, and the rest stands in `omitted`.
         seed (`int`): of noise and resampling.
@@ -60,32 +89,26 @@ def evaluate_pipelines(
         folder (`str` or `Path`, *optional*): keeps pictures, so that a killed run goes on and the reference's are made
             once for many candidates.
         process (`PartialState`, *optional*): of `accelerate launch`: each process draws its share, into `folder`.
-        on_step (`Callable`, *optional*): called with (done, total, what is being done).
+        on_progress (`OnProgress`, *optional*): called with (done, total, stage=what is being done).
         **arguments: passed on to both pipelines.
 
     Returns:
-        `dict`: `figures`, with `candidate_to_reference`, and where there is data `candidate_to_real` and
-        `reference_to_real`: `frechet_distance`, `spatial_frechet_distance`, `precision`, `recall`; the first also has
-        `psnr_db` and `ssim` for equal noise; `classifier_score`: `reference`, `candidate`, `real`; and for conditional
-        pipelines `class_agreement`: `reference`, `candidate`, the share of pictures that the features' classifier
-        takes for the class that was asked. Each figure has `value`, `low`, `high` (95 %) and `bias`, see `distances`.
-        `omitted`: figure → why it is missing. `eps_mse`, `eps_rel_l2`, `eps_rel_l2_by_timestep` as
-        `compare_pipelines`; `layers` as `layer_snr`; `settings`, `origin`.
-        None in all processes but the first.
+        `Evaluation`; None in all processes but the first.
 
     Raises:
         ConfigError: settings that cannot be honoured, or pipelines or pictures that do not fit together.
         NonFiniteError: pictures hold NaN.
         UnsupportedError: a package is missing, or the weights of features that were asked for.
     """
-    if num < 2:
-        raise ConfigError(f"`num` must be at least 2, but got {num}.")
+    if num_samples < 2:
+        raise ConfigError(f"`num_samples` must be at least 2, but got {num_samples}.")
     if process is not None and process.num_processes > 1 and folder is None:
         raise ConfigError("Several processes must share a `folder` of pictures, but none was given.")
+    candidate = in_place_of(reference, candidate)
     pipes = {"reference": reference, "candidate": candidate}
     for name, pipe in pipes.items():
         if any(calibration_state(model) == "observing" for model in quantized_models(pipe)):
-            raise ConfigError(
+            raise StateError(
                 f"Only calibrated models can be evaluated, but the {name} still observes its ranges. Call "
                 f"`calibrate(pipe)` first."
             )
@@ -99,12 +122,12 @@ def evaluate_pipelines(
         draw = partial(
             draw_pictures,
             pipe,
-            num=num,
-            steps=steps,
+            num_samples=num_samples,
+            num_inference_steps=num_inference_steps,
             seed=seed,
             prompts=prompts,
             folder=Path(folder) if folder is not None else None,
-            on_step=_stage(on_step, f"pictures of the {name}"),
+            on_progress=in_stage(on_progress, f"pictures of the {name}"),
             **arguments,
         )
         if process.num_processes > 1:
@@ -123,39 +146,42 @@ def evaluate_pipelines(
         figures, omitted = compare_sets(found, seed)
         own_sets = {name: found[name] for name in pipes}
     shares, reason = class_agreement(
-        reference, network, own_sets, num=num, seed=seed, prompts=prompts, arguments=arguments
+        reference, network, own_sets, num_samples=num_samples, seed=seed, prompts=prompts, arguments=arguments
     )
     figures |= {"class_agreement": shares} if shares else {}
     omitted |= {"class_agreement": reason} if reason else {}
     own, missing = compare_pictures(sets["reference"], sets["candidate"], seed)
     figures["candidate_to_reference"] |= own
     omitted |= {f"candidate_to_reference.{name}": reason for name, reason in missing.items()}
-    run = {"num_inference_steps": steps, "seed": seed, "prompts": prompts}
+    run = {"num_inference_steps": num_inference_steps, "seed": seed, "prompts": prompts}
     compared = compare_pipelines(
-        reference, candidate, num_samples=COMPARED, on_step=_stage(on_step, "denoisers"), **run, **arguments
+        reference, candidate, num_samples=COMPARED, on_progress=in_stage(on_progress, "denoisers"), **run, **arguments
     )
-    del compared["image_psnr_db"]  # `psnr_db` above, of fewer pictures
     layers = layer_snr(
-        reference, candidate, num_samples=COMPARED // 4, on_step=_stage(on_step, "layers"), **run, **arguments
+        reference, candidate, num_samples=COMPARED // 4, on_progress=in_stage(on_progress, "layers"), **run, **arguments
     )
-    source = None if data is None else Path(data).name
-    return {
-        "figures": {pair: {name: e.to_dict() for name, e in values.items()} for pair, values in figures.items()},
-        "omitted": omitted,
-        **compared,
-        "layers": layers,
-        "settings": {
-            "num": num,
-            "steps": steps,
+    return Evaluation(
+        eps_mse=compared.eps_mse,
+        eps_rel_l2=compared.eps_rel_l2,
+        eps_rel_l2_by_timestep=compared.eps_rel_l2_by_timestep,
+        denoisers=compared.denoisers,
+        figures=figures,
+        omitted=omitted,
+        layers=layers,
+        settings={
+            "num_samples": num_samples,
+            "num_inference_steps": num_inference_steps,
             "seed": seed,
             "features": features,
             "prompts": prompts,
-            "data": None if real is None else {"pictures": len(real), "source": source, "adapted": adapted},
+            "data": None
+            if real is None
+            else {"pictures": len(real), "source": Path(cast(str, data)).name, "adapted": adapted},
             "scheduler": type(with_ddim(reference).scheduler).__name__,
             "picture_shape": list(shape),
         },
-        "origin": origin(),
-    }
+        origin=origin(),
+    )
 
 
 def origin() -> dict:
@@ -186,7 +212,7 @@ def _shape(
 ) -> tuple[int, ...]:
     """Of the pictures of both, from one step of each."""
     one, other = (
-        tuple(draw_pictures(pipe, num=1, steps=1, prompts=prompts, **arguments).shape[1:])
+        tuple(draw_pictures(pipe, num_samples=1, num_inference_steps=1, prompts=prompts, **arguments).shape[1:])
         for pipe in (reference, candidate)
     )
     if one != other:
@@ -195,7 +221,3 @@ def _shape(
             f"quantized version of the reference."
         )
     return one
-
-
-def _stage(on_step: Callable[[int, int, str], None] | None, what: str) -> Callable[[int, int], None] | None:
-    return None if on_step is None else lambda done, total: on_step(done, total, what)

@@ -7,7 +7,8 @@ which puts its layers in the place of the float ones.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -19,11 +20,12 @@ from ..compat.wrappers import sees_through
 from ..errors import ConfigError
 from ..methods.talora import RoutingTable
 from ..methods.talora.attach import plan_of
+from ..results import OnProgress, Result
 from ..sampling.calls import batched_calls, call_arguments, quiet, require_positive
 from ..sampling.solvers import with_ddim
 from ..sampling.timestep import first_timestep, timestep_argument
 from ..sampling.used_output import counted, used_channels
-from .compare import paired_denoisers
+from .compare import in_place_of, paired_denoisers
 
 MAX_SNR_DB = 100.0
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -34,36 +36,49 @@ def snr_db(signal: float, noise: float) -> float:
     return MAX_SNR_DB if noise <= signal * 1e-10 else 10 * math.log10(signal / noise) if signal else -MAX_SNR_DB
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayerError(Result):
+    """How well one layer reproduces its float original.
+
+    Args:
+        snr_db (`float`): `10 log10(Σ‖float‖² / Σ‖Δ‖²)` over all samples and timesteps, at most 100.
+        by_timestep (`Mapping[str, float]`): timestep → the same.
+        adapted (`bool`): it has timestep-aware adapters, which let it differ from its float original on purpose.
+    """
+
+    snr_db: float
+    by_timestep: Mapping[str, float]
+    adapted: bool
+
+
 @sees_through(changes=False)
 def layer_snr(
     reference: DiffusionPipeline,
-    candidate: DiffusionPipeline,
+    candidate: DiffusionPipeline | ModelMixin,
     *,
     num_samples: int = 4,
     num_inference_steps: int = 20,
     seed: int = 0,
     prompts: list[str] | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
     **arguments: Any,
-) -> dict[str, dict]:
+) -> dict[str, LayerError]:
     """Signal-to-noise ratio of every linear and convolution in the denoisers.
 
     Of the last one, channels that put out a variance are not counted.
 
     Args:
-        reference, candidate (`DiffusionPipeline`): of the same architecture; neither is changed.
-        num_samples, num_inference_steps, seed, prompts, on_step, **arguments: see `compare_pipelines`.
+        reference, candidate, num_samples, num_inference_steps, seed, prompts, on_progress, **arguments: see
+            `compare_pipelines`.
 
     Returns:
-        `dict`: layer (of several denoisers: `component:layer`) → `snr_db`, `10 log10(Σ‖float‖² / Σ‖Δ‖²)` over all
-        samples and timesteps, at most 100; `by_timestep`: timestep → the same; and `adapted`: it has timestep-aware
-        adapters, which let it differ from its float original on purpose.
+        `dict[str, LayerError]`: by the layer's name (of several denoisers: `component:layer`).
 
     Raises:
         ConfigError: no layer of the reference has a counterpart of its name.
     """
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
-    reference = with_ddim(reference)
+    candidate, reference = in_place_of(reference, candidate), with_ddim(reference)
     originals, students = paired_denoisers(reference, candidate)
     make_arguments = call_arguments(reference, prompts, num_inference_steps, {"output_type": "pt"} | arguments)
     calls = batched_calls(make_arguments, list(students.values()), num_samples, seed)
@@ -87,8 +102,8 @@ def layer_snr(
         if isinstance(router, RoutingTable) and timestep is not None:
             router.enter(timestep)
         running, done = first_timestep(timestep), done + 1
-        if on_step is not None:
-            on_step(done, max(done, len(calls) * num_inference_steps))
+        if on_progress is not None:
+            on_progress(done, max(done, len(calls) * num_inference_steps))
 
     def measure(
         module: nn.Module,
@@ -127,11 +142,11 @@ def layer_snr(
         for handle in handles:
             handle.remove()
     return {
-        name: {
-            "snr_db": snr_db(sum(signal[name].values()), sum(noise[name].values())),
-            "by_timestep": {f"{t:g}": snr_db(signal[name][t], noise[name][t]) for t in sorted(signal[name])[::-1]},
-            "adapted": adapted,
-        }
+        name: LayerError(
+            snr_db=snr_db(sum(signal[name].values()), sum(noise[name].values())),
+            by_timestep={f"{t:g}": snr_db(signal[name][t], noise[name][t]) for t in sorted(signal[name])[::-1]},
+            adapted=adapted,
+        )
         for name, adapted in names.items()
         if name in signal
     }

@@ -42,7 +42,7 @@ def render_card(facts: Mapping, results: Results) -> str:
         facts (`Mapping`): `repo`, `base_model` (or None and `base_elsewhere`, see `named_base`), `license` (and
             `license_name`, `license_link`), `pipeline_class`, `pipeline_tag`, `arguments` (of `from_pretrained`, as
             source text), `components` (as `quantization_report`, without `engines`; with `parameters` of the base,
-            `adapter_parameters` and `file_bytes`), `preview` (`num`, `steps`, `seed`).
+            `adapter_parameters` and `file_bytes`), `preview` (`num_samples`, `num_inference_steps`, `seed`).
         results (`Results`): measurements.
 
     Raises:

@@ -13,6 +13,7 @@ from ..errors import CheckpointError, ConfigError, MSFPError
 from ..evaluation import sample_images
 from ..layers import QuantLayer
 from ..layers.stored import name_in_files
+from ..results import OnProgress
 from ..sampling.observation import calibration_state, quantized_models
 
 
@@ -58,18 +59,18 @@ def check_checkpoint(
     folder: Path,
     *,
     variant: str | None = None,
-    num: int,
-    steps: int,
+    num_samples: int,
+    num_inference_steps: int,
     seed: int,
     prompts: list[str] | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Checked:
     """Load a checkpoint as its users will, in every variant, and sample from it.
 
     Args:
         folder (`Path`): a pipeline with at least one quantized component.
         variant (`str`, *optional*): that is sampled; the plain one by default, where there is one.
-        num, steps, seed, prompts, on_step: see `sample_images`.
+        num_samples, num_inference_steps, seed, prompts, on_progress: see `sample_images`.
 
     Raises:
         CheckpointError: it does not load, is not calibrated, holds float copies of packed weights or other tensors that
@@ -93,7 +94,14 @@ def check_checkpoint(
             f"`calibrate(pipe)` and save it."
         )
     try:
-        images = sample_images(pipe, num=num, steps=steps, seed=seed, prompts=prompts, on_step=on_step)
+        images = sample_images(
+            pipe,
+            num_samples=num_samples,
+            num_inference_steps=num_inference_steps,
+            seed=seed,
+            prompts=prompts,
+            on_progress=on_progress,
+        )
     except (MSFPError, RuntimeError) as error:
         raise CheckpointError(f"A published checkpoint must sample, but {folder} does not: {error}") from error
     if not np.isfinite(images).all():

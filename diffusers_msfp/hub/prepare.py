@@ -3,7 +3,7 @@
 import inspect
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,7 @@ from ..checkpoint.describe import component_dirs, file_bytes
 from ..evaluation import image_grid
 from ..methods.talora import AdapterBank
 from ..plugin import MSFPPipelineMixin
+from ..results import OnProgress
 from .base import require_base, require_license
 from .card import PREVIEW, ROUTER, TIMESTEPS, render_card
 from .checks import Checked, all_at_once, check_checkpoint
@@ -58,11 +59,11 @@ def prepare(
     revision: str | None = None,
     variant: str | None = None,
     results: Iterable[Path] = (),
-    num: int = 8,
-    steps: int = 20,
+    num_samples: int = 8,
+    num_inference_steps: int = 20,
     seed: int = 0,
     prompts: list[str] | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Prepared:
     """Check a checkpoint and write its card; the folder is not changed.
 
@@ -74,7 +75,7 @@ def prepare(
         revision (`str`, *optional*): branch that it will be on.
         variant (`str`, *optional*): that is sampled and named on the card.
         results (`Iterable[Path]`): results files beside those in `folder`.
-        num, steps, seed, prompts, on_step: of the card's samples.
+        num_samples, num_inference_steps, seed, prompts, on_progress: of the card's samples.
 
     Raises:
         CheckpointError: see `read_layout` and `check_checkpoint`.
@@ -85,7 +86,13 @@ def prepare(
     files, left = read_layout(folder, origin["base_model"])
     found = read_results(folder, results)
     checked = check_checkpoint(
-        folder, variant=variant, num=num, steps=steps, seed=seed, prompts=prompts, on_step=on_step
+        folder,
+        variant=variant,
+        num_samples=num_samples,
+        num_inference_steps=num_inference_steps,
+        seed=seed,
+        prompts=prompts,
+        on_progress=on_progress,
     )
     named = {"revision": revision, "variant": checked.variant}
     arguments = [json.dumps(repo), *(f"{key}={json.dumps(value)}" for key, value in named.items() if value)]
@@ -96,10 +103,10 @@ def prepare(
         **origin,
         "pipeline_class": type(checked.pipe).__name__,
         "components": describe(folder, checked),
-        "preview": {"num": num, "steps": steps, "seed": seed},
+        "preview": {"num_samples": num_samples, "num_inference_steps": num_inference_steps, "seed": seed},
     }
     files |= pages(facts, found)
-    files[PREVIEW] = _png(image_grid(checked.images, columns=min(num, 8), scale=_scale(checked)))
+    files[PREVIEW] = _png(image_grid(checked.images, columns=min(num_samples, 8), scale=_scale(checked)))
     used = {path.resolve() for path in found.files.values()}
     left = [location for location in left if (folder / location).resolve() not in used]
     return Prepared(files, left, found.missing(origin["base_model"] or "BASE"), facts["arguments"])

@@ -8,7 +8,8 @@ sends only what is missing.
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from ..errors import ConfigError, HubError, MSFPError
 from ..outputs import require_writable, writing
+from ..results import OPTIONAL, OnProgress, Result
 from .base import base_of, card_of, check_repo_id, named_base, require_base, require_license
 from .checks import all_at_once
 from .layout import Files, components, pipeline_index
@@ -24,6 +26,33 @@ from .prepare import prepare
 from .results import read_results
 
 _BLOCK = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published(Result):
+    """What `publish` did, or would do.
+
+    Args:
+        repo, base_model, license, snippet (`str`): Hub id; of the card; the lines that load it.
+        files (`Mapping[str, int]`): path in the repository → bytes.
+        left_out (`Sequence[str]`): files of the folder that are not published.
+        missing (`Mapping[str, str]`): what was not measured → the command that measures it.
+        out (`str`, *optional*): where a dry run wrote.
+        commit, url (`str`, *optional*), removed (`Sequence[str]`, *optional*): of an upload; weights and configs of an
+            earlier version that are no longer there.
+    """
+
+    repo: str
+    base_model: str
+    license: str
+    files: Mapping[str, int]
+    left_out: Sequence[str]
+    missing: Mapping[str, str]
+    snippet: str
+    out: str | None = field(default=None, metadata=OPTIONAL)
+    commit: str | None = field(default=None, metadata=OPTIONAL)
+    url: str | None = field(default=None, metadata=OPTIONAL)
+    removed: Sequence[str] | None = field(default=None, metadata=OPTIONAL)
 
 
 def publish(
@@ -39,13 +68,13 @@ def publish(
     dry_run: str | Path | None = None,
     results: Iterable[str | Path] = (),
     prompts: list[str] | None = None,
-    num: int = 8,
-    steps: int = 20,
+    num_samples: int = 8,
+    num_inference_steps: int = 20,
     seed: int = 0,
     token: str | None = None,
     endpoint: str | None = None,
-    on_step: Callable[[int, int], None] | None = None,
-) -> dict:
+    on_progress: OnProgress | None = None,
+) -> Published:
     """Publish a quantized pipeline on the Hub; nothing in its folder is changed.
 
     Args:
@@ -63,15 +92,13 @@ def publish(
         create_pr (`bool`): open a pull request instead of committing.
         dry_run (`str` or `Path`, *optional*): write there what would be uploaded, and stop.
         results (`Iterable`): more results files.
-        prompts, num, steps, seed: of the card's samples.
+        prompts, num_samples, num_inference_steps, seed: of the card's samples.
         token (`str`, *optional*): of the Hub, by default the one that is logged in.
         endpoint (`str`, *optional*): another Hub than the client's.
-        on_step (`Callable[[int, int], None]`, *optional*): called after each denoising step with (done, total).
+        on_progress (`OnProgress`, *optional*): called with (done, total) after each denoising step.
 
     Returns:
-        `dict`: `repo`, `base_model`, `license`, `files` (path → bytes), `left_out`, `missing` (what was not measured →
-        command), `snippet`; then `out` of a dry run, or `commit`, `url` and `removed` (weights and configs of an
-        earlier version that are no longer there).
+        `Published`.
 
     Raises:
         CheckpointError: the checkpoint does not load, does not sample, or holds what should not be published.
@@ -120,13 +147,13 @@ def publish(
         revision=revision,
         variant=variant,
         results=named,
-        num=num,
-        steps=steps,
+        num_samples=num_samples,
+        num_inference_steps=num_inference_steps,
         seed=seed,
         prompts=prompts,
-        on_step=on_step,
+        on_progress=on_progress,
     )
-    report = {
+    report: dict[str, Any] = {
         "repo": repo,
         "base_model": origin["base_model"] or origin["base_elsewhere"],
         "license": origin["license"],
@@ -136,9 +163,11 @@ def publish(
         "snippet": prepared.snippet,
     }
     if dry_run is not None:
-        return report | {"out": str(_write(prepared.files, Path(dry_run)))}
+        return Published(**report, out=str(_write(prepared.files, Path(dry_run))))
     try:
-        return report | _upload(api, repo, prepared.files, set(components(index)), private, revision, create_pr)
+        return Published(
+            **report, **_upload(api, repo, prepared.files, set(components(index)), private, revision, create_pr)
+        )
     except MSFPError:
         raise
     except Exception as error:  # noqa: BLE001 – what the client's transport raises differs by its version

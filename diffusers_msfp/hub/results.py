@@ -17,7 +17,7 @@ CHECKPOINT = f"{FOLDER}/checkpoint.json"
 """What the card says beside the measurements; written when it is made."""
 
 _NUMBER = (int, float)
-_PLACES = ("source", "reference", "model", "out")
+_PLACES = ("candidate", "reference", "model", "out")
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Results:
     @property
     def sizes(self) -> tuple[int, int] | None:
         """Bytes of the denoiser's weights in full precision and quantized."""
-        for found, keys in ((self.evaluation, ("reference", "candidate")), (self.comparison, ("ref", "cand"))):
-            one, other = ((found or {}).get(f"bytes_{key}") for key in keys)
+        for found in (self.evaluation, self.comparison):
+            one, other = ((found or {}).get(key) for key in ("bytes_reference", "bytes_quantized"))
             if isinstance(one, int) and isinstance(other, int) and one > 0 and other > 0:
                 return one, other
         return None
@@ -101,9 +101,35 @@ def _read(path: Path) -> Any:
         raise ValueError(f"it holds {constant}")
 
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        return in_present_words(json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} must be a JSON file of finite numbers, but it is not ({error}).") from error
+
+
+def in_present_words(content: object) -> object:
+    """A results file with the names that its fields have now; older files are read for one version more."""
+    if not isinstance(content, dict):
+        return content
+    found = {_RENAMED.get(key, key): value for key, value in content.items()}
+    for key in ("settings", "preview"):
+        if isinstance(found.get(key), dict):
+            found[key] = {_RENAMED.get(name, name): value for name, value in found[key].items()}
+    if isinstance(found.get("rows"), list):
+        found["rows"] = [
+            {_RENAMED.get(name, name): value for name, value in row.items()} if isinstance(row, dict) else row
+            for row in found["rows"]
+        ]
+    return found
+
+
+_RENAMED = {
+    "bytes_ref": "bytes_reference",
+    "bytes_cand": "bytes_quantized",
+    "bytes_candidate": "bytes_quantized",
+    "source": "candidate",
+    "num": "num_samples",
+    "steps": "num_inference_steps",
+}
 
 
 def _kind(content: object) -> str | None:

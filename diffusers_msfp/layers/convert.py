@@ -13,7 +13,7 @@ from ..compat.diffusers import kept_in_float32
 from ..compat.peft import is_wrapped, name_inside
 from ..compat.torch import replace_children, weight_of
 from ..compat.wrappers import own_name
-from ..errors import ConfigError
+from ..errors import ConfigError, StateError
 from ..numerics.rounding import check_finite
 from ..schemes import SCHEMES, LayerScheme, check_patterns, matches, resolve
 from . import QUANT_LAYERS, QuantLayer, SplitLayer
@@ -62,12 +62,12 @@ class Conversion:
         weighted = {name: module for name, module in model.named_modules() if isinstance(module, _WEIGHTED)}
         already = [name for name, module in weighted.items() if isinstance(module, QuantLayer)]
         if already:
-            raise ConfigError(
+            raise StateError(
                 f"A model can be quantized once, but {len(already)} layers already are ({already[0]}, …). "
                 f"Call `model.dequantize()` first."
             )
         if any(is_wrapped(name) for name in weighted):
-            raise ConfigError(
+            raise StateError(
                 "A model must be quantized before adapters are attached, but this one has some. Fuse them "
                 "(`fuse_lora`, then `unload_lora`) or unload them first."
             )

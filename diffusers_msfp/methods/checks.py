@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ..compat.peft import is_wrapped
 from ..compat.torch import weight_of
-from ..errors import ConfigError, ShapeError
+from ..errors import ConfigError, ShapeError, StateError
 from ..layers import QuantLayer
 from ..layers.split import whole_name
 from ..sampling.observation import calibration_state
@@ -23,8 +23,8 @@ def check_student(model: nn.Module, teacher: nn.Module, method: str, *, learns: 
         learns (`bool`): by gradients.
 
     Raises:
-        ConfigError: the model is still observing, is float16, has what the method forbids, or cannot take what the
-            teacher takes.
+        ConfigError: the model is float16, or cannot take what the teacher takes.
+        StateError: it is still observing, or has what the method forbids; the teacher is quantized.
         ShapeError: the teacher is another model.
     """
     if type(model) is not type(teacher):
@@ -33,7 +33,7 @@ def check_student(model: nn.Module, teacher: nn.Module, method: str, *, learns: 
             f"{type(teacher).__name__}."
         )
     if any(isinstance(module, QuantLayer) for module in teacher.modules()):
-        raise ConfigError("The teacher must be the full-precision original, but got a quantized model.")
+        raise StateError("The teacher must be the full-precision original, but got a quantized model.")
     require_timesteps(model)
     if learns and model.dtype == torch.float16:
         raise ConfigError(
@@ -43,10 +43,10 @@ def check_student(model: nn.Module, teacher: nn.Module, method: str, *, learns: 
     if learns:
         require_takes(model, teacher)
     if calibration_state(model) == "observing":
-        raise ConfigError("Only a calibrated model can be improved, but this one observes: call `calibrate(pipe)`.")
+        raise StateError("Only a calibrated model can be improved, but this one observes: call `calibrate(pipe)`.")
     require_order(model, method)
     if any(is_wrapped(name) for name, _ in model.named_modules()):
-        raise ConfigError("Users' adapters must be unloaded before a model is changed, but this one has some.")
+        raise StateError("Users' adapters must be unloaded before a model is changed, but this one has some.")
 
 
 def require_takes(model: nn.Module, teacher: nn.Module) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, StateError
 from ..registry import Registry
+from ..results import Result
 
 
 @dataclass(frozen=True)
@@ -56,21 +57,21 @@ class Method:
     Args:
         name (`str`): as a stage of recipes.
         config (`type`): dataclass of its settings.
-        run (`Callable`): `(pipe, teacher, config, *, prompts, …) -> dict`, in place.
+        run (`Callable`): `(pipe, teacher, config, *, prompts, …) -> Result`, in place.
         part (`Part`, *optional*): None leaves nothing but other weights.
         forbids (`Mapping[str, str]`): method that must not be on the model yet → what to do instead.
         check_after (`Callable`, *optional*): `(config, names)` refuses settings that would undo the stages before it.
-        callback (`str`, *optional*): name of `run`'s argument that takes a function of (done, total, note).
+        reports (`bool`): whether `run` takes `on_progress`, see `results.OnProgress`.
         resumes (`bool`): whether `run` takes a `work_dir`.
     """
 
     name: str
     config: type
-    run: Callable[..., dict]
+    run: Callable[..., Result]
     part: Part | None = None
     forbids: Mapping[str, str] = field(default_factory=dict)
     check_after: Callable[[Any, Sequence[str]], None] | None = None
-    callback: str | None = None
+    reports: bool = False
     resumes: bool = True
 
 
@@ -114,9 +115,9 @@ def require_order(model: nn.Module, name: str) -> None:
         name (`str`): of the method.
 
     Raises:
-        ConfigError: one that it forbids is on the model.
+        StateError: one that it forbids is on the model.
     """
     for other, instead in METHODS[name].forbids.items():
         part = METHODS[other].part
         if part is not None and part.record_of(model) is not None:
-            raise ConfigError(instead)
+            raise StateError(instead)

@@ -5,13 +5,18 @@ up to a whole byte, so rows can be read alone.
 """
 
 from functools import reduce
+from math import gcd
 
 import torch
 from torch import Tensor
 
 from ..errors import ShapeError
 
-_GROUP = {4: (2, 1), 6: (4, 3), 8: (1, 1)}  # bits: (codes, bytes) of the smallest whole group
+
+def _group(bits: int) -> tuple[int, int]:
+    """Codes and bytes of the smallest whole group: 2 and 1 for 4 bits, 4 and 3 for 6."""
+    shared = gcd(bits, 8)
+    return 8 // shared, bits // shared
 
 
 def packed_size(length: int, bits: int) -> int:
@@ -24,7 +29,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     Args:
         codes (`Tensor`, `(rows, length)`, uint8): codes below `2**bits`.
-        bits (`int`): 4, 6 or 8.
+        bits (`int`): 1 to 8.
 
     Returns:
         `Tensor`, `(rows, packed_size(length, bits))`, uint8.
@@ -41,8 +46,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if codes.numel() and int(codes.max()) >= 2**bits:
         raise ShapeError(f"Codes must be below {2**bits} for {bits} bits, but got {int(codes.max())}.")
     length = codes.shape[1]
-    num_codes, num_bytes = _GROUP[bits]
-    groups = _groups(codes, num_codes)
+    num_codes, num_bytes = _group(bits)
+    groups = _groups(codes, num_codes, bits)
     word = reduce(torch.add, [groups[..., i] << (i * bits) for i in range(num_codes)])  # (rows, groups)
     parts = [(word >> (8 * i)) & 0xFF for i in range(num_bytes)]
     packed = torch.stack(parts, dim=-1).to(torch.uint8).flatten(1)
@@ -54,7 +59,7 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
 
     Args:
         packed (`Tensor`, `(rows, packed_size(length, bits))`, uint8).
-        bits (`int`): 4, 6 or 8.
+        bits (`int`): 1 to 8.
         length (`int`): codes per row.
 
     Returns:
@@ -72,15 +77,15 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
         return packed
     if bits == 4:
         return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(1)[:, :length]
-    num_codes, num_bytes = _GROUP[bits]
-    groups = _groups(packed, num_bytes)
+    num_codes, num_bytes = _group(bits)
+    groups = _groups(packed, num_bytes, bits)
     word = reduce(torch.add, [groups[..., i] << (8 * i) for i in range(num_bytes)])
     parts = [(word >> (i * bits)) & (2**bits - 1) for i in range(num_codes)]
     return torch.stack(parts, dim=-1).to(torch.uint8).flatten(1)[:, :length]
 
 
-def _groups(rows: Tensor, size: int) -> Tensor:
-    """`(R, n)` uint8 → `(R, ceil(n / size), size)` int32, padded with zeros."""
+def _groups(rows: Tensor, size: int, bits: int) -> Tensor:
+    """`(R, n)` uint8 → `(R, ceil(n / size), size)`, padded with zeros, in integers that hold a group of `_group`."""
     number = -(-rows.shape[1] // size)
     padded = torch.nn.functional.pad(rows, (0, number * size - rows.shape[1]))
-    return padded.view(rows.shape[0], number, size).to(torch.int32)
+    return padded.view(rows.shape[0], number, size).to(torch.int64 if bits % 2 else torch.int32)

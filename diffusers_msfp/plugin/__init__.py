@@ -4,7 +4,7 @@ from .adapters.exchange import export_adapter, import_adapter
 from .calibrate import calibrate
 from .config import MSFPConfig
 from .mixin import MSFPPipelineMixin
-from .quantize import quantize_pipeline
+from .quantize import dequantize, quantize_pipeline
 from .quantizer import MSFPQuantizer
 from .register import register
 
@@ -13,6 +13,7 @@ __all__ = [
     "MSFPPipelineMixin",
     "MSFPQuantizer",
     "calibrate",
+    "dequantize",
     "export_adapter",
     "import_adapter",
     "quantize_pipeline",

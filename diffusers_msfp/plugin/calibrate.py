@@ -1,71 +1,99 @@
 """Calibration with the pipeline's own sampler."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from ..compat.wrappers import sees_through, unwrap
-from ..errors import ConfigError, MSFPError
+from ..errors import ConfigError, MSFPError, StateError
 from ..layers.convert import quant_layers
 from ..methods.method import parts
+from ..results import OnProgress
 from ..sampling.calls import batched_calls, call_arguments, counting_steps, quiet, require_positive
 from ..sampling.denoisers import denoisers_of
 from ..sampling.observation import RunTracker, freeze, quantized_models, track, tracker
+from ..sampling.pictures import Images, NoisedPictures, showing, taken
 from ..sampling.trial import describe, refuse_upcast, try_calls
 from ..schemes import LayerScheme
+
+DEFAULT_SAMPLES = 64
 
 
 @sees_through
 def calibrate(
     pipe: DiffusionPipeline,
     *,
-    num_samples: int = 64,
+    num_samples: int = DEFAULT_SAMPLES,
     num_inference_steps: int = 20,
     prompts: Sequence[str] | None = None,
+    images: Images | None = None,
     seed: int = 0,
-    on_step: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
     **arguments: Any,
 ) -> None:
-    """Set the activation ranges of a quantized pipeline from its own samples, then freeze them.
+    """Set the activation ranges of a quantized pipeline from its own samples, or from pictures, then freeze them.
 
-    The pipeline's sampler runs from noise, with its own scheduler, over the whole trajectory; during these runs
-    activations are float. Memory does not grow with `num_samples`, and equal arguments give equal ranges. Progress is
-    shown by the pipeline's own progress bar, as its `set_progress_bar_config` says.
+    Without `images` the pipeline's sampler runs from noise, with its own scheduler, over the whole trajectory. With
+    them its denoiser reads the pictures instead, encoded by the pipeline's `vae` and noised; the timestep of each call
+    is drawn uniformly from those that the model was trained on, and conditions and guidance are as in any run. During
+    these runs activations are float. Memory does not grow with `num_samples` (but that of pictures that are in memory
+    already), and equal arguments give equal ranges. Progress is shown by the pipeline's own progress bar, as its
+    `set_progress_bar_config` says.
 
     Args:
         pipe (`DiffusionPipeline`): with at least one MSFP-quantized component; frozen ones are calibrated anew.
-        num_samples (`int`): images to sample.
-        num_inference_steps (`int`): denoising steps of each.
-        prompts (`Sequence[str]`, *optional*): taken in turn where the pipeline takes prompts.
+        num_samples (`int`): images to sample; of pictures how many are shown, which are taken in turn where there are
+            fewer, each time with other noise.
+        num_inference_steps (`int`): denoising steps of each; of pictures at how many timesteps each is shown.
+        prompts (`Sequence[str]`, *optional*): taken in turn where the pipeline takes prompts; by default eight built-in
+            ones (`sampling.calls.DEFAULT_PROMPTS`). Beside `images` they are captions, one for each picture or one for
+            all.
+        images (*optional*): a folder, or an iterable of PIL images, files, arrays `(H, W, channels)` and tensors
+            `(channels, H, W)`, 8-bit or float in [0, 1]. Each is scaled (Lanczos) until it covers the pipeline's size
+            (`height` and `width` where it takes them) and cropped in its middle.
         seed (`int`): of noise and class labels.
-        on_step (`Callable[[int, int], None]`, *optional*): called after each denoising step with (done, total),
-            instead of the progress bar.
+        on_progress (`OnProgress`, *optional*): called with (done, total) after each denoising step, instead of the
+            progress bar.
         **arguments: passed on to the pipeline, e.g. `image=…` for image-to-image or `guidance_scale=…`.
 
     Raises:
-        ConfigError: nothing to calibrate, numbers below 1, or arguments with which the pipeline does not run; nothing
-            is changed then. If the run fails later on, the error says how to go on.
+        ConfigError: a model alone, numbers below 1, pictures that cannot be read or shown to this pipeline, or
+            arguments with which it does not run; nothing is changed then. If the run fails later on, the error says how
+            to go on.
+        StateError: nothing to calibrate.
         NonFiniteError: samples become infinite or NaN.
+        UnsupportedError: pictures for a scheduler that noises in a way of its own.
 
     Example:
         ```py
         pipe = DiffusionPipeline.from_pretrained("model", quantization_config=MSFPConfig("w4a4"))
         calibrate(pipe, num_samples=64, num_inference_steps=20)
+        calibrate(pipe, images="photographs")  # a folder
         ```
     """
-    models = named_quantized(pipe)
-    if not models or not callable(pipe) or isinstance(pipe, nn.Module):
+    if isinstance(pipe, nn.Module):
         raise ConfigError(
+            f"Calibration runs a pipeline, but a {type(pipe).__name__} alone cannot be sampled. Pass the pipeline that "
+            f"it belongs to; or call the model over one run of timesteps yourself, then `freeze(model)`."
+        )
+    models = named_quantized(pipe)
+    if not models or not callable(pipe):
+        raise StateError(
             f"Calibration needs a pipeline with quantized components, but {type(pipe).__name__} has none. Load it with "
             f"`quantization_config=MSFPConfig()` or call `quantize_pipeline(pipe, scheme)`."
         )
-    counts = {"num_samples": num_samples, "num_inference_steps": num_inference_steps, "seed": seed}
-    check_calibration(pipe, models, prompts=prompts, **counts, **arguments)
-    observe_ranges(pipe, prompts=prompts, on_step=on_step, **counts, **arguments)
+    given: dict[str, Any] = {"prompts": prompts, "images": taken(images, num_samples)} | arguments
+    counts: dict[str, Any] = {
+        "num_samples": num_samples,
+        "num_inference_steps": num_inference_steps,
+        "seed": seed,
+    }
+    check_calibration(pipe, models, **counts, **given)
+    observe_ranges(pipe, on_progress=on_progress, **counts, **given)
 
 
 def named_quantized(pipe: object) -> dict[str, nn.Module]:
@@ -78,9 +106,10 @@ def check_calibration(
     pipe: DiffusionPipeline,
     models: Mapping[str, nn.Module],
     *,
-    num_samples: int = 64,
+    num_samples: int = DEFAULT_SAMPLES,
     num_inference_steps: int = 20,
     prompts: Sequence[str] | None = None,
+    images: Images | None = None,
     seed: int = 0,
     **arguments: Any,
 ) -> None:
@@ -89,26 +118,49 @@ def check_calibration(
     Args:
         pipe (`DiffusionPipeline`): whose models need not be quantized yet, nor have weights.
         models (`Mapping[str, nn.Module]`): quantized or to be, by name.
-        num_samples, num_inference_steps, prompts, seed, **arguments: see `calibrate`.
+        num_samples, num_inference_steps, prompts, images, seed, **arguments: see `calibrate`; `images` are `taken`.
 
     Raises:
-        ConfigError, NonFiniteError: see `calibrate`.
+        ConfigError, NonFiniteError, UnsupportedError: see `calibrate`.
     """
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
     refuse_upcast(pipe, models)
     make_arguments = call_arguments(pipe, prompts, num_inference_steps, arguments)
     ordered = [part for part in pipe.components.values() if any(part is model for model in models.values())]
-    try_calls(pipe, batched_calls(make_arguments, ordered, num_samples, seed))
+    pictures = _pictures(pipe, ordered, images, prompts, num_samples, seed)
+    try_calls(pipe, batched_calls(make_arguments, ordered, num_samples, seed), pictures)
+
+
+def _pictures(
+    pipe: DiffusionPipeline,
+    models: Sequence[nn.Module],
+    images: Images | None,
+    prompts: Sequence[str] | None,
+    num_samples: int,
+    seed: int,
+) -> NoisedPictures | None:
+    """What the denoiser is to read instead of the sampler's; None for that."""
+    if images is None:
+        return None
+    found = NoisedPictures(pipe, cast(list, images), prompts, num_samples, seed)
+    for model in models:
+        if model is not found.model and isinstance(model, ModelMixin):
+            raise ConfigError(
+                f"Pictures set the ranges of a pipeline's denoiser, but its {type(model).__name__} is to be calibrated "
+                f"too. Leave `images` out: the pipeline's own samples set the ranges of both."
+            )
+    return found
 
 
 def observe_ranges(
     pipe: DiffusionPipeline,
     *,
-    num_samples: int = 64,
+    num_samples: int = DEFAULT_SAMPLES,
     num_inference_steps: int = 20,
     prompts: Sequence[str] | None = None,
+    images: Images | None = None,
     seed: int = 0,
-    on_step: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
     **arguments: Any,
 ) -> None:
     """What `calibrate` does after its checks; arguments are the same."""
@@ -117,22 +169,26 @@ def observe_ranges(
     )
     observing = [model for model in quantized_models(pipe) if restart_observation(model)]
     if not observing:
-        raise ConfigError("Nothing to calibrate: no layer of this pipeline has a quantized activation (weights only).")
+        raise StateError("Nothing to calibrate: no layer of this pipeline has a quantized activation (weights only).")
 
+    pictures = _pictures(pipe, observing, images, prompts, num_samples, seed)
     denoisers = denoisers_of(pipe, required=False)
     counted = [model for model in observing if model in denoisers.values()] or observing[:1]
     total = len(calls) * num_inference_steps
     with ExitStack() as stack:
         for model in observing:
             stack.callback(setattr, tracker(model), "paused", False)
-        if on_step is None:
+        if on_progress is None:
             bar = stack.enter_context(DiffusionPipeline.progress_bar(pipe, total=total))  # combined ones give none
             bar.set_description("calibrating")
         stack.enter_context(quiet(pipe))
-        stack.enter_context(counting_steps(counted, total, on_step or (lambda *_: bar.update())))
+        stack.enter_context(counting_steps(counted, total, on_progress or (lambda *_, **__: bar.update())))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(showing(pipe, pictures))
         try:
             for call in calls:
+                if pictures is not None:
+                    pictures.show(call)
                 call.run(pipe)
             _require_seen(pipe, observing)
             for model in observing:

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..compat.wrappers import unwrap
 from ..engines.choose import engines_of
-from ..errors import ConfigError
+from ..errors import ConfigError, StateError
 from ..layers.convert import quant_layers
 from ..methods.routes import finite_set_of, routing_of
 from ..methods.talora import RoutingTable
@@ -143,7 +143,7 @@ class MSFPPipelineMixin:
         models = [m for m in quantized_models(self)]
         adapted = [m for m in models if routing_of(m) is not None]
         if not models:
-            raise ConfigError(
+            raise StateError(
                 f"A pipeline with a quantized component is needed, but this {type(self).__name__} has none. Load it "
                 f"with `quantization_config=MSFPConfig()` or call `quantize_pipeline(pipe, scheme)`."
             )

@@ -1,6 +1,6 @@
 """Quantize a pipeline that is already in memory."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any, cast
 
 from diffusers import DiffusionPipeline, ModelMixin
@@ -8,14 +8,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..compat.wrappers import seen_through, sees_through, unwrap
-from ..errors import ConfigError
+from ..errors import ConfigError, StateError
 from ..layers.convert import Conversion, convert
+from ..methods.method import parts
+from ..results import OnProgress, in_stage
 from ..sampling.calls import keep_labels
 from ..sampling.denoisers import DENOISERS
 from ..sampling.observation import calibration_state, quantized_models
+from ..sampling.pictures import taken
 from ..sampling.trial import refuse_upcast
 from ..schemes import DEFAULT_SCHEME
-from .calibrate import check_calibration, observe_ranges
+from .calibrate import DEFAULT_SAMPLES, check_calibration, observe_ranges
 from .config import MSFPConfig, config_of
 from .quantizer import MSFPQuantizer
 from .transformers_quantizer import MSFPTransformersQuantizer
@@ -23,7 +26,7 @@ from .transformers_quantizer import MSFPTransformersQuantizer
 
 @sees_through
 def quantize_model(
-    model: ModelMixin | PreTrainedModel, config: MSFPConfig, on_layer: Callable[[int, int], None] | None = None
+    model: ModelMixin | PreTrainedModel, config: MSFPConfig, on_progress: OnProgress | None = None
 ) -> None:
     """Quantize the weights of a float model in place; its activations are observed from now on.
 
@@ -31,9 +34,9 @@ def quantize_model(
         model (`ModelMixin` or `PreTrainedModel`): any model of diffusers, or one of transformers, whose activations
             stay float.
         config (`MSFPConfig`): not changed; the model gets a copy with its record.
-        on_layer (`Callable[[int, int], None]`, *optional*): called after each layer with (done, total).
+        on_progress (`OnProgress`, *optional*): called with (done, total) after each layer.
     """
-    _quantize(model, *_planned(model, config), on_layer)
+    _quantize(model, *_planned(model, config), on_progress)
 
 
 Quantizer = MSFPQuantizer | MSFPTransformersQuantizer
@@ -52,11 +55,11 @@ def _quantize(
     model: ModelMixin | PreTrainedModel,
     quantizer: Quantizer,
     plan: Conversion,
-    on_layer: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> None:
     """Do it."""
     dtype = model.dtype
-    convert(model, plan, on_layer)
+    convert(model, plan, on_progress)
     cast(Any, quantizer).attach(model)
     if isinstance(model, ModelMixin):
         model.register_to_config(_pre_quantization_dtype=dtype)
@@ -64,9 +67,13 @@ def _quantize(
 
 
 def quantize_pipeline(
-    pipe: DiffusionPipeline, scheme: str | MSFPConfig = DEFAULT_SCHEME, **calibration: Any
+    pipe: DiffusionPipeline,
+    scheme: str | MSFPConfig = DEFAULT_SCHEME,
+    *,
+    on_progress: OnProgress | None = None,
+    **calibration: Any,
 ) -> DiffusionPipeline:
-    """Quantize a float pipeline in place: weights, then activation ranges from its own samples.
+    """Quantize a float pipeline in place: weights, then activation ranges from its own samples or from pictures.
 
     All arguments are checked, and a first step of the float pipeline is tried, before a weight is replaced. Where the
     calibration fails all the same, the same call with corrected arguments goes on with it.
@@ -74,13 +81,18 @@ def quantize_pipeline(
     Args:
         pipe (`DiffusionPipeline`): float, or left by a call whose calibration failed.
         scheme (`str` or `MSFPConfig`): a name in `SCHEMES`, or a config for more say.
-        **calibration: arguments of `calibrate`.
+        on_progress (`OnProgress`, *optional*): called with (done, total, stage=what is being done): after each layer of
+            a component, then after each denoising step, there instead of the progress bar.
+        **calibration: arguments of `calibrate`: `num_samples`, `num_inference_steps`, `prompts`, `images`, `seed` and
+            those of the pipeline.
 
     Returns:
         `pipe`, quantized and frozen, ready to be saved.
 
     Raises:
-        ConfigError: no component to quantize, an unknown scheme, or arguments with which the pipeline does not run.
+        ConfigError: a model alone, no component to quantize, an unknown scheme, or arguments with which the pipeline
+            does not run.
+        StateError: it is quantized already.
         NonFiniteError: a weight, or what the sampler makes, holds NaN or infinity.
 
     Example:
@@ -89,24 +101,34 @@ def quantize_pipeline(
         pipe.save_pretrained("model-w4a4")
         ```
     """
+    if isinstance(pipe, nn.Module):
+        raise ConfigError(
+            f"`quantize_pipeline` calibrates with a pipeline's own sampler, but got a {type(pipe).__name__} alone. "
+            f"Pass the pipeline that it belongs to, or load the model with `quantization_config=MSFPConfig()`."
+        )
     config = scheme if isinstance(scheme, MSFPConfig) else MSFPConfig(scheme=scheme)
     with seen_through(pipe) as (bare,):
-        _quantize_components(bare, config, calibration)
+        _quantize_components(bare, config, calibration, on_progress)
     keep_labels(pipe)
     return pipe
 
 
-def _quantize_components(pipe: DiffusionPipeline, config: MSFPConfig, calibration: dict) -> None:
+def _quantize_components(
+    pipe: DiffusionPipeline, config: MSFPConfig, calibration: dict, on_progress: OnProgress | None
+) -> None:
+    if "images" in calibration:  # an iterable can be read once
+        images = taken(calibration["images"], calibration.get("num_samples", DEFAULT_SAMPLES))
+        calibration = calibration | {"images": images}
     models = components_of(pipe, config)
     plans = {name: _planned(model, config) for name, model in models.items() if not _is_left(model, config)}
     refuse_upcast(pipe, models)
     observing = [model for name, model in models.items() if name not in plans]
     if observing or any(scheme.activation for _, plan in plans.values() for scheme in plan.layers.values()):
-        check_calibration(pipe, models, **{key: value for key, value in calibration.items() if key != "on_step"})
+        check_calibration(pipe, models, **calibration)
     for name, (quantizer, plan) in plans.items():
-        _quantize(models[name], quantizer, plan)
+        _quantize(models[name], quantizer, plan, in_stage(on_progress, f"weights of {name}"))
     if any(calibration_state(model) == "observing" for model in models.values()):
-        observe_ranges(pipe, **calibration)
+        observe_ranges(pipe, on_progress=in_stage(on_progress, "calibration"), **calibration)
 
 
 def _is_left(model: ModelMixin | PreTrainedModel, config: MSFPConfig) -> bool:
@@ -156,3 +178,30 @@ def refuse_several(name: str, kind: str, present: Collection[str]) -> None:
         f"Each component to quantize must be one model, but `{name}` is a {kind}, which holds several. Leave it float: "
         f"`components_to_quantize={others}`."
     )
+
+
+@sees_through
+def dequantize(model: nn.Module | DiffusionPipeline) -> None:
+    """Make all quantized layers float again, in place, with the weights that they compute with.
+
+    Args:
+        model (`nn.Module` or `DiffusionPipeline`): with quantized layers; of a pipeline all components that have some.
+
+    Raises:
+        StateError: it has none.
+        UnsupportedError: a model has no single float weight for each layer; none is changed then.
+
+    Example:
+        ```py
+        dequantize(pipe)  # as pipe.unet.dequantize() and its like
+        ```
+    """
+    models = list(quantized_models(model))
+    if not models:
+        raise StateError(f"A quantized model is needed to make it float, but {type(model).__name__} has none.")
+    for each in models:
+        for part in parts():
+            if part.require_float is not None:
+                part.require_float(each)
+    for each in models:
+        cast(Any, each).dequantize()

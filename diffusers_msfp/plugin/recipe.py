@@ -17,6 +17,7 @@ from ..checkpoint.journal import Journal
 from ..errors import ConfigError, NonFiniteError, NothingToDoError
 from ..methods import METHODS
 from ..recipes import RECIPES
+from ..results import OnProgress, plain
 from ..sampling.solvers import with_ddim
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ def plan_stages(recipe: str, settings: Mapping[str, Mapping], **shared: Any) -> 
     Args:
         recipe (`str`): name in `RECIPES`.
         settings (`Mapping[str, Mapping]`): stage → settings that replace the recipe's.
-        **shared: settings of all stages, where neither says otherwise.
+        **shared: settings of all stages that have them, where neither says otherwise.
 
     Raises:
         ConfigError: an unknown recipe or setting, a value that makes no sense, settings of a stage that the recipe
@@ -51,7 +52,8 @@ def plan_stages(recipe: str, settings: Mapping[str, Mapping], **shared: Any) -> 
         if unknown:
             raise ConfigError(f"A setting of `{stage.name}` must be one of {', '.join(known)}, but got {unknown[0]!r}.")
         try:
-            plan.append((stage.name, kind.config(**shared | dict(stage.settings) | wanted)))
+            common = {key: value for key, value in shared.items() if key in known}
+            plan.append((stage.name, kind.config(**common | dict(stage.settings) | wanted)))
         except TypeError as error:
             given = ", ".join(f"{key}={value!r}" for key, value in wanted.items())
             raise ConfigError(
@@ -112,7 +114,7 @@ class RecipeRun:
         *,
         prompts: Sequence[str] | None,
         save: Callable[[DiffusionPipeline, Path], None],
-        progress: Callable[[str], AbstractContextManager[Callable]],
+        progress: Callable[[str], AbstractContextManager[OnProgress]],
         arguments: Mapping[str, object] | None = None,
     ) -> None:
         """Run the stages that are left, in place.
@@ -122,7 +124,7 @@ class RecipeRun:
             original (`DiffusionPipeline`): float.
             prompts (`Sequence[str]`, *optional*): for pipelines that take prompts.
             save (`Callable`): writes a pipeline to a folder, completely or not at all.
-            progress (`Callable`): a bar with a title; gives a function of (done, total, note).
+            progress (`Callable`): a bar with a title; gives an `OnProgress`.
             arguments (`Mapping[str, object]`, *optional*): passed on to the pipelines, like `guidance_scale`.
         """
         teacher = teacher_of(original)
@@ -132,10 +134,10 @@ class RecipeRun:
             work = self.folder / f"{index + 1}-{name}-{digest}{WORK}"
             options = dict(arguments or {}) | ({"work_dir": work} if kind.resumes else {})
             with progress(f"stage {index + 1} of {len(self.plan)}: {name}") as report:
-                if kind.callback:
-                    options[kind.callback] = lambda done, total, note, report=report: report(done, total, _short(note))
+                if kind.reports:
+                    options["on_progress"] = report
                 try:
-                    result = kind.run(pipe, teacher, config, prompts=prompts, **options)
+                    result = plain(kind.run(pipe, teacher, config, prompts=prompts, **options))
                 except NothingToDoError as error:
                     logger.warning("Stage `%s` is left out: %s", name, error)
                     result = {"left_out": str(error)}
@@ -154,7 +156,3 @@ class RecipeRun:
             self._journal.add(entry)
             self.figures.append(entry)
             shutil.rmtree(work, ignore_errors=True)
-
-
-def _short(note: object) -> str:
-    return f"loss {note:.5f}" if isinstance(note, float) else str(note)

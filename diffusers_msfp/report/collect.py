@@ -6,7 +6,8 @@ by the reference engine, in which every layer sees floats. What cannot be had is
 
 import datetime
 import platform
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -19,15 +20,17 @@ from ..calibration import Observation
 from ..checkpoint.describe import describe_checkpoint
 from ..compat.wrappers import sees_through
 from ..engines.choose import engine_from_environment, set_engine
-from ..errors import ConfigError, UnsupportedError
-from ..evaluation import compare_pipelines, layer_snr
+from ..errors import StateError, UnsupportedError
+from ..evaluation import Comparison, compare_pipelines, layer_snr
+from ..evaluation.compare import in_place_of
 from ..evaluation.evaluate import origin
 from ..evaluation.images.samples import draw_pictures
 from ..evaluation.timing.providers import BASELINE, provide
 from ..evaluation.timing.speed import example_inputs, step_of, take_turns
+from ..results import OnProgress, Result, in_stage, plain
 from ..sampling.denoisers import denoiser_name, denoiser_of, denoisers_of
 from ..sampling.observation import calibration_state, quantized_models
-from ..sampling.solvers import with_ddim, with_parts
+from ..sampling.solvers import with_ddim
 from .layers import layer_rows, watching_inputs
 from .pictures import QUANTIZED, REFERENCE, picture_rows
 
@@ -38,7 +41,41 @@ NEEDS_PIPELINE = "A denoiser alone draws no pictures: name the pipeline that it 
 NEEDS_FOLDER = "Formats are read from the checkpoint's files: save it first."
 OTHER_PACKAGE = "Only checkpoints that diffusers-msfp made tell them."
 
-OnStep = Callable[[int, int, str], None]
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Result):
+    """What `collect_report` found, which the page shows.
+
+    Args:
+        model, component (`str`): class and name of the denoiser; `.` where it is alone.
+        method (`str`, *optional*), config (`Mapping[str, Any]`): of the quantization.
+        calibration_state (`str`, *optional*), dtype (`str`): of the model.
+        origin (`Mapping[str, str]`), date (`str`): machine and versions; when it was measured.
+        settings (`Mapping[str, Any]`): of the runs.
+        comparison (`Comparison`, *optional*): where there is a reference.
+        pictures (`Sequence`): see `picture_rows`.
+        layers (`Sequence[Mapping[str, Any]]`): see `layer_rows`.
+        adapters (`Mapping[str, Any]`, *optional*): see `ComponentDescription`.
+        speed (`Mapping[str, Mapping[str, float]]`, *optional*): provider → `seconds`, `seconds_low`, `seconds_high`,
+            `speedup`.
+        missing (`Mapping[str, str]`): section → why it is not there.
+    """
+
+    model: str
+    component: str
+    method: str | None
+    config: Mapping[str, Any]
+    calibration_state: str | None
+    dtype: str
+    origin: Mapping[str, str]
+    date: str
+    settings: Mapping[str, Any]
+    comparison: Comparison | None
+    pictures: Sequence[Any]
+    layers: Sequence[Mapping[str, Any]]
+    adapters: Mapping[str, Any] | None
+    speed: Mapping[str, Mapping[str, float]] | None
+    missing: Mapping[str, str]
 
 
 @sees_through(changes=False)
@@ -52,9 +89,9 @@ def collect_report(
     seed: int = 0,
     prompts: list[str] | None = None,
     with_speed: bool = True,
-    on_step: OnStep | None = None,
+    on_progress: OnProgress | None = None,
     **arguments: Any,
-) -> dict:
+) -> Report:
     """Everything that a report shows.
 
     Args:
@@ -64,42 +101,36 @@ def collect_report(
         folder (`Path`, *optional*): where the candidate lies; formats are read from its files.
         num_samples, num_inference_steps, seed, prompts: see `compare_pipelines`; layers take half of the samples.
         with_speed (`bool`): time a step against bfloat16, channels last.
-        on_step (`Callable[[int, int, str], None]`, *optional*): called with (done, total, what is being done).
+        on_progress (`OnProgress`, *optional*): called with (done, total, stage=what is being done).
         **arguments: passed on to the pipelines, as text and numbers; kept among `settings`.
-
-    Returns:
-        `dict`: `model` (class), `component`, `method` and `config` of the quantization, `calibration_state`, `dtype`,
-        `origin`, `date`, `settings`, `comparison` (see `compare_pipelines`, or None), `pictures` (see `picture_rows`),
-        `layers` (see `layer_rows`), `adapters` (see `describe_checkpoint`), `speed` (None, or provider → `seconds`,
-        `seconds_low`, `seconds_high`, `speedup`), and `missing` (section → why it is not there).
 
     Raises:
         ConfigError: the candidate is not of the reference's architecture or not calibrated, or numbers below 1.
     """
-    pipe = candidate if isinstance(candidate, DiffusionPipeline) else _in_place_of(reference, candidate)
+    alone = reference is None and not isinstance(candidate, DiffusionPipeline)
+    pipe: Any = None if alone else candidate if reference is None else in_place_of(reference, candidate)
     model: Any = candidate if pipe is None else denoiser_of(pipe)
-    component = denoiser_name(pipe) if pipe is candidate else "."
+    whole = pipe is candidate
+    component = denoiser_name(pipe) if whole else "."
     run = {"num_inference_steps": num_inference_steps, "seed": seed, "prompts": prompts, **arguments}
     if pipe is not None:
         _require_calibrated(pipe)
     missing: dict[str, str] = {}
-    others = (
-        [name for name in denoisers_of(pipe) if name != component] if pipe is candidate and pipe is not None else []
-    )
+    others = [name for name in denoisers_of(pipe) if name != component] if whole else []
     if others:
         missing["denoisers"] = OTHER_DENOISERS.format(component=component, others=" and ".join(others))
-    comparison: dict | None = None
+    comparison: Comparison | None = None
     pictures: list = []
     errors, inputs = {}, {}
-    if reference is not None and pipe is not None:
-        comparison, pictures = _compare(reference, pipe, num_samples, run, on_step)
+    if reference is not None:
+        comparison, pictures = _compare(reference, pipe, num_samples, run, on_progress)
         with watching_inputs(denoiser_of(reference)) as inputs:
-            told = _stage(on_step, "layers")
-            measured = layer_snr(reference, pipe, num_samples=max(1, num_samples // 2), on_step=told, **run)
-        errors = {name.removeprefix(f"{denoiser_name(pipe)}:"): value for name, value in measured.items()}
+            told = in_stage(on_progress, "layers")
+            measured = layer_snr(reference, pipe, num_samples=max(1, num_samples // 2), on_progress=told, **run)
+        errors = {name.removeprefix(f"{denoiser_name(pipe)}:"): plain(value) for name, value in measured.items()}
     elif pipe is not None:
         missing |= dict.fromkeys(("comparison", "snr"), NEEDS_REFERENCE)
-        pictures, inputs = _draw(pipe, num_samples, run, on_step)
+        pictures, inputs = _draw(pipe, num_samples, run, on_progress)
     else:
         missing |= dict.fromkeys(("comparison", "snr", "pictures", "inputs"), NEEDS_PIPELINE)
     config = _quantization_config(model)
@@ -109,47 +140,34 @@ def collect_report(
     elif folder is None:
         missing["formats"] = NEEDS_FOLDER
     else:
-        described = describe_checkpoint(folder)[component]
-    return {
-        "model": type(model).__name__,
-        "component": component,
-        "method": config.pop("quant_method", None),
-        "config": config,
-        "calibration_state": described.get("calibration_state"),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "origin": origin() | {"processor": _processor()},
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "settings": {
+        described = describe_checkpoint(folder).components[component].to_dict()
+    return Report(
+        model=type(model).__name__,
+        component=component,
+        method=config.pop("quant_method", None),
+        config=config,
+        calibration_state=described.get("calibration_state"),
+        dtype=str(model.dtype).removeprefix("torch."),
+        origin=origin() | {"processor": _processor()},
+        date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        settings={
             "num_samples": num_samples,
             **run,
             "scheduler": None if pipe is None else type(with_ddim(pipe).scheduler).__name__,
         },
-        "comparison": comparison,
-        "pictures": pictures,
-        "layers": layer_rows(model, errors, inputs, described.get("layers", [])),
-        "adapters": described.get("adapters"),
-        "speed": _speed(model, reference, missing) if with_speed else None,
-        "missing": missing if with_speed else missing | {"speed": "Not measured, as asked for."},
-    }
-
-
-def _in_place_of(reference: DiffusionPipeline | None, model: ModelMixin) -> DiffusionPipeline | None:
-    """The reference with another denoiser; None without a reference."""
-    if reference is None:
-        return None
-    original = denoiser_of(reference)
-    if type(model) is not type(original):
-        raise ConfigError(
-            f"A denoiser alone must be of the class of the reference's, {type(original).__name__}, but got "
-            f"{type(model).__name__}. Name the pipeline that it was made from."
-        )
-    return with_parts(reference, **{denoiser_name(reference): model})
+        comparison=comparison,
+        pictures=pictures,
+        layers=layer_rows(model, errors, inputs, described.get("layers", [])),
+        adapters=described.get("adapters"),
+        speed=_speed(model, reference, missing) if with_speed else None,
+        missing=missing if with_speed else missing | {"speed": "Not measured, as asked for."},
+    )
 
 
 def _require_calibrated(pipe: DiffusionPipeline) -> None:
     for model in quantized_models(pipe):
         if calibration_state(model) == "observing":
-            raise ConfigError(
+            raise StateError(
                 "A report needs a calibrated model, but this one still observes its ranges. Call `calibrate(pipe)` "
                 "and save it first."
             )
@@ -171,19 +189,15 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def _stage(on_step: OnStep | None, what: str) -> Callable[[int, int], None] | None:
-    return None if on_step is None else lambda done, total: on_step(done, total, what)
-
-
 def _compare(
-    reference: DiffusionPipeline, pipe: DiffusionPipeline, num_samples: int, run: dict, on_step: OnStep | None
-) -> tuple[dict, list]:
+    reference: DiffusionPipeline, pipe: DiffusionPipeline, num_samples: int, run: dict, on_progress: OnProgress | None
+) -> tuple[Comparison, list]:
     kept: list[tuple[Tensor, Tensor]] = []
     comparison = compare_pipelines(
         reference,
         pipe,
         num_samples=num_samples,
-        on_step=_stage(on_step, "comparing"),
+        on_progress=in_stage(on_progress, "comparing"),
         on_pictures=lambda *pair: kept.append(pair),
         **run,
     )
@@ -191,16 +205,20 @@ def _compare(
     return comparison, picture_rows({REFERENCE: expected, QUANTIZED: actual})
 
 
-def _draw(pipe: DiffusionPipeline, num: int, run: dict, on_step: OnStep | None) -> tuple[list, dict[str, Observation]]:
+def _draw(
+    pipe: DiffusionPipeline, num_samples: int, run: dict, on_progress: OnProgress | None
+) -> tuple[list, dict[str, Observation]]:
     run = dict(run)
-    steps = run.pop("num_inference_steps")
+    num_inference_steps = run.pop("num_inference_steps")
     models = list(quantized_models(pipe))
     for model in models:
         set_engine(model, "reference")
     try:
         with watching_inputs(denoiser_of(pipe)) as inputs:
-            told = _stage(on_step, "sampling")
-            images = draw_pictures(pipe, num=num, steps=steps, on_step=told, **run)
+            told = in_stage(on_progress, "sampling")
+            images = draw_pictures(
+                pipe, num_samples=num_samples, num_inference_steps=num_inference_steps, on_progress=told, **run
+            )
     finally:
         for model in models:
             set_engine(model, engine_from_environment())

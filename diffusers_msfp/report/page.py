@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from ..formats import FORMATS
+from ..results import Result
 from . import plots
 from .pictures import QUANTIZED, REFERENCE
 
@@ -33,13 +34,14 @@ OPEN_BLOCKS_UP_TO = 80
 """Layers whose histograms are all shown at once; of more, block by block on demand."""
 
 
-def render_report(data: Mapping) -> str:
+def render_report(report: Result) -> str:
     """The page of a report.
 
     Args:
-        data (`Mapping`): see `collect_report`, with `name`, `reference` (or None), `bytes` and `bytes_reference` (or
-            None) of the denoiser.
+        report (`Report`): with `name`, `reference` (or None), `bytes_quantized` and `bytes_reference` (or None) of the
+            denoiser, see `cli.report`.
     """
+    data = report.to_dict()
     environment = Environment(
         loader=PackageLoader("diffusers_msfp.report"),
         autoescape=True,
@@ -136,7 +138,10 @@ def making_commands(data: Mapping) -> str | None:
     words = ["diffusers-msfp", "quantize", data["reference"] or "SRC", "--scheme", config["scheme"]]
     for pattern, scheme in config.get("scheme_overrides", {}).items():
         words += ["--override", f"{pattern}={scheme}"]
-    for option, key in (("--keep", "modules_to_not_convert"), ("--component", "components_to_quantize")):
+    for option, key in (
+        ("--modules-to-not-convert", "modules_to_not_convert"),
+        ("--component", "components_to_quantize"),
+    ):
         for value in config.get(key) or ():
             words += [option, value]
     return shlex.join([*words, "--out", "DIR" if data["adapters"] else data["name"]])

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..compat.diffusers import execution_device, progress_bar_config, set_progress_bar_config, source_of
 from ..errors import ConfigError
+from ..results import OnProgress
 from .finite_steps import require_finite_steps
 from .observation import quantized_models
 
@@ -104,10 +105,13 @@ class Call:
     Args:
         arguments (`dict[str, Any]`): of the call.
         seed (`int`): of what the pipeline draws without its generator.
+        first, size (`int`): number of its first sample, and how many it has.
     """
 
     arguments: dict[str, Any]
     seed: int
+    first: int = 0
+    size: int = 1
 
     def run(self, pipe: DiffusionPipeline) -> Any:
         """What the pipeline returns; the user's random states stay as they are."""
@@ -176,7 +180,7 @@ def call_arguments(
         if "class_labels" in parameters and labels:
             arguments["class_labels"] = draw_labels(size, generator)
         seed = (generator[0] if isinstance(generator, list) else generator).initial_seed()
-        return Call({key: value for key, value in arguments.items() if key in parameters} | given, seed)
+        return Call({key: value for key, value in arguments.items() if key in parameters} | given, seed, start, size)
 
     return make
 
@@ -255,17 +259,15 @@ def quiet(pipe: DiffusionPipeline) -> Iterator[None]:
 
 
 @contextmanager
-def counting_steps(
-    models: Iterable[nn.Module], total: int, on_step: Callable[[int, int], None] | None
-) -> Iterator[None]:
+def counting_steps(models: Iterable[nn.Module], total: int, on_progress: OnProgress | None) -> Iterator[None]:
     """Report each call of one of the models."""
     done = 0
 
     def count(*_: object) -> None:
         nonlocal done
         done += 1
-        if on_step is not None:
-            on_step(done, max(total, done))
+        if on_progress is not None:
+            on_progress(done, max(total, done))
 
     handles = [model.register_forward_hook(count) for model in models]
     try:

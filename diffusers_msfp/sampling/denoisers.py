@@ -3,8 +3,9 @@
 import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -14,8 +15,10 @@ from ..compat.diffusers import Scheduler
 from ..compat.wrappers import unwrap
 from ..errors import ConfigError
 from ..layers import QuantLayer
+from ..results import Result, plain
 from .timestep import timestep_argument
 
+R = TypeVar("R", bound=Result)
 logger = logging.getLogger(__name__)
 
 _MAIN = ("unet", "transformer", "prior")
@@ -44,8 +47,13 @@ def denoisers_of(pipe: DiffusionPipeline, *, required: bool = True) -> dict[str,
     """All networks of a pipeline that predict noise, by name; only one where `focus` says so.
 
     Raises:
-        ConfigError: there is none, but `required`.
+        ConfigError: there is none, but `required`; or it is no pipeline but a model.
     """
+    if isinstance(pipe, nn.Module):
+        raise ConfigError(
+            f"A pipeline is needed here, since a {type(pipe).__name__} alone cannot be sampled. Pass the pipeline that "
+            f"it belongs to."
+        )
     focused = vars(pipe).get(_FOCUS)
     names = DENOISERS if focused is None else (focused,)
     parts = {name: getattr(pipe, name, None) for name in names}
@@ -100,9 +108,24 @@ def warn_of_float(owner: str, names: Sequence[str]) -> None:
         logger.warning("%s: the denoiser %s stays float.", owner, told)
 
 
-def by_denoiser(results: Mapping[str, dict]) -> dict:
+@dataclass(frozen=True, kw_only=True)
+class ByDenoiser(Result):
+    """What a verb found for each of several denoisers.
+
+    Args:
+        denoisers (`Mapping[str, Result]`): by name.
+    """
+
+    denoisers: Mapping[str, Result]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Denoiser → its own result's `to_dict`."""
+        return plain(self.denoisers)
+
+
+def by_denoiser(results: Mapping[str, R]) -> R | ByDenoiser:
     """Results by denoiser; of a single one its own alone."""
-    return dict(results) if len(results) > 1 else next(iter(results.values()))
+    return ByDenoiser(denoisers=dict(results)) if len(results) > 1 else next(iter(results.values()))
 
 
 def work_folders(folder: str | Path | None, names: Iterable[str]) -> dict[str, Path | None]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..compat.torch import pre_hooks, remove_hooks
 from ..compat.wrappers import sees_through, unwrap
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, StateError
 from ..layers import QuantLayer
 from ..layers.convert import prepare_layers, quant_layers
 from .residual import ResidualTrace, apply_residual
@@ -197,7 +197,7 @@ def quantized_models(model_or_pipe: object) -> Iterator[nn.Module]:
 def _require_quantized(model_or_pipe: object) -> list[nn.Module]:
     models = list(quantized_models(model_or_pipe))
     if not models:
-        raise ConfigError(
+        raise StateError(
             f"A model with quantized layers is needed, but {type(model_or_pipe).__name__} has none. Load it with "
             f"`quantization_config=MSFPConfig()` or call `quantize_pipeline(pipe, scheme)`."
         )
@@ -211,7 +211,7 @@ def calibration_state(model: nn.Module | DiffusionPipeline) -> str:
         model (`nn.Module` or pipeline): with quantized layers.
 
     Raises:
-        ConfigError: it has none.
+        StateError: it has none.
 
     Example:
         ```py
@@ -231,7 +231,7 @@ def freeze(model: nn.Module) -> None:
         model (`nn.Module` or pipeline): with quantized layers; nothing happens if it is already frozen.
 
     Raises:
-        ConfigError: it has no quantized layers, or no input was ever seen.
+        StateError: it has no quantized layers, or no input was ever seen.
 
     Example:
         ```py
@@ -245,7 +245,7 @@ def freeze(model: nn.Module) -> None:
         if not observing:
             continue
         if not any(int(layer.observation.count) for _, layer in observing if layer.observation is not None):
-            raise ConfigError(
+            raise StateError(
                 f"Ranges need data, but no input of {type(m).__name__} has been seen. Run the pipeline once, or call "
                 f"`calibrate(pipe)`."
             )

@@ -15,6 +15,7 @@ from ..compat.diffusers import Scheduler, source_of
 from ..errors import ConfigError, MSFPError, NonFiniteError
 from ..layers import QuantLayer
 from .calls import Call, quiet
+from .pictures import NoisedPictures, showing
 from .solvers import with_parts
 from .timestep import timestep_argument
 
@@ -23,7 +24,7 @@ class _Reached(Exception):
     """Everything that is to be tried has worked; the rest of the run is not needed."""
 
 
-def try_calls(pipe: DiffusionPipeline, calls: Sequence[Call]) -> None:
+def try_calls(pipe: DiffusionPipeline, calls: Sequence[Call], pictures: NoisedPictures | None = None) -> None:
     """Run calls of a pipeline through the first step of its sampler, and drop what they make.
 
     One call of each batch size is tried. Models that are still observing, or whose weights are elsewhere (on the meta
@@ -33,6 +34,7 @@ def try_calls(pipe: DiffusionPipeline, calls: Sequence[Call]) -> None:
     Args:
         pipe (`DiffusionPipeline`): float, quantized, or with denoisers on the meta device; not changed.
         calls (`Sequence[Call]`): made for this; their generators advance.
+        pictures (`NoisedPictures`, *optional*): made for this; what the denoiser is to be called with.
 
     Raises:
         ConfigError: a call fails.
@@ -46,8 +48,11 @@ def try_calls(pipe: DiffusionPipeline, calls: Sequence[Call]) -> None:
     own = with_parts(pipe, **others)
     denoisers = [part for part in own.components.values() if isinstance(part, nn.Module) and _has_timestep(part)]
     sizes = {_size(call): call for call in calls}
-    with quiet(own), torch.no_grad(), _stopping_before([part for part in denoisers if not _may_run(part)]):
+    stopped = _stopping_before([part for part in denoisers if not _may_run(part)])
+    with quiet(own), torch.no_grad(), stopped, showing(own, pictures):
         for size, call in sizes.items():
+            if pictures is not None:
+                pictures.show(call)
             try:
                 call.run(own)
             except _Reached:

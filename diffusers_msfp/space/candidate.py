@@ -116,7 +116,7 @@ class Candidate:
         self,
         *,
         seed: float | None,
-        steps: int,
+        num_inference_steps: int,
         prompt: str | None = None,
         negative_prompt: str | None = None,
         class_label: int | None = None,
@@ -129,7 +129,7 @@ class Candidate:
         """
         if seed is None or seed != int(seed) or not 0 <= seed <= MAX_SEED:
             raise ConfigError(f"The seed must be a whole number from 0 to {MAX_SEED}, but got {seed}.")
-        require_positive(steps=steps)
+        require_positive(num_inference_steps=num_inference_steps)
         given: dict[str, Any] = {"output_type": "np"}
         if "prompt" in self.parameters:
             if not (prompt or "").strip():
@@ -142,7 +142,7 @@ class Candidate:
             given["class_labels"] = [class_label]
         if self.guidance_scale is not None and guidance_scale is not None:
             given["guidance_scale"] = guidance_scale
-        make = call_arguments(self.pipe, [prompt] if prompt else None, steps, given)
+        make = call_arguments(self.pipe, [prompt] if prompt else None, num_inference_steps, given)
         return lambda: make(0, 1, torch.Generator().manual_seed(int(seed))).arguments
 
 

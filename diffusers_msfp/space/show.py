@@ -69,7 +69,7 @@ class Show:
 
     def steps(self, scheduler: str, steps: int, wishes: dict) -> Iterator[tuple[Step, ...]]:
         """The run of all candidates; on ZeroGPU this is what gets the GPU."""
-        make_call = self.quantized.request(steps=steps, **wishes)
+        make_call = self.quantized.request(num_inference_steps=steps, **wishes)
         pipes = [candidate.pipe for candidate in self.candidates]
         yield from side_by_side(pipes, self.quantized.schedulers[scheduler], make_call)
 

@@ -6,11 +6,13 @@ python tests/benchmarks/api.py
 import inspect
 import re
 from collections.abc import Iterator
+from typing import get_args
 
 from harness import ROOT
 
 import diffusers_msfp
 from diffusers_msfp.registry import Registry
+from diffusers_msfp.results import Result
 
 PAGE = ROOT / "diffusers_msfp" / "API.md"
 HEAD = """# Reference
@@ -76,6 +78,13 @@ def entries(body: str) -> str:
     return "\n".join(lines)
 
 
+def results(name: str) -> list[type[Result]]:
+    """The kinds of results that a function returns."""
+    found = None if inspect.isclass(getattr(diffusers_msfp, name)) else signature(name)
+    kinds = () if found is None else get_args(found.return_annotation) or (found.return_annotation,)
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Result)]
+
+
 def described(name: str) -> str:
     """The page's section on a name."""
     member = getattr(diffusers_msfp, name)
@@ -89,6 +98,9 @@ def described(name: str) -> str:
             out += [f"*{title}*", entries(body)]
         else:
             out += [f"*{title}*", body]
+    for kind in results(name):
+        fields = dict(sections(inspect.getdoc(kind) or ""))
+        out += [f"*`{kind.__name__}`*", (fields[None] or "").strip(), entries(fields["Args"])]
     if isinstance(member, Registry):
         out.append("Names: " + ", ".join(f"`{key}`" for key in member) + ".")
     if inspect.isclass(member):

@@ -83,7 +83,7 @@ def names_of(recipe: str) -> set[str]:
 def main(
     data: Annotated[str, typer.Option(help="fashion_mnist.npz, for real test images")],
     only: Annotated[str, typer.Option(help="names of cells separated by commas; all if left out")] = "",
-    num: Annotated[int, typer.Option(help="pictures of a cell")] = 2000,
+    num_samples: Annotated[int, typer.Option(help="pictures of a cell")] = 2000,
 ) -> None:
     """Make, evaluate, write rows."""
     reference = with_ddim(DiffusionPipeline.from_pretrained(EMBEDDED_MODEL))
@@ -92,12 +92,18 @@ def main(
     for name in only.split(",") if only else CELLS:
         scheme, recipe = CELLS[name]
         pipe, cost = made(reference, scheme, recipe)
-        result = evaluate_pipelines(reference, pipe, data=data, num=num, folder=pictures)
-        row = {"cell": name, "scheme": scheme, "recipe": recipe, "num": num, "eps_rel_l2": result["eps_rel_l2"]}
+        result = evaluate_pipelines(reference, pipe, data=data, num_samples=num_samples, folder=pictures)
+        row = {
+            "cell": name,
+            "scheme": scheme,
+            "recipe": recipe,
+            "num_samples": num_samples,
+            "eps_rel_l2": result.eps_rel_l2,
+        }
         row |= cost | {"bytes": pipe.unet.get_memory_footprint()}
         row |= {
-            f"{pair}.{figure}": [value[end] for end in ("value", "low", "high")]
-            for pair, figures in result["figures"].items()
+            f"{pair}.{figure}": [getattr(value, end) for end in ("value", "low", "high")]
+            for pair, figures in result.figures.items()
             for figure, value in figures.items()
         }
         keep(rounded(row))

@@ -37,7 +37,7 @@ def make(name: str, out: Path, data: str) -> Path:
     results = folder / "results"
     results.mkdir()
     for kind, figures in measured.items():
-        (results / f"{kind}.json").write_bytes(as_json(figures))
+        (results / f"{kind}.json").write_bytes(as_json(figures.to_dict()))
     return folder
 
 
@@ -52,10 +52,15 @@ if __name__ == "__main__":
         staged, card = arguments.out / f"{name}-publish", ROOT / "model_cards" / name
         shutil.rmtree(staged, ignore_errors=True)
         report = publish(
-            folder, f"{OWNER}/{name}", license="mit", base_model=f"{OWNER}/{BASE}", dry_run=staged, steps=50
+            folder,
+            f"{OWNER}/{name}",
+            license="mit",
+            base_model=f"{OWNER}/{BASE}",
+            dry_run=staged,
+            num_inference_steps=50,
         )
         shutil.rmtree(card, ignore_errors=True)
-        for place in report["files"]:
+        for place in report.files:
             if place.startswith(("README.md", "preview.png", "results/")):
                 (card / place).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(staged / place, card / place)

@@ -32,7 +32,7 @@ class Case:
 
     Args:
         model (`str`): a shape or folder.
-        batch, size, steps, repeats: of the benchmark.
+        batch, size, num_inference_steps, repeats: of the benchmark.
         providers (`tuple[str, ...]`): besides the baseline.
         isa (`str`): limit of oneDNN's instruction set; empty for none.
     """
@@ -41,7 +41,7 @@ class Case:
     batch: int
     providers: tuple[str, ...]
     size: int | None = None
-    steps: int = 1
+    num_inference_steps: int = 1
     repeats: int = 9
     isa: str = field(default="")
 
@@ -64,7 +64,7 @@ CASES = {
     "sd15": Case("sd15", 2, ("fp32", "w4a4", "w4a8-int8"), repeats=3),
     "sd15-vnni": Case("sd15", 2, ("fp32", "w4a4"), isa="AVX512_CORE_VNNI", repeats=2),
     **{f"ddpm-batch{n}": Case("ddpm-cifar10", n, ("fp32", "w4a4"), repeats=7) for n in (1, 2, 4, 16)},
-    **{f"ddpm-steps{n}": Case("ddpm-cifar10", 1, ("fp32", "w4a4"), steps=n, repeats=5) for n in (10, 50)},
+    **{f"ddpm-steps{n}": Case("ddpm-cifar10", 1, ("fp32", "w4a4"), num_inference_steps=n, repeats=5) for n in (10, 50)},
     **{f"ddpm-size{n}": Case("ddpm-cifar10", 1, ("fp32", "w4a4"), size=n, repeats=5) for n in (64, 128)},
 }
 
@@ -84,13 +84,13 @@ def measure(name: str) -> None:
         list(case.providers),
         batch=case.batch,
         size=case.size,
-        steps=case.steps,
+        num_inference_steps=case.num_inference_steps,
         repeats=case.repeats,
         skip_missing=True,
     )
     model = "embedded" if case.model == str(EMBEDDED_MODEL) else case.model
     shared = {"case": name, "model": model, "isa": case.isa, "capability": torch.backends.cpu.get_cpu_capability()}
-    rows = [shared | {k: _short(v) for k, v in row.items()} for row in result["rows"]]
+    rows = [shared | {k: _short(v) for k, v in row.items()} for row in result.to_dict()["rows"]]
     typer.echo(json.dumps(rows))
 
 

@@ -50,13 +50,17 @@ def main(
                 pipe, reference, RoundingConfig(**{"iterations": iterations, "seed": seed} | ROUNDINGS[key])
             )
             row |= {
-                "minutes": round(result["seconds"] / 60, 2),
-                "iterations": sum(part["iterations"] for part in result["parts"]),
-                "parts": len(result["parts"]),
+                "minutes": round(result.seconds / 60, 2),
+                "iterations": sum(part["iterations"] for part in result.parts),
+                "parts": len(result.parts),
             }
-            row |= {k: round(result[k], 5) for k in ("changed", "sparsity_before", "sparsity", "maxval_over_amax")}
+            row |= {
+                k: round(getattr(result, k), 5) for k in ("changed", "sparsity_before", "sparsity", "maxval_over_amax")
+            }
         compared = compare_pipelines(reference, pipe, seed=1000 + seed)
-        row |= {figure: float(f"{compared[figure]:.5g}") for figure in ("eps_mse", "eps_rel_l2", "image_psnr_db")}
+        row |= {
+            figure: float(f"{getattr(compared, figure):.5g}") for figure in ("eps_mse", "eps_rel_l2", "image_psnr_db")
+        }
         known = read_results(name)["rows"] if (RESULTS / f"{name}.json").exists() else []
         rows = [old for old in known if (old["cell"], old["seed"]) != (cell, seed)]
         write_results(name, COMMAND, sorted([*rows, row], key=lambda r: (list(CELLS).index(r["cell"]), r["seed"])))

@@ -52,9 +52,9 @@ def main(
             row = {"scheme": scheme, "seed": seed, "seconds": round(time.perf_counter() - started, 1)}
             for steps in (20, 50):
                 result = compare_pipelines(reference, pipe, num_inference_steps=steps, seed=seed)
-                row |= {f"{figure}_{steps}": float(f"{result[figure]:.5g}") for figure in FIGURES}
+                row |= {f"{figure}_{steps}": float(f"{getattr(result, figure):.5g}") for figure in FIGURES}
                 if steps == 20:
-                    errors = result["eps_rel_l2_by_timestep"].items()
+                    errors = result.eps_rel_l2_by_timestep.items()
                     row["eps_rel_l2_by_timestep"] = {t: float(f"{value:.4g}") for t, value in errors}
             rows.append(row)
             typer.echo(

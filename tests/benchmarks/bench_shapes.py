@@ -39,7 +39,14 @@ def main(only: str = "", schemes: str = ",".join(SCHEMES)) -> None:
                 out = Path(scratch) / scheme
                 made = subprocess.run([*command, "--out", str(out), "--json"], stdout=subprocess.PIPE, check=True)
                 result = json.loads(made.stdout)
-                keys = ("layers", "weight_bits_per_param", "bytes_before", "bytes_after", "seconds", "seconds_search")
+                keys = (
+                    "layers",
+                    "weight_bits_per_param",
+                    "bytes_reference",
+                    "bytes_quantized",
+                    "seconds",
+                    "seconds_search",
+                )
                 row = {"shape": shape, "parameters": parameters, "scheme": scheme}
                 row |= {key: result[key] for key in (*keys, "peak_rss_bytes")}
                 row["bytes_bf16"] = 2 * parameters

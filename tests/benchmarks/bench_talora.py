@@ -78,19 +78,19 @@ def main(
                 started = time.perf_counter()
                 result = finetune(pipe, reference, config)
                 row |= {
-                    "updates": result["updates"],
+                    "updates": result.updates,
                     "rank": config.rank,
                     "seconds": round(time.perf_counter() - started, 1),
-                    "usage": result["usage"],
+                    "usage": result.usage,
                     "intervals": pipe.unet.timestep_router.intervals(),
                     "peak_rss_bytes": peak_rss_bytes(),
                 }
             row["bytes"] = sum(m.get_memory_footprint() for m in components_of(pipe, MSFPConfig()).values())
             for steps in (20, 50):
                 compared = compare_pipelines(reference, pipe, num_inference_steps=steps, seed=1000 + seed)
-                row |= {f"{figure}_{steps}": float(f"{compared[figure]:.5g}") for figure in FIGURES}
+                row |= {f"{figure}_{steps}": float(f"{getattr(compared, figure):.5g}") for figure in FIGURES}
                 if steps == 20:
-                    errors = compared["eps_rel_l2_by_timestep"].items()
+                    errors = compared.eps_rel_l2_by_timestep.items()
                     row["eps_rel_l2_by_timestep"] = {t: float(f"{value:.4g}") for t, value in errors}
             made = pictures_of(pipe, pictures, seed)
             row |= {"frechet_real": fashion_distance(real, made), "frechet_reference": fashion_distance(own, made)}
@@ -104,7 +104,7 @@ def main(
 
 def pictures_of(pipe, number: int, seed: int) -> torch.Tensor:
     """`(number, 1, 32, 32)` in [0, 1]."""
-    images = sample_images(pipe, num=number, steps=20, seed=5000 + 1000 * seed)
+    images = sample_images(pipe, num_samples=number, num_inference_steps=20, seed=5000 + 1000 * seed)
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 

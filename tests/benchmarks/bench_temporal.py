@@ -47,14 +47,14 @@ def main(schemes: Annotated[str, typer.Option(help="comma-separated")] = "w4a8,w
                 started = time.perf_counter()
                 made = maintain_temporal(pipe, teacher, TemporalConfig(**settings))
                 row["seconds"] = round(time.perf_counter() - started, 1)
-                row |= {key: made[key] for key in ("sets_bytes", "cache_bytes")} | {"cached": len(made["cached"])}
+                row |= {key: getattr(made, key) for key in ("sets_bytes", "cache_bytes")} | {"cached": len(made.cached)}
             for steps in (20, 50):
                 errors = temporal_features(teacher, pipe, num_inference_steps=steps)
                 table = torch.tensor([list(by_timestep.values()) for by_timestep in errors.values()])
                 row |= {f"features_max_{steps}": figure(table.max()), f"features_mean_{steps}": figure(table.mean())}
                 row[f"features_max_by_layer_{steps}"] = {n: figure(max(e.values())) for n, e in errors.items()}
             compared = compare_pipelines(teacher, pipe, seed=1000)
-            row |= {key: figure(compared[key]) for key in ("eps_rel_l2", "image_psnr_db")}
+            row |= {key: figure(getattr(compared, key)) for key in ("eps_rel_l2", "image_psnr_db")}
             row["bytes"] = pipe.unet.get_memory_footprint()
             rows.append(row)
             write_results("temporal", COMMAND, rows)

@@ -86,7 +86,7 @@ def shapes() -> Iterator[dict[str, str]]:
         yield {
             "architecture": f"{row['shape']}, {row['parameters'] / 1e6:.1f} M, `{row['scheme']}`",
             "bf16": f"{row['bytes_bf16'] / 1e6:.1f} MB",
-            "packed": f"{row['bytes_after'] / 1e6:.1f} MB",
+            "packed": f"{row['bytes_quantized'] / 1e6:.1f} MB",
             "bits per quantized weight": f"{row['weight_bits_per_param']:.2f}",
             "search and packing": f"{row['seconds_search']:.1f} s",
             "peak memory": f"{row['peak_rss_bytes'] / 1e9:.2f} GB",

@@ -27,7 +27,7 @@ from diffusers_msfp.engines.choose import engine_named
 from diffusers_msfp.errors import MSFPError
 from diffusers_msfp.layers.convert import quant_layers
 
-FAST = ["--calibration-samples", "2", "--steps", "2"]
+FAST = ["--num-samples", "2", "--num-inference-steps", "2"]
 
 
 def process(*arguments: object) -> subprocess.CompletedProcess:
@@ -44,14 +44,14 @@ def test_quantize_compare_inspect_sample(tiny_dir, tmp_path):
     assert result["scheme"] == "w4a4"
     assert result["layers"] > 20
     assert 4 < result["weight_bits_per_param"] < 5
-    assert result["bytes_after"] < 0.35 * result["bytes_before"]
-    assert result["bytes_after"] == (out / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+    assert result["bytes_quantized"] < 0.35 * result["bytes_reference"]
+    assert result["bytes_quantized"] == (out / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
     assert result["calibration_state"] == "frozen"
     assert result["peak_rss_bytes"] > 1e8
     assert result["seconds"] >= result["seconds_search"] + result["seconds_calibration"] > 0
     assert sorted(p.name for p in out.parent.iterdir()) == ["packed"]
 
-    compared = program("compare", tiny_dir, out, "--num", 2, "--steps", 2, "--json")
+    compared = program("compare", tiny_dir, out, "--num-samples", 2, "--num-inference-steps", 2, "--json")
     figures = json.loads(compared.stdout)
     assert 0 < figures["eps_rel_l2"] < 1
     assert set(figures) == {
@@ -59,12 +59,12 @@ def test_quantize_compare_inspect_sample(tiny_dir, tmp_path):
         "eps_rel_l2",
         "eps_rel_l2_by_timestep",
         "image_psnr_db",
-        "bytes_ref",
-        "bytes_cand",
+        "bytes_reference",
+        "bytes_quantized",
         "settings",
     }
-    assert figures["bytes_cand"] == result["bytes_after"]
-    assert figures["bytes_ref"] == result["bytes_before"]
+    assert figures["bytes_quantized"] == result["bytes_quantized"]
+    assert figures["bytes_reference"] == result["bytes_reference"]
 
     table = program("inspect", out)
     assert table.returncode == 0
@@ -83,14 +83,25 @@ def test_quantize_compare_inspect_sample(tiny_dir, tmp_path):
     told = {layer["name"]: (layer["engine"], layer["engine_refusals"]) for layer in layers}
     assert told == {name: (engine.name, refusals) for name, (engine, refusals) in chosen.items()}
 
-    drawn = program("sample", out, "--num", 3, "--steps", 2, "--out", tmp_path / "grid.png")
+    drawn = program("sample", out, "--num-samples", 3, "--num-inference-steps", 2, "--out", tmp_path / "grid.png")
     assert drawn.returncode == 0
     assert Image.open(tmp_path / "grid.png").width > 3 * 8
 
 
 def test_finetune(tiny_dir, packed_dir, tmp_path):
     out, training = tmp_path / "tuned", tmp_path / "tuned-training"
-    options = ["--train-steps", 4, "--steps", 3, "--batch-size", 4, "--preview-every", 2, "--checkpoint-every", 2]
+    options = [
+        "--train-steps",
+        4,
+        "--num-inference-steps",
+        3,
+        "--batch-size",
+        4,
+        "--preview-every",
+        2,
+        "--checkpoint-every",
+        2,
+    ]
     made = program("finetune", packed_dir, "--teacher", tiny_dir, "--out", out, *options, "--json")
     assert made.returncode == 0, made.stderr
     result = json.loads(made.stdout)
@@ -98,8 +109,8 @@ def test_finetune(tiny_dir, packed_dir, tmp_path):
     assert result["loss_first"] > 0
     assert result["comparison"] == {"num_samples": 16, "num_inference_steps": 3}
     for when, folder in (("before", packed_dir), ("after", out)):
-        told = cli.compare(tiny_dir, str(folder), steps=3)
-        assert result[when] == {key: told[key] for key in result[when]}
+        told = cli.compare(tiny_dir, str(folder), num_inference_steps=3)
+        assert result[when] == {key: getattr(told, key) for key in result[when]}
     assert result["before"] != result["after"]
     assert result["bytes_after"] > 1.2 * result["bytes_before"]
     assert result["peak_rss_bytes"] > 1e8
@@ -114,8 +125,13 @@ def test_finetune(tiny_dir, packed_dir, tmp_path):
     assert described["adapters"]["placement"] == "side"
     shown = program("inspect", out).stdout
     assert "2 adapters per layer, side" in shown
-    assert program("sample", out, "--num", 1, "--steps", 2, "--out", tmp_path / "grid.png").returncode == 0
-    measured = ["--num", 2, "--steps", 1, "--out", tmp_path / "measured"]
+    assert (
+        program(
+            "sample", out, "--num-samples", 1, "--num-inference-steps", 2, "--out", tmp_path / "grid.png"
+        ).returncode
+        == 0
+    )
+    measured = ["--num-samples", 2, "--num-inference-steps", 1, "--out", tmp_path / "measured"]
     table = program("evaluate", out, "--reference", tiny_dir, *measured)
     assert table.returncode == 0, table.stderr
     assert re.search(
@@ -156,7 +172,7 @@ def test_single_model_folder(tiny_dir, tmp_path):
     result = json.loads(made.stdout)
     assert result["calibration_state"] == "observing"
     assert "could not be calibrated" in made.stderr
-    assert result["bytes_after"] < 0.35 * result["bytes_before"]
+    assert result["bytes_quantized"] < 0.35 * result["bytes_reference"]
     layers = json.loads(program("inspect", out, "--json").stdout)["."]["layers"]
     observing = [layer for layer in layers if layer["input_format"] == "observing"]
     assert {layer["engine"] for layer in observing} == {"reference"}
@@ -194,10 +210,10 @@ def test_single_file(tmp_path, monkeypatch):
     configs.mkdir()
     (configs / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     result = cli.quantize(
-        str(source), tmp_path / "out", config=str(configs), scheme="w4a16", calibration_samples=1, steps=1
+        str(source), tmp_path / "out", config=str(configs), scheme="w4a16", num_samples=1, num_inference_steps=1
     )
     assert seen == {"path": str(source), "config": str(configs)}
-    assert result["calibration_state"] == "frozen"
+    assert result.calibration_state == "frozen"
 
 
 BAD = {
@@ -208,11 +224,11 @@ BAD = {
     "existing target": (["quantize", "{tiny}", "--out", "{packed}"], "must not exist yet"),
     "foreign target": (["quantize", "{tiny}", "--out", "{full}", "--overwrite"], "holds something else"),
     "bad override": (["quantize", "{tiny}", "--out", "{out}", "--override", "conv"], "PATTERN=SCHEME"),
-    "bad pattern": (["quantize", "{tiny}", "--out", "{out}", "--keep", "zzz"], "'zzz' matches none"),
+    "bad pattern": (["quantize", "{tiny}", "--out", "{out}", "--modules-to-not-convert", "zzz"], "'zzz' matches none"),
     "bad component": (["quantize", "{tiny}", "--out", "{out}", "--component", "vae"], "must have a component"),
-    "zero samples": (["quantize", "{tiny}", "--out", "{out}", "--calibration-samples", "0"], "not in the|greater than"),
+    "zero samples": (["quantize", "{tiny}", "--out", "{out}", "--num-samples", "0"], "not in the|greater than"),
     "inspect a float one": (["inspect", "{tiny}"], "no config.json in it says"),
-    "not a picture": (["sample", "{tiny}", "--out", "{out}.txt", "--num", "1"], "must end in .png"),
+    "not a picture": (["sample", "{tiny}", "--out", "{out}.txt", "--num-samples", "1"], "must end in .png"),
     "no pipeline": (["sample", "{tiny}/unet", "--out", "{out}.png"], "must hold model_index.json"),
     "unknown verb": (["fly"], "No such command"),
     "missing option": (["quantize", "{tiny}"], "--out"),
@@ -272,7 +288,9 @@ def test_damaged_checkpoints_give_one_line(verb, file, content, packed_dir, tmp_
     if (verb, file) == ("inspect", "model_index.json"):
         return  # not read
     target = damaged(packed_dir, tmp_path, file, content)
-    arguments = [verb, str(target)] + (["--out", str(tmp_path / "a.png"), "--num", "1"] if verb == "sample" else [])
+    arguments = [verb, str(target)] + (
+        ["--out", str(tmp_path / "a.png"), "--num-samples", "1"] if verb == "sample" else []
+    )
     monkeypatch.setattr(sys, "argv", ["diffusers-msfp", *arguments])
     with pytest.raises(SystemExit) as exit_:
         main()
@@ -286,7 +304,7 @@ def test_overwrite_replaces_only_on_success(tiny_dir, tmp_path):
     out = tmp_path / "packed"
     quantize = ("quantize", tiny_dir, "--out", out, *FAST)
     assert program(*quantize, "--scheme", "w8a8").returncode == 0
-    assert program(*quantize, "--scheme", "w4a4", "--keep", "zzz", "--overwrite").returncode == 2
+    assert program(*quantize, "--scheme", "w4a4", "--modules-to-not-convert", "zzz", "--overwrite").returncode == 2
     assert json.loads(program("inspect", out, "--json").stdout)["unet"]["scheme"] == "w8a8"
     assert program(*quantize, "--scheme", "w4a4", "--overwrite").returncode == 0
     assert json.loads(program("inspect", out, "--json").stdout)["unet"]["scheme"] == "w4a4"
@@ -298,7 +316,7 @@ def test_an_interrupted_run_leaves_nothing_that_looks_like_a_checkpoint(tmp_path
     out = tmp_path / "packed"
     command = [sys.executable, "-m", "diffusers_msfp", "quantize", EMBEDDED_MODEL, "--out", out]
     process = subprocess.Popen(
-        [*command, "--calibration-samples", "100000"],
+        [*command, "--num-samples", "100000"],
         stderr=subprocess.DEVNULL,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
     )
@@ -322,13 +340,13 @@ def test_version_and_help():
 
 def test_demo(tmp_path, monkeypatch):
     demo = sys.modules["diffusers_msfp.cli.demo"]
-    monkeypatch.setattr(demo, "quantize", partial(cli.quantize, calibration_samples=8, steps=10))
-    monkeypatch.setattr(demo, "compare", partial(cli.compare, num=2, steps=10))
-    result = cli.demo(tmp_path, steps=2)
-    picture = np.asarray(Image.open(result["picture"]))
+    monkeypatch.setattr(demo, "quantize", partial(cli.quantize, num_samples=8, num_inference_steps=10))
+    monkeypatch.setattr(demo, "compare", partial(cli.compare, num_samples=2, num_inference_steps=10))
+    result = cli.demo(tmp_path, num_inference_steps=2)
+    picture = np.asarray(Image.open(result.picture))
     assert picture.std() > 10
-    assert list(result["schemes"]) == ["w8a8", "w4a8", "w4a4"]
-    for figures in result["schemes"].values():
-        assert figures["bytes_after"] < figures["bytes_before"]
-        assert 0 < figures["eps_rel_l2"] < 0.3
+    assert list(result.schemes) == ["w8a8", "w4a8", "w4a4"]
+    for figures in result.schemes.values():
+        assert figures.quantized.bytes_quantized < figures.quantized.bytes_reference
+        assert 0 < figures.compared.eps_rel_l2 < 0.3
     assert type(DiffusionPipeline.from_pretrained(tmp_path / "w4a4")).__name__ == "DDPMPipeline"

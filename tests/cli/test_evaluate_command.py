@@ -42,7 +42,17 @@ def finished(process: subprocess.Popen) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def asked(packed_dir, tiny_dir) -> list:
-    return [packed_dir, "--reference", tiny_dir, "--num", NUM, "--steps", 5, "--features", FEATURES]
+    return [
+        packed_dir,
+        "--reference",
+        tiny_dir,
+        "--num-samples",
+        NUM,
+        "--num-inference-steps",
+        5,
+        "--features",
+        FEATURES,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +89,15 @@ def test_killed_it_goes_on_and_two_processes_give_the_same(asked, killed, tmp_pa
     ):
         assert line in table, line
     assert notes.split("\n")[:2] == ["pictures of the reference", "pictures of the candidate"]
-    assert {"bytes_reference", "bytes_candidate", "seconds", "peak_rss_bytes", "origin", "settings"} <= set(result)
-    assert result["bytes_candidate"] < 0.35 * result["bytes_reference"]
+    assert {"bytes_reference", "bytes_quantized", "seconds", "peak_rss_bytes", "origin", "settings"} <= set(result)
+    assert result["bytes_quantized"] < 0.35 * result["bytes_reference"]
 
 
 def test_the_table_names_what_needs_features(packed_dir, tiny_dir, tmp_path):
     out = tmp_path / "out"
-    done = program("evaluate", packed_dir, "--reference", tiny_dir, "--num", 2, "--steps", 1, "--out", out)
+    done = program(
+        "evaluate", packed_dir, "--reference", tiny_dir, "--num-samples", 2, "--num-inference-steps", 1, "--out", out
+    )
     assert done.returncode == 0, done.stderr
     assert "2 pictures, 1 steps, no features" in " ".join(done.stdout.split())
     assert "PSNR, equal noise (dB)" in done.stdout

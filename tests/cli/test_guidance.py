@@ -37,11 +37,11 @@ def scales(monkeypatch) -> list:
 def test_guidance_reaches_every_call(text_dir, tmp_path, scales):
     out = tmp_path / "packed"
     given = ["--guidance-scale", 3, "--prompt", "a hat", "--json"]
-    short = ["--calibration-samples", 1, "--steps", 1]
+    short = ["--num-samples", 1, "--num-inference-steps", 1]
     made = program("quantize", text_dir, "--out", out, "--scheme", "w4a8", *short, "--recipe", "split", *given)
     assert made.returncode == 0, made.stderr
     assert "built-in" not in made.stderr
-    draw = ["--num", 1, "--steps", 1]
+    draw = ["--num-samples", 1, "--num-inference-steps", 1]
     compared = program("compare", text_dir, out, *draw, *given)
     assert json.loads(compared.stdout)["settings"]["guidance_scale"] == 3
     assert program("sample", out, "--out", tmp_path / "a.png", *draw, *given).returncode == 0
@@ -49,7 +49,7 @@ def test_guidance_reaches_every_call(text_dir, tmp_path, scales):
         "report", out, "--reference", text_dir, "--out", tmp_path / "a.html", *draw, "--no-speed", *given
     )
     assert json.loads(reported.stdout)["settings"]["guidance_scale"] == 3
-    teach = ["--teacher", text_dir, "--train-steps", 1, "--steps", 1, "--batch-size", 1]
+    teach = ["--teacher", text_dir, "--train-steps", 1, "--num-inference-steps", 1, "--batch-size", 1]
     tuned = program("finetune", out, *teach, "--preview-every", 0, "--out", tmp_path / "tuned", *given)
     assert tuned.returncode == 0, tuned.stderr
     assert len(scales) > 6
@@ -57,7 +57,7 @@ def test_guidance_reaches_every_call(text_dir, tmp_path, scales):
 
 
 def test_the_prompts_that_are_used_are_told(text_dir, tmp_path):
-    done = program("sample", text_dir, "--out", tmp_path / "a.png", "--num", 1, "--steps", 1)
+    done = program("sample", text_dir, "--out", tmp_path / "a.png", "--num-samples", 1, "--num-inference-steps", 1)
     said = " ".join(done.stderr.split())
     assert "No prompts were named (`--prompt`), so the 8 built-in ones are used in turn" in said
     assert all(prompt in said for prompt in DEFAULT_PROMPTS)

@@ -16,7 +16,7 @@ from diffusers_msfp import cli
 from diffusers_msfp.methods.runs import deferred_signals
 from diffusers_msfp.methods.talora.finetuner import Finetuner
 
-SHORT = ["--train-steps", 5, "--steps", 2, "--batch-size", 2, "--checkpoint-every", 100]
+SHORT = ["--train-steps", 5, "--num-inference-steps", 2, "--batch-size", 2, "--checkpoint-every", 100]
 
 
 def interrupting(monkeypatch, cls: type, name: str, at: int) -> None:

@@ -1,5 +1,6 @@
 """Options that are derived from configs, and the table of settings."""
 
+import re
 from dataclasses import dataclass, fields
 
 import pytest
@@ -8,6 +9,7 @@ from command_line import program
 from typer.testing import CliRunner
 
 from diffusers_msfp import cli
+from diffusers_msfp.cli.app import app
 from diffusers_msfp.cli.shared.options import with_config
 from diffusers_msfp.cli.shared.settings import settings_of
 from diffusers_msfp.methods import METHODS
@@ -124,3 +126,59 @@ def test_near_names_are_named(given, meant, tiny_dir, tmp_path):
     done = program("quantize", tiny_dir, "--out", tmp_path / "out", given)
     assert done.returncode == 2
     assert f"Did you mean `{meant}`?" in done.stderr
+
+
+OLD = {
+    "quantize": (["a", "--out", "b"], {"--calibration-samples": "num_samples", "--steps": "num_inference_steps"}),
+    "sample": (["a", "--out", "b"], {"--num": "num_samples", "--steps": "num_inference_steps"}),
+    "compare": (["a", "b"], {"--num": "num_samples", "--steps": "num_inference_steps"}),
+    "evaluate": (["a", "--reference", "b"], {"--num": "num_samples", "--steps": "num_inference_steps"}),
+    "report": (["a", "--out", "b"], {"--num": "num_samples", "--steps": "num_inference_steps"}),
+    "publish": (["a", "--repo", "b/c"], {"--num": "num_samples", "--steps": "num_inference_steps"}),
+    "bench": ([], {"--steps": "num_inference_steps"}),
+    "demo": ([], {"--steps": "num_inference_steps"}),
+}
+"""Verb → what it needs, and its old spellings with the arguments that they set."""
+
+
+class Called(Exception):
+    """The verb was reached."""
+
+
+@pytest.mark.parametrize("verb", OLD)
+def test_old_spellings_are_taken_and_say_what_they_are_called_now(verb, monkeypatch):
+    given = {}
+
+    def take(*_, **options):
+        given.update(options)
+        raise Called
+
+    monkeypatch.setattr(cli, verb, take)
+    needed, spellings = OLD[verb]
+    for old, name in spellings.items():
+        new = f"--{name.replace('_', '-')}"
+        said = f"`{old}` is called `{new}` now; the old spelling goes with the next version."
+        for words in ([old, 7], [f"{old}=7"], [new, 7]):
+            given.clear()
+            done = CliRunner().invoke(app, [verb, *needed, *map(str, words)])
+            assert isinstance(done.exception, Called), done.output
+            assert given[name] == 7
+            assert (said in " ".join(done.stderr.split())) == (words[0] != new)
+        assert old not in re.findall(r"--[\w-]+", program(verb, "--help").stdout)
+
+
+def test_a_value_that_looks_like_an_old_spelling_stays(monkeypatch):
+    given = {}
+    monkeypatch.setattr(cli, "sample", lambda *_, **options: given.update(options) or exit(3))
+    done = CliRunner().invoke(app, ["sample", "a", "--out", "b.png", "--prompt", "--num", "--keep=1"])
+    assert "--keep" in done.output  # no option of this verb, old or new
+    done = CliRunner().invoke(app, ["sample", "a", "--out", "b.png", "--prompt", "--num", "--num", "2"])
+    assert done.exit_code == 3
+    assert (given["prompts"], given["num_samples"]) == (["--num"], 2)
+
+
+def test_patterns_of_float_modules_by_the_old_spelling(monkeypatch):
+    given = {}
+    monkeypatch.setattr(cli, "quantize", lambda *_, **options: given.update(options) or exit(3))
+    CliRunner().invoke(app, ["quantize", "a", "--out", "b", "--keep", "conv*", "--modules-to-not-convert", "to_q"])
+    assert given["modules_to_not_convert"] == ["conv*", "to_q"]

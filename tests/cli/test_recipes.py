@@ -18,7 +18,7 @@ from diffusers_msfp.plugin import recipe as recipes
 from diffusers_msfp.plugin.recipe import RecipeRun, plan_stages
 from diffusers_msfp.recipes import RECIPES
 
-FAST = {"calibration_samples": 2, "steps": 2}
+FAST = {"num_samples": 2, "num_inference_steps": 2}
 SETTINGS = {
     "temporal": {"iterations": 2},
     "rounding": {"iterations": 2, "num_samples": 4, "batch_size": 2},
@@ -56,7 +56,7 @@ def test_no_stage_undoes_another():
 
 def test_full_recipe_stops_and_goes_on(source, tmp_path, monkeypatch):
     whole = cli.quantize(source, tmp_path / "whole", scheme="w4a4", recipe="full", settings=SETTINGS, **FAST)
-    assert [stage["stage"] for stage in whole["stages"]] == ["temporal", "rounding", "talora"]
+    assert [stage["stage"] for stage in whole.stages] == ["temporal", "rounding", "talora"]
     assert not (tmp_path / ".whole.part").exists()
 
     def killed(*_args, **_named):
@@ -83,7 +83,7 @@ def test_full_recipe_stops_and_goes_on(source, tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "METHODS", {name: watched(name) for name in kinds})
     again = cli.quantize(source, tmp_path / "again", scheme="w4a4", recipe="full", settings=SETTINGS, **FAST)
     assert ran == ["talora"]
-    assert [stage["stage"] for stage in again["stages"]] == ["temporal", "rounding", "talora"]
+    assert [stage["stage"] for stage in again.stages] == ["temporal", "rounding", "talora"]
     one, two = (DiffusionPipeline.from_pretrained(tmp_path / name).unet for name in ("whole", "again"))
     assert equal_state(one, two)
     temporal = ModelRecord.of(one).parts["temporal"].block
@@ -106,7 +106,7 @@ def test_stages_of_other_settings_are_not_taken(source, tmp_path, monkeypatch):
     two["temporal"] = {"iterations": 3}
     for name in ("out", "fresh"):
         made = cli.quantize(source, tmp_path / name, scheme="w4a4", recipe="rounded", settings=two, **FAST)
-        assert len(made["stages"]) == 2
+        assert len(made.stages) == 2
     assert equal_state(*(DiffusionPipeline.from_pretrained(tmp_path / name).unet for name in ("out", "fresh")))
 
 
@@ -131,7 +131,7 @@ def test_a_later_stage_with_other_settings_keeps_the_earlier_ones(source, tmp_pa
     settings["rounding"] = settings["rounding"] | {"learning_rate": 0.01}
     made = cli.quantize(source, tmp_path / "out", settings=settings, **arguments)
     assert ran == ["temporal", "rounding", "rounding"]
-    assert [stage["stage"] for stage in made["stages"]] == ["temporal", "rounding"]
+    assert [stage["stage"] for stage in made.stages] == ["temporal", "rounding"]
 
 
 def test_work_of_an_interrupted_first_stage_stays(tmp_path):
@@ -193,7 +193,7 @@ def test_command(source, tmp_path):
         "--recipe",
         "q-diffusion",
     ]
-    arguments += ["--calibration-samples", "2", "--steps", "2", "--json"]
+    arguments += ["--num-samples", "2", "--num-inference-steps", "2", "--json"]
     for key, value in SETTINGS["rounding"].items():
         arguments += ["--set", f"rounding.{key}={value}"]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)

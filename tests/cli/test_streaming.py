@@ -24,7 +24,7 @@ from diffusers_msfp.schemes import SCHEMES, LayerScheme, QuantScheme
 CONFIG = MSFPConfig("w4a4", modules_to_not_convert=["conv_shortcut"], scheme_overrides={"to_out": "w8a8"})
 FILE = "diffusion_pytorch_model.safetensors"
 INDEX = f"{FILE}.index.json"
-FAST = {"calibration_samples": 2, "steps": 2}
+FAST = {"num_samples": 2, "num_inference_steps": 2}
 
 
 def make_prior(num_layers: int = 2, heads: int = 2) -> PriorTransformer:
@@ -137,15 +137,15 @@ def test_pipeline(tiny_dir, tmp_path):
     assert made.unet.config.quantization_config.to_dict() == pipe.unet.config.quantization_config.to_dict()
     assert (tmp_path / "out" / "unet" / INDEX).is_file()
     assert json.loads((tmp_path / "out" / "unet" / "config.json").read_text())["_name_or_path"] == f"{tiny_dir}/unet"
-    assert result["calibration_state"] == "frozen"
-    assert result["bytes_before"] == (Path(tiny_dir) / "unet" / FILE).stat().st_size
+    assert result.calibration_state == "frozen"
+    assert result.bytes_reference == (Path(tiny_dir) / "unet" / FILE).stat().st_size
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_hub_id(tiny_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(DiffusionPipeline, "download", lambda name, **_: {"user/tiny": tiny_dir}[name])
     result = cli.quantize("user/tiny", tmp_path / "out", scheme="w4a16")
-    assert result["bytes_before"] == (Path(tiny_dir) / "unet" / FILE).stat().st_size
+    assert result.bytes_reference == (Path(tiny_dir) / "unet" / FILE).stat().st_size
     assert json.loads((tmp_path / "out" / "model_index.json").read_text())["_name_or_path"] == "user/tiny"
 
 
@@ -166,7 +166,7 @@ def die(done, total):
 
 before = peak_rss_bytes()
 config = MSFPConfig("int-w4a4", ["ff"], {"*": "int-w4a4"})
-StreamedModel.from_folder(PriorTransformer, Path(sys.argv[1]), config).write(Path(sys.argv[2]), on_layer=die)
+StreamedModel.from_folder(PriorTransformer, Path(sys.argv[1]), config).write(Path(sys.argv[2]), on_progress=die)
 """
 
 
@@ -255,7 +255,7 @@ def test_another_run_begins_anew(change, prior, interrupted, caplog):
 def test_command_goes_on(prior, tmp_path, monkeypatch, capsys):
     out, write = tmp_path / "made" / "out", StreamedModel.write
 
-    def stopped(self, folder, on_layer):
+    def stopped(self, folder, on_progress):
         def stop(done: int, total: int) -> None:
             if done == 3:
                 raise OSError(errno.ENOSPC, "No space left on device")
@@ -275,7 +275,7 @@ def test_command_goes_on(prior, tmp_path, monkeypatch, capsys):
     (out.parent / ".out.part" / "old" / "config.json").write_text("of a run that was killed while it replaced")
     shutil.copytree(prior, out)
     result = cli.quantize(str(prior), out, scheme="w4a4", overwrite=True)
-    assert result["calibration_state"] == "observing"
+    assert result.calibration_state == "observing"
     assert [p.name for p in out.parent.iterdir()] == ["out"]
     expected = in_memory(prior, MSFPConfig("w4a4"), tmp_path / "expected", PriorTransformer)
     assert equal_state(PriorTransformer.from_pretrained(out), expected)

@@ -15,14 +15,14 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "diffusers_msfp").rglob("README.md"))]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 LITTLE = {
-    "quantize": "--calibration-samples 2 --steps 2",
-    "compare": "--num 2 --steps 2",
-    "report": "--num 2 --steps 2 --no-speed",
-    "sample": "--num 1 --steps 2",
-    "evaluate": "--num 70 --steps 2",
+    "quantize": "--num-samples 2 --num-inference-steps 2",
+    "compare": "--num-samples 2 --num-inference-steps 2",
+    "report": "--num-samples 2 --num-inference-steps 2 --no-speed",
+    "sample": "--num-samples 1 --num-inference-steps 2",
+    "evaluate": "--num-samples 70 --num-inference-steps 2",
     "bench": "--repeats 2 --batch 1",
-    "finetune": "--batch-size 2 --steps 2 --rank 2",
-    "publish": "--num 1 --steps 1 --license mit --base-model org/base",
+    "finetune": "--batch-size 2 --num-inference-steps 2 --rank 2",
+    "publish": "--num-samples 1 --num-inference-steps 1 --license mit --base-model org/base",
 }
 RECIPE = "temporal.iterations=2 rounding.iterations=2 rounding.num_samples=16 talora.train_steps=2"
 

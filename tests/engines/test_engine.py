@@ -16,7 +16,7 @@ from diffusers_msfp.engines.fusion.attention import attention
 from diffusers_msfp.engines.fusion.fuse import FusedResnetBlock2D
 from diffusers_msfp.engines.fusion.norms import FusedGroupNorm, PassingSiLU
 from diffusers_msfp.engines.fusion.processors import BF16AttnProcessor
-from diffusers_msfp.errors import ConfigError, NonFiniteError
+from diffusers_msfp.errors import ConfigError, NonFiniteError, StateError
 from diffusers_msfp.evaluation.compare import compare_pipelines
 from diffusers_msfp.layers.convert import quant_layers
 from diffusers_msfp.plugin.quantize import quantize_model
@@ -45,7 +45,7 @@ def test_quality_of_a_whole_model_is_the_reference_s(embedded):
     errors = {}
     for engine in ("reference", "auto"):
         set_engine(pipe, engine)
-        errors[engine] = compare_pipelines(embedded, pipe, num_samples=8, num_inference_steps=10)["eps_rel_l2"]
+        errors[engine] = compare_pipelines(embedded, pipe, num_samples=8, num_inference_steps=10).eps_rel_l2
     assert errors["auto"] == pytest.approx(errors["reference"], rel=0.02)
 
 
@@ -127,7 +127,7 @@ def test_what_is_asked_for_must_exist(packed_pipe, unet):
         set_engine(packed_pipe, "int4")
     with pytest.raises(ConfigError, match="`memory` must be one of fast, low, but got 'tiny'"):
         set_engine(packed_pipe, "auto", memory="tiny")
-    with pytest.raises(ConfigError, match="has no quantized layer"):
+    with pytest.raises(StateError, match="has no quantized layer"):
         set_engine(unet, "auto")
     model = frozen(unet, torch.randn(1, 3, 8, 8), 1, scheme="w4a16")
     with pytest.raises(ConfigError, match="its input is not quantized.*Engines that can: bf16, reference"):

@@ -40,12 +40,14 @@ def dit():
     return pipe
 
 
-def asked(pipe, num=6, seed=1, prompts=None, network=None, **arguments):
-    return asked_classes(pipe, network or Classifier(), num=num, seed=seed, prompts=prompts, arguments=arguments)
+def asked(pipe, num_samples=6, seed=1, prompts=None, network=None, **arguments):
+    return asked_classes(
+        pipe, network or Classifier(), num_samples=num_samples, seed=seed, prompts=prompts, arguments=arguments
+    )
 
 
 def test_labels_by_their_names(dit):
-    classes, reason = asked(dit, num=40)
+    classes, reason = asked(dit, num_samples=40)
     assert reason is None
     assert set(classes.tolist()) == {1, 2}
     twin = with_ddim(dit)
@@ -55,14 +57,14 @@ def test_labels_by_their_names(dit):
     hook = dit.transformer.register_forward_pre_hook(
         lambda _, _args, kwargs: heard.extend(kwargs["class_labels"].tolist()[:3]), with_kwargs=True
     )
-    draw_pictures(dit, num=3, steps=1, seed=1)
+    draw_pictures(dit, num_samples=3, num_inference_steps=1, seed=1)
     hook.remove()
     assert [[None, None, None, 2, None, None, None, 1][label] for label in heard] == classes[:3].tolist()
 
 
 def test_prompts_by_the_one_class_that_they_name():
     pipe = make_small_pipe()
-    classes, reason = asked(pipe, prompts=["a photo of a Ship", "dog, frontal"], num=3)
+    classes, reason = asked(pipe, prompts=["a photo of a Ship", "dog, frontal"], num_samples=3)
     assert (classes.tolist(), reason) == ([0, 1, 0], None)
     for prompts, word in (
         (["a ship", "a hot-dog with a frog"], "a hot-dog with a frog"),
@@ -81,22 +83,22 @@ def test_where_it_cannot_be_told(dit, tiny_pipe):
     assert asked(tiny_pipe) == (None, None)
     assert asked(dit, network=Nameless()) == (None, "these features do not name classes")
     unnamed = make_dit_pipe()
-    assert asked(unnamed, num=1)[1].startswith("1 of 1 labels do not name one class")
+    assert asked(unnamed, num_samples=1)[1].startswith("1 of 1 labels do not name one class")
     unnamed.labels = {"ship": 2, "frog": 2}
     assert asked(unnamed)[1] == "1 of 1 labels do not name one class of these features: 2"
-    settings = {"num": 2, "seed": 0, "prompts": None, "arguments": {}}
+    settings = {"num_samples": 2, "seed": 0, "prompts": None, "arguments": {}}
     nothing = {"candidate": Features(torch.zeros(2, 3))}
     assert class_agreement(dit, Classifier(), nothing, **settings) == ({}, "these features have no logits")
 
 
 def test_evaluate_reports_it(dit, tiny_pipe):
-    run = {"num": 6, "steps": 1, "seed": 1, "features": f"{__name__}:classifier"}
-    figures = evaluate_pipelines(dit, dit, **run)["figures"]
-    taken = draw_pictures(dit, num=6, steps=1, seed=1).float().mean((2, 3)).argmax(1)
+    run = {"num_samples": 6, "num_inference_steps": 1, "seed": 1, "features": f"{__name__}:classifier"}
+    figures = evaluate_pipelines(dit, dit, **run).figures
+    taken = draw_pictures(dit, num_samples=6, num_inference_steps=1, seed=1).float().mean((2, 3)).argmax(1)
     share = (taken == asked(dit)[0]).float().mean().item()
     assert figures["class_agreement"]["reference"] == figures["class_agreement"]["candidate"]
-    assert figures["class_agreement"]["candidate"]["value"] == pytest.approx(share)
+    assert figures["class_agreement"]["candidate"].value == pytest.approx(share)
     plain = evaluate_pipelines(tiny_pipe, DDPMPipeline(tiny_pipe.unet, tiny_pipe.scheduler), **run)
-    assert "class_agreement" not in plain["figures"] | plain["omitted"]
+    assert "class_agreement" not in plain.figures | plain.omitted
     text = evaluate_pipelines(make_small_pipe(), make_small_pipe(), prompts=["a dog"], **run)
-    assert set(text["figures"]["class_agreement"]) == {"reference", "candidate"}
+    assert set(text.figures["class_agreement"]) == {"reference", "candidate"}

@@ -11,7 +11,7 @@ import torch
 from conftest import make_unet
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 
-from diffusers_msfp.errors import ConfigError, NonFiniteError, ShapeError, UnsupportedError
+from diffusers_msfp.errors import ConfigError, NonFiniteError, ShapeError, StateError, UnsupportedError
 from diffusers_msfp.evaluation import Features, compare_pipelines, evaluate_pipelines
 from diffusers_msfp.evaluation.compare import psnr_db
 from diffusers_msfp.evaluation.images.samples import draw_pictures
@@ -28,7 +28,7 @@ def pooled_features():
     return lambda images: images.mean((2, 3))
 
 
-RUN = {"steps": 2, "features": f"{__name__}:small_features"}
+RUN = {"num_inference_steps": 2, "features": f"{__name__}:small_features"}
 
 
 @pytest.fixture(scope="module")
@@ -53,96 +53,96 @@ def real(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def result(reference, candidate, real, tmp_path_factory) -> dict:
     return evaluate_pipelines(
-        reference, candidate, data=real, num=60, folder=tmp_path_factory.mktemp("pictures"), seed=3, **RUN
+        reference, candidate, data=real, num_samples=60, folder=tmp_path_factory.mktemp("pictures"), seed=3, **RUN
     )
 
 
 def test_every_figure_is_there(result, reference, candidate):
-    figures = result["figures"]
+    figures = result.figures
     assert list(figures["candidate_to_reference"]) == [*SIZES, "psnr_db", "ssim"]
     assert list(figures["candidate_to_real"]) == list(figures["reference_to_real"]) == SIZES
     assert set(figures["classifier_score"]) == {"candidate", "reference", "real"}
-    assert result["omitted"] == {}
+    assert result.omitted == {}
     for group in figures.values():
         for figure in group.values():
-            assert set(figure) == {"value", "low", "high", "bias"}
-            assert figure["low"] <= figure["value"] <= figure["high"]
-    assert figures["candidate_to_reference"]["frechet_distance"]["value"] > 0
-    pictures = [draw_pictures(pipe, num=60, steps=2, seed=3) for pipe in (reference, candidate)]
+            assert set(figure.to_dict()) == {"value", "low", "high", "bias"}
+            assert figure.low <= figure.value <= figure.high
+    assert figures["candidate_to_reference"]["frechet_distance"].value > 0
+    pictures = [draw_pictures(pipe, num_samples=60, num_inference_steps=2, seed=3) for pipe in (reference, candidate)]
     expected = psnr_db(*(images.float() for images in pictures)).mean().item()
-    assert figures["candidate_to_reference"]["psnr_db"]["value"] == pytest.approx(expected, rel=1e-9)
+    assert figures["candidate_to_reference"]["psnr_db"].value == pytest.approx(expected, rel=1e-9)
     compared = compare_pipelines(reference, candidate, num_inference_steps=2, seed=3)
-    assert result["eps_mse"] == compared["eps_mse"] == pytest.approx(0.25, rel=1e-5)
-    assert result["eps_rel_l2_by_timestep"] == compared["eps_rel_l2_by_timestep"]
-    assert "image_psnr_db" not in result, "that of fewer pictures"
-    assert result["layers"]["conv_out"]["snr_db"] < 60
-    assert result["layers"]["conv_in"]["snr_db"] == 100
-    assert result["settings"]["data"] == {"pictures": 70, "source": "real.npz", "adapted": "as they are"}
-    assert result["settings"]["scheduler"] == "DDIMScheduler"
-    assert {"machine", "torch", "diffusers", "diffusers_msfp"} <= set(result["origin"])
-    json.dumps(result)
+    assert result.eps_mse == compared.eps_mse == pytest.approx(0.25, rel=1e-5)
+    assert result.eps_rel_l2_by_timestep == compared.eps_rel_l2_by_timestep
+    assert not hasattr(result, "image_psnr_db"), "that of fewer pictures"
+    assert result.layers["conv_out"].snr_db < 60
+    assert result.layers["conv_in"].snr_db == 100
+    assert result.settings["data"] == {"pictures": 70, "source": "real.npz", "adapted": "as they are"}
+    assert result.settings["scheduler"] == "DDIMScheduler"
+    assert {"machine", "torch", "diffusers", "diffusers_msfp"} <= set(result.origin)
+    json.dumps(result.to_dict())
 
 
 def test_a_pipeline_against_itself(reference):
-    figures = evaluate_pipelines(reference, reference, num=60, **RUN)["figures"]
+    figures = evaluate_pipelines(reference, reference, num_samples=60, **RUN).figures
     assert set(figures) == {"candidate_to_reference", "classifier_score"}
-    values = {name: figure["value"] for name, figure in figures["candidate_to_reference"].items()}
+    values = {name: figure.value for name, figure in figures["candidate_to_reference"].items()}
     assert values == pytest.approx(
         dict.fromkeys(SIZES[:2], 0) | dict.fromkeys(SIZES[2:], 1) | {"psnr_db": 100, "ssim": 1}, abs=1e-6
     )
 
 
 def test_what_too_few_pictures_do_not_allow_is_named(tiny_pipe):
-    result = evaluate_pipelines(tiny_pipe, tiny_pipe, num=4, steps=1, features=RUN["features"])
+    result = evaluate_pipelines(tiny_pipe, tiny_pipe, num_samples=4, num_inference_steps=1, features=RUN["features"])
     few = "needs 50 pictures in each set for neighbourhoods, but got 4"
-    assert result["omitted"] == {
+    assert result.omitted == {
         "candidate_to_reference.spatial_frechet_distance": "needs more than 4 pictures in each set, but got 4",
         "candidate_to_reference.precision": few,
         "candidate_to_reference.recall": few,
         "candidate_to_reference.ssim": "needs sides of 11 pixels, but got (3, 8, 8)",
     }
-    assert list(result["figures"]["candidate_to_reference"]) == ["frechet_distance", "psnr_db"]
-    omitted = evaluate_pipelines(tiny_pipe, tiny_pipe, num=4, steps=1, features=f"{__name__}:pooled_features")[
-        "omitted"
-    ]
+    assert list(result.figures["candidate_to_reference"]) == ["frechet_distance", "psnr_db"]
+    omitted = evaluate_pipelines(
+        tiny_pipe, tiny_pipe, num_samples=4, num_inference_steps=1, features=f"{__name__}:pooled_features"
+    ).omitted
     assert omitted["candidate_to_reference.spatial_frechet_distance"] == "these features have no spatial part"
     assert omitted["classifier_score"] == "these features have no logits"
 
 
 def test_without_features_the_rest_is_computed(reference, candidate, real, tiny_pipe):
     """RGB pictures of a shape that only `inception` fits, whose weights are not there."""
-    result = evaluate_pipelines(reference, candidate, data=real, num=4, steps=1)
-    assert list(result["figures"]) == ["candidate_to_reference"]
-    assert list(result["figures"]["candidate_to_reference"]) == ["psnr_db", "ssim"]
-    assert result["eps_rel_l2"] > 0
-    assert result["layers"]
-    assert result["settings"]["features"] is None
+    result = evaluate_pipelines(reference, candidate, data=real, num_samples=4, num_inference_steps=1)
+    assert list(result.figures) == ["candidate_to_reference"]
+    assert list(result.figures["candidate_to_reference"]) == ["psnr_db", "ssim"]
+    assert result.eps_rel_l2 > 0
+    assert result.layers
+    assert result.settings["features"] is None
     pairs = ("candidate_to_reference", "candidate_to_real", "reference_to_real")
-    assert set(result["omitted"]) == {f"{pair}.{name}" for pair in pairs for name in SIZES} | {"classifier_score"}
-    assert all("`inception` need the package torch-fidelity" in reason for reason in result["omitted"].values())
-    assert set(evaluate_pipelines(tiny_pipe, tiny_pipe, num=2, steps=1)["figures"]["candidate_to_reference"]) == {
-        "psnr_db"
-    }
+    assert set(result.omitted) == {f"{pair}.{name}" for pair in pairs for name in SIZES} | {"classifier_score"}
+    assert all("`inception` need the package torch-fidelity" in reason for reason in result.omitted.values())
+    assert set(
+        evaluate_pipelines(tiny_pipe, tiny_pipe, num_samples=2, num_inference_steps=1).figures["candidate_to_reference"]
+    ) == {"psnr_db"}
 
 
 def test_reduced_precision(reference):
     half = DDPMPipeline(copy.deepcopy(reference.unet).to(torch.bfloat16), DDIMScheduler())
-    result = evaluate_pipelines(reference, half, num=4, **RUN)
-    assert 0 < result["eps_rel_l2"] < 0.03
-    assert result["figures"]["candidate_to_reference"]["psnr_db"]["value"] > 35
-    assert evaluate_pipelines(half, half, num=4, **RUN)["eps_mse"] == 0
+    result = evaluate_pipelines(reference, half, num_samples=4, **RUN)
+    assert 0 < result.eps_rel_l2 < 0.03
+    assert result.figures["candidate_to_reference"]["psnr_db"].value > 35
+    assert evaluate_pipelines(half, half, num_samples=4, **RUN).eps_mse == 0
 
 
 def test_pictures_that_are_no_numbers(tiny_pipe):
     broken = copy.deepcopy(tiny_pipe)
     broken.unet.conv_out.bias.data[0] = float("nan")
     with pytest.raises(NonFiniteError, match="3 of 3 that the candidate made hold NaN"):
-        evaluate_pipelines(tiny_pipe, broken, num=3, **RUN)
+        evaluate_pipelines(tiny_pipe, broken, num_samples=3, **RUN)
 
 
 def test_bad_requests_are_refused(tiny_pipe, reference, packed_pipe, monkeypatch, real):
-    with pytest.raises(ConfigError, match="`num` must be at least 2, but got 1"):
-        evaluate_pipelines(tiny_pipe, tiny_pipe, num=1)
+    with pytest.raises(ConfigError, match="`num_samples` must be at least 2, but got 1"):
+        evaluate_pipelines(tiny_pipe, tiny_pipe, num_samples=1)
     with pytest.raises(ConfigError, match=r"pictures of one shape, but got \(3, 8, 8\) and \(3, 16, 16\)"):
         evaluate_pipelines(tiny_pipe, reference, **RUN)
     with pytest.raises(UnsupportedError, match="`inception` need the package torch-fidelity"):
@@ -153,7 +153,7 @@ def test_bad_requests_are_refused(tiny_pipe, reference, packed_pipe, monkeypatch
         evaluate_pipelines(tiny_pipe, tiny_pipe, process=SimpleNamespace(num_processes=2), **RUN)
     layer = packed_pipe.unet.conv_out
     layer.start_observing(("fp4_e2m1",))
-    with pytest.raises(ConfigError, match="the candidate still observes its ranges"):
+    with pytest.raises(StateError, match="the candidate still observes its ranges"):
         evaluate_pipelines(tiny_pipe, packed_pipe, **RUN)
     monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
     with pytest.raises(UnsupportedError, match=r'pip install "diffusers-msfp\[eval\]"'):

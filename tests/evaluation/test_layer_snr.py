@@ -27,21 +27,21 @@ def test_a_layer_that_is_ten_percent_off(float_pipe):
     layer.weight.data *= 1.1
     layer.bias.data *= 1.1
     steps = []
-    found = layer_snr(float_pipe, candidate, **RUN, on_step=lambda *step: steps.append(step))
+    found = layer_snr(float_pipe, candidate, **RUN, on_progress=lambda *step: steps.append(step))
     assert steps == [(1, 2), (2, 2)]
     changed = found.pop("down_blocks.0.resnets.0.conv1")
-    assert changed["snr_db"] == pytest.approx(20, abs=1e-3)
-    assert changed["by_timestep"] == pytest.approx({"500": 20, "0": 20}, abs=1e-3)
-    assert {entry["snr_db"] for entry in found.values()} == {100}, "no error of the layers before"
+    assert changed.snr_db == pytest.approx(20, abs=1e-3)
+    assert changed.by_timestep == pytest.approx({"500": 20, "0": 20}, abs=1e-3)
+    assert {entry.snr_db for entry in found.values()} == {100}, "no error of the layers before"
     assert set(layer_snr(float_pipe, float_pipe, **RUN)) == {*found, "down_blocks.0.resnets.0.conv1"}
 
 
 def test_quantized_and_reduced_precision(float_pipe, packed_pipe):
     found = layer_snr(float_pipe, packed_pipe, **RUN)
     assert set(found) == {name for name, _ in quant_layers(packed_pipe.unet)}
-    assert all(8 < entry["snr_db"] < 60 and not entry["adapted"] for entry in found.values())
+    assert all(8 < entry.snr_db < 60 and not entry.adapted for entry in found.values())
     half = DDPMPipeline(copy.deepcopy(float_pipe.unet).to(torch.bfloat16), float_pipe.scheduler)
-    assert all(40 < entry["snr_db"] < 60 for entry in layer_snr(float_pipe, half, **RUN).values())
+    assert all(40 < entry.snr_db < 60 for entry in layer_snr(float_pipe, half, **RUN).values())
 
 
 def test_adapters_follow_the_timestep(float_pipe, packed_pipe):
@@ -53,8 +53,8 @@ def test_adapters_follow_the_timestep(float_pipe, packed_pipe):
         layer.adapters.up[1].fill_(10.0)
         layer.adapters.down[1].fill_(10.0)
     layers = layer_snr(float_pipe, packed_pipe, **RUN)
-    assert {name for name, entry in layers.items() if entry["adapted"]} == set(router.plan.rank_of())
-    found = layers["down_blocks.0.resnets.0.conv1"]["by_timestep"]
+    assert {name for name, entry in layers.items() if entry.adapted} == set(router.plan.rank_of())
+    found = layers["down_blocks.0.resnets.0.conv1"].by_timestep
     assert found["500"] < 0 < 8 < found["0"]
 
 

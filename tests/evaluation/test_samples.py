@@ -22,7 +22,11 @@ def pipe(monkeypatch) -> DDPMPipeline:
 
 def calls(pipe, **arguments) -> tuple[torch.Tensor, int]:
     steps = []
-    arguments = {"num": 5, "steps": 3, "on_step": lambda *step: steps.append(step)} | arguments
+    arguments = {
+        "num_samples": 5,
+        "num_inference_steps": 3,
+        "on_progress": lambda *step: steps.append(step),
+    } | arguments
     return draw_pictures(pipe, **arguments), len(steps)
 
 
@@ -31,7 +35,7 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-3) -> None:
 
 
 def test_noise_depends_on_seed_and_index_alone(pipe, monkeypatch):
-    pictures = draw_pictures(pipe, num=5, steps=3, seed=4)
+    pictures = draw_pictures(pipe, num_samples=5, num_inference_steps=3, seed=4)
     assert pictures.dtype == torch.float16
     assert pictures.shape == (5, 3, 8, 8)
     noise = torch.stack([torch.randn(3, 8, 8, generator=noise_generator(4, i)) for i in range(5)])
@@ -42,36 +46,40 @@ def test_noise_depends_on_seed_and_index_alone(pipe, monkeypatch):
             x = scheduler.step(pipe.unet(x, timestep).sample, timestep, x).prev_sample
     close(pictures, (x / 2 + 0.5).clamp(0, 1))
     monkeypatch.setattr(samples, "batch_size_for", lambda *_: 8)
-    close(draw_pictures(pipe, num=3, steps=3, seed=4), pictures[:3])
-    assert not torch.equal(draw_pictures(pipe, num=5, steps=3, seed=5), pictures)
+    close(draw_pictures(pipe, num_samples=3, num_inference_steps=3, seed=4), pictures[:3])
+    assert not torch.equal(draw_pictures(pipe, num_samples=5, num_inference_steps=3, seed=5), pictures)
     noises = {tuple(torch.randn(2, generator=noise_generator(s, i)).tolist()) for s in range(20) for i in range(50)}
     assert len(noises) == 1000
 
 
 def test_reduced_precision_and_older_outputs(pipe):
-    pictures = draw_pictures(pipe, num=2, steps=3)
+    pictures = draw_pictures(pipe, num_samples=2, num_inference_steps=3)
     half = DDPMPipeline(copy.deepcopy(pipe.unet).to(torch.bfloat16), pipe.scheduler)
-    close(draw_pictures(half, num=2, steps=3), pictures, 0.06)
+    close(draw_pictures(half, num_samples=2, num_inference_steps=3), pictures, 0.06)
     arrays = DDIMPipeline(pipe.unet, pipe.scheduler)  # knows no `pt`
-    close(draw_pictures(arrays, num=2, steps=3), pictures)
+    close(draw_pictures(arrays, num_samples=2, num_inference_steps=3), pictures)
 
 
 def test_labels_belong_to_pictures_too(pipe):
     labelled = make_dit_pipe()
-    whole = draw_pictures(labelled, num=3, steps=2)
+    whole = draw_pictures(labelled, num_samples=3, num_inference_steps=2)
     assert whole.shape == (3, 3, 8, 8)
-    assert torch.equal(torch.cat([draw_pictures(labelled, num=3, steps=2, share=(i, 2)) for i in (0, 1)]), whole)
-    close(draw_pictures(labelled, num=2, steps=2), whole[:2])
+    assert torch.equal(
+        torch.cat([draw_pictures(labelled, num_samples=3, num_inference_steps=2, share=(i, 2)) for i in (0, 1)]), whole
+    )
+    close(draw_pictures(labelled, num_samples=2, num_inference_steps=2), whole[:2])
 
 
 def test_shares_make_the_whole_bit_for_bit(pipe, tmp_path):
-    whole = draw_pictures(pipe, num=5, steps=3)
-    one, two = (draw_pictures(pipe, num=5, steps=3, folder=tmp_path, share=(i, 2)) for i in (0, 1))
+    whole = draw_pictures(pipe, num_samples=5, num_inference_steps=3)
+    one, two = (
+        draw_pictures(pipe, num_samples=5, num_inference_steps=3, folder=tmp_path, share=(i, 2)) for i in (0, 1)
+    )
     assert torch.equal(torch.cat([one[:2], two, one[2:]]), whole)
     found, steps = calls(pipe, folder=tmp_path)
     assert steps == 0
     assert torch.equal(found, whole)
-    assert draw_pictures(pipe, num=2, steps=3, share=(1, 2)).numel() == 0
+    assert draw_pictures(pipe, num_samples=2, num_inference_steps=3, share=(1, 2)).numel() == 0
 
 
 def test_a_killed_run_goes_on_and_more_pictures_are_added(pipe, tmp_path):
@@ -86,14 +94,14 @@ def test_a_killed_run_goes_on_and_more_pictures_are_added(pipe, tmp_path):
     again, steps = calls(pipe, folder=tmp_path)
     assert steps == 3
     assert torch.equal(again, whole)
-    more, steps = calls(pipe, folder=tmp_path, num=8)
+    more, steps = calls(pipe, folder=tmp_path, num_samples=8)
     assert steps == 6
     assert torch.equal(more[:4], whole[:4])
 
 
 def test_other_arguments_and_changed_checkpoints_begin_anew(pipe, tmp_path, packed_pipe):
     calls(pipe, folder=tmp_path)
-    for change in ({"seed": 1}, {"steps": 2}):
+    for change in ({"seed": 1}, {"num_inference_steps": 2}):
         assert calls(pipe, folder=tmp_path, **change)[1] > 0
     other = DDPMPipeline(copy.deepcopy(pipe.unet), DDIMScheduler())
     other.scheduler.register_to_config(_use_default_values=["in", "any", "order"])

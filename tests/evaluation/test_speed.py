@@ -28,17 +28,18 @@ def test_calls_take_turns_after_a_warm_up():
 
 @pytest.mark.parametrize("build", [make_unet, make_condition_unet, make_dit], ids=["unet", "condition", "dit"])
 def test_rows_of_a_benchmark(build):
-    rows = {row["provider"]: row for row in benchmark(build().eval(), ["fp32", "w4a4", "w4a4:low"], repeats=2)}
+    rows = {row.provider: row for row in benchmark(build().eval(), ["fp32", "w4a4", "w4a4:low"], repeats=2)}
     assert list(rows) == [BASELINE, "fp32", "w4a4", "w4a4:low"]
-    assert rows[BASELINE]["speedup"] == 1
-    assert "engines" in rows["fp32"]
-    assert rows["fp32"]["engines"] == {}
+    assert rows[BASELINE].speedup == 1
+    assert rows["fp32"].engines == {}
+    assert rows["fp32"].floor_seconds is None
+    assert "floor_seconds" not in rows["fp32"].to_dict()
     for name in ("w4a4", "w4a4:low"):
         row = rows[name]
-        assert row["engines"]["int8"] > row["engines"].get("bf16", 0)
-        assert row["seconds_low"] <= row["seconds"] <= row["seconds_high"]
-        assert row["floor_seconds"] == pytest.approx(sum(row["floor_parts"].values()))
-        assert all(part > 0 for part in row["floor_parts"].values())
+        assert row.engines["int8"] > row.engines.get("bf16", 0)
+        assert row.seconds_low <= row.seconds <= row.seconds_high
+        assert row.floor_seconds == pytest.approx(sum(row.floor_parts.values()))
+        assert all(part > 0 for part in row.floor_parts.values())
 
 
 def test_providers_are_what_their_names_say():
@@ -62,7 +63,7 @@ def test_a_model_with_adapters_is_compared_with_its_architecture(embedded, place
     pipe = copy.deepcopy(embedded)
     quantize_pipeline(pipe, "w4a4", num_samples=1, num_inference_steps=2)
     finetune(pipe, embedded, FinetuneConfig(train_steps=1, batch_size=2, num_inference_steps=2, placement=placement))
-    rows = {row["provider"]: row for row in benchmark(pipe.unet, ["msfp"], repeats=2)}
+    rows = {row.provider: row for row in benchmark(pipe.unet, ["msfp"], repeats=2)}
     assert list(rows) == [BASELINE, "msfp"]
     made = provide("fp32", pipe.unet, step_of)
     assert {n: p.shape for n, p in made.named_parameters()} == {n: p.shape for n, p in embedded.unet.named_parameters()}
@@ -93,10 +94,10 @@ def test_several_steps_are_timed_as_one():
         def forward(self, sample, timestep):
             seen.append(timestep.tolist())
 
-    step_of(Model(1, 1), {"sample": torch.zeros(2, 1), "timestep": torch.full((2,), 500)}, steps=4)()
+    step_of(Model(1, 1), {"sample": torch.zeros(2, 1), "timestep": torch.full((2,), 500)}, num_inference_steps=4)()
     assert seen == [[874, 874], [749, 749], [624, 624], [500, 500]]
-    rows = benchmark(make_unet(), ["w4a4"], steps=3, repeats=2, with_floor=False)
-    assert [row["steps"] for row in rows] == [3, 3]
+    rows = benchmark(make_unet(), ["w4a4"], num_inference_steps=3, repeats=2, with_floor=False)
+    assert [row.num_inference_steps for row in rows] == [3, 3]
 
 
 def test_missing_peers_are_refused_or_left_out(monkeypatch):
@@ -104,7 +105,7 @@ def test_missing_peers_are_refused_or_left_out(monkeypatch):
     with pytest.raises(UnsupportedError, match="Provider 'sdnq' needs `no_such_module`, which is not installed"):
         benchmark(make_unet(), ["sdnq:int8"], repeats=2)
     rows = benchmark(make_unet(), ["sdnq:int8"], repeats=2, skip_missing=True)
-    assert [row["provider"] for row in rows] == [BASELINE]
+    assert [row.provider for row in rows] == [BASELINE]
 
 
 def test_models_whose_inputs_are_unknown_are_refused():
@@ -118,7 +119,7 @@ def test_the_command_line(packed_dir):
     rows = json.loads(result.stdout)["rows"]
     assert [row["provider"] for row in rows] == [BASELINE, "msfp"]
     alone = cli.bench(f"{packed_dir}/unet", ["msfp:reference"], repeats=2)
-    assert set(alone["rows"][1]["engines"]) == {"reference"}
+    assert set(alone.rows[1].engines) == {"reference"}
     table = CliRunner().invoke(app, ["bench", "--model", packed_dir, "--repeats", "2"])
     assert "int8" in table.stdout
     with pytest.raises(MSFPError):

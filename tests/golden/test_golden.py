@@ -76,7 +76,7 @@ def test_adapters_have_their_place(placement):
 def test_version_1_becomes_version_2_with_the_same_tensors(name, tmp_path):
     shutil.copytree(HERE / name, tmp_path / name)
     before = load_file(HERE / name / WEIGHTS)
-    assert cli.convert_checkpoint(tmp_path / name)["converted"] == ["."]
+    assert cli.convert_checkpoint(tmp_path / name).converted == ["."]
     after = load_file(tmp_path / name / WEIGHTS)
     assert {key for key in after.keys() - before.keys() if not key.endswith(".formats")} == set()
     assert all(torch.equal(after[key], value) and after[key].dtype == value.dtype for key, value in before.items())

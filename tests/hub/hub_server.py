@@ -344,5 +344,5 @@ def hub(online):
 
 def send(server: Hub, folder: Path, **changes) -> dict:
     """Publish a checkpoint there."""
-    arguments = {"license": "mit", "base_model": "org/base", "num": 1, "steps": 1, "token": TOKEN}
+    arguments = {"license": "mit", "base_model": "org/base", "num_samples": 1, "num_inference_steps": 1, "token": TOKEN}
     return publish(folder, changes.pop("repo", "user/tiny"), endpoint=server.url, **arguments | changes)

@@ -37,7 +37,7 @@ FACTS = {
             "adapters": None,
         }
     },
-    "preview": {"num": 8, "steps": 20, "seed": 3},
+    "preview": {"num_samples": 8, "num_inference_steps": 20, "seed": 3},
 }
 ADAPTERS = {
     "placement": "side",
@@ -58,10 +58,16 @@ EVALUATION = {
     "omitted": {"candidate_to_real.recall": "needs 100 pictures in each set for neighbourhoods, but got 16"},
     "eps_rel_l2": 0.128,
     "eps_rel_l2_by_timestep": {"950": 0.066, "500": 0.071, "0": 0.56},
-    "settings": {"num": 2000, "steps": 20, "seed": 0, "features": "fashion", "scheduler": "DDIMScheduler"},
-    "source": "/home/somebody/w4a4",
+    "settings": {
+        "num_samples": 2000,
+        "num_inference_steps": 20,
+        "seed": 0,
+        "features": "fashion",
+        "scheduler": "DDIMScheduler",
+    },
+    "candidate": "/home/somebody/w4a4",
     "bytes_reference": 3_600_000,
-    "bytes_candidate": 1_017_432,
+    "bytes_quantized": 1_017_432,
 }
 COMPARISON = {"eps_mse": 0.016, "eps_rel_l2": 0.13, "eps_rel_l2_by_timestep": {"0": 0.5}, "image_psnr_db": 13.9}
 SPEED = {
@@ -183,6 +189,19 @@ def test_results_are_told_by_their_fields(tmp_path):
     assert "somebody" not in json.dumps(found.published()), "no paths of this machine"
 
 
+def test_results_of_an_earlier_version_are_read(tmp_path):
+    older = dict(EVALUATION)
+    older["settings"] = {"num": 2000, "steps": 20, "seed": 0, "features": "fashion", "scheduler": "DDIMScheduler"}
+    older["bytes_candidate"], older["source"] = older.pop("bytes_quantized"), older.pop("candidate")
+    speed = SPEED | {"rows": [row | {"steps": 1} for row in SPEED["rows"]]}
+    compared = COMPARISON | {"bytes_ref": 2, "bytes_cand": 1}
+    files = [write(tmp_path / f"{n}.json", each) for n, each in enumerate((older, speed, compared))]
+    found = read_results(tmp_path / "model", files)
+    assert found.evaluation == EVALUATION
+    assert found.speed == SPEED | {"rows": [row | {"num_inference_steps": 1} for row in SPEED["rows"]]}
+    assert found.comparison == COMPARISON | {"bytes_reference": 2, "bytes_quantized": 1}
+
+
 def test_results_that_are_none(tmp_path):
     with pytest.raises(ConfigError, match="must be what `evaluate`, `compare` or `bench` prints"):
         read_results(tmp_path, [write(tmp_path / "a.json", {"rows": [{"provider": "x"}]})])
@@ -213,10 +232,16 @@ def test_results_beside_a_checkpoint_are_published_with_its_card(packed_dir, tmp
     write(folder / "results" / "evaluation.json", EVALUATION)
     write(folder / "notes.txt", "mine")
     report = publish(
-        folder, "user/tiny", license="mit", base_model="org/base", dry_run=tmp_path / "out", num=1, steps=1
+        folder,
+        "user/tiny",
+        license="mit",
+        base_model="org/base",
+        dry_run=tmp_path / "out",
+        num_samples=1,
+        num_inference_steps=1,
     )
-    assert report["left_out"] == ["notes.txt"]
-    assert list(report["missing"]) == ["speed"]
+    assert report.left_out == ["notes.txt"]
+    assert list(report.missing) == ["speed"]
     assert (tmp_path / "out" / "results" / "timesteps.png").is_file()
     text = (tmp_path / "out" / "README.md").read_text()
     assert "12.35" in text
@@ -230,7 +255,7 @@ def test_adapters_are_no_parameters_of_the_model(packed_pipe, tiny_pipe, tmp_pat
     config = FinetuneConfig(train_steps=1, num_inference_steps=2, batch_size=2, rank=2, placement=placement)
     finetune(packed_pipe, tiny_pipe, config)
     packed_pipe.save_pretrained(tmp_path / "tuned")
-    known = {"license": "mit", "base_model": "org/base", "num": 1, "steps": 1}
+    known = {"license": "mit", "base_model": "org/base", "num_samples": 1, "num_inference_steps": 1}
     publish(tmp_path / "tuned", "user/tiny", dry_run=tmp_path / "out", **known)
     part = json.loads((tmp_path / "out" / CHECKPOINT).read_text())["components"]["unet"]
     assert part["parameters"] == tiny_pipe.unet.num_parameters()

@@ -47,7 +47,7 @@ def test_what_is_published_loads_bit_for_bit(hub, folder, packed_pipe, tmp_path)
     before = digests(folder)
     report = send(hub, folder)
     assert digests(folder) == before
-    assert set(report["files"]) == {
+    assert set(report.files) == {
         "README.md",
         "model_index.json",
         "pipeline.py",
@@ -57,12 +57,12 @@ def test_what_is_published_loads_bit_for_bit(hub, folder, packed_pipe, tmp_path)
         "unet/config.json",
         WEIGHTS,
     }
-    assert report["url"].endswith(report["commit"])
+    assert report.url.endswith(report.commit)
     there = download(hub, tmp_path / "cache")
     assert digests(there)[WEIGHTS] == before[WEIGHTS]
     assert equal_state(DiffusionPipeline.from_pretrained(there).unet, packed_pipe.unet)
     again = send(hub, folder)
-    assert again["commit"] == report["commit"], "nothing has changed, so nothing is committed"
+    assert again.commit == report.commit, "nothing has changed, so nothing is committed"
 
 
 def test_licence_and_task_come_from_the_base(hub, folder):
@@ -70,7 +70,7 @@ def test_licence_and_task_come_from_the_base(hub, folder):
     config["_name_or_path"] = "/home/somebody/.cache/models--org--base/snapshots/0123/unet"
     (folder / "unet" / "config.json").write_text(json.dumps(config))
     report = send(hub, folder, license=None, base_model=None)
-    assert (report["base_model"], report["license"]) == ("org/base", "openrail++")
+    assert (report.base_model, report.license) == ("org/base", "openrail++")
     card = ModelCard(hub.files("user/tiny")["README.md"].decode())
     assert card.data.base_model == "org/base"
     assert card.data.pipeline_tag == "text-to-image"
@@ -91,7 +91,7 @@ def test_an_older_version_leaves_nothing_behind_that_would_be_loaded(hub, folder
     send(hub, sharded)
     hub.add("user/tiny", hub.files("user/tiny") | {"notes.txt": b"mine"})
     report = send(hub, folder)
-    assert "unet/diffusion_pytorch_model.safetensors.index.json" in report["removed"]
+    assert "unet/diffusion_pytorch_model.safetensors.index.json" in report.removed
     there = hub.files("user/tiny")
     assert [p for p in there if p.endswith(".safetensors")] == [WEIGHTS]
     assert there["notes.txt"] == b"mine"
@@ -100,10 +100,10 @@ def test_an_older_version_leaves_nothing_behind_that_would_be_loaded(hub, folder
 def test_revisions_and_pull_requests_leave_main_alone(hub, folder):
     hub.add("user/tiny", {"a.txt": b"a"})
     report = send(hub, folder, revision="w4")
-    assert 'revision="w4"' in report["snippet"]
+    assert 'revision="w4"' in report.snippet
     assert 'revision="w4"' in hub.files("user/tiny", "w4")["README.md"].decode()
     report = send(hub, folder, create_pr=True)
-    assert report["url"].endswith("/discussions/1")
+    assert report.url.endswith("/discussions/1")
     assert WEIGHTS in hub.files("user/tiny", "refs/pr/1")
     assert list(hub.files("user/tiny")) == ["a.txt"]
     with pytest.raises(ConfigError, match="A pull request goes to main, but got `revision='w4'`"):
@@ -121,22 +121,44 @@ def test_private(hub, folder):
 
 def test_a_dry_run_writes_what_would_be_uploaded_and_needs_no_hub(folder, tmp_path):
     report = publish(
-        folder, "user/tiny", license="mit", base_model="org/base", dry_run=tmp_path / "out", num=1, steps=1
+        folder,
+        "user/tiny",
+        license="mit",
+        base_model="org/base",
+        dry_run=tmp_path / "out",
+        num_samples=1,
+        num_inference_steps=1,
     )
-    assert digests(tmp_path / "out").keys() == report["files"].keys()
+    assert digests(tmp_path / "out").keys() == report.files.keys()
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "out", custom_pipeline="pipeline", trust_remote_code=True)
     assert pipe.quantization_report()["unet"]["scheme"] == "w4a4"
     assert json.loads(pipe.to_json_string())["_class_name"] == "DDPMPipeline"
-    again = publish(folder, "user/tiny", license="mit", base_model="org/base", dry_run=tmp_path / "out", num=1, steps=1)
-    assert again["files"].keys() == report["files"].keys()
+    again = publish(
+        folder,
+        "user/tiny",
+        license="mit",
+        base_model="org/base",
+        dry_run=tmp_path / "out",
+        num_samples=1,
+        num_inference_steps=1,
+    )
+    assert again.files.keys() == report.files.keys()
     with pytest.raises(ConfigError, match="must be new or hold an earlier dry run, but it holds something else"):
-        publish(folder, "user/tiny", license="mit", base_model="org/base", dry_run=tmp_path, num=1, steps=1)
+        publish(
+            folder,
+            "user/tiny",
+            license="mit",
+            base_model="org/base",
+            dry_run=tmp_path,
+            num_samples=1,
+            num_inference_steps=1,
+        )
 
 
 def test_variants(hub, folder, packed_pipe, tmp_path):
     packed_pipe.save_pretrained(tmp_path / "variant", variant="w4")
     report = send(hub, tmp_path / "variant")
-    assert report["snippet"].endswith('"user/tiny", variant="w4")')
+    assert report.snippet.endswith('"user/tiny", variant="w4")')
     there = download(hub, tmp_path / "cache")
     assert equal_state(DiffusionPipeline.from_pretrained(there, variant="w4").unet, packed_pipe.unet)
 
@@ -145,13 +167,15 @@ def test_on_the_command_line(folder):
     from diffusers_msfp.cli.app import app
 
     command = ["publish", str(folder), "--repo", "user/tiny", "--license", "mit", "--base-model", "org/base"]
-    result = CliRunner().invoke(app, [*command, "--dry-run", "--num", "1", "--steps", "1"])
+    result = CliRunner().invoke(app, [*command, "--dry-run", "--num-samples", "1", "--num-inference-steps", "1"])
     assert result.exit_code == 0, result.output
     assert "8 files would be uploaded" in result.stdout
     assert 'from_pretrained("user/tiny")' in result.stdout
     assert "not measured: speed: diffusers-msfp bench" in result.stderr
     shutil.rmtree(f"{folder}-publish")
-    result = CliRunner().invoke(app, [*command, "--dry-run", "--num", "1", "--steps", "1", "--json"])
+    result = CliRunner().invoke(
+        app, [*command, "--dry-run", "--num-samples", "1", "--num-inference-steps", "1", "--json"]
+    )
     assert json.loads(result.stdout)["repo"] == "user/tiny"
 
 
@@ -167,7 +191,7 @@ def test_a_connection_that_drops_in_an_upload(hub, folder, packed_pipe, tmp_path
     hub.failures.clear()
     report = send(hub, folder)
     assert equal_state(DiffusionPipeline.from_pretrained(download(hub, tmp_path)).unet, packed_pipe.unet)
-    assert report["commit"] == hub.repos["user/tiny"].refs["main"]
+    assert report.commit == hub.repos["user/tiny"].refs["main"]
 
 
 def test_what_was_sent_is_not_sent_again(hub, folder):
@@ -261,7 +285,13 @@ def test_a_connection_that_drops_in_a_download(hub, folder, packed_pipe, tmp_pat
 
 
 def refuse(folder: Path, reason: str, error: type[MSFPError] = CheckpointError, **changes) -> None:
-    arguments = {"license": "mit", "base_model": "org/base", "num": 1, "steps": 1, "dry_run": folder.parent / "out"}
+    arguments = {
+        "license": "mit",
+        "base_model": "org/base",
+        "num_samples": 1,
+        "num_inference_steps": 1,
+        "dry_run": folder.parent / "out",
+    }
     with pytest.raises(error, match=reason):
         publish(folder, changes.pop("repo", "user/tiny"), **arguments | changes)
     assert not (folder.parent / "out").exists()
@@ -290,9 +320,15 @@ def test_arguments_that_make_no_sense(folder, hub):
     )
     (folder / "LICENSE").write_text("All rights reserved.")
     report = publish(
-        folder, "user/tiny", license="other", base_model="org/base", dry_run=folder.parent / "out", num=1, steps=1
+        folder,
+        "user/tiny",
+        license="other",
+        base_model="org/base",
+        dry_run=folder.parent / "out",
+        num_samples=1,
+        num_inference_steps=1,
     )
-    assert "LICENSE" in report["files"]
+    assert "LICENSE" in report.files
 
 
 def test_all_that_is_missing_is_said_at_once(folder, tmp_path):
@@ -311,7 +347,7 @@ def test_all_that_is_missing_is_said_at_once(folder, tmp_path):
 
 
 def test_a_base_that_is_not_on_the_hub(folder, tmp_path):
-    known = {"license": "mit", "dry_run": tmp_path / "out", "num": 1, "steps": 1}
+    known = {"license": "mit", "dry_run": tmp_path / "out", "num_samples": 1, "num_inference_steps": 1}
     for base, told in (
         ("none", "A model that is not published, quantized by\n[MSFP]"),
         (
@@ -320,7 +356,7 @@ def test_a_base_that_is_not_on_the_hub(folder, tmp_path):
         ),
     ):
         report = publish(folder, "user/tiny", base_model=base, **known)
-        assert report["base_model"] == base
+        assert report.base_model == base
         text = (tmp_path / "out" / "README.md").read_text()
         assert told in text
         assert ("read [its page](https://example.org/model)" in text) == (base != "none")
@@ -328,7 +364,7 @@ def test_a_base_that_is_not_on_the_hub(folder, tmp_path):
         assert (card.data.license, card.data.base_model, card.data.get("base_model_relation")) == ("mit", None, None)
         assert "huggingface.co" not in text
     report = publish(folder, "user/tiny", base_model="https://huggingface.co/org/base", **known)
-    assert report["base_model"] == "org/base"
+    assert report.base_model == "org/base"
     assert ModelCard((tmp_path / "out" / "README.md").read_text()).data.base_model == "org/base"
     assert "base_elsewhere" not in (tmp_path / "out" / "results" / "checkpoint.json").read_text()
     with pytest.raises(ConfigError, match="The URL of a base must have no blanks"):

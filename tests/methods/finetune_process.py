@@ -24,7 +24,9 @@ def main() -> None:
         teacher,
         FinetuneConfig(**given["config"]),
         work_dir=given.get("work_dir"),
-        on_update=lambda done, *_: os.kill(os.getpid(), signal.SIGKILL) if done == given.get("killed_at") else None,
+        on_progress=lambda done, *_, **__: (
+            os.kill(os.getpid(), signal.SIGKILL) if done == given.get("killed_at") else None
+        ),
     )
     step, gradients = run.optimizer.step, {}
 
@@ -38,7 +40,7 @@ def main() -> None:
     resumed = run.progress.update
     result = run.run()
     if run.accelerator.is_main_process:
-        state = {"gradients": gradients, "model": pipe.unet.state_dict(), "losses": result["losses"]}
+        state = {"gradients": gradients, "model": pipe.unet.state_dict(), "losses": result.losses}
         torch.save(state | {"resumed": resumed, "processes": run.accelerator.num_processes}, given["out"])
     leave_process_group(run.accelerator)
 

@@ -17,7 +17,7 @@ from diffusers_msfp import (
     uncorrect_output,
 )
 from diffusers_msfp.checkpoint.describe import read_config
-from diffusers_msfp.errors import CheckpointError, ConfigError
+from diffusers_msfp.errors import CheckpointError, StateError
 from diffusers_msfp.evaluation import compare_pipelines
 from diffusers_msfp.methods.correction import CorrectionHook, CorrectionTable
 from diffusers_msfp.methods.correction.attach import attach_correction, correction_of
@@ -55,11 +55,11 @@ def test_a_known_distortion_is_found_and_undone():
     before = compare_pipelines(teacher, wrong, num_samples=4, num_inference_steps=4, seed=9)
     result = correct_output(wrong, teacher, SMALL)
     after = compare_pipelines(teacher, wrong, num_samples=4, num_inference_steps=4, seed=9)
-    assert after["eps_rel_l2"] < 0.1 * before["eps_rel_l2"]
-    assert all(a == pytest.approx(1.25, rel=0.02) for a in result["a"])
+    assert after.eps_rel_l2 < 0.1 * before.eps_rel_l2
+    assert all(a == pytest.approx(1.25, rel=0.02) for a in result.a)
     table = correction_of(wrong.unet)
     assert torch.allclose(table.c, (-offset / 0.8).expand_as(table.c), atol=0.02)
-    assert all(x > y for x, y in zip(result["error_before"], result["error_after"], strict=True))
+    assert all(x > y for x, y in zip(result.error_before, result.error_after, strict=True))
 
 
 def test_between_its_timesteps_it_is_linear_and_beyond_them_constant():
@@ -119,7 +119,7 @@ def test_it_survives_saving_casting_and_copying_exactly(tmp_path):
 def test_other_ranges_and_other_weights_take_it_off_or_are_refused():
     pipe, teacher = pair()
     correct_output(pipe, teacher, SMALL)
-    with pytest.raises(ConfigError, match="corrected for the weights that it has"):
+    with pytest.raises(StateError, match="corrected for the weights that it has"):
         learn_rounding(pipe, teacher)
     uncorrect_output(pipe)
     assert correction_of(pipe.unet) is None

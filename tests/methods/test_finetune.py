@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DMode
 
 from diffusers_msfp import FinetuneConfig, MSFPConfig, calibrate, finetune, quantize_pipeline
 from diffusers_msfp.checkpoint.record import ModelRecord
-from diffusers_msfp.errors import ConfigError, NonFiniteError, ShapeError, UnsupportedError
+from diffusers_msfp.errors import ConfigError, NonFiniteError, ShapeError, StateError, UnsupportedError
 from diffusers_msfp.evaluation import compare_pipelines
 from diffusers_msfp.methods.talora import Trainee
 from diffusers_msfp.methods.talora.config import block_at, exploration_factor, learning_rate_factor
@@ -50,17 +50,17 @@ def coarse(embedded) -> DDPMPipeline:
 @pytest.mark.parametrize("placement", ["merged", "side"])
 def test_it_lowers_the_error_of_a_trained_model(coarse, embedded, placement, tmp_path):
     teacher, pipe = with_ddim(embedded), copy.deepcopy(coarse)
-    before = compare_pipelines(teacher, pipe, num_samples=4, num_inference_steps=10)["eps_mse"]
+    before = compare_pipelines(teacher, pipe, num_samples=4, num_inference_steps=10).eps_mse
     config = FinetuneConfig(
         train_steps=40, num_inference_steps=10, batch_size=4, placement=placement, denoising_factor_exponent=0
     )
     seen = []
-    result = finetune(pipe, teacher, config, on_update=lambda *update: seen.append(update))
-    after = compare_pipelines(teacher, pipe, num_samples=4, num_inference_steps=10)["eps_mse"]
+    result = finetune(pipe, teacher, config, on_progress=lambda *update, **info: seen.append((*update, info["loss"])))
+    after = compare_pipelines(teacher, pipe, num_samples=4, num_inference_steps=10).eps_mse
     assert after < 0.93 * before
-    assert result["updates"] == 40 == len(result["losses"])
-    assert seen[-1] == (40, 40, result["losses"][-1])
-    assert not result["collapsed"]
+    assert result.updates == 40 == len(result.losses)
+    assert seen[-1] == (40, 40, result.losses[-1])
+    assert not result.collapsed
     assert not any(isinstance(module, Trainee) for module in pipe.unet.modules())
 
     pipe.save_pretrained(tmp_path)
@@ -103,9 +103,9 @@ def test_equal_seeds_give_equal_models(packed_pipe, teacher):
 def test_options_run_and_change_the_model(packed_pipe, teacher, settings):
     before = copy.deepcopy(packed_pipe.unet)
     result = finetune(packed_pipe, teacher, FinetuneConfig(**SHORT | settings))
-    assert all(np.isfinite(result["losses"]))
+    assert all(np.isfinite(result.losses))
     groups, adapters = len(settings.get("router_groups", ())) + 1, settings.get("num_adapters", 2)
-    assert np.asarray(result["usage"]).shape == (groups, adapters)
+    assert np.asarray(result.usage).shape == (groups, adapters)
     x = torch.randn(1, 3, 8, 8)
     assert not torch.equal(run(before, x), run(packed_pipe.unet, x))
     assert packed_pipe.unet.timestep_router.table.shape == (groups, 1000)
@@ -116,8 +116,8 @@ def test_options_run_and_change_the_model(packed_pipe, teacher, settings):
 
 def test_gradient_checkpointing_changes_memory_not_numbers(packed_pipe, teacher):
     other = copy.deepcopy(packed_pipe)
-    one = finetune(packed_pipe, teacher, FinetuneConfig(**SHORT))["losses"]
-    two = finetune(other, teacher, FinetuneConfig(**SHORT, gradient_checkpointing=True))["losses"]
+    one = finetune(packed_pipe, teacher, FinetuneConfig(**SHORT)).losses
+    two = finetune(other, teacher, FinetuneConfig(**SHORT, gradient_checkpointing=True)).losses
     assert one == pytest.approx(two, rel=1e-4)
 
 
@@ -143,7 +143,7 @@ def test_labels_and_guidance_are_the_pipeline_s(tmp_path):
     pipe, teacher = make_dit_pipe(), make_dit_pipe()
     quantize_pipeline(pipe, "w4a4", num_samples=2, num_inference_steps=2)
     result = finetune(pipe, teacher, FinetuneConfig(**SHORT), guidance_scale=4.0)
-    assert result["updates"] == 4
+    assert result.updates == 4
     pipe.save_pretrained(tmp_path)
     again = DiffusionPipeline.from_pretrained(tmp_path)
     assert equal_state(again.transformer, pipe.transformer)
@@ -154,15 +154,15 @@ def test_the_teacher_is_not_changed_and_the_student_left_alone_by_a_failure(pack
     flags = [parameter.requires_grad for parameter in packed_pipe.unet.parameters()]
     assert any(flags)
 
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        finetune(packed_pipe, teacher, FinetuneConfig(**SHORT), on_update=stop)
+        finetune(packed_pipe, teacher, FinetuneConfig(**SHORT), on_progress=stop)
     assert unchanged(packed_pipe.unet, state)
     assert not any(isinstance(module, Trainee) for module in packed_pipe.unet.modules())
     with pytest.raises(KeyboardInterrupt):
-        finetune(packed_pipe, teacher, FinetuneConfig(**SHORT, gradient_checkpointing=True), on_update=stop)
+        finetune(packed_pipe, teacher, FinetuneConfig(**SHORT, gradient_checkpointing=True), on_progress=stop)
     assert not packed_pipe.unet.is_gradient_checkpointing
     assert [parameter.requires_grad for parameter in packed_pipe.unet.parameters()] == flags
     assert unchanged(teacher.unet, teacher_state)
@@ -185,9 +185,9 @@ def test_bad_requests_are_refused_before_anything_is_changed(packed_pipe, teache
         finetune(packed_pipe, conditional, FinetuneConfig(**SHORT))
     observing = copy.deepcopy(tiny_pipe)
     quantize_model(observing.unet, MSFPConfig(scheme="w4a4"))
-    with pytest.raises(ConfigError, match="Only a calibrated model"):
+    with pytest.raises(StateError, match="Only a calibrated model"):
         finetune(observing, teacher, FinetuneConfig(**SHORT))
-    with pytest.raises(ConfigError, match="with quantized layers is needed"):
+    with pytest.raises(StateError, match="with quantized layers is needed"):
         finetune(tiny_pipe, teacher, FinetuneConfig(**SHORT))
     with pytest.raises(ConfigError, match=r"`router_groups` must match a layer, but 'nowhere' matches none"):
         finetune(packed_pipe, teacher, FinetuneConfig(**SHORT, router_groups=("nowhere",)))
@@ -209,7 +209,7 @@ def test_bad_requests_are_refused_before_anything_is_changed(packed_pipe, teache
         check_timesteps([2000.0, 0.0], 1000)
     assert unchanged(packed_pipe.unet, state)
     finetune(packed_pipe, teacher, FinetuneConfig(**SHORT))
-    with pytest.raises(ConfigError, match="has adapters already"):
+    with pytest.raises(StateError, match="has adapters already"):
         finetune(packed_pipe, teacher, FinetuneConfig(**SHORT))
     with pytest.raises(UnsupportedError, match="merged ones cannot be undone"):
         packed_pipe.unet.dequantize()
@@ -236,8 +236,8 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
 def test_minutes_set_the_number_of_updates(packed_pipe, teacher):
     config = FinetuneConfig(**{**SHORT, "train_steps": None}, minutes=0.02)
     result = finetune(packed_pipe, teacher, config)
-    assert 6 <= result["updates"] < 200
-    assert result["seconds"] < 10
+    assert 6 <= result.updates < 200
+    assert result.seconds < 10
 
 
 def test_preview_shows_the_student(packed_pipe, teacher):

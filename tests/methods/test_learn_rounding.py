@@ -19,7 +19,7 @@ from diffusers_msfp import (
     quantize_pipeline,
 )
 from diffusers_msfp.checkpoint.record import ModelRecord
-from diffusers_msfp.errors import ConfigError, NonFiniteError, ShapeError
+from diffusers_msfp.errors import ConfigError, NonFiniteError, ShapeError, StateError
 from diffusers_msfp.evaluation import compare_pipelines
 from diffusers_msfp.layers import QuantLayer
 from diffusers_msfp.methods.blocks import reconstruction_units
@@ -56,19 +56,19 @@ def test_it_lowers_the_error_of_a_trained_model(embedded, tmp_path):
     pipe.set_progress_bar_config(disable=True)
     quantize_pipeline(pipe, "w4a8", num_samples=4, num_inference_steps=5)
     nearest = copy.deepcopy(pipe.unet)
-    before = compare_pipelines(teacher, pipe, num_samples=4, num_inference_steps=10)["eps_mse"]
+    before = compare_pipelines(teacher, pipe, num_samples=4, num_inference_steps=10).eps_mse
     result = learn_rounding(
         pipe, teacher, RoundingConfig(iterations=15, num_samples=32, num_inference_steps=10, batch_size=8)
     )
-    after = compare_pipelines(teacher, pipe, num_samples=4, num_inference_steps=10)["eps_mse"]
+    after = compare_pipelines(teacher, pipe, num_samples=4, num_inference_steps=10).eps_mse
     assert after < 0.85 * before
-    assert all(part["after"] <= part["before"] for part in result["parts"])
-    assert sum(part["layers"] for part in result["parts"]) == len(layers_of(pipe.unet))
-    assert 0.005 < result["changed"] < 0.5
-    assert 0 < result["sparsity_before"] < 0.3
-    assert 0.5 < result["maxval_over_amax"] < 1.5
+    assert all(part["after"] <= part["before"] for part in result.parts)
+    assert sum(part["layers"] for part in result.parts) == len(layers_of(pipe.unet))
+    assert 0.005 < result.changed < 0.5
+    assert 0 < result.sparsity_before < 0.3
+    assert 0.5 < result.maxval_over_amax < 1.5
     zeros = [(layer.dequantize_weight() == 0).float().sum() for layer in layers_of(pipe.unet).values()]
-    assert result["sparsity"] == pytest.approx(sum(zeros).item() / result["weights"])
+    assert result.sparsity == pytest.approx(sum(zeros).item() / result.weights)
 
     assert {key.rsplit(".", 1)[1] for key in differing(nearest, pipe.unet)} <= {"packed_weight", "weight_error"}
     for name, layer in layers_of(pipe.unet).items():
@@ -136,10 +136,12 @@ def test_options_run_and_change_codes_only(packed_pipe, teacher, settings):
     before = copy.deepcopy(packed_pipe.unet)
     seen = []
     config = RoundingConfig(**SHORT | settings)
-    result = learn_rounding(packed_pipe, teacher, config, on_part=lambda *part: seen.append(part))
-    assert [name for *_, name in seen] == [part["part"] for part in result["parts"]]
-    assert seen[-1][0] == seen[-1][1] == len(result["parts"])
-    assert result["changed"] > 0
+    result = learn_rounding(
+        packed_pipe, teacher, config, on_progress=lambda *part, **info: seen.append((*part, info["part"]))
+    )
+    assert [name for *_, name in seen] == [part["part"] for part in result.parts]
+    assert seen[-1][0] == seen[-1][1] == len(result.parts)
+    assert result.changed > 0
     differ = [key for key in differing(before, packed_pipe.unet) if key.endswith(".packed_weight")]
     changed = {key.removesuffix(".packed_weight") for key in differ}
     assert changed <= set(layers_of(before))
@@ -155,12 +157,12 @@ def test_equal_seeds_give_equal_codes_and_an_interrupted_run_goes_on(packed_pipe
     assert any(flags)
     expected = learn_rounding(whole, teacher, RoundingConfig(**SHORT))
 
-    def stop(done: int, *_) -> None:
+    def stop(done: int, *_, **__) -> None:
         if done == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        learn_rounding(packed_pipe, teacher, RoundingConfig(**SHORT), work_dir=tmp_path, on_part=stop)
+        learn_rounding(packed_pipe, teacher, RoundingConfig(**SHORT), work_dir=tmp_path, on_progress=stop)
     assert equal_state(packed_pipe.unet, untouched.unet)
     assert [parameter.requires_grad for parameter in packed_pipe.unet.parameters()] == flags
     finished = sorted(tmp_path.glob("part-*.safetensors"))
@@ -170,7 +172,7 @@ def test_equal_seeds_give_equal_codes_and_an_interrupted_run_goes_on(packed_pipe
     result = learn_rounding(packed_pipe, teacher, RoundingConfig(**SHORT), work_dir=tmp_path)
     assert [file.stat().st_mtime_ns for file in finished] == stamps
     assert equal_state(packed_pipe.unet, whole.unet)
-    assert result["parts"] == expected["parts"]
+    assert result.parts == expected.parts
     assert not equal_state(packed_pipe.unet, untouched.unet)
 
     with pytest.raises(ConfigError, match=r"run with other settings \(seed\)"):
@@ -181,9 +183,9 @@ def test_equal_seeds_give_equal_codes_and_an_interrupted_run_goes_on(packed_pipe
 
 def test_a_part_is_finished_early_where_nothing_improves(packed_pipe, teacher):
     result = learn_rounding(packed_pipe, teacher, RoundingConfig(**SHORT | {"learning_rate": 0.0}, patience=2))
-    assert {part["iterations"] for part in result["parts"]} == {2}
-    assert result["changed"] == 0
-    assert all(part["before"] == part["after"] for part in result["parts"])
+    assert {part["iterations"] for part in result.parts} == {2}
+    assert result.changed == 0
+    assert all(part["before"] == part["after"] for part in result.parts)
 
 
 def test_examples_stay_within_the_memory_given(packed_pipe, teacher):
@@ -219,7 +221,7 @@ def test_what_temporal_maintenance_has_rounded_stays(teacher, scheme, fsc):
     pipe = copy.deepcopy(teacher)
     quantize_pipeline(pipe, scheme, num_samples=2, num_inference_steps=2)
     settings = {"num_inference_steps": 4, "iterations": 5, "cache_above": None, "fsc": fsc}
-    block = maintain_temporal(pipe, teacher, TemporalConfig(**settings))["block"]
+    block = maintain_temporal(pipe, teacher, TemporalConfig(**settings)).block
     before = {name: pipe.unet.get_submodule(name).packed_weight.clone() for name in block}
     learn_rounding(pipe, teacher, RoundingConfig(**SHORT))
     assert block
@@ -240,8 +242,8 @@ def test_labels_and_guidance_are_the_pipeline_s():
     pipe, teacher = make_dit_pipe(), make_dit_pipe()
     quantize_pipeline(pipe, "w4a8", num_samples=2, num_inference_steps=2)
     result = learn_rounding(pipe, teacher, RoundingConfig(**SHORT), guidance_scale=4.0)
-    assert result["changed"] > 0
-    assert {part["examples"] for part in result["parts"]} == {16}  # guidance asks twice
+    assert result.changed > 0
+    assert {part["examples"] for part in result.parts} == {16}  # guidance asks twice
 
 
 def test_bad_input_is_refused(packed_pipe, teacher, tmp_path):
@@ -268,5 +270,5 @@ def test_bad_input_is_refused(packed_pipe, teacher, tmp_path):
     with pytest.raises(ConfigError, match="must be JSON, but it is not"):
         learn_rounding(packed_pipe, teacher, config, work_dir=tmp_path)
     finetune(packed_pipe, teacher, FinetuneConfig(train_steps=1, num_inference_steps=2, batch_size=2, rank=2))
-    with pytest.raises(ConfigError, match="has adapters already"):
+    with pytest.raises(StateError, match="has adapters already"):
         learn_rounding(packed_pipe, teacher, config)

@@ -11,7 +11,7 @@ from torch import nn
 
 from diffusers_msfp import cli, quantize_pipeline
 from diffusers_msfp.checkpoint.record import ModelRecord
-from diffusers_msfp.errors import CheckpointError, ConfigError
+from diffusers_msfp.errors import CheckpointError, StateError
 from diffusers_msfp.methods import METHODS
 from diffusers_msfp.methods.method import Method, Part, read_part, require_order
 from diffusers_msfp.plugin.recipe import RecipeRun, plan_stages
@@ -94,7 +94,7 @@ def test_it_lives_a_checkpoint_s_life(registered, tmp_path):
 
     class Quiet:
         def __enter__(self):
-            return lambda *_: None
+            return lambda *_, **__: None
 
         def __exit__(self, *_):
             return None
@@ -109,8 +109,11 @@ def test_it_lives_a_checkpoint_s_life(registered, tmp_path):
     loaded = UNet2DModel.from_pretrained(tmp_path / "unet")
     assert equal_state(loaded, pipe.unet)
     assert int(loaded.note.value) == 9
-    assert cli.inspect(tmp_path / "unet")["."]["note"] == {"length": 1, "tensors": True}
-    with pytest.raises(ConfigError, match="There is a note already"):
+    assert cli.inspect(tmp_path / "unet").components["."].parts["note"] == {
+        "length": 1,
+        "tensors": True,
+    }
+    with pytest.raises(StateError, match="There is a note already"):
         write_note(pipe, None, NoteConfig())
     loaded.dequantize()
     assert not hasattr(loaded, "note")

@@ -24,7 +24,7 @@ from diffusers_msfp import (
     set_engine,
     split_shortcuts,
 )
-from diffusers_msfp.errors import CheckpointError, ConfigError, NonFiniteError, UnsupportedError
+from diffusers_msfp.errors import CheckpointError, ConfigError, NonFiniteError, StateError, UnsupportedError
 from diffusers_msfp.layers.split import split_layer, whole_name
 from diffusers_msfp.methods.split.shortcuts import concatenated_inputs
 from diffusers_msfp.methods.split.skeleton import split_of, split_skeleton
@@ -96,7 +96,7 @@ def test_only_the_shortcuts_change_and_get_better(teacher, engine):
     set_engine(pipe, engine)
     before, error = pipe.unet.state_dict(), (predicted(pipe) - predicted(teacher)).norm()
     result = split_shortcuts(pipe, teacher, SHORT)
-    assert result["split"] == split_of(pipe.unet) == SHORTCUTS
+    assert result.split == split_of(pipe.unet) == SHORTCUTS
     after = pipe.unet.state_dict()
     kept = [key for key in before if not any(key.startswith(name) for name in SHORTCUTS)]
     assert all(torch.equal(before[key], after[key]) for key in kept)
@@ -149,8 +149,8 @@ def test_all_later_stages_take_it(teacher, tmp_path):
     short = {"iterations": 2, "num_samples": 4, "num_inference_steps": 3, "batch_size": 2}
     for granularity in ("block", "layer"):
         result = learn_rounding(pipe, teacher, RoundingConfig(**short, granularity=granularity))
-        assert result["weights"] > 0
-    parts = {part["part"]: part["layers"] for part in result["parts"]}
+        assert result.weights > 0
+    parts = {part["part"]: part["layers"] for part in result.parts}
     assert all(parts[name] == 2 for name in SHORTCUTS)
     finetune(pipe, teacher, FinetuneConfig(train_steps=2, batch_size=2, rank=2, num_inference_steps=3))
     pipe.save_pretrained(tmp_path)
@@ -210,14 +210,14 @@ def test_weights_alone_and_float_layers(teacher):
     pipe = quantize_pipeline(
         copy.deepcopy(teacher), MSFPConfig("w4a16", modules_to_not_convert=["up_blocks.0"]), num_samples=1
     )
-    assert list(split_shortcuts(pipe, teacher, SHORT)["split"]) == list(SHORTCUTS)[2:]
+    assert list(split_shortcuts(pipe, teacher, SHORT).split) == list(SHORTCUTS)[2:]
 
 
 def test_nothing_to_split(caplog):
     teacher = make_dit_pipe()
     pipe = quantize_pipeline(copy.deepcopy(teacher), "w4a8", num_samples=1, num_inference_steps=2)
     before = copy.deepcopy(pipe.transformer)
-    assert split_shortcuts(pipe, teacher, SHORT)["split"] == {}
+    assert split_shortcuts(pipe, teacher, SHORT).split == {}
     assert "nothing is split" in caplog.text
     assert equal_state(before, pipe.transformer)
 
@@ -230,14 +230,14 @@ def test_refusals(teacher):
     with pytest.raises(NonFiniteError, match=r"up_blocks\.1\.resnets\.0\.conv_shortcut"):
         split_shortcuts(pipe, broken, SHORT)
     assert equal_state(before, pipe.unet)
-    with pytest.raises(ConfigError, match="full-precision original, but got a quantized model"):
+    with pytest.raises(StateError, match="full-precision original, but got a quantized model"):
         split_shortcuts(pipe, quantized(teacher), SHORT)
     adapted = copy.deepcopy(teacher)
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["conv_shortcut"]), adapted.unet)
-    with pytest.raises(ConfigError, match="without adapters"):
+    with pytest.raises(StateError, match="without adapters"):
         split_shortcuts(pipe, adapted, SHORT)
     maintain_temporal(pipe, teacher, TemporalConfig(iterations=0, num_inference_steps=3))
-    with pytest.raises(ConfigError, match="before temporal maintenance"):
+    with pytest.raises(StateError, match="before temporal maintenance"):
         split_shortcuts(pipe, teacher, SHORT)
     with pytest.raises(ConfigError, match="num_samples"):
         SplitConfig(num_samples=0)

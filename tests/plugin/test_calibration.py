@@ -24,7 +24,7 @@ from diffusers_msfp import MSFPConfig, calibrate, calibration_state, freeze, qua
 from diffusers_msfp.calibration.observer import CAPACITY
 from diffusers_msfp.checkpoint.record import ModelRecord
 from diffusers_msfp.cli.shared.store import write_checkpoint
-from diffusers_msfp.errors import ConfigError
+from diffusers_msfp.errors import ConfigError, StateError
 from diffusers_msfp.layers import QuantLayer
 from diffusers_msfp.plugin.quantize import quantize_model
 
@@ -68,14 +68,14 @@ def test_activations_are_float_while_observing(images):
 
 def test_freeze_at_once_and_twice(images):
     unet = observing_unet()
-    with pytest.raises(ConfigError, match="no input of UNet2DModel has been seen"):
+    with pytest.raises(StateError, match="no input of UNet2DModel has been seen"):
         freeze(unet)
     run(unet, images)
     freeze(unet)
     state = copy.deepcopy(unet.state_dict())
     freeze(unet)
     assert all(torch.equal(v, state[k]) for k, v in unet.state_dict().items())
-    with pytest.raises(ConfigError, match="quantized layers is needed, but UNet2DModel has none"):
+    with pytest.raises(StateError, match="quantized layers is needed, but UNet2DModel has none"):
         freeze(make_unet())
 
 
@@ -137,7 +137,7 @@ def test_calibrate_sees_the_whole_trajectory_and_reports_progress(tiny_pipe):
     seen, steps = [], []
     quantize_model(tiny_pipe.unet, MSFPConfig(scheme="w4a4"))
     tiny_pipe.unet.register_forward_pre_hook(lambda _, args: seen.append(int(args[1])))
-    calibrate(tiny_pipe, num_samples=20, num_inference_steps=5, on_step=lambda *step: steps.append(step))
+    calibrate(tiny_pipe, num_samples=20, num_inference_steps=5, on_progress=lambda *step: steps.append(step))
     assert set(seen) == {800, 600, 400, 200, 0}
     assert steps == [(i, 10) for i in range(1, 11)]
 
@@ -253,14 +253,14 @@ def test_a_refused_or_failed_calibration_does_not_stick(packed_pipe, monkeypatch
 
 
 def test_bad_requests_are_refused(tiny_pipe, packed_pipe):
-    with pytest.raises(ConfigError, match="DDPMPipeline has none. Load it with"):
+    with pytest.raises(StateError, match="DDPMPipeline has none. Load it with"):
         calibrate(tiny_pipe)
-    with pytest.raises(ConfigError, match="needs a pipeline"):
+    with pytest.raises(ConfigError, match="a UNet2DModel alone cannot be sampled"):
         calibrate(packed_pipe.unet)
     with pytest.raises(ConfigError, match="`num_samples` must be at least 1, but got 0"):
         calibrate(packed_pipe, num_samples=0)
     weights_only = quantize_pipeline(copy.deepcopy(tiny_pipe), "w4a16")
-    with pytest.raises(ConfigError, match="weights only"):
+    with pytest.raises(StateError, match="weights only"):
         calibrate(weights_only)
     with pytest.raises(ConfigError, match="must have a component to quantize"):
         quantize_pipeline(tiny_pipe, MSFPConfig(components_to_quantize=["vae"]))

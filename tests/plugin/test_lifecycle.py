@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import diffusers_msfp
 from diffusers_msfp import MSFPConfig, calibration_state, freeze, quantize_pipeline
-from diffusers_msfp.errors import CheckpointError, ConfigError, MSFPError, NonFiniteError, UnsupportedError
+from diffusers_msfp.errors import CheckpointError, ConfigError, MSFPError, NonFiniteError, StateError, UnsupportedError
 from diffusers_msfp.layers import QuantLayer
 from diffusers_msfp.plugin.quantize import quantize_model
 
@@ -468,7 +468,7 @@ def test_non_finite_weight_names_the_layer(unet, tmp_path):
 
 
 def test_quantizing_twice_is_refused(packed_pipe):
-    with pytest.raises(ConfigError, match="quantized once"):
+    with pytest.raises(StateError, match="quantized once"):
         diffusers_msfp.quantize_pipeline(packed_pipe, "w4a4")
 
 

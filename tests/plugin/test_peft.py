@@ -10,7 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 
 from diffusers_msfp import MSFPConfig, freeze
-from diffusers_msfp.errors import ConfigError, UnsupportedError
+from diffusers_msfp.errors import StateError, UnsupportedError
 from diffusers_msfp.layers import QuantConv2d, QuantLinear
 from diffusers_msfp.plugin.quantize import quantize_model
 
@@ -194,7 +194,7 @@ def test_the_way_out_of_fusing_works(model):
 def test_quantizing_under_adapters_is_refused():
     model = make_condition_unet()
     model.add_adapter(LoraConfig(r=4, target_modules=["to_q", "conv1"]))
-    with pytest.raises(ConfigError, match="before adapters are attached"):
+    with pytest.raises(StateError, match="before adapters are attached"):
         quantize_model(model, MSFPConfig())
 
 

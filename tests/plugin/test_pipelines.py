@@ -44,11 +44,11 @@ def test_stays_a_stock_pipeline_and_reloads_bit_identical(folders):
 def test_compare_with_guidance(folders):
     reference, candidate = (DiffusionPipeline.from_pretrained(folder) for folder in folders)
     result = compare_pipelines(reference, candidate, num_samples=2, num_inference_steps=3, prompts=PROMPTS)
-    assert 0 < result["eps_rel_l2"] < 0.3
-    assert len(result["eps_rel_l2_by_timestep"]) == 3
+    assert 0 < result.eps_rel_l2 < 0.3
+    assert len(result.eps_rel_l2_by_timestep) == 3
     same = compare_pipelines(reference, reference, num_samples=1, num_inference_steps=2)
-    assert same["eps_mse"] == 0
-    assert same["image_psnr_db"] == 100
+    assert same.eps_mse == 0
+    assert same.image_psnr_db == 100
 
 
 def test_style_lora_through_the_pipeline(folders, tmp_path):
@@ -84,7 +84,7 @@ def test_adapters_with_prompts_guidance_style_lora_and_img2img(folders, tmp_path
     result = finetune(pipe, teacher, FinetuneConfig(**settings, preview_every=3), prompts=PROMPTS, guidance_scale=5.0)
     handle.remove()
     assert set(rows) == {4}  # two samples, with and without prompt
-    assert result["updates"] == 3
+    assert result.updates == 3
     pipe.unet.timestep_router.table[:, :500] = 0
     pipe.unet.timestep_router.table[:, 500:] = 1
     pipe.save_pretrained(tmp_path / "tuned")

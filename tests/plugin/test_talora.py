@@ -24,6 +24,7 @@ from diffusers_msfp import (
     FinetuneConfig,
     MSFPConfig,
     MSFPPipelineMixin,
+    StateError,
     export_adapter,
     finetune,
     import_adapter,
@@ -282,7 +283,7 @@ def test_disable_scale_and_unload_fall_back_to_the_base(side, packed_pipe, image
     assert equal_state(side.unet, packed_pipe.unet)
     assert torch.equal(run(side.unet, images, LOW), base)
     assert plan_of(side.unet) is None
-    with pytest.raises(ConfigError, match="it has none: load them with `load_talora`"):
+    with pytest.raises(StateError, match="it has none: load them with `load_talora`"):
         side.disable_talora()
     with pytest.raises(ConfigError, match="must be a finite number, but got nan"):
         side.set_talora_scale(float("nan"))
@@ -298,7 +299,7 @@ def test_adapters_travel_as_files_of_their_own(side, packed_pipe, images, tmp_pa
         pipe.load_talora(tmp_path / source)
         assert torch.equal(run(pipe.unet, images, LOW), expected)
         assert equal_state(pipe.unet, side.unet)
-        with pytest.raises(ConfigError, match="has timestep-aware adapters already"):
+        with pytest.raises(StateError, match="has timestep-aware adapters already"):
             pipe.load_talora(tmp_path / source)
         pipe.unload_talora()
         assert equal_state(pipe.unet, packed_pipe.unet)
@@ -336,7 +337,7 @@ def test_adapters_for_another_base_are_refused_and_change_nothing(side, tmp_path
     assert equal_state(before, pipe.unet)
     observing = make_unet()
     quantize_model(observing, MSFPConfig(scheme="w4a4"))
-    with pytest.raises(ConfigError, match="need a calibrated model, but this one observes"):
+    with pytest.raises(StateError, match="need a calibrated model, but this one observes"):
         load_talora(observing, tmp_path)
 
 
@@ -440,7 +441,7 @@ def test_observation_ends_with_the_pipeline_s_call():
     pipe(num_inference_steps=2)
     assert pipe.quantization_report()["unet"]["calibration_state"] == "frozen"
     assert pipe(num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 3)
-    with pytest.raises(ConfigError, match="has none. Load it with"):
+    with pytest.raises(StateError, match="has none. Load it with"):
         MSFPPipelineMixin.attach(DDPMPipeline(make_unet(), DDIMScheduler())).talora_summary()
 
 

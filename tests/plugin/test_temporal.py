@@ -23,7 +23,7 @@ from diffusers_msfp import (
 )
 from diffusers_msfp.cli import inspect
 from diffusers_msfp.cli.app import app
-from diffusers_msfp.errors import CheckpointError, ConfigError, ShapeError
+from diffusers_msfp.errors import CheckpointError, ConfigError, ShapeError, StateError
 from diffusers_msfp.methods.routes import finite_set_of
 from diffusers_msfp.methods.temporal import BlockLayer, TemporalBlock
 from diffusers_msfp.methods.temporal.attach import plan_of
@@ -87,8 +87,8 @@ def test_every_stage_brings_the_features_closer(made, teacher, packed_pipe):
     errors = {"ptq": temporal_features(teacher, packed_pipe, num_inference_steps=len(SET))}
     for name, (pipe, figures) in made.items():
         errors[name] = temporal_features(teacher, pipe, num_inference_steps=len(SET))
-        assert list(errors[name]) == figures["block"]
-        assert tuple(errors[name][figures["block"][0]]) == SET
+        assert list(errors[name]) == figures.block
+        assert tuple(errors[name][figures.block[0]]) == SET
     assert mean(errors["fsc"]) < mean(errors["ptq"])
     assert mean(errors["tiar"]) < 0.9 * mean(errors["fsc"])
     assert worst(errors["cache"]) < 1e-3
@@ -97,19 +97,19 @@ def test_every_stage_brings_the_features_closer(made, teacher, packed_pipe):
 
 def test_figures_say_what_was_done(made, packed_pipe):
     figures = made["cache"][1]
-    assert figures["timesteps"] == sorted(map(float, SET))
-    assert figures["cached"] == figures["block"] == figures["sets"]
+    assert figures.timesteps == sorted(map(float, SET))
+    assert figures.cached == figures.block == figures.sets
     layers = dict(packed_pipe.unet.named_modules())
-    assert figures["cache_bytes"] == sum(2 * 5 * layers[name].out_features for name in figures["cached"])
-    assert figures["sets_bytes"] == 8 * 5 * len(figures["sets"])
+    assert figures.cache_bytes == sum(2 * 5 * layers[name].out_features for name in figures.cached)
+    assert figures.sets_bytes == 8 * 5 * len(figures.sets)
     quantized = [m for m in layers.values() if getattr(m, "input_format", None) is not None]
-    assert len(made["all"][1]["sets"]) == len(quantized) > len(figures["sets"])
-    errors = made["tiar"][1]["errors"][figures["block"][-1]]
+    assert len(made["all"][1].sets) == len(quantized) > len(figures.sets)
+    errors = made["tiar"][1].errors[figures.block[-1]]
     assert errors["reconstructed"] < errors["ptq"]
 
 
 def test_weights_stay_neighbours_on_their_grid(made, packed_pipe, teacher):
-    name = made["tiar"][1]["block"][-1]
+    name = made["tiar"][1].block[-1]
     before, after = (pipe.unet.get_submodule(name) for pipe in (packed_pipe, made["tiar"][0]))
     weight = teacher.unet.get_submodule(name).weight
     assert torch.equal(before.weight_scale, after.weight_scale)
@@ -207,7 +207,7 @@ def test_layers_with_class_labels_are_left_alone():
     teacher.set_progress_bar_config(disable=True)
     pipe = quantize_pipeline(copy.deepcopy(teacher), "w4a8", num_samples=2, num_inference_steps=2)
     figures = maintain_temporal(pipe, teacher, TemporalConfig(num_inference_steps=3, iterations=5, cache_above=0.0))
-    assert {name.rpartition(".")[2] for name in figures["block"]} == {"linear_1", "linear_2"}
+    assert {name.rpartition(".")[2] for name in figures.block} == {"linear_1", "linear_2"}
     assert worst(temporal_features(teacher, pipe, num_inference_steps=3)) < 1e-3
 
 
@@ -289,7 +289,7 @@ def test_records_that_do_not_fit_are_refused(cached, tmp_path, change, message):
 
 def test_inspect_and_the_report_show_it(cached, tmp_path):
     cached.save_pretrained(tmp_path)
-    shown = inspect(tmp_path)["unet"]["temporal"]
+    shown = inspect(tmp_path).components["unet"].parts["temporal"]
     assert shown["timesteps"] == sorted(map(float, SET))
     assert len(shown["cached"]) == len(shown["sets"]) == len(shown["block"])
     assert shown["cache_bytes"] > shown["sets_bytes"] > 0
@@ -345,16 +345,16 @@ def test_dequantizing_and_calibrating_anew_take_it_off(cached, images):
 
 
 def test_pipelines_that_do_not_fit_are_refused(cached, packed_pipe, teacher):
-    with pytest.raises(ConfigError, match="maintained already"):
+    with pytest.raises(StateError, match="maintained already"):
         maintain_temporal(cached, teacher)
     with pytest.raises(ShapeError, match="must be the model that was quantized"):
         maintain_temporal(packed_pipe, make_dit_pipe(norm_num_groups=4))
     finetune(packed_pipe, teacher, FinetuneConfig(train_steps=1, batch_size=2, num_inference_steps=2, rank=2))
-    with pytest.raises(ConfigError, match="comes before fine-tuning"):
+    with pytest.raises(StateError, match="comes before fine-tuning"):
         maintain_temporal(packed_pipe, teacher)
     observing = quantize_pipeline(copy.deepcopy(teacher), "w4a16")
     figures = maintain_temporal(observing, teacher, TemporalConfig(**STEPS, iterations=0, cache_above=0.0))
-    assert figures["sets"] == []
+    assert figures.sets == []
     assert worst(temporal_features(teacher, observing, num_inference_steps=len(SET))) < 1e-3
 
 

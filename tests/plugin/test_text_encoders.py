@@ -225,16 +225,16 @@ def test_registration_is_idempotent_and_never_over_a_foreign_entry(monkeypatch):
 
 def test_on_the_command_line(float_dir, tmp_path):
     out = tmp_path / "out"
-    result = cli.quantize(str(float_dir), out, scheme="w4a8", components=PARTS, calibration_samples=1, steps=2)
-    assert result["components"] == PARTS
-    assert 0 < result["bytes_after"] < result["bytes_before"]
+    result = cli.quantize(str(float_dir), out, scheme="w4a8", components=PARTS, num_samples=1, num_inference_steps=2)
+    assert result.components == PARTS
+    assert 0 < result.bytes_quantized < result.bytes_reference
     pipe = DiffusionPipeline.from_pretrained(out)
     assert pipe.text_encoder.config.quantization_config.scheme == "w4a16"
-    assert result["layers"] == sum(1 for name in PARTS for _ in quant_layers(getattr(pipe, name)))
+    assert result.layers == sum(1 for name in PARTS for _ in quant_layers(getattr(pipe, name)))
     described = cli.inspect(str(out))
-    assert set(described) == set(PARTS)
-    assert len(described["text_encoder"]["layers"]) == len(CLIP_LINEARS)
+    assert set(described.components) == set(PARTS)
+    assert len(described.components["text_encoder"].layers) == len(CLIP_LINEARS)
     alone = cli.quantize(str(float_dir), tmp_path / "alone", scheme="w4a16", components=["text_encoder"])
-    assert alone["components"] == ["text_encoder"]
+    assert alone.components == ["text_encoder"]
     with pytest.raises(MSFPError, match="already quantized"):
         cli.quantize(str(tmp_path / "alone"), tmp_path / "twice", scheme="w4a16")

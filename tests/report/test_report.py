@@ -8,6 +8,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,11 +18,11 @@ from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from diffusers_msfp import SplitConfig, cli, quantize_pipeline, split_shortcuts
 from diffusers_msfp.cli.app import main
 from diffusers_msfp.engines.choose import set_engine
-from diffusers_msfp.errors import ConfigError
+from diffusers_msfp.errors import ConfigError, StateError
 from diffusers_msfp.evaluation import compare_pipelines, layer_snr
 from diffusers_msfp.layers.convert import Conversion, convert, quant_layers
 from diffusers_msfp.methods.temporal import FiniteSet
-from diffusers_msfp.report import collect_report, plots, render_report
+from diffusers_msfp.report import Report, collect_report, plots, render_report
 from diffusers_msfp.report.layers import EDGE_BLOCK, advice, block_of, input_levels
 from diffusers_msfp.report.page import psnr_meaning
 
@@ -58,9 +59,13 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.texts).split())
 
 
-def page_of(data: dict, **changes) -> Page:
-    more = {"name": "packed", "reference": "float", "bytes": 1_000_000, "bytes_reference": 3_500_000}
-    return Page(render_report(data | more | changes))
+def rendered(data: dict, **changes) -> str:
+    more = {"name": "packed", "reference": "float", "bytes_quantized": 1_000_000, "bytes_reference": 3_500_000}
+    return render_report(SimpleNamespace(to_dict=lambda: data | more | changes))
+
+
+def page_of(report: Report, **changes) -> Page:
+    return Page(rendered(report.to_dict(), **changes))
 
 
 def loads_nothing(text: str) -> bool:
@@ -90,34 +95,37 @@ def reference() -> DDPMPipeline:
 
 
 @pytest.fixture(scope="module")
-def measured(reference, _packed, packed_dir) -> dict:
+def measured(reference, _packed, packed_dir) -> Report:
     steps = []
     data = collect_report(
-        copy.deepcopy(_packed), reference, folder=Path(packed_dir), on_step=lambda *step: steps.append(step), **RUN
+        copy.deepcopy(_packed),
+        reference,
+        folder=Path(packed_dir),
+        on_progress=lambda *_, stage: steps.append(stage),
+        **RUN,
     )
-    assert [what for *_, what in steps] == 3 * ["comparing"] + 3 * ["layers"]
+    assert steps == 3 * ["comparing"] + 3 * ["layers"]
     return data
 
 
 def test_data_are_what_the_other_verbs_measure(measured, reference, packed_pipe, packed_dir):
     run = {"num_inference_steps": 3, "seed": 0}
-    assert measured["comparison"] == compare_pipelines(reference, packed_pipe, num_samples=4, **run)
+    assert measured.comparison == compare_pipelines(reference, packed_pipe, num_samples=4, **run)
     ratios = layer_snr(reference, packed_pipe, num_samples=2, **run)
-    rows = {layer["name"]: layer for layer in measured["layers"]}
-    assert {name: row["snr_db"] for name, row in rows.items()} == {n: r["snr_db"] for n, r in ratios.items()}
-    assert all(rows[name]["snr_db_by_timestep"] == ratio["by_timestep"] for name, ratio in ratios.items())
-    for layer in cli.inspect(packed_dir)["unet"]["layers"]:
-        assert {key: rows[layer["name"]][key] for key in ("weight_format", "input_format", "engine")} == {
-            key: layer[key] for key in ("weight_format", "input_format", "engine")
-        }
+    rows = {layer["name"]: layer for layer in measured.layers}
+    assert {name: row["snr_db"] for name, row in rows.items()} == {n: r.snr_db for n, r in ratios.items()}
+    assert all(rows[name]["snr_db_by_timestep"] == ratio.by_timestep for name, ratio in ratios.items())
+    for layer in cli.inspect(packed_dir).components["unet"].layers:
+        for key in ("weight_format", "input_format", "engine"):
+            assert rows[layer.name][key] == getattr(layer, key)
     names = list(rows)
     assert names.index("mid_block.resnets.0.conv1") < names.index("up_blocks.0.resnets.0.conv1")  # as they run
-    assert measured["missing"] == {"speed": "Not measured, as asked for."}
-    assert json.loads(json.dumps(measured)) == measured
+    assert measured.missing == {"speed": "Not measured, as asked for."}
+    assert json.loads(json.dumps(measured.to_dict())) == measured.to_dict()
 
 
 def test_histograms_count_inputs_and_carry_the_grid(measured, packed_pipe):
-    rows = {layer["name"]: layer for layer in measured["layers"]}
+    rows = {layer["name"]: layer for layer in measured.layers}
     for name, layer in quant_layers(packed_pipe.unet):
         seen = rows[name]["input"]
         low, high = seen["bins"]
@@ -139,20 +147,18 @@ def test_histograms_count_inputs_and_carry_the_grid(measured, packed_pipe):
 
 def test_the_page_says_what_the_data_say(measured):
     page = page_of(measured)
-    loads_nothing(
-        render_report(measured | {"name": "packed", "reference": "float", "bytes": 10, "bytes_reference": 40})
-    )
-    comparison = measured["comparison"]
-    assert f"{comparison['eps_rel_l2']:.4f}" in page.text
-    assert f"{comparison['image_psnr_db']:.1f} dB" in page.text
+    loads_nothing(rendered(measured.to_dict()))
+    comparison = measured.comparison
+    assert f"{comparison.eps_rel_l2:.4f}" in page.text
+    assert f"{comparison.image_psnr_db:.1f} dB" in page.text
     assert "1.00 MB" in page.text
     assert "3.5 × smaller" in page.text
     cells = [a for a in page.all("td") if a.get("class", "").startswith("h")]
-    changed = [layer for layer in measured["layers"] if not layer["unchanged"]]
+    changed = [layer for layer in measured.layers if not layer["unchanged"]]
     assert len(cells) == 3 * len(changed)
     told = sorted(cell["title"] for cell in cells)
     assert told == sorted(f"t = {t}: {r:.1f} dB" for row in changed for t, r in row["snr_db_by_timestep"].items())
-    assert sum(a.get("class") == "histogram" for a in page.all("svg")) == len(measured["layers"])
+    assert sum(a.get("class") == "histogram" for a in page.all("svg")) == len(measured.layers)
     assert len(page.all("circle")) == 3
     assert len(page.all("img")) == 3 * 4
     worst = min(changed, key=lambda layer: layer["snr_db"])
@@ -167,7 +173,7 @@ def test_the_page_says_what_the_data_say(measured):
 
 def test_hostile_names_stay_text(measured):
     evil = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7*7 }}"
-    data = copy.deepcopy(measured)
+    data = copy.deepcopy(measured.to_dict())
     data["config"] |= {"scheme": evil, "scheme_overrides": {evil: evil}}
     data["model"] = data["origin"]["processor"] = data["dtype"] = evil
     for layer in data["layers"][:3]:
@@ -175,7 +181,7 @@ def test_hostile_names_stay_text(measured):
     data["missing"]["speed"] = evil
     data["adapters"] = {"placement": evil, "num_adapters": 2, "intervals": [[(0, 499, 1), (500, 999, 0)]]}
     for changes in ({}, {"config": {evil: evil}, "method": evil}):
-        text = render_report(data | {"name": evil, "reference": evil, "bytes": 1, "bytes_reference": 2} | changes)
+        text = rendered(data, **{"name": evil, "reference": evil} | changes)
         loads_nothing(text)
         assert "alert(1)" in Page(text).text
         assert all(a["src"].startswith("data:image/png;base64,") for a in Page(text).all("img"))
@@ -184,34 +190,34 @@ def test_hostile_names_stay_text(measured):
 
 def test_without_a_reference(packed_pipe, packed_dir):
     data = collect_report(packed_pipe, folder=Path(packed_dir), **RUN)
-    assert set(data["missing"]) == {"comparison", "snr", "speed"}
+    assert set(data.missing) == {"comparison", "snr", "speed"}
     page = page_of(data, reference=None, bytes_reference=None)
     assert len(page.all("img")) == 4
     assert "Not here: error over timesteps, every layer over timesteps. It needs" in page.text
     anchors = {a["href"] for a in page.all("a") if a["href"].startswith("#")}
     assert anchors == {"#pictures", "#formats", "#speed", "#method"}
-    assert sum(a.get("class") == "histogram" for a in page.all("svg")) == len(data["layers"]) > 20
+    assert sum(a.get("class") == "histogram" for a in page.all("svg")) == len(data.layers) > 20
     assert all(layer.engine is not None for _, layer in quant_layers(packed_pipe.unet))  # as before
     same = layer_inputs(data)
     set_engine(packed_pipe, "reference")
     assert layer_inputs(collect_report(packed_pipe, folder=Path(packed_dir), **RUN)) == same
 
 
-def layer_inputs(data: dict) -> dict:
-    return {layer["name"]: layer["input"]["counts"] for layer in data["layers"]}
+def layer_inputs(data: Report) -> dict:
+    return {layer["name"]: layer["input"]["counts"] for layer in data.layers}
 
 
 def test_a_denoiser_alone(reference, packed_dir):
     unet = UNet2DModel.from_pretrained(Path(packed_dir) / "unet")
     alone = collect_report(unet, folder=Path(packed_dir) / "unet", **RUN | {"with_speed": True})
-    assert set(alone["missing"]) == {"comparison", "snr", "pictures", "inputs"}
-    assert set(alone["speed"]) == {"quantized", "bf16:cl"}
+    assert set(alone.missing) == {"comparison", "snr", "pictures", "inputs"}
+    assert set(alone.speed) == {"quantized", "bf16:cl"}
     page = page_of(alone, reference=None, bytes_reference=None, name="unet")
     assert 'model = diffusers.UNet2DModel.from_pretrained("unet")' in page.text
-    assert f"{1e3 * alone['speed']['quantized']['seconds']:.1f} ms" in page.text
+    assert f"{1e3 * alone.speed['quantized']['seconds']:.1f} ms" in page.text
     beside = collect_report(unet, reference, folder=Path(packed_dir) / "unet", **RUN)
-    assert beside["comparison"]["eps_rel_l2"] > 0
-    assert beside["layers"][0]["weight_format"]
+    assert beside.comparison.eps_rel_l2 > 0
+    assert beside.layers[0]["weight_format"]
     with pytest.raises(ConfigError, match="of the class of the reference's, UNet2DModel, but got UNet2DCondition"):
         collect_report(make_condition_unet(), reference, **RUN)
 
@@ -228,18 +234,18 @@ def foreign(reference) -> DDPMPipeline:
 
 def test_other_packages_models(reference, foreign):
     data = collect_report(foreign, reference, **RUN)
-    rows = {layer["name"]: layer for layer in data["layers"]}
+    rows = {layer["name"]: layer for layer in data.layers}
     assert rows["conv_in"]["unchanged"]
     assert rows["time_embedding.linear_1"]["unchanged"]
     assert not rows["conv_out"]["unchanged"]
     page = page_of(data)
-    assert data["missing"]["formats"] in page.text
+    assert data.missing["formats"] in page.text
     assert f"{sum(row['unchanged'] for row in rows.values())} layers compute what the original's do" in page.text
     assert "diffusers-msfp quantize" not in page.text
     half = copy.deepcopy(reference).to(torch.bfloat16)
     data = collect_report(half, reference, **RUN)
-    assert data["dtype"] == "bfloat16"
-    assert all(30 < layer["snr_db"] < 100 for layer in data["layers"])
+    assert data.dtype == "bfloat16"
+    assert all(30 < layer["snr_db"] < 100 for layer in data.layers)
     assert 'from_pretrained("packed", dtype=torch.bfloat16)' in page_of(data).text
     equal = page_of(collect_report(copy.deepcopy(reference), reference, **RUN))
     assert "layers compute what the original's do" in equal.text
@@ -250,10 +256,10 @@ def test_adapters_have_grids_of_their_own_and_a_strip(reference, tmp_path):
     golden = Path(__file__).parents[1] / "golden" / "v1-side"
     model = UNet2DModel.from_pretrained(golden)
     data = collect_report(model, folder=golden, **RUN)
-    assert data["adapters"]["num_adapters"] == 2
+    assert data.adapters["num_adapters"] == 2
     page = page_of(data, reference=None, bytes_reference=None)
     adapters = [a for a in page.all("rect") if a["class"].startswith("adapter")]
-    assert len(adapters) == sum(map(len, data["adapters"]["intervals"]))
+    assert len(adapters) == sum(map(len, data.adapters["intervals"]))
     assert "Then fine-tuned with 2 timestep-aware adapters per layer" in page.text
 
 
@@ -269,17 +275,17 @@ def test_a_transformer_with_labels_and_guidance():
     original = make_dit_pipe()
     pipe = quantize_pipeline(copy.deepcopy(original), "w4a4", num_samples=2, num_inference_steps=2)
     data = collect_report(pipe, original, **RUN | {"with_speed": True})
-    assert data["component"] == "transformer"
-    assert data["comparison"]["eps_rel_l2"] > 0
-    assert {layer["block"] for layer in data["layers"]} >= {"transformer_blocks.0", EDGE_BLOCK}
-    assert set(data["speed"]) == {"quantized", "bf16:cl"}
+    assert data.component == "transformer"
+    assert data.comparison.eps_rel_l2 > 0
+    assert {layer["block"] for layer in data.layers} >= {"transformer_blocks.0", EDGE_BLOCK}
+    assert set(data.speed) == {"quantized", "bf16:cl"}
     assert "attn1.to_q" in page_of(data).text
 
 
 def test_an_observing_model_is_refused(reference):
     pipe = copy.deepcopy(reference)
     convert(pipe.unet, Conversion.plan(pipe.unet, "w4a4"))
-    with pytest.raises(ConfigError, match="still observes its ranges"):
+    with pytest.raises(StateError, match="still observes its ranges"):
         collect_report(pipe, reference, **RUN)
 
 
@@ -314,7 +320,7 @@ def program(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
     return code, shown.out, shown.err
 
 
-FAST = ("--num", 2, "--steps", 2, "--no-speed")
+FAST = ("--num-samples", 2, "--num-inference-steps", 2, "--no-speed")
 
 
 def test_the_program_writes_a_page(tiny_dir, packed_dir, tmp_path, monkeypatch, capsys):
@@ -326,8 +332,8 @@ def test_the_program_writes_a_page(tiny_dir, packed_dir, tmp_path, monkeypatch, 
     text = out.read_text(encoding="utf-8")
     loads_nothing(text)
     assert f"{data['comparison']['eps_rel_l2']:.4f}" in Page(text).text
-    assert data["bytes"] == (Path(packed_dir) / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
-    assert data["bytes_reference"] > 3 * data["bytes"]
+    assert data["bytes_quantized"] == (Path(packed_dir) / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+    assert data["bytes_reference"] > 3 * data["bytes_quantized"]
     assert str(Path(packed_dir).parent) not in text
     assert [p.name for p in out.parent.iterdir()] == ["report.html"]
     out.write_text("mine")
@@ -371,12 +377,12 @@ def test_bad_input_gives_one_line_and_no_page(arguments, reason, tiny_dir, packe
 
 def test_parts_of_a_split_layer_share_its_error(tiny_pipe, packed_pipe):
     split_shortcuts(packed_pipe, tiny_pipe, SplitConfig(num_samples=1, num_inference_steps=2))
-    rows = {row["name"]: row for row in collect_report(packed_pipe, tiny_pipe, **RUN)["layers"]}
+    rows = {row["name"]: row for row in collect_report(packed_pipe, tiny_pipe, **RUN).layers}
     assert set(rows) == {name for name, _ in quant_layers(packed_pipe.unet)}
     first, second = (rows[f"up_blocks.0.resnets.0.conv_shortcut.{part}"] for part in (0, 1))
     assert first["snr_db"] == second["snr_db"] is not None
     assert sum(first["input"]["counts"]) > 0
-    alone = {row["name"]: row for row in collect_report(packed_pipe, **RUN)["layers"]}
+    alone = {row["name"]: row for row in collect_report(packed_pipe, **RUN).layers}
     assert alone.keys() == rows.keys()
     assert sum(alone[first["name"]]["input"]["counts"]) > 0
     assert first["input"]["levels"] != second["input"]["levels"]
@@ -385,8 +391,7 @@ def test_parts_of_a_split_layer_share_its_error(tiny_pipe, packed_pipe):
 @pytest.mark.browser
 def test_a_browser_shows_it_without_complaint(measured, tmp_path):
     file = tmp_path / "report.html"
-    more = {"name": "packed", "reference": "float", "bytes": 10, "bytes_reference": 40}
-    file.write_text(render_report(measured | more), encoding="utf-8")
+    file.write_text(rendered(measured.to_dict()), encoding="utf-8")
     command = [
         shutil.which("chromium"),
         "--headless",

@@ -84,7 +84,7 @@ def test_embeddings():
     given = {"prompt": None} | {name: torch.randn(2, 7, 16) for name in ("prompt_embeds", "negative_prompt_embeds")}
     quantize_pipeline(pipe, "w4a8", **RUN, **given)
     assert calibration_state(pipe) == "frozen"
-    assert compare_pipelines(pipe, pipe, **RUN, **given)["image_psnr_db"] == 100
+    assert compare_pipelines(pipe, pipe, **RUN, **given).image_psnr_db == 100
 
 
 @pytest.mark.situation("numbers of samples, steps or seeds that are no whole numbers", "refused")

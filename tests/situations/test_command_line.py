@@ -67,7 +67,7 @@ def run(monkeypatch, capsys):
     return call
 
 
-SHORT = {"calibration_samples": 1, "steps": 1}
+SHORT = {"num_samples": 1, "num_inference_steps": 1}
 
 
 @pytest.mark.situation("a folder with weights of a variant (`fp16`) alone: they are read, with a note", "right")
@@ -75,24 +75,26 @@ def test_the_only_variant_is_read(half, tmp_path, capsys):
     result = cli.quantize(str(half), tmp_path / "out", **SHORT)
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("no plain weights but those of the variant `fp16`, which are read (`--variant fp16`)") == 1
-    assert result["bytes_before"] == (half / "unet" / f"{WEIGHTS}.fp16.safetensors").stat().st_size
+    assert result.bytes_reference == (half / "unet" / f"{WEIGHTS}.fp16.safetensors").stat().st_size
     assert (tmp_path / "out" / "unet" / f"{WEIGHTS}.safetensors").is_file()
-    figures = cli.compare(str(half), str(tmp_path / "out"), num=1, steps=1)
-    assert 0 < figures["eps_rel_l2"] < 1
-    assert figures["bytes_ref"] == result["bytes_before"]
+    figures = cli.compare(str(half), str(tmp_path / "out"), num_samples=1, num_inference_steps=1)
+    assert 0 < figures.eps_rel_l2 < 1
+    assert figures.bytes_reference == result.bytes_reference
 
 
 @pytest.mark.situation("`--variant` where a folder has plain weights too", "right")
 def test_a_variant_that_is_named(both, packed_dir, tmp_path, run):
-    plain, other = (cli.inspect(both, variant=variant)["unet"] for variant in (None, "other"))
-    assert plain["layers"] == other["layers"]
-    assert other["bytes"] == (both / "unet" / f"{WEIGHTS}.other.safetensors").stat().st_size
-    assert cli.compare(packed_dir, str(both), num=1, steps=1)["eps_rel_l2"] == 0
-    code, out, _ = run("compare", packed_dir, both, "--num", 1, "--steps", 1, "--variant", "other", "--json")
+    plain, other = (cli.inspect(both, variant=variant).components["unet"] for variant in (None, "other"))
+    assert plain.layers == other.layers
+    assert other.bytes_quantized == (both / "unet" / f"{WEIGHTS}.other.safetensors").stat().st_size
+    assert cli.compare(packed_dir, str(both), num_samples=1, num_inference_steps=1).eps_rel_l2 == 0
+    code, out, _ = run(
+        "compare", packed_dir, both, "--num-samples", 1, "--num-inference-steps", 1, "--variant", "other", "--json"
+    )
     assert code == 0
     assert json.loads(out)["eps_rel_l2"] > 0  # and the pipeline without that variant was read plain
-    cli.sample(str(both), tmp_path / "grid.png", num=1, steps=1, variant="other")
-    assert cli.bench(str(both), ["msfp"], variant="other", repeats=2)["rows"]
+    cli.sample(str(both), tmp_path / "grid.png", num_samples=1, num_inference_steps=1, variant="other")
+    assert cli.bench(str(both), ["msfp"], variant="other", repeats=2).rows
 
 
 @pytest.mark.situation("`--variant` that no folder has, or none where there are two and no plain weights", "refused")
@@ -127,15 +129,15 @@ def test_a_variant_in_shards(index, tiny_dir, tmp_path):
     pipe.save_pretrained(tmp_path / "shards", variant="fp16", max_shard_size="300KB")
     assert (tmp_path / "shards" / "unet" / index).is_file()
     result = cli.quantize(str(tmp_path / "shards"), tmp_path / "out", variant="fp16", **SHORT)
-    assert result["bytes_before"] > 600_000
+    assert result.bytes_reference > 600_000
 
 
 @pytest.mark.situation("a packed checkpoint in several variants is published, the card naming one", "right")
 def test_publishing_a_variant(both, tmp_path):
-    known = {"license": "mit", "base_model": "org/base", "num": 1, "steps": 1}
+    known = {"license": "mit", "base_model": "org/base", "num_samples": 1, "num_inference_steps": 1}
     result = publish(both, "user/tiny", dry_run=tmp_path / "dry", variant="other", **known)
-    assert 'variant="other"' in result["snippet"]
-    assert f"unet/{WEIGHTS}.safetensors" in result["files"]
+    assert 'variant="other"' in result.snippet
+    assert f"unet/{WEIGHTS}.safetensors" in result.files
     with pytest.raises(MSFPError, match="variant `fp16`, but it has `other`, plain ones"):
         publish(both, "user/tiny", dry_run=tmp_path / "dry", variant="fp16", **known)
 
@@ -157,15 +159,15 @@ def test_arguments_that_a_pipeline_does_not_take(option, what, tiny_dir, packed_
 
 @pytest.mark.situation("`evaluate` where the features that fit the pictures have no weights here", "right")
 def test_features_that_are_not_there(tiny_dir, packed_dir, tmp_path):
-    result = cli.evaluate(packed_dir, tiny_dir, num=2, steps=1, out=tmp_path / "out")
-    assert "psnr_db" in result["figures"]["candidate_to_reference"]
-    assert "need the package torch-fidelity" in result["omitted"]["candidate_to_reference.frechet_distance"]
+    result = cli.evaluate(packed_dir, tiny_dir, num_samples=2, num_inference_steps=1, out=tmp_path / "out")
+    assert "psnr_db" in result.figures["candidate_to_reference"]
+    assert "need the package torch-fidelity" in result.omitted["candidate_to_reference.frechet_distance"]
 
 
 @pytest.mark.situation("fine-tuning on the command line, stopped by Ctrl-C: the same command goes on", "right")
 def test_fine_tuning_is_stopped(tiny_dir, packed_dir, tmp_path, run, monkeypatch):
     command = ("finetune", packed_dir, "--teacher", tiny_dir, "--out", tmp_path / "out", "--train-steps", 3)
-    command += ("--steps", 2, "--batch-size", 2, "--preview-every", 0, "--no-compare")
+    command += ("--num-inference-steps", 2, "--batch-size", 2, "--preview-every", 0, "--no-compare")
     update = Finetuner.update
     with monkeypatch.context() as patch:
         patch.setattr(Finetuner, "update", lambda self: (signal.raise_signal(signal.SIGINT), update(self)))

@@ -89,18 +89,18 @@ def test_all_are_quantized_and_reported(made):
 def test_all_are_compared(made):
     kind, pipe, quantized, arguments = made
     result = compare_pipelines(pipe, quantized, **RUN, **arguments)
-    assert list(result["denoisers"]) == NAMES[kind]
-    for figures in result["denoisers"].values():
-        assert 0 < figures["eps_rel_l2"] < 0.3
-        assert figures["quantized"]
-    errors = [figures["eps_mse"] for figures in result["denoisers"].values()]
-    assert min(errors) <= result["eps_mse"] <= max(errors)
+    assert list(result.denoisers) == NAMES[kind]
+    for figures in result.denoisers.values():
+        assert 0 < figures.eps_rel_l2 < 0.3
+        assert figures.quantized
+    errors = [figures.eps_mse for figures in result.denoisers.values()]
+    assert min(errors) <= result.eps_mse <= max(errors)
     one = copy.copy(quantized)
     name = NAMES[kind][1]
     vars(one)[name] = getattr(pipe, name)  # the second stays float
-    figures = compare_pipelines(pipe, one, **RUN, **arguments)["denoisers"]
-    assert figures[name]["eps_rel_l2"] == 0
-    assert not figures[name]["quantized"]
+    figures = compare_pipelines(pipe, one, **RUN, **arguments).denoisers
+    assert figures[name].eps_rel_l2 == 0
+    assert not figures[name].quantized
     assert {key.partition(":")[0] for key in layer_snr(pipe, quantized, **RUN, **arguments)} == set(NAMES[kind])
 
 
@@ -130,8 +130,9 @@ def test_all_are_trained(made, verb):
         assert changed(student, before) == []
         return
     result = run(student, pipe, config, **arguments)
-    assert list(result) == NAMES[kind]
-    assert all(key in figures for figures in result.values())
+    assert list(result.denoisers) == NAMES[kind]
+    assert all(hasattr(figures, key) for figures in result.denoisers.values())
+    assert list(result.to_dict()) == NAMES[kind]
     if verb != "rounding":
         assert changed(student, before) == NAMES[kind]
 
@@ -146,7 +147,7 @@ def test_a_finetuner_takes_one_denoiser():
         Finetuner(student, pipe, FinetuneConfig(train_steps=1), **arguments)
     assert changed(student, before) == []
     split = split_shortcuts(student, pipe, SplitConfig(num_samples=1, num_inference_steps=4), **arguments)
-    assert split["transformer_2"]["split"] == {}
+    assert split.denoisers["transformer_2"].split == {}
 
 
 @pytest.mark.situation("only one of two denoisers is to be quantized: the other is named", "right")
@@ -161,7 +162,7 @@ def test_the_float_one_is_named(caplog, tmp_path):
     result = learn_rounding(
         one, pipe, RoundingConfig(num_inference_steps=4, num_samples=1, batch_size=1, iterations=1), **arguments
     )
-    assert result["parts"]
+    assert result.parts
     assert caplog.text.count("`transformer_2` stays float") == 1
     pipe.save_pretrained(tmp_path)
     caplog.clear()
@@ -196,9 +197,14 @@ def test_command_line(tmp_path, monkeypatch):
     monkeypatch.setattr(KandinskyV22CombinedPipeline, "__call__", small)
     pipelines.make_kandinsky().save_pretrained(tmp_path / "float")
     made = quantize(
-        str(tmp_path / "float"), tmp_path / "out", scheme="w8a8", calibration_samples=1, steps=2, prompts=["a hat"]
+        str(tmp_path / "float"),
+        tmp_path / "out",
+        scheme="w8a8",
+        num_samples=1,
+        num_inference_steps=2,
+        prompts=["a hat"],
     )
-    assert set(made["components"]) == {"unet", "prior_prior"}
+    assert set(made.components) == {"unet", "prior_prior"}
     for name in ("unet", "prior_prior"):
         record = json.loads((tmp_path / "out" / name / "config.json").read_text(encoding="utf-8"))
         assert record["quantization_config"]["calibration"]["state"] == "frozen"
@@ -206,14 +212,16 @@ def test_command_line(tmp_path, monkeypatch):
             tensor.dtype == torch.uint8
             for tensor in load_file(tmp_path / "out" / name / "diffusion_pytorch_model.safetensors").values()
         )
-    result = compare(str(tmp_path / "float"), str(tmp_path / "out"), num=1, steps=2, prompts=["a hat"])
-    assert set(result["denoisers"]) == {"unet", "prior_prior"}
-    assert result["bytes_cand"] < result["bytes_ref"]
+    result = compare(
+        str(tmp_path / "float"), str(tmp_path / "out"), num_samples=1, num_inference_steps=2, prompts=["a hat"]
+    )
+    assert set(result.denoisers) == {"unet", "prior_prior"}
+    assert result.bytes_quantized < result.bytes_reference
 
 
 @pytest.mark.situation("the report on a pipeline with two denoisers names the one that it does not show", "right")
 def test_report_names_the_other(packed_pipe):
     packed_pipe.super_res_first = make_unet()
     data = collect_report(packed_pipe, num_samples=1, num_inference_steps=1, with_speed=False)
-    assert data["component"] == "unet"
-    assert "the pipeline also has super_res_first" in data["missing"]["denoisers"]
+    assert data.component == "unet"
+    assert "the pipeline also has super_res_first" in data.missing["denoisers"]

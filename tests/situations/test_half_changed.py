@@ -20,7 +20,7 @@ from pipelines import make_controlnet, make_img2img, make_sdxl, make_small_pipe,
 from torch import nn
 
 from diffusers_msfp import MSFPConfig, calibrate, calibration_state, cli, quantize_pipeline
-from diffusers_msfp.errors import ConfigError, NonFiniteError
+from diffusers_msfp.errors import ConfigError, NonFiniteError, StateError
 from diffusers_msfp.layers import QUANT_LAYERS, QuantLayer
 from diffusers_msfp.layers.split import split_layer
 from diffusers_msfp.schemes import LayerScheme
@@ -199,7 +199,7 @@ def test_goes_on(again):
     with pytest.raises(ConfigError, match=said):
         quantize_pipeline(pipe, FEW, **FAST)
     assert calibration_state(pipe) == "observing"
-    with pytest.raises(ConfigError, match="A model can be quantized once"):
+    with pytest.raises(StateError, match="A model can be quantized once"):
         quantize_pipeline(pipe, "w4a4", **FAST)
     pipe.fails = False
     again(pipe)
@@ -228,11 +228,11 @@ def test_command_line(tmp_path, monkeypatch):
     searched = []
     monkeypatch.setattr(QuantLayer, "from_float", classmethod(lambda *_, **__: searched.append(1)))
     with pytest.raises(ConfigError, match="cannot run without `image`|must run with the arguments"):
-        cli.quantize(str(tmp_path / "float"), tmp_path / "out", calibration_samples=2, steps=2)
+        cli.quantize(str(tmp_path / "float"), tmp_path / "out", num_samples=2, num_inference_steps=2)
     other = make_small_pipe()
     other.scheduler = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False)
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(NonFiniteError, match="rescale_betas_zero_snr=True"):
-        cli.quantize(str(tmp_path / "other"), tmp_path / "out", calibration_samples=2, steps=2)
+        cli.quantize(str(tmp_path / "other"), tmp_path / "out", num_samples=2, num_inference_steps=2)
     assert not searched
     assert not (tmp_path / "out").exists()

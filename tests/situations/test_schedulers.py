@@ -70,7 +70,7 @@ def test_eta(make):
         compare_pipelines(pipe, pipe, num_samples=2, num_inference_steps=3, eta=eta, on_pictures=lambda *_: None)
         for eta in (1.0, 0.0)
     )
-    assert noisy["image_psnr_db"] == calm["image_psnr_db"] == 100
+    assert noisy.image_psnr_db == calm.image_psnr_db == 100
 
 
 @pytest.mark.situation("`eta` 1 puts noise into the steps of every pipeline, whatever its own default is", "right")
@@ -161,13 +161,13 @@ def test_learned_variance_in_errors(make, last):
     with torch.no_grad():
         layer_at(other, last).weight[rows] += 0.3
     found = compare_pipelines(pipe, other, num_samples=2, num_inference_steps=2)
-    assert found["eps_mse"] == 0
+    assert found.eps_mse == 0
     layers = layer_snr(pipe, other, num_samples=1, num_inference_steps=2)
-    assert layers[last.partition(".")[2]]["snr_db"] == 100
+    assert layers[last.partition(".")[2]].snr_db == 100
     with torch.no_grad():
         layer_at(other, last).weight[rows.min() - 1] += 0.3
-    assert compare_pipelines(pipe, other, num_samples=2, num_inference_steps=2)["eps_mse"] > 0
-    assert layer_snr(pipe, other, num_samples=1, num_inference_steps=2)[last.partition(".")[2]]["snr_db"] < 60
+    assert compare_pipelines(pipe, other, num_samples=2, num_inference_steps=2).eps_mse > 0
+    assert layer_snr(pipe, other, num_samples=1, num_inference_steps=2)[last.partition(".")[2]].snr_db < 60
 
 
 @LEARNED
@@ -189,7 +189,7 @@ def test_learned_variance_in_losses(make, last):
     assert torch.equal(layer.dequantize_weight()[rows], before[rows])
     for blockwise in (False, True):
         config = FinetuneConfig(train_steps=1, num_inference_steps=2, batch_size=2, rank=2, blockwise=blockwise)
-        assert finetune(copy.deepcopy(pipe), teacher, config)["losses"][0] >= 0
+        assert finetune(copy.deepcopy(pipe), teacher, config).losses[0] >= 0
 
 
 @pytest.mark.situation("the denoising factor of a sampler with learned variances", "right")

@@ -87,7 +87,7 @@ def test_calibration(make):
 @pytest.mark.situation("such a pipeline is compared with itself", "right")
 def test_compare_with_itself(make):
     pipe = make()
-    assert compare_pipelines(pipe, pipe, num_samples=3, num_inference_steps=2)["image_psnr_db"] == 100
+    assert compare_pipelines(pipe, pipe, num_samples=3, num_inference_steps=2).image_psnr_db == 100
 
 
 @MAKERS
@@ -96,8 +96,8 @@ def test_samples(make):
     pipe, drawn = make(), []
     for disturbance in (1, 2):
         disturb(disturbance)
-        images = torch.from_numpy(sample_images(pipe, num=2, steps=2, seed=3))
-        pictures = draw_pictures(pipe, num=2, steps=2, seed=3)
+        images = torch.from_numpy(sample_images(pipe, num_samples=2, num_inference_steps=2, seed=3))
+        pictures = draw_pictures(pipe, num_samples=2, num_inference_steps=2, seed=3)
         steps = rollout(pipe, call_arguments(pipe, None, 2, {}), 0, 2, 3)
         drawn.append([images, pictures, *(step.output for step in steps)])
     assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
@@ -106,7 +106,7 @@ def test_samples(make):
 @pytest.mark.situation("other seeds give other labels and other noise", "right")
 def test_other_seeds():
     pipe = make_global()
-    one, other = (sample_images(pipe, num=1, steps=2, seed=seed) for seed in (0, 1))
+    one, other = (sample_images(pipe, num_samples=1, num_inference_steps=2, seed=seed) for seed in (0, 1))
     assert not np.array_equal(one, other)
 
 
@@ -130,7 +130,7 @@ def test_class_labels():
 def test_image_to_image():
     pipe = StableDiffusionImg2ImgPipeline(**make_small_pipe().components, requires_safety_checker=False)
     found = compare_pipelines(pipe, pipe, num_samples=2, num_inference_steps=2, image=picture(), strength=1.0)
-    assert found["image_psnr_db"] == 100
+    assert found.image_psnr_db == 100
 
 
 @pytest.mark.situation("the user's own random numbers go on as if nothing had been sampled", "right")
@@ -142,8 +142,8 @@ def test_global_states_untouched():
     quantize_pipeline(pipe, "w4a4", num_samples=2, num_inference_steps=2)
     compare_pipelines(teacher, pipe, num_samples=2, num_inference_steps=2)
     layer_snr(teacher, pipe, num_samples=1, num_inference_steps=2)
-    sample_images(pipe, num=1, steps=2)
-    draw_pictures(pipe, num=1, steps=2)
+    sample_images(pipe, num_samples=1, num_inference_steps=2)
+    draw_pictures(pipe, num_samples=1, num_inference_steps=2)
     finetune(pipe, teacher, FinetuneConfig(train_steps=1, num_inference_steps=2, batch_size=2, rank=2))
     assert states() == before
 

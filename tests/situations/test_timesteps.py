@@ -127,24 +127,26 @@ def test_one_step(kind):
     pipe = quantize_pipeline(copy.deepcopy(teacher), "w4a4", **ONE, **arguments)
     assert calibration_state(pipe) == "frozen"
     before = compare_pipelines(teacher, pipe, **ONE, **arguments)
-    assert len(before["eps_rel_l2_by_timestep"]) == 1
+    assert len(before.eps_rel_l2_by_timestep) == 1
     config = TemporalConfig(num_inference_steps=1, iterations=4, cache_above=0.0)
     if kind == "LCM":  # its embedding depends on the guidance too
         with pytest.raises(NothingToDoError, match="there is nothing to maintain"):
             maintain_temporal(pipe, teacher, config, **arguments)
     else:
         figures = maintain_temporal(pipe, teacher, config, **arguments)
-        assert len(figures["timesteps"]) == 1
+        assert len(figures.timesteps) == 1
         errors = temporal_features(teacher, pipe, num_inference_steps=1, **arguments)
         assert max(max(by_timestep.values()) for by_timestep in errors.values()) < 2e-3
     rounding = RoundingConfig(num_inference_steps=1, num_samples=2, batch_size=2, iterations=2)
-    assert learn_rounding(pipe, teacher, rounding, **arguments)["parts"]
+    assert learn_rounding(pipe, teacher, rounding, **arguments).parts
     tuning = FinetuneConfig(train_steps=2, batch_size=2, num_inference_steps=1, rank=2)
-    assert finetune(pipe, teacher, tuning, **arguments)["updates"] == 2
-    assert compare_pipelines(teacher, pipe, **ONE, **arguments)["eps_rel_l2"] < 2 * before["eps_rel_l2"]
+    assert finetune(pipe, teacher, tuning, **arguments).updates == 2
+    assert compare_pipelines(teacher, pipe, **ONE, **arguments).eps_rel_l2 < 2 * before.eps_rel_l2
 
 
-@pytest.mark.situation("`quantize --recipe full --steps 1`, also where nothing depends on the timestep alone", "right")
+@pytest.mark.situation(
+    "`quantize --recipe full --num-inference-steps 1`, also where nothing depends on the timestep alone", "right"
+)
 @pytest.mark.parametrize("kind", ["LCM", "a single step of DDIM"])
 def test_full_recipe_of_one_step(kind, tmp_path):
     ONE_STEP[kind][0]().save_pretrained(tmp_path / "float")
@@ -153,10 +155,10 @@ def test_full_recipe_of_one_step(kind, tmp_path):
     short["temporal"] = {"iterations": 2}
     source, out, prompts = str(tmp_path / "float"), tmp_path / "out", ["a hat"] if kind == "LCM" else None
     result = quantize(
-        source, out, scheme="w4a4", recipe="full", settings=short, calibration_samples=2, steps=1, prompts=prompts
+        source, out, scheme="w4a4", recipe="full", settings=short, num_samples=2, num_inference_steps=1, prompts=prompts
     )
-    assert [stage["stage"] for stage in result["stages"]] == ["temporal", "rounding", "talora"]
-    assert ("left_out" in result["stages"][0]["figures"]) == (kind == "LCM")
+    assert [stage["stage"] for stage in result.stages] == ["temporal", "rounding", "talora"]
+    assert ("left_out" in result.stages[0]["figures"]) == (kind == "LCM")
     assert calibration_state(DiffusionPipeline.from_pretrained(out)) == "frozen"
 
 

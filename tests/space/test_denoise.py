@@ -93,7 +93,7 @@ def test_errors_of_a_pipeline_reach_the_visitor(packed_pipe):
 def test_latents_are_decoded_a_few_times():
     pipe = make_dit_pipe()
     candidate = Candidate(pipe)
-    make_call = candidate.request(seed=1, steps=12, class_label=7, guidance_scale=2.0)
+    make_call = candidate.request(seed=1, num_inference_steps=12, class_label=7, guidance_scale=2.0)
     steps = list(denoise(pipe, DPMSolverMultistepScheduler, make_call()))
     shown = [step.index for step in steps if step.picture is not None]
     assert shown == [3, 6, 9, 12]
@@ -109,10 +109,10 @@ def test_inputs_are_what_the_pipeline_takes(tiny_pipe, packed_pipe):
     assert (len(by_class.classes), by_class.guidance_scale) == (1000, 4.0)
     assert (by_text.classes, by_text.guidance_scale) == ([], 7.5)
     assert list(by_text.schedulers) == ["PNDM", "DDIM", "DPM-Solver++", "UniPC"]
-    made = by_text.request(seed=3, steps=2, prompt="a fox", negative_prompt="rain", guidance_scale=5.0)()
+    made = by_text.request(seed=3, num_inference_steps=2, prompt="a fox", negative_prompt="rain", guidance_scale=5.0)()
     assert (made["prompt"], made["negative_prompt"], made["guidance_scale"]) == (["a fox"], ["rain"], 5.0)
     assert made["generator"].initial_seed() == 3
-    assert by_class.request(seed=3, steps=2, class_label=5)()["class_labels"] == [5]
+    assert by_class.request(seed=3, num_inference_steps=2, class_label=5)()["class_labels"] == [5]
     assert (plain.name, Candidate(packed_pipe).name) == ("float32", "w4a4")
     assert plain.weight_bytes > 3 * Candidate(packed_pipe).weight_bytes
 
@@ -130,7 +130,7 @@ def test_named_classes_are_listed_by_name():
         (None, {"seed": 1.5}, "seed must be a whole number"),
         (None, {"seed": None}, "seed must be a whole number from 0 to 4294967295, but got None"),
         (None, {"seed": 2**32}, "seed must be a whole number"),
-        (None, {"steps": 0}, "`steps` must be at least 1, but got 0"),
+        (None, {"num_inference_steps": 0}, "`num_inference_steps` must be at least 1, but got 0"),
         (make_dit_pipe, {"class_label": 1000}, "class must be one of the list, but got 1000"),
         (make_dit_pipe, {}, "class must be one of the list, but got None"),
         (text_pipe, {"prompt": " "}, "prompt must say what to draw, but it is empty"),
@@ -139,7 +139,7 @@ def test_named_classes_are_listed_by_name():
 def test_wishes_that_cannot_be_met(tiny_pipe, make, wishes, message):
     candidate = Candidate(make() if make else tiny_pipe)
     with pytest.raises(ConfigError, match=message):
-        candidate.request(**{"seed": 0, "steps": 2} | wishes)
+        candidate.request(**{"seed": 0, "num_inference_steps": 2} | wishes)
 
 
 def test_only_like_is_compared_with_like(tiny_pipe):

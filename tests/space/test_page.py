@@ -145,9 +145,9 @@ def test_served_and_called(packed_dir, tiny_dir, tmp_path):
 
 
 def test_the_embedded_model_is_the_default(monkeypatch):
-    def quickly(pipe, scheme, *, num_samples, on_step):
+    def quickly(pipe, scheme, *, num_samples, on_progress):
         assert num_samples == 32
-        return quantize_pipeline(pipe, scheme, num_samples=2, num_inference_steps=5, on_step=on_step)
+        return quantize_pipeline(pipe, scheme, num_samples=2, num_inference_steps=5, on_progress=on_progress)
 
     monkeypatch.setattr(sys.modules["diffusers_msfp.cli.space"], "quantize_pipeline", quickly)
     built = open_page()
@@ -190,8 +190,8 @@ def test_zero_gpu_decorates_the_run(packed_pipe, monkeypatch):
 def test_create(packed_dir, tiny_dir, tmp_path, monkeypatch):
     out = tmp_path / "deep" / "space"
     result = cli.space_create(packed_dir, out, reference=tiny_dir, title='Say "4 bits"')
-    assert {"app.py", "README.md", "requirements.txt", "model/model_index.json"} <= set(result["files"])
-    assert result["bytes"] == sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+    assert {"app.py", "README.md", "requirements.txt", "model/model_index.json"} <= set(result.files)
+    assert result.bytes == sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     assert [p.name for p in out.parent.iterdir()] == ["space"]
     header = yaml.safe_load((out / "README.md").read_text().split("---")[1])
     assert header["title"] == 'Say "4 bits"'
@@ -206,10 +206,10 @@ def test_create(packed_dir, tiny_dir, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="must not exist yet"):
         cli.space_create(packed_dir, out)
     again = cli.space_create("someone/model-w4a4", out, reference="someone/model", overwrite=True)
-    assert again["files"] == ["README.md", "app.py", "requirements.txt"]
+    assert again.files == ["README.md", "app.py", "requirements.txt"]
     header = yaml.safe_load((out / "README.md").read_text().split("---")[1])
     assert header["models"] == ["someone/model-w4a4", "someone/model"]
-    assert header["title"] == again["title"] == "model-w4a4"
+    assert header["title"] == again.title == "model-w4a4"
     with pytest.raises(ConfigError, match="`--overwrite` replaces Spaces only"):
         cli.space_create("someone/model", packed_dir, overwrite=True)
 

@@ -17,23 +17,29 @@ def bench(
     ] = "",
     batch: Annotated[int, typer.Option(min=1, help="Samples.")] = 1,
     size: Annotated[int | None, typer.Option(min=8, help="Height and width of a sample.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps that are timed as one.")] = 1,
+    num_inference_steps: Annotated[int, typer.Option(min=1, help="Denoising steps that are timed as one.")] = 1,
     repeats: Annotated[int, typer.Option(min=2, help="Timed rounds.")] = 7,
     variant: Variant = None,
     as_json: Json = False,
 ) -> None:
     """Time one denoising step against bfloat16, in turns."""
     names = [name.strip() for name in providers.split(",") if name.strip()]
-    result = cli.bench(model, names or None, batch=batch, size=size, steps=steps, repeats=repeats, variant=variant)
+    result = cli.bench(
+        model,
+        names or None,
+        batch=batch,
+        size=size,
+        num_inference_steps=num_inference_steps,
+        repeats=repeats,
+        variant=variant,
+    )
     if as_json:
         return print_json(result)
     columns = ("provider", "ms per step", "quartiles", "× bf16 channels last", "× floor", "layers by engine")
-    table = Table(*columns, title=f"{model}, batch {batch}, {result['threads']} threads")
-    for row in result["rows"]:
-        engines = ", ".join(f"{name} {count}" for name, count in row["engines"].items())
-        quartiles = f"{1e3 * row['seconds_low']:.1f} … {1e3 * row['seconds_high']:.1f}"
-        above = f"{row['seconds'] / row['floor_seconds']:.2f}" if "floor_seconds" in row else ""
-        table.add_row(
-            row["provider"], f"{1e3 * row['seconds']:.1f}", quartiles, f"{row['speedup']:.2f}", above, engines
-        )
+    table = Table(*columns, title=f"{model}, batch {batch}, {result.threads} threads")
+    for row in result.rows:
+        engines = ", ".join(f"{name} {count}" for name, count in row.engines.items())
+        quartiles = f"{1e3 * row.seconds_low:.1f} … {1e3 * row.seconds_high:.1f}"
+        above = f"{row.seconds / row.floor_seconds:.2f}" if row.floor_seconds else ""
+        table.add_row(row.provider, f"{1e3 * row.seconds:.1f}", quartiles, f"{row.speedup:.2f}", above, engines)
     stdout.print(table)

@@ -11,10 +11,10 @@ from ..shared.terminal import megabytes, stdout
 
 
 def compare(
-    ref: Annotated[str, typer.Argument(help="The full-precision pipeline.")],
-    cand: Annotated[str, typer.Argument(help="The quantized one.")],
-    num: Annotated[int, typer.Option(min=1, help="Samples.")] = 16,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
+    reference: Annotated[str, typer.Argument(help="The full-precision pipeline.")],
+    candidate: Annotated[str, typer.Argument(help="The quantized one, or the folder of its denoiser.")],
+    num_samples: Annotated[int, typer.Option(min=1, help="Samples.")] = 16,
+    num_inference_steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
     seed: Seed = 0,
     eta: Annotated[float, typer.Option(min=0, max=1, help="DDIM's eta.")] = 0.0,
     prompts: Prompts = None,
@@ -24,10 +24,10 @@ def compare(
 ) -> None:
     """Measure what a quantized pipeline lost."""
     result = cli.compare(
-        ref,
-        cand,
-        num=num,
-        steps=steps,
+        reference,
+        candidate,
+        num_samples=num_samples,
+        num_inference_steps=num_inference_steps,
         seed=seed,
         eta=eta,
         prompts=prompts,
@@ -36,17 +36,17 @@ def compare(
     )
     if as_json:
         return print_json(result)
-    about = f"{num} samples, {steps} steps"
-    table = Table("figure", "value", title=f"{cand} against {ref}; {about}")
+    about = f"{num_samples} samples, {num_inference_steps} steps"
+    table = Table("figure", "value", title=f"{candidate} against {reference}; {about}")
     for key in ("eps_mse", "eps_rel_l2"):
-        table.add_row(key, f"{result[key]:.5f}")
-    for name, figures in result.get("denoisers", {}).items():
-        error = "never called" if figures["eps_rel_l2"] is None else f"{figures['eps_rel_l2']:.5f}"
-        table.add_row(f"eps_rel_l2 of {name}", error + ("" if figures["quantized"] else " (float)"))
-    table.add_row("image_psnr_db", f"{result['image_psnr_db']:.2f}")
-    table.add_row("size", f"{megabytes(result['bytes_ref'])} → {megabytes(result['bytes_cand'])}")
+        table.add_row(key, f"{getattr(result, key):.5f}")
+    for name, figures in (result.denoisers or {}).items():
+        error = "never called" if figures.eps_rel_l2 is None else f"{figures.eps_rel_l2:.5f}"
+        table.add_row(f"eps_rel_l2 of {name}", error + ("" if figures.quantized else " (float)"))
+    table.add_row("image_psnr_db", f"{result.image_psnr_db:.2f}")
+    table.add_row("size", f"{megabytes(result.bytes_reference)} → {megabytes(result.bytes_quantized)}")
     stdout.print(table)
     times = Table("timestep", "eps_rel_l2")
-    for timestep, value in result["eps_rel_l2_by_timestep"].items():
+    for timestep, value in result.eps_rel_l2_by_timestep.items():
         times.add_row(timestep, f"{value:.4f}")
     stdout.print(times)

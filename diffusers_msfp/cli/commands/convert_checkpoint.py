@@ -18,6 +18,6 @@ def convert_checkpoint(
     result = cli.convert_checkpoint(source)
     if as_json:
         return print_json(result)
-    names = ", ".join(result["converted"])
+    names = ", ".join(result.converted)
     done = f"converted: {names}" if names else "nothing to convert"
-    stdout.print(f"format version {result['format_version']}, {done}", soft_wrap=True, highlight=False, markup=False)
+    stdout.print(f"format version {result.format_version}, {done}", soft_wrap=True, highlight=False, markup=False)

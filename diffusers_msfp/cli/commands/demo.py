@@ -13,19 +13,19 @@ from ..shared.terminal import megabytes, stdout
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the picture and the checkpoints.")] = Path("msfp-demo"),
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of the pictures.")] = 50,
+    num_inference_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of the pictures.")] = 50,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Quantize the embedded model and show it beside full precision."""
-    result = cli.demo(out, steps=steps, seed=seed)
+    result = cli.demo(out, num_inference_steps=num_inference_steps, seed=seed)
     if as_json:
         return print_json(result)
     columns = ("scheme", "size", "eps_rel_l2", "image PSNR", "quantized in")
     table = Table(*columns, title="Fashion-MNIST DDPM, 20 DDIM steps")
-    for name, row in result["schemes"].items():
-        size = f"{megabytes(row['bytes_before'])} → {megabytes(row['bytes_after'])}"
-        psnr = f"{row['image_psnr_db']:.1f} dB"
-        table.add_row(name, size, f"{row['eps_rel_l2']:.4f}", psnr, f"{row['seconds']:.1f} s")
+    for name, row in result.schemes.items():
+        size = f"{megabytes(row.quantized.bytes_reference)} → {megabytes(row.quantized.bytes_quantized)}"
+        psnr = f"{row.compared.image_psnr_db:.1f} dB"
+        table.add_row(name, size, f"{row.compared.eps_rel_l2:.4f}", psnr, f"{row.quantized.seconds:.1f} s")
     stdout.print(table)
-    stdout.print(f"Look at [bold]{result['picture']}[/]: full precision in the first row, the schemes below.")
+    stdout.print(f"Look at [bold]{result.picture}[/]: full precision in the first row, the schemes below.")

@@ -7,7 +7,9 @@ import typer
 from rich.table import Table
 
 from ... import cli
-from ...evaluation import FEATURES
+from ...evaluation import FEATURES, LayerError
+from ...evaluation.images.distances import Estimate
+from ..evaluate import CheckpointEvaluation
 from ..shared.options import Guidance, Json, Prompts, Seed, Variant, print_json
 from ..shared.terminal import megabytes, stdout
 
@@ -28,11 +30,16 @@ SETS = {
 
 
 def evaluate(
-    source: Annotated[str, typer.Argument(metavar="DIR", help="Folder or Hub id of a pipeline, quantized or not.")],
+    candidate: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR", help="Folder or Hub id of a pipeline, quantized or not, or folder of a denoiser."
+        ),
+    ],
     reference: Annotated[str, typer.Option(help="Its full-precision original.")],
     data: Annotated[Path | None, typer.Option(help="Real pictures: .npz (x_test or images) or folder.")] = None,
-    num: Annotated[int, typer.Option(min=2, help="Pictures of each pipeline.")] = 2000,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps, DDIM.")] = 20,
+    num_samples: Annotated[int, typer.Option(min=2, help="Pictures of each pipeline.")] = 2000,
+    num_inference_steps: Annotated[int, typer.Option(min=1, help="Denoising steps, DDIM.")] = 20,
     features: Annotated[
         str | None,
         typer.Option(help=f"{', '.join(FEATURES)} or MODULE:FUNCTION; by default what fits the pictures' shape."),
@@ -56,11 +63,11 @@ def evaluate(
         return lambda images: images.mean((2, 3))  # (N, channels, H, W) in [0, 1] -> features (N, d)
     """
     result = cli.evaluate(
-        source,
+        candidate,
         reference,
         data=data,
-        num=num,
-        steps=steps,
+        num_samples=num_samples,
+        num_inference_steps=num_inference_steps,
         features=features,
         seed=seed,
         prompts=prompts,
@@ -74,31 +81,31 @@ def evaluate(
         return print_json(result)
     stdout.print(_figures(result))
     reasons: dict[str, list[str]] = {}
-    for name, reason in result["omitted"].items():
+    for name, reason in result.omitted.items():
         reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
         stdout.print(f"left out: {', '.join(names)}: {reason}", soft_wrap=True, highlight=False, markup=False)
-    own = {name: layer for name, layer in result["layers"].items() if not layer["adapted"]}
+    own = {name: layer for name, layer in result.layers.items() if not layer.adapted}
     stdout.print(_timesteps(result, own))
     if own:
         stdout.print(_layers(own))
-    if adapted := len(result["layers"]) - len(own):
+    if adapted := len(result.layers) - len(own):
         stdout.print(
-            f"{adapted} of {len(result['layers'])} layers have adapters and so differ from full precision on purpose: "
+            f"{adapted} of {len(result.layers)} layers have adapters and so differ from full precision on purpose: "
             f"they are left out of the figures of layers here, but not of results.json.",
             highlight=False,
         )
-    sizes = f"{megabytes(result['bytes_reference'])} → {megabytes(result['bytes_candidate'])}"
-    stdout.print(f"{sizes}, {result['seconds']:.0f} s; everything in [bold]{result['out']}/results.json[/].")
+    sizes = f"{megabytes(result.bytes_reference)} → {megabytes(result.bytes_quantized)}"
+    stdout.print(f"{sizes}, {result.seconds:.0f} s; everything in [bold]{result.out}/results.json[/].")
     return None
 
 
-def _figures(result: dict) -> Table:
-    figures, settings = result["figures"], result["settings"]
+def _figures(result: CheckpointEvaluation) -> Table:
+    figures, settings = result.figures, result.settings
     pairs = {key: title for key, title in SETS.items() if key in figures}
     features = f"features `{settings['features']}`" if settings["features"] else "no features"
-    about = f"{settings['num']} pictures, {settings['steps']} steps, {features}"
-    title = f"{result['source']}: {about}; 95 % intervals"
+    about = f"{settings['num_samples']} pictures, {settings['num_inference_steps']} steps, {features}"
+    title = f"{result.candidate}: {about}; 95 % intervals"
     table = Table("figure", *pairs.values(), title=title)
     for name, label in FIGURES.items():
         if any(name in figures[pair] for pair in pairs):
@@ -108,33 +115,33 @@ def _figures(result: dict) -> Table:
         table.add_row(f"classifier score, {name}", _interval(figure))
     for name, figure in figures.get("class_agreement", {}).items():
         table.add_row(f"class agreement, {name}", _interval(figure))
-    table.add_row("eps_rel_l2", f"{result['eps_rel_l2']:.4f}")
-    table.add_row("eps_mse", f"{result['eps_mse']:.3g}")
+    table.add_row("eps_rel_l2", f"{result.eps_rel_l2:.4f}")
+    table.add_row("eps_mse", f"{result.eps_mse:.3g}")
     return table
 
 
-def _interval(figure: dict | None) -> str:
+def _interval(figure: Estimate | None) -> str:
     if figure is None:
         return ""
-    digits = 2 if figure["value"] >= 1 else 3
-    value, low, high = (f"{figure[key]:.{digits}f}" for key in ("value", "low", "high"))
+    digits = 2 if figure.value >= 1 else 3
+    value, low, high = (f"{each:.{digits}f}" for each in (figure.value, figure.low, figure.high))
     return f"{value}\n{low} … {high}"
 
 
-def _timesteps(result: dict, layers: dict) -> Table:
+def _timesteps(result: CheckpointEvaluation, layers: dict[str, LayerError]) -> Table:
     table = Table("timestep", "eps_rel_l2", "worst layer", "SNR (dB)")
-    for timestep, error in result["eps_rel_l2_by_timestep"].items():
-        ratios = {n: layer["by_timestep"][timestep] for n, layer in layers.items() if timestep in layer["by_timestep"]}
+    for timestep, error in result.eps_rel_l2_by_timestep.items():
+        ratios = {n: layer.by_timestep[timestep] for n, layer in layers.items() if timestep in layer.by_timestep}
         worst = min(ratios, key=ratios.__getitem__, default="")
         table.add_row(timestep, f"{error:.4f}", worst, f"{ratios[worst]:.1f}" if worst else "")
     return table
 
 
-def _layers(layers: dict) -> Table:
-    worst = sorted(layers, key=lambda name: layers[name]["snr_db"])[:WORST]
+def _layers(layers: dict[str, LayerError]) -> Table:
+    worst = sorted(layers, key=lambda name: layers[name].snr_db)[:WORST]
     table = Table("layer", "SNR (dB)", "lowest, at timestep", title=f"{len(worst)} worst of {len(layers)} layers")
     for name in worst:
-        times = layers[name]["by_timestep"]
-        lowest = min(times, key=times.get)
-        table.add_row(name, f"{layers[name]['snr_db']:.1f}", f"{times[lowest]:.1f}, {lowest}")
+        times = layers[name].by_timestep
+        lowest = min(times, key=times.__getitem__)
+        table.add_row(name, f"{layers[name].snr_db:.1f}", f"{times[lowest]:.1f}, {lowest}")
     return table

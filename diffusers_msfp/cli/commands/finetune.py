@@ -12,8 +12,6 @@ from ..shared.terminal import megabytes, stderr, stdout
 
 NAMES = {
     "router_groups": ("--router-group",),
-    "num_inference_steps": ("--steps", "--num-inference-steps"),
-    "denoising_factor_exponent": ("--dfa-exponent", "--denoising-factor-exponent"),
 }
 """Options that are not called like their settings."""
 
@@ -48,19 +46,19 @@ def finetune(
     if as_json:
         return print_json(result)
     stdout.print(
-        f"[bold]{result['out']}[/]: {result['updates']} updates in {result['seconds'] / 60:.1f} min, loss "
-        f"{result['loss_first']:.5f} → {result['loss_last']:.5f}, {megabytes(result['bytes_before'])} → "
-        f"{megabytes(result['bytes_after'])}; logs and previews in {result['training_dir']}."
+        f"[bold]{result.out}[/]: {result.updates} updates in {result.seconds / 60:.1f} min, loss "
+        f"{result.loss_first:.5f} → {result.loss_last:.5f}, {megabytes(result.bytes_before)} → "
+        f"{megabytes(result.bytes_after)}; logs and previews in {result.training_dir}."
     )
-    if result["before"]:
-        before, after, shared = result["before"], result["after"], result["comparison"]
+    if result.before and result.after:
+        before, after, shared = result.before, result.after, result.comparison
         stdout.print(
             f"Before and after, as `compare` measures ({shared['num_samples']} samples, "
             f"{shared['num_inference_steps']} steps): "
             f"eps_rel_l2 {before['eps_rel_l2']:.5f} → {after['eps_rel_l2']:.5f}, "
             f"PSNR {before['image_psnr_db']:.2f} → {after['image_psnr_db']:.2f} dB."
         )
-    print_router(result["intervals"])
-    if result["collapsed"]:
+    print_router(result.intervals)
+    if result.collapsed:
         stderr.print("[yellow]One adapter serves all timesteps[/] (the router has collapsed): try more updates.")
     return None

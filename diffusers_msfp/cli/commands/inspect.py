@@ -2,11 +2,12 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
 from ... import cli
+from ...checkpoint.describe import LayerDescription
 from ..shared.options import Json, Variant, print_json, print_router
 from ..shared.terminal import megabytes, stdout
 
@@ -22,17 +23,17 @@ def inspect(
     result = cli.inspect(source, variant=variant)
     if as_json:
         return print_json(result)
-    for name, part in result.items():
-        _say(f"{name}: {part['scheme']}, {part['calibration_state']}, {megabytes(part['bytes'])}", style="italic")
-        _print_layers(part["layers"])
-        refusals = Counter(pair for layer in part["layers"] for pair in layer["engine_refusals"].items())
+    for name, part in result.components.items():
+        _say(f"{name}: {part.scheme}, {part.calibration_state}, {megabytes(part.bytes_quantized)}", style="italic")
+        _print_layers(part.layers)
+        refusals = Counter(pair for layer in part.layers for pair in layer.engine_refusals.items())
         for (engine, reason), count in refusals.items():
-            _say(f"{engine} refuses {count} of {len(part['layers'])} layers: {reason}")
-        if part["adapters"]:
-            stdout.print(f"{part['adapters']['num_adapters']} adapters per layer, {part['adapters']['placement']}")
-            print_router(part["adapters"]["intervals"])
-        if part["temporal"]:
-            _print_temporal(part["temporal"])
+            _say(f"{engine} refuses {count} of {len(part.layers)} layers: {reason}")
+        if adapters := part.parts["adapters"]:
+            stdout.print(f"{adapters['num_adapters']} adapters per layer, {adapters['placement']}")
+            print_router(adapters["intervals"])
+        if temporal := part.parts["temporal"]:
+            _print_temporal(temporal)
 
 
 def _print_temporal(temporal: dict) -> None:
@@ -47,7 +48,7 @@ def _print_temporal(temporal: dict) -> None:
     )
 
 
-def _print_layers(layers: list[dict]) -> None:
+def _print_layers(layers: list[LayerDescription]) -> None:
     """One line for each; in a terminal too narrow for that, names stand on lines of their own."""
     names, *columns = zip(COLUMNS, *map(_layer_row, layers), strict=True)
     widths = [max(map(len, column)) for column in columns]
@@ -63,17 +64,17 @@ def _say(text: str, style: str | None = None) -> None:
     stdout.print(text, style=style, soft_wrap=True, highlight=False, markup=False)
 
 
-def _layer_row(layer: dict) -> tuple[str, ...]:
-    scale = _numbers([layer["weight_scale_min"], layer["weight_scale_max"]])
-    row = (layer["name"], layer["weight_format"], scale, _error(layer["weight_rel_mse"]))
-    if layer["input_signed"] is None:
-        return (*row, layer["input_format"] or "float", "", "", "", layer["engine"])
-    zero_point = "" if layer["input_signed"] else _numbers(layer["input_zero_point"])
-    error = _error(layer["input_rel_mse"])
-    return (*row, layer["input_format"], _numbers(layer["input_scale"]), zero_point, error, layer["engine"])
+def _layer_row(layer: LayerDescription) -> tuple[str, ...]:
+    scale = _numbers([layer.weight_scale_min, layer.weight_scale_max])
+    row = (layer.name, layer.weight_format, scale, _error(layer.weight_rel_mse))
+    if layer.input_signed is None:
+        return (*row, layer.input_format or "float", "", "", "", layer.engine)
+    zero_point = "" if layer.input_signed else _numbers(layer.input_zero_point)
+    error = _error(cast(float, layer.input_rel_mse))
+    return (*row, str(layer.input_format), _numbers(layer.input_scale), zero_point, error, layer.engine)
 
 
-def _numbers(value: float | list[float]) -> str:
+def _numbers(value: Any) -> str:
     """One number, or the range of several."""
     return f"{min(value):.2g}…{max(value):.2g}" if isinstance(value, list) else f"{value:.3g}"
 

@@ -24,8 +24,8 @@ def publish(
     results: Annotated[
         list[Path] | None, typer.Option(help="File that a verb printed with --json; repeatable. DIR/results is read.")
     ] = None,
-    num: Annotated[int, typer.Option(min=1, help="Samples on the card.")] = 8,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of each.")] = 20,
+    num_samples: Annotated[int, typer.Option(min=1, help="Samples on the card.")] = 8,
+    num_inference_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of each.")] = 20,
     seed: Seed = 0,
     prompts: Prompts = None,
     variant: Variant = None,
@@ -42,22 +42,22 @@ def publish(
         create_pr=create_pr,
         dry_run=source.parent / f"{source.name}-publish" if dry_run else None,
         results=results or (),
-        num=num,
-        steps=steps,
+        num_samples=num_samples,
+        num_inference_steps=num_inference_steps,
         seed=seed,
         prompts=prompts,
         variant=variant,
     )
     if as_json:
         return print_json(result)
-    for location, size in sorted(result["files"].items()):
+    for location, size in sorted(result.files.items()):
         stdout.print(f"{megabytes(size):>12}  {location}", soft_wrap=True, highlight=False, markup=False)
     for title in ("left_out", "removed"):
-        if result.get(title):
-            stderr.print(f"[yellow]{title.replace('_', ' ')}:[/] {', '.join(result[title])}", soft_wrap=True)
-    for what, command in result["missing"].items():
+        if getattr(result, title):
+            stderr.print(f"[yellow]{title.replace('_', ' ')}:[/] {', '.join(getattr(result, title))}", soft_wrap=True)
+    for what, command in result.missing.items():
         stderr.print(f"[yellow]not measured:[/] {what}: {command}", soft_wrap=True, highlight=False)
-    where = result["out"] if dry_run else result["url"]
+    where = result.out if dry_run else result.url
     done = "would be uploaded, from" if dry_run else "are on the Hub and have the hashes they have here:"
-    stdout.print(f"{len(result['files'])} files {done} [bold]{where}[/]", soft_wrap=True, highlight=False)
-    return stdout.print(f"\n{result['snippet']}", soft_wrap=True, highlight=False, markup=False)
+    stdout.print(f"{len(result.files)} files {done} [bold]{where}[/]", soft_wrap=True, highlight=False)
+    return stdout.print(f"\n{result.snippet}", soft_wrap=True, highlight=False, markup=False)

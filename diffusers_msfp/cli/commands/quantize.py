@@ -38,12 +38,19 @@ def quantize(
             "list all settings.",
         ),
     ] = None,
-    calibration_samples: Annotated[int, typer.Option(min=1, help="Images sampled to set ranges.")] = 64,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of each.")] = 20,
+    num_samples: Annotated[int, typer.Option(min=1, help="Images sampled to set ranges.")] = 64,
+    num_inference_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of each.")] = 20,
     seed: Seed = 0,
-    prompts: Prompts = None,
+    prompt: Prompts = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file with a prompt, or a caption, on each line.")] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder of pictures that set the ranges, noised; by default the pipeline's own samples do."),
+    ] = None,
     guidance_scale: Guidance = None,
-    keep: Annotated[list[str] | None, typer.Option(help="Pattern of modules that stay float; repeatable.")] = None,
+    modules_to_not_convert: Annotated[
+        list[str] | None, typer.Option(help="Pattern of modules that stay float; repeatable.")
+    ] = None,
     override: Annotated[list[str] | None, typer.Option(help="PATTERN=SCHEME for single layers; repeatable.")] = None,
     component: Annotated[list[str] | None, typer.Option(help="Component to quantize; repeatable.")] = None,
     config: Annotated[str | None, typer.Option(help="Folder or Hub id with the configs of a single file.")] = None,
@@ -53,6 +60,8 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantize a checkpoint."""
+    if prompt and prompts:
+        raise MSFPError("Prompts come from `--prompt` or from the file `--prompts`, but got both. Leave one out.")
     overrides = {}
     for item in override or ():
         pattern, equals, name = item.rpartition("=")
@@ -72,12 +81,13 @@ def quantize(
         scheme=scheme,
         recipe=recipe,
         settings=settings,
-        calibration_samples=calibration_samples,
-        steps=steps,
+        num_samples=num_samples,
+        num_inference_steps=num_inference_steps,
         seed=seed,
-        prompts=prompts,
+        prompts=prompts or prompt,
+        images=images,
         guidance_scale=guidance_scale,
-        modules_to_not_convert=keep,
+        modules_to_not_convert=modules_to_not_convert,
         scheme_overrides=overrides,
         components=component,
         config=config,
@@ -87,11 +97,11 @@ def quantize(
     )
     if as_json:
         return print_json(result)
-    for stage in result["stages"]:
-        stdout.print(f"stage {stage['stage']}: {stage['seconds']:.1f} s")
+    for done in result.stages:
+        stdout.print(f"stage {done['stage']}: {done['seconds']:.1f} s")
     stdout.print(
-        f"[bold]{result['out']}[/]: {result['layers']} layers as {scheme}, {megabytes(result['bytes_before'])} → "
-        f"{megabytes(result['bytes_after'])}, {result['weight_bits_per_param']:.2f} bits per quantized weight, "
-        f"{result['seconds']:.1f} s (weights {result['seconds_search']:.1f} s, calibration "
-        f"{result['seconds_calibration']:.1f} s), ranges {result['calibration_state']}."
+        f"[bold]{result.out}[/]: {result.layers} layers as {scheme}, {megabytes(result.bytes_reference)} → "
+        f"{megabytes(result.bytes_quantized)}, {result.weight_bits_per_param:.2f} bits per quantized weight, "
+        f"{result.seconds:.1f} s (weights {result.seconds_search:.1f} s, calibration "
+        f"{result.seconds_calibration:.1f} s), ranges {result.calibration_state}."
     )

@@ -12,13 +12,13 @@ from ..shared.terminal import megabytes, stdout
 
 
 def report(
-    source: Annotated[
+    candidate: Annotated[
         str, typer.Argument(metavar="DIR", help="Folder or Hub id of a pipeline, or folder of a denoiser.")
     ],
     out: Annotated[Path, typer.Option(help="HTML file to write.")],
     reference: Annotated[str | None, typer.Option(help="The full-precision pipeline.")] = None,
-    num: Annotated[int, typer.Option(min=1, help="Samples.")] = 8,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps, DDIM.")] = 20,
+    num_samples: Annotated[int, typer.Option(min=1, help="Samples.")] = 8,
+    num_inference_steps: Annotated[int, typer.Option(min=1, help="Denoising steps, DDIM.")] = 20,
     seed: Seed = 0,
     prompts: Prompts = None,
     guidance_scale: Guidance = None,
@@ -30,11 +30,11 @@ def report(
 ) -> None:
     """Write one HTML page on a checkpoint's quality, by this package or another: errors, layers, formats, speed."""
     result = cli.report(
-        source,
+        candidate,
         out,
         reference=reference,
-        num=num,
-        steps=steps,
+        num_samples=num_samples,
+        num_inference_steps=num_inference_steps,
         seed=seed,
         prompts=prompts,
         guidance_scale=guidance_scale,
@@ -45,11 +45,13 @@ def report(
     )
     if as_json:
         return print_json(result)
-    figures = [f"{len(result['layers'])} layers", megabytes(result["bytes"])]
-    if result["comparison"]:
-        figures.append(f"eps_rel_l2 {result['comparison']['eps_rel_l2']:.4f}")
-        figures.append(f"PSNR {result['comparison']['image_psnr_db']:.1f} dB ({num} samples, {steps} steps)")
-    stdout.print(f"{result['out']}: {', '.join(figures)}.", soft_wrap=True, highlight=False, markup=False)
-    for section, reason in result["missing"].items():
+    figures = [f"{len(result.layers)} layers", megabytes(result.bytes_quantized)]
+    if result.comparison:
+        figures.append(f"eps_rel_l2 {result.comparison.eps_rel_l2:.4f}")
+        figures.append(
+            f"PSNR {result.comparison.image_psnr_db:.1f} dB ({num_samples} samples, {num_inference_steps} steps)"
+        )
+    stdout.print(f"{result.out}: {', '.join(figures)}.", soft_wrap=True, highlight=False, markup=False)
+    for section, reason in result.missing.items():
         stdout.print(f"left out: {section}: {reason}", soft_wrap=True, highlight=False, markup=False)
     return None

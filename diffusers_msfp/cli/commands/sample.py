@@ -13,8 +13,8 @@ from ..shared.terminal import stdout
 def sample(
     source: Source,
     out: Annotated[Path, typer.Option(help="PNG to write.")],
-    num: Annotated[int, typer.Option(min=1, help="Pictures.")] = 16,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
+    num_samples: Annotated[int, typer.Option(min=1, help="Pictures.")] = 16,
+    num_inference_steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
     seed: Seed = 0,
     prompts: Prompts = None,
     guidance_scale: Guidance = None,
@@ -23,6 +23,13 @@ def sample(
 ) -> None:
     """Draw a grid of pictures."""
     result = cli.sample(
-        source, out, num=num, steps=steps, seed=seed, prompts=prompts, guidance_scale=guidance_scale, variant=variant
+        source,
+        out,
+        num_samples=num_samples,
+        num_inference_steps=num_inference_steps,
+        seed=seed,
+        prompts=prompts,
+        guidance_scale=guidance_scale,
+        variant=variant,
     )
-    print_json(result) if as_json else stdout.print(f"{num} pictures in [bold]{result['out']}[/].")
+    print_json(result) if as_json else stdout.print(f"{num_samples} pictures in [bold]{result.out}[/].")

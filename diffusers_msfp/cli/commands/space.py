@@ -8,7 +8,7 @@ import typer
 from ... import cli
 from ..shared.options import Json, Variant, print_json
 from ..shared.terminal import megabytes, stdout
-from ..space import print_address
+from ..space import Address, print_address
 
 space = typer.Typer(
     name="space", help="A page that shows a quantized model beside full precision.", no_args_is_help=True
@@ -32,7 +32,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Serve the page on this machine."""
-    on_start = (lambda address: print_json({"address": address})) if as_json else print_address
+    on_start = (lambda address: print_json(Address(address=address))) if as_json else print_address
     cli.space_run(source, reference=reference, title=title, variant=variant, port=port, on_start=on_start)
 
 
@@ -50,10 +50,10 @@ def create(
     result = cli.space_create(source, out, reference=reference, title=title, variant=variant, overwrite=overwrite)
     if as_json:
         return print_json(result)
-    beside = f"beside {result['reference']}" if result["reference"] else "alone, as no reference is known"
+    beside = f"beside {result.reference}" if result.reference else "alone, as no reference is known"
     stdout.print(
-        f"[bold]{result['out']}[/]: {source} {beside}, {len(result['files'])} files, {megabytes(result['bytes'])}. "
-        f"Try it with `cd {result['out']} && python app.py`, publish it with "
-        f"`hf upload USER/SPACE {result['out']} --repo-type space`."
+        f"[bold]{result.out}[/]: {source} {beside}, {len(result.files)} files, {megabytes(result.bytes)}. "
+        f"Try it with `cd {result.out} && python app.py`, publish it with "
+        f"`hf upload USER/SPACE {result.out} --repo-type space`."
     )
     return None

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from diffusers import DiffusionPipeline
@@ -9,6 +10,26 @@ from diffusers import DiffusionPipeline
 from ...errors import ConfigError
 from ...sampling.calls import DEFAULT_PROMPTS
 from .terminal import stderr
+
+
+def read_prompts(prompts: str | Path | Sequence[str] | None) -> list[str] | None:
+    """Prompts as they are, or of a file: one on each line that is not blank.
+
+    Raises:
+        ConfigError: it cannot be read, or holds none.
+    """
+    if prompts is None or not isinstance(prompts, str | Path):
+        return None if prompts is None else list(prompts)
+    try:
+        lines = Path(prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"`--prompts` must be a text file with a prompt on each line, but {prompts}: {error}"
+        ) from error
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise ConfigError(f"`--prompts` must be a text file with a prompt on each line, but {prompts} holds none.")
+    return found
 
 
 def call_settings(

@@ -224,9 +224,10 @@ def model_bytes(source: str, model: nn.Module, name: str, variant: str | None = 
     return on_disk or cast(ModelMixin, model).get_memory_footprint()
 
 
-def denoisers_bytes(source: str, pipe: DiffusionPipeline, variant: str | None = None) -> int:
-    """Size of the weights of all denoisers of a pipeline."""
-    return sum(model_bytes(source, model, name, variant) for name, model in denoisers_of(pipe).items())
+def denoisers_bytes(source: str, loaded: DiffusionPipeline | ModelMixin, variant: str | None = None) -> int:
+    """Size of the weights of all denoisers of a pipeline, or of the model alone."""
+    models = {".": loaded} if isinstance(loaded, ModelMixin) else denoisers_of(loaded)
+    return sum(model_bytes(source, model, name, variant) for name, model in models.items())
 
 
 def refuse_quantized(folder: Path) -> None:

@@ -3,7 +3,7 @@
 import inspect
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from types import GenericAlias
 from typing import Annotated, Any, get_args, get_origin
@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from rich.table import Table
 
+from ...results import Result
 from .settings import Setting, settings_of
 from .terminal import stdout
 
@@ -85,9 +86,9 @@ def _plain(setting: Setting, value: Any) -> Any:
     return tuple(value or setting.default) if get_origin(setting.type) is tuple else value
 
 
-def print_json(result: dict) -> None:
-    """One object on standard output."""
-    sys.stdout.write(json.dumps(result) + "\n")
+def print_json(result: Result) -> None:
+    """One object on standard output: exactly what its `to_dict` gives."""
+    sys.stdout.write(json.dumps(result.to_dict()) + "\n")
 
 
 def parse_value(text: str) -> object:
@@ -98,7 +99,7 @@ def parse_value(text: str) -> object:
         return text
 
 
-def print_router(intervals: list) -> None:
+def print_router(intervals: Sequence) -> None:
     """Which adapter serves which timesteps."""
     for group, runs in enumerate(intervals):
         title = f"router, layer group {group}" if len(intervals) > 1 else "router"

@@ -41,7 +41,8 @@ def print_stages(names: list[str]) -> None:
         stdout.print(table)
     stdout.print(
         "Values are JSON (`null` is None), anything else is text: `--set talora.minutes=5`. Recipes may set other "
-        "values than these defaults; `--steps` and `--seed` hold for all stages that are not told otherwise.",
+        "values than these defaults; `--num-inference-steps` and `--seed` hold for all stages that are not told "
+        "otherwise.",
         highlight=False,
         markup=False,
     )

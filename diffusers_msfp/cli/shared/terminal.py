@@ -1,24 +1,29 @@
 """What verbs say on the way: progress and notes go to standard error, results to standard output."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ...results import OnProgress
 
 stderr = Console(stderr=True)
 stdout = Console()
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Callable[..., None]]:
-    """A progress bar on standard error; yields a function of (done, total, note=""), total 0 where it is not known."""
+def progress(title: str) -> Iterator[OnProgress]:
+    """A progress bar on standard error; yields what moves it, with what it is told beside its title."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         task = bar.add_task(title, total=None)
-        yield lambda done, total, note="": bar.update(
-            task, completed=done, total=total or None, description=f"{title} {note}".rstrip()
-        )
+
+        def report(done: int, total: int, /, **info: object) -> None:
+            notes = (f"loss {value:.5f}" if key == "loss" else str(value) for key, value in info.items())
+            bar.update(task, completed=done, total=total or None, description=" ".join([title, *notes]))
+
+        yield report
 
 
 def megabytes(size: float) -> str:

@@ -17,7 +17,7 @@ def asked_classes(
     pipe: DiffusionPipeline,
     network: FeatureNetwork | None,
     *,
-    num: int,
+    num_samples: int,
     seed: int,
     prompts: list[str] | None,
     arguments: dict,
@@ -33,11 +33,11 @@ def asked_classes(
         num, seed, prompts, arguments: of `draw_pictures`.
 
     Returns:
-        `Tensor`, `(num,)`, int64, or None; and why there is none, unless nothing was asked.
+        `Tensor`, `(num_samples,)`, int64, or None; and why there is none, unless nothing was asked.
     """
     classes = [name.lower() for name in getattr(network, "classes", ())]
     make = call_arguments(pipe, prompts, 1, arguments)
-    asked = make(0, num, [noise_generator(seed, index) for index in range(num)]).arguments
+    asked = make(0, num_samples, [noise_generator(seed, index) for index in range(num_samples)]).arguments
     if "prompt" not in asked and "class_labels" not in asked:
         return None, None
     if not classes:
@@ -70,7 +70,7 @@ def class_agreement(
     network: FeatureNetwork | None,
     found: Mapping[str, Features],
     *,
-    num: int,
+    num_samples: int,
     seed: int,
     prompts: list[str] | None,
     arguments: dict,
@@ -84,7 +84,9 @@ def class_agreement(
     Returns:
         `dict`: set → share; empty where it cannot be told. `str` or None: why not; None where nothing was asked.
     """
-    asked, reason = asked_classes(pipe, network, num=num, seed=seed, prompts=prompts, arguments=arguments)
+    asked, reason = asked_classes(
+        pipe, network, num_samples=num_samples, seed=seed, prompts=prompts, arguments=arguments
+    )
     if asked is None:
         return {}, reason
     logits = {name: features.logits for name, features in found.items() if features.logits is not None}

@@ -7,10 +7,12 @@ number of pictures, not for infinitely many. `bias` is that estimate; `value - b
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from ...results import Result
 
 NEIGHBOURS = 3
 MIN_NEIGHBOURHOOD = 50
@@ -18,7 +20,7 @@ _ROWS = 1000
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Result):
     """A figure and its 95 % interval.
 
     Args:
@@ -31,10 +33,6 @@ class Estimate:
     low: float
     high: float
     bias: float
-
-    def to_dict(self) -> dict[str, float]:
-        """Plain numbers."""
-        return asdict(self)
 
 
 def resamples_for(width: int) -> int:

@@ -1,6 +1,6 @@
 """Pictures from a pipeline, as people look at them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from PIL import Image, ImageDraw
 
+from ...results import OnProgress
 from ...sampling.calls import batched_calls, call_arguments, counting_steps, quiet, require_positive
 from ...sampling.denoisers import denoisers_of
 from ...sampling.solvers import with_ddim
@@ -47,26 +48,31 @@ def image_grid(images: np.ndarray, *, columns: int, scale: int = 1, labels: Sequ
 def sample_images(
     pipe: DiffusionPipeline,
     *,
-    num: int,
-    steps: int,
+    num_samples: int,
+    num_inference_steps: int,
     seed: int = 0,
     prompts: list[str] | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
     **arguments: Any,
 ) -> np.ndarray:
-    """Pictures `(num, H, W, channels)` in [0, 1]; ancestral DDPM, which needs all its steps, is replaced by DDIM.
+    """Pictures `(N, H, W, channels)` in [0, 1]; ancestral DDPM, which needs all its steps, is replaced by DDIM.
 
     Args:
         pipe (`DiffusionPipeline`): not changed.
-        num, steps, seed (`int`): pictures, denoising steps, seed of the noise.
+        num_samples, num_inference_steps, seed (`int`): pictures, denoising steps, seed of the noise.
         prompts (`list[str]`, *optional*): taken in turn where the pipeline takes prompts.
-        on_step (`Callable`, *optional*): called after each step with (done, total).
+        on_progress (`OnProgress`, *optional*): called with (done, total) after each step.
         **arguments: passed on to the pipeline.
     """
-    require_positive(num=num, steps=steps)
+    require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
     if isinstance(pipe.scheduler, DDPMScheduler):
         pipe = with_ddim(pipe)
     denoisers = list(denoisers_of(pipe).values())
-    calls = batched_calls(call_arguments(pipe, prompts, steps, {"output_type": "np"} | arguments), denoisers, num, seed)
-    with quiet(pipe), torch.no_grad(), counting_steps(denoisers, len(calls) * steps, on_step):
+    calls = batched_calls(
+        call_arguments(pipe, prompts, num_inference_steps, {"output_type": "np"} | arguments),
+        denoisers,
+        num_samples,
+        seed,
+    )
+    with quiet(pipe), torch.no_grad(), counting_steps(denoisers, len(calls) * num_inference_steps, on_progress):
         return np.concatenate([call.run(pipe).images for call in calls])

@@ -8,7 +8,6 @@ float32 and 2.1 ms at `w4a4` in groups of 32; 2.4 ms in 16, 3.3 ms in 128.
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ...methods.runs import inputs_digest, plain_config
+from ...results import OnProgress
 from ...sampling.calls import batch_size_for, call_arguments, counting_steps, quiet, require_positive
 from ...sampling.denoisers import denoisers_of
 from ...sampling.observation import quantized_models
 from ...sampling.solvers import with_ddim
-
-OnStep = Callable[[int, int], None]
 
 
 def noise_generator(seed: int, index: int) -> torch.Generator:
@@ -52,42 +50,42 @@ def pictures_tensor(output: Any) -> Tensor:
 def draw_pictures(
     pipe: DiffusionPipeline,
     *,
-    num: int,
-    steps: int,
+    num_samples: int,
+    num_inference_steps: int,
     seed: int = 0,
     prompts: list[str] | None = None,
     folder: Path | None = None,
     share: tuple[int, int] = (0, 1),
-    on_step: OnStep | None = None,
+    on_progress: OnProgress | None = None,
     **arguments: Any,
 ) -> Tensor:
     """Pictures of a pipeline on DDIM, made or found.
 
     Args:
         pipe (`DiffusionPipeline`): not changed.
-        num, steps, seed (`int`): pictures, denoising steps, seed of the noise.
+        num_samples, num_inference_steps, seed (`int`): pictures, denoising steps, seed of the noise.
         prompts (`list[str]`, *optional*): taken in turn where the pipeline takes prompts.
         folder (`Path`, *optional*): where pictures are kept, in a folder for each checkpoint and way of sampling; what
             is there is not made again.
         share (`tuple[int, int]`): which of how many processes this one is; each makes every so-many-th group.
-        on_step (`Callable`, *optional*): called after each step with (done, total).
+        on_progress (`OnProgress`, *optional*): called with (done, total) after each step.
         **arguments: passed on to the pipeline.
 
     Returns:
         `Tensor`, `(n, channels, H, W)`, float16, in [0, 1] but for NaN: this share's groups in order.
     """
-    require_positive(num=num, steps=steps)
+    require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
     pipe = with_ddim(pipe)
     denoisers = list(denoisers_of(pipe).values())
-    make = call_arguments(pipe, prompts, steps, {"output_type": "pt"} | arguments)
-    size = min(num, 2 * batch_size_for(denoisers, num))
+    make = call_arguments(pipe, prompts, num_inference_steps, {"output_type": "pt"} | arguments)
+    size = min(num_samples, 2 * batch_size_for(denoisers, num_samples))
     if folder is not None:
-        folder = folder / _identity(pipe, steps, seed, prompts, arguments)
+        folder = folder / _identity(pipe, num_inference_steps, seed, prompts, arguments)
         folder.mkdir(parents=True, exist_ok=True)
-    groups = [(start, min(start + size, num)) for start in range(0, num, size)][share[0] :: share[1]]
+    groups = [(start, min(start + size, num_samples)) for start in range(0, num_samples, size)][share[0] :: share[1]]
     kept = {group: _read(folder, group) for group in groups}
     missing = [group for group in groups if kept[group] is None]
-    with quiet(pipe), torch.no_grad(), counting_steps(denoisers, len(missing) * steps, on_step):
+    with quiet(pipe), torch.no_grad(), counting_steps(denoisers, len(missing) * num_inference_steps, on_progress):
         for start, end in missing:
             noise = [noise_generator(seed, index) for index in range(start, end)]
             images = pictures_tensor(make(start, end - start, noise).run(pipe))
@@ -97,7 +95,9 @@ def draw_pictures(
     return torch.from_numpy(np.concatenate([kept[group] for group in groups])) if groups else torch.empty(0)
 
 
-def _identity(pipe: DiffusionPipeline, steps: int, seed: int, prompts: list[str] | None, arguments: dict) -> str:
+def _identity(
+    pipe: DiffusionPipeline, num_inference_steps: int, seed: int, prompts: list[str] | None, arguments: dict
+) -> str:
     """A name for all that pictures depend on, beside their number."""
     models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     parts = {name: inputs_digest(model, repr(model), plain_config(model)) for name, model in models.items()}
@@ -107,7 +107,7 @@ def _identity(pipe: DiffusionPipeline, steps: int, seed: int, prompts: list[str]
         for module in model.modules()
     ]
     scheduler = [type(pipe.scheduler).__name__, plain_config(pipe.scheduler)]
-    described = [type(pipe).__name__, parts, running, scheduler, steps, seed, prompts, arguments]
+    described = [type(pipe).__name__, parts, running, scheduler, num_inference_steps, seed, prompts, arguments]
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=repr).encode()).hexdigest()[:20]
 
 

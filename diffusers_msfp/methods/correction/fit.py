@@ -5,7 +5,7 @@ little noise, and a constant beside it. Both add up over a trajectory, unlike th
 fit of each timestep is taken on samples to which the corrections of the earlier steps were applied already.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ...compat.wrappers import sees_through
 from ...errors import ConfigError, NonFiniteError
+from ...results import OnProgress, Result
 from ...sampling.calls import batched_calls, call_arguments, quiet, require_positive
-from ...sampling.denoisers import by_denoiser, denoiser_of, each_quantized, model_output
+from ...sampling.denoisers import ByDenoiser, by_denoiser, denoiser_of, each_quantized, model_output
 from ...sampling.solvers import with_ddim
 from ...sampling.timestep import first_timestep, require_timesteps
 from ...sampling.used_output import used_part
@@ -93,6 +94,24 @@ class _Sums:
         return before.item(), (solved @ self.products.cpu() @ solved).clamp_min(0).item()
 
 
+@dataclass(frozen=True, kw_only=True)
+class OutputCorrection(Result):
+    """What was fitted.
+
+    Args:
+        timesteps (`Sequence[float]`): ascending.
+        a, b (`Sequence[float]`): coefficients by timestep.
+        error_before, error_after (`Sequence[float]`): relative error of the output by timestep, on the pipeline's own
+            samples.
+    """
+
+    timesteps: Sequence[float]
+    a: Sequence[float]
+    b: Sequence[float]
+    error_before: Sequence[float]
+    error_after: Sequence[float]
+
+
 @sees_through
 def correct_output(
     pipe: DiffusionPipeline,
@@ -100,9 +119,9 @@ def correct_output(
     config: CorrectionConfig | None = None,
     *,
     prompts: Sequence[str] | None = None,
-    on_step: Callable[[int, int, str], None] | None = None,
+    on_progress: OnProgress | None = None,
     **arguments: Any,
-) -> dict:
+) -> OutputCorrection | ByDenoiser:
     """Correct what a quantized pipeline's denoiser predicts, in place: `a_t * output + b_t * sample + c_t`.
 
     The table is a few numbers for each timestep, applied in the model's forward; samplers with other timesteps get what
@@ -113,12 +132,11 @@ def correct_output(
         teacher (`DiffusionPipeline`): the full-precision original.
         config (`CorrectionConfig`, *optional*): settings.
         prompts (`Sequence[str]`, *optional*): taken in turn where the pipeline takes prompts.
-        on_step (`Callable[[int, int, str], None]`, *optional*): called after each step with (done, total, note).
+        on_progress (`OnProgress`, *optional*): called after each step with (done, total, `note`).
         **arguments: passed on to the pipeline, e.g. `guidance_scale=…`.
 
     Returns:
-        `dict`: `timesteps` (ascending), `a`, `b` (by timestep), `error_before`, `error_after` (relative error of the
-        output by timestep, on the pipeline's own samples). For each denoiser by name where several are quantized.
+        `OutputCorrection`; for each denoiser by name where several are quantized.
 
     Raises:
         ConfigError: pipelines that do not fit. Nothing is changed then.
@@ -141,7 +159,7 @@ def correct_output(
     for own, original in views.values():
         check_student(denoiser_of(own), denoiser_of(original), "correction", learns=False)
         require_takes(denoiser_of(own), denoiser_of(original))
-    fitted = {name: _fit(*view, config, prompts, arguments, on_step) for name, view in views.items()}
+    fitted = {name: _fit(*view, config, prompts, arguments, on_progress) for name, view in views.items()}
     results = {}
     for name, (own, _) in views.items():  # only now are models changed
         table, results[name] = fitted[name]
@@ -151,13 +169,13 @@ def correct_output(
 
 @torch.no_grad()
 def _fit(
-    pipe: Any,
-    teacher: Any,
+    pipe: DiffusionPipeline,
+    teacher: DiffusionPipeline,
     config: CorrectionConfig,
     prompts: Sequence[str] | None,
     arguments: dict,
-    on_step: Callable[[int, int, str], None] | None,
-) -> tuple[CorrectionTable, dict]:
+    on_progress: OnProgress | None,
+) -> tuple[CorrectionTable, OutputCorrection]:
     model, original = denoiser_of(pipe), denoiser_of(teacher)
     argument = require_timesteps(model)
     runner = with_ddim(pipe)
@@ -180,9 +198,9 @@ def _fit(
         channels = channels_of(prediction)
         table = CorrectionTable(*_table({timestep: (coefficients, constant)}, prediction.device))
         done += 1
-        if on_step is not None:
+        if on_progress is not None:
             before, after = known.errors(coefficients)
-            on_step(done, max(done, total), f"error × {(after / before) ** 0.5 if before else 1:.3f}")
+            on_progress(done, max(done, total), note=f"error × {(after / before) ** 0.5 if before else 1:.3f}")
         return map_prediction(output, channels, lambda each: table.correct(each, sample, timestep))
 
     with without_correction(model), quiet(runner):
@@ -201,13 +219,13 @@ def _fit(
         [(pair[i] / e) ** 0.5 if e else 0.0 for pair, e in zip(errors, energy, strict=True)] for i in (0, 1)
     )
     table = CorrectionTable(*_table({t: solved[t] for t in order}, next(model.parameters()).device))
-    return table, {
-        "timesteps": order,
-        "a": table.a[:, 0].tolist(),
-        "b": table.b[:, 0].tolist(),
-        "error_before": before,
-        "error_after": after,
-    }
+    return table, OutputCorrection(
+        timesteps=order,
+        a=table.a[:, 0].tolist(),
+        b=table.b[:, 0].tolist(),
+        error_before=before,
+        error_after=after,
+    )
 
 
 def _by_channel(x: Tensor) -> Tensor:

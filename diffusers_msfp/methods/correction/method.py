@@ -40,6 +40,6 @@ CORRECTION_METHOD = Method(
         since=2,
         describe=_describe,
     ),
-    callback="on_step",
+    reports=True,
     resumes=False,
 )

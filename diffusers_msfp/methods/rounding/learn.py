@@ -7,7 +7,8 @@ never gets worse there than nearest rounding.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ...compat.wrappers import seen_through, sees_through
-from ...errors import ConfigError, NonFiniteError
+from ...errors import ConfigError, NonFiniteError, StateError
 from ...layers import QuantLayer
 from ...layers.convert import layers_by_name, prepare_layers
 from ...numerics import unpack
+from ...results import OnProgress, Result
 from ...sampling.calls import call_arguments
-from ...sampling.denoisers import by_denoiser, denoiser_of, each_quantized, scheduler_of, work_folders
+from ...sampling.denoisers import ByDenoiser, by_denoiser, denoiser_of, each_quantized, scheduler_of, work_folders
 from ...sampling.trajectory import Trajectories
 from ...sampling.used_output import used_channels
 from ...schemes import check_patterns, matches
@@ -38,6 +40,29 @@ EVALUATIONS = 10
 HELD_OUT = 8  # one of so many examples judges and does not teach
 
 
+@dataclass(frozen=True, kw_only=True)
+class LearnedRounding(Result):
+    """What became of the weights.
+
+    Args:
+        parts (`Sequence[Mapping[str, Any]]`): each with `part`, number of `layers`, `examples` and `iterations`, and
+            the mean squared error of the part's output on examples kept apart `before` and `after`.
+        seconds (`float`): of the run.
+        weights (`int`): their number.
+        changed (`float`): share of weights no longer rounded to nearest.
+        sparsity, sparsity_before (`float`): share of exact zeros.
+        maxval_over_amax (`float`): mean over channels: sparsity depends on where the range search clips.
+    """
+
+    parts: Sequence[Mapping[str, Any]]
+    seconds: float
+    weights: int
+    changed: float
+    sparsity_before: float
+    sparsity: float
+    maxval_over_amax: float
+
+
 class Reconstructor:
     """One run of learned rounding; `learn_rounding` is the short form. Arguments are the same."""
 
@@ -50,10 +75,10 @@ class Reconstructor:
         *,
         work_dir: str | Path | None = None,
         prompts: list[str] | None = None,
-        on_part: Callable[[int, int, str], None] | None = None,
+        on_progress: OnProgress | None = None,
         **arguments: Any,
     ) -> None:
-        self.config, self.on_part = config or RoundingConfig(), on_part
+        self.config, self.on_progress = config or RoundingConfig(), on_progress
         self._before: dict[str, tuple[Tensor, Tensor]] = {}
         view, *others = each_quantized(pipe, teacher).values()
         if others:
@@ -67,7 +92,7 @@ class Reconstructor:
         maintained = maintained_layers(self.model)
         layers = {name: layer for name, layer in layers_by_name(self.model).items() if name not in maintained}
         if not layers:
-            raise ConfigError(
+            raise StateError(
                 "Learned rounding needs layers without input parameters for each timestep, but all layers of this "
                 "model have some. Learn rounding first, then maintain temporal features with `fsc='all'`."
             )
@@ -90,7 +115,7 @@ class Reconstructor:
         if not self.parts:
             raise ConfigError(f"Some layer must be left to learn, but `exclude` {list(config.exclude)} matches all.")
 
-    def run(self) -> dict:
+    def run(self) -> LearnedRounding:
         """Learn, part by part, and store the weights; see `learn_rounding`."""
         started, layers = time.perf_counter(), layers_by_name(self.model)
         layers = {key: layers[key] for inner in self.parts.values() for key in inner}
@@ -112,8 +137,8 @@ class Reconstructor:
                         own[key].store_banks([weight], self.originals[key].to(torch.float32))
                     self.folder.save(number, own, record)
                 records.append(record)
-                if self.on_part is not None:
-                    self.on_part(number + 1, len(self.parts), name)
+                if self.on_progress is not None:
+                    self.on_progress(number + 1, len(self.parts), part=name)
         except BaseException:
             self.restore()
             raise
@@ -121,7 +146,8 @@ class Reconstructor:
             for parameter, needed in required:
                 parameter.requires_grad_(needed)
         prepare_layers(self.model)
-        return {"parts": records, "seconds": time.perf_counter() - started} | _summary(layers, before, self.originals)
+        seconds = time.perf_counter() - started
+        return LearnedRounding(parts=records, seconds=seconds, **_summary(layers, before, self.originals))
 
     def restore(self) -> None:
         """Give the layers the weights that they had before `run`."""
@@ -194,7 +220,7 @@ def _summary(layers: dict[str, QuantLayer], before: dict, originals: dict[str, T
 @sees_through
 def learn_rounding(
     pipe: DiffusionPipeline, teacher: DiffusionPipeline, config: RoundingConfig | None = None, **arguments: Any
-) -> dict:
+) -> LearnedRounding | ByDenoiser:
     """Learn, in place, which way the weights of a quantized pipeline's denoisers round.
 
     Formats, scales and activation ranges stay; no byte is added and nothing changes at run time. Layers that temporal
@@ -206,15 +232,11 @@ def learn_rounding(
         config (`RoundingConfig`, *optional*): settings.
         work_dir (`str` or `Path`, *optional*): keeps finished parts; a run found there is resumed.
         prompts (`list[str]`, *optional*): taken in turn where the pipeline takes prompts.
-        on_part (`Callable[[int, int, str], None]`, *optional*): called after each part with (done, total, name).
+        on_progress (`OnProgress`, *optional*): called with (done, total, part=name) after each part.
         **arguments: passed on to the pipeline, e.g. `guidance_scale=…`.
 
     Returns:
-        `dict`: `parts` (each with `part`, number of `layers`, `examples` and `iterations`, and the mean squared error
-        of the part's output on examples kept apart `before` and `after`), `seconds`, `weights` (their number),
-        `changed` (share of weights no longer rounded to nearest), `sparsity` and `sparsity_before` (share of exact
-        zeros) and `maxval_over_amax` (mean over channels: sparsity depends on where the range search clips). For each
-        denoiser by name where several are quantized.
+        `LearnedRounding`; where several denoisers are quantized, a `ByDenoiser` of these.
 
     Raises:
         ConfigError: settings or pipelines that do not fit; nothing is changed then.

@@ -12,5 +12,5 @@ ROUNDING = Method(
         "correction": CORRECTED,
         "talora": "This model has adapters already. Start from the checkpoint that `quantize` wrote.",
     },
-    callback="on_part",
+    reports=True,
 )

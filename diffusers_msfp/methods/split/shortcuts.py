@@ -21,13 +21,14 @@ from ...calibration.watch import watching_calls
 from ...compat.peft import is_wrapped
 from ...compat.torch import put_bias
 from ...compat.wrappers import sees_through
-from ...errors import ConfigError
+from ...errors import StateError
 from ...layers import QUANT_LAYERS, QuantLayer, SplitLayer
 from ...layers.convert import layers_by_name, prepare_layers, replace_modules
 from ...layers.split import can_split, channel_axis, split_layer
 from ...numerics.rounding import check_finite
+from ...results import Result
 from ...sampling.calls import Call, batched_calls, call_arguments, quiet, require_positive
-from ...sampling.denoisers import by_denoiser, denoiser_of, each_quantized
+from ...sampling.denoisers import ByDenoiser, by_denoiser, denoiser_of, each_quantized
 from ...sampling.trajectory import DenoisingStep, rollout
 from ...schemes import LayerScheme
 from ..checks import check_student, original_weight
@@ -62,6 +63,19 @@ class SplitConfig:
         require_positive(num_samples=self.num_samples, num_inference_steps=self.num_inference_steps)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SplitShortcuts(Result):
+    """What was split.
+
+    Args:
+        split (`Mapping[str, Sequence[int]]`): layer → input channels of each part; empty where nothing is concatenated.
+        seconds (`float`): of the run.
+    """
+
+    split: Mapping[str, Sequence[int]]
+    seconds: float
+
+
 @sees_through
 def split_shortcuts(
     pipe: DiffusionPipeline,
@@ -70,7 +84,7 @@ def split_shortcuts(
     *,
     prompts: Sequence[str] | None = None,
     **arguments: Any,
-) -> dict:
+) -> SplitShortcuts | ByDenoiser:
     """Split, in place, every quantized layer of a pipeline's denoiser whose input is a concatenation.
 
     Formats of the parts' weights and inputs are searched anew among those of the layer's scheme; all other layers stay
@@ -84,8 +98,8 @@ def split_shortcuts(
         **arguments: passed on to the teacher, e.g. `guidance_scale=…`.
 
     Returns:
-        `dict`: `split` (layer → input channels of each part; empty, with a warning, where nothing is concatenated) and
-        `seconds`. For each denoiser by name where several are quantized.
+        `SplitShortcuts`, with a warning where nothing is concatenated; where several denoisers are quantized, a
+        `ByDenoiser` of these.
 
     Raises:
         ConfigError: pipelines that do not fit; nothing is changed then.
@@ -102,7 +116,7 @@ def split_shortcuts(
         model, teacher_model = denoiser_of(own), denoiser_of(original)
         check_student(model, teacher_model, "split", learns=False)
         if any(is_wrapped(name) for name, _ in teacher_model.named_modules()):
-            raise ConfigError("The teacher must be without adapters, but this one has some: unload or fuse them.")
+            raise StateError("The teacher must be without adapters, but this one has some: unload or fuse them.")
     ready = {name: _split(*view, config, prompts, arguments) for name, view in views.items()}
     return by_denoiser({name: apply() for name, apply in ready.items()})  # only now are models changed
 
@@ -113,7 +127,7 @@ def _split(
     config: SplitConfig,
     prompts: Sequence[str] | None,
     arguments: dict,
-) -> Callable[[], dict]:
+) -> Callable[[], SplitShortcuts]:
     """The new layers of one denoiser; the function that is returned puts them in, and gives the verb's result."""
     started, model, original = time.perf_counter(), denoiser_of(pipe), denoiser_of(teacher)
     layers = layers_by_name(model)
@@ -138,11 +152,11 @@ def _split(
                 if isinstance(part, QuantLayer) and part.observing:
                     part.freeze()
 
-    def apply() -> dict:
+    def apply() -> SplitShortcuts:
         if split:
             replace_modules(model, split)
             prepare_layers(model)
-        return {"split": found, "seconds": time.perf_counter() - started}
+        return SplitShortcuts(split=found, seconds=time.perf_counter() - started)
 
     return apply
 

@@ -1,9 +1,11 @@
 """Settings of a fine-tuning run, and what changes over its course."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from ...errors import ConfigError
+from ...results import Result
 from ...sampling.calls import require_positive
 from ...schemes import as_patterns
 from . import PLACEMENTS
@@ -136,3 +138,22 @@ def block_at(blocks: dict[str, int], update: int, total: int) -> str:
 def example_seed(seed: int, example: int) -> int:
     """A seed for the noise of one example."""
     return random.Random(f"{seed}:{example}").getrandbits(63)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetuned(Result):
+    """What became of a run of fine-tuning.
+
+    Args:
+        updates (`int`): of the optimizer.
+        seconds (`float`): of training, over all sessions.
+        losses (`Sequence[float]`): of each update.
+        usage (`Sequence[Sequence[float]]`): `[group][adapter]`, share of the table's timesteps.
+        collapsed (`bool`): one adapter serves all timesteps.
+    """
+
+    updates: int
+    seconds: float
+    losses: Sequence[float]
+    usage: Sequence[Sequence[float]]
+    collapsed: bool

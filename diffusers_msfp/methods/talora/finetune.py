@@ -5,27 +5,26 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from ...compat.wrappers import sees_through
-from ...sampling.denoisers import by_denoiser, each_quantized, work_folders
-from .config import FinetuneConfig
+from ...sampling.denoisers import ByDenoiser, by_denoiser, each_quantized, work_folders
+from .config import FinetuneConfig, Finetuned
 from .finetuner import Finetuner
 
 
 @sees_through
 def finetune(
     pipe: DiffusionPipeline, teacher: DiffusionPipeline, config: FinetuneConfig | None = None, **arguments: Any
-) -> dict:
+) -> Finetuned | ByDenoiser:
     """Fine-tune a quantized pipeline in place, with timestep-aware adapters (TALoRA) and an aligned loss (DFA).
 
     Args:
         pipe (`DiffusionPipeline`): quantized and calibrated, without timestep-aware adapters.
         teacher (`DiffusionPipeline`): the full-precision original; its scheduler draws the examples.
         config (`FinetuneConfig`, *optional*): settings.
-        **arguments: further ones of `Finetuner`: `work_dir`, `prompts`, `on_update`, `on_preview`, and those of the
+        **arguments: further ones of `Finetuner`: `work_dir`, `prompts`, `on_progress`, `on_preview`, and those of the
             pipeline, e.g. `guidance_scale=…`.
 
     Returns:
-        `dict`: see `Finetuner.run`; for each denoiser by name where several are quantized, which learn one after the
-        other.
+        `Finetuned`; where several denoisers are quantized, which learn one after the other, a `ByDenoiser` of these.
 
     Raises:
         MSFPError: settings or pipelines that do not fit; nothing is changed then.

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...compat.wrappers import seen_through, sees_through
 from ...errors import ConfigError, NonFiniteError
+from ...results import OnProgress
 from ...sampling.calls import call_arguments, quiet
 from ...sampling.denoisers import denoiser_of, denoisers_of, each_quantized, scheduler_of
 from ...sampling.denoising_factor import denoising_factors, step_arguments
@@ -31,7 +32,15 @@ from ..losses import loss_weights, squared_error
 from ..routes import routing_of
 from ..runs import Stop, deferred_signals, inputs_digest, plain_config
 from . import RoutingTable, Trainee
-from .config import DEFAULT_UPDATES, FinetuneConfig, block_at, example_seed, exploration_factor, learning_rate_factor
+from .config import (
+    DEFAULT_UPDATES,
+    FinetuneConfig,
+    Finetuned,
+    block_at,
+    example_seed,
+    exploration_factor,
+    learning_rate_factor,
+)
 from .folder import Progress, TrainingFolder, optimizer_for
 from .student import Student
 
@@ -49,7 +58,7 @@ class Finetuner:
         work_dir (`str` or `Path`, *optional*): for checkpoints and, where it is installed, TensorBoard's logs; a run
             found there is resumed.
         prompts (`list[str]`, *optional*): taken in turn where the pipeline takes prompts.
-        on_update (`Callable[[int, int, float], None]`, *optional*): called with (done, total, loss); total is 0 while
+        on_progress (`OnProgress`, *optional*): called with (done, total, loss=loss); total is 0 while
             it is not known.
         on_preview (`Callable[[int, np.ndarray], None]`, *optional*): called with (done, pictures `(N, H, W, C)`).
         **arguments: passed on to the pipelines, e.g. `guidance_scale=…`.
@@ -67,7 +76,7 @@ class Finetuner:
         *,
         work_dir: str | Path | None = None,
         prompts: list[str] | None = None,
-        on_update: Callable[[int, int, float], None] | None = None,
+        on_progress: OnProgress | None = None,
         on_preview: Callable[[int, np.ndarray], None] | None = None,
         **arguments: Any,
     ) -> None:
@@ -79,7 +88,7 @@ class Finetuner:
             )
         pipe, teacher = view
         self.pipe, self.teacher, self.config = pipe, teacher, config or FinetuneConfig()
-        self.on_update, self.on_preview, self._stop = on_update, on_preview, Stop()
+        self.on_progress, self.on_preview, self._stop = on_progress, on_preview, Stop()
         config, model, original = self.config, denoiser_of(pipe), denoiser_of(teacher)
         scheduler = scheduler_of(teacher)
         work_dir = Path(work_dir) if work_dir else None
@@ -158,14 +167,10 @@ class Finetuner:
         means = (sums[:, 0] / sums[:, 1].clamp_min(1)).tolist()
         return {timestep: (self._weight(timestep) * mean) ** 0.5 for timestep, mean in zip(errors, means, strict=True)}
 
-    def run(self) -> dict:
+    def run(self) -> Finetuned:
         """Train to the end and turn the student into a deployed model.
 
         With a `work_dir`, Ctrl-C and SIGTERM take effect after the update under way, whose state is saved.
-
-        Returns:
-            `dict`: `updates`, `seconds` (over all sessions), `losses` (per update), `usage` (`[group][adapter]`, share
-            of the table's timesteps), `collapsed` (one adapter serves all timesteps).
         """
         progress = self.progress
         try:
@@ -183,13 +188,13 @@ class Finetuner:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
         usage = cast(RoutingTable, routing_of(model)).usage()
-        return {
-            "updates": progress.update,
-            "seconds": progress.seconds,
-            "losses": progress.losses,
-            "usage": usage,
-            "collapsed": self.config.num_adapters > 1 and any(max(shares) == 1 for shares in usage),
-        }
+        return Finetuned(
+            updates=progress.update,
+            seconds=progress.seconds,
+            losses=progress.losses,
+            usage=usage,
+            collapsed=self.config.num_adapters > 1 and any(max(shares) == 1 for shares in usage),
+        )
 
     def update(self) -> None:
         """One optimizer step, with what belongs to it."""
@@ -273,8 +278,8 @@ class Finetuner:
         progress = self.progress
         if self.folder.path is not None:
             self.accelerator.log({"loss": loss, "learning_rate_factor": factor}, step=progress.update)
-        if self.on_update is not None:
-            self.on_update(progress.update, progress.total, loss)
+        if self.on_progress is not None:
+            self.on_progress(progress.update, progress.total, loss=loss)
         wanted = self.on_preview is not None and self.accelerator.is_main_process and self.folder.preview_due()
         if wanted and self._stop.asked is None:
             with self.folder.previewing():

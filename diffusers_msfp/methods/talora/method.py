@@ -52,5 +52,5 @@ TALORA = Method(
     ),
     forbids={"talora": "This model has adapters already. Start from the checkpoint that `quantize` wrote."},
     check_after=_check_after,
-    callback="on_update",
+    reports=True,
 )

@@ -21,8 +21,9 @@ from ...compat.wrappers import sees_through
 from ...errors import ConfigError, NothingToDoError
 from ...layers.convert import layers_by_name
 from ...numerics.rounding import check_finite
+from ...results import Result
 from ...sampling.calls import call_arguments, require_positive
-from ...sampling.denoisers import by_denoiser, denoiser_of, each_quantized
+from ...sampling.denoisers import ByDenoiser, by_denoiser, denoiser_of, each_quantized
 from ..checks import check_student, require_takes
 from . import SCOPES, TemporalBlock, TemporalPlan, store_features
 from .attach import attach_sets
@@ -80,6 +81,29 @@ class TemporalConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class TemporalMaintenance(Result):
+    """What is kept right, and what that takes.
+
+    Args:
+        timesteps (`Sequence[float]`): the finite set.
+        block (`Sequence[str]`): layers that depend on the timestep alone.
+        sets (`Sequence[str]`): layers with parameters for each timestep.
+        cached (`Sequence[str]`): layers whose outputs are stored.
+        sets_bytes, cache_bytes (`int`): of the two.
+        errors (`Mapping[str, Mapping[str, float]]`): layer → largest relative error over the set's timesteps: `ptq`
+            before, `reconstructed` after TIAR and FSC, without stored outputs.
+    """
+
+    timesteps: Sequence[float]
+    block: Sequence[str]
+    sets: Sequence[str]
+    cached: Sequence[str]
+    sets_bytes: int
+    cache_bytes: int
+    errors: Mapping[str, Mapping[str, float]]
+
+
 @sees_through
 def maintain_temporal(
     pipe: DiffusionPipeline,
@@ -88,7 +112,7 @@ def maintain_temporal(
     *,
     prompts: Sequence[str] | None = None,
     **arguments: Any,
-) -> dict:
+) -> TemporalMaintenance | ByDenoiser:
     """Keep the temporal features of a quantized pipeline right, in place, at every timestep of a sampler.
 
     No data are needed: the block's inputs are timesteps. Samplers with other timesteps work too: inputs take the
@@ -103,10 +127,7 @@ def maintain_temporal(
         **arguments: passed on to the teacher, e.g. `guidance_scale=…`.
 
     Returns:
-        `dict`: `timesteps` (the finite set), `block` (layers that depend on the timestep alone), `sets` (layers with
-        parameters for each timestep), `cached` (layers whose outputs are stored), `errors` (layer → largest relative
-        error over the set's timesteps: `ptq` before, `reconstructed` after TIAR and FSC, without stored outputs),
-        `sets_bytes`, `cache_bytes`. For each denoiser by name where several are quantized.
+        `TemporalMaintenance`; where several denoisers are quantized, a `ByDenoiser` of these.
 
     Raises:
         ConfigError: pipelines that do not fit, or no quantized layer that depends on the timestep alone. Nothing is
@@ -129,7 +150,7 @@ def maintain_temporal(
         check_student(model, denoiser_of(original), "temporal", learns=False)
         if config.fsc == "all":
             require_takes(model, denoiser_of(original))
-    ready: dict[str, Callable[[], dict]] = {}
+    ready: dict[str, Callable[[], TemporalMaintenance]] = {}
     refused: NothingToDoError | None = None
     for name, view in views.items():
         try:
@@ -148,7 +169,7 @@ def _maintain(
     config: TemporalConfig,
     prompts: Sequence[str] | None,
     arguments: dict,
-) -> Callable[[], dict]:
+) -> Callable[[], TemporalMaintenance]:
     """All that one denoiser needs; the function that is returned changes it and gives `maintain_temporal`'s result."""
     model, layers = denoiser_of(pipe), layers_by_name(denoiser_of(pipe))
     make_arguments = call_arguments(teacher, prompts, config.num_inference_steps, arguments)
@@ -184,7 +205,7 @@ def _maintain(
         counts = {"num_samples": config.num_samples, "seed": config.seed}
         sets = sets | observe_sets(model, teacher, make_arguments, probe.timesteps, sets, **counts)
 
-    def apply() -> dict:
+    def apply() -> TemporalMaintenance:
         for name, weight in student.weights.items() if config.iterations else ():
             layers[name].store_banks([weight], originals[name])
         for name, parameters in sets.items():
@@ -196,7 +217,7 @@ def _maintain(
         attach_sets(model, plan, probe.timesteps.to(device_of(model)), features)
         channels = {name: layer.logical_shape[0] for name, layer in layers.items()}
         errors = {name: {"ptq": before[name], "reconstructed": reconstructed[name]} for name in targets}
-        return plan.summary(probe.timesteps.tolist(), channels) | {"errors": errors}
+        return TemporalMaintenance(**plan.summary(probe.timesteps.tolist(), channels), errors=errors)
 
     return apply
 

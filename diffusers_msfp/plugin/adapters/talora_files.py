@@ -19,7 +19,7 @@ from ...checkpoint.describe import read_config, weight_files
 from ...checkpoint.digest import Digest, checking
 from ...compat.torch import device_of
 from ...compat.wrappers import sees_through
-from ...errors import CheckpointError, ConfigError, ShapeError
+from ...errors import CheckpointError, ConfigError, ShapeError, StateError
 from ...layers import QuantLayer
 from ...layers.convert import base_fingerprint, layers_by_name
 from ...methods.method import read_part
@@ -37,11 +37,11 @@ def require_plan(model: nn.Module) -> AdapterPlan:
     """The model's timestep-aware adapters.
 
     Raises:
-        ConfigError: it has none.
+        StateError: it has none.
     """
     plan = plan_of(model)
     if plan is None:
-        raise ConfigError(
+        raise StateError(
             f"This {type(model).__name__} must have timestep-aware adapters, but it has none: load them with "
             f"`load_talora`, or fine-tune."
         )
@@ -53,7 +53,7 @@ def save_talora(model: nn.Module, folder: str | Path) -> None:
     """Write a model's adapters without the model.
 
     Raises:
-        ConfigError: it has none.
+        StateError: it has none.
         UnsupportedError: they are merged into the weights.
     """
     plan = require_plan(model)
@@ -80,10 +80,10 @@ def load_talora(model: nn.Module, source: str | Path, **hub: Any) -> None:
         ConfigError: adapters for another base, or the model has adapters already; the model is unchanged.
     """
     if routing_of(model) is not None:
-        raise ConfigError("This model has timestep-aware adapters already. Call `unload_talora` first.")
+        raise StateError("This model has timestep-aware adapters already. Call `unload_talora` first.")
     require_timesteps(model)
     if calibration_state(model) == "observing":
-        raise ConfigError("Adapters need a calibrated model, but this one observes: call `calibrate(pipe)` first.")
+        raise StateError("Adapters need a calibrated model, but this one observes: call `calibrate(pipe)` first.")
     plan, tensors = _read(_folder(source, **hub))
     if plan.placement != "side":
         raise ConfigError(
@@ -100,7 +100,7 @@ def load_talora(model: nn.Module, source: str | Path, **hub: Any) -> None:
         )
     taken = sorted(name for name in plan.rank_of() if layers[name].routing is not None)
     if taken:
-        raise ConfigError(
+        raise StateError(
             f"Layers have adapters or follow a set of timesteps, not both, but `{taken[0]}` would do both. Load the "
             f"checkpoint that `finetune` started from."
         )

@@ -7,7 +7,7 @@ goes on with the next one.
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +26,7 @@ from ...layers import QUANT_LAYERS, QuantLayer
 from ...layers.convert import quant_layers
 from ...layers.skeleton import OBSERVING, LayerGroup, convert_skeleton
 from ...layers.stored import FORMATS_TENSOR, name_in_files
+from ...results import OnProgress
 from ..config import MSFPConfig
 from ..quantizer import MSFPQuantizer
 from .saving import file_metadata, save_record
@@ -93,14 +94,14 @@ class StreamedModel:
         streamed.model.register_to_config(_name_or_path=str(folder))
         return streamed
 
-    def write(self, folder: Path, on_layer: Callable[[int, int], None] | None = None) -> None:
+    def write(self, folder: Path, on_progress: OnProgress | None = None) -> None:
         """Quantize and write the checkpoint, or what is not there yet.
 
         Args:
             folder (`Path`): where the checkpoint grows; the journal is a file beside it, `<folder>.jsonl`. What an
                 earlier run with the same arguments and source files has written is kept, as far as its checksums are
                 right; what another run has left is removed.
-            on_layer (`Callable[[int, int], None]`, *optional*): called after each layer with (done, total).
+            on_progress (`OnProgress`, *optional*): called with (done, total) after each layer.
 
         Raises:
             NonFiniteError: a weight holds NaN or infinity.
@@ -137,8 +138,8 @@ class StreamedModel:
             if layer is not None:
                 layer.weight_format = FORMATS[done[module_name]["format"]]
                 finished += 1
-                if on_layer is not None:
-                    on_layer(finished, len(layers))
+                if on_progress is not None:
+                    on_progress(finished, len(layers))
         self._layout.finish(folder)
         sums = {name: value for entry in done.values() for name, value in entry["checksums"].items()}
         digest = Digest({(name, dtype_name(self._state[name])): value for name, value in sums.items()})

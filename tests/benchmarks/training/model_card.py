@@ -77,7 +77,9 @@ def measure(pipe: DiffusionPipeline, guidance: float | None, data: Path, num: in
     takes_prompts = "prompt" in inspect.signature(pipe.__call__).parameters
     prompts = [captions(name)[0] for name in CIFAR10_CLASSES] if takes_prompts else None
     arguments = {} if guidance is None else {"guidance_scale": guidance}
-    images = draw_pictures(pipe, num=num, steps=steps, prompts=prompts, folder=kept, on_step=_tell, **arguments)
+    images = draw_pictures(
+        pipe, num_samples=num, num_inference_steps=steps, prompts=prompts, folder=kept, on_progress=_tell, **arguments
+    )
     real, train_pictures = load_cifar10(data, train=False).images, load_cifar10(data).images
     chosen = torch.randperm(len(train_pictures), generator=torch.Generator().manual_seed(0))[:num]
     network = feature_network(FEATURES)
@@ -86,7 +88,7 @@ def measure(pipe: DiffusionPipeline, guidance: float | None, data: Path, num: in
         "frechet_distance": frechet_estimate(made.pooled, test.pooled).to_dict(),
         "frechet_distance_of_training_pictures": frechet_estimate(other.pooled, test.pooled).to_dict(),
     }
-    settings = {"num": num, "seed": 0, "prompts": prompts, "arguments": arguments}
+    settings = {"num_samples": num, "seed": 0, "prompts": prompts, "arguments": arguments}
     shares, _ = class_agreement(pipe, network, {"made": made}, **settings)
     if shares:
         figures["class_agreement"] = shares["made"].to_dict()
@@ -229,7 +231,7 @@ def _row(label: str, figure: Mapping) -> str:
     return f"| {label} | {figure['value']:.3g} | {figure['low']:.3g} – {figure['high']:.3g} |"
 
 
-def _tell(done: int, total: int) -> None:
+def _tell(done: int, total: int, /, **_: object) -> None:
     if done % 500 == 0 or done == total:
         typer.echo(f"step {done} of {total}", err=True)
 

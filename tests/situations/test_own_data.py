@@ -1,0 +1,248 @@
+"""Calibration from the user's own pictures and prompts."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_dit_pipe, make_unet, make_vae
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    EulerDiscreteScheduler,
+)
+from PIL import Image
+from pipelines import make_controlnet, make_flux, make_inpainting, make_sd3, make_small_pipe, make_wan, picture
+from torch import nn
+
+import diffusers_msfp
+from diffusers_msfp import MSFPConfig, calibrate, calibration_state, cli, quantize_pipeline
+from diffusers_msfp.errors import ConfigError, NonFiniteError, UnsupportedError
+from diffusers_msfp.layers.convert import quant_layers
+from diffusers_msfp.sampling.calls import DEFAULT_PROMPTS
+from diffusers_msfp.sampling.denoisers import denoiser_of
+
+RUN = {"num_samples": 3, "num_inference_steps": 2}
+
+
+def photographs(number: int = 3, size: tuple[int, int] = (30, 20), channels: int = 3) -> list[Image.Image]:
+    """Of random colours, each of one."""
+    drawn = np.random.default_rng(0).integers(0, 255, (number, 1, 1, channels), dtype=np.uint8)
+    return [Image.fromarray(np.broadcast_to(each, (*size, channels)).copy()) for each in drawn]
+
+
+def ranges(model: nn.Module) -> list[torch.Tensor]:
+    return [layer.input_scale.clone() for _, layer in quant_layers(model) if layer.input_format is not None]
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def quietly(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def inputs_of(pipe, **arguments) -> list[tuple]:
+    """What the denoiser is called with while it is calibrated: sample, timestep."""
+    quantize_pipeline(pipe, "w4a8", **RUN, **arguments)
+    seen = []
+
+    def look(_module, args, kwargs) -> None:
+        names = ("hidden_states", "sample")
+        sample = next((kwargs[name] for name in names if name in kwargs), args[0] if args else None)
+        seen.append((sample.clone(), kwargs.get("timestep", args[1] if len(args) > 1 else None)))
+
+    handle = denoiser_of(pipe).register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        calibrate(pipe, **RUN, **arguments)
+    finally:
+        handle.remove()
+    return seen[1:]  # the first is the check's
+
+
+@pytest.mark.situation(
+    "calibrating from pictures: a folder, a list, a generator, arrays, tensors; equal ranges", "right"
+)
+def test_kinds_of_pictures(tmp_path):
+    pipe = quantize_pipeline(quietly(DDPMPipeline(make_unet(), DDIMScheduler())), "w4a4", **RUN)
+    own = ranges(pipe.unet)
+    pictures = [each.convert("L" if pipe.unet.config.in_channels == 1 else "RGB") for each in photographs()]
+    for number, each in enumerate(pictures):
+        (tmp_path / "deep").mkdir(exist_ok=True)
+        each.save(tmp_path / "deep" / f"{number}.png")
+    arrays = [np.asarray(each) for each in pictures]
+    found = []
+    for images in (
+        tmp_path,
+        pictures,
+        (each for each in pictures),
+        arrays,
+        [each.astype(np.float32) / 255 for each in arrays],
+        [torch.from_numpy(each.reshape(30, 20, -1).copy()).movedim(-1, 0) for each in arrays],
+    ):
+        calibrate(pipe, **RUN, images=images)
+        found.append(ranges(pipe.unet))
+    assert all(same(found[0], each) for each in found)
+    assert not same(found[0], own)
+    calibrate(pipe, **RUN, images=pictures, seed=1)
+    assert not same(found[0], ranges(pipe.unet))
+
+
+@pytest.mark.situation("pictures of any size for a latent pipeline: cropped, encoded with its factor, noised", "right")
+@pytest.mark.parametrize("euler", [False, True])
+def test_latents_are_those_of_training(euler):
+    pipe = quietly(make_small_pipe())
+    if euler:  # whose samples are scaled otherwise, but not what the denoiser reads
+        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    (one,) = photographs(1)
+    seen = inputs_of(pipe, images=[one], prompts=["a hat"], guidance_scale=4.0)
+    size = 8 * pipe.vae_scale_factor
+    pixels = torch.from_numpy(np.array(one.resize((size, size)))).float().permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        latents = pipe.vae.encode(pixels).latent_dist.mode()[0] * pipe.vae.config.scaling_factor
+    alphas, times = DDIMScheduler.from_config(pipe.scheduler.config).alphas_cumprod, set()
+    for sample, timestep in seen:
+        uncond, cond = sample.chunk(2)
+        assert torch.equal(uncond, cond)  # guidance sees one picture twice
+        share = alphas[int(timestep)]
+        noise = (cond - share.sqrt() * latents) / (1 - share).sqrt()
+        assert abs(float(noise.mean())) < 0.3
+        assert 0.7 < float(noise.std()) < 1.3
+        times.add(int(timestep))
+    assert len(times) == len(seen)
+    assert not times & set(map(int, pipe.scheduler.timesteps))
+
+
+@pytest.mark.situation("pictures for flow matching: mixed with noise, with the timestep as the model takes it", "right")
+def test_flow_matching():
+    pipe = quietly(make_sd3())
+    (one,) = photographs(1)
+    for sample, timestep in inputs_of(pipe, images=[one], prompts=["a hat"]):
+        assert 0 < float(timestep.max()) <= 1000
+        assert sample.isfinite().all()
+        assert torch.equal(*sample.chunk(2))
+
+
+@pytest.mark.situation("pictures for inpainting: the mask and what is behind it stay the pipeline's", "right")
+def test_other_channels_stay():
+    pipe = quietly(make_inpainting())
+    given = {"image": picture(), "mask_image": torch.ones(1, 1, 8, 8), "prompts": ["a hat"]}
+    seen = inputs_of(pipe, images=photographs(), **given)
+    assert all(torch.equal(sample[:, 4:5], torch.ones_like(sample[:, 4:5])) for sample, _ in seen)
+
+
+@pytest.mark.situation("pictures for a model of classes, with guidance and learned variances", "right")
+def test_classes():
+    pipe = quietly(make_dit_pipe(norm_num_groups=4))
+    assert quantize_pipeline(pipe, "w4a4", **RUN, images=photographs()) is pipe
+    assert calibration_state(pipe) == "frozen"
+
+
+def no_pictures(tmp_path):
+    return make_small_pipe(), {"images": tmp_path}
+
+
+def captions(_):
+    return make_small_pipe(), {"images": photographs(3), "prompts": ["a", "b"]}
+
+
+REFUSED = {
+    "an empty folder": (no_pictures, ConfigError, "there are none"),
+    "no folder": (lambda _: (make_small_pipe(), {"images": "nowhere"}), ConfigError, "nowhere: it is no folder"),
+    "an empty list": (lambda _: (make_small_pipe(), {"images": []}), ConfigError, "must hold a picture at least"),
+    "text": (lambda _: (make_small_pipe(), {"images": [3]}), ConfigError, "but got int"),
+    "values beyond": (
+        lambda _: (make_small_pipe(), {"images": [np.full((8, 8, 3), 2.0)]}),
+        ConfigError,
+        r"or float in \[0, 1\]",
+    ),
+    "captions of another number": (captions, ConfigError, "a caption for each picture or one for all, but got 2 for 3"),
+    "packed latents": (lambda _: (make_flux(), {"images": photographs()}), ConfigError, "FluxPipeline calls its"),
+    "ControlNet": (
+        lambda _: (make_controlnet(), {"images": photographs(), "image": picture()}),
+        ConfigError,
+        "has several networks",
+    ),
+    "two denoisers": (lambda _: (make_wan(), {"images": photographs()}), ConfigError, "has several networks"),
+}
+
+
+@pytest.mark.situation("pictures that cannot be read or shown to this pipeline; nothing is changed", "refused")
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_anything_is_changed(case, tmp_path):
+    make, error, message = REFUSED[case]
+    pipe, given = make(tmp_path)
+    before = {name: id(module) for name, module in denoiser_of(pipe).named_modules()} if case != "two denoisers" else {}
+    with pytest.raises(error, match=message):
+        quantize_pipeline(quietly(pipe), "w4a4", **RUN, **given)
+    if before:
+        assert before == {name: id(module) for name, module in denoiser_of(pipe).named_modules()}
+
+
+@pytest.mark.situation("pictures whose encoder puts out NaN", "refused")
+def test_encoder_without_numbers():
+    pipe = quietly(make_small_pipe())
+    pipe.vae = make_vae()
+    with torch.no_grad():
+        pipe.vae.quant_conv.bias.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="Encoded pictures must be finite, but AutoencoderKL makes NaN"):
+        quantize_pipeline(pipe, "w4a4", **RUN, images=photographs())
+
+
+@pytest.mark.situation("pictures for a scheduler with noise of its own kind", "refused")
+def test_other_noise():
+    pipe = quietly(ConsistencyModelPipeline(make_unet(), CMStochasticIterativeScheduler()))
+    with pytest.raises(UnsupportedError, match="CMStochasticIterativeScheduler has another way"):
+        quantize_pipeline(pipe, "w4a4", **RUN, images=photographs())
+
+
+@pytest.mark.situation("pictures where the autoencoder is to be calibrated too", "refused")
+def test_other_components():
+    config = MSFPConfig("w4a4", components_to_quantize=["unet", "vae"])
+    with pytest.raises(ConfigError, match="its AutoencoderKL is to be calibrated too"):
+        quantize_pipeline(quietly(make_small_pipe()), config, **RUN, images=photographs())
+
+
+@pytest.mark.situation(
+    "`quantize --images FOLDER --prompts FILE`: as `quantize_pipeline(images=…, prompts=…)`", "right"
+)
+def test_command_line(tmp_path):
+    pipe, captions = quietly(make_small_pipe()), ["a hat", "a shoe", "a bag"]
+    pipe.save_pretrained(tmp_path / "float")
+    (tmp_path / "pictures").mkdir()
+    for number, each in enumerate(photographs()):
+        each.save(tmp_path / "pictures" / f"{number}.png")
+    (tmp_path / "captions.txt").write_text("\n".join([*captions, ""]), encoding="utf-8")
+    made = cli.quantize(
+        str(tmp_path / "float"),
+        tmp_path / "out",
+        scheme="w4a4",
+        images=tmp_path / "pictures",
+        prompts=tmp_path / "captions.txt",
+        **RUN,
+    )
+    quantize_pipeline(pipe, "w4a4", images=tmp_path / "pictures", prompts=captions, **RUN)
+    loaded = type(pipe).from_pretrained(made.out)
+    assert same(ranges(loaded.unet), ranges(pipe.unet))
+
+
+@pytest.mark.situation("`quantize --images` or `--prompts FILE` for a model alone, an empty file", "refused")
+def test_command_line_refusals(tmp_path):
+    make_unet().save_pretrained(tmp_path / "unet")
+    (tmp_path / "pictures").mkdir()
+    photographs()[0].save(tmp_path / "pictures" / "a.png")
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ConfigError, match="`--images` need a pipeline to be shown to"):
+        cli.quantize(str(tmp_path / "unet"), tmp_path / "out", images=tmp_path / "pictures")
+    with pytest.raises(ConfigError, match="a prompt on each line, but .*empty.txt holds none"):
+        cli.quantize(str(tmp_path / "unet"), tmp_path / "out", prompts=tmp_path / "empty.txt")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_built_in_prompts_are_documented():
+    page = (Path(diffusers_msfp.__file__).parent / "calibration" / "README.md").read_text(encoding="utf-8")
+    assert all(f"- {prompt}\n" in page for prompt in DEFAULT_PROMPTS)
