@@ -1,5 +1,6 @@
 """Fake quantization with gradients, by the fastest that gives the same numbers: for layers that are being trained."""
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,10 +11,9 @@ from ..formats import FPFormat
 from ..numerics import QParams
 from ..numerics.rounding import zero_point_steps
 
-try:
+numba_training: Any = None
+with suppress(ImportError):  # Numba is not installed
     from .kernels import numba_training
-except ImportError:  # Numba is not installed
-    numba_training = None
 
 
 class _Fused(torch.autograd.Function):
