@@ -13,6 +13,7 @@ from ..checkpoint.describe import file_bytes, read_config
 from ..checkpoint.tensor_files import MAX_SHARD_SIZE
 from ..errors import ConfigError
 from ..layers.convert import quant_layers
+from ..methods.correction.fit import CorrectionConfig
 from ..outputs import writing
 from ..plugin.calibrate import calibrate, check_calibration
 from ..plugin.components import class_named
@@ -20,7 +21,7 @@ from ..plugin.config import MSFPConfig
 from ..plugin.files.streaming import StreamedModel
 from ..plugin.quantize import components_of, quantize_model, refuse_several
 from ..plugin.recipe import RecipeRun, plan_stages
-from ..recipes import DEFAULT_RECIPE
+from ..recipes import CORRECTION, DEFAULT_RECIPE
 from ..results import Result
 from ..sampling.calls import require_positive
 from ..sampling.observation import calibration_state
@@ -79,6 +80,7 @@ def quantize(
     *,
     scheme: str = DEFAULT_SCHEME,
     recipe: str = DEFAULT_RECIPE,
+    correction: bool = True,
     settings: Mapping[str, Mapping] | None = None,
     num_samples: int = 64,
     num_inference_steps: int = 20,
@@ -110,6 +112,8 @@ def quantize(
         scheme (`str`): name in `SCHEMES`.
         recipe (`str`): name in `RECIPES`: what follows search and calibration. After each stage a checkpoint lies in
             `.<out>.part`, where the run goes on if it was interrupted.
+        correction (`bool`): end with `correct_output`, for which the float model is loaded beside the quantized one; a
+            component on its own has none.
         settings (`Mapping[str, Mapping]`, *optional*): stage → settings that replace the recipe's.
         num_samples, num_inference_steps, seed: for `calibrate` and, but the first, for the stages.
         prompts (`str`, `Path` or `list[str]`, *optional*): for pipelines that take prompts: texts, or a file with one
@@ -130,7 +134,8 @@ def quantize(
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
     prompts = read_prompts(prompts)
     pictures = None if images is None else picture_files(images)[:num_samples]
-    plan = plan_stages(recipe, settings or {}, num_inference_steps=num_inference_steps, seed=seed)
+    shared = {"num_inference_steps": num_inference_steps, "seed": seed}
+    plan = plan_stages(recipe, _settings(settings, correction, num_samples), correction=correction, **shared)
     request = MSFPConfig(
         scheme=scheme,
         modules_to_not_convert=modules_to_not_convert,
@@ -144,6 +149,8 @@ def quantize(
         variant = variant_of(path, variant)
         loaded = load_pipeline(source, config=config) if path.is_file() else None
         streams, encoders = _parts(path, loaded, request, max_shard_size, variant)
+    if "." in streams and [name for name, _ in plan] == [CORRECTION.name]:
+        plan = []
     if "." in streams and plan:
         raise ConfigError(
             f"Recipe `{recipe}` samples with the whole pipeline, but {source} is a single model. Quantize the "
@@ -255,6 +262,15 @@ def quantize(
         stages=run.figures,
         out=str(out),
     )
+
+
+def _settings(settings: Mapping[str, Mapping] | None, correction: bool, num_samples: int) -> dict[str, Mapping]:
+    """Of the stages; a correction takes no more samples than the calibration."""
+    settings = dict(settings or {})
+    if correction:
+        number = {"num_samples": min(num_samples, CorrectionConfig.num_samples)}
+        settings[CORRECTION.name] = number | dict(settings.get(CORRECTION.name, {}))
+    return settings
 
 
 def _parts(

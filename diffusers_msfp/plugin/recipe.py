@@ -16,7 +16,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from ..checkpoint.journal import Journal
 from ..errors import ConfigError, NonFiniteError, NothingToDoError
 from ..methods import METHODS
-from ..recipes import RECIPES
+from ..recipes import CORRECTION, RECIPES
 from ..results import OnProgress, plain
 from ..sampling.solvers import with_ddim
 
@@ -26,7 +26,9 @@ logger = logging.getLogger(__name__)
 WORK = ".work"
 
 
-def plan_stages(recipe: str, settings: Mapping[str, Mapping], **shared: Any) -> list[tuple[str, object]]:
+def plan_stages(
+    recipe: str, settings: Mapping[str, Mapping], *, correction: bool = False, **shared: Any
+) -> list[tuple[str, object]]:
     """Stages of a recipe with their configs.
 
     Args:
@@ -38,7 +40,7 @@ def plan_stages(recipe: str, settings: Mapping[str, Mapping], **shared: Any) -> 
         ConfigError: an unknown recipe or setting, a value that makes no sense, settings of a stage that the recipe
             does not have, or a stage that would undo an earlier one.
     """
-    stages = RECIPES[recipe]
+    stages = RECIPES[recipe] + ((CORRECTION,) if correction else ())
     for name in settings:
         if name not in {stage.name for stage in stages}:
             have = ", ".join(stage.name for stage in stages) or "none"

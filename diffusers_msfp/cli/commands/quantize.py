@@ -28,6 +28,7 @@ def quantize(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     scheme: Annotated[str, typer.Option(help=f"One of {', '.join(SCHEMES)}.")] = DEFAULT_SCHEME,
     recipe: Annotated[str, typer.Option(help=f"What follows search: one of {', '.join(RECIPES)}.")] = DEFAULT_RECIPE,
+    correction: Annotated[bool, typer.Option(help="Correct the output by timestep, at the end.")] = True,
     setting: Annotated[
         list[str] | None,
         typer.Option(
@@ -80,6 +81,7 @@ def quantize(
         out,
         scheme=scheme,
         recipe=recipe,
+        correction=correction,
         settings=settings,
         num_samples=num_samples,
         num_inference_steps=num_inference_steps,
