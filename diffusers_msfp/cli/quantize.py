@@ -27,7 +27,7 @@ from ..sampling.calls import require_positive
 from ..sampling.observation import calibration_state
 from ..sampling.pictures import picture_files
 from ..sampling.solvers import exchange_parts
-from ..schemes import DEFAULT_SCHEME
+from ..schemes import DEFAULT_SCHEME, SCHEMES
 from .shared.calls import call_settings, read_prompts
 from .shared.load import (
     fetch,
@@ -80,7 +80,7 @@ def quantize(
     *,
     scheme: str = DEFAULT_SCHEME,
     recipe: str = DEFAULT_RECIPE,
-    correction: bool = True,
+    correction: bool | None = None,
     settings: Mapping[str, Mapping] | None = None,
     num_samples: int = 64,
     num_inference_steps: int = 20,
@@ -112,8 +112,8 @@ def quantize(
         scheme (`str`): name in `SCHEMES`.
         recipe (`str`): name in `RECIPES`: what follows search and calibration. After each stage a checkpoint lies in
             `.<out>.part`, where the run goes on if it was interrupted.
-        correction (`bool`): end with `correct_output`, for which the float model is loaded beside the quantized one; a
-            component on its own has none.
+        correction (`bool`, *optional*): end with `correct_output`, for which the float model is loaded beside the
+            quantized one; by default where the scheme quantizes activations, but for a component on its own.
         settings (`Mapping[str, Mapping]`, *optional*): stage → settings that replace the recipe's.
         num_samples, num_inference_steps, seed: for `calibrate` and, but the first, for the stages.
         prompts (`str`, `Path` or `list[str]`, *optional*): for pipelines that take prompts: texts, or a file with one
@@ -135,7 +135,8 @@ def quantize(
     prompts = read_prompts(prompts)
     pictures = None if images is None else picture_files(images)[:num_samples]
     shared = {"num_inference_steps": num_inference_steps, "seed": seed}
-    plan = plan_stages(recipe, _settings(settings, correction, num_samples), correction=correction, **shared)
+    wanted = bool(SCHEMES[scheme].inner.activation) if correction is None else correction
+    plan = plan_stages(recipe, _settings(settings, wanted, num_samples), correction=wanted, **shared)
     request = MSFPConfig(
         scheme=scheme,
         modules_to_not_convert=modules_to_not_convert,
@@ -149,8 +150,8 @@ def quantize(
         variant = variant_of(path, variant)
         loaded = load_pipeline(source, config=config) if path.is_file() else None
         streams, encoders = _parts(path, loaded, request, max_shard_size, variant)
-    if "." in streams and [name for name, _ in plan] == [CORRECTION.name]:
-        plan = []
+    if "." in streams and correction is None:
+        plan = [stage for stage in plan if stage[0] != CORRECTION.name]
     if "." in streams and plan:
         raise ConfigError(
             f"Recipe `{recipe}` samples with the whole pipeline, but {source} is a single model. Quantize the "
