@@ -135,8 +135,8 @@ def quantize(
     prompts = read_prompts(prompts)
     pictures = None if images is None else picture_files(images)[:num_samples]
     shared = {"num_inference_steps": num_inference_steps, "seed": seed}
-    wanted = bool(SCHEMES[scheme].inner.activation) if correction is None else correction
-    plan = plan_stages(recipe, _settings(settings, wanted, num_samples), correction=wanted, **shared)
+    corrects = bool(SCHEMES[scheme].inner.activation) if correction is None else correction
+    plan = plan_stages(recipe, _settings(settings, corrects, num_samples), correction=corrects, **shared)
     request = MSFPConfig(
         scheme=scheme,
         modules_to_not_convert=modules_to_not_convert,

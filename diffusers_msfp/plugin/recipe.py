@@ -34,6 +34,7 @@ def plan_stages(
     Args:
         recipe (`str`): name in `RECIPES`.
         settings (`Mapping[str, Mapping]`): stage → settings that replace the recipe's.
+        correction (`bool`): end with the correction of the output.
         **shared: settings of all stages that have them, where neither says otherwise.
 
     Raises:
