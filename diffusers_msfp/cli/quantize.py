@@ -13,7 +13,6 @@ from ..checkpoint.describe import file_bytes, read_config
 from ..checkpoint.tensor_files import MAX_SHARD_SIZE
 from ..errors import ConfigError
 from ..layers.convert import quant_layers
-from ..methods.correction.fit import CorrectionConfig
 from ..outputs import writing
 from ..plugin.calibrate import calibrate, check_calibration
 from ..plugin.components import class_named
@@ -136,7 +135,7 @@ def quantize(
     pictures = None if images is None else picture_files(images)[:num_samples]
     shared = {"num_inference_steps": num_inference_steps, "seed": seed}
     corrects = bool(SCHEMES[scheme].inner.activation) if correction is None else correction
-    plan = plan_stages(recipe, _settings(settings, corrects, num_samples), correction=corrects, **shared)
+    plan = plan_stages(recipe, settings or {}, correction=num_samples if corrects else 0, **shared)
     request = MSFPConfig(
         scheme=scheme,
         modules_to_not_convert=modules_to_not_convert,
@@ -263,15 +262,6 @@ def quantize(
         stages=run.figures,
         out=str(out),
     )
-
-
-def _settings(settings: Mapping[str, Mapping] | None, correction: bool, num_samples: int) -> dict[str, Mapping]:
-    """Of the stages; a correction takes no more samples than the calibration."""
-    settings = dict(settings or {})
-    if correction:
-        number = {"num_samples": min(num_samples, CorrectionConfig.num_samples)}
-        settings[CORRECTION.name] = number | dict(settings.get(CORRECTION.name, {}))
-    return settings
 
 
 def _parts(

@@ -49,11 +49,6 @@ def test_every_recipe_has_stages_that_exist_with_settings_that_are_accepted():
     assert [len(RECIPES[name]) for name in ("ptq", "tfmq", "rounded", "full")] == [0, 1, 2, 3]
 
 
-def test_no_stage_undoes_another():
-    with pytest.raises(ConfigError, match="would undo the stage `rounding`"):
-        plan_stages("full", {"talora": {"placement": "merged"}})
-
-
 def test_full_recipe_stops_and_goes_on(source, tmp_path, monkeypatch):
     whole = cli.quantize(source, tmp_path / "whole", scheme="w4a4", recipe="full", settings=SETTINGS, **FAST)
     assert [stage["stage"] for stage in whole.stages] == ["temporal", "rounding", "talora", "correction"]
