@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from diffusers_msfp import export_adapter, import_adapter
-from diffusers_msfp.errors import CheckpointError, ConfigError, NonFiniteError, ShapeError
+from diffusers_msfp.errors import CheckpointError, NonFiniteError, ShapeError, StateError
 from diffusers_msfp.layers import QUANT_LAYERS
 from diffusers_msfp.methods.talora import AdapterBank, Gate, RoutingTable, Trainee, adapter_rank
 from diffusers_msfp.numerics import QParams, fake_quantize
@@ -163,6 +163,6 @@ def test_bad_input_is_refused():
 
 def test_there_is_nothing_to_exchange_with_a_model_without_adapters(packed_pipe, tmp_path):
     for exchange in (export_adapter, import_adapter):
-        with pytest.raises(ConfigError, match="must have timestep-aware adapters, but it has none"):
+        with pytest.raises(StateError, match="must have timestep-aware adapters, but it has none"):
             exchange(packed_pipe.unet, 0, tmp_path / "out")
     assert not (tmp_path / "out").exists()
