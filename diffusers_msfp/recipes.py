@@ -1,8 +1,9 @@
 """Recipes as data: which stages follow the search and calibration of `quantize`, in which order, with which settings.
 
-Each recipe of the package adds a stage to the one before; the `split…` ones split shortcuts first, which pays at 4-bit
-activations (`bench_baselines.py`). The others are baselines by the same code, as reconstructed: combined with the
-`int-…` schemes, they are what their papers do up to sizes and lengths.
+`msfp` is the one to take: it trains weights, biases, norms and scales as they will run, in integers, and leaves nothing
+beside them. Of `ptq`, `tfmq`, `rounded` and `full` each adds a stage to the one before; the `split…` ones split
+shortcuts first, which pays where they read 4 bits (`bench_baselines.py`). The others are baselines by the same code, as
+reconstructed: combined with the `int-…` schemes, they are what their papers do up to sizes and lengths.
 """
 
 from collections.abc import Mapping
@@ -30,10 +31,14 @@ RECIPES: Registry[tuple[Stage, ...]] = Registry("recipe")
 """Stages by the recipe's name."""
 
 _SPLIT, _TEMPORAL, _ROUNDING, _TALORA = (Stage(name) for name in ("split", "temporal", "rounding", "talora"))
+CORRECTION = Stage("correction")
+"""Ends every recipe, unless it is left out: `quantize --no-correction`."""
 RECIPES.add("ptq", ())
 RECIPES.add("tfmq", (_TEMPORAL,))
 RECIPES.add("rounded", (_TEMPORAL, _ROUNDING))
 RECIPES.add("full", (_TEMPORAL, _ROUNDING, _TALORA))
+_WEIGHTS = {"num_adapters": 1, "placement": "merged"}
+RECIPES.add("msfp", (Stage("talora", MappingProxyType(_WEIGHTS)),))
 RECIPES.add("split", (_SPLIT,))
 RECIPES.add("split-rounded", (_SPLIT, _TEMPORAL, _ROUNDING))
 RECIPES.add("split-full", (_SPLIT, _TEMPORAL, _ROUNDING, _TALORA))

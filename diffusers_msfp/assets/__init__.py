@@ -1,6 +1,6 @@
-"""A DDPM trained on Fashion-MNIST, fp16, 1.8 M parameters (card in `model_cards/`), and two classifiers.
+"""A DDPM trained on Fashion-MNIST (fp16, 1.8 M parameters, card in `model_cards/`), quantized too, and two classifiers.
 
-Their weights belong to classes in `evaluation.images.features`: `FashionFeatures`, which
+The classifiers' weights belong to classes in `evaluation.images.features`: `FashionFeatures`, which
 `tests/benchmarks/fashion_features.py` trains, and `Cifar10Features`, whose origin and licence stand in
 `cifar10-resnet56.md`.
 """
@@ -8,5 +8,6 @@ Their weights belong to classes in `evaluation.images.features`: `FashionFeature
 from pathlib import Path
 
 EMBEDDED_MODEL = Path(__file__).parent / "ddpm-fashion-mnist-32"
+TUNED_MODEL = Path(__file__).parent / "ddpm-fashion-mnist-32-w4a4"
 FASHION_FEATURES = Path(__file__).parent / "fashion-features.safetensors"
 CIFAR10_FEATURES = Path(__file__).parent / "cifar10-resnet56.safetensors"

@@ -16,6 +16,7 @@ from ..formats import FPFormat
 from ..layers import QuantLayer
 from ..methods.method import parts
 from ..results import Result, plain
+from ..schemes import resolve
 from .record import ModelRecord
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -64,6 +65,7 @@ class LayerDescription(Result):
         input_format (`str`, *optional*): None if float, `"observing"` before calibration.
         input_signed (`bool`, *optional*), input_scale, input_zero_point, input_rel_mse (`float`, *optional*): of a
             quantized input; scales and zero points are lists where there are several.
+        reads_residual (`bool`): it has the formats that its scheme has for residual sums, not for other inputs.
         engine (`str`): that `auto` would take on this machine's CPU.
         engine_refusals (`Mapping[str, str]`): those before it → why not.
         weight_bytes (`int`): of all banks.
@@ -80,6 +82,7 @@ class LayerDescription(Result):
     input_scale: float | list[float] | None
     input_zero_point: float | list[float] | None
     input_rel_mse: float | None
+    reads_residual: bool
     engine: str
     engine_refusals: Mapping[str, str]
     weight_bytes: int
@@ -95,7 +98,8 @@ class ComponentDescription(Result):
         layers (`list[LayerDescription]`): in the record's order.
         parts (`Mapping[str, dict | None]`): what methods left, by key, which `to_dict` puts beside the fields:
             `adapters`: `placement`, `num_adapters` and the router's `intervals`
-            (`[group][(first timestep, last timestep, adapter), …]`); `temporal`: see `TemporalPlan.summary`.
+            (`[group][(first timestep, last timestep, adapter), …]`); `temporal`: see `TemporalPlan.summary`;
+            `output_correction`: `timesteps`, `channels`, `bytes`.
     """
 
     scheme: str | None
@@ -229,6 +233,7 @@ def _describe_component(folder: Path, variant: str | None) -> ComponentDescripti
             rows, *_, row_bytes = shape = shapes[f"{name}.weight"]
             stored = StoredLayer.of(shape, scale.numel(), fmt, read)
             engine, refusals = auto.choose(cast(QuantLayer, stored))
+            candidates = resolve(name, config["scheme"], config.get("scheme_overrides") or {}, record.format_version)
             if group.observing:
                 *others, engine = auto.engines
                 refusals = {other.name: OBSERVING for other in others}
@@ -245,6 +250,7 @@ def _describe_component(folder: Path, variant: str | None) -> ComponentDescripti
                     input_scale=tensors[f"{name}.input_scale"].tolist() if read else None,
                     input_zero_point=tensors[f"{name}.input_zero_point"].tolist() if read else None,
                     input_rel_mse=tensors[f"{name}.input_error"].item() if read else None,
+                    reads_residual=group.input in set(candidates.residual) - set(candidates.activation),
                     engine=engine.name,
                     engine_refusals=refusals,
                     weight_bytes=rows * row_bytes,

@@ -32,6 +32,7 @@ def compare(
     num_inference_steps: int = 20,
     seed: int = 0,
     eta: float = 0.0,
+    sampler: str | None = None,
     prompts: list[str] | None = None,
     guidance_scale: float | None = None,
     variant: str | None = None,
@@ -41,7 +42,7 @@ def compare(
     Args:
         reference (`str`): folder, Hub id or single file of the full-precision pipeline.
         candidate (`str`): of the quantized one, of the same architecture, or the folder of its denoiser alone.
-        num_samples, num_inference_steps, seed, eta, prompts: see `compare_pipelines`.
+        num_samples, num_inference_steps, seed, eta, sampler, prompts: see `compare_pipelines`.
         guidance_scale (`float`, *optional*): for pipelines with guidance; the pipeline's own by default.
         variant (`str`, *optional*): of the weights, where a pipeline has it.
     """
@@ -53,6 +54,7 @@ def compare(
         "num_inference_steps": num_inference_steps,
         "seed": seed,
         "eta": eta,
+        "sampler": sampler,
         "prompts": prompts,
     }
     with progress("comparing") as report:

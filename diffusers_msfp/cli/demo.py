@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..assets import EMBEDDED_MODEL
+from ..assets import EMBEDDED_MODEL, TUNED_MODEL
 from ..evaluation import image_grid, sample_images
 from ..outputs import require_writable_file, require_writable_folder, writing
 from ..results import Result
@@ -18,6 +18,8 @@ from .shared.terminal import progress, stderr
 
 SCHEMES = ("w8a8", "w4a8", "w4a4")
 PICTURES = 10
+TUNED = "w4a4, recipe msfp"
+"""What the demo calls the checkpoint that the package brings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,16 +27,16 @@ class DemoScheme(Result):
     """One scheme of the demo.
 
     Args:
-        quantized (`QuantizedCheckpoint`), compared (`CheckpointComparison`): what `quantize` and `compare` found; in
-            `to_dict` all of both side by side.
+        quantized (`QuantizedCheckpoint`, *optional*), compared (`CheckpointComparison`): what `quantize` and `compare`
+            found; in `to_dict` all of both side by side. The former is None for the checkpoint that the package brings.
     """
 
-    quantized: QuantizedCheckpoint
+    quantized: QuantizedCheckpoint | None
     compared: CheckpointComparison
 
     def to_dict(self) -> dict[str, Any]:
         """See the class."""
-        return self.quantized.to_dict() | self.compared.to_dict()
+        return ({} if self.quantized is None else self.quantized.to_dict()) | self.compared.to_dict()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ class Demo(Result):
 
     Args:
         picture (`str`): path of the PNG; rows: full precision, then each scheme.
-        schemes (`Mapping[str, DemoScheme]`): by name.
+        schemes (`Mapping[str, DemoScheme]`): by name, and the prepared checkpoint under `TUNED`.
     """
 
     picture: str
@@ -52,6 +54,8 @@ class Demo(Result):
 
 def demo(out: str | Path = "msfp-demo", *, num_inference_steps: int = 50, seed: int = 0) -> Demo:
     """Quantize the embedded Fashion-MNIST DDPM, sample it beside full precision, and compare.
+
+    The last row is a checkpoint that the package brings: fine-tuning takes longer than a demo may.
 
     Args:
         out (`str` or `Path`): folder for `demo.png` and the quantized checkpoints.
@@ -84,6 +88,10 @@ def demo(out: str | Path = "msfp-demo", *, num_inference_steps: int = 50, seed: 
         made = quantize(str(EMBEDDED_MODEL), target, scheme=scheme, seed=seed, overwrite=True)
         figures[scheme] = DemoScheme(quantized=made, compared=compare(str(EMBEDDED_MODEL), str(target), seed=seed))
         draw(target, f"{scheme}, {made.bytes_quantized / 1e6:.2f} MB")
+    stderr.print(f"[bold]{TUNED}[/]: the prepared checkpoint, sampling, comparing")
+    compared = compare(str(EMBEDDED_MODEL), str(TUNED_MODEL), seed=seed)
+    figures[TUNED] = DemoScheme(quantized=None, compared=compared)
+    draw(TUNED_MODEL, f"{TUNED}, {compared.bytes_quantized / 1e6:.2f} MB")
     picture = out / "demo.png"
     with writing(picture):
         image_grid(np.concatenate(rows), columns=PICTURES, scale=2, labels=labels).save(picture)

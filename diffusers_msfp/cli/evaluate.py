@@ -49,6 +49,7 @@ def evaluate(
     num_inference_steps: int = 20,
     features: str | None = None,
     seed: int = 0,
+    sampler: str | None = None,
     prompts: list[str] | None = None,
     guidance_scale: float | None = None,
     variant: str | None = None,
@@ -64,7 +65,7 @@ def evaluate(
         candidate (`str`): folder or Hub id of the pipeline, or folder of its denoiser, quantized by whatever diffusers
             can load.
         reference (`str`): its full-precision original.
-        data, num_samples, num_inference_steps, features, seed, prompts: see `evaluate_pipelines`.
+        data, num_samples, num_inference_steps, features, seed, sampler, prompts: see `evaluate_pipelines`.
         guidance_scale (`float`, *optional*): for pipelines with guidance; the pipeline's own by default.
         variant (`str`, *optional*): of the weights, where a pipeline has it.
         out (`str` or `Path`, *optional*): folder to write; `<candidate>-evaluation` by default, for a Hub id in the
@@ -109,6 +110,7 @@ def evaluate(
             num_inference_steps=num_inference_steps,
             features=features,
             seed=seed,
+            sampler=sampler,
             prompts=prompts,
             folder=out / "pictures",
             process=process,

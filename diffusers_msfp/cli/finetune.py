@@ -46,8 +46,8 @@ class FinetunedCheckpoint(Result):
         bytes_before, bytes_after (`int`): of the quantized denoiser's weights.
         peak_rss_bytes (`int`): largest memory.
         training_dir (`str`): logs and previews.
-        before, after (`Mapping[str, float]`, *optional*): `eps_mse`, `eps_rel_l2`, `image_psnr_db`; None where nothing
-            was compared.
+        before, after (`Mapping[str, float]`, *optional*): `traj_rel_l2`, `eps_rel_l2`, `eps_mse`,
+            `image_psnr_db`; None where nothing was compared.
         comparison (`Mapping[str, int]`): its `num_samples` and `num_inference_steps`.
         out (`str`): the checkpoint.
     """
@@ -130,7 +130,7 @@ def finetune(
         with progress(f"comparing {when} fine-tuning") as report:
             more = {"seed": config.seed, "prompts": prompts, "on_progress": report}
             found = compare_pipelines(original, pipe, **shared, **more, **arguments)
-        return {key: getattr(found, key) for key in ("eps_mse", "eps_rel_l2", "image_psnr_db")}
+        return {key: getattr(found, key) for key in ("traj_rel_l2", "eps_rel_l2", "eps_mse", "image_psnr_db")}
 
     before = measured("before")
     rows: list[np.ndarray] = []

@@ -20,13 +20,13 @@ from ..plugin.config import MSFPConfig
 from ..plugin.files.streaming import StreamedModel
 from ..plugin.quantize import components_of, quantize_model, refuse_several
 from ..plugin.recipe import RecipeRun, plan_stages
-from ..recipes import DEFAULT_RECIPE
+from ..recipes import CORRECTION, DEFAULT_RECIPE
 from ..results import Result
 from ..sampling.calls import require_positive
 from ..sampling.observation import calibration_state
 from ..sampling.pictures import picture_files
 from ..sampling.solvers import exchange_parts
-from ..schemes import DEFAULT_SCHEME
+from ..schemes import DEFAULT_SCHEME, SCHEMES
 from .shared.calls import call_settings, read_prompts
 from .shared.load import (
     fetch,
@@ -79,6 +79,7 @@ def quantize(
     *,
     scheme: str = DEFAULT_SCHEME,
     recipe: str = DEFAULT_RECIPE,
+    correction: bool | None = None,
     settings: Mapping[str, Mapping] | None = None,
     num_samples: int = 64,
     num_inference_steps: int = 20,
@@ -110,6 +111,8 @@ def quantize(
         scheme (`str`): name in `SCHEMES`.
         recipe (`str`): name in `RECIPES`: what follows search and calibration. After each stage a checkpoint lies in
             `.<out>.part`, where the run goes on if it was interrupted.
+        correction (`bool`, *optional*): end with `correct_output`, for which the float model is loaded beside the
+            quantized one; by default where the scheme quantizes activations, but for a component on its own.
         settings (`Mapping[str, Mapping]`, *optional*): stage → settings that replace the recipe's.
         num_samples, num_inference_steps, seed: for `calibrate` and, but the first, for the stages.
         prompts (`str`, `Path` or `list[str]`, *optional*): for pipelines that take prompts: texts, or a file with one
@@ -130,7 +133,9 @@ def quantize(
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
     prompts = read_prompts(prompts)
     pictures = None if images is None else picture_files(images)[:num_samples]
-    plan = plan_stages(recipe, settings or {}, num_inference_steps=num_inference_steps, seed=seed)
+    shared = {"num_inference_steps": num_inference_steps, "seed": seed}
+    corrects = bool(SCHEMES[scheme].inner.activation) if correction is None else correction
+    plan = plan_stages(recipe, settings or {}, correction=num_samples if corrects else 0, **shared)
     request = MSFPConfig(
         scheme=scheme,
         modules_to_not_convert=modules_to_not_convert,
@@ -144,6 +149,8 @@ def quantize(
         variant = variant_of(path, variant)
         loaded = load_pipeline(source, config=config) if path.is_file() else None
         streams, encoders = _parts(path, loaded, request, max_shard_size, variant)
+    if "." in streams and correction is None:
+        plan = [stage for stage in plan if stage[0] != CORRECTION.name]
     if "." in streams and plan:
         raise ConfigError(
             f"Recipe `{recipe}` samples with the whole pipeline, but {source} is a single model. Quantize the "

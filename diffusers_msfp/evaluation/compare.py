@@ -17,14 +17,16 @@ from torch import Tensor, nn
 
 from ..compat.torch import tree_map
 from ..compat.wrappers import sees_through
-from ..errors import ConfigError
+from ..errors import ConfigError, NonFiniteError
 from ..results import OPTIONAL, OnProgress, Result
 from ..sampling.calls import batched_calls, call_arguments, quiet, require_positive
-from ..sampling.denoisers import denoiser_name, denoiser_of, denoisers_of, is_quantized, model_output
-from ..sampling.solvers import with_ddim, with_parts
+from ..sampling.denoisers import denoiser_name, denoiser_of, denoisers_of, is_quantized, model_output, scheduler_of
+from ..sampling.denoising_factor import denoising_factors
+from ..sampling.solvers import with_parts, with_sampler
 from ..sampling.timestep import first_timestep, timestep_argument
 from ..sampling.trial import describe
 from ..sampling.used_output import used_part
+from .images.distances import mean_of
 from .images.samples import pictures_tensor
 
 MAX_PSNR_DB = 100.0
@@ -41,11 +43,15 @@ class DenoiserError(Result):
     """How far a denoiser's outputs are from the reference's, pooled over samples and timesteps.
 
     Args:
+        traj_rel_l2 (`float`, *optional*): `sqrt(Σ γ_t²‖Δ‖² / Σ γ_t²‖reference‖²)`: what the sampler makes of the error,
+            whose coefficient γ_t is the smallest where most of `eps_rel_l2` lies; see `denoising_factors`. None where
+            the scheduler has no such coefficients, and for a denoiser that was never called.
         eps_mse (`float`, *optional*): mean squared difference; None for a denoiser that was never called.
         eps_rel_l2 (`float`, *optional*): `sqrt(Σ‖Δ‖² / Σ‖reference‖²)`; None likewise.
         eps_rel_l2_by_timestep (`Mapping[str, float]`): timestep → the same.
     """
 
+    traj_rel_l2: float | None
     eps_mse: float | None
     eps_rel_l2: float | None
     eps_rel_l2_by_timestep: Mapping[str, float]
@@ -69,10 +75,15 @@ class Comparison(DenoiserError):
     Args:
         denoisers (`Mapping[str, ComparedDenoiser]`, *optional*): by name where there are several.
         image_psnr_db (`float`): mean over pictures of [0, 1], each at most 100.
+        image_psnr_db_interval (`tuple[float, float]`, *optional*): of the mean over pictures, 95 %; None for a single
+            picture, which has none.
+        sampler (`str`): class of the scheduler that both used.
     """
 
     denoisers: Mapping[str, ComparedDenoiser] | None = field(default=None, metadata=OPTIONAL)
     image_psnr_db: float
+    image_psnr_db_interval: tuple[float, float] | None
+    sampler: str
 
 
 @sees_through(changes=False)
@@ -84,6 +95,7 @@ def compare_pipelines(
     num_inference_steps: int = 20,
     seed: int = 0,
     eta: float = 0.0,
+    sampler: str | None = None,
     prompts: list[str] | None = None,
     on_progress: OnProgress | None = None,
     on_pictures: Callable[[Tensor, Tensor], None] | None = None,
@@ -98,6 +110,7 @@ def compare_pipelines(
         candidate (`DiffusionPipeline` or `ModelMixin`): of the same architecture, not changed; a denoiser alone takes
             the place of the reference's.
         num_samples, num_inference_steps, seed, eta: of both runs.
+        sampler (`str`, *optional*): see `with_sampler`.
         prompts (`list[str]`, *optional*): taken in turn where the pipeline takes prompts.
         on_progress (`OnProgress`, *optional*): called with (done, total) after each step of the reference.
         on_pictures (`Callable[[Tensor, Tensor], None]`, *optional*): called with each batch of the reference's and the
@@ -106,16 +119,17 @@ def compare_pipelines(
 
     Raises:
         ConfigError: a reference that is no pipeline, other denoisers, outputs of different shapes, numbers below 1, or
-            an `eta` for a pipeline that DDIM cannot sample.
+            a sampler or an `eta` that the pipeline cannot be sampled with.
     """
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
-    candidate = in_place_of(reference, candidate)
-    reference, candidate = with_ddim(reference, eta), with_ddim(candidate, eta)
-    originals, students = paired_denoisers(reference, candidate)
+    quantized = with_sampler(in_place_of(reference, candidate), sampler, eta)
+    reference = with_sampler(reference, sampler, eta)
+    originals, students = paired_denoisers(reference, quantized)
     make_arguments = call_arguments(reference, prompts, num_inference_steps, {"output_type": "pt"} | arguments)
     models = list(students.values())
     calls, again = (batched_calls(make_arguments, models, num_samples, seed) for _ in range(2))  # generators advance
-    figures = {name: _Figures() for name in originals}
+    factors = _factors(reference, num_inference_steps)
+    figures = {name: _Figures(factors) for name in originals}
     done = 0
     asking = False  # the candidate may be the reference itself
     total = len(calls) * num_inference_steps
@@ -154,7 +168,7 @@ def compare_pipelines(
             on_progress(done, max(done, total))
 
     ratios = []
-    with quiet(reference), quiet(candidate), torch.no_grad():
+    with quiet(reference), quiet(quantized), torch.no_grad():
         for call, same in zip(calls, again, strict=True):
             handles = [
                 model.register_forward_hook(partial(watch, name=name), with_kwargs=True)
@@ -165,7 +179,7 @@ def compare_pipelines(
             finally:
                 for handle in handles:
                     handle.remove()
-            actual = pictures_tensor(same.run(candidate))
+            actual = pictures_tensor(same.run(quantized))
             ratios.append(psnr_db(expected, actual))
             if on_pictures is not None:
                 on_pictures(expected, actual)
@@ -173,11 +187,22 @@ def compare_pipelines(
         name: ComparedDenoiser(**figures[name].result(), quantized=is_quantized(model))
         for name, model in students.items()
     }
+    psnr = mean_of(torch.cat(ratios))
     return Comparison(
-        **sum(figures.values(), _Figures()).result(),
+        **sum(figures.values(), _Figures(factors)).result(),
         denoisers=own if len(own) > 1 else None,
-        image_psnr_db=torch.cat(ratios).mean().item(),
+        image_psnr_db=psnr.value,
+        image_psnr_db_interval=(psnr.low, psnr.high) if num_samples > 1 else None,
+        sampler=type(scheduler_of(reference)).__name__,
     )
+
+
+def _factors(pipe: DiffusionPipeline, num_inference_steps: int) -> dict[float, float] | None:
+    """Denoising factors of a pipeline's sampler; None where it has none."""
+    try:
+        return denoising_factors(scheduler_of(pipe), num_inference_steps)
+    except (ConfigError, NonFiniteError):
+        return None
 
 
 def in_place_of(reference: DiffusionPipeline, candidate: DiffusionPipeline | ModelMixin) -> DiffusionPipeline:
@@ -228,7 +253,8 @@ def paired_denoisers(
 class _Figures:
     """Error of a denoiser's outputs by timestep."""
 
-    def __init__(self) -> None:
+    def __init__(self, factors: Mapping[float, float] | None) -> None:
+        self.factors = factors
         self.error: dict[float, float] = defaultdict(float)
         self.energy: dict[float, float] = defaultdict(float)
         self.count = 0
@@ -240,7 +266,7 @@ class _Figures:
         self.count += expected.numel()
 
     def __add__(self, other: "_Figures") -> "_Figures":
-        both = _Figures()
+        both = _Figures(self.factors)
         for part in (self, other):
             both.count += part.count
             for timestep in part.error:
@@ -248,11 +274,19 @@ class _Figures:
                 both.energy[timestep] += part.energy[timestep]
         return both
 
+    def _of_trajectory(self) -> float | None:
+        if not self.factors:
+            return None
+        squares = {t: self.factors[min(self.factors, key=lambda known: abs(known - t))] ** 2 for t in self.error}
+        error, energy = (sum(squares[t] * part[t] for t in squares) for part in (self.error, self.energy))
+        return _relative(error, energy)
+
     def result(self) -> dict[str, Any]:
         """The fields of a `DenoiserError`."""
         error, energy = sum(self.error.values()), sum(self.energy.values())
         by_timestep = {f"{t:g}": _relative(self.error[t], self.energy[t]) for t in sorted(self.error, reverse=True)}
         return {
+            "traj_rel_l2": self._of_trajectory() if self.count else None,
             "eps_mse": error / self.count if self.count else None,
             "eps_rel_l2": _relative(error, energy) if self.count else None,
             "eps_rel_l2_by_timestep": by_timestep,

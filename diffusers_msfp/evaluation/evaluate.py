@@ -21,7 +21,6 @@ from diffusers import DiffusionPipeline, ModelMixin
 from ..errors import ConfigError, StateError, UnsupportedError
 from ..results import OPTIONAL, OnProgress, in_stage
 from ..sampling.observation import calibration_state, quantized_models
-from ..sampling.solvers import with_ddim
 from .compare import ComparedDenoiser, DenoiserError, compare_pipelines, in_place_of
 from .images.agreement import class_agreement
 from .images.distances import Estimate
@@ -69,13 +68,14 @@ def evaluate_pipelines(
     num_inference_steps: int = 20,
     features: str | None = None,
     seed: int = 0,
+    sampler: str | None = None,
     prompts: list[str] | None = None,
     folder: str | Path | None = None,
     process: PartialState | None = None,
     on_progress: OnProgress | None = None,
     **arguments: Any,
 ) -> Evaluation | None:
-    """All figures of a candidate; the noise of picture i depends on `seed` and i alone, on DDIM.
+    """All figures of a candidate; the noise of picture i depends on `seed` and i alone.
 
     Args:
         reference (`DiffusionPipeline`): full precision; not changed.
@@ -85,6 +85,7 @@ def evaluate_pipelines(
         features (`str`, *optional*): see `feature_network`; by default as `default_features`, and where their weights
             are missing, what needs no features is computed, and the rest stands in `omitted`.
         seed (`int`): of noise and resampling.
+        sampler (`str`, *optional*): see `with_sampler`.
         prompts (`list[str]`, *optional*): taken in turn where the pipeline takes prompts.
         folder (`str` or `Path`, *optional*): keeps pictures, so that a killed run goes on and the reference's are made
             once for many candidates.
@@ -125,6 +126,7 @@ def evaluate_pipelines(
             num_samples=num_samples,
             num_inference_steps=num_inference_steps,
             seed=seed,
+            sampler=sampler,
             prompts=prompts,
             folder=Path(folder) if folder is not None else None,
             on_progress=in_stage(on_progress, f"pictures of the {name}"),
@@ -153,7 +155,7 @@ def evaluate_pipelines(
     own, missing = compare_pictures(sets["reference"], sets["candidate"], seed)
     figures["candidate_to_reference"] |= own
     omitted |= {f"candidate_to_reference.{name}": reason for name, reason in missing.items()}
-    run = {"num_inference_steps": num_inference_steps, "seed": seed, "prompts": prompts}
+    run = {"num_inference_steps": num_inference_steps, "seed": seed, "sampler": sampler, "prompts": prompts}
     compared = compare_pipelines(
         reference, candidate, num_samples=COMPARED, on_progress=in_stage(on_progress, "denoisers"), **run, **arguments
     )
@@ -161,6 +163,7 @@ def evaluate_pipelines(
         reference, candidate, num_samples=COMPARED // 4, on_progress=in_stage(on_progress, "layers"), **run, **arguments
     )
     return Evaluation(
+        traj_rel_l2=compared.traj_rel_l2,
         eps_mse=compared.eps_mse,
         eps_rel_l2=compared.eps_rel_l2,
         eps_rel_l2_by_timestep=compared.eps_rel_l2_by_timestep,
@@ -177,7 +180,7 @@ def evaluate_pipelines(
             "data": None
             if real is None
             else {"pictures": len(real), "source": Path(cast(str, data)).name, "adapted": adapted},
-            "scheduler": type(with_ddim(reference).scheduler).__name__,
+            "scheduler": compared.sampler,
             "picture_shape": list(shape),
         },
         origin=origin(),

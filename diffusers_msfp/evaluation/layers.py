@@ -22,7 +22,7 @@ from ..methods.talora import RoutingTable
 from ..methods.talora.attach import plan_of
 from ..results import OnProgress, Result
 from ..sampling.calls import batched_calls, call_arguments, quiet, require_positive
-from ..sampling.solvers import with_ddim
+from ..sampling.solvers import with_sampler
 from ..sampling.timestep import first_timestep, timestep_argument
 from ..sampling.used_output import counted, used_channels
 from .compare import in_place_of, paired_denoisers
@@ -59,6 +59,7 @@ def layer_snr(
     num_samples: int = 4,
     num_inference_steps: int = 20,
     seed: int = 0,
+    sampler: str | None = None,
     prompts: list[str] | None = None,
     on_progress: OnProgress | None = None,
     **arguments: Any,
@@ -68,7 +69,7 @@ def layer_snr(
     Of the last one, channels that put out a variance are not counted.
 
     Args:
-        reference, candidate, num_samples, num_inference_steps, seed, prompts, on_progress, **arguments: see
+        reference, candidate, num_samples, num_inference_steps, seed, sampler, prompts, on_progress, **arguments: see
             `compare_pipelines`.
 
     Returns:
@@ -78,7 +79,7 @@ def layer_snr(
         ConfigError: no layer of the reference has a counterpart of its name.
     """
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
-    candidate, reference = in_place_of(reference, candidate), with_ddim(reference)
+    candidate, reference = in_place_of(reference, candidate), with_sampler(reference, sampler)
     originals, students = paired_denoisers(reference, candidate)
     make_arguments = call_arguments(reference, prompts, num_inference_steps, {"output_type": "pt"} | arguments)
     calls = batched_calls(make_arguments, list(students.values()), num_samples, seed)

@@ -4,7 +4,7 @@ Recipes, loading, saving, calibration, `dequantize` and `inspect` go through the
 is a folder with a `Method` in it and a line in `methods/__init__.py`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,7 +60,6 @@ class Method:
         run (`Callable`): `(pipe, teacher, config, *, prompts, …) -> Result`, in place.
         part (`Part`, *optional*): None leaves nothing but other weights.
         forbids (`Mapping[str, str]`): method that must not be on the model yet → what to do instead.
-        check_after (`Callable`, *optional*): `(config, names)` refuses settings that would undo the stages before it.
         reports (`bool`): whether `run` takes `on_progress`, see `results.OnProgress`.
         resumes (`bool`): whether `run` takes a `work_dir`.
     """
@@ -70,7 +69,6 @@ class Method:
     run: Callable[..., Result]
     part: Part | None = None
     forbids: Mapping[str, str] = field(default_factory=dict)
-    check_after: Callable[[Any, Sequence[str]], None] | None = None
     reports: bool = False
     resumes: bool = True
 

@@ -16,7 +16,8 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from ..checkpoint.journal import Journal
 from ..errors import ConfigError, NonFiniteError, NothingToDoError
 from ..methods import METHODS
-from ..recipes import RECIPES
+from ..methods.correction.fit import CorrectionConfig
+from ..recipes import CORRECTION, RECIPES
 from ..results import OnProgress, plain
 from ..sampling.solvers import with_ddim
 
@@ -26,19 +27,23 @@ logger = logging.getLogger(__name__)
 WORK = ".work"
 
 
-def plan_stages(recipe: str, settings: Mapping[str, Mapping], **shared: Any) -> list[tuple[str, object]]:
+def plan_stages(
+    recipe: str, settings: Mapping[str, Mapping], *, correction: int = 0, **shared: Any
+) -> list[tuple[str, object]]:
     """Stages of a recipe with their configs.
 
     Args:
         recipe (`str`): name in `RECIPES`.
         settings (`Mapping[str, Mapping]`): stage → settings that replace the recipe's.
+        correction (`int`): end with the correction of the output, fitted on this many samples or the default, if that
+            is less; 0 for none.
         **shared: settings of all stages that have them, where neither says otherwise.
 
     Raises:
         ConfigError: an unknown recipe or setting, a value that makes no sense, settings of a stage that the recipe
-            does not have, or a stage that would undo an earlier one.
+            does not have.
     """
-    stages = RECIPES[recipe]
+    stages = RECIPES[recipe] + ((CORRECTION,) if correction else ())
     for name in settings:
         if name not in {stage.name for stage in stages}:
             have = ", ".join(stage.name for stage in stages) or "none"
@@ -48,6 +53,8 @@ def plan_stages(recipe: str, settings: Mapping[str, Mapping], **shared: Any) -> 
         kind = METHODS[stage.name]
         known = [field.name for field in fields(kind.config)]
         wanted = dict(settings.get(stage.name, {}))
+        if stage is CORRECTION:
+            wanted.setdefault("num_samples", min(correction, CorrectionConfig.num_samples))
         unknown = [key for key in wanted if key not in known]
         if unknown:
             raise ConfigError(f"A setting of `{stage.name}` must be one of {', '.join(known)}, but got {unknown[0]!r}.")
@@ -59,10 +66,6 @@ def plan_stages(recipe: str, settings: Mapping[str, Mapping], **shared: Any) -> 
             raise ConfigError(
                 f"Settings of `{stage.name}` must have the types that `{kind.config.__name__}` says, but got {given}."
             ) from error
-    names = [name for name, _ in plan]
-    for index, (name, config) in enumerate(plan):
-        if (check := METHODS[name].check_after) is not None:
-            check(config, names[:index])
     return plan
 
 

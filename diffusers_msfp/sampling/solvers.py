@@ -6,12 +6,23 @@ import inspect
 from typing import Any, cast
 
 import torch
-from diffusers import DDIMInverseScheduler, DDIMScheduler, DiffusionPipeline, LCMScheduler, SchedulerMixin, TCDScheduler
+from diffusers import (
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    SchedulerMixin,
+    TCDScheduler,
+)
 
 from ..compat.diffusers import Scheduler
 from ..errors import ConfigError
 from .finite_steps import learns_variance
 
+SAMPLERS = {"ddim": DDIMScheduler, "dpmsolver++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
+"""Samplers of one equation by the names that verbs know; `"own"` is the pipeline's."""
 OTHER_EQUATIONS = (LCMScheduler, TCDScheduler, DDIMInverseScheduler)
 """Schedulers with the configs of diffusion's solvers that do something else."""
 
@@ -80,6 +91,36 @@ def ddim_for(scheduler: Scheduler) -> DDIMScheduler | None:
 def takes_ddim(scheduler: Scheduler) -> bool:
     """Whether DDIM, or another solver of the same equation, can take a scheduler's place; see `ddim_for`."""
     return ddim_for(scheduler) is not None
+
+
+def with_sampler(pipe: Any, sampler: str | None = None, eta: float = 0.0) -> Any:
+    """A copy of a pipeline on another sampler.
+
+    Args:
+        pipe (`DiffusionPipeline`): not changed.
+        sampler (`str`, *optional*): one of `SAMPLERS`, or `"own"` for the pipeline itself; None is DDIM where that can
+            take the scheduler's place, and else its own.
+        eta (`float`): of DDIM, see `with_ddim`.
+
+    Raises:
+        ConfigError: an unknown sampler, one that does not solve the pipeline's equation, or an `eta` without DDIM.
+    """
+    if sampler is None:
+        return with_ddim(pipe, eta)
+    if sampler not in (*SAMPLERS, "own"):
+        raise ConfigError(f"`sampler` must be one of {', '.join(SAMPLERS)} or own, but got {sampler!r}.")
+    if eta and sampler != "ddim":
+        raise ConfigError(f"`eta` is DDIM's, but got {eta} with the sampler {sampler!r}. Leave one of them out.")
+    if sampler == "own":
+        return pipe
+    if not takes_ddim(pipe.scheduler):
+        raise ConfigError(
+            f"The sampler {sampler!r} must solve the equation of the pipeline's scheduler, but {type(pipe).__name__} "
+            f"has {type(pipe.scheduler).__name__}, whose place it cannot take. Use `own`."
+        )
+    if sampler == "ddim":
+        return with_ddim(pipe, eta)
+    return with_parts(pipe, scheduler=solver_from(SAMPLERS[sampler], pipe.scheduler))
 
 
 def with_ddim(pipe: DiffusionPipeline, eta: float = 0.0) -> DiffusionPipeline:

@@ -3,9 +3,10 @@
     python tests/benchmarks/bench_baselines.py --data fashion_mnist.npz [--only "w4a4 ptq,w4a4 full"]
 
 The embedded model, 20 DDIM steps, one seed. Baselines are a scheme and a recipe, as reconstructed, not their authors'
-code. Fine-tuning stages get 200 updates of 16 samples each, temporal ones 1000. Rows are written as they come, so
-several processes may share the work with `--only`. Fréchet distances are between features of the package's classifier,
-*not* FID. Writes `model_cards/results/baselines.json`.
+code. Fine-tuning stages get 200 updates of 16 samples each, those of the recipe `msfp` 1000, temporal ones 1000. Rows
+are written as they come, each with the commit that it was made with, so several processes may share the work with
+`--only`. Fréchet distances are between features of the package's classifier, *not* FID. Writes
+`model_cards/results/baselines.json`.
 """
 
 import copy
@@ -18,7 +19,7 @@ import torch
 import typer
 from diffusers import DiffusionPipeline
 from filelock import FileLock
-from harness import RESULTS, read_results, write_results
+from harness import RESULTS, origin, read_results, write_results
 
 from diffusers_msfp import quantize_pipeline
 from diffusers_msfp.assets import EMBEDDED_MODEL
@@ -30,36 +31,42 @@ from diffusers_msfp.sampling.solvers import with_ddim
 
 COMMAND = "python tests/benchmarks/bench_baselines.py --data fashion_mnist.npz"
 SETTINGS = {"talora": {"train_steps": 200}, "temporal": {"iterations": 1000}}
-OURS = ("ptq", "tfmq", "rounded", "full")
-CELLS = {f"w4a4 {recipe}": ("w4a4", recipe) for recipe in OURS}
+CORRECTED = " + correction"
+"""Cells of this name end with the correction of the output."""
+CELLS = {
+    "w4a4": ("w4a4", "ptq"),
+    f"w4a4{CORRECTED}": ("w4a4", "ptq"),
+    f"w4a4 msfp{CORRECTED}": ("w4a4", "msfp"),
+    f"w4a8{CORRECTED}": ("w4a8", "ptq"),
+    f"w8a8{CORRECTED}": ("w8a8", "ptq"),
+}
+PURE = ("ptq", "tfmq", "rounded", "full", "split", "split-rounded", "split-full")
+CELLS |= {f"w4a4-pure {recipe}": ("w4a4-pure", recipe) for recipe in PURE}
 CELLS |= {
-    "w4a4 split": ("w4a4", "split"),
-    "w4a4 split-rounded": ("w4a4", "split-rounded"),
-    "w4a4 split-full": ("w4a4", "split-full"),
-    "INT4": ("int-w4a4", "ptq"),
-    "INT4 split": ("int-w4a4", "split"),
-    "signed FP4": ("w4a4-signed", "ptq"),
-    "Q-Diffusion style": ("int-w4a4", "q-diffusion"),
-    "TFMQ-DM style": ("int-w4a4", "tfmq-dm"),
-    "EfficientDM style": ("int-w4a4", "efficientdm"),
+    "INT4": ("int-w4a4-pure", "ptq"),
+    "INT4 split": ("int-w4a4-pure", "split"),
+    "signed FP4": ("w4a4-signed-pure", "ptq"),
+    "Q-Diffusion style": ("int-w4a4-pure", "q-diffusion"),
+    "TFMQ-DM style": ("int-w4a4-pure", "tfmq-dm"),
+    "EfficientDM style": ("int-w4a4-pure", "efficientdm"),
     "INT W4A8": ("int-w4a8", "ptq"),
     "Q-Diffusion style W4A8": ("int-w4a8", "q-diffusion"),
-    "w4a8 ptq": ("w4a8", "ptq"),
-    "w4a8 tfmq": ("w4a8", "tfmq"),
-    "w4a8 rounded": ("w4a8", "rounded"),
-    "w4a8 full": ("w4a8", "full"),
-    "INT W6A6": ("int-w6a6", "ptq"),
-    "w6a6 ptq": ("w6a6", "ptq"),
-    "w6a6 full": ("w6a6", "full"),
+    "w4a8-wide ptq": ("w4a8-wide", "ptq"),
+    "w4a8-wide tfmq": ("w4a8-wide", "tfmq"),
+    "w4a8-wide rounded": ("w4a8-wide", "rounded"),
+    "w4a8-wide full": ("w4a8-wide", "full"),
+    "INT W6A6": ("int-w6a6-pure", "ptq"),
+    "w6a6-pure ptq": ("w6a6-pure", "ptq"),
+    "w6a6-pure full": ("w6a6-pure", "full"),
     "INT W8A8": ("int-w8a8", "ptq"),
-    "w8a8 ptq": ("w8a8", "ptq"),
+    "w8a8-wide ptq": ("w8a8-wide", "ptq"),
     "SDNQ uint4 weights": ("sdnq:uint4", None),
     "SDNQ FP4 weights": ("sdnq:fp4", None),
     "SDNQ int8": ("sdnq:int8:matmul", None),
 }
 
 
-def made(reference, scheme: str, recipe: str | None) -> tuple[DiffusionPipeline, dict]:
+def made(reference, scheme: str, recipe: str | None, correction: bool) -> tuple[DiffusionPipeline, dict]:
     """A quantized pipeline, and what making it took."""
     pipe, started, stages = copy.deepcopy(reference), time.perf_counter(), {}
     if recipe is None:
@@ -68,7 +75,9 @@ def made(reference, scheme: str, recipe: str | None) -> tuple[DiffusionPipeline,
     else:
         quantize_pipeline(pipe, scheme)
         wanted = {stage: values for stage, values in SETTINGS.items() if stage in names_of(recipe)}
-        for name, config in plan_stages(recipe, wanted):
+        if recipe == "msfp":
+            wanted = {"talora": {"train_steps": 1000}}
+        for name, config in plan_stages(recipe, wanted, correction=64 if correction else 0):
             began = time.perf_counter()
             METHODS[name].run(pipe, reference, config)
             stages[name] = round(time.perf_counter() - began, 1)
@@ -91,13 +100,15 @@ def main(
     pictures = Path(tempfile.gettempdir()) / "baseline-pictures"
     for name in only.split(",") if only else CELLS:
         scheme, recipe = CELLS[name]
-        pipe, cost = made(reference, scheme, recipe)
+        pipe, cost = made(reference, scheme, recipe, name.endswith(CORRECTED))
         result = evaluate_pipelines(reference, pipe, data=data, num_samples=num_samples, folder=pictures)
         row = {
             "cell": name,
             "scheme": scheme,
             "recipe": recipe,
             "num_samples": num_samples,
+            "git": origin()["git"],
+            "traj_rel_l2": result.traj_rel_l2,
             "eps_rel_l2": result.eps_rel_l2,
         }
         row |= cost | {"bytes": pipe.unet.get_memory_footprint()}

@@ -1,11 +1,11 @@
-"""Every scheme on a real model: error of the predicted noise and of the pictures, three seeds each.
+"""Schemes on a real model without training: error of the predicted noise and of the pictures, by seeds.
 
     python tests/benchmarks/bench_schemes.py [--model DIR --name NAME]
 
-    python tests/benchmarks/bench_schemes.py --cases "w4a4,w6a6"
+    python tests/benchmarks/bench_schemes.py --cases "w4a4,w6a6" --seeds 1
 
-With `--cases` only these rows are made anew. The seed is that of calibration and of the noise compared on. Writes
-`model_cards/results/<name>.json`.
+With `--cases` only these rows are made anew; rows are written as they are finished. The seed is that of calibration;
+pictures are compared on other noise. Writes `model_cards/results/<name>.json`.
 """
 
 import copy
@@ -17,19 +17,17 @@ import typer
 from diffusers import DiffusionPipeline
 from harness import RESULTS, read_results, write_results
 
-from diffusers_msfp import SCHEMES, MSFPConfig, quantize_pipeline
+from diffusers_msfp import MSFPConfig, correct_output, quantize_pipeline
 from diffusers_msfp.assets import EMBEDDED_MODEL
 from diffusers_msfp.evaluation import compare_pipelines
 
-FIGURES = ("eps_mse", "eps_rel_l2", "image_psnr_db")
-
-# The inputs of these layers are sums of residuals that no norm has scaled; the papers leave them float.
-CASES = {name: MSFPConfig(scheme=name) for name in SCHEMES} | {
-    f"{scheme} + residuals {other}": MSFPConfig(
-        scheme=scheme, scheme_overrides={"conv_shortcut": other, "samplers": other}
-    )
-    for scheme, other in (("w4a4", "w4a8"), ("w6a6", "w8a8"))
-}
+CORRECTED = " + correction"
+CASES = (
+    *("int-w4a4-pure", "w4a4-signed-pure", "w4a4-pure", "w4a4", f"w4a4{CORRECTED}"),
+    *("w6a6-pure", "w6a6", f"w6a6{CORRECTED}", "w4a8", f"w4a8{CORRECTED}", "w4a8-wide", "w8a8", "w8a8-wide", "w4a16"),
+)
+SAMPLERS = {"20": {}, "50": {"num_inference_steps": 50}, "dpm": {"sampler": "dpmsolver++"}}
+"""Suffix of a row's keys → how the pipelines are sampled; 20 DDIM steps if nothing is said."""
 
 
 def main(
@@ -37,32 +35,39 @@ def main(
     name: Annotated[str, typer.Option(help="of the results file")] = "ddpm-fashion-mnist-32",
     seeds: int = 3,
     cases: Annotated[str, typer.Option(help="comma-separated; all if left out")] = "",
+    num_samples: Annotated[int, typer.Option(help="pictures of 20 DDIM steps; a quarter of the others")] = 256,
 ) -> None:
-    """Quantize, compare on 20 and on 50 DDIM steps, write rows."""
+    """Quantize, compare with three samplers, write rows."""
     reference = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+    reference.set_progress_bar_config(disable=True)
     chosen = cases.split(",") if cases else list(CASES)
     kept = read_results(name)["rows"] if cases and (RESULTS / f"{name}.json").exists() else []
     rows = [row for row in kept if row["scheme"] not in chosen]
-    for scheme in chosen:
+    for case in chosen:
+        scheme = case.removesuffix(CORRECTED)
         for seed in range(seeds):
             pipe = copy.deepcopy(reference)
             started = time.perf_counter()
-            pipe.set_progress_bar_config(disable=True)
-            quantize_pipeline(pipe, CASES[scheme], **({} if scheme.endswith("a16") else {"seed": seed}))
-            row = {"scheme": scheme, "seed": seed, "seconds": round(time.perf_counter() - started, 1)}
-            for steps in (20, 50):
-                result = compare_pipelines(reference, pipe, num_inference_steps=steps, seed=seed)
-                row |= {f"{figure}_{steps}": float(f"{getattr(result, figure):.5g}") for figure in FIGURES}
-                if steps == 20:
+            quantize_pipeline(pipe, MSFPConfig(scheme), **({} if scheme.endswith("a16") else {"seed": seed}))
+            if case != scheme:
+                correct_output(pipe, reference)
+            row = {"scheme": case, "seed": seed, "seconds": round(time.perf_counter() - started, 1)}
+            for suffix, sampler in SAMPLERS.items():
+                number = num_samples if suffix == "20" else num_samples // 4
+                result = compare_pipelines(reference, pipe, num_samples=number, seed=1000 + seed, **sampler)
+                found = {key: getattr(result, key) for key in ("traj_rel_l2", "eps_rel_l2", "eps_mse", "image_psnr_db")}
+                found["image_psnr_db_low"], found["image_psnr_db_high"] = result.image_psnr_db_interval
+                row |= {f"{key}_{suffix}": float(f"{value:.5g}") for key, value in found.items()}
+                if suffix == "20":
                     errors = result.eps_rel_l2_by_timestep.items()
                     row["eps_rel_l2_by_timestep"] = {t: float(f"{value:.4g}") for t, value in errors}
             rows.append(row)
+            write_results(name, "python tests/benchmarks/bench_schemes.py", rows)
             typer.echo(
-                f"{scheme:12} seed {seed}  eps_rel_l2 {row['eps_rel_l2_20']:.4f}  "
-                f"psnr@50 {row['image_psnr_db_50']:.1f} dB",
+                f"{case:20} seed {seed}  PSNR {row['image_psnr_db_20']:.2f} dB  traj {row['traj_rel_l2_20']:.4f}  "
+                f"eps {row['eps_rel_l2_20']:.4f}  50 steps {row['image_psnr_db_50']:.2f} dB",
                 err=True,
             )
-    write_results(name, "python tests/benchmarks/bench_schemes.py", rows)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,9 @@ def test_quantize_compare_inspect_sample(tiny_dir, tmp_path):
         "eps_rel_l2",
         "eps_rel_l2_by_timestep",
         "image_psnr_db",
+        "image_psnr_db_interval",
+        "sampler",
+        "traj_rel_l2",
         "bytes_reference",
         "bytes_quantized",
         "settings",
@@ -345,8 +348,13 @@ def test_demo(tmp_path, monkeypatch):
     result = cli.demo(tmp_path, num_inference_steps=2)
     picture = np.asarray(Image.open(result.picture))
     assert picture.std() > 10
-    assert list(result.schemes) == ["w8a8", "w4a8", "w4a4"]
+    *made, tuned = result.schemes
+    assert made == ["w8a8", "w4a8", "w4a4"]
     for figures in result.schemes.values():
-        assert figures.quantized.bytes_quantized < figures.quantized.bytes_reference
+        assert figures.compared.bytes_quantized < figures.compared.bytes_reference
         assert 0 < figures.compared.eps_rel_l2 < 0.3
+    tuned, plain = result.schemes[tuned], result.schemes["w4a4"]
+    assert tuned.quantized is None
+    assert tuned.compared.traj_rel_l2 < 0.7 * plain.compared.traj_rel_l2
+    assert tuned.compared.bytes_quantized < 1.1 * plain.compared.bytes_quantized
     assert type(DiffusionPipeline.from_pretrained(tmp_path / "w4a4")).__name__ == "DDPMPipeline"

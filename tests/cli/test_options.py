@@ -101,7 +101,7 @@ def test_set_help_lists_every_setting(monkeypatch):
     done = program("quantize", "--set", "help")
     assert done.returncode == 0, done.stderr
     for name, method in METHODS.items():
-        assert f"stage {name}, of the recipes " in done.stdout
+        assert f"stage {name}" + (" of all recipes" if name == "correction" else ", of the recipes ") in done.stdout
         for setting in settings_of(method.config):
             assert f"{name}.{setting.name}" in done.stdout
     rows = [line for line in done.stdout.splitlines() if "talora.rank" in line]
@@ -115,8 +115,9 @@ def test_set_help_lists_every_setting(monkeypatch):
 def test_set_help_of_what_is_no_stage():
     done = program("quantize", "--set", "Talora.help")
     assert done.returncode == 2
-    assert "Unknown method 'Talora'. Known: split, temporal, rounding, talora. Did you mean `talora`?" in " ".join(
-        done.stderr.split()
+    assert (
+        "Unknown method 'Talora'. Known: split, temporal, rounding, talora, correction. Did you mean `talora`?"
+        in " ".join(done.stderr.split())
     )
     assert "`--set help` lists all settings" in program("quantize", "a", "--out", "b", "--set", "x").stderr
 

@@ -49,14 +49,9 @@ def test_every_recipe_has_stages_that_exist_with_settings_that_are_accepted():
     assert [len(RECIPES[name]) for name in ("ptq", "tfmq", "rounded", "full")] == [0, 1, 2, 3]
 
 
-def test_no_stage_undoes_another():
-    with pytest.raises(ConfigError, match="would undo the stage `rounding`"):
-        plan_stages("full", {"talora": {"placement": "merged"}})
-
-
 def test_full_recipe_stops_and_goes_on(source, tmp_path, monkeypatch):
     whole = cli.quantize(source, tmp_path / "whole", scheme="w4a4", recipe="full", settings=SETTINGS, **FAST)
-    assert [stage["stage"] for stage in whole.stages] == ["temporal", "rounding", "talora"]
+    assert [stage["stage"] for stage in whole.stages] == ["temporal", "rounding", "talora", "correction"]
     assert not (tmp_path / ".whole.part").exists()
 
     def killed(*_args, **_named):
@@ -82,8 +77,8 @@ def test_full_recipe_stops_and_goes_on(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr(recipes, "METHODS", {name: watched(name) for name in kinds})
     again = cli.quantize(source, tmp_path / "again", scheme="w4a4", recipe="full", settings=SETTINGS, **FAST)
-    assert ran == ["talora"]
-    assert [stage["stage"] for stage in again.stages] == ["temporal", "rounding", "talora"]
+    assert ran == ["talora", "correction"]
+    assert [stage["stage"] for stage in again.stages] == ["temporal", "rounding", "talora", "correction"]
     one, two = (DiffusionPipeline.from_pretrained(tmp_path / name).unet for name in ("whole", "again"))
     assert equal_state(one, two)
     temporal = ModelRecord.of(one).parts["temporal"].block
@@ -106,7 +101,7 @@ def test_stages_of_other_settings_are_not_taken(source, tmp_path, monkeypatch):
     two["temporal"] = {"iterations": 3}
     for name in ("out", "fresh"):
         made = cli.quantize(source, tmp_path / name, scheme="w4a4", recipe="rounded", settings=two, **FAST)
-        assert len(made.stages) == 2
+        assert len(made.stages) == 3
     assert equal_state(*(DiffusionPipeline.from_pretrained(tmp_path / name).unet for name in ("out", "fresh")))
 
 
@@ -130,8 +125,8 @@ def test_a_later_stage_with_other_settings_keeps_the_earlier_ones(source, tmp_pa
     monkeypatch.setattr(recipes, "METHODS", {name: watched(name, False) for name in kinds})
     settings["rounding"] = settings["rounding"] | {"learning_rate": 0.01}
     made = cli.quantize(source, tmp_path / "out", settings=settings, **arguments)
-    assert ran == ["temporal", "rounding", "rounding"]
-    assert [stage["stage"] for stage in made.stages] == ["temporal", "rounding"]
+    assert ran == ["temporal", "rounding", "rounding", "correction"]
+    assert [stage["stage"] for stage in made.stages] == ["temporal", "rounding", "correction"]
 
 
 def test_work_of_an_interrupted_first_stage_stays(tmp_path):
@@ -161,7 +156,11 @@ def test_baselines_are_checkpoints_like_any_other(source, tmp_path, recipe):
     ("recipe", "settings", "message"),
     [
         ("fullest", {}, "Unknown recipe 'fullest'. Known: ptq, tfmq"),
-        ("tfmq", {"talora": {"rank": 4}}, r"must belong to a stage of recipe `tfmq` \(temporal\), but got 'talora'"),
+        (
+            "tfmq",
+            {"talora": {"rank": 4}},
+            r"must belong to a stage of recipe `tfmq` \(temporal, correction\), but got 'talora'",
+        ),
         ("full", {"talora": {"ranks": 4}}, "A setting of `talora` must be one of num_adapters, .*, but got 'ranks'"),
         (
             "full",
@@ -199,6 +198,6 @@ def test_command(source, tmp_path):
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     made = json.loads(result.stdout.splitlines()[-1])
     assert made["recipe"] == "q-diffusion"
-    assert [stage["stage"] for stage in made["stages"]] == ["split", "rounding"]
+    assert [stage["stage"] for stage in made["stages"]] == ["split", "rounding", "correction"]
     assert made["stages"][1]["figures"]["parts"]
     assert torch.is_tensor(DiffusionPipeline.from_pretrained(tmp_path / "out").unet.conv_in.weight_scale)

@@ -9,7 +9,8 @@ from torch import nn
 from diffusers_msfp import export_adapter, import_adapter
 from diffusers_msfp.errors import CheckpointError, NonFiniteError, ShapeError, StateError
 from diffusers_msfp.layers import QUANT_LAYERS
-from diffusers_msfp.methods.talora import AdapterBank, Gate, RoutingTable, Trainee, adapter_rank
+from diffusers_msfp.methods.talora import AdapterBank, FullUpdate, Gate, RoutingTable, Trainee, adapter_rank
+from diffusers_msfp.methods.talora.trainee import rounding_to_codes
 from diffusers_msfp.numerics import QParams, fake_quantize
 from diffusers_msfp.schemes import SCHEMES
 
@@ -72,13 +73,34 @@ def test_merged_banks_are_the_quantized_sums(module, shape):
     bank = trainee.adapters
     layer = trainee.finish(torch.float16)
     for k in range(ADAPTERS):
-        update = (bank.up[k] @ bank.down[k].flatten(1)).view(layer.logical_shape)
+        update = (bank.up[k].detach() @ bank.down[k].detach().flatten(1)).view(layer.logical_shape)
         scale = base.weight_scale.view(-1, *[1] * (update.ndim - 1))
-        expected = fake_quantize(module.weight.detach() + update.detach(), QParams(base.weight_format, scale))
+        expected = fake_quantize(rounding_to_codes(base, module.weight) + update, QParams(base.weight_format, scale))
         assert torch.equal(layer.dequantize_weight(k), expected)
     assert layer.num_banks == ADAPTERS
     assert layer.adapters is None
     assert torch.equal(layer.weight_scale, base.weight_scale)
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["nearest", "learned rounding"])
+def test_training_of_merged_weights_begins_with_the_codes_that_are_there(learned):
+    """A value that learned rounding has put on the other side stays there, whatever the float weight says."""
+    module, shape = LAYERS["3x3"]
+    trainee, _, base = made(module, shape, "merged")
+    layer = trainee.layer
+    if learned:
+        step = layer.weight_scale.view(-1, 1, 1, 1) * layer.weight_format.step
+        moved = layer.dequantize_weight() + step * torch.randint(-1, 2, module.weight.shape)
+        layer.store_banks([fake_quantize(moved, QParams(layer.weight_format, step / layer.weight_format.step))])
+        base = copy.deepcopy(layer)
+    for bank in (AdapterBank(layer.logical_shape, 1, 2, device="cpu"), FullUpdate(layer.logical_shape, 1, "cpu")):
+        for parameter in bank.parameters():
+            torch.nn.init.zeros_(parameter)
+        fresh = Trainee(layer, module.weight.detach(), bank, "merged", trainee.gate, 0)
+        begun = fresh.merged(torch.ones(1))
+        assert torch.equal(begun, base.dequantize_weight())
+        begun.square().sum().backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in (fresh.log_weight_scale,))
 
 
 @CASES

@@ -218,7 +218,8 @@ def test_bad_requests_are_refused_before_anything_is_changed(packed_pipe, teache
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, "`rank` must be at least 1"),
+        ({"rank": 0}, "need a `rank` of at least 1, but got 0"),
+        ({"rank": -1, "placement": "merged"}, "`rank` must be at least 1"),
         ({"num_adapters": 300}, "at most 256, but got 300"),
         ({"placement": "inside"}, "one of merged, side, but got 'inside'"),
         ({"train_steps": 1, "minutes": 1.0}, "exclude each other"),

@@ -21,11 +21,13 @@ def demo(
     result = cli.demo(out, num_inference_steps=num_inference_steps, seed=seed)
     if as_json:
         return print_json(result)
-    columns = ("scheme", "size", "eps_rel_l2", "image PSNR", "quantized in")
+    columns = ("scheme", "size", "image PSNR", "traj_rel_l2", "eps_rel_l2", "quantized in")
     table = Table(*columns, title="Fashion-MNIST DDPM, 20 DDIM steps")
     for name, row in result.schemes.items():
-        size = f"{megabytes(row.quantized.bytes_reference)} → {megabytes(row.quantized.bytes_quantized)}"
+        size = f"{megabytes(row.compared.bytes_reference)} → {megabytes(row.compared.bytes_quantized)}"
+        seconds = "prepared" if row.quantized is None else f"{row.quantized.seconds:.1f} s"
         psnr = f"{row.compared.image_psnr_db:.1f} dB"
-        table.add_row(name, size, f"{row.compared.eps_rel_l2:.4f}", psnr, f"{row.quantized.seconds:.1f} s")
+        errors = (f"{error:.4f}" for error in (row.compared.traj_rel_l2, row.compared.eps_rel_l2))
+        table.add_row(name, size, psnr, *errors, seconds)
     stdout.print(table)
     stdout.print(f"Look at [bold]{result.picture}[/]: full precision in the first row, the schemes below.")

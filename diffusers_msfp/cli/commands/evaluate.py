@@ -10,7 +10,7 @@ from ... import cli
 from ...evaluation import FEATURES, LayerError
 from ...evaluation.images.distances import Estimate
 from ..evaluate import CheckpointEvaluation
-from ..shared.options import Guidance, Json, Prompts, Seed, Variant, print_json
+from ..shared.options import Guidance, Json, Prompts, Sampler, Seed, Variant, print_json
 from ..shared.terminal import megabytes, stdout
 
 WORST = 10
@@ -39,12 +39,13 @@ def evaluate(
     reference: Annotated[str, typer.Option(help="Its full-precision original.")],
     data: Annotated[Path | None, typer.Option(help="Real pictures: .npz (x_test or images) or folder.")] = None,
     num_samples: Annotated[int, typer.Option(min=2, help="Pictures of each pipeline.")] = 2000,
-    num_inference_steps: Annotated[int, typer.Option(min=1, help="Denoising steps, DDIM.")] = 20,
+    num_inference_steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
     features: Annotated[
         str | None,
         typer.Option(help=f"{', '.join(FEATURES)} or MODULE:FUNCTION; by default what fits the pictures' shape."),
     ] = None,
     seed: Seed = 0,
+    sampler: Sampler = None,
     prompts: Prompts = None,
     guidance_scale: Guidance = None,
     variant: Variant = None,
@@ -70,6 +71,7 @@ def evaluate(
         num_inference_steps=num_inference_steps,
         features=features,
         seed=seed,
+        sampler=sampler,
         prompts=prompts,
         guidance_scale=guidance_scale,
         variant=variant,
@@ -104,7 +106,8 @@ def _figures(result: CheckpointEvaluation) -> Table:
     figures, settings = result.figures, result.settings
     pairs = {key: title for key, title in SETS.items() if key in figures}
     features = f"features `{settings['features']}`" if settings["features"] else "no features"
-    about = f"{settings['num_samples']} pictures, {settings['num_inference_steps']} steps, {features}"
+    steps = f"{settings['num_inference_steps']} steps of {settings['scheduler']}"
+    about = f"{settings['num_samples']} pictures, {steps}, {features}"
     title = f"{result.candidate}: {about}; 95 % intervals"
     table = Table("figure", *pairs.values(), title=title)
     for name, label in FIGURES.items():
@@ -115,6 +118,8 @@ def _figures(result: CheckpointEvaluation) -> Table:
         table.add_row(f"classifier score, {name}", _interval(figure))
     for name, figure in figures.get("class_agreement", {}).items():
         table.add_row(f"class agreement, {name}", _interval(figure))
+    if result.traj_rel_l2 is not None:
+        table.add_row("traj_rel_l2", f"{result.traj_rel_l2:.4f}")
     table.add_row("eps_rel_l2", f"{result.eps_rel_l2:.4f}")
     table.add_row("eps_mse", f"{result.eps_mse:.3g}")
     return table

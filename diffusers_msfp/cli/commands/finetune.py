@@ -55,8 +55,12 @@ def finetune(
         stdout.print(
             f"Before and after, as `compare` measures ({shared['num_samples']} samples, "
             f"{shared['num_inference_steps']} steps): "
-            f"eps_rel_l2 {before['eps_rel_l2']:.5f} → {after['eps_rel_l2']:.5f}, "
-            f"PSNR {before['image_psnr_db']:.2f} → {after['image_psnr_db']:.2f} dB."
+            + "".join(
+                f"{key} {before[key]:.5f} → {after[key]:.5f}, "
+                for key in ("traj_rel_l2", "eps_rel_l2")
+                if before[key] is not None
+            )
+            + f"PSNR {before['image_psnr_db']:.2f} → {after['image_psnr_db']:.2f} dB."
         )
     print_router(result.intervals)
     if result.collapsed:

@@ -29,6 +29,11 @@ def inspect(
         refusals = Counter(pair for layer in part.layers for pair in layer.engine_refusals.items())
         for (engine, reason), count in refusals.items():
             _say(f"{engine} refuses {count} of {len(part.layers)} layers: {reason}")
+        if count := sum(layer.reads_residual for layer in part.layers):
+            _say(f"{count} of {len(part.layers)} layers read residual sums, which no norm has scaled, in 8 bits")
+        if correction := part.parts["output_correction"]:
+            timesteps = correction["timesteps"]
+            _say(f"output corrected by timestep: {len(timesteps)} timesteps, {timesteps[0]:g} … {timesteps[-1]:g}")
         if adapters := part.parts["adapters"]:
             stdout.print(f"{adapters['num_adapters']} adapters per layer, {adapters['placement']}")
             print_router(adapters["intervals"])

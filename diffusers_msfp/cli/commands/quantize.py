@@ -28,6 +28,13 @@ def quantize(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     scheme: Annotated[str, typer.Option(help=f"One of {', '.join(SCHEMES)}.")] = DEFAULT_SCHEME,
     recipe: Annotated[str, typer.Option(help=f"What follows search: one of {', '.join(RECIPES)}.")] = DEFAULT_RECIPE,
+    correction: Annotated[
+        bool | None,
+        typer.Option(
+            "--correction/--no-correction",
+            help="Correct the output by timestep at the end; by default where activations are quantized.",
+        ),
+    ] = None,
     setting: Annotated[
         list[str] | None,
         typer.Option(
@@ -80,6 +87,7 @@ def quantize(
         out,
         scheme=scheme,
         recipe=recipe,
+        correction=correction,
         settings=settings,
         num_samples=num_samples,
         num_inference_steps=num_inference_steps,

@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from ...results import Result
+from ...sampling.solvers import SAMPLERS
 from .settings import Setting, settings_of
 from .terminal import stdout
 
@@ -20,6 +21,10 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise.")]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="For pipelines that take prompts; repeatable.")]
 Guidance = Annotated[
     float | None, typer.Option("--guidance-scale", help="For pipelines with guidance; the pipeline's own by default.")
+]
+Sampler = Annotated[
+    str | None,
+    typer.Option(help=f"{', '.join(SAMPLERS)} or own (the pipeline's); by default DDIM where it can be used."),
 ]
 Variant = Annotated[
     str | None,

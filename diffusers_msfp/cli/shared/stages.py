@@ -4,7 +4,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ...methods import METHODS
-from ...recipes import RECIPES
+from ...recipes import CORRECTION, RECIPES
 from .settings import settings_of
 from .terminal import stdout
 
@@ -30,6 +30,7 @@ def print_stages(names: list[str]) -> None:
     for name in names:
         recipes = [recipe for recipe, stages in RECIPES.items() if name in {stage.name for stage in stages}]
         title = f"stage {name}, of the recipes {', '.join(recipes)}" if recipes else f"stage {name}"
+        title += " of all recipes, at their end" if name == CORRECTION.name else ""
         setting_names = [f"{name}.{setting.name}" for setting in settings_of(METHODS[name].config)]
         table = Table(title=title, title_justify="left", show_lines=True)
         table.add_column("setting", no_wrap=True, min_width=max(map(len, setting_names)))

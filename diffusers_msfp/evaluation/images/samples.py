@@ -21,7 +21,7 @@ from ...results import OnProgress
 from ...sampling.calls import batch_size_for, call_arguments, counting_steps, quiet, require_positive
 from ...sampling.denoisers import denoisers_of
 from ...sampling.observation import quantized_models
-from ...sampling.solvers import with_ddim
+from ...sampling.solvers import with_sampler
 
 
 def noise_generator(seed: int, index: int) -> torch.Generator:
@@ -53,17 +53,19 @@ def draw_pictures(
     num_samples: int,
     num_inference_steps: int,
     seed: int = 0,
+    sampler: str | None = None,
     prompts: list[str] | None = None,
     folder: Path | None = None,
     share: tuple[int, int] = (0, 1),
     on_progress: OnProgress | None = None,
     **arguments: Any,
 ) -> Tensor:
-    """Pictures of a pipeline on DDIM, made or found.
+    """Pictures of a pipeline, made or found.
 
     Args:
         pipe (`DiffusionPipeline`): not changed.
         num_samples, num_inference_steps, seed (`int`): pictures, denoising steps, seed of the noise.
+        sampler (`str`, *optional*): see `with_sampler`.
         prompts (`list[str]`, *optional*): taken in turn where the pipeline takes prompts.
         folder (`Path`, *optional*): where pictures are kept, in a folder for each checkpoint and way of sampling; what
             is there is not made again.
@@ -75,7 +77,7 @@ def draw_pictures(
         `Tensor`, `(n, channels, H, W)`, float16, in [0, 1] but for NaN: this share's groups in order.
     """
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
-    pipe = with_ddim(pipe)
+    pipe = with_sampler(pipe, sampler)
     denoisers = list(denoisers_of(pipe).values())
     make = call_arguments(pipe, prompts, num_inference_steps, {"output_type": "pt"} | arguments)
     size = min(num_samples, 2 * batch_size_for(denoisers, num_samples))

@@ -1,6 +1,6 @@
 """TALoRA: several low-rank adapters per layer, and a router that gives every timestep its adapter."""
 
-from .adapters import AdapterBank, adapter_rank
+from .adapters import AdapterBank, FullUpdate, adapter_rank
 from .plan import AdapterPlan
 from .router import TimestepRouter
 from .routing import Route, RoutingTable
@@ -10,6 +10,7 @@ __all__ = [
     "PLACEMENTS",
     "AdapterBank",
     "AdapterPlan",
+    "FullUpdate",
     "Gate",
     "Route",
     "RoutingTable",

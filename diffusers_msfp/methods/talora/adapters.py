@@ -18,13 +18,37 @@ from ...numerics import select
 ADAPTER_TENSORS = ("down", "up", "input_scale", "input_zero_point")
 
 
+class FullUpdate(nn.Module):
+    """In a merged adapter's place, an update of the whole weight: nothing of it is left once it is merged.
+
+    Args:
+        weight_shape (`tuple[int, ...]`): of the layer's float weight.
+        num_adapters (`int`): h.
+
+    Tensor: `delta` `(h, *weight_shape)`, float32.
+    """
+
+    delta: nn.Parameter
+
+    def __init__(self, weight_shape: tuple[int, ...], num_adapters: int, device: torch.device | str) -> None:
+        super().__init__()
+        self.num_adapters = num_adapters
+        self.delta = nn.Parameter(torch.zeros(num_adapters, *weight_shape, device=device))
+
+    def update(self, gate: Tensor) -> Tensor:
+        """See `AdapterBank.update`."""
+        return torch.einsum("h,h...->...", gate, self.delta) if self.num_adapters > 1 else gate[0] * self.delta[0]
+
+
 def adapter_rank(weight_shape: tuple[int, ...], rank: int) -> int:
     """The rank of a layer's adapters: `rank`, but at most half of the smaller channel count, and at least 1.
 
     Args:
         weight_shape (`tuple[int, ...]`): `(out, in / groups, *kernel)`.
-        rank (`int`): what is asked for.
+        rank (`int`): what is asked for; 0 for an update of the whole weight, whose rank is that of the weight.
     """
+    if not rank:
+        return max(1, min(weight_shape[0], math.prod(weight_shape[1:])))
     return max(1, min(rank, min(weight_shape[:2]) // 2))
 
 

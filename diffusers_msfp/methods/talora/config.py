@@ -22,8 +22,8 @@ class FinetuneConfig:
 
     Args:
         num_adapters (`int`): of each layer; 1 is a single LoRA (EfficientDM), without a router.
-        rank (`int`, *optional*): largest rank; narrow layers get less, see `adapter_rank`. 8 beside the weights, 32 for
-            merged adapters, whose rank costs nothing at run time.
+        rank (`int`, *optional*): largest rank; narrow layers get less, see `adapter_rank`. 8 beside the weights; merged
+            adapters, whose rank costs nothing at run time, update the whole weight by default, which is 0.
         placement (`str`): `"side"`, the better one at equal bytes on the package's model, or `"merged"`.
         router_groups (`tuple[str, ...]`): glob patterns of layer groups that choose on their own.
         num_inference_steps (`int`): of the trajectories.
@@ -31,13 +31,17 @@ class FinetuneConfig:
         gradient_accumulation_steps (`int`): batches per update.
         train_steps (`int`, *optional*): updates; 2000 if `minutes` is not given either.
         minutes (`float`, *optional*): instead, as many updates as fit, measured over the first ones.
-        learning_rate (`float`): peak of the adapters, in steps of their layer's weight grid per update.
+        learning_rate (`float`, *optional*): peak of the adapters, in steps of their layer's weight grid per update; 0.1
+            for low-rank ones, 0.02 for the whole weight.
         activation_learning_rate (`float`): peak of the logarithm of activation scales, and of zero points relative to
             them.
+        affine_learning_rate (`float`): peak of biases, norms and the logarithm of weight scales, which learn with
+            merged adapters.
         router_learning_rate (`float`): peak of the router. All with AdamW and linear decay.
         weight_decay (`float`): of the adapters.
         denoising_factor_exponent (`float`): 1 weighs the loss by the denoising factor (DFA), 0 does not.
-        denoising_factor_floor (`float`): smallest factor as a share of the mean.
+        denoising_factor_floor (`float`): smallest factor as a share of the mean; on the embedded model 0.25 costs
+            0.8 dB.
         balance (`float`): weight of the router's load-balance loss.
         exploration (`float`): scale of the Gumbel noise on the router's choice, gone after half of the updates.
         ema_decay (`float`): of an exponential moving average that takes the adapters' place at the end; 0 is none.
@@ -68,12 +72,13 @@ class FinetuneConfig:
     gradient_accumulation_steps: int = 1
     train_steps: int | None = None
     minutes: float | None = None
-    learning_rate: float = 0.1
+    learning_rate: float | None = None
     activation_learning_rate: float = 5e-3
+    affine_learning_rate: float = 1e-3
     router_learning_rate: float = 1e-4
     weight_decay: float = 0.0
     denoising_factor_exponent: float = 1.0
-    denoising_factor_floor: float = 0.25
+    denoising_factor_floor: float = 0.0
     balance: float = 0.01
     exploration: float = 0.0
     ema_decay: float = 0.0
@@ -89,8 +94,12 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "router_groups", as_patterns(self.router_groups))
         if self.rank is None:
-            object.__setattr__(self, "rank", 32 if self.placement == "merged" else 8)
-        counts = ("num_adapters", "rank", "num_inference_steps", "batch_size", "gradient_accumulation_steps")
+            object.__setattr__(self, "rank", 0 if self.placement == "merged" else 8)
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", 0.1 if self.rank else 0.02)
+        if self.rank == 0 and self.placement == "side":
+            raise ConfigError("Adapters beside the weights need a `rank` of at least 1, but got 0.")
+        counts = ("num_adapters", "num_inference_steps", "batch_size", "gradient_accumulation_steps")
         require_positive(**{name: getattr(self, name) for name in (*counts, "checkpoint_every")})
         if self.train_steps is not None and self.minutes is not None:
             raise ConfigError("`train_steps` and `minutes` exclude each other, but got both.")
@@ -103,7 +112,16 @@ class FinetuneConfig:
         for name, choices in (("placement", PLACEMENTS), ("mixed_precision", ("no", "bf16"))):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"`{name}` must be one of {', '.join(choices)}, but got {getattr(self, name)!r}.")
-        rates = ("learning_rate", "activation_learning_rate", "router_learning_rate", "weight_decay", "balance")
+        if self.rank:
+            require_positive(rank=self.rank)
+        rates = (
+            "learning_rate",
+            "activation_learning_rate",
+            "affine_learning_rate",
+            "router_learning_rate",
+            "weight_decay",
+            "balance",
+        )
         for name in (*rates, "exploration", "denoising_factor_exponent", "denoising_factor_floor", *KEEPING):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"`{name}` must be finite and ≥ 0, but got {getattr(self, name)}.")

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -184,16 +185,19 @@ def optimizer_for(student: Student, config: FinetuneConfig) -> torch.optim.Optim
     are joined, in steps of a tenth.
     """
     ranges: list[nn.Parameter] = []
+    affine = [parameter for parameter, _ in student.norms]
     adapters: dict[float, list[nn.Parameter]] = {}
     for trainee in student.trainees():
         ranges += [p for p in (trainee.log_scale, trainee.relative_zero_point) if p is not None]
-        peak = float(f"{config.learning_rate * trainee.weight_step():.1e}")
+        affine += [p for p in (trainee.bias, trainee.log_weight_scale) if p is not None]
+        peak = float(f"{cast(float, config.learning_rate) * trainee.weight_step():.1e}")
         adapters.setdefault(peak, []).extend(trainee.adapters.parameters())
     groups = [
         {"params": params, "peak": peak, "weight_decay": config.weight_decay} for peak, params in adapters.items()
     ]
     for params, peak in (
         (ranges, config.activation_learning_rate),
+        (affine, config.affine_learning_rate),
         (list(student.router.parameters()), config.router_learning_rate),
     ):
         if params:

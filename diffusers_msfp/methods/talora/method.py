@@ -1,11 +1,11 @@
 """TALoRA as one of the methods: adapters on the layers, and the router's table on the model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 
 from torch import nn
 
-from ...errors import ConfigError, UnsupportedError
+from ...errors import UnsupportedError
 from ..method import Method, Part, read_part
 from ..routes import ROUTER, routing_of
 from . import AdapterBank, AdapterPlan, RoutingTable
@@ -28,14 +28,6 @@ def _describe(plan: AdapterPlan, tensors: Mapping) -> dict:
     return {"placement": plan.placement, "num_adapters": plan.num_adapters, "intervals": intervals}
 
 
-def _check_after(config: FinetuneConfig, names: Sequence[str]) -> None:
-    if "rounding" in names and config.placement == "merged":
-        raise ConfigError(
-            "Merged adapters are rounded together with the float weight, so `talora.placement=merged` would undo the "
-            "stage `rounding` before it. Leave the placement at `side`, or take a recipe without rounding."
-        )
-
-
 TALORA = Method(
     "talora",
     FinetuneConfig,
@@ -51,6 +43,5 @@ TALORA = Method(
         describe=_describe,
     ),
     forbids={"talora": "This model has adapters already. Start from the checkpoint that `quantize` wrote."},
-    check_after=_check_after,
     reports=True,
 )

@@ -20,7 +20,7 @@ from ..blocks import block_outputs
 from ..checks import check_student, original_weight
 from ..losses import squared_error
 from ..routes import finite_set_of, maintained_layers
-from . import AdapterBank, AdapterPlan, Gate, TimestepRouter, Trainee, adapter_rank
+from . import AdapterBank, AdapterPlan, FullUpdate, Gate, TimestepRouter, Trainee, adapter_rank
 from .attach import connect
 
 
@@ -31,7 +31,7 @@ class Student(nn.Module):
         model (`ModelMixin`): quantized, frozen, without adapters; changed in place until `finish` or `abandon`.
         teacher (`nn.Module`): the float model it was quantized from.
         num_timesteps (`int`): T of the router's table.
-        num_adapters, rank (`int`): h, and the largest rank.
+        num_adapters, rank (`int`): h, and (0: an update of the whole weight) the largest rank.
         placement (`str`): `"merged"` or `"side"`.
         router_groups (`tuple[str, ...]`): see `AdapterPlan`.
         seed (`int`): of the initial weights.
@@ -73,12 +73,22 @@ class Student(nn.Module):
         trainees = {}
         for name, layer_rank in self.plan.rank_of().items():
             layer, original = layers[name], original_weight(teacher, layers[name])
-            bank = AdapterBank(layer.logical_shape, num_adapters, layer_rank, device=layer.packed_weight.device)
-            bank.initialise(generator)
+            device = layer.packed_weight.device
+            bank: AdapterBank | FullUpdate
+            if rank:
+                bank = AdapterBank(layer.logical_shape, num_adapters, layer_rank, device=device)
+                bank.initialise(generator)
+            else:
+                bank = FullUpdate(layer.logical_shape, num_adapters, device)
             trainees[name] = Trainee(layer, original, bank, placement, self.gate, self.plan.group_of(name))
         self._before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self.norms = (
+            [(each, each.detach().clone()) for each in _affine_of_norms(model)] if placement == "merged" else []
+        )
         self._checkpointing = False
         model.requires_grad_(False)
+        for parameter, _ in self.norms:
+            parameter.requires_grad_(True)
         for name, trainee in trainees.items():  # only now is the model changed
             replace_module(model, name, trainee)
         self.model = model
@@ -166,6 +176,8 @@ class Student(nn.Module):
         """Put the quantized layers back, and everything else as it was."""
         for trainee in list(self.trainees()):
             replace_module(self.model, trainee.layer.module_name, trainee.layer)
+        for parameter, before in self.norms:
+            parameter.data.copy_(before)
         self._restore()
         return self.model
 
@@ -198,3 +210,10 @@ class Student(nn.Module):
         plan = AdapterPlan(**{**vars(self.plan), "training": training or {}, "base": base})
         connect(self.model, plan, self.router.table(self.watched.tolist()))
         return self.model
+
+
+def _affine_of_norms(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Weights and biases of a model's norms, which follow its dtype and are stored as they are."""
+    for module in model.modules():
+        if "norm" in type(module).__name__.lower():
+            yield from module.parameters(recurse=False)

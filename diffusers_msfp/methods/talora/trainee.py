@@ -2,7 +2,10 @@
 
 It stands in the quantized layer's place and hands its result back to it. Placements:
 
-- `merged`: `Q(W + B_k A_k)`, with the full-precision weight `W` (EfficientDM's QALoRA); deployed as packed weights.
+- `merged`: `Q(W + B_k A_k)` (EfficientDM's QALoRA), or with an update of the whole weight instead of `B_k A_k`;
+  deployed as packed weights. `W` is the full-precision weight as far as it rounds to the codes that the layer has, so
+  that training begins with the layer as it is, its rounding learned or not. The layer's bias and the scales of its
+  output channels learn too, shared by all adapters.
 - `side`: `Q(W) x + B_k A_k x`, with the packed weight; deployed as float adapters beside it.
 """
 
@@ -15,10 +18,12 @@ from ...engines.training import fake_quantize
 from ...formats import FPFormat
 from ...layers import QuantLayer
 from ...numerics import QParams
-from ...numerics.rounding import zero_point_steps
-from .adapters import AdapterBank
+from ...numerics.rounding import local_step, zero_point_steps
+from .adapters import AdapterBank, FullUpdate
 
 PLACEMENTS = ("merged", "side")
+NEAR = 0.49
+"""Of the grid's local step: what rounds to a value, clear of the border."""
 
 
 class Gate:
@@ -36,13 +41,32 @@ class Gate:
         self.value, self.choices = value, value.detach().argmax(2).T.tolist()
 
 
+@torch.no_grad()
+def rounding_to_codes(layer: QuantLayer, weight: Tensor) -> Tensor:
+    """The float weight, each value moved no further than it must be to round to the code that the layer has for it.
+
+    Args:
+        layer (`QuantLayer`): of one bank.
+        weight (`Tensor`): of its `logical_shape`.
+
+    Returns:
+        `Tensor`, float32: `Ŵ + clamp(W - Ŵ, ±0.49 s)` with the grid's local step `s`, in the unit of the weight.
+    """
+    qparams = layer.weight_qparams()
+    codes = layer.dequantize_weight().reshape(layer.matrix_shape)
+    step, _ = local_step(codes / qparams.unit, layer.weight_format)
+    reach = NEAR * step * qparams.unit
+    apart = weight.to(torch.float32).reshape(layer.matrix_shape) - codes
+    return (codes + apart.clamp(-reach, reach)).view(layer.logical_shape)
+
+
 class Trainee(nn.Module):
     """Trainable adapters, each with an activation scale and zero point of its own, around a frozen quantized layer.
 
     Args:
         layer (`QuantLayer`): frozen; not changed until `finish`.
         weight (`Tensor`): the full-precision weight, kept by reference.
-        bank (`AdapterBank`): to be trained.
+        bank (`AdapterBank` or `FullUpdate`): to be trained; the latter with `"merged"` only.
         placement (`str`): one of `PLACEMENTS`.
         gate (`Gate`), group (`int`): where the choice comes from.
 
@@ -51,21 +75,34 @@ class Trainee(nn.Module):
     """
 
     layer: QuantLayer
-    adapters: AdapterBank
+    adapters: AdapterBank | FullUpdate
     gate: Gate
     source: Tensor
+    bias: nn.Parameter | None
+    log_weight_scale: nn.Parameter | None
     log_scale: nn.Parameter | None
     relative_zero_point: nn.Parameter | None
 
     def __init__(
-        self, layer: QuantLayer, weight: Tensor, bank: AdapterBank, placement: str, gate: Gate, group: int
+        self,
+        layer: QuantLayer,
+        weight: Tensor,
+        bank: AdapterBank | FullUpdate,
+        placement: str,
+        gate: Gate,
+        group: int,
     ) -> None:
         super().__init__()
         layer.check_original(weight)
         self.layer, self.adapters = layer, bank.requires_grad_(True)
         self.placement, self.group = placement, group
         self.__dict__.update(gate=gate, source=weight)
-        self.log_scale = self.relative_zero_point = None
+        self.bias = self.log_weight_scale = self.log_scale = self.relative_zero_point = None
+        if placement == "merged":
+            self.__dict__["source"] = rounding_to_codes(layer, weight)
+            self.log_weight_scale = nn.Parameter(torch.zeros_like(layer.weight_scale))
+            if layer.bias is not None:
+                self.bias = nn.Parameter(layer.bias.detach().to(torch.float32).clone())
         if layer.input_format is not None:
             self.log_scale = nn.Parameter(layer.input_scale.log().repeat(bank.num_adapters))
             if not layer.input_format.signed:
@@ -95,7 +132,7 @@ class Trainee(nn.Module):
         x = input
         layer, gate = self.layer, self.gate.value[:, self.group]  # (B, h)
         exact = x.to(torch.float32)
-        bias = None if layer.bias is None else layer.bias.to(torch.float32)
+        bias = self.bias if self.bias is not None or layer.bias is None else layer.bias.to(torch.float32)
         repeats = x.shape[0] // gate.shape[0]
         gate = gate[:, None].expand(-1, repeats, -1).flatten(0, 1)  # (rows of x, h)
         qparams = None if self.log_scale is None else self.input_qparams()
@@ -108,8 +145,9 @@ class Trainee(nn.Module):
                 quantized = fake_quantize(rows, one)
             if base is None:
                 return layer.compute(quantized, self.merged(own.mean(0)), bias)
-            down, up = self.adapters.stacked()
-            return layer.compute(quantized, base, bias) + self.adapters.low_rank(layer, rows, down, up, own)
+            bank = cast(AdapterBank, self.adapters)
+            down, up = bank.stacked()
+            return layer.compute(quantized, base, bias) + bank.low_rank(layer, rows, down, up, own)
 
         choice = [adapter for adapter in self.gate.choices[self.group] for _ in range(repeats)]
         used = sorted(set(choice))
@@ -125,13 +163,15 @@ class Trainee(nn.Module):
         """The fake-quantized weight that a gate `(h,)` makes; `logical_shape`, float32."""
         weight = self.source.to(torch.float32) + self.adapters.update(gate)
         rows, length = self.layer.matrix_shape
-        quantized = fake_quantize(weight.reshape(rows, length), self.layer.weight_qparams())
+        scale = (self.layer.weight_scale * cast(Tensor, self.log_weight_scale).exp())[:, None]
+        qparams = QParams.unchecked(self.layer.weight_format, scale, torch.zeros_like(scale))
+        quantized = fake_quantize(weight.reshape(rows, length), qparams)
         return quantized.view(self.layer.logical_shape)
 
     @torch.no_grad()
     def merged_weight(self, adapter: int) -> Tensor:
         """The float weight that one adapter makes of the teacher's; `logical_shape`, float32."""
-        gate = torch.zeros(self.adapters.num_adapters, device=self.adapters.up.device)
+        gate = torch.zeros(self.adapters.num_adapters, device=self.layer.weight_scale.device)
         gate[adapter] = 1
         return self.source.to(torch.float32) + self.adapters.update(gate)
 
@@ -147,10 +187,13 @@ class Trainee(nn.Module):
             qparams = self.input_qparams()
             kept = (qparams.scale, -zero_point_steps(qparams) * qparams.unit)
         if self.placement == "side":
-            layer.adapters = bank = self.adapters.cast(dtype)
+            layer.adapters = bank = cast(AdapterBank, self.adapters).cast(dtype)
             if kept is not None:
                 bank.keep_input(*kept)
             return layer
+        layer.weight_scale.mul_(cast(Tensor, self.log_weight_scale).exp())
+        if self.bias is not None:
+            cast(nn.Parameter, layer.bias).copy_(self.bias)
         layer.store_banks([self.merged_weight(k) for k in range(self.adapters.num_adapters)])
         if kept is not None:
             layer.store_input(*(part.squeeze() for part in kept))  # `()` for a single adapter
