@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..layers import QuantLayer
 from ..layers.convert import quant_layers
-from ..layers.stored import FORMATS_TENSOR, say_formats
+from ..layers.stored import FORMATS_TENSOR, same_formats, say_formats
 from .digest import Digest
 
 _ENDING = f".{FORMATS_TENSOR}"
@@ -42,7 +42,7 @@ def check_formats(tensors: Mapping[str, Tensor], recorded: Mapping[str, Tensor])
     """
     for name, said in tensors.items():
         expected = recorded.get(name) if name.endswith(_ENDING) else None
-        if expected is not None and not torch.equal(said, expected):
+        if expected is not None and not same_formats(said, expected):
             raise CheckpointError(
                 f"`{name}` says {say_formats(said)}, but config.json says {say_formats(expected)}: damaged file, "
                 f"or files of two checkpoints."

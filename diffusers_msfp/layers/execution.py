@@ -14,7 +14,7 @@ from ..numerics.route import Route
 from .incoming import check_incoming
 from .logical import PackedLayer
 from .protocols import Engine, Prepared
-from .stored import FORMATS_TENSOR, OBSERVED, PACKED_WEIGHT, StoredTensors
+from .stored import FORMATS_TENSOR, OBSERVED, PACKED_WEIGHT, StoredTensors, observed_is_sum
 from .transplant import float_layer
 
 if TYPE_CHECKING:
@@ -72,7 +72,9 @@ class Execution(StoredTensors, PackedLayer):
         """
         check_incoming(self, state, prefix)
         own = {key: value for key, value in state.items() if key.startswith(prefix)}
-        own.pop(prefix + FORMATS_TENSOR, None)
+        is_sum = observed_is_sum(own.pop(prefix + FORMATS_TENSOR)) if prefix + FORMATS_TENSOR in own else None
+        if is_sum is not None:
+            self.expect_sum(is_sum)
         for name in OBSERVED:
             if (value := own.pop(prefix + name, None)) is not None:
                 self.load_observed(name, value)

@@ -6,12 +6,11 @@ copies tensor by tensor and complains at the end; a state that does not fit is r
 
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from ..compat.torch import remove_load_hooks
 from ..errors import CheckpointError
-from .stored import FORMATS_TENSOR, OBSERVED, PACKED_WEIGHT, StoredTensors, say_formats
+from .stored import FORMATS_TENSOR, OBSERVED, PACKED_WEIGHT, StoredTensors, same_formats, say_formats
 
 _WAY_OUT = "Nothing was loaded. Load the checkpoint that this state is of with `from_pretrained`."
 _CAST = ("bias",)
@@ -75,7 +74,7 @@ def _check_layer(name: str, layer: StoredTensors, expected: Mapping[str, Tensor]
             f"The state of a quantized layer must say its formats, but `{name}.{FORMATS_TENSOR}` is missing: of a "
             f"float model, of one that is split differently, or read from files of format version 1. {_WAY_OUT}"
         )
-    if not torch.equal(formats.cpu(), own):
+    if not same_formats(formats.cpu(), own):
         raise CheckpointError(
             f"The state of `{name}` must have this model's formats ({say_formats(own)}), but it has others "
             f"({say_formats(formats)}): quantized or calibrated otherwise. {_WAY_OUT}"

@@ -61,6 +61,7 @@ class QuantLayer(Execution, ABC):
     input_format: FPFormat | None
     scheme: LayerScheme | None
     input_candidates: tuple[str, ...]
+    input_is_sum: bool | None
     observation: Observation | None
     routing: Routing | None
     group: int
@@ -90,7 +91,7 @@ class QuantLayer(Execution, ABC):
         layer = transplant(module, cls)
         layer.module_name, layer.weight_format, layer.weight_dtype = module_name, weight_format, weight_of(module).dtype
         layer.input_format, layer.input_candidates, layer.observation = None, (), None
-        layer.scheme = None
+        layer.scheme, layer.input_is_sum = None, None
         layer.routing, layer.group, layer.adapters, layer.recall, layer.engine = None, 0, None, None, None
         layer.make_room(num_banks, device)
         rows, _ = layer.matrix_shape
@@ -228,11 +229,17 @@ class QuantLayer(Execution, ABC):
     def start_observing(self, candidates: Sequence[str], observation: Observation | None = None) -> None:
         """Leave the input float and watch it, until `freeze`."""
         self.changed()
-        self.input_candidates, self.input_format = tuple(candidates), None
+        self.input_candidates, self.input_format, self.input_is_sum = tuple(candidates), None, None
         self.observation = observation or Observation()
         for name in INPUT_TENSORS:
             if name in tensors_of(self):
                 delattr(self, name)
+
+    def expect_sum(self, is_sum: bool) -> None:
+        """Try the formats that the scheme has for residual sums, or those for all other inputs."""
+        if self.observing and self.scheme and self.scheme.residual:
+            self.input_is_sum = is_sum
+            self.input_candidates = self.scheme.residual if is_sum else self.scheme.activation
 
     def freeze(self) -> bool:
         """Choose the input's format, scale and zero point from what was seen.
@@ -248,7 +255,7 @@ class QuantLayer(Execution, ABC):
             stored = (result.qparams.scale, result.qparams.zero_point, result.error)
             for name, value in zip(INPUT_TENSORS, stored, strict=True):
                 getattr(self, name).copy_(value)
-        self.input_candidates, self.observation = (), None
+        self.input_candidates, self.input_is_sum, self.observation = (), None, None
         self.changed()
         return bool(len(values))
 

@@ -30,22 +30,41 @@ def name_in_state(key: str, quantized: Collection[str]) -> str:
 
 
 _OBSERVING = 255
+_IS_SUM = (0, 1, _OBSERVING)
 
 
-def formats_tensor(weight: FPFormat, input: FPFormat | None, observing: bool = False) -> Tensor:
+def formats_tensor(
+    weight: FPFormat, input: FPFormat | None, observing: bool = False, is_sum: bool | None = None
+) -> Tensor:
     """A layer's formats as a checkpoint's tensor, so that no state can be read with other ones.
 
     Args:
         weight (`FPFormat`), input (`FPFormat`, *optional*): None if the input stays float.
         observing (`bool`): whether the input's format is not chosen yet.
+        is_sum (`bool`, *optional*): whether an observed input is a residual sum; None where it is not known yet.
 
     Returns:
         `Tensor`, `(2, 3)`, uint8: signed, exponent bits, mantissa bits of the weight and of the input; zeros for a
-        float input, 255 for one that is being observed.
+        float input, 255 for one that is being observed, at the end 1 or 0 where it is known to be a sum or none.
     """
     rows = [[fmt.signed, fmt.exponent_bits, fmt.mantissa_bits] if fmt else [0, 0, 0] for fmt in (weight, input)]
-    read = [_OBSERVING] * 3 if observing else rows[1]
+    read = [_OBSERVING, _OBSERVING, _OBSERVING if is_sum is None else is_sum] if observing else rows[1]
     return torch.tensor([rows[0], read], dtype=torch.uint8, device="cpu")  # models are made on the meta device
+
+
+def same_formats(a: Tensor, b: Tensor) -> bool:
+    """Whether two of `formats_tensor` say the same formats; of inputs that are being observed, none is chosen."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    observing = all(t[1, 0] == _OBSERVING and t[1, 2] in _IS_SUM for t in (a, b))
+    compared = 5 if observing else 6
+    return torch.equal(a.flatten()[:compared], b.flatten()[:compared])
+
+
+def observed_is_sum(tensor: Tensor) -> bool | None:
+    """What `formats_tensor` says of an observed input: whether it is a residual sum; None where it is not known."""
+    signed, _, is_sum = tensor[1].tolist()
+    return None if signed != _OBSERVING or is_sum == _OBSERVING else bool(is_sum)
 
 
 def say_formats(tensor: Tensor) -> str:
@@ -87,7 +106,7 @@ class StoredTensors(StatefulModule):
 
     def formats_tensor(self) -> Tensor:
         """See the function of this name."""
-        return formats_tensor(self.weight_format, self.input_format, self.observing)
+        return formats_tensor(self.weight_format, self.input_format, self.observing, self.input_is_sum)
 
     def more_state(self) -> dict[str, Tensor]:
         """The formats, and while observing what was seen; the sample is as long as it is full.

@@ -169,7 +169,8 @@ def track(model: nn.Module, run: Calibration | None = None) -> None:
     run = run or Calibration("observing")
     if any(layer.observing and layer.scheme and layer.scheme.residual for _, layer in quant_layers(model)):
         trace = ResidualTrace(run.residual)
-        apply_residual(model, run.residual or ())
+        if run.residual is not None:
+            apply_residual(model, run.residual)
         model.register_forward_pre_hook(trace.before)
         model.register_forward_hook(trace.after, always_call=True)
     hook = RunTracker(run.last_timestep, run.has_fallen, run.first_timestep)
@@ -250,7 +251,7 @@ def freeze(model: nn.Module) -> None:
                 f"`calibrate(pipe)`."
             )
         trace = residual_trace(m)
-        if trace is not None and trace.found is None:
+        if trace is not None and trace.found is None and all(layer.input_is_sum is None for _, layer in observing):
             logger.warning(
                 "%s was compiled before its calibration, so layers that read residual sums could not be found, and get "
                 "as few bits as the others. Call `calibrate(pipe)` before compiling.",

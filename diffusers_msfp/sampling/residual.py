@@ -121,5 +121,4 @@ class ResidualTrace:
 def apply_residual(model: nn.Module, names: Collection[str]) -> None:
     """Let the layers of these names try the formats that their scheme has for residual sums."""
     for name, layer in layers_by_name(model).items():
-        if name in names and layer.observing and layer.scheme and layer.scheme.residual:
-            layer.input_candidates = layer.scheme.residual
+        layer.expect_sum(name in names)

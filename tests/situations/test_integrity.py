@@ -380,7 +380,7 @@ def test_state_of_an_equal_model(small, way, tmp_path, images):
 
 
 @pytest.mark.situation("`load_state_dict` of a model that still observes its inputs", "right")
-def test_state_of_an_observing_model(images):
+def test_state_of_an_observing_model(images, caplog):
     watched, fresh = observed("w4a4"), make_unet(**SMALL)
     quantize_model(fresh, MSFPConfig("w4a4"))
     fresh.load_state_dict(watched.state_dict())
@@ -389,6 +389,7 @@ def test_state_of_an_observing_model(images):
     freeze(fresh)
     freeze(watched)
     assert torch.equal(run(fresh, images), run(watched, images))
+    assert "residual sums" not in caplog.text  # which of its layers read them came with the state
 
 
 @pytest.mark.situation("adapters alone, or biases alone, loaded with `strict=False`", "right")
