@@ -3,7 +3,8 @@
     python tests/benchmarks/bench_baselines.py --data fashion_mnist.npz [--only "w4a4 ptq,w4a4 full"]
 
 The embedded model, 20 DDIM steps, one seed. Baselines are a scheme and a recipe, as reconstructed, not their authors'
-code. Fine-tuning stages get 200 updates of 16 samples each, those of the recipe `msfp` 1000, temporal ones 1000. Rows
+code. Fine-tuning stages get 200 updates of 16 samples each, temporal ones 1000; the recipe `msfp` is evaluated on the
+checkpoint that the package brings (`diffusers_msfp/assets/README.md` has the command). Rows
 are written as they come, each with the commit that it was made with, so several processes may share the work with
 `--only`. Fréchet distances are between features of the package's classifier, *not* FID. Writes
 `model_cards/results/baselines.json`.
@@ -22,7 +23,7 @@ from filelock import FileLock
 from harness import RESULTS, origin, read_results, write_results
 
 from diffusers_msfp import quantize_pipeline
-from diffusers_msfp.assets import EMBEDDED_MODEL
+from diffusers_msfp.assets import EMBEDDED_MODEL, TUNED_MODEL
 from diffusers_msfp.evaluation import evaluate_pipelines
 from diffusers_msfp.evaluation.timing.providers import provide
 from diffusers_msfp.methods import METHODS
@@ -31,6 +32,7 @@ from diffusers_msfp.sampling.solvers import with_ddim
 
 COMMAND = "python tests/benchmarks/bench_baselines.py --data fashion_mnist.npz"
 SETTINGS = {"talora": {"train_steps": 200}, "temporal": {"iterations": 1000}}
+MSFP = ("talora", "correction")
 CORRECTED = " + correction"
 """Cells of this name end with the correction of the output."""
 CELLS = {
@@ -69,14 +71,14 @@ CELLS |= {
 def made(reference, scheme: str, recipe: str | None, correction: bool) -> tuple[DiffusionPipeline, dict]:
     """A quantized pipeline, and what making it took."""
     pipe, started, stages = copy.deepcopy(reference), time.perf_counter(), {}
+    if recipe == "msfp":  # the checkpoint that the package brings
+        return DiffusionPipeline.from_pretrained(TUNED_MODEL), {"minutes": None, "stages": dict.fromkeys(MSFP)}
     if recipe is None:
         x = torch.randn(1, *[pipe.unet.config.in_channels, 32, 32], dtype=torch.bfloat16)
         pipe.unet = provide(scheme, pipe.unet, lambda unet: unet(x, 0))
     else:
         quantize_pipeline(pipe, scheme)
         wanted = {stage: values for stage, values in SETTINGS.items() if stage in names_of(recipe)}
-        if recipe == "msfp":
-            wanted = {"talora": {"train_steps": 1000}}
         for name, config in plan_stages(recipe, wanted, correction=64 if correction else 0):
             began = time.perf_counter()
             METHODS[name].run(pipe, reference, config)

@@ -295,7 +295,7 @@ def baselines() -> Iterator[dict[str, str]]:
             "Fréchet to full precision": interval(row, "candidate_to_reference.frechet_distance", 2),
             "to real pictures": interval(row, "candidate_to_real.frechet_distance", 2),
             "tensors": f"{row['bytes'] / 1e6:.2f} MB",
-            "minutes": f"{row['minutes']:.1f}",
+            "minutes": "–" if row["minutes"] is None else f"{row['minutes']:.1f}",
         }
         yield table_row
     real = interval(rows[0], "reference_to_real.frechet_distance", 2)
