@@ -3,15 +3,20 @@
 `L_t = gamma_t * MSE(teacher, student)` with the denoising factor `gamma_t`, the coefficient with which the model's
 output enters the next sample (arXiv 2505.21591, as reconstructed: first power; which closed form the paper takes and
 whether it normalises was not found). Here it is normalised to mean 1 over the sampler's steps, so that learning rates
-keep their meaning.
+keep their meaning; where the sampler clips, the factor is that of its real steps.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..compat.diffusers import Scheduler
+from ..errors import ConfigError, NonFiniteError
+from ..sampling.denoising_factor import clipped_factors, clips
+from ..sampling.trajectory import Trajectories
+from ..sampling.used_output import sample_of
 
 
 def ddpm_factor(alphas_cumprod: Tensor) -> Tensor:
@@ -65,3 +70,39 @@ def squared_error(output: Tensor, target: Tensor, *, relative: bool = False) -> 
     target = target.to(torch.float32)
     error = (output.to(torch.float32) - target).square().flatten(1).mean(1)
     return error / target.square().mean().clamp_min(1e-12) if relative else error
+
+
+@torch.no_grad()
+def real_factors(
+    scheduler: Scheduler,
+    num_inference_steps: int,
+    trajectories: Trajectories,
+    answers: Iterable[Tensor],
+) -> dict[float, float] | None:
+    """Denoising factors of a sampler that clips, for a model's errors as they are, see `clipped_factors`.
+
+    Args:
+        scheduler (`SchedulerMixin`), num_inference_steps (`int`): of the sampler.
+        trajectories (`Trajectories`): of the teacher on it.
+        answers (`Iterable[Tensor]`): the model's to the calls of the rollout; not asked for without need.
+
+    Returns:
+        `dict[float, float]`: timestep → factor; None where the linear ones hold: nothing is clipped, or the sampler
+        does not step from what the model reads, as with guidance or scaled inputs.
+    """
+    steps = trajectories.steps()
+    samples = [sample_of(step.args, step.kwargs) for step in steps]
+    as_it_is = not hasattr(scheduler, "sigmas") and all(
+        len(step.output) == trajectories.share and step.output.shape == sample.shape
+        for step, sample in zip(steps, samples, strict=True)
+    )
+    if not clips(scheduler) or not as_it_is:
+        return None
+    calls = [
+        (float(step.timesteps[0]), sample, step.output, answer - step.output)
+        for step, sample, answer in zip(steps, samples, answers, strict=True)
+    ]
+    found = clipped_factors(scheduler, num_inference_steps, calls)
+    if not all(math.isfinite(factor) for factor in found.values()):
+        raise NonFiniteError("The teacher's and the student's outputs must be finite, but got NaN or infinity.")
+    return found

@@ -2,17 +2,21 @@
 
 import copy
 import inspect
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from diffusers import SchedulerMixin
+from torch import Tensor
 
 from ..compat.diffusers import Scheduler
 from ..errors import ConfigError, NonFiniteError
 from .finite_steps import SHAPE, learns_variance, no_finite_step, probe_of
 
-# What makes a step non-linear in the model's output.
 NONLINEAR = ("clip_sample", "thresholding", "use_dynamic_thresholding")
+"""What makes a step non-linear in the model's output."""
+SMALL = 1e-4
+"""Of the output's norm: the step of a derivative."""
 
 
 def denoising_factors(scheduler: SchedulerMixin, num_inference_steps: int, **step_arguments: Any) -> dict[float, float]:
@@ -75,6 +79,45 @@ def denoising_factors(scheduler: SchedulerMixin, num_inference_steps: int, **ste
             raise NonFiniteError(no_finite_step(scheduler, float(timestep)))
         found.setdefault(float(timestep), []).append(difference.double().mean().abs().item())
     return {timestep: sum(values) / len(values) for timestep, values in found.items()}
+
+
+def clips(scheduler: Scheduler) -> bool:
+    """Whether a scheduler's step is not linear in the model's output, see `NONLINEAR`."""
+    return any(scheduler.config.get(key) for key in NONLINEAR)
+
+
+@torch.no_grad()
+def clipped_factors(
+    scheduler: Scheduler, num_inference_steps: int, calls: Iterable[tuple[float, Tensor, Tensor, Tensor]]
+) -> dict[float, float]:
+    """`gamma_t` of a sampler that clips: how far an error of the model's output moves the next sample, where it goes.
+
+    Clipping of the predicted sample takes a part of an error away, and with it what would have cancelled the rest: then
+    the next sample moves further than the linear coefficient says. Here the real step is made twice, from real samples
+    of a trajectory, with and without a small share of a model's real error.
+
+    Args:
+        scheduler (`SchedulerMixin`): not changed; deterministic, and not scaling the model's input.
+        num_inference_steps (`int`): steps of the sampler.
+        calls (`Iterable[tuple[float, Tensor, Tensor, Tensor]]`): timestep, sample, output and its error, all of one
+            shape, in the sampler's order.
+
+    Returns:
+        `dict[float, float]`: timestep → root mean square over samples of the derivative of the step along the error.
+
+    Source:
+        In the place of `denoising_factors`, which is for linear steps (DFA, arXiv 2505.21591); ours.
+    """
+    probe = probe_of(scheduler, num_inference_steps)
+    found = {}
+    for timestep, (at, sample, output, error) in zip(list(probe.timesteps), calls, strict=True):
+        sample, output, error = (each.double() for each in (sample, output, error))
+        beside = copy.deepcopy(probe)
+        share = SMALL * output.norm() / error.norm().clamp_min(1e-30)
+        moved = beside.step(output + share * error, timestep, sample).prev_sample
+        moved = (moved - probe.step(output, timestep, sample).prev_sample) / share
+        found[at] = (moved.norm() / error.norm().clamp_min(1e-30)).item()
+    return found
 
 
 def _as_input(scheduler: Scheduler, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:

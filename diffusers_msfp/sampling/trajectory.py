@@ -188,6 +188,10 @@ class Trajectories:
         """This process's part of something that has a row for every sample of the batch."""
         return batch[self.rank * self.share : (self.rank + 1) * self.share]
 
+    def steps(self) -> list[DenoisingStep]:
+        """This process's part of the rollout, in the sampler's order."""
+        return self._steps
+
     def timesteps(self) -> list[float]:
         """Timesteps of a rollout in the sampler's order, as its denoiser sees them."""
         return [float(step.timesteps[0]) for step in self._steps]

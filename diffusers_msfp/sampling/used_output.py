@@ -20,6 +20,11 @@ from .finite_steps import learns_variance
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+def sample_of(args: tuple, kwargs: Mapping) -> Tensor:
+    """What a denoiser is called with: its first tensor of floats."""
+    return next(x for x in tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor) and x.is_floating_point())
+
+
 def used_part(pipe: DiffusionPipeline, output: Tensor, args: tuple, kwargs: Mapping) -> Tensor:
     """The prediction in a denoiser's output, `(B, C, …)` of `(B, C, …)` or `(B, 2 C, …)`; a view.
 
@@ -31,7 +36,7 @@ def used_part(pipe: DiffusionPipeline, output: Tensor, args: tuple, kwargs: Mapp
     if output.ndim < 3 or output.shape[1] % 2:
         return output
     half = output.shape[1] // 2
-    sample = next(x for x in tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor) and x.is_floating_point())
+    sample = sample_of(args, kwargs)
     doubled = sample.ndim == output.ndim and sample.shape[1] == half and sample.shape[2:] == output.shape[2:]
     return output[:, :half] if doubled or learns_variance(pipe.scheduler) else output
 

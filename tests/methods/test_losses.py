@@ -17,6 +17,7 @@ from diffusers import (
 from diffusers_msfp import denoising_factors
 from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.methods.losses import ddim_factor, ddpm_factor, loss_weights, squared_error
+from diffusers_msfp.sampling.denoising_factor import clipped_factors, clips
 
 STEPS = 10
 
@@ -126,3 +127,36 @@ def test_squared_error_is_per_sample():
     output, target = torch.tensor([[1.0, 2.0], [3.0, 3.0]]), torch.tensor([[1.0, 0.0], [3.0, 3.0]])
     assert squared_error(output, target).tolist() == [2.0, 0.0]
     assert squared_error(output, target, relative=True).tolist() == pytest.approx([2 / 4.75, 0.0])
+
+
+def test_factors_of_a_sampler_that_clips_are_the_real_steps():
+    """Where nothing is clipped the linear ones, elsewhere the derivative of the step that is made."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 1, 4, 4)
+
+    def calls(least: float) -> list[tuple]:
+        scheduler = DDIMScheduler()
+        scheduler.set_timesteps(STEPS)
+        noise = torch.randn(shape, generator=generator)
+        found = []
+        for t in scheduler.timesteps.tolist():
+            abar = scheduler.alphas_cumprod[t]
+            image = least + 0.5 * torch.rand(shape, generator=generator)
+            sample = abar.sqrt() * image + (1 - abar).sqrt() * noise
+            found.append((float(t), sample, noise, torch.randn(shape, generator=generator)))
+        return found
+
+    linear = denoising_factors(DDIMScheduler(), STEPS)
+    inside = clipped_factors(DDIMScheduler(clip_sample=True), STEPS, calls(0.0))
+    assert list(inside) == list(linear)
+    assert torch.allclose(torch.tensor(list(inside.values())), torch.tensor(list(linear.values())), rtol=1e-3)
+    outside = clipped_factors(DDIMScheduler(clip_sample=True), STEPS, calls(9.0))
+    direct = {}
+    for t, previous in zip(linear, [*list(linear)[1:], None], strict=True):
+        abar = DDIMScheduler().alphas_cumprod[int(previous)] if previous is not None else torch.tensor(1.0)
+        direct[t] = (1 - abar).sqrt().item()
+    assert torch.allclose(
+        torch.tensor(list(outside.values())), torch.tensor(list(direct.values())), rtol=1e-3, atol=1e-6
+    )
+    assert clips(DDIMScheduler())
+    assert not clips(DDIMScheduler(clip_sample=False))

@@ -20,10 +20,10 @@ from ...sampling.calls import batched_calls, call_arguments, quiet, require_posi
 from ...sampling.denoisers import ByDenoiser, by_denoiser, denoiser_of, each_quantized, model_output
 from ...sampling.solvers import with_ddim
 from ...sampling.timestep import first_timestep, require_timesteps
-from ...sampling.used_output import used_part
+from ...sampling.used_output import sample_of, used_part
 from ..checks import check_student, require_takes
 from .attach import attach_correction, without_correction
-from .table import CorrectionTable, channels_of, map_prediction, sample_of
+from .table import CorrectionTable, channels_of, map_prediction
 
 
 @dataclass(frozen=True)

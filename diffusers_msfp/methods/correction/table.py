@@ -7,9 +7,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ...compat.torch import StatefulModule, tree_leaves
+from ...compat.torch import StatefulModule
 from ...errors import CheckpointError, ConfigError
 from ...sampling.timestep import Timestep, TimestepArgument
+from ...sampling.used_output import sample_of
 
 CORRECTION = "output_correction"
 """Where a model has its `CorrectionTable`."""
@@ -115,11 +116,6 @@ class CorrectionTable(StatefulModule):
 def channels_of(prediction: Tensor) -> int:
     """Channels of a denoiser's output: of images axis 1, of sequences the last."""
     return prediction.shape[-1 if prediction.ndim == 3 else 1]
-
-
-def sample_of(args: tuple, kwargs: dict) -> Tensor:
-    """What a denoiser is called with: its first tensor of floats."""
-    return next(x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.is_floating_point())
 
 
 class CorrectionHook:

@@ -28,7 +28,7 @@ from ...sampling.solvers import with_parts
 from ...sampling.trajectory import DenoisingStep, Trajectories, check_timesteps
 from ...sampling.used_output import counted, used_channels
 from ..blocks import block_outputs, trainable_blocks
-from ..losses import loss_weights, squared_error
+from ..losses import loss_weights, real_factors, squared_error
 from ..routes import routing_of
 from ..runs import Stop, deferred_signals, inputs_digest, plain_config
 from . import RoutingTable, Trainee
@@ -112,14 +112,6 @@ class Finetuner:
         timesteps = self.trajectories.timesteps()
         num_timesteps = max(int(scheduler.config.get("num_train_timesteps") or 1), 1 + math.ceil(max(timesteps)))
         check_timesteps(timesteps, num_timesteps)
-        stepped = step_arguments(scheduler, arguments)
-        self.weights = loss_weights(
-            denoising_factors(scheduler, config.num_inference_steps, **stepped)
-            if config.denoising_factor_exponent
-            else dict.fromkeys(timesteps, 1.0),
-            config.denoising_factor_exponent,
-            config.denoising_factor_floor,
-        )
         self.student = Student(
             model,
             original,
@@ -132,15 +124,23 @@ class Finetuner:
         )
         try:
             inputs = inputs_digest(original, prompts, arguments, plain_config(scheduler)) if work_dir else ""
-            self._prepare(timesteps, work_dir, inputs)
+            self._prepare(timesteps, work_dir, inputs, step_arguments(scheduler, arguments))
         except BaseException:
             self.student.abandon()
             raise
 
-    def _prepare(self, timesteps: list[float], work_dir: Path | None, inputs: str) -> None:
+    def _prepare(self, timesteps: list[float], work_dir: Path | None, inputs: str, stepped: dict) -> None:
         """Router, optimizer and checkpoints."""
         config, student = self.config, self.student
         student.watch_timesteps(timesteps)
+        factors = dict.fromkeys(timesteps, 1.0)
+        if config.denoising_factor_exponent:
+            sampler = scheduler_of(self.teacher), config.num_inference_steps
+            answers = (student(step)[0][0] for step in self.trajectories.steps())
+            factors = real_factors(*sampler, self.trajectories, answers) or denoising_factors(*sampler, **stepped)
+            mean = self.accelerator.reduce(torch.tensor([*factors.values()], device=self.accelerator.device), "mean")
+            factors = dict(zip(factors, mean.tolist(), strict=True))
+        self.weights = loss_weights(factors, config.denoising_factor_exponent, config.denoising_factor_floor)
         if config.num_adapters > 1:
             student.router.warm_start(self._loads(len(timesteps)))
         if config.gradient_checkpointing:
