@@ -38,11 +38,13 @@ class StateError(MSFPError):
     """A model or pipeline in another state than the call needs: not quantized, still observing, adapted already.
 
     Example:
+        >>> from torch import nn
         >>> from diffusers_msfp import StateError, calibration_state
         >>> try:
-        ...     calibration_state(float_model)
+        ...     calibration_state(nn.Linear(2, 2))
         ... except StateError:
         ...     print("not quantized")
+        not quantized
     """
 
 

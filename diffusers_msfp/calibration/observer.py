@@ -66,8 +66,10 @@ def _observe(x: Tensor, sample: Tensor, count: Tensor, seen_range: Tensor, modul
     seen = int(count)
     generator = torch.Generator().manual_seed(zlib.crc32(f"{module_name}:{seen}".encode()))
     drawn = min(x.numel(), DRAWN_PER_CALL)
-    index = torch.randint(x.numel(), (drawn,), generator=generator)
-    new = x.flatten()[index.to(x.device)].to("cpu", torch.float32)
+    new = x.flatten()
+    if drawn < x.numel():  # of few values all are taken: the search would clip extremes that the sample has not got
+        new = new[torch.randint(x.numel(), (drawn,), generator=generator).to(x.device)]
+    new = new.to("cpu", torch.float32)
     fits = max(0, min(CAPACITY - seen, drawn))
     sample[seen : seen + fits] = new[:fits]
     position = torch.arange(seen + fits, seen + drawn, dtype=torch.float64)  # of the rest in the stream of all drawn

@@ -192,16 +192,25 @@ def test_vae_slicing_and_tiling():
     assert not torch.equal(tiled, whole)
 
 
+def agrees_under(attach, pipe: StableDiffusionPipeline) -> None:
+    """A norm gives floats in bfloat16 instead of codes where hooks replace a forward; else it is equal bit for bit."""
+    for engine, room in (("auto", 0.05), ("reference", 0.0)):
+        set_engine(pipe.unet, engine)
+        hooked = copy.deepcopy(pipe)
+        attach(hooked)
+        before = sample(pipe)
+        assert np.linalg.norm(sample(hooked) - before) <= room * np.linalg.norm(before), engine
+
+
 @pytest.mark.feature("`enable_model_cpu_offload` (its hooks, on a CPU)")
-def test_model_offload(pipe, before):
-    pipe.enable_model_cpu_offload(device="cpu")
-    assert (sample(pipe) == before).all()
+def test_model_offload(pipe):
+    agrees_under(lambda pipe: pipe.enable_model_cpu_offload(device="cpu"), pipe)
 
 
 @pytest.mark.feature("`enable_group_offload` (its hooks, on a CPU)")
-def test_group_offload(pipe, before):
-    pipe.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
-    assert (sample(pipe) == before).all()
+def test_group_offload(pipe):
+    cpu = torch.device("cpu")
+    agrees_under(lambda pipe: pipe.enable_group_offload(cpu, cpu, offload_type="leaf_level"), pipe)
 
 
 @pytest.mark.feature("`callback_on_step_end`, `guidance_rescale`, changed batch within a run")

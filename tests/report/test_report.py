@@ -168,7 +168,19 @@ def test_the_page_says_what_the_data_say(measured):
     anchors = {a["href"][1:] for a in page.all("a") if a["href"].startswith("#")}
     assert anchors <= {attributes.get("id") for _, attributes in page.elements}
     assert {"pictures", "error", "layers", "worst", "formats", "speed"} <= anchors
+    assert "scheme_overrides" not in page.text  # the scheme has 8 bits for sums of residuals
+
+
+def test_narrow_sums_of_residuals_get_advice(measured):
+    data = copy.deepcopy(measured.to_dict())
+    for layer in data["layers"]:
+        assert layer["advice"] is None, layer["name"]
+        if "conv_shortcut" in layer["name"]:
+            layer |= {"input_format": "fp4_e2m1", "snr_db": -1.0}
+            layer["advice"] = advice(layer)
+    page = Page(rendered(data))
     assert '"conv_shortcut": "w4a8"' in page.text.partition("scheme_overrides=")[2][:60]
+    assert "reads a sum of residuals: 8-bit input, see below" in page.text
 
 
 def test_hostile_names_stay_text(measured):
