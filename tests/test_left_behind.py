@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 RUN = "tests/plugin/test_talora.py::test_as_a_custom_pipeline"  # diffusers copies code for it
 
 
+@pytest.mark.slow
 def test_a_run_leaves_nothing_behind(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(tmp_path))

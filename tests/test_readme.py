@@ -16,6 +16,7 @@ SHORTENED = (
     ("minutes=10", "train_steps=2"),
     ("RoundingConfig()", "RoundingConfig(iterations=2, num_samples=8)"),
     ("TemporalConfig(num_inference_steps=20)", "TemporalConfig(num_inference_steps=2, iterations=2)"),
+    ("num_samples=16", "num_samples=2, num_inference_steps=4"),
     ('"w4a8")', '"w4a8", num_samples=1, num_inference_steps=2)'),
     ('"w4a4")', '"w4a4", num_samples=1, num_inference_steps=2)'),
     (

@@ -82,7 +82,7 @@ def test_layers_of_other_sizes_have_graphs_of_their_own(compiler):
     assert len(compiler.graphs) == 2
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_compilers_take_it(backend):
     torch._dynamo.reset()

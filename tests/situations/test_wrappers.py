@@ -153,7 +153,7 @@ def test_calibrate(how, packed_pipe, images):
     assert torch.allclose(run(pipe.unet, images), run(packed_pipe.unet, images), atol=0.02)
 
 
-@pytest.mark.parametrize("how", ["torch.compile", "DataParallel"])
+@pytest.mark.parametrize("how", [pytest.param("torch.compile", marks=pytest.mark.slow), "DataParallel"])
 @pytest.mark.situation("comparing and training pipelines whose denoisers are compiled or data-parallel", "right")
 def test_compare_and_train(how, packed_pipe, images):
     float_pipe = make_pipe()
