@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from diffusers_msfp.assets import EMBEDDED_MODEL
 from diffusers_msfp.cli.app import app
+from diffusers_msfp.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "diffusers_msfp").rglob("README.md"))]
@@ -51,8 +52,9 @@ def test_every_command_line_runs(tmp_path, monkeypatch):
             continue  # a server, and the Hub: see tests/space and tests/hub
         words = shlex.split(line.replace("SRC", str(EMBEDDED_MODEL)).replace("--minutes 10", "--train-steps 2"))
         words += shlex.split(LITTLE.get(verb, ""))
-        for setting in RECIPE.split() if "--recipe" in words else ():
-            words += ["--set", setting]
+        stages = {stage.name for stage in RECIPES[words[words.index("--recipe") + 1]]} if "--recipe" in words else set()
+        for setting in RECIPE.split():
+            words += ["--set", setting] if setting.partition(".")[0] in stages else []
         if verb == "publish" and Path("DIR-publish").exists():
             continue
         result = CliRunner().invoke(app, words)
