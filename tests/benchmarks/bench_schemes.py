@@ -51,7 +51,12 @@ def main(
             quantize_pipeline(pipe, MSFPConfig(scheme), **({} if scheme.endswith("a16") else {"seed": seed}))
             if case != scheme:
                 correct_output(pipe, reference)
-            row = {"scheme": case, "seed": seed, "seconds": round(time.perf_counter() - started, 1)}
+            row = {
+                "scheme": case,
+                "seed": seed,
+                "num_samples": num_samples,
+                "seconds": round(time.perf_counter() - started, 1),
+            }
             for suffix, sampler in SAMPLERS.items():
                 number = num_samples if suffix == "20" else num_samples // 4
                 result = compare_pipelines(reference, pipe, num_samples=number, seed=1000 + seed, **sampler)

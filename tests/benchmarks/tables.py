@@ -74,7 +74,7 @@ def schemes() -> Iterator[dict[str, str]]:
         yield {
             "scheme": f"`{name}`",
             "PSNR (dB)": f"{average(rows, 'image_psnr_db_20'):.1f}",
-            "seeds": f"{len(rows)}",
+            "seeds × pictures": f"{len(rows)} × {rows[0]['num_samples']}",
             "95 %, all seeds": f"{min(row['image_psnr_db_low_20'] for row in rows):.1f} – "
             f"{max(row['image_psnr_db_high_20'] for row in rows):.1f}",
             "`traj_rel_l2`": f"{average(rows, 'traj_rel_l2_20'):.4f}",
