@@ -32,7 +32,7 @@ RECIPES: Registry[tuple[Stage, ...]] = Registry("recipe")
 
 _SPLIT, _TEMPORAL, _ROUNDING, _TALORA = (Stage(name) for name in ("split", "temporal", "rounding", "talora"))
 CORRECTION = Stage("correction")
-"""Ends every recipe, unless it is left out: `quantize --no-correction`."""
+"""Ends every recipe of 4-bit activations, unless it is left out: `quantize --no-correction`."""
 RECIPES.add("ptq", ())
 RECIPES.add("tfmq", (_TEMPORAL,))
 RECIPES.add("rounded", (_TEMPORAL, _ROUNDING))

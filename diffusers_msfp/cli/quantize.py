@@ -12,6 +12,7 @@ from diffusers.quantizers import PipelineQuantizationConfig
 from ..checkpoint.describe import file_bytes, read_config
 from ..checkpoint.tensor_files import MAX_SHARD_SIZE
 from ..errors import ConfigError
+from ..formats import FORMATS
 from ..layers.convert import quant_layers
 from ..outputs import writing
 from ..plugin.calibrate import calibrate, check_calibration
@@ -112,7 +113,8 @@ def quantize(
         recipe (`str`): name in `RECIPES`: what follows search and calibration. After each stage a checkpoint lies in
             `.<out>.part`, where the run goes on if it was interrupted.
         correction (`bool`, *optional*): end with `correct_output`, for which the float model is loaded beside the
-            quantized one; by default where the scheme quantizes activations, but for a component on its own.
+            quantized one; by default where the scheme has 4-bit activations, but for a component on its own. With more
+            bits what is gained at its own number of steps is lost at others.
         settings (`Mapping[str, Mapping]`, *optional*): stage → settings that replace the recipe's.
         num_samples, num_inference_steps, seed: for `calibrate` and, but the first, for the stages.
         prompts (`str`, `Path` or `list[str]`, *optional*): for pipelines that take prompts: texts, or a file with one
@@ -134,7 +136,8 @@ def quantize(
     prompts = read_prompts(prompts)
     pictures = None if images is None else picture_files(images)[:num_samples]
     shared = {"num_inference_steps": num_inference_steps, "seed": seed}
-    corrects = bool(SCHEMES[scheme].inner.activation) if correction is None else correction
+    corrects = any(FORMATS[name].bits == 4 for name in SCHEMES[scheme].inner.activation)
+    corrects = corrects if correction is None else correction
     plan = plan_stages(recipe, settings or {}, correction=num_samples if corrects else 0, **shared)
     request = MSFPConfig(
         scheme=scheme,

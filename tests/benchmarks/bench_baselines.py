@@ -36,11 +36,9 @@ MSFP = ("talora", "correction")
 CORRECTED = " + correction"
 """Cells of this name end with the correction of the output."""
 CELLS = {
-    "w4a4": ("w4a4", "ptq"),
     f"w4a4{CORRECTED}": ("w4a4", "ptq"),
     f"w4a4 msfp{CORRECTED}": ("w4a4", "msfp"),
     f"w4a8{CORRECTED}": ("w4a8", "ptq"),
-    f"w8a8{CORRECTED}": ("w8a8", "ptq"),
 }
 PURE = ("ptq", "tfmq", "rounded", "full", "split", "split-rounded", "split-full")
 CELLS |= {f"w4a4-pure {recipe}": ("w4a4-pure", recipe) for recipe in PURE}

@@ -251,7 +251,6 @@ SHOWN = {
     "w4a4 + correction": "`w4a4`",
     "w4a4 msfp + correction": "`w4a4`, recipe `msfp`",
     "w4a8 + correction": "`w4a8`",
-    "w8a8 + correction": "`w8a8`",
     "w8a8-wide ptq": "`w8a8-wide`, inputs in two bytes",
     "w4a4-pure ptq": "`w4a4-pure`, residual sums in 4 bits too",
     "INT4": "uniform 4-bit grids throughout",

@@ -32,7 +32,7 @@ def quantize(
         bool | None,
         typer.Option(
             "--correction/--no-correction",
-            help="Correct the output by timestep at the end; by default where activations are quantized.",
+            help="Correct the output by timestep at the end; by default with 4-bit activations.",
         ),
     ] = None,
     setting: Annotated[
