@@ -136,9 +136,13 @@ def quantize(
     prompts = read_prompts(prompts)
     pictures = None if images is None else picture_files(images)[:num_samples]
     shared = {"num_inference_steps": num_inference_steps, "seed": seed}
-    corrects = any(FORMATS[name].bits == 4 for name in SCHEMES[scheme].inner.activation)
-    corrects = corrects if correction is None else correction
-    plan = plan_stages(recipe, settings or {}, correction=num_samples if corrects else 0, **shared)
+    narrow = any(FORMATS[name].bits == 4 for name in SCHEMES[scheme].inner.activation)
+    plan = plan_stages(
+        recipe,
+        settings or {},
+        correction=num_samples if (narrow if correction is None else correction) else 0,
+        **shared,
+    )
     request = MSFPConfig(
         scheme=scheme,
         modules_to_not_convert=modules_to_not_convert,
