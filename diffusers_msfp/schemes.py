@@ -180,6 +180,11 @@ EDGE_PATTERNS = (
 )
 
 
+def input_bits(scheme: str) -> int | None:
+    """Bits of the inputs of a scheme's inner layers; None where they stay float."""
+    return next((FORMATS[name].bits for name in SCHEMES[scheme].inner.activation), None)
+
+
 def weights_only(scheme: str) -> str:
     """The scheme of equal weight bits that leaves activations float."""
     return f"w{FORMATS[SCHEMES[scheme].inner.weight[0]].bits}a16"

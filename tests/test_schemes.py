@@ -9,7 +9,7 @@ from torch import nn
 from diffusers_msfp import FORMATS, SCHEMES
 from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.layers.convert import Conversion
-from diffusers_msfp.schemes import LayerScheme, fits_byte, matches, resolve, scheme_of, weights_only
+from diffusers_msfp.schemes import LayerScheme, fits_byte, input_bits, matches, resolve, scheme_of, weights_only
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -20,6 +20,7 @@ def test_widths_are_what_the_name_says(name):
     assert {FORMATS[f].bits for f in scheme.inner.activation} == ({activation} if activation != 16 else set())
     assert {FORMATS[f].bits for f in scheme.edge.weight + scheme.input.weight} == {8}
     assert scheme.input.activation == ()
+    assert input_bits(name) == (None if activation == 16 else activation)
     residual = activation < 8 and "-pure" not in name
     assert {FORMATS[f].bits for f in scheme.inner.residual} == ({8} if residual else set())
     assert scheme.edge.residual == scheme.input.residual == ()

@@ -12,7 +12,6 @@ from diffusers.quantizers import PipelineQuantizationConfig
 from ..checkpoint.describe import file_bytes, read_config
 from ..checkpoint.tensor_files import MAX_SHARD_SIZE
 from ..errors import ConfigError
-from ..formats import FORMATS
 from ..layers.convert import quant_layers
 from ..outputs import writing
 from ..plugin.calibrate import calibrate, check_calibration
@@ -27,7 +26,7 @@ from ..sampling.calls import require_positive
 from ..sampling.observation import calibration_state
 from ..sampling.pictures import picture_files
 from ..sampling.solvers import exchange_parts
-from ..schemes import DEFAULT_SCHEME, SCHEMES
+from ..schemes import DEFAULT_SCHEME, input_bits
 from .shared.calls import call_settings, read_prompts
 from .shared.load import (
     fetch,
@@ -135,14 +134,9 @@ def quantize(
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
     prompts = read_prompts(prompts)
     pictures = None if images is None else picture_files(images)[:num_samples]
+    corrected = num_samples if (input_bits(scheme) == 4 if correction is None else correction) else 0
     shared = {"num_inference_steps": num_inference_steps, "seed": seed}
-    narrow = any(FORMATS[name].bits == 4 for name in SCHEMES[scheme].inner.activation)
-    plan = plan_stages(
-        recipe,
-        settings or {},
-        correction=num_samples if (narrow if correction is None else correction) else 0,
-        **shared,
-    )
+    plan = plan_stages(recipe, settings or {}, correction=corrected, **shared)
     request = MSFPConfig(
         scheme=scheme,
         modules_to_not_convert=modules_to_not_convert,
