@@ -93,7 +93,7 @@ def test_a_format_an_engine_and_a_method_are_added_as_the_pages_say(tiny_dir, tm
     made = run(
         "-m", "diffusers_msfp", "quantize", tiny_dir, "--scheme", "w5a8", "--recipe", "halved", "--out", out, *short
     )
-    assert [stage["stage"] for stage in made["stages"]] == ["biases", "correction"]
+    assert [stage["stage"] for stage in made["stages"]] == ["biases"]
     used = run("-c", USE, tiny_dir, out)
     assert made["stages"][0]["figures"] == {"halved": len(used["halved"])}
     assert used["halved"]

@@ -148,7 +148,8 @@ def test_results_are_frozen_dataclasses():
 def test_a_result_is_plain_data_in_to_dict(reference, packed_pipe, packed_dir):
     compared = compare_pipelines(reference, packed_pipe, **RUN)
     made = compared.to_dict()
-    assert list(made) == ["eps_mse", "eps_rel_l2", "eps_rel_l2_by_timestep", "image_psnr_db"]
+    errors = ["traj_rel_l2", "eps_mse", "eps_rel_l2", "eps_rel_l2_by_timestep"]
+    assert list(made) == [*errors, "image_psnr_db", "image_psnr_db_interval", "sampler"]
     for result in (compared, describe_checkpoint(packed_dir), *layer_snr(reference, packed_pipe, **RUN).values()):
         assert json.loads(json.dumps(result.to_dict())) == result.to_dict()
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..compat.diffusers import Scheduler
 from ..errors import ConfigError, NonFiniteError
 from ..sampling.denoising_factor import clipped_factors, clips
+from ..sampling.finite_steps import learns_variance
 from ..sampling.trajectory import Trajectories
 from ..sampling.used_output import sample_of
 
@@ -88,7 +89,7 @@ def real_factors(
 
     Returns:
         `dict[float, float]`: timestep → factor; None where the linear ones hold: nothing is clipped, or the sampler
-        does not step from what the model reads, as with guidance or scaled inputs.
+        does not step from what the model reads and gives, as with guidance, scaled inputs or learned variances.
     """
     steps = trajectories.steps()
     samples = [sample_of(step.args, step.kwargs) for step in steps]
@@ -96,7 +97,7 @@ def real_factors(
         len(step.output) == trajectories.share and step.output.shape == sample.shape
         for step, sample in zip(steps, samples, strict=True)
     )
-    if not clips(scheduler) or not as_it_is:
+    if not clips(scheduler) or learns_variance(scheduler) or not as_it_is:
         return None
     calls = [
         (float(step.timesteps[0]), sample, step.output, answer - step.output)

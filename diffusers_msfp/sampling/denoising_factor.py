@@ -113,10 +113,11 @@ def clipped_factors(
     for timestep, (at, sample, output, error) in zip(list(probe.timesteps), calls, strict=True):
         sample, output, error = (each.double() for each in (sample, output, error))
         beside = copy.deepcopy(probe)
+        size = error.flatten(1).norm(dim=1).clamp_min(1e-30)
         share = SMALL * output.norm() / error.norm().clamp_min(1e-30)
         moved = beside.step(output + share * error, timestep, sample).prev_sample
         moved = (moved - probe.step(output, timestep, sample).prev_sample) / share
-        found[at] = (moved.norm() / error.norm().clamp_min(1e-30)).item()
+        found[at] = (moved.flatten(1).norm(dim=1) / size).square().mean().sqrt().item()
     return found
 
 

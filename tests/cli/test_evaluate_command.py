@@ -99,7 +99,7 @@ def test_the_table_names_what_needs_features(packed_dir, tiny_dir, tmp_path):
         "evaluate", packed_dir, "--reference", tiny_dir, "--num-samples", 2, "--num-inference-steps", 1, "--out", out
     )
     assert done.returncode == 0, done.stderr
-    assert "2 pictures, 1 steps, no features" in " ".join(done.stdout.split())
+    assert "2 pictures, 1 steps of DDIMScheduler, no features" in " ".join(done.stdout.split())
     assert "PSNR, equal noise (dB)" in done.stdout
     assert done.stdout.count("`inception` need the package torch-fidelity") == 1
     assert "left out: candidate_to_reference.frechet_distance, " in done.stdout

@@ -27,7 +27,7 @@ def output(model) -> torch.Tensor:
         return model(**INPUTS).sample
 
 
-@pytest.fixture(scope="module", params=["w4a4", "w8a8"])
+@pytest.fixture(scope="module", params=["w4a4", "w8a8-wide"])
 def frozen(request) -> UNet2DConditionModel:
     model = make_condition_unet()
     quantize_model(model, MSFPConfig(scheme=request.param))

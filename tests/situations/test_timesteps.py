@@ -157,7 +157,7 @@ def test_full_recipe_of_one_step(kind, tmp_path):
     result = quantize(
         source, out, scheme="w4a4", recipe="full", settings=short, num_samples=2, num_inference_steps=1, prompts=prompts
     )
-    assert [stage["stage"] for stage in result.stages] == ["temporal", "rounding", "talora"]
+    assert [stage["stage"] for stage in result.stages] == ["temporal", "rounding", "talora", "correction"]
     assert ("left_out" in result.stages[0]["figures"]) == (kind == "LCM")
     assert calibration_state(DiffusionPipeline.from_pretrained(out)) == "frozen"
 

@@ -138,8 +138,9 @@ class Finetuner:
             sampler = scheduler_of(self.teacher), config.num_inference_steps
             answers = (student(step)[0][0] for step in self.trajectories.steps())
             factors = real_factors(*sampler, self.trajectories, answers) or denoising_factors(*sampler, **stepped)
-            mean = self.accelerator.reduce(torch.tensor([*factors.values()], device=self.accelerator.device), "mean")
-            factors = dict(zip(factors, mean.tolist(), strict=True))
+            squares = torch.tensor([*factors.values()], device=self.accelerator.device).square()
+            squares = self.accelerator.reduce(squares, "mean").sqrt()
+            factors = dict(zip(factors, squares.tolist(), strict=True))
         self.weights = loss_weights(factors, config.denoising_factor_exponent, config.denoising_factor_floor)
         if config.num_adapters > 1:
             student.router.warm_start(self._loads(len(timesteps)))
