@@ -30,8 +30,8 @@ def without_formats(names: Iterable[str], config: Any) -> list[str]:
     return [name for name in names if config.format_version == 1 or not name.endswith(_ENDING)]
 
 
-def check_formats(tensors: Mapping[str, Tensor], recorded: Mapping[str, Tensor]) -> None:
-    """Refuse files whose formats are not the record's.
+def check_formats(tensors: Mapping[str, Tensor], recorded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a file says of formats that the record knows; refused where it is not what the record says.
 
     Args:
         tensors (`Mapping[str, Tensor]`): of a file; others than formats are not looked at.
@@ -40,13 +40,15 @@ def check_formats(tensors: Mapping[str, Tensor], recorded: Mapping[str, Tensor])
     Raises:
         CheckpointError: so it is.
     """
-    for name, said in tensors.items():
-        expected = recorded.get(name) if name.endswith(_ENDING) else None
-        if expected is not None and not same_formats(said, expected):
+    found = {name: said for name, said in tensors.items() if name in recorded}
+    for name, said in found.items():
+        expected = recorded[name]
+        if not same_formats(said, expected):
             raise CheckpointError(
                 f"`{name}` says {say_formats(said)}, but config.json says {say_formats(expected)}: damaged file, "
                 f"or files of two checkpoints."
             )
+    return found
 
 
 def check_places(files: Sequence[Path]) -> None:

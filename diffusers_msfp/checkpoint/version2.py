@@ -30,7 +30,7 @@ from ..errors import CheckpointError
 FORMAT_VERSION = 2
 MAX_ENTRIES = 2**16
 LAYER_KEYS = {"weight", "input", "modules"}
-CALIBRATION_KEYS = {"state", "last_timestep", "has_fallen", "first_timestep", "residual"}
+CALIBRATION_KEYS = {"state", "last_timestep", "has_fallen", "first_timestep"}
 NEWER = "it needs a newer package: `pip install -U diffusers-msfp`."
 
 

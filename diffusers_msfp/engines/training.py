@@ -21,9 +21,8 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, fmt: FPFormat) -> Tensor:
-        qparams = QParams.unchecked(fmt, scale, zero_point)
-        unit, zero = qparams.unit.reshape(-1), zero_point_steps(qparams).reshape(-1)
-        values = numba_training.forward(x, 1 / unit, unit, zero.expand_as(unit).contiguous(), fmt)
+        unit, zero = _by_row(QParams.unchecked(fmt, scale, zero_point))
+        values = numba_training.forward(x, 1 / unit, unit, zero, fmt)
         ctx.save_for_backward(x, values, scale, zero_point)
         ctx.format = fmt
         return values
@@ -31,14 +30,19 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, values, scale, zero_point = ctx.saved_tensors
-        qparams = QParams.unchecked(ctx.format, scale, zero_point)
-        unit, zero = qparams.unit.reshape(-1), zero_point_steps(qparams).reshape(-1).expand(scale.numel()).contiguous()
+        unit, zero = _by_row(QParams.unchecked(ctx.format, scale, zero_point))
         moves = ctx.needs_input_grad[2] and not ctx.format.signed
         border = zero * unit if moves else torch.zeros_like(unit)
         grad = grad.contiguous(memory_format=_format_of(x))
         inside, sums = numba_training.backward(grad, x, values, 1 / unit, zero, border, ctx.format)
         for_scale = sums[:, 0].view(scale.shape) / scale if ctx.needs_input_grad[1] else None
         return inside, for_scale, sums[:, 1].view(zero_point.shape) if moves else None, None
+
+
+def _by_row(qparams: QParams) -> tuple[Tensor, Tensor]:
+    """Lattice step and zero point in steps, `(R,)` each; R is 1 for one scale for all."""
+    unit = qparams.unit.reshape(-1)
+    return unit, zero_point_steps(qparams).reshape(-1).expand_as(unit).contiguous()
 
 
 def _format_of(x: Tensor) -> torch.memory_format:

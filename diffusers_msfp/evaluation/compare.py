@@ -21,7 +21,7 @@ from ..errors import ConfigError, NonFiniteError
 from ..results import OPTIONAL, OnProgress, Result
 from ..sampling.calls import batched_calls, call_arguments, quiet, require_positive
 from ..sampling.denoisers import denoiser_name, denoiser_of, denoisers_of, is_quantized, model_output, scheduler_of
-from ..sampling.denoising_factor import denoising_factors
+from ..sampling.denoising_factor import at_timestep, denoising_factors
 from ..sampling.solvers import with_parts, with_sampler
 from ..sampling.timestep import first_timestep, timestep_argument
 from ..sampling.trial import describe
@@ -277,7 +277,7 @@ class _Figures:
     def _of_trajectory(self) -> float | None:
         if not self.factors:
             return None
-        squares = {t: self.factors[min(self.factors, key=lambda known: abs(known - t))] ** 2 for t in self.error}
+        squares = {t: at_timestep(self.factors, t) ** 2 for t in self.error}
         error, energy = (sum(squares[t] * part[t] for t in squares) for part in (self.error, self.energy))
         return _relative(error, energy)
 

@@ -14,7 +14,7 @@ from ..numerics.route import Route
 from .incoming import check_incoming
 from .logical import PackedLayer
 from .protocols import Engine, Prepared
-from .stored import FORMATS_TENSOR, OBSERVED, PACKED_WEIGHT, StoredTensors, observed_is_sum
+from .stored import FORMATS_TENSOR, OBSERVED, PACKED_WEIGHT, StoredTensors
 from .transplant import float_layer
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class Execution(StoredTensors, PackedLayer):
 
     prepared: Prepared | None = None
     weight_dtype: torch.dtype
+    input_is_sum: bool | None
 
     # ── engines ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -72,9 +73,7 @@ class Execution(StoredTensors, PackedLayer):
         """
         check_incoming(self, state, prefix)
         own = {key: value for key, value in state.items() if key.startswith(prefix)}
-        is_sum = observed_is_sum(own.pop(prefix + FORMATS_TENSOR)) if prefix + FORMATS_TENSOR in own else None
-        if is_sum is not None:
-            self.expect_sum(is_sum)
+        self.take_formats(own.pop(prefix + FORMATS_TENSOR, None))
         for name in OBSERVED:
             if (value := own.pop(prefix + name, None)) is not None:
                 self.load_observed(name, value)
@@ -131,6 +130,17 @@ class Execution(StoredTensors, PackedLayer):
                 f"to it. Leave it out of `modules_to_save` and `target_modules`, or unload them first."
             )
         return float_layer(self, self.float_class)
+
+    @property
+    def sum_unknown(self) -> bool:
+        """Whether the formats to try depend on the input's being a residual sum, and nobody has said yet."""
+        return self.observing and bool(self.scheme and self.scheme.residual) and self.input_is_sum is None
+
+    def expect_sum(self, is_sum: bool) -> None:
+        """Try the formats that the scheme has for residual sums, or those for all other inputs."""
+        if self.observing and self.scheme and self.scheme.residual:
+            self.input_is_sum = is_sum
+            self.input_candidates = self.scheme.residual if is_sum else self.scheme.activation
 
     def quantize_input(self, x: Tensor, adapter: int | Tensor = 0) -> Tensor:
         """The input as the layer uses it, float32: observed, fake-quantized, or as it is."""

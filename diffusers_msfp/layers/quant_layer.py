@@ -235,12 +235,6 @@ class QuantLayer(Execution, ABC):
             if name in tensors_of(self):
                 delattr(self, name)
 
-    def expect_sum(self, is_sum: bool) -> None:
-        """Try the formats that the scheme has for residual sums, or those for all other inputs."""
-        if self.observing and self.scheme and self.scheme.residual:
-            self.input_is_sum = is_sum
-            self.input_candidates = self.scheme.residual if is_sum else self.scheme.activation
-
     def freeze(self) -> bool:
         """Choose the input's format, scale and zero point from what was seen.
 

@@ -108,6 +108,12 @@ class StoredTensors(StatefulModule):
         """See the function of this name."""
         return formats_tensor(self.weight_format, self.input_format, self.observing, self.input_is_sum)
 
+    def take_formats(self, said: Tensor | None) -> None:
+        """Of a state's formats, which are this layer's, what is known of an observed input; None says nothing."""
+        is_sum = None if said is None else observed_is_sum(said)
+        if is_sum is not None:
+            self.expect_sum(is_sum)
+
     def more_state(self) -> dict[str, Tensor]:
         """The formats, and while observing what was seen; the sample is as long as it is full.
 

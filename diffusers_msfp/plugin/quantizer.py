@@ -144,10 +144,9 @@ class MSFPQuantizer(DiffusersQuantizer):
         Of a float file, cut what stays float loose: a bias that is a view would keep a whole float shard mapped.
         """
         if self.pre_quantized:
-            digest = None if self._record is None else self._record.digest_to_check()
-            if digest is not None:
+            if self._record is not None and (digest := self._record.digest_to_check()) is not None:
                 digest.check(state_dict)
-            check_formats(state_dict, self._formats)
+            self._formats |= check_formats(state_dict, self._formats)
             names = without_formats(state_dict, self.quantization_config)
             return {name_in_state(name, self._packed): state_dict[name] for name in names}
         if self._plan is None:
@@ -235,6 +234,7 @@ class MSFPQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:  # noqa: ARG002
         for name, module in model.named_modules():
             if isinstance(module, QuantLayer) and not module.weight_scale.is_meta:
+                module.take_formats(self._formats.get(f"{name}.{FORMATS_TENSOR}"))
                 module.check_stored()
             elif hasattr(module, "check") and self._stored(module):
                 module.check(name)

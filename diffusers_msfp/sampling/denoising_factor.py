@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -79,6 +79,11 @@ def denoising_factors(scheduler: SchedulerMixin, num_inference_steps: int, **ste
             raise NonFiniteError(no_finite_step(scheduler, float(timestep)))
         found.setdefault(float(timestep), []).append(difference.double().mean().abs().item())
     return {timestep: sum(values) / len(values) for timestep, values in found.items()}
+
+
+def at_timestep(values: Mapping[float, float], timestep: float) -> float:
+    """What a table of a sampler's timesteps says of the nearest one."""
+    return values[min(values, key=lambda known: abs(known - timestep))]
 
 
 def clips(scheduler: Scheduler) -> bool:

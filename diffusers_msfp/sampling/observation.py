@@ -7,7 +7,7 @@ knows the timestep is `RunTracker`, a forward pre-hook on the model.
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 from diffusers import DiffusionPipeline
@@ -18,7 +18,7 @@ from ..compat.wrappers import sees_through, unwrap
 from ..errors import CheckpointError, StateError
 from ..layers import QuantLayer
 from ..layers.convert import prepare_layers, quant_layers
-from .residual import ResidualTrace, apply_residual
+from .residual import follow_next_call, stop_following
 from .timestep import timestep_argument
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,6 @@ class Calibration:
         last_timestep (`float`, *optional*): of the run that is being observed; None before its first step.
         has_fallen (`bool`): whether the timestep has fallen since observation began.
         first_timestep (`float`, *optional*): of a run that has only risen.
-        residual (`tuple[str, ...]`, *optional*): layers that read a residual sum; None before a call was followed.
 
     Raises:
         CheckpointError: any other value.
@@ -46,16 +45,8 @@ class Calibration:
     last_timestep: float | None = None
     has_fallen: bool = False
     first_timestep: float | None = None
-    residual: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        names = self.residual
-        if names is not None:
-            if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-                raise CheckpointError(
-                    f"`calibration.residual` must be a list of names, but got {names!r}: damaged file."
-                )
-            object.__setattr__(self, "residual", tuple(names))
         numbers = all(isinstance(each, int | float | None) for each in (self.last_timestep, self.first_timestep))
         if self.state not in ("observing", "frozen") or not numbers or self.has_fallen not in (True, False):
             raise CheckpointError(f"`calibration` in config.json must say the state, but got {self!r}: damaged file.")
@@ -75,9 +66,7 @@ class Calibration:
         """In types that JSON knows; of a run only while there is one."""
         if self.state == "frozen":
             return {"state": self.state}
-        record = asdict(self) | {"residual": None if self.residual is None else list(self.residual)}
-        left_out = ("first_timestep", "residual")
-        return {key: value for key, value in record.items() if key not in left_out or value is not None}
+        return {key: value for key, value in asdict(self).items() if key != "first_timestep" or value is not None}
 
 
 class RunTracker:
@@ -145,16 +134,10 @@ def tracker(model: nn.Module) -> RunTracker | None:
     return next((hook for hook in pre_hooks(model) if isinstance(hook, RunTracker)), None)
 
 
-def residual_trace(model: nn.Module) -> ResidualTrace | None:
-    """What finds the layers that read residual sums, while the model is observing and its scheme asks for it."""
-    owners = (getattr(hook, "__self__", None) for hook in pre_hooks(model))
-    return next((owner for owner in owners if isinstance(owner, ResidualTrace)), None)
-
-
 def untrack(model: nn.Module) -> None:
     """Stop watching for the end of a run."""
-    ours = (RunTracker, ResidualTrace)
-    remove_hooks(model, lambda hook: isinstance(hook, ours) or isinstance(getattr(hook, "__self__", None), ours))
+    remove_hooks(model, lambda hook: isinstance(hook, RunTracker))
+    stop_following(model)
 
 
 def track(model: nn.Module, run: Calibration | None = None) -> None:
@@ -166,23 +149,15 @@ def track(model: nn.Module, run: Calibration | None = None) -> None:
     untrack(model)
     if calibration_state(model) == "frozen":
         return
-    run = run or Calibration("observing")
-    if any(layer.observing and layer.scheme and layer.scheme.residual for _, layer in quant_layers(model)):
-        trace = ResidualTrace(run.residual)
-        if run.residual is not None:
-            apply_residual(model, run.residual)
-        model.register_forward_pre_hook(trace.before)
-        model.register_forward_hook(trace.after, always_call=True)
-    hook = RunTracker(run.last_timestep, run.has_fallen, run.first_timestep)
+    follow_next_call(model)
+    hook = RunTracker(run.last_timestep, run.has_fallen, run.first_timestep) if run else RunTracker()
     model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def calibration_of(model: nn.Module) -> Calibration:
     """How far the calibration of a model has come."""
-    hook, trace = tracker(model), residual_trace(model)
-    if hook is None:
-        return Calibration(calibration_state(model))
-    return replace(hook.record(), residual=None if trace is None else trace.found)
+    hook = tracker(model)
+    return Calibration(calibration_state(model)) if hook is None else hook.record()
 
 
 def quantized_models(model_or_pipe: object) -> Iterator[nn.Module]:
@@ -250,8 +225,7 @@ def freeze(model: nn.Module) -> None:
                 f"Ranges need data, but no input of {type(m).__name__} has been seen. Run the pipeline once, or call "
                 f"`calibrate(pipe)`."
             )
-        trace = residual_trace(m)
-        if trace is not None and trace.found is None and all(layer.input_is_sum is None for _, layer in observing):
+        if any(layer.sum_unknown for _, layer in observing):
             logger.warning(
                 "%s was compiled before its calibration, so layers that read residual sums could not be found, and get "
                 "as few bits as the others. Call `calibrate(pipe)` before compiling.",

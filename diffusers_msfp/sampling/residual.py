@@ -7,7 +7,6 @@ products with weights and attention, which end it. What a layer gives begins a s
 is, only moved or joined with others: as a shortcut behind a downsampling convolution does.
 """
 
-from collections.abc import Collection
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..calibration.watch import watching_calls
-from ..compat.torch import tree_leaves
+from ..compat.torch import remove_hooks, tree_leaves
 from ..layers.convert import layers_by_name
 
 SUMS = frozenset({"add", "add_", "sub", "sub_", "__add__", "__radd__", "__iadd__", "__sub__", "__isub__"})
@@ -77,30 +76,28 @@ class _Following(TorchFunctionMode):
 
 
 class ResidualTrace:
-    """Finds the layers of a model that read a residual sum, in its next call: `before` and `after` are its hooks.
+    """Tells a model's layers whether they read residual sums, in its next call; `before` and `after` are its hooks.
 
-    Args:
-        found (`tuple[str, ...]`, *optional*): their names, where a call has been followed already; else None.
+    Layers keep what they are told (`QuantLayer.input_is_sum`), so nothing is left to do after one call.
     """
 
-    def __init__(self, found: tuple[str, ...] | None = None) -> None:
-        self.found = found
-        self._seen: dict[str, None] = {}
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
         self._running: ExitStack | None = None
 
     def __deepcopy__(self, memo: dict) -> "ResidualTrace":
-        return type(self)(self.found)
+        return type(self)()
 
     def before(self, model: nn.Module, _args: tuple) -> None:
         """Begin to follow; a compiled model cannot be followed."""
-        if self.found is not None or self._running is not None or torch.compiler.is_compiling():
+        if self._running is not None or torch.compiler.is_compiling():
             return
-        self._seen, self._running = {}, ExitStack()
+        self._seen, self._running = set(), ExitStack()
         following = self._running.enter_context(_Following())
 
         def look(name: str, args: tuple) -> None:
             if args and following.in_stream(args[0]):
-                self._seen[name] = None
+                self._seen.add(name)
 
         self._running.enter_context(watching_calls(layers_by_name(model), look))
         for module in model.modules():
@@ -114,11 +111,19 @@ class ResidualTrace:
         self._running.close()
         self._running = None
         if output is not None:
-            self.found = tuple(self._seen)
-            apply_residual(model, self.found)
+            for name, layer in layers_by_name(model).items():
+                layer.expect_sum(name in self._seen)
+            stop_following(model)
 
 
-def apply_residual(model: nn.Module, names: Collection[str]) -> None:
-    """Let the layers of these names try the formats that their scheme has for residual sums."""
-    for name, layer in layers_by_name(model).items():
-        layer.expect_sum(name in names)
+def follow_next_call(model: nn.Module) -> None:
+    """Find out in the model's next call which layers read residual sums, where they have to know and do not."""
+    if any(layer.sum_unknown for layer in layers_by_name(model).values()):
+        trace = ResidualTrace()
+        model.register_forward_pre_hook(trace.before)
+        model.register_forward_hook(trace.after, always_call=True)
+
+
+def stop_following(model: nn.Module) -> None:
+    """Follow no call any more."""
+    remove_hooks(model, lambda hook: isinstance(getattr(hook, "__self__", None), ResidualTrace))

@@ -342,7 +342,15 @@ def hub(online):
         yield server
 
 
+ASKED = {"license": "mit", "base_model": "org/base", "num_samples": 1, "num_inference_steps": 1}
+
+
 def send(server: Hub, folder: Path, **changes) -> dict:
     """Publish a checkpoint there."""
-    arguments = {"license": "mit", "base_model": "org/base", "num_samples": 1, "num_inference_steps": 1, "token": TOKEN}
-    return publish(folder, changes.pop("repo", "user/tiny"), endpoint=server.url, **arguments | changes)
+    arguments = ASKED | {"token": TOKEN} | changes
+    return publish(folder, arguments.pop("repo", "user/tiny"), endpoint=server.url, **arguments)
+
+
+def rehearse(folder: Path, out: Path) -> dict:
+    """Write what would be published to a folder."""
+    return publish(folder, "user/tiny", dry_run=out, **ASKED)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from diffusers import DDPMPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from hub_server import rehearse
 from huggingface_hub import ModelCard
 
 from diffusers_msfp import FinetuneConfig, finetune, publish
@@ -231,15 +232,7 @@ def test_results_beside_a_checkpoint_are_published_with_its_card(packed_dir, tmp
     folder = Path(shutil.copytree(packed_dir, tmp_path / "packed"))
     write(folder / "results" / "evaluation.json", EVALUATION)
     write(folder / "notes.txt", "mine")
-    report = publish(
-        folder,
-        "user/tiny",
-        license="mit",
-        base_model="org/base",
-        dry_run=tmp_path / "out",
-        num_samples=1,
-        num_inference_steps=1,
-    )
+    report = rehearse(folder, tmp_path / "out")
     assert report.left_out == ["notes.txt"]
     assert list(report.missing) == ["speed"]
     assert (tmp_path / "out" / "results" / "timesteps.png").is_file()

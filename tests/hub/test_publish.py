@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import equal_state
 from diffusers import DiffusionPipeline
-from hub_server import WEIGHTS, Hub, send
+from hub_server import WEIGHTS, Hub, rehearse, send
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -120,39 +120,15 @@ def test_private(hub, folder):
 
 
 def test_a_dry_run_writes_what_would_be_uploaded_and_needs_no_hub(folder, tmp_path):
-    report = publish(
-        folder,
-        "user/tiny",
-        license="mit",
-        base_model="org/base",
-        dry_run=tmp_path / "out",
-        num_samples=1,
-        num_inference_steps=1,
-    )
+    report = rehearse(folder, tmp_path / "out")
     assert digests(tmp_path / "out").keys() == report.files.keys()
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "out", custom_pipeline="pipeline", trust_remote_code=True)
     assert pipe.quantization_report()["unet"]["scheme"] == "w4a4"
     assert json.loads(pipe.to_json_string())["_class_name"] == "DDPMPipeline"
-    again = publish(
-        folder,
-        "user/tiny",
-        license="mit",
-        base_model="org/base",
-        dry_run=tmp_path / "out",
-        num_samples=1,
-        num_inference_steps=1,
-    )
+    again = rehearse(folder, tmp_path / "out")
     assert again.files.keys() == report.files.keys()
     with pytest.raises(ConfigError, match="must be new or hold an earlier dry run, but it holds something else"):
-        publish(
-            folder,
-            "user/tiny",
-            license="mit",
-            base_model="org/base",
-            dry_run=tmp_path,
-            num_samples=1,
-            num_inference_steps=1,
-        )
+        rehearse(folder, tmp_path)
 
 
 def test_variants(hub, folder, packed_pipe, tmp_path):

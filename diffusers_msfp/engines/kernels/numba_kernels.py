@@ -146,10 +146,15 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.bfloat16) else x.to(torch.float32)
 
 
+def _lattice(low: int, high: int, mantissa_bits: int) -> tuple:
+    """A lattice as the kernels' arguments, from `low` to `shift`."""
+    shifts = np.int32((127 + mantissa_bits) << 23), np.int32((23 - mantissa_bits) << 23)
+    return np.float32(low), np.float32(high), *shifts
+
+
 def _numbers(grid: InputGrid) -> tuple:
     """A grid as the kernels' arguments, from `inverse` to `shift`."""
-    real = (np.float32(v) for v in (grid.inverse, grid.zero, grid.low, grid.high))
-    return (*real, np.int32((127 + grid.mantissa_bits) << 23), np.int32((23 - grid.mantissa_bits) << 23))
+    return np.float32(grid.inverse), np.float32(grid.zero), *_lattice(grid.low, grid.high, grid.mantissa_bits)
 
 
 def _run(kernel, *arguments):

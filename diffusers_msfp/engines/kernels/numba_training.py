@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...formats import FPFormat
-from .numba_kernels import _CHUNK, _LOOPS, _alone, _flat, _run
+from .numba_kernels import _CHUNK, _LOOPS, _alone, _flat, _lattice, _run
 from .numba_rows import _round, jit
 
 _SERIAL = 2**16  # below so many values one thread works alone
@@ -65,23 +65,34 @@ def _call(kernel, size: int, *arguments) -> None:
 
 
 def forward(x: Tensor, inverse: Tensor, unit: Tensor, zero: Tensor, fmt: FPFormat) -> Tensor:
-    """See `kernels.fake_quantize_forward`."""
+    """Values of the grid for `x`, see `numerics.fake_quantize`.
+
+    Args:
+        x (`Tensor`, dense, float32): as many equal rows as there are parameters, one after the other in memory.
+        inverse, unit, zero (`Tensor`, `(R,)`, float32): `1 / unit`, the lattice step, and the zero point in steps.
+        fmt (`FPFormat`): of the grid.
+    """
     out = torch.empty_like(x)
-    bounds = np.float32(fmt.lattice[0]), np.float32(fmt.lattice_max)
-    shifts = np.int32((127 + fmt.mantissa_bits) << 23), np.int32((23 - fmt.mantissa_bits) << 23)
     parameters = (each.numpy() for each in (inverse, unit, zero))
-    _call(_forward, x.numel(), _flat(x), _flat(out), *parameters, *bounds, *shifts)
+    lattice = _lattice(fmt.lattice[0], fmt.lattice_max, fmt.mantissa_bits)
+    _call(_forward, x.numel(), _flat(x), _flat(out), *parameters, *lattice)
     return out
 
 
 def backward(
     grad: Tensor, x: Tensor, values: Tensor, inverse: Tensor, zero: Tensor, border: Tensor, fmt: FPFormat
 ) -> tuple[Tensor, Tensor]:
-    """See `kernels.fake_quantize_backward`."""
+    """Gradient of `x`, and for each row the sums of what scale and zero point get, `(R, 2)`, float32.
+
+    Args:
+        grad (`Tensor`): of the values, laid out as `x`.
+        x, inverse, zero, fmt: as in `forward`; values (`Tensor`): its result.
+        border (`Tensor`, `(R,)`): what the scale gets for each unit of gradient outside the range.
+    """
     out, rows = torch.empty_like(x), len(inverse)
     sums = torch.zeros(rows, -(-(x.numel() // rows) // _CHUNK), 2)
-    bounds = np.float32(fmt.lattice[0]), np.float32(fmt.lattice_max)
     parameters = (each.numpy() for each in (inverse, zero, border))
     flat = (_flat(each) for each in (grad, x, values, out))
-    _call(_backward, x.numel(), *flat, *parameters, *bounds, sums.numpy())
+    low, high, *_ = _lattice(fmt.lattice[0], fmt.lattice_max, fmt.mantissa_bits)
+    _call(_backward, x.numel(), *flat, *parameters, low, high, sums.numpy())
     return out, sums.double().sum(1).float()

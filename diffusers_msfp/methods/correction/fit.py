@@ -56,29 +56,29 @@ class CorrectionConfig:
 
 
 class _Sums:
-    """Sums over samples of what least squares needs, by channel, float64."""
+    """Sums over samples of what least squares needs, by channel, float64 on the CPU."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.products = 0, torch.zeros((), dtype=torch.float64), torch.zeros(())
 
     def add(self, columns: Tensor) -> None:
         """Take `(K, C, n)`: outputs, samples where they count, and targets."""
-        columns = columns.double()
+        columns = columns.to("cpu", torch.float64)
         n = columns.shape[-1]
         mean = columns.mean(-1)
         centred = columns - mean[..., None]
         products = torch.einsum("kcn,lcn->kl", centred, centred)
-        apart, total = mean - self.mean.to(mean.device), self.count + n  # joined as by Chan et al. (1979)
+        apart, total = mean - self.mean, self.count + n  # joined as by Chan et al. (1979)
         joined = torch.einsum("kc,lc->kl", apart, apart) * (self.count * n / total)
-        self.products = self.products.to(mean.device) + products + joined
-        self.mean, self.count = self.mean.to(mean.device) + apart * (n / total), total
+        self.products = self.products + products + joined
+        self.mean, self.count = self.mean + apart * (n / total), total
 
     def solve(self) -> tuple[Tensor, Tensor]:
         """Coefficients `(K - 1,)` of the columns before the last, and a constant `(C,)` for each channel."""
         gram, right = self.products[:-1, :-1], self.products[:-1, -1]
         if not self.products.isfinite().all():
             raise NonFiniteError("Corrections need finite outputs, but the model or its teacher does not give them.")
-        coefficients = torch.linalg.lstsq(gram.cpu(), right[:, None].cpu(), driver="gelsd").solution[:, 0].to(right)
+        coefficients = torch.linalg.lstsq(gram, right[:, None], driver="gelsd").solution[:, 0]
         if not gram[0, 0] > 0:  # an output without variation
             coefficients = torch.zeros_like(coefficients)
             coefficients[0] = 1.0
@@ -89,9 +89,9 @@ class _Sums:
         ends = torch.zeros(len(self.products), dtype=torch.float64)
         ends[0], ends[-1] = 1.0, -1.0
         apart = self.mean[0] - self.mean[-1]
-        before = ends @ self.products.cpu() @ ends + self.count * apart.square().sum().item()
-        solved = torch.cat([coefficients.cpu(), torch.tensor([-1.0], dtype=torch.float64)])
-        return before.item(), (solved @ self.products.cpu() @ solved).clamp_min(0).item()
+        before = ends @ self.products @ ends + self.count * apart.square().sum()
+        solved = torch.cat([coefficients, torch.tensor([-1.0], dtype=torch.float64)])
+        return before.item(), (solved @ self.products @ solved).clamp_min(0).item()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +182,6 @@ def _fit(
     make_arguments = call_arguments(runner, prompts, config.num_inference_steps, arguments)
     calls = batched_calls(make_arguments, [model], config.num_samples, config.seed)
     sums: dict[float, _Sums] = {}
-    solved: dict[float, tuple[Tensor, Tensor]] = {}
     done, total = 0, len(calls) * config.num_inference_steps
 
     def look(_model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -194,14 +193,13 @@ def _fit(
         columns = [prediction, sample, target] if beside else [prediction, target]
         known = sums.setdefault(timestep, _Sums())
         known.add(torch.stack([_by_channel(each) for each in columns]))
-        solved[timestep] = coefficients, constant = known.solve()
-        channels = channels_of(prediction)
-        table = CorrectionTable(*_table({timestep: (coefficients, constant)}, prediction.device))
+        solved = known.solve()
+        table = CorrectionTable(*_table({timestep: solved}, prediction.device))
         done += 1
         if on_progress is not None:
-            before, after = known.errors(coefficients)
+            before, after = known.errors(solved[0])
             on_progress(done, max(done, total), note=f"error × {(after / before) ** 0.5 if before else 1:.3f}")
-        return map_prediction(output, channels, lambda each: table.correct(each, sample, timestep))
+        return map_prediction(output, channels_of(prediction), lambda each: table.correct(each, sample, timestep))
 
     with without_correction(model), quiet(runner):
         handle = model.register_forward_hook(look, with_kwargs=True)
@@ -213,12 +211,13 @@ def _fit(
     if not sums:
         raise ConfigError(f"{type(pipe).__name__} must call its denoiser, but never does with these arguments.")
     order = sorted(sums)
+    solved = {t: sums[t].solve() for t in order}
     errors = [sums[t].errors(solved[t][0]) for t in order]
     energy = [(sums[t].products[-1, -1] + sums[t].count * sums[t].mean[-1].square().sum()).item() for t in order]
     before, after = (
         [(pair[i] / e) ** 0.5 if e else 0.0 for pair, e in zip(errors, energy, strict=True)] for i in (0, 1)
     )
-    table = CorrectionTable(*_table({t: solved[t] for t in order}, next(model.parameters()).device))
+    table = CorrectionTable(*_table(solved, next(model.parameters()).device))
     return table, OutputCorrection(
         timesteps=order,
         a=table.a[:, 0].tolist(),

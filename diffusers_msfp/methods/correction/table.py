@@ -24,7 +24,7 @@ class CorrectionPlan:
 
     Args:
         entries (`int`): S, timesteps.
-        channels (`int`): C, of the output; 1 serves all.
+        channels (`int`): C, of the output, without variances.
 
     Raises:
         CheckpointError: anything that no fit could have written.
@@ -51,7 +51,7 @@ class CorrectionTable(StatefulModule):
 
     Args:
         timesteps (`Tensor`, `(S,)`, float32): as the model gets them, ascending.
-        a, b, c (`Tensor`, `(S, C)`, float32): by timestep and channel of the output; C = 1 serves all channels.
+        a, b, c (`Tensor`, `(S, C)`, float32): by timestep and channel of the output.
 
     Raises:
         CheckpointError: other shapes, dtypes or order, or values that are not finite.

@@ -23,7 +23,7 @@ from ...errors import ConfigError, NonFiniteError
 from ...results import OnProgress
 from ...sampling.calls import call_arguments, quiet
 from ...sampling.denoisers import denoiser_of, denoisers_of, each_quantized, scheduler_of
-from ...sampling.denoising_factor import denoising_factors, step_arguments
+from ...sampling.denoising_factor import at_timestep, denoising_factors, step_arguments
 from ...sampling.solvers import with_parts
 from ...sampling.trajectory import DenoisingStep, Trajectories, check_timesteps
 from ...sampling.used_output import counted, used_channels
@@ -260,7 +260,7 @@ class Finetuner:
 
     def _weight(self, timestep: float) -> float:
         """The loss weight of the sampler's nearest timestep."""
-        return self.weights[min(self.weights, key=lambda known: abs(known - timestep))]
+        return at_timestep(self.weights, timestep)
 
     def _set_length(self) -> None:
         """Fix the number of updates that fit into the minutes asked for, once their speed is known."""
