@@ -66,7 +66,7 @@ def main(
                 if suffix == "20":
                     errors = result.eps_rel_l2_by_timestep.items()
                     row["eps_rel_l2_by_timestep"] = {t: float(f"{value:.4g}") for t, value in errors}
-            rows.append(row)
+            rows = sorted([*rows, row], key=lambda each: CASES.index(each["scheme"]))
             write_results(name, "python tests/benchmarks/bench_schemes.py", rows)
             typer.echo(
                 f"{case:20} seed {seed}  PSNR {row['image_psnr_db_20']:.2f} dB  traj {row['traj_rel_l2_20']:.4f}  "
