@@ -241,7 +241,7 @@ def norm_image(x, added, groups, weight, bias, eps, silu, grid, out):
 
 @jit(fastmath={"contract"})
 def _power(score, shift):
-    """`2^(score * log2(e) - shift)`: a polynomial with relative error 4e-5, a tenth of what the result is rounded by."""
+    """`2^(score * log2(e) - shift)`: a polynomial, relative error 4e-5: a tenth of what the result is rounded by."""
     power = _widen(score) * _LOG2E - shift
     power = np.float32(-126.0) if power < np.float32(-126.0) else power
     n = (power + _MAGIC) - _MAGIC

@@ -16,7 +16,7 @@ from ...engines import ENGINES, MEMORY_MODES
 from ...engines.choose import set_engine
 from ...errors import ConfigError, UnsupportedError
 from ...layers.convert import Conversion, convert, quant_layers
-from ...sampling.observation import freeze
+from ...sampling.observation import freeze, track
 from ...schemes import SCHEMES
 
 BASELINE = "bf16:cl"
@@ -81,6 +81,7 @@ def _msfp(kind: str, options: list[str], model: nn.Module, call: Callable[[nn.Mo
     if not any(True for _ in quant_layers(made)):
         made = made.to(torch.float32 if "fp32" in options else torch.bfloat16)
         convert(made, Conversion.plan(made, "w4a8" if kind == "msfp" else kind))
+        track(made)  # finds the layers that read residual sums, which have formats of their own
         call(made)
         freeze(made)
     engine = next((option for option in options if option in engines), "auto")
