@@ -1,10 +1,12 @@
 """`bench`: how fast a model's step is in several ways."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..engines import tuning
 from ..evaluation.timing.shapes import SHAPES
 from ..evaluation.timing.speed import Timing, benchmark
 from ..results import Result
@@ -23,11 +25,14 @@ class Bench(Result):
         model (`str`): as it was named.
         threads (`int`): of torch.
         rows (`list[Timing]`): the baseline first.
+        measured (`Mapping[str, Mapping[str, float]]`): what was asked of this machine, now or before, to choose the
+            fastest way of computing a layer, a norm or attention → way → seconds.
     """
 
     model: str
     threads: int
     rows: list[Timing]
+    measured: Mapping[str, Mapping[str, float]]
 
 
 def bench(
@@ -70,7 +75,7 @@ def bench(
             skip_missing=skip_missing,
             on_progress=report,
         )
-    return Bench(model=model, threads=torch.get_num_threads(), rows=rows)
+    return Bench(model=model, threads=torch.get_num_threads(), rows=rows, measured=tuning.measured())
 
 
 def _load(model: str, variant: str | None) -> Any:

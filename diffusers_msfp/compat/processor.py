@@ -44,8 +44,9 @@ def instruction_sets() -> tuple[str, ...]:
     return tuple(each for each in _SETS if each in flags) or (torch.backends.cpu.get_cpu_capability().lower(),)
 
 
+@lru_cache
 def instruction_limit() -> str:
-    """What oneDNN is limited to; empty where it is not."""
+    """What oneDNN is limited to, which it reads once; empty where it is not."""
     return os.environ.get(LIMIT) or os.environ.get(LIMIT.replace("ONEDNN", "DNNL"), "")
 
 

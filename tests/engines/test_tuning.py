@@ -83,10 +83,10 @@ def test_a_noisy_measurement_is_not_stored(tuned, timed):
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda text: "",
+        lambda _: "",
         lambda text: text[: len(text) // 2],
-        lambda text: "[" * 100_000,
-        lambda text: "[]",
+        lambda _: "[" * 100_000,
+        lambda _: "[]",
         lambda text: json.dumps(json.loads(text) | {"seconds": [1]}),
         lambda text: json.dumps(json.loads(text) | {"seconds": {QUESTION: {"first": "fast", "second": None}}}),
         lambda text: json.dumps(json.loads(text) | {"seconds": {QUESTION: {"first": 1.0}}}),
@@ -202,7 +202,8 @@ def test_every_way_gives_the_same_sums(name, scheme, monkeypatch):
     layer.freeze()
     x, outputs = F.silu(torch.randn(shape) * 2), {}
 
-    def all_ways(self, ways, codes, dtype, compute):
+    def all_ways(self, codes, dtype, compute):
+        ways = self.ways(codes, dtype)
         for way in ways:
             outputs[dtype, way] = compute(way)
         return compute(ways[0])
@@ -288,7 +289,7 @@ def test_attention_of_bfloat16_models_is_measured(tuned):
 
 
 def test_turned_off_the_choice_and_the_results_are_always_the_same(packed_pipe, images, monkeypatch):
-    monkeypatch.setattr(measure, "time_ways", lambda ways: pytest.fail("measured"))
+    monkeypatch.setattr(measure, "time_ways", lambda _: pytest.fail("measured"))
     results = []
     for _ in range(2):
         set_engine(packed_pipe, "auto")
@@ -296,14 +297,16 @@ def test_turned_off_the_choice_and_the_results_are_always_the_same(packed_pipe, 
     assert torch.equal(*results)
     monkeypatch.setenv("MSFP_AUTOTUNE", "yes")
     with pytest.raises(ConfigError, match="MSFP_AUTOTUNE must be 1 .* or 0, but got 'yes'"):
-        run(packed_pipe.unet, images)
+        set_engine(packed_pipe, "auto")
 
 
 def test_what_is_drawn_from_a_seed_takes_the_default(tuned, packed_pipe, images, monkeypatch):
     monkeypatch.setenv("MSFP_AUTOTUNE", "0")
+    set_engine(packed_pipe, "auto")
     expected = run(packed_pipe.unet, images)
     monkeypatch.setenv("MSFP_AUTOTUNE", "1")
-    monkeypatch.setattr(measure, "time_ways", lambda ways: pytest.fail("measured"))
+    set_engine(packed_pipe, "auto")
+    monkeypatch.setattr(measure, "time_ways", lambda _: pytest.fail("measured"))
     with drawing_from(0):
         assert torch.equal(run(packed_pipe.unet, images), expected)
     assert not tuning.measured()

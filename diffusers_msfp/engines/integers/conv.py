@@ -60,15 +60,14 @@ class Int8Conv(Int8Layer):
     ) -> Tensor:
         self._shape = self._shape or tuple(x.shape)
         codes = planes(x, adapter)
-        multiply = {"convolution": self._convolution, "columns": self._columns, "bfloat16": self._bfloat16}
 
         def compute(way: str) -> Tensor:
-            return self.sum_of_planes(partial(multiply[way], self.weight(bank, way)), codes, adapter, dtype)
+            return self.sum_of_planes(partial(getattr(self, f"_{way}"), self.weight(bank, way)), codes, adapter, dtype)
 
-        return self.by_fastest(self._ways_for(codes, dtype), codes, dtype, compute)
+        return self.by_fastest(codes, dtype, compute)
 
-    def _ways_for(self, codes: list[Tensor], dtype: torch.dtype) -> tuple[str, ...]:
-        """What can convolve such codes; the default first."""
+    def ways(self, codes: list[Tensor], dtype: torch.dtype) -> tuple[str, ...]:
+        """See `Int8Layer.ways`."""
         at, ways = self.geometry, ("convolution",)
         positions = len(codes[0]) * math.prod(at.output_size(codes[0].shape[2:]))
         if at.groups == 1 and (at.is_pointwise or positions * self.layer.matrix_shape[1] <= _MANY_PATCHES):

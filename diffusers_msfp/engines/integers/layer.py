@@ -1,7 +1,7 @@
 """What linears and convolutions in 8-bit integers share."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import cast
 
@@ -33,9 +33,9 @@ class Int8Layer(PreparedLayer):
         self.units = weight_unit(layer)
         self.bias = None if layer.bias is None else layer.bias.detach().to(torch.float32)
         self._table = torch.tensor(layer.weight_format.code_values, dtype=torch.int8)
-        self._ways: dict[tuple, str] = {}
-        memory, shape = "fast" if keep else "low", "x".join(map(str, layer.matrix_shape))
-        self._about = f"layer {shape} {layer.weight_format} {layer.input_format} {memory}"
+        self._chosen: dict[tuple, str] = {}
+        about = tuning.about(layer.matrix_shape, layer.weight_format, layer.input_format)
+        self._about = f"{about}{'fast' if keep else 'low'}"
 
     def integers(self, bank: int) -> Tensor:
         """A bank's lattice integers, `(C, …)` int8."""
@@ -94,19 +94,21 @@ class Int8Layer(PreparedLayer):
             y += multiply(more, unit, zero, None, wide)
         return y.to(dtype)
 
-    def by_fastest(
-        self, ways: Sequence[str], codes: list[Tensor], dtype: torch.dtype, compute: Callable[[str], Tensor]
-    ) -> Tensor:
-        """`compute(way)` by what is the fastest of the ways for such codes; by the first where nothing is timed."""
-        if len(ways) == 1 or not tuning.allowed():
-            return compute(ways[0])
-        key = (codes[0].shape, dtype, tuning.threads_and_limit())
-        if key not in self._ways:
+    def by_fastest(self, codes: list[Tensor], dtype: torch.dtype, compute: Callable[[str], Tensor]) -> Tensor:
+        """`compute(way)` by what is the fastest of the ways for such codes; by the default where nothing is timed."""
+        tuned = tuning.allowed()
+        key = (codes[0].shape, dtype, tuning.threads_and_limit() if tuned else None)
+        if key not in self._chosen:
+            ways = self.ways(codes, dtype)
             asked = f"{self._about} {tuning.text_of(codes[0], dtype)}"
-            self._ways[key] = tuning.fastest(asked, {way: partial(compute, way) for way in ways})
-            used = set(self._ways.values())
+            self._chosen[key] = tuning.fastest(asked, {way: partial(compute, way) for way in ways})
+            used = set(self._chosen.values())
             self._weights = {key: weight for key, weight in self._weights.items() if key[1] in used}
-        return compute(self._ways[key])
+        return compute(self._chosen[key])
+
+    @abstractmethod
+    def ways(self, codes: list[Tensor], dtype: torch.dtype) -> tuple[str, ...]:
+        """Names of what can multiply such codes and give a dtype; the default first."""
 
     def in_bfloat16(self, codes: list[Tensor], dtype: torch.dtype) -> bool:
         """Whether bfloat16 products may take part: fast, and with sums that float32 holds exactly."""

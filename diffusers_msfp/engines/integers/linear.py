@@ -32,8 +32,11 @@ class Int8Linear(Int8Layer):
             multiply = self._bfloat16 if way == "bfloat16" else self._product
             return self.sum_of_planes(partial(multiply, self.weight(bank, way)), codes, adapter, dtype)
 
-        ways = ("product", "bfloat16") if self.in_bfloat16(codes, dtype) else ("product",)
-        return self.by_fastest(ways, codes, dtype, compute).view(*x.shape[:-1], -1)
+        return self.by_fastest(codes, dtype, compute).view(*x.shape[:-1], -1)
+
+    def ways(self, codes: list[Tensor], dtype: torch.dtype) -> tuple[str, ...]:
+        """See `Int8Layer.ways`."""
+        return ("product", "bfloat16") if self.in_bfloat16(codes, dtype) else ("product",)
 
     def _product(
         self, weight: Tensor, codes: Tensor, unit: float, zero: int, bias: Tensor | None, out: torch.dtype

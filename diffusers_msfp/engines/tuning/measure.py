@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...compat.processor import instruction_limit
 from ...errors import ConfigError
+from ...formats import FPFormat
 from ...sampling.calls import follows_seed
 from . import cache
 
@@ -20,22 +21,30 @@ NOISY = 0.25  # between the shortest and the median of a way's times, relative: 
 _MIN_ROUNDS, _MAX_ROUNDS, _SECONDS, _HOPELESS = 3, 9, 0.02, 2.0
 
 _LOCK = threading.RLock()
+_wanted: list[bool] = []  # what the environment says, once it was read
 _known: dict[str, dict[str, float]] = {}
 _new: set[str] = set()
 _chosen: dict[str, str] = {}
 _read_for: list[tuple] = []  # threads and limit under which the machine's file has been read
 
 
-def allowed() -> bool:
-    """Whether a call may be timed and take what was fastest, instead of the default.
+def from_environment() -> None:
+    """Take what `MSFP_AUTOTUNE` says from now on, 1 by default.
 
     Raises:
-        ConfigError: `MSFP_AUTOTUNE` is neither 0 nor 1.
+        ConfigError: it is neither 0 nor 1.
     """
     wanted = os.environ.get(VARIABLE, "1")
     if wanted not in ("0", "1"):
         raise ConfigError(f"{VARIABLE} must be 1 (take what is measured to be fastest) or 0, but got {wanted!r}.")
-    return wanted == "1" and not follows_seed() and not torch.compiler.is_compiling()
+    _wanted[:] = [wanted == "1"]
+
+
+def allowed() -> bool:
+    """Whether a call may be timed and take what was fastest, instead of the default."""
+    if not _wanted:
+        from_environment()
+    return _wanted[0] and not follows_seed() and not torch.compiler.is_compiling()
 
 
 def fastest(question: str, ways: Mapping[str, Callable[[], object]]) -> str:
@@ -102,6 +111,17 @@ def measured(prefix: str = "") -> dict[str, dict[str, float]]:
         return {question: dict(ways) for question, ways in _known.items() if question.startswith(prefix)}
 
 
+def about(shape: tuple[int, int], weight: FPFormat, read: FPFormat | None) -> str:
+    """How the questions on a layer begin: output channels and length of its weight, its formats."""
+    return f"layer {'x'.join(map(str, shape))} {weight} {read} "
+
+
+def measured_for(shape: tuple[int, int], weight: FPFormat, read: FPFormat | None) -> dict[str, dict[str, float]]:
+    """`measured` for layers of this size and these formats, without what they have in common."""
+    prefix = about(shape, weight, read)
+    return {question.removeprefix(prefix): ways for question, ways in measured(prefix).items()}
+
+
 def store() -> None:
     """Put on disk what has been measured since, if anything; without a word where that is not possible."""
     if not _new:
@@ -112,9 +132,9 @@ def store() -> None:
 
 
 def forget() -> None:
-    """Drop what the process knows; what is on disk is read again."""
+    """Drop what the process knows; environment and disk are read again."""
     with _LOCK:
-        for each in (_known, _new, _chosen, _read_for):
+        for each in (_wanted, _known, _new, _chosen, _read_for):
             each.clear()
 
 
@@ -126,6 +146,7 @@ def threads_and_limit() -> tuple[int, str]:
 def _read() -> None:
     """Take what this machine's file has, once; anew when the number of threads or the limit has changed."""
     if _read_for != [threads_and_limit()]:
-        forget()
+        for each in (_known, _new, _chosen, _read_for):
+            each.clear()
         _known.update(cache.read())
         _read_for.append(threads_and_limit())
