@@ -1,4 +1,4 @@
-"""`bench`: how fast a model's step is in several ways."""
+"""`bench`: how fast a model's step is in several ways; `warmup`: what its first one would have to wait for."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ..engines import tuning
+from ..engines import kernels, tuning
+from ..engines.kernels.ahead import compile_kernels
 from ..evaluation.timing.shapes import SHAPES
 from ..evaluation.timing.speed import Timing, benchmark
 from ..results import Result
@@ -76,6 +77,28 @@ def bench(
             on_progress=report,
         )
     return Bench(model=model, threads=torch.get_num_threads(), rows=rows, measured=tuning.measured())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warmup(Result):
+    """What `warmup` compiled.
+
+    Args:
+        kernels (`str`): `"numba"`, or `"torch"`, which has nothing to compile.
+        seconds (`float`): of all of them.
+        seconds_by_kernel (`Mapping[str, float]`): next to nothing where a kernel had been compiled before.
+    """
+
+    kernels: str
+    seconds: float
+    seconds_by_kernel: Mapping[str, float]
+
+
+def warmup() -> Warmup:
+    """Compile the CPU kernels now, for this user on this machine, so that no first picture waits for it."""
+    with progress("compiling kernels") as report:
+        seconds = compile_kernels(report)
+    return Warmup(kernels=kernels.NAME, seconds=sum(seconds.values()), seconds_by_kernel=seconds)
 
 
 def _load(model: str, variant: str | None) -> Any:

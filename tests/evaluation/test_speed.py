@@ -181,6 +181,18 @@ def test_the_command_line(packed_dir):
         cli.bench("no/such/place")
 
 
+def test_kernels_are_compiled_ahead():
+    result = CliRunner().invoke(app, ["warmup", "--json"])
+    assert result.exit_code == 0, result.output
+    made = json.loads(result.stdout)
+    assert made["kernels"] == "numba"
+    compiled = {kernel.partition(",")[0] for kernel in made["seconds_by_kernel"]}
+    assert {"quantize", "norm and quantize", "columns", "softmax", "expand to int8"} <= compiled
+    assert made["seconds"] == pytest.approx(sum(made["seconds_by_kernel"].values()))
+    again = CliRunner().invoke(app, ["warmup"])
+    assert f"{len(made['seconds_by_kernel'])} kernels of numba are ready" in again.stdout
+
+
 def test_shapes_are_what_people_use():
     with torch.device("meta"):
         parameters = {name: build().num_parameters() for name, build in SHAPES.items()}

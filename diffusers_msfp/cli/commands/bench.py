@@ -1,4 +1,4 @@
-"""`diffusers-msfp bench`."""
+"""`diffusers-msfp bench` and `diffusers-msfp warmup`."""
 
 from typing import Annotated
 
@@ -52,3 +52,11 @@ def bench(
     for question, ways in result.measured.items():
         seconds = ", ".join(f"{way} {1e3 * each:.3g} ms" for way, each in ways.items())
         say(f"{question}: {seconds}")
+
+
+def warmup(as_json: Json = False) -> None:
+    """Compile the CPU kernels once on this machine, which the first picture would otherwise wait for."""
+    result = cli.warmup()
+    if as_json:
+        return print_json(result)
+    say(f"{len(result.seconds_by_kernel)} kernels of {result.kernels} are ready, after {result.seconds:.1f} s")

@@ -68,7 +68,8 @@ class Int8Conv(Int8Layer):
 
     def ways(self, codes: list[Tensor], dtype: torch.dtype) -> tuple[str, ...]:
         """See `Int8Layer.ways`."""
-        at, ways = self.geometry, ("convolution",)
+        at = self.geometry
+        ways: tuple[str, ...] = ("convolution",)
         positions = len(codes[0]) * math.prod(at.output_size(codes[0].shape[2:]))
         if at.groups == 1 and (at.is_pointwise or positions * self.layer.matrix_shape[1] <= _MANY_PATCHES):
             by_patches = at.kernel_size != [1, 1] and positions <= _FEW_POSITIONS

@@ -48,6 +48,11 @@ class Int8Layer(PreparedLayer):
         """Whether another module may quantize its input: to one byte a value."""
         return not low_bits(cast(FPFormat, self.layer.input_format))
 
+    def quantize(self, x: Tensor, adapter: int) -> Tensor:
+        """See `PreparedLayer.quantize`."""
+        (codes,) = self.codes(x, adapter)
+        return codes
+
     def hand_over(self, values: Tensor, adapter: int, dtype: torch.dtype) -> Codes:
         """Bytes that another module made with `grid(adapter)` from floats of this dtype, for `from_codes`."""
         return Codes.wrap(values, self.layer, adapter, dtype, *self.grid(adapter).planes[0])
