@@ -81,6 +81,8 @@ def test_quantize_compare_inspect_sample(tiny_dir, tmp_path):
             assert table.stdout.count(f"{engine} refuses {count} of {len(layers)} layers: {reason}\n") == 1
     assert any(layer["input_signed"] is False and layer["input_zero_point"] < 0 for layer in layers)
 
+    assert not any(layer["measured"] for layer in layers), "nothing is timed in tests"
+
     unet = DiffusionPipeline.from_pretrained(out).unet
     chosen = {name: engine_named("auto").choose(layer) for name, layer in quant_layers(unet)}
     told = {layer["name"]: (layer["engine"], layer["engine_refusals"]) for layer in layers}

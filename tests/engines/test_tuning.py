@@ -7,10 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run
+from diffusers import DDPMPipeline
 from torch import nn
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
 from diffusers_msfp import set_engine
+from diffusers_msfp.checkpoint.describe import describe_checkpoint
+from diffusers_msfp.cli.app import app
+from diffusers_msfp.compat.processor import processor
 from diffusers_msfp.engines import kernels, tuning
 from diffusers_msfp.engines.fusion import attention as attention_module
 from diffusers_msfp.engines.fusion.norms import norm
@@ -19,6 +24,7 @@ from diffusers_msfp.engines.integers.layer import Int8Layer
 from diffusers_msfp.engines.tuning import cache, measure
 from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.layers import QUANT_LAYERS
+from diffusers_msfp.layers.convert import quant_layers
 from diffusers_msfp.sampling.calls import drawing_from
 from diffusers_msfp.schemes import SCHEMES
 
@@ -278,6 +284,22 @@ def test_a_model_measures_once_and_stores_at_the_end_of_the_call(tuned, packed_p
     assert tuning.measured() == found
     if cache.path().exists():
         assert cache.read().items() <= found.items()
+
+
+def test_inspection_and_benchmarks_show_the_times(tuned, packed_dir):
+    unet = DDPMPipeline.from_pretrained(packed_dir).unet
+    run(unet, torch.randn(2, 3, 8, 8))
+    name, layer = next((n, each) for n, each in quant_layers(unet) if n.endswith("resnets.0.conv1"))
+    shown = {each.name: each.measured for each in describe_checkpoint(f"{packed_dir}/unet").components["."].layers}
+    (question,) = shown[name]
+    assert question.startswith("fast kernel 3x3 stride 1x1 padding 1x1 dilation 1x1 groups 1 2x")
+    assert set(shown[name][question]) == {"convolution", "columns"}
+    result = CliRunner().invoke(app, ["inspect", f"{packed_dir}/unet"])
+    assert f"{name}, measured for {question}: columns " in result.stdout
+    result = CliRunner().invoke(app, ["bench", "--model", packed_dir, "--repeats", "2"])
+    assert result.exit_code == 0, result.output
+    assert "convolution" in result.stdout
+    assert processor() in result.stdout
 
 
 def test_attention_of_bfloat16_models_is_measured(tuned):
