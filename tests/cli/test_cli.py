@@ -23,6 +23,7 @@ from diffusers_msfp import cli
 from diffusers_msfp.assets import EMBEDDED_MODEL
 from diffusers_msfp.cli.app import main
 from diffusers_msfp.cli.commands.inspect import inspect
+from diffusers_msfp.cli.shared.terminal import say
 from diffusers_msfp.engines.choose import engine_named
 from diffusers_msfp.errors import MSFPError
 from diffusers_msfp.layers.convert import quant_layers
@@ -189,7 +190,8 @@ def test_single_model_folder(tiny_dir, tmp_path):
 @pytest.mark.parametrize("width", [80, 120])
 def test_inspect_fits_the_terminal(packed_dir, monkeypatch, width):
     terminal = Console(width=width, force_terminal=True, color_system=None, file=io.StringIO())
-    monkeypatch.setitem(inspect.__globals__, "stdout", terminal)
+    for place in (inspect, say):
+        monkeypatch.setitem(place.__globals__, "stdout", terminal)
     inspect(Path(packed_dir))
     lines = terminal.file.getvalue().splitlines()
     assert max(map(len, lines)) <= width
