@@ -86,6 +86,14 @@ def test_a_noisy_measurement_is_not_stored(tuned, timed):
     assert len(asked) == 2
 
 
+def test_a_noisy_measurement_must_show_more_than_its_noise(tuned, timed):
+    timed({"first": 1.0, "second": 0.8}, steady=False)
+    assert ask() == "first"
+    tuning.forget()
+    timed({"first": 1.0, "second": 0.8})
+    assert ask() == "second"
+
+
 @pytest.mark.parametrize(
     "damage",
     [

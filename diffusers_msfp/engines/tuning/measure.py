@@ -17,13 +17,15 @@ from . import cache
 
 VARIABLE = "MSFP_AUTOTUNE"
 GAIN = 0.05  # what another way must save before it takes the default's place
-NOISY = 0.25  # between the shortest and the median of a way's times, relative: above it a measurement is not kept
+NOISY = 0.25  # between the shortest and the median of a way's times, relative: a measurement with more is not kept on
+# disk, and what it shows must be larger than that
 _MIN_ROUNDS, _MAX_ROUNDS, _SECONDS, _HOPELESS = 3, 9, 0.02, 2.0
 
 _LOCK = threading.RLock()
 _wanted: list[bool] = []  # what the environment says, once it was read
 _known: dict[str, dict[str, float]] = {}
 _new: set[str] = set()
+_noisy: set[str] = set()
 _chosen: dict[str, str] = {}
 _read_for: list[tuple] = []  # threads and limit under which the machine's file has been read
 
@@ -62,11 +64,9 @@ def fastest(question: str, ways: Mapping[str, Callable[[], object]]) -> str:
     with _LOCK:
         _read()
         if _known.get(question, {}).keys() != ways.keys():
-            seconds, steady = time_ways(ways)
-            _known[question] = seconds
-            if steady:
-                _new.add(question)
-        _chosen[question] = choose(default, _known[question])
+            _known[question], steady = time_ways(ways)
+            (_new if steady else _noisy).add(question)
+        _chosen[question] = choose(default, _known[question], NOISY if question in _noisy else GAIN)
         return _chosen[question]
 
 
@@ -75,10 +75,10 @@ def text_of(x: Tensor, dtype: torch.dtype) -> str:
     return f"{'x'.join(map(str, x.shape))} {str(dtype).removeprefix('torch.')}"
 
 
-def choose(default: str, seconds: Mapping[str, float]) -> str:
-    """The fastest, or the default where that is nearly as fast."""
+def choose(default: str, seconds: Mapping[str, float], gain: float = GAIN) -> str:
+    """The fastest, or the default where that saves no more than `gain`."""
     best = min(seconds, key=lambda name: seconds[name])
-    return best if seconds[best] < (1 - GAIN) * seconds[default] else default
+    return best if seconds[best] < (1 - gain) * seconds[default] else default
 
 
 def time_ways(ways: Mapping[str, Callable[[], object]]) -> tuple[dict[str, float], bool]:
@@ -134,7 +134,7 @@ def store() -> None:
 def forget() -> None:
     """Drop what the process knows; environment and disk are read again."""
     with _LOCK:
-        for each in (_wanted, _known, _new, _chosen, _read_for):
+        for each in (_wanted, _known, _new, _noisy, _chosen, _read_for):
             each.clear()
 
 
@@ -146,7 +146,7 @@ def threads_and_limit() -> tuple[int, str]:
 def _read() -> None:
     """Take what this machine's file has, once; anew when the number of threads or the limit has changed."""
     if _read_for != [threads_and_limit()]:
-        for each in (_known, _new, _chosen, _read_for):
+        for each in (_known, _new, _noisy, _chosen, _read_for):
             each.clear()
         _known.update(cache.read())
         _read_for.append(threads_and_limit())
