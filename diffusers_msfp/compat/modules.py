@@ -1,0 +1,169 @@
+"""Modules as torch keeps them: copies without tensors of their own, and whether anything about them has changed."""
+
+import hashlib
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Snapshot", "bare_copy", "digest_of", "has_dispatch_modes", "has_global_hooks", "shadow_copy"]
+
+Module = TypeVar("Module", bound=nn.Module)
+_TEMPLATE = vars(nn.Module())
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_SIMPLE = (bool, int, float, str, bytes, type(None), torch.dtype)
+
+
+def has_global_hooks() -> bool:
+    """Whether somebody watches all modules there are."""
+    module: Any = nn.modules.module
+    return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
+
+
+def has_dispatch_modes() -> bool:
+    """Whether somebody watches all operators, as counters of operations and fake tensors do."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
+
+
+def bare_copy(module: nn.Module, cls: type[Module], left_out: Collection[str] = ()) -> Module:
+    """A module of another class with the same plain attributes, without children, tensors and hooks."""
+    made = object.__new__(cls)
+    own = {name: value for name, value in vars(module).items() if name not in _TEMPLATE and name not in left_out}
+    vars(made).update(vars(nn.Module()) | own | {"training": module.training})
+    return made
+
+
+def shadow_copy(
+    module: nn.Module,
+    instead: Callable[[nn.Module], nn.Module | None],
+    change: Callable[[Tensor], Tensor],
+    left_out: Collection[str] = (),
+) -> nn.Module:
+    """A copy of a model that shares what is not changed, without hooks; a module that stands twice does so in the copy.
+
+    Args:
+        instead (`Callable[[nn.Module], nn.Module | None]`): another module for one of the model's; None copies it.
+        change (`Callable[[Tensor], Tensor]`): applied to parameters and buffers.
+        left_out (`Collection[str]`): attributes that are not copied.
+    """
+    made: dict[int, nn.Module] = {}
+
+    def copied(module: nn.Module) -> nn.Module:
+        if id(module) not in made:
+            other = instead(module)
+            made[id(module)] = bare_copy(module, type(module), left_out) if other is None else other
+            if other is None:
+                new: Any = made[id(module)]
+                for name, parameter in module._parameters.items():
+                    own = None if parameter is None else nn.Parameter(change(parameter.detach()), requires_grad=False)
+                    new._parameters[name] = own
+                for name, buffer in module._buffers.items():
+                    new._buffers[name] = None if buffer is None else change(buffer.detach())
+                for name, child in module._modules.items():
+                    new._modules[name] = None if child is None else copied(child)
+        return made[id(module)]
+
+    return copied(module)
+
+
+class Snapshot:
+    """A model as it is now. `holds` tells in about a microsecond for each module whether it still is the same.
+
+    Seen are other modules, classes, attributes, hooks on parts of it, tensors, and tensors that were written into;
+    writing through `tensor.data` is not counted by torch and not seen, but by `checksum`.
+
+    Args:
+        model (`nn.Module`).
+        transient (`Collection[str]`): attributes that may change.
+        helpers (`Collection[str]`): attributes that are objects with attributes of their own, which are looked at too.
+    """
+
+    def __init__(self, model: nn.Module, transient: Collection[str] = (), helpers: Collection[str] = ()) -> None:
+        self._transient = frozenset(transient)
+        self._modules, self._parts, self._objects, tensors = [], [], [], []
+        for module in model.modules():
+            attributes: Any = vars(module)
+            self._modules.append((module, type(module), self._lasting(attributes)))
+            own: Any = module
+            for part in (own._modules, own._parameters, own._buffers):
+                if part:
+                    self._parts.append((part, dict(part)))
+            if module is not model:
+                self._parts += [(getattr(own, name), dict(getattr(own, name))) for name in _HOOKS]
+            for name in helpers:
+                if hasattr(attributes.get(name), "__dict__"):
+                    self._objects.append((vars(attributes[name]), dict(vars(attributes[name]))))
+            tensors += [each for part in (own._parameters, own._buffers) for each in part.values() if each is not None]
+        self._tensors = [(each, _version(each), each.data_ptr()) for each in tensors if not each.is_meta]
+        floats = [each.detach() for each in tensors if each.is_floating_point() and not each.is_meta]
+        self._floats = [each for each in floats if each.numel()]
+        self._checksum = self.checksum()
+
+    def checksum(self) -> list[float]:
+        """Norms of all float tensors."""
+        with torch.no_grad():
+            return torch.stack(torch._foreach_norm(self._floats)).tolist() if self._floats else []
+
+    def _lasting(self, attributes: dict) -> dict:
+        if self._transient.isdisjoint(attributes):
+            return attributes.copy()
+        return {name: value for name, value in attributes.items() if name not in self._transient}
+
+    def holds(self) -> bool:
+        """Whether the model is as it was."""
+        try:
+            for module, cls, attributes in self._modules:
+                now: Any = vars(module)
+                if type(module) is not cls or (now != attributes and self._lasting(now) != attributes):
+                    return False
+            if not all(part == before for part, before in self._parts + self._objects):
+                return False
+        except (RuntimeError, TypeError, ValueError):  # tensors and arrays that are compared are others
+            return False
+        if not all(_version(each) == version and each.data_ptr() == at for each, version, at in self._tensors):
+            return False
+        return self._checksum == self.checksum()
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def digest_of(model: nn.Module, left_out: Collection[str] = (), helpers: Collection[str] = ()) -> str:
+    """SHA-256 of all that a model computes with: classes, plain attributes and tensors, equal in every process."""
+    digest = hashlib.sha256()
+    for name, module in model.named_modules(remove_duplicate=False):
+        digest.update(f"{name}:{_class_name(module)}".encode())
+        digest.update(repr(sorted(_described(vars(module), left_out))).encode())
+        for helper in helpers:
+            if hasattr(vars(module).get(helper), "__dict__"):
+                value = vars(module)[helper]
+                digest.update(f"{_class_name(value)}{sorted(_described(vars(value), ()))}".encode())
+        own: Any = module
+        for key, tensor in (*own._parameters.items(), *own._buffers.items()):
+            if tensor is not None:
+                digest.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _class_name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _described(attributes: dict, left_out: Collection[str]) -> Iterator[tuple[str, str]]:
+    for name, value in attributes.items():
+        if name not in _TEMPLATE and name not in left_out:
+            yield name, _description(value)
+    yield "training", repr(attributes.get("training"))
+
+
+def _description(value: object) -> str:
+    if isinstance(value, _SIMPLE):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_description, value))}]"
+    if isinstance(value, dict):
+        return repr({str(key): _description(each) for key, each in cast(dict, value).items()})
+    return _class_name(value)
