@@ -1,4 +1,4 @@
-"""A model's call as a graph sees it: tensors in a fixed order, and what they are arguments of; the same for its output."""
+"""A model's call as a graph sees it: tensors in a fixed order, and what they are arguments of; its output likewise."""
 
 import functools
 import importlib

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...compat.modules import Snapshot, digest_of
 from ...compat.wrappers import forget_compiled
@@ -17,7 +17,7 @@ from ...layers.convert import quant_layers
 from . import obstacles, runtime
 from .call import Call
 from .choices import Choice, choose, following
-from .record import as_float32, record
+from .record import Recording, as_float32, record
 
 logger = logging.getLogger(__name__)
 
@@ -128,16 +128,10 @@ class GraphForward:
         precision = runtime.precision_of(dtype)
         key = runtime.key_of(self._digest, call.key, choice.key, str(dtype), precision=precision)
         shape = "×".join(map(str, call.tensors[0].shape))
-        expected: list[Callable[[], list[Tensor]]] = []
-
-        def make() -> tuple:
-            graph, form, in_torch = record(self.model, call, choice)
-            expected.append(in_torch)
-            return graph, form
-
-        graph, is_new = runtime.obtain(key, precision, f"{type(self.model).__name__}, input {shape}", make)
-        if is_new:
-            _check(graph, call, choice, expected[0])
+        describe = f"{type(self.model).__name__}, input {shape}"
+        graph, recording = runtime.obtain(key, precision, describe, lambda: record(self.model, call, choice))
+        if recording is not None:
+            _check(graph, recording)
         return graph
 
     def _say(self, obstacle: str | None) -> None:
@@ -159,14 +153,11 @@ def run(graph: runtime.CompiledGraph, call: Call, choice: Choice, dtype: torch.d
     return graph.form.filled([each.to(dtype) if each.is_floating_point() else each for each in outputs])
 
 
-@torch.no_grad()
-def _check(graph: runtime.CompiledGraph, call: Call, choice: Choice, in_torch: Callable[[], list[Tensor]]) -> None:
+def _check(graph: runtime.CompiledGraph, recording: Recording) -> None:
     """Refuse a graph that computes something else than what was recorded."""
-    chosen = [] if choice.chosen is None else [choice.chosen]
-    outputs = graph([*map(as_float32, call.tensors), *chosen])
-    for given, expected in zip(outputs, in_torch(), strict=True):
+    for given, expected in zip(graph(recording.tensors), recording.in_torch(), strict=True):
         difference = (given - expected).norm() / expected.norm().clamp_min(1e-30)
-        if given.is_floating_point() and not difference <= AGREES:
+        if not difference <= AGREES:
             raise UnsupportedError(f"its graph gives another result than torch (relative difference {difference:.2g})")
 
 

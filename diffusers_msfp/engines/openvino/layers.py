@@ -6,7 +6,7 @@ whose lattice is larger (`w4a8-wide`, `w8a8-wide`), and layers with a parameter 
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn

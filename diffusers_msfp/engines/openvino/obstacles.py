@@ -48,7 +48,9 @@ def _of_processor(module: nn.Module) -> str | None:
     cls = type(processor)
     if _IMAGE_PROMPTS in cls.__name__:
         return "attends to image prompts (IP-Adapter)"
-    return None if f"{cls.__module__}.".startswith(_KNOWN) else f"has an attention processor of one's own, {cls.__name__}"
+    return (
+        None if f"{cls.__module__}.".startswith(_KNOWN) else f"has an attention processor of one's own, {cls.__name__}"
+    )
 
 
 def _of_layer(layer: QuantLayer, dtype: torch.dtype) -> str | None:
@@ -75,5 +77,3 @@ def of_call(model: nn.Module, call: Call, dtype: torch.dtype) -> str | None:
     if not all(bool(torch.isfinite(each).all()) for each in call.tensors if each.is_floating_point()):
         return "an argument holds NaN or infinity"
     return None
-
-

@@ -2,8 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,22 +64,44 @@ def as_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32) if tensor.is_floating_point() else tensor
 
 
+class Recording(NamedTuple):
+    """A recorded call.
+
+    Args:
+        graph (`openvino.Model`): shares its weights with `traced`, which must live as long.
+        recorder (`Recorder`), tensors (`list[Tensor]`): what was recorded.
+        traced (`torch.jit.ScriptModule`).
+    """
+
+    graph: Any
+    recorder: Recorder
+    tensors: list[Tensor]
+    traced: Any
+
+    @property
+    def form(self) -> OutputForm:
+        """Of the output."""
+        return cast(OutputForm, self.recorder.form)
+
+    @torch.no_grad()
+    def in_torch(self) -> list[Tensor]:
+        """The output as torch computes it, float32."""
+        return list(self.recorder(*self.tensors))
+
+
 @torch.no_grad()
-def record(model: nn.Module, call: Call, choice: Choice) -> tuple[Any, OutputForm, Callable[[], list[Tensor]]]:
+def record(model: nn.Module, call: Call, choice: Choice) -> Recording:
     """A model's call as a graph of static shapes.
 
     Args:
         model (`nn.Module`): that has no `obstacles`.
         call (`Call`), choice (`Choice`): what is recorded.
 
-    Returns:
-        `tuple`: the `openvino.Model`, the form of its output, and what computes that output in torch, float32.
-
     Raises:
         UnsupportedError: the model branches by the values of tensors, draws random numbers, or has operations that
             OpenVINO does not know.
     """
-    import openvino
+    from ...compat.openvino import graph_of
 
     recorder = Recorder(model, call, choice)
     tensors = recorder.tensors()
@@ -90,16 +111,13 @@ def record(model: nn.Module, call: Call, choice: Choice) -> tuple[Any, OutputFor
             warnings.simplefilter("ignore")  # of shapes that become constants, which they are meant to
             traced = torch.jit.trace(recorder, tuple(tensors), check_trace=False)
             _refuse_random(traced)
-            graph = openvino.convert_model(traced, example_input=tuple(tensors))
-        for port, tensor in zip(graph.inputs, tensors, strict=True):
-            port.get_node().set_partial_shape(openvino.PartialShape(list(tensor.shape)))
-        graph.validate_nodes_and_infer_types()
+            graph = graph_of(traced, tensors)
     except UnsupportedError:
         raise
     except Exception as error:  # torch's tracer and OpenVINO's converter raise what they like
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise UnsupportedError(f"it could not be recorded ({first[0]})") from error
-    return graph, cast(OutputForm, recorder.form), lambda: list(recorder(*tensors))
+    return Recording(graph, recorder, tensors, traced)
 
 
 def _refuse_branches(recorder: Recorder, tensors: list[Tensor]) -> None:

@@ -1,10 +1,10 @@
 """A format's rounding in operations of a graph, exact: the definition of `numerics.rounding` without bits of floats.
 
 The difference `T - y` of float32 is rounded to whole multiples of its last place, half to even. With
-`T = y * 2^(23 - M)` that place is `2^(floor(log2|y|) - M)`, the local step of the format, and `T` is an even multiple of
-it wherever `y` is a tie; where all steps are 1, `T = 1.5 * 2^23` serves. So `T - (T - y)` is the rounded value. `T - y`
-is smaller than `T`, so what it may reach right above a power of two is the finer place below, which does no harm; the
-sum `y + T` would reach the coarser one above, of which `T` is no multiple.
+`T = y * 2^(23 - M)` that place is `2^(floor(log2|y|) - M)`, the local step of the format, and `T` is an even multiple
+of it wherever `y` is a tie; where all steps are 1, `T = 1.5 * 2^23` serves. So `T - (T - y)` is the rounded value.
+`T - y` is smaller than `T`, so right above a power of two it may have the finer last place below, which does no harm;
+the sum `T + y` could have the coarser one above, of which `T` need not be a multiple.
 """
 
 from typing import NamedTuple

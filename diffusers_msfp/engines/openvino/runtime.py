@@ -20,6 +20,7 @@ from ...compat.torch import has_bf16_instructions
 from ...errors import ConfigError
 from ..kernels.user_cache import folder
 from .call import OutputForm
+from .record import Recording
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +107,8 @@ def key_of(*parts: str, precision: str) -> str:
 
 
 def obtain(
-    key: str, precision: str, describe: str, make: Callable[[], tuple[Any, OutputForm]]
-) -> tuple[CompiledGraph, bool]:
+    key: str, precision: str, describe: str, make: Callable[[], Recording]
+) -> tuple[CompiledGraph, Recording | None]:
     """A graph from the disk, or compiled anew and stored there.
 
     Args:
@@ -117,7 +118,7 @@ def obtain(
         make (`Callable`): records the graph.
 
     Returns:
-        `tuple`: the graph, and whether it was compiled just now.
+        `tuple`: the graph, and its recording if it was compiled just now.
     """
     import openvino
 
@@ -125,15 +126,15 @@ def obtain(
     place = folder("openvino") / key
     if (found := _read(place, precision)) is not None:
         logger.info("%s: graph read from %s in %.1f s.", describe, place, time.perf_counter() - start)
-        return found, False
+        return found, None
     logger.warning("%s: OpenVINO compiles a graph, once; later processes find it in %s.", describe, place.parent)
-    graph, form = make()
+    recording = make()
     recorded = time.perf_counter()
-    compiled = openvino.Core().compile_model(graph, "CPU", settings(precision))
+    compiled = openvino.Core().compile_model(recording.graph, "CPU", settings(precision))
     took = time.perf_counter() - start
     logger.info("%s: recorded in %.1f s, compiled in %.1f s.", describe, recorded - start, took - (recorded - start))
-    _write(place, compiled, form)
-    return CompiledGraph(compiled, form), True
+    _write(place, compiled, recording.form)
+    return CompiledGraph(compiled, recording.form), recording
 
 
 def _read(place: Path, precision: str) -> CompiledGraph | None:
