@@ -78,39 +78,51 @@ class Snapshot:
     Args:
         model (`nn.Module`).
         transient (`Collection[str]`): attributes that may change.
+        own (`Collection[str]`): attributes of the model itself, not of its parts, that may change.
         helpers (`Collection[str]`): attributes that are objects with attributes of their own, which are looked at too.
     """
 
-    def __init__(self, model: nn.Module, transient: Collection[str] = (), helpers: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        transient: Collection[str] = (),
+        own: Collection[str] = (),
+        helpers: Collection[str] = (),
+    ) -> None:
         self._transient = frozenset(transient)
+        self._model, self._own = model, frozenset(own)
         self._modules, self._parts, tensors = [], [], []
         for module in model.modules():
             attributes: Any = vars(module)
-            self._modules.append((module, type(module), self._lasting(attributes)))
-            own: Any = module
-            for part in (own._modules, own._parameters, own._buffers):
+            self._modules.append((module, type(module), self._lasting(module)))
+            held: Any = module
+            for part in (held._modules, held._parameters, held._buffers):
                 if part:
                     self._parts.append((part, dict(part)))
             if module is not model:
-                self._parts += [(getattr(own, name), dict(getattr(own, name))) for name in _HOOKS]
+                self._parts += [(getattr(held, name), dict(getattr(held, name))) for name in _HOOKS]
             for name in helpers:
                 if hasattr(attributes.get(name), "__dict__"):
                     self._parts.append((vars(attributes[name]), dict(vars(attributes[name]))))
-            tensors += [each for part in (own._parameters, own._buffers) for each in part.values() if each is not None]
+            tensors += [
+                each for part in (held._parameters, held._buffers) for each in part.values() if each is not None
+            ]
         self._tensors = [(each, _version(each), each.data_ptr()) for each in tensors if each.device.type == "cpu"]
         self._starts = [(array, array.tobytes()) for array in map(_start, (each for each, *_ in self._tensors))]
 
-    def _lasting(self, attributes: dict) -> dict:
-        if self._transient.isdisjoint(attributes):
+    def _lasting(self, module: nn.Module) -> dict:
+        attributes: Any = vars(module)
+        left_out = self._transient | self._own if module is self._model else self._transient
+        if left_out.isdisjoint(attributes):
             return attributes.copy()
-        return {name: value for name, value in attributes.items() if name not in self._transient}
+        return {name: value for name, value in attributes.items() if name not in left_out}
 
     def holds(self) -> bool:
         """Whether the model is as it was."""
         try:
             for module, cls, attributes in self._modules:
                 now: Any = vars(module)
-                if type(module) is not cls or (now != attributes and self._lasting(now) != attributes):
+                if type(module) is not cls or (now != attributes and self._lasting(module) != attributes):
                     return False
             if not all(part == before for part, before in self._parts):
                 return False

@@ -14,12 +14,21 @@ from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DMode
 from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 
-from diffusers_msfp import quantize_pipeline, set_engine
+from diffusers_msfp import (
+    CorrectionConfig,
+    FinetuneConfig,
+    TemporalConfig,
+    correct_output,
+    finetune,
+    maintain_temporal,
+    quantize_pipeline,
+    set_engine,
+)
 from diffusers_msfp.assets import EMBEDDED_MODEL, TUNED_MODEL
 from diffusers_msfp.engines.choose import engine_from_environment, engines_of
 from diffusers_msfp.engines.openvino import forward, graph_forward_of, runtime
 from diffusers_msfp.errors import ConfigError
-from diffusers_msfp.layers.convert import Conversion, convert
+from diffusers_msfp.layers.convert import Conversion, convert, layers_by_name
 from diffusers_msfp.sampling.observation import freeze
 
 openvino = pytest.importorskip("openvino")
@@ -234,6 +243,47 @@ def test_a_model_that_is_still_calibrated_runs_in_torch(images, lines):
     freeze(unet)
     assert near(run(unet, images), expected(unet, images))
     assert sum("graph again" in line for line in lines()) == 1
+
+
+def follow_banks(pipe, original):
+    finetune(pipe, original, FinetuneConfig(train_steps=1, num_adapters=2, rank=2, placement="merged", **SHORT))
+    table = pipe.unet.timestep_router.table
+    table[:, : table.shape[1] // 2], table[:, table.shape[1] // 2 :] = 0, 1
+    for layer in layers_by_name(pipe.unet).values():
+        if layer.num_banks > 1:
+            layer.input_scale[1] *= 2
+
+
+def follow_sets(pipe, original):
+    maintain_temporal(pipe, original, TemporalConfig(num_inference_steps=2, iterations=1, cache_above=None))
+
+
+def follow_features(pipe, original):
+    maintain_temporal(pipe, original, TemporalConfig(num_inference_steps=2, iterations=1, cache_above=0.0))
+
+
+def corrected(pipe, original):
+    correct_output(pipe, original, CorrectionConfig(num_samples=2, num_inference_steps=2))
+
+
+SHORT = {"batch_size": 2, "num_inference_steps": 2}
+BY_TIMESTEP = {each.__name__: each for each in (follow_banks, follow_sets, follow_features, corrected)}
+
+
+@pytest.mark.parametrize("name", BY_TIMESTEP)
+def test_what_follows_the_timestep_does(name, _made, images, lines):
+    pipe, original = DDPMPipeline(copy.deepcopy(_made), DDIMScheduler()), DDPMPipeline(make_unet(), DDIMScheduler())
+    BY_TIMESTEP[name](pipe, original)
+    unet = pipe.unet
+    set_engine(unet, "openvino")
+    for timestep in (500, 0, 1, 900):  # 0 and 500 are those of the sampler
+        assert near(run(unet, images, timestep), expected(unet, images, timestep)), timestep
+    assert not in_torch(lines())
+    if name != "corrected":
+        with torch.no_grad():
+            y = unet(images, torch.tensor([0, 900])).sample
+        assert near(y[:1], expected(unet, images[:1], 0))
+        assert in_torch(lines())
 
 
 def test_bad_numbers_are_not_hidden(model, images):

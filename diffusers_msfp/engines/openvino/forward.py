@@ -14,6 +14,7 @@ from ...compat.wrappers import forget_compiled
 from ...errors import UnsupportedError
 from ...layers import QuantLayer
 from ...layers.convert import quant_layers
+from ...sampling.timestep import timestep_argument
 from . import obstacles, runtime
 from .call import Call
 from .choices import Choice, choose, following
@@ -27,7 +28,8 @@ AGREES = 0.9
 """Largest relative difference between a new graph and torch's float32. Rounding makes a 4-bit network chaotic, one with
 random weights differs by 0.6; what this is to find is a graph that computes something else: zeros differ by 1."""
 
-_TRANSIENT = ("prepared", "_running", "_latest", "forward", "input_check")
+_TRANSIENT = ("prepared", "_running", "_latest")
+_OWN = ("forward", "input_check")
 _HELPERS = ("processor",)
 _GRAPHS: "OrderedDict[str, runtime.CompiledGraph]" = OrderedDict()
 _LOCK = threading.RLock()
@@ -42,6 +44,9 @@ class GraphForward:
     Args:
         model (`nn.Module`): whose forward this is.
         before (`Callable`, *optional*): a forward of its own that it had, such as accelerate's.
+
+    Attributes:
+        latest (`str`, *optional*): why the latest call ran in torch; None if it ran as a graph.
     """
 
     def __init__(self, model: nn.Module, before: Callable | None = None) -> None:
@@ -51,7 +56,7 @@ class GraphForward:
         self._digest = ""
         self._layers: list[QuantLayer] = []
         self._following: list[QuantLayer] = []
-        self._said: str | None = None
+        self.latest: str | None = None
         self._failed: dict[str, str] = {}
 
     def __deepcopy__(self, memo: dict) -> "GraphForward":
@@ -99,10 +104,10 @@ class GraphForward:
                 return reason
             self._layers = [layer for _, layer in quant_layers(self.model)]
             self._following = following(self._layers)
-            self._snapshot = Snapshot(self.model, _TRANSIENT, _HELPERS)
+            self._snapshot = Snapshot(self.model, _TRANSIENT, _OWN, _HELPERS)
             self._obstacle = obstacles.of_model(self.model, cast(torch.dtype, self.model.dtype))
             if self._obstacle is None:
-                self._digest = digest_of(self.model, (*_TRANSIENT, "engine", "routing"), _HELPERS)
+                self._digest = digest_of(self.model, (*_TRANSIENT, *_OWN, "engine", "routing"), _HELPERS)
         return self._obstacle
 
     def _graph(self, call: Call, choice: Choice, dtype: torch.dtype) -> tuple[runtime.CompiledGraph | None, str | None]:
@@ -136,14 +141,14 @@ class GraphForward:
 
     def _say(self, obstacle: str | None) -> None:
         """One line where calls leave the graph, and one where they come back."""
-        if obstacle == self._said:
+        if obstacle == self.latest:
             return
         name = type(self.model).__name__
         if obstacle is not None:
             logger.warning("%s runs in torch, not as OpenVINO's graph: %s.", name, obstacle)
         else:
             logger.warning("%s runs as OpenVINO's graph again.", name)
-        self._said = obstacle
+        self.latest = obstacle
 
 
 def run(graph: runtime.CompiledGraph, call: Call, choice: Choice, dtype: torch.dtype) -> Any:
@@ -162,8 +167,10 @@ def _check(graph: runtime.CompiledGraph, recording: Recording) -> None:
 
 
 def install(model: nn.Module) -> None:
-    """Let a model's calls run as graphs."""
+    """Let a denoiser's calls run as graphs; nothing happens to models that take no timestep, such as text encoders."""
     remove(model)
+    if timestep_argument(model).name is None:
+        return
     vars(model)["forward"] = GraphForward(model, vars(model).get("forward"))
     forget_compiled()
 

@@ -162,10 +162,12 @@ def _integers(layer: QuantLayer, bank: int) -> Tensor:
 
 def runs_in_bytes(layer: QuantLayer) -> bool:
     """Whether a graph computes a layer in 8-bit integers."""
-    fmt = layer.input_format
-    if fmt is None or layer.num_sets or layer.weight_format.lattice_max > _INT8_MAX:
-        return False
-    return Grid(fmt, 1.0, 1.0, 0).fits_a_byte
+    return not layer.num_sets and are_bytes(layer.weight_format, layer.input_format)
+
+
+def are_bytes(weight: FPFormat, read: FPFormat | None) -> bool:
+    """Whether 8-bit integers hold a layer's weight and what it reads."""
+    return read is not None and weight.lattice_max <= _INT8_MAX and Grid(read, 1.0, 1.0, 0).fits_a_byte
 
 
 def why_not(layer: QuantLayer, dtype: torch.dtype) -> str | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...compat.torch import has_bf16_instructions
-from ...errors import ConfigError
+from ...errors import ConfigError, UnsupportedError
 from ..kernels.user_cache import folder
 from .call import OutputForm
 from .record import Recording
@@ -119,6 +119,9 @@ def obtain(
 
     Returns:
         `tuple`: the graph, and its recording if it was compiled just now.
+
+    Raises:
+        UnsupportedError: it cannot be recorded or compiled.
     """
     import openvino
 
@@ -130,7 +133,10 @@ def obtain(
     logger.warning("%s: OpenVINO compiles a graph, once; later processes find it in %s.", describe, place.parent)
     recording = make()
     recorded = time.perf_counter()
-    compiled = openvino.Core().compile_model(recording.graph, "CPU", settings(precision))
+    try:
+        compiled = openvino.Core().compile_model(recording.graph, "CPU", settings(precision))
+    except RuntimeError as error:
+        raise UnsupportedError(f"OpenVINO cannot compile it ({str(error).splitlines()[0]})") from error
     took = time.perf_counter() - start
     logger.info("%s: recorded in %.1f s, compiled in %.1f s.", describe, recorded - start, took - (recorded - start))
     _write(place, compiled, recording.form)
