@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -178,5 +178,5 @@ def _description(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_description, value))}]"
     if isinstance(value, dict):
-        return repr({str(key): _description(each) for key, each in cast(dict, value).items()})
+        return repr({str(key): _description(each) for key, each in value.items()})
     return _class_name(value)

@@ -11,6 +11,7 @@ from diffusers_msfp.formats import FORMATS
 from diffusers_msfp.numerics.rounding import lattice_range, round_to_lattice
 
 ONCE = 4e-3  # relative: rounded to bfloat16
+TRACED = pytest.mark.filterwarnings("ignore:.*trace.*", "ignore::DeprecationWarning", "ignore::UserWarning")
 BYTE_SCHEMES = ("w4a4", "w4a8", "w8a8")
 
 
@@ -50,8 +51,33 @@ def run_as_graph(layer, x: torch.Tensor, precision: str) -> tuple[torch.Tensor, 
     return torch.from_numpy(request.get_output_tensor(0).data.copy()), kernels
 
 
+@TRACED
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+@pytest.mark.parametrize(
+    "name", ["fp4_e1m2", "fp4_e2m1", "fp4_ue1m3", "fp4_ue2m2", "fp4_ue3m1", "fp6_ue2m4", "fp8_ue1m7"]
+)
+@torch.no_grad()
+def test_codes_are_the_references_right_beside_ties(name, precision):
+    """Where a product that is not rounded before the next operation gives another code."""
+    fmt = FORMATS[name]
+    layer, _ = quantized(torch.nn.Linear(64, 64, bias=False), "w8a8", (4, 64), signed=True)
+    lattice = torch.tensor(fmt.lattice, dtype=torch.float64)
+    layer.input_format, layer.weight_format = fmt, FORMATS["fp8_e1m6"]
+    for scale in torch.rand(3).add(0.5).tolist():
+        layer.input_scale.fill_(scale)
+        layer.input_zero_point.fill_(0.0 if fmt.signed else -lattice[3].item() * scale * fmt.step)
+        layer.weight_scale.fill_(1.0 / fmt.step)
+        layer.store_banks([torch.eye(64) / fmt.step * FORMATS["fp8_e1m6"].step])
+        middle = ((lattice[1:] + lattice[:-1]) / 2 - (0 if fmt.signed else lattice[3])) * scale * fmt.step
+        x = (middle[:, None] * (1 + torch.arange(-8, 9) * 2.0**-24)).flatten().float()
+        x = torch.cat([x, x.bfloat16().float(), torch.randn(64) * 9])
+        x = x.repeat(2)[: len(x) // 64 * 64 + 64].view(-1, 64)
+        y, _ = run_as_graph(layer, x, precision)
+        wanted = layer(x)
+        assert (y - wanted).abs().max() <= 0.01 * layer.input_qparams().unit * layer.weight_qparams().unit.max()
+
+
 MULTIPLYING = ("Convolution", "FullyConnected", "FullyConnectedQuantizedLegacy", "MatMul")
-TRACED = pytest.mark.filterwarnings("ignore:.*trace.*", "ignore::DeprecationWarning", "ignore::UserWarning")
 
 
 @TRACED

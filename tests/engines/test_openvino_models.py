@@ -44,15 +44,15 @@ def _store(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def _made() -> UNet2DModel:
+def made() -> UNet2DModel:
     pipe = quantize_pipeline(DDPMPipeline(make_unet(), DDIMScheduler()), "w4a8", num_samples=4, num_inference_steps=3)
     return pipe.unet
 
 
 @pytest.fixture
-def model(_made) -> UNet2DModel:
+def model(made) -> UNet2DModel:
     """A calibrated w4a8 model of one's own, which runs as a graph."""
-    unet = copy.deepcopy(_made)
+    unet = copy.deepcopy(made)
     set_engine(unet, "openvino")
     return unet
 
@@ -211,14 +211,6 @@ def test_what_no_graph_can_hold_runs_in_torch_and_comes_back(model, images, line
     assert sum("graph again" in line for line in lines()) == 1
 
 
-def test_adapters_run_in_torch(model, images, lines):
-    y = run(model, images)
-    model.add_adapter(LoraConfig(target_modules=["to_q"], r=2, init_lora_weights=False))
-    changed = run(model, images)
-    assert in_torch(lines())
-    assert not near(changed, y, 1e-4)
-
-
 def test_gradients_run_in_torch(model, images, lines):
     run(model, images)
     x = images.clone().requires_grad_(True)
@@ -250,7 +242,7 @@ def follow_banks(pipe, original):
     table = pipe.unet.timestep_router.table
     table[:, : table.shape[1] // 2], table[:, table.shape[1] // 2 :] = 0, 1
     for layer in layers_by_name(pipe.unet).values():
-        if layer.num_banks > 1:
+        if layer.num_banks > 1 and layer.input_format is not None:
             layer.input_scale[1] *= 2
 
 
@@ -271,8 +263,8 @@ BY_TIMESTEP = {each.__name__: each for each in (follow_banks, follow_sets, follo
 
 
 @pytest.mark.parametrize("name", BY_TIMESTEP)
-def test_what_follows_the_timestep_does(name, _made, images, lines):
-    pipe, original = DDPMPipeline(copy.deepcopy(_made), DDIMScheduler()), DDPMPipeline(make_unet(), DDIMScheduler())
+def test_what_follows_the_timestep_does(name, made, images, lines):
+    pipe, original = DDPMPipeline(copy.deepcopy(made), DDIMScheduler()), DDPMPipeline(make_unet(), DDIMScheduler())
     BY_TIMESTEP[name](pipe, original)
     unet = pipe.unet
     set_engine(unet, "openvino")
@@ -283,7 +275,7 @@ def test_what_follows_the_timestep_does(name, _made, images, lines):
         with torch.no_grad():
             y = unet(images, torch.tensor([0, 900])).sample
         assert near(y[:1], expected(unet, images[:1], 0))
-        assert in_torch(lines())
+        assert any("timesteps for which different" in line for line in lines())
 
 
 def test_bad_numbers_are_not_hidden(model, images):
@@ -307,6 +299,11 @@ def test_conditions_are_inputs(lines):
         assert not in_torch(lines())
         unet(x, 10, text, cross_attention_kwargs={"scale": 0.5})
         assert in_torch(lines())
+        y = unet(x, 10, text).sample
+        assert "graph again" in lines()[-1]
+        unet.add_adapter(LoraConfig(target_modules=["to_q"], r=2, init_lora_weights=False))
+        assert not near(unet(x, 10, text).sample, y, 1e-4)
+        assert "has adapters" in lines()[-1]
 
 
 def test_the_error_of_whole_models_stays():

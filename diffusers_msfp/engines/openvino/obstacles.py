@@ -10,7 +10,8 @@ from ...layers.convert import plain_name
 from .call import Call
 from .layers import why_not
 
-_KNOWN = ("torch.", "diffusers.", "diffusers_msfp.", "transformers.")
+_OWN = "diffusers_msfp."
+_KNOWN = ("torch.", "diffusers.", _OWN, "transformers.")
 _IMAGE_PROMPTS = "IPAdapter"
 
 
@@ -31,8 +32,8 @@ def of_model(model: nn.Module, dtype: torch.dtype) -> str | None:
             return f"{place} is a {type(module).__name__}, which is neither torch's nor diffusers'"
         if module is not model and (is_hooked(module) or "forward" in vars(module)):
             return f"somebody has put a hook, or another forward, on {place}"
-        if module.training:
-            return f"{place or 'the model'} is in training mode"
+        if module.training and not type(module).__module__.startswith(_OWN):  # which behave the same
+            return f"{place if name else 'it'} is in training mode"
         if (obstacle := _of_processor(module)) is not None:
             return f"{place} {obstacle}"
         if isinstance(module, QuantLayer) and (obstacle := _of_layer(module, dtype)) is not None:

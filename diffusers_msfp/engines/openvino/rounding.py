@@ -53,7 +53,7 @@ class Grid(NamedTuple):
 
 
 def round_in_graph(y: Tensor, fmt: FPFormat) -> Tensor:
-    """What `numerics.rounding.round_to_lattice` gives, for values within the format's range.
+    """What `numerics.rounding.round_to_lattice` gives; above the format's range, a multiple of the top binade's step.
 
     Args:
         y (`Tensor`, any shape, float32): in lattice steps.
@@ -72,18 +72,18 @@ def round_in_graph(y: Tensor, fmt: FPFormat) -> Tensor:
     return large - (large - y)
 
 
-def positions(x: Tensor, fmt: FPFormat, inverse: float | Tensor, zero: float | Tensor) -> Tensor:
-    """Where values lie on the lattice, within its range: `x * inverse + zero`, clamped; float32."""
-    y = x * inverse
-    if isinstance(zero, Tensor) or zero:
-        y = y + zero
-    return y.clamp(*lattice_range(fmt))
-
-
 def lattice_integers(x: Tensor, fmt: FPFormat, inverse: float | Tensor, zero: float | Tensor) -> Tensor:
-    """`q - zero` with the lattice integers `q` of `x`, float32: `x ≈ (q - zero) * unit`."""
-    rounded = round_in_graph(positions(x, fmt, inverse, zero), fmt)
-    return rounded - zero if isinstance(zero, Tensor) or zero else rounded
+    """`q - zero` with the lattice integers `q` of `x`, float32: `x ≈ (q - zero) * unit`.
+
+    The product is limited before anything is added to it: OpenVINO contracts a product and a sum that follow each other
+    to one operation, which does not round in between, and moves a product through `Clamp`. Limits from above commute
+    with rounding and stand behind it.
+    """
+    low, high = lattice_range(fmt)
+    has_zero = isinstance(zero, Tensor) or bool(zero)
+    y = torch.maximum(x * inverse, torch.as_tensor(low) - zero)
+    rounded = round_in_graph(y + zero if has_zero else y, fmt)
+    return torch.minimum(rounded - zero if has_zero else rounded, high - torch.as_tensor(zero))
 
 
 def quantize_as_byte(x: Tensor, grid: Grid) -> Tensor:
@@ -95,8 +95,5 @@ def quantize_as_byte(x: Tensor, grid: Grid) -> Tensor:
         x (`Tensor`, any shape, float32).
         grid (`Grid`): whose integers fit a byte.
     """
-    y, zero = positions(x, grid.format, grid.inverse, grid.zero), grid.zero + grid.offset
-    if grid.format.exponent_bits != 1:
-        y = round_in_graph(y, grid.format)
-    values = (y - grid.zero if grid.zero else y) * grid.unit
-    return torch.fake_quantize_per_tensor_affine(values, grid.unit, zero, 0, BYTE_MAX)
+    values = lattice_integers(x, grid.format, grid.inverse, float(grid.zero)) * grid.unit
+    return torch.fake_quantize_per_tensor_affine(values, grid.unit, grid.zero + grid.offset, 0, BYTE_MAX)
