@@ -1,14 +1,14 @@
 """Modules as torch keeps them: copies without tensors of their own, and whether anything about them has changed."""
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Snapshot", "bare_copy", "digest_of", "has_dispatch_modes", "has_global_hooks", "shadow_copy"]
+__all__ = ["Snapshot", "bare_copy", "described", "digest_of", "has_dispatch_modes", "has_global_hooks", "shadow_copy"]
 
 Module = TypeVar("Module", bound=nn.Module)
 _TEMPLATE = vars(nn.Module())
@@ -148,11 +148,7 @@ def digest_of(model: nn.Module, left_out: Collection[str] = (), helpers: Collect
     digest = hashlib.sha256()
     for name, module in model.named_modules(remove_duplicate=False):
         digest.update(f"{name}:{_class_name(module)}".encode())
-        digest.update(repr(sorted(_described(vars(module), left_out))).encode())
-        for helper in helpers:
-            if hasattr(vars(module).get(helper), "__dict__"):
-                value = vars(module)[helper]
-                digest.update(f"{_class_name(value)}{sorted(_described(vars(value), ()))}".encode())
+        digest.update(repr(described(module, left_out, helpers)).encode())
         own: Any = module
         for key, tensor in (*own._parameters.items(), *own._buffers.items()):
             if tensor is not None:
@@ -165,18 +161,25 @@ def _class_name(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-def _described(attributes: dict, left_out: Collection[str]) -> Iterator[tuple[str, str]]:
-    for name, value in attributes.items():
-        if name not in _TEMPLATE and name not in left_out:
-            yield name, _description(value)
-    yield "training", repr(attributes.get("training"))
+def described(module: nn.Module, left_out: Collection[str] = (), helpers: Collection[str] = ()) -> dict[str, str]:
+    """A module's plain attributes in words, equal in every process; of helpers theirs too."""
+    own: Any = vars(module)
+    names = sorted(name for name in own if name not in _TEMPLATE and name not in left_out)
+    found = {name: _description(own[name], left_out) for name in names} | {"training": repr(own["training"])}
+    for helper in helpers:
+        if hasattr(own.get(helper), "__dict__"):
+            found |= {
+                f"{helper}.{name}": _description(each, left_out) for name, each in sorted(vars(own[helper]).items())
+            }
+    return found
 
 
-def _description(value: object) -> str:
+def _description(value: object, left_out: Collection[str]) -> str:
     if isinstance(value, _SIMPLE):
         return repr(value)
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_description, value))}]"
-    if isinstance(value, dict):
-        return repr({str(key): _description(each) for key, each in value.items()})
+        return f"[{', '.join(_description(each, left_out) for each in value)}]"
+    if isinstance(value, dict):  # such as a config, whose own names and origin begin with `_`
+        kept = sorted((str(key), each) for key, each in value.items() if key not in left_out)
+        return repr([(key, _description(each, left_out)) for key, each in kept if not key.startswith("_")])
     return _class_name(value)

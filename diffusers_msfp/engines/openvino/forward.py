@@ -31,6 +31,8 @@ random weights differs by 0.6; what this is to find is a graph that computes som
 _TRANSIENT = ("prepared", "_running", "_latest")
 _OWN = ("forward", "input_check")
 _HELPERS = ("processor",)
+_BESIDE = ("engine", "routing", "quantization_config")
+"""What a model has that its result does not depend on, or that its layers' own attributes and tensors say."""
 _GRAPHS: "OrderedDict[str, runtime.CompiledGraph]" = OrderedDict()
 _LOCK = threading.RLock()
 
@@ -107,7 +109,7 @@ class GraphForward:
             self._snapshot = Snapshot(self.model, _TRANSIENT, _OWN, _HELPERS)
             self._obstacle = obstacles.of_model(self.model, cast(torch.dtype, self.model.dtype))
             if self._obstacle is None:
-                self._digest = digest_of(self.model, (*_TRANSIENT, *_OWN, "engine", "routing"), _HELPERS)
+                self._digest = digest_of(self.model, (*_TRANSIENT, *_OWN, *_BESIDE), _HELPERS)
         return self._obstacle
 
     def _graph(self, call: Call, choice: Choice, dtype: torch.dtype) -> tuple[runtime.CompiledGraph | None, str | None]:
