@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 
+from matrix import PIPELINES  # noqa: E402
 from tables import PAGES, TABLES, filled  # noqa: E402
 
 SHORTENED = (
@@ -17,8 +18,9 @@ SHORTENED = (
     ("RoundingConfig()", "RoundingConfig(iterations=2, num_samples=8)"),
     ("TemporalConfig(num_inference_steps=20)", "TemporalConfig(num_inference_steps=2, iterations=2)"),
     ("num_samples=16", "num_samples=2, num_inference_steps=4"),
-    ('"w4a8")', '"w4a8", num_samples=1, num_inference_steps=2)'),
-    ('"w4a4")', '"w4a4", num_samples=1, num_inference_steps=2)'),
+    ('"stable-diffusion-v1-5/stable-diffusion-v1-5"', '"tiny-sd"'),
+    ('(pipe, "w4a8")', '(pipe, "w4a8", num_samples=1, num_inference_steps=2)'),
+    ('(pipe, "w4a4")', '(pipe, "w4a4", num_samples=1, num_inference_steps=2)'),
     (
         "split_shortcuts(pipe, teacher)",
         "split_shortcuts(pipe, teacher, SplitConfig(num_samples=1, num_inference_steps=2))",
@@ -40,15 +42,16 @@ def test_every_folder_has_a_page():
 def test_the_examples_run(tmp_path, monkeypatch):
     pages = [ROOT / "README.md", *sorted((ROOT / "diffusers_msfp").rglob("README.md"))]
     examples = [code for page in pages for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
-    assert len(examples) == 5
+    assert len(examples) == 6
     monkeypatch.chdir(tmp_path)
+    PIPELINES["Stable Diffusion"].make().save_pretrained("tiny-sd")
     for example in examples:
         assert 3 <= len([line for line in example.splitlines() if line.strip()]) <= 14
         for long, short in SHORTENED:
             example = example.replace(long, short)
         exec(compile(example, "README.md", "exec"), {})
     assert Path("fashion-w4a4-talora").is_dir()
-    packed = tmp_path / "fashion-w4a4" / "unet" / "diffusion_pytorch_model.safetensors"
+    packed = tmp_path / "fashion-w4a4" / "diffusion_pytorch_model.safetensors"
     assert packed.stat().st_size < 1.1e6
 
 

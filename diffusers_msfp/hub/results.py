@@ -141,7 +141,7 @@ def _kind(content: object) -> str | None:
         pairs = figures.values()
         fits = all(isinstance(pair, dict) and all(_is_estimate(e) for e in pair.values()) for pair in pairs)
         return "evaluation" if fits and _is_by_timestep(content) else None
-    if _is_by_timestep(content) and isinstance(content.get("image_psnr_db"), _NUMBER):
+    if _is_by_timestep(content) and _is_number_with_interval(content, "image_psnr_db"):
         return "comparison"
     keys = ("seconds", "seconds_low", "seconds_high", "speedup")
     if isinstance(rows, list) and rows and all(isinstance(row, dict) and "provider" in row for row in rows):
@@ -153,10 +153,17 @@ def _is_estimate(entry: object) -> bool:
     return isinstance(entry, dict) and all(isinstance(entry.get(key), _NUMBER) for key in ("value", "low", "high"))
 
 
+def _is_number_with_interval(content: dict, key: str) -> bool:
+    interval = content.get(f"{key}_interval")
+    is_pair = isinstance(interval, list) and len(interval) == 2 and all(isinstance(end, _NUMBER) for end in interval)
+    return isinstance(content.get(key), _NUMBER) and (interval is None or is_pair)
+
+
 def _is_by_timestep(content: dict) -> bool:
     errors = content.get("eps_rel_l2_by_timestep")
     return (
         isinstance(content.get("eps_rel_l2"), _NUMBER)
+        and isinstance(content.get("traj_rel_l2"), (*_NUMBER, type(None)))
         and isinstance(errors, dict)
         and all(t.replace(".", "", 1).isdecimal() and isinstance(e, _NUMBER) for t, e in errors.items())
         and all(math.isfinite(error) for error in errors.values())

@@ -1,11 +1,12 @@
-"""Schemes on a real model without training: error of the predicted noise and of the pictures, by seeds.
+"""Schemes on a real model, and what may follow them: error of the predicted noise and of the pictures, by seeds.
 
     python tests/benchmarks/bench_schemes.py [--model DIR --name NAME]
 
-    python tests/benchmarks/bench_schemes.py --cases "w4a4,w6a6" --seeds 1
+    python tests/benchmarks/bench_schemes.py --cases "w4a4,w4a4 + rounding + correction" --seeds 1
 
 With `--cases` only these rows are made anew; rows are written as they are finished. The seed is that of calibration;
-pictures are compared on other noise. Writes `model_cards/results/<name>.json`.
+pictures are compared on other noise. `msfp` is the checkpoint that the package brings, whose training had one seed.
+Writes `model_cards/results/<name>.json`.
 """
 
 import copy
@@ -17,17 +18,37 @@ import typer
 from diffusers import DiffusionPipeline
 from harness import RESULTS, read_results, write_results
 
-from diffusers_msfp import MSFPConfig, correct_output, quantize_pipeline
-from diffusers_msfp.assets import EMBEDDED_MODEL
+from diffusers_msfp import MSFPConfig, RoundingConfig, calibrate, correct_output, learn_rounding, quantize_pipeline
+from diffusers_msfp.assets import EMBEDDED_MODEL, TUNED_MODEL
 from diffusers_msfp.evaluation import compare_pipelines
 
-CORRECTED = " + correction"
 CASES = (
-    *("int-w4a4-pure", "w4a4-signed-pure", "w4a4-pure", "w4a4", f"w4a4{CORRECTED}"),
-    *("w6a6-pure", "w6a6", f"w6a6{CORRECTED}", "w4a8", f"w4a8{CORRECTED}", "w4a8-wide", "w8a8", "w8a8-wide", "w4a16"),
+    *("int-w4a4-pure", "w4a4-signed-pure", "w4a4-pure", "int-w4a4", "w4a4", "w4a4 + correction"),
+    *("w4a4 + rounding", "w4a4 + rounding + correction", "w4a4 + rounding + ranges", "w4a4 + msfp"),
+    *("w4a4 + rounding + ranges + correction", "w6a6-pure", "w6a6", "w6a6 + correction", "w4a8", "w4a8 + correction"),
+    *("w4a8-wide", "w8a8", "w8a8-wide", "w4a16"),
 )
+"""Scheme, and what follows it in this order."""
+STEPS = {
+    "correction": lambda pipe, reference, _seed: correct_output(pipe, reference),
+    "rounding": lambda pipe, reference, seed: learn_rounding(pipe, reference, RoundingConfig(seed=seed)),
+    "ranges": lambda pipe, _reference, seed: calibrate(pipe, seed=seed),
+}
+"""What may follow: the output corrected, weights rounded by learning, input ranges searched again for these weights."""
 SAMPLERS = {"20": {}, "50": {"num_inference_steps": 50}, "dpm": {"sampler": "dpmsolver++"}}
 """Suffix of a row's keys → how the pipelines are sampled; 20 DDIM steps if nothing is said."""
+
+
+def made(reference: DiffusionPipeline, case: str, seed: int) -> DiffusionPipeline:
+    """A case's pipeline."""
+    scheme, *steps = case.split(" + ")
+    if steps == ["msfp"]:
+        return DiffusionPipeline.from_pretrained(TUNED_MODEL)
+    pipe = copy.deepcopy(reference)
+    quantize_pipeline(pipe, MSFPConfig(scheme), **({} if scheme.endswith("a16") else {"seed": seed}))
+    for step in steps:
+        STEPS[step](pipe, reference, seed)
+    return pipe
 
 
 def main(
@@ -44,13 +65,9 @@ def main(
     kept = read_results(name)["rows"] if cases and (RESULTS / f"{name}.json").exists() else []
     rows = [row for row in kept if row["scheme"] not in chosen]
     for case in chosen:
-        scheme = case.removesuffix(CORRECTED)
         for seed in range(seeds):
-            pipe = copy.deepcopy(reference)
             started = time.perf_counter()
-            quantize_pipeline(pipe, MSFPConfig(scheme), **({} if scheme.endswith("a16") else {"seed": seed}))
-            if case != scheme:
-                correct_output(pipe, reference)
+            pipe = made(reference, case, seed)
             row = {
                 "scheme": case,
                 "seed": seed,
@@ -66,10 +83,10 @@ def main(
                 if suffix == "20":
                     errors = result.eps_rel_l2_by_timestep.items()
                     row["eps_rel_l2_by_timestep"] = {t: float(f"{value:.4g}") for t, value in errors}
-            rows.append(row)
+            rows = sorted([*rows, row], key=lambda each: CASES.index(each["scheme"]))
             write_results(name, "python tests/benchmarks/bench_schemes.py", rows)
             typer.echo(
-                f"{case:20} seed {seed}  PSNR {row['image_psnr_db_20']:.2f} dB  traj {row['traj_rel_l2_20']:.4f}  "
+                f"{case:38} seed {seed}  PSNR {row['image_psnr_db_20']:.2f} dB  traj {row['traj_rel_l2_20']:.4f}  "
                 f"eps {row['eps_rel_l2_20']:.4f}  50 steps {row['image_psnr_db_50']:.2f} dB",
                 err=True,
             )

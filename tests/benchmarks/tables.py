@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from statistics import mean
 
 from harness import ROOT, read_results
+from safetensors.torch import load_file
 
 from diffusers_msfp import FORMATS
+from diffusers_msfp.assets import EMBEDDED_MODEL
 from diffusers_msfp.recipes import RECIPES
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -257,6 +259,7 @@ SHOWN = {
     "Q-Diffusion style": "uniform 4-bit grids after Q-Diffusion, as reconstructed",
     "SDNQ uint4 weights": "SDNQ `uint4`, float inputs",
 }
+"""Cells of `baselines` in the short table."""
 
 
 def quality() -> Iterator[dict[str, str]]:
@@ -269,6 +272,21 @@ def quality() -> Iterator[dict[str, str]]:
             "Fréchet distance": interval(rows[cell], "candidate_to_reference.frechet_distance", 2),
             "tensors": f"{rows[cell]['bytes'] / 1e6:.2f} MB",
         }
+    yield {"": "full precision, float16", "PSNR (dB)": "–", "Fréchet distance": "0", "tensors": full_precision_size()}
+
+
+def full_precision_size() -> str:
+    """Of the embedded model's tensors."""
+    tensors = load_file(EMBEDDED_MODEL / "unet" / "diffusion_pytorch_model.safetensors")
+    return f"{sum(tensor.nbytes for tensor in tensors.values()) / 1e6:.2f} MB"
+
+
+def sizes() -> Iterator[dict[str, str]]:
+    """The short form of `shapes`."""
+    names = {"ddpm-cifar10": "DDPM-CIFAR-10 shape", "sd15": "SD-1.5 shape"}
+    for row, short in zip(shapes(), read_results("shapes")["rows"], strict=True):
+        label = f"{names[short['shape']]}, {short['parameters'] / 1e6:.0f} M parameters, `{short['scheme']}`"
+        yield {"": label} | {key: row[key] for key in ("bf16", "packed", "search and packing", "peak memory")}
 
 
 def speed() -> Iterator[dict[str, str]]:
@@ -304,6 +322,7 @@ def baselines() -> Iterator[dict[str, str]]:
 
 MAKERS = (
     quality,
+    sizes,
     speed,
     baselines,
     engines,

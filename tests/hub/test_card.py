@@ -57,6 +57,7 @@ EVALUATION = {
         "classifier_score": {"reference": {"value": 3.2, "low": 3.1, "high": 3.3, "bias": 0}},
     },
     "omitted": {"candidate_to_real.recall": "needs 100 pictures in each set for neighbourhoods, but got 16"},
+    "traj_rel_l2": 0.0345,
     "eps_rel_l2": 0.128,
     "eps_rel_l2_by_timestep": {"950": 0.066, "500": 0.071, "0": 0.56},
     "settings": {
@@ -102,7 +103,8 @@ def test_a_full_card():
         "| PSNR for equal noise (dB), to full precision | 18.51 | 18.20 – 18.90 |",
         "| classifier score, full precision | 3.200 | 3.100 – 3.300 |",
         "2000 pictures of each pipeline in 20 steps (DDIMScheduler), seed 0, features of `fashion` (so",
-        "relative to full precision is 0.1280",
+        "relative to full precision is\n0.0345 as the sampler uses it (`traj_rel_l2`",
+        "0.1280 pooled over timesteps as they are (`eps_rel_l2`)",
         "1.0 MB instead of 3.6 MB",
         "| `msfp` | 1 | 10.0 ms | 9.0 – 11.0 | 2.00 |",
         "40 × `fp4_e1m2`, 25 × `fp4_e2m1` | 64 × `fp4_ue2m2`, 1 × float | 4.13 | 0.12 M | 1.0 MB | 4.51 |",
@@ -155,8 +157,12 @@ def test_what_was_not_measured_is_named_and_not_invented():
     assert not re.search(r"\n\n\n|[ \t]\n|{[{%]", text)
     partly = render_card(FACTS, Results(comparison=COMPARISON))
     assert "PSNR of the pictures 13.9 dB." in partly
-    said = COMPARISON | {"settings": {"num_samples": 16, "num_inference_steps": 20}}
-    assert "PSNR of the pictures 13.9 dB (16 samples, 20 steps)." in render_card(FACTS, Results(comparison=said))
+    said = COMPARISON | {
+        "settings": {"num_samples": 16, "num_inference_steps": 20},
+        "image_psnr_db_interval": [13.1, 14.72],
+    }
+    full = render_card(FACTS, Results(comparison=said))
+    assert "PSNR of the pictures 13.9 dB (13.1 – 14.7, 95 %) over 16 samples of 20 steps." in full
     assert "- Not measured: quality with confidence intervals." in partly
 
 
@@ -206,6 +212,9 @@ def test_results_of_an_earlier_version_are_read(tmp_path):
 def test_results_that_are_none(tmp_path):
     with pytest.raises(ConfigError, match="must be what `evaluate`, `compare` or `bench` prints"):
         read_results(tmp_path, [write(tmp_path / "a.json", {"rows": [{"provider": "x"}]})])
+    for wrong in ({"traj_rel_l2": "0.1"}, {"image_psnr_db_interval": [1]}, {"image_psnr_db_interval": "12"}):
+        with pytest.raises(ConfigError, match="must be what `evaluate`, `compare` or `bench` prints"):
+            read_results(tmp_path, [write(tmp_path / "a.json", COMPARISON | wrong)])
     for text in ("{", '{"rows": NaN}', "[" * 10**5):
         with pytest.raises(ConfigError, match="must be a JSON file of finite numbers"):
             read_results(tmp_path, [write(tmp_path / "a.json", text)])

@@ -110,6 +110,11 @@ def _figures(result: CheckpointEvaluation) -> Table:
     about = f"{settings['num_samples']} pictures, {steps}, {features}"
     title = f"{result.candidate}: {about}; 95 % intervals"
     table = Table("figure", *pairs.values(), title=title)
+    if result.traj_rel_l2 is not None:
+        table.add_row("traj_rel_l2", f"{result.traj_rel_l2:.4f}")
+    table.add_row("eps_rel_l2", f"{result.eps_rel_l2:.4f}")
+    table.add_row("eps_mse", f"{result.eps_mse:.3g}")
+    table.add_section()
     for name, label in FIGURES.items():
         if any(name in figures[pair] for pair in pairs):
             table.add_row(label, *(_interval(figures[pair].get(name)) for pair in pairs))
@@ -118,10 +123,6 @@ def _figures(result: CheckpointEvaluation) -> Table:
         table.add_row(f"classifier score, {name}", _interval(figure))
     for name, figure in figures.get("class_agreement", {}).items():
         table.add_row(f"class agreement, {name}", _interval(figure))
-    if result.traj_rel_l2 is not None:
-        table.add_row("traj_rel_l2", f"{result.traj_rel_l2:.4f}")
-    table.add_row("eps_rel_l2", f"{result.eps_rel_l2:.4f}")
-    table.add_row("eps_mse", f"{result.eps_mse:.3g}")
     return table
 
 

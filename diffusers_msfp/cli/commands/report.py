@@ -47,7 +47,9 @@ def report(
         return print_json(result)
     figures = [f"{len(result.layers)} layers", megabytes(result.bytes_quantized)]
     if result.comparison:
-        figures.append(f"eps_rel_l2 {result.comparison.eps_rel_l2:.4f}")
+        for key in ("traj_rel_l2", "eps_rel_l2"):
+            if (value := getattr(result.comparison, key)) is not None:
+                figures.append(f"{key} {value:.4f}")
         figures.append(
             f"PSNR {result.comparison.image_psnr_db:.1f} dB ({num_samples} samples, {num_inference_steps} steps)"
         )

@@ -34,8 +34,8 @@ class CorrectionConfig:
         num_samples (`int`): trajectories.
         num_inference_steps (`int`): of the sampler whose timesteps are the table's.
         with_sample (`bool`): fit `b_t`, the share of the model's input, too. On the embedded model this lowers the
-            error at high noise by a third and costs 2 dB of the pictures: what is added is the same for the steps that
-            follow, and what it replaces was not.
+            error at high noise and costs what the pictures gained: what is added is the same for the steps that follow,
+            and what it replaces was not.
         seed (`int`): of the samples' noise.
 
     Raises:

@@ -40,8 +40,8 @@ class FinetuneConfig:
         router_learning_rate (`float`): peak of the router. All with AdamW and linear decay.
         weight_decay (`float`): of the adapters.
         denoising_factor_exponent (`float`): 1 weighs the loss by the denoising factor (DFA), 0 does not.
-        denoising_factor_floor (`float`): smallest factor as a share of the mean; on the embedded model 0.25 costs
-            0.8 dB.
+        denoising_factor_floor (`float`): smallest factor as a share of the mean; it protects the last step, and costs
+            pictures more.
         balance (`float`): weight of the router's load-balance loss.
         exploration (`float`): scale of the Gumbel noise on the router's choice, gone after half of the updates.
         ema_decay (`float`): of an exponential moving average that takes the adapters' place at the end; 0 is none.
