@@ -1,14 +1,24 @@
 """Modules as torch keeps them: copies without tensors of their own, and whether anything about them has changed."""
 
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
-__all__ = ["Snapshot", "bare_copy", "described", "digest_of", "has_dispatch_modes", "has_global_hooks", "shadow_copy"]
+__all__ = [
+    "Snapshot",
+    "bare_copy",
+    "described",
+    "digest_of",
+    "has_dispatch_modes",
+    "has_global_hooks",
+    "run_without_values",
+    "shadow_copy",
+]
 
 Module = TypeVar("Module", bound=nn.Module)
 _TEMPLATE = vars(nn.Module())
@@ -26,6 +36,12 @@ def has_global_hooks() -> bool:
 def has_dispatch_modes() -> bool:
     """Whether somebody watches all operators, as counters of operations and fake tensors do."""
     return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
+
+
+def run_without_values(module: nn.Module, tensors: Sequence[Tensor]) -> None:
+    """Run a module on tensors that have shapes, but no values: one that looks at values raises something."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        module(*(mode.from_tensor(each) for each in tensors))
 
 
 def bare_copy(module: nn.Module, cls: type[Module], left_out: Collection[str] = ()) -> Module:

@@ -39,7 +39,7 @@ from diffusers_msfp.evaluation.timing.speed import example_inputs, step_of, take
 COMMAND = "python tests/benchmarks/bench_openvino.py"
 STEPS = {"ddpm-cifar10": (8, 9), "embedded": (8, 15), "sd15": (2, 3)}
 """Model → batch and timed rounds of its step."""
-QUALITY = {"images": 256, "batch": 32, "num_inference_steps": 50}
+QUALITY = {"images": 256, "batch": 32, "num_inference_steps": 20}
 INSTRUCTIONS = ("avx2", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
 

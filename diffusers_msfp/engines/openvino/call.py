@@ -49,7 +49,8 @@ class Call:
         Raises:
             TypeError: the model has no such arguments.
         """
-        given = _signature(type(model)).bind(model, *args, **kwargs).arguments
+        kind: Any = type(model)
+        given = _signature(kind).bind(model, *args, **kwargs).arguments
         given = {name: value for name, value in list(given.items())[1:] if value is not None}
         given |= given.pop("kwargs", {})
         when = timestep_argument(model).name

@@ -6,9 +6,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
 
-from ...compat.modules import shadow_copy
+from ...compat.modules import run_without_values, shadow_copy
 from ...errors import UnsupportedError
 from ...layers import QuantLayer
 from ..fusion.fuse import undo
@@ -123,8 +122,7 @@ def record(model: nn.Module, call: Call, choice: Choice) -> Recording:
 def _refuse_branches(recorder: Recorder, tensors: list[Tensor]) -> None:
     """A recording has one branch of each; which one may depend on shapes, but not on values."""
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            recorder(*(mode.from_tensor(each) for each in tensors))
+        run_without_values(recorder, tensors)
     except Exception as error:
         raise UnsupportedError(f"it looks into tensors while it runs ({type(error).__name__})") from error
 
