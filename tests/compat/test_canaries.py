@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from diffusers_msfp import MSFPConfig
@@ -273,7 +274,7 @@ def test_copies_of_modules_and_what_changes_in_them():
         assert not snapshot.holds(), "torch keeps something of modules elsewhere"
     assert not modules.has_global_hooks()
     assert not modules.has_dispatch_modes()
-    with torch.utils.flop_counter.FlopCounterMode(display=False):
+    with FlopCounterMode(display=False):
         assert modules.has_dispatch_modes(), "torch counts its modes otherwise"
 
 
@@ -283,7 +284,7 @@ def test_values_are_not_looked_at():
             return x if x.sum() > 0 else -x
 
     modules.run_without_values(nn.SiLU(), [torch.ones(2)])
-    with pytest.raises(Exception, match=r"(?i)data.?dependent|value"):
+    with pytest.raises(Exception, match="_local_scalar_dense"):
         modules.run_without_values(Branching(), [torch.ones(2)])
 
 
