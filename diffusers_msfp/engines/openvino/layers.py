@@ -145,8 +145,8 @@ def graph_layer(layer: QuantLayer, choice: Choice, inputs: Inputs) -> GraphLayer
         grid=None if layer.input_format is None or layer.num_sets else Grid.of(layer.input_qparams(bank)),
         in_bytes=runs_in_bytes(layer),
     )
-    bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().to(torch.float32), requires_grad=False)
-    made.register_parameter("bias", bias)
+    bias = None if layer.bias is None else layer.bias.detach().to(torch.float32, copy=True)  # see `own_float32`
+    made.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
     made.register_buffer("weights", _integers(layer, bank) if made.in_bytes else layer.dequantize_weight(bank))
     made.register_buffer("units", weight_unit(layer))
     return made

@@ -38,7 +38,7 @@ class Recorder(nn.Module):
         def instead(module: nn.Module) -> nn.Module | None:
             return graph_layer(module, choice, self._inputs) if isinstance(module, QuantLayer) else None
 
-        self.model = shadow_copy(model, instead, as_float32, left_out=("forward", "prepared"))
+        self.model = shadow_copy(model, instead, own_float32, left_out=("forward", "prepared"))
         undo(self.model)
         use_engine_attention(self.model, wanted=False)
         self.eval()
@@ -86,6 +86,11 @@ class Recording(NamedTuple):
     def in_torch(self) -> list[Tensor]:
         """The output as torch computes it, float32."""
         return list(self.recorder(*self.tensors))
+
+
+def own_float32(tensor: Tensor) -> Tensor:
+    """A copy in float32: compiled graphs go on reading the memory of some constants, which must not be the model's."""
+    return tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor.clone()
 
 
 @torch.no_grad()
