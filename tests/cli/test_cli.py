@@ -22,7 +22,7 @@ from rich.console import Console
 from diffusers_msfp import cli
 from diffusers_msfp.assets import EMBEDDED_MODEL
 from diffusers_msfp.cli.app import main
-from diffusers_msfp.cli.commands.inspect import inspect
+from diffusers_msfp.cli.commands.checkpoints import inspect
 from diffusers_msfp.engines.choose import engine_named
 from diffusers_msfp.errors import MSFPError
 from diffusers_msfp.layers.convert import quant_layers

@@ -11,7 +11,7 @@ from torch import nn
 
 from ...checkpoint.describe import file_bytes, read_config, weights_by_variant
 from ...compat.diffusers import single_file_origin
-from ...errors import MSFPError
+from ...errors import SEE_DOCTOR, MSFPError
 from ...plugin.config import MSFPConfig
 from ...plugin.files.streaming import StreamedModel
 from ...sampling.denoisers import denoisers_of
@@ -128,7 +128,7 @@ def _import_quantizers(folder: Path) -> None:
                 importlib.import_module(package)
             except ImportError as error:
                 raise SourceError(
-                    f"{part} is quantized by `{package}`, which is not installed: `pip install {package}`."
+                    f"{part} is quantized by `{package}`, which is not installed: `pip install {package}`. {SEE_DOCTOR}"
                 ) from error
 
 

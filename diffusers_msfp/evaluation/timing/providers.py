@@ -14,7 +14,7 @@ from torch import nn
 
 from ...engines import ENGINES, MEMORY_MODES
 from ...engines.choose import set_engine
-from ...errors import ConfigError, UnsupportedError
+from ...errors import SEE_DOCTOR, ConfigError, UnsupportedError
 from ...layers.convert import Conversion, convert, quant_layers
 from ...sampling.observation import freeze
 from ...schemes import SCHEMES
@@ -90,7 +90,9 @@ def _msfp(kind: str, options: list[str], model: nn.Module, call: Callable[[nn.Mo
 
 def _peer(kind: str, options: list[str], model: nn.Module) -> nn.Module:
     if importlib.util.find_spec(PEERS[kind].partition(".")[0]) is None:
-        raise UnsupportedError(f"Provider {kind!r} needs `{PEERS[kind]}`, which is not installed: leave it out.")
+        raise UnsupportedError(
+            f"Provider {kind!r} needs `{PEERS[kind]}`, which is not installed: leave it out. {SEE_DOCTOR}"
+        )
     made = _channels_last(_float(model).to(torch.bfloat16))
     if kind == "sdnq":
         import sdnq
