@@ -65,6 +65,31 @@ class TensorFolder(Mapping):
         return len(self._ranges)
 
 
+class TensorFile(Mapping):
+    """Tensors of one safetensors file under other names, mapped into memory when they are asked for.
+
+    Args:
+        file (`Path`): where they are.
+        sources (`Mapping[str, str | Tensor]`): name → name in the file, or a tensor that is in memory already.
+    """
+
+    def __init__(self, file: Path, sources: Mapping[str, str | Tensor]) -> None:
+        self._file, self._sources = file, sources
+
+    def __getitem__(self, name: str) -> Tensor:
+        source = self._sources[name]
+        if isinstance(source, Tensor):
+            return source
+        with safe_open(self._file, framework="pt") as handle:  # anew, as above
+            return handle.get_tensor(source)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
 class TensorLayout:
     """safetensors files whose every byte has its place before the first is known: filled in any order.
 
