@@ -60,7 +60,8 @@ def convert_checkpoint(source: str | Path) -> ConvertedCheckpoint:
     if old:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", suffix=".part") as scratch:
             made = Path(scratch) / "made"
-            migrate(folder, old, made)
+            with stderr.status(f"converting {source}"):
+                migrate(folder, old, made)
             publish(made, folder)
     return ConvertedCheckpoint(format_version=FORMAT_VERSION, converted=old, already=already, out=str(folder))
 
