@@ -1,7 +1,7 @@
 """The command line: one verb per file, each a plain Python function that returns what `--json` prints."""
 
 from ..doctor import diagnose as doctor
-from .bench import bench
+from .bench import bench, warmup
 from .checkpoints import convert_checkpoint, fuse, inspect
 from .compare import compare
 from .demo import demo
@@ -29,4 +29,5 @@ __all__ = [
     "sample",
     "space_create",
     "space_run",
+    "warmup",
 ]

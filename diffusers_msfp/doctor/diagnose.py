@@ -14,6 +14,7 @@ from .packages import DISTRIBUTION, Package, packages, what_extras_bring
 
 _WHAT_FOR = {
     "cpu": "Numba's kernels, without which integers are slow",
+    "openvino": "the engine of that name",
     "eval": "`evaluate` and plots",
     "space": "the page in the browser",
     "train": "TensorBoard's logs",

@@ -4,7 +4,7 @@ What a verb does is in the file of the same name one folder up, of `doctor` in t
 file in both places and a line in `COMMANDS`.
 """
 
-from .bench import bench
+from .bench import bench, warmup
 from .checkpoints import convert_checkpoint, fuse, inspect
 from .compare import compare
 from .demo import demo
@@ -24,6 +24,7 @@ COMMANDS = (
     compare,
     evaluate,
     bench,
+    warmup,
     inspect,
     report,
     publish,

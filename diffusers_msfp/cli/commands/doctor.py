@@ -8,7 +8,7 @@ from rich.table import Table
 from ... import cli
 from ...doctor import Diagnosis, Package
 from ..shared.options import Json, print_json
-from ..shared.terminal import megabytes, progress, stdout
+from ..shared.terminal import megabytes, progress, say, stdout
 
 UNFIT = 1
 """Exit code where something that the package needs is missing or not of a supported version."""
@@ -35,14 +35,14 @@ def _print(result: Diagnosis) -> None:
         table.add_row(package.name, package.installed or "–", package.supported, _verdict(package))
     stdout.print(table)
     cpu = result.processor
-    _say(f"processor: {cpu.name}, {cpu.architecture}, {cpu.cores} cores, {cpu.threads} threads")
-    _say("  has " + ", ".join(name for name, there in cpu.features.items() if there))
-    _say("  has not " + ", ".join(name for name, there in cpu.features.items() if not there))
+    say(f"processor: {cpu.name}, {cpu.architecture}, {cpu.cores} cores, {cpu.threads} threads")
+    say("  has " + ", ".join(name for name, there in cpu.features.items() if there))
+    say("  has not " + ", ".join(name for name, there in cpu.features.items() if not there))
     limits = ", ".join(f"{name}={value}" for name, value in cpu.limited_by.items()) or "nothing"
-    _say(f"  torch's kernels use {cpu.used}; limited by {limits}; this package's kernels are {cpu.kernels}'s")
-    _say(f"  oneDNN's 8-bit products: {_yes(cpu.int8_operators)}; its bfloat16 products: {_yes(cpu.bf16_products)}")
+    say(f"  torch's kernels use {cpu.used}; limited by {limits}; this package's kernels are {cpu.kernels}'s")
+    say(f"  oneDNN's 8-bit products: {_yes(cpu.int8_operators)}; its bfloat16 products: {_yes(cpu.bf16_products)}")
     for device in result.devices:
-        _say(f"device {device.device}: {device.name}" + ("" if device.measured else ", never measured"))
+        say(f"device {device.device}: {device.name}" + ("" if device.measured else ", never measured"))
     table = Table("engine", "device", "ms", "refuses, since", title=result.layer, title_justify="left")
     for trial in result.engines:
         time = "" if trial.milliseconds is None else f"{trial.milliseconds:.2f}"
@@ -50,12 +50,12 @@ def _print(result: Diagnosis) -> None:
     stdout.print(table)
     for cache in result.caches:
         size = "not there yet" if cache.bytes is None else megabytes(cache.bytes)
-        _say(f"cache of {cache.what}: {cache.path}, {size}")
-    _say(f"token for the Hub: {_yes(result.hub_token)}")
+        say(f"cache of {cache.what}: {cache.path}, {size}")
+    say(f"token for the Hub: {_yes(result.hub_token)}")
     for remedy in result.remedies:
         mark = "must be put right: " if remedy.serious else "note: "
-        _say(mark + remedy.what + (f": {remedy.command}" if remedy.command else "."))
-    _say("All that the package needs is here." if result.fits else "Something that the package needs is not here.")
+        say(mark + remedy.what + (f": {remedy.command}" if remedy.command else "."))
+    say("All that the package needs is here." if result.fits else "Something that the package needs is not here.")
 
 
 def _verdict(package: Package) -> str:
@@ -68,7 +68,3 @@ def _verdict(package: Package) -> str:
 
 def _yes(there: bool) -> str:
     return "yes" if there else "no"
-
-
-def _say(text: str) -> None:
-    stdout.print(text, soft_wrap=True, highlight=False, markup=False)

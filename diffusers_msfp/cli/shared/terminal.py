@@ -87,6 +87,11 @@ def _notes(info: dict) -> list[str]:
     return [f"loss {value:.5f}" if key == "loss" else str(value) for key, value in info.items()]
 
 
+def say(text: str, style: str | None = None) -> None:
+    """A line of a result, as it is."""
+    stdout.print(text, style=style, soft_wrap=True, highlight=False, markup=False)
+
+
 def megabytes(size: float) -> str:
     """Bytes for people."""
     return f"{size / 1e6:.2f} MB"
