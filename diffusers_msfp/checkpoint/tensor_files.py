@@ -70,24 +70,24 @@ class TensorFile(Mapping):
 
     Args:
         file (`Path`): where they are.
-        sources (`Mapping[str, str | Tensor]`): name → name in the file, or a tensor that is in memory already.
+        places (`Mapping[str, str | Tensor]`): name → name in the file, or a tensor that is in memory already.
     """
 
-    def __init__(self, file: Path, sources: Mapping[str, str | Tensor]) -> None:
-        self._file, self._sources = file, sources
+    def __init__(self, file: Path, places: Mapping[str, str | Tensor]) -> None:
+        self._file, self._places = file, places
 
     def __getitem__(self, name: str) -> Tensor:
-        source = self._sources[name]
+        source = self._places[name]
         if isinstance(source, Tensor):
             return source
         with safe_open(self._file, framework="pt") as handle:  # anew, as above
             return handle.get_tensor(source)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._sources)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._sources)
+        return len(self._places)
 
 
 class TensorLayout:

@@ -131,11 +131,11 @@ def fuse(
         component_dirs(Path(source))
         loaded = load_any(str(source))
         original = None if reference is None else load_pipeline(reference, variant=variant)
-    is_pipeline = isinstance(loaded, DiffusionPipeline)
-    if recalibrate and not is_pipeline:
+    pipe = loaded if isinstance(loaded, DiffusionPipeline) else None
+    if recalibrate and pipe is None:
         raise ConfigError(f"`--recalibrate` samples with the pipeline, but {source} is a model alone. Leave it out.")
     sampled = recalibrate or original is not None
-    arguments = call_settings(original or (loaded if is_pipeline else None), prompts, guidance_scale, samples=sampled)
+    arguments = call_settings(original or pipe, prompts, guidance_scale, samples=sampled)
     run = {"num_samples": num_samples, "num_inference_steps": num_inference_steps, "seed": seed, "prompts": prompts}
     corrected, error = False, None
     with keeping(NOTHING):
@@ -144,10 +144,12 @@ def fuse(
             fused = fuse_lora(loaded, lora, weight, calibration=calibration, on_progress=report)
         if original is not None:
             fuse_lora(original, lora, weight)
-            if is_pipeline and "output_correction" in fused.taken_off:
+            if pipe is not None and "output_correction" in fused.taken_off:
                 with progress("correcting the output") as report:
-                    settings = CorrectionConfig(**{key: run[key] for key in run if key != "prompts"})
-                    correct_output(loaded, original, settings, prompts=prompts, on_progress=report, **arguments)
+                    settings = CorrectionConfig(
+                        num_samples=num_samples, num_inference_steps=num_inference_steps, seed=seed
+                    )
+                    correct_output(pipe, original, settings, prompts=prompts, on_progress=report, **arguments)
                 corrected = True
             with progress("comparing") as report:
                 error = compare_pipelines(original, loaded, on_progress=report, **run, **arguments)

@@ -139,6 +139,7 @@ def single_file_tensors(cls: Any, path: Path, config: Mapping) -> dict[str, str 
     from diffusers.loaders import single_file_model
     from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 
+    table: Any = single_file_model.SINGLE_FILE_LOADABLE_CLASSES
     name = single_file_model._get_single_file_loadable_mapping_class(cls)
     if name is None:
         return None
@@ -149,7 +150,7 @@ def single_file_tensors(cls: Any, path: Path, config: Mapping) -> dict[str, str 
     if own.keys() == checkpoint.keys():
         found = checkpoint
     else:
-        mapping = single_file_model.SINGLE_FILE_LOADABLE_CLASSES[name]["checkpoint_mapping_fn"]
+        mapping = table[name]["checkpoint_mapping_fn"]
         found = mapping(config=dict(config), checkpoint=checkpoint)
     keys = {id(value): key for key, value in original.items()} if path.suffix == ".safetensors" else {}
     return {key: keys.get(id(value), value) for key, value in found.items() if value is not None}

@@ -85,9 +85,9 @@ def _on_device(layer: QuantLayer, device: torch.device, timed: bool) -> Iterator
         return
     for name, cls in ENGINES.items():
         engine = cls()
-        refusal = engine.refusal(layer)
-        if refusal is not None:
-            yield EngineTrial(engine=name, device=where, refusal=refusal)
+        reason = engine.refusal(layer)
+        if reason is not None:
+            yield EngineTrial(engine=name, device=where, refusal=reason)
         else:
             yield _trial(name, device, partial(_prepared_call, engine, layer, x, []), timed)
     for dtype in (torch.bfloat16, torch.float32):

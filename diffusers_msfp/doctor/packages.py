@@ -69,7 +69,7 @@ def packages() -> list[Package] | None:
     found = [_package(name, ranges[name], extras) for name, extras in extras_of.items()]
     runtimes = [name for name in RUNTIMES if name not in extras_of and installed_version(name) is not None]
     found += [_package(name, ranges.get(name, ""), []) for name in runtimes]
-    python, supported = platform.python_version(), declared.get("Requires-Python") or ""
+    python, supported = platform.python_version(), (declared.get_all("Requires-Python") or [""])[0]
     return [Package(name="python", installed=python, supported=supported, fits=_fits(python, supported)), *found]
 
 

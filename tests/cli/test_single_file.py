@@ -138,8 +138,8 @@ def test_one_tensor_of_the_file_is_in_memory_at_a_time(folders, tmp_path):
     streams, others = parts_of(file, MSFPConfig("w4a16"), "5GB", None, str(folders["SD"]))
     assert (list(streams), others) == (["unet"], [])
     tensors = streams["unet"]._tensors
-    assert all(isinstance(source, str) for source in tensors._sources.values())
-    assert not any(source.startswith("model_ema") for source in tensors._sources.values())
+    assert all(isinstance(source, str) for source in tensors._places.values())
+    assert not any(source.startswith("model_ema") for source in tensors._places.values())
 
 
 def changed(file: Path, change) -> Path:

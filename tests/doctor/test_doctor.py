@@ -9,6 +9,7 @@ import pytest
 import torch
 from command_line import program
 
+from diffusers_msfp import set_engine
 from diffusers_msfp.doctor import caches, diagnose, engines, machine, packages
 from diffusers_msfp.engines import ENGINES
 from diffusers_msfp.errors import SEE_DOCTOR, MSFPError
@@ -208,15 +209,9 @@ def test_a_device_that_takes_no_layer_is_a_row():
     assert row.refusal.startswith("fails: ")
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("bench", "--providers", "quanto", "--model", "{packed}"),
-        ("space", "run", "{packed}", "--reference", "{tiny}"),
-    ],
-    ids=["bench", "space"],
-)
-def test_what_cannot_run_names_the_doctor(command, packed_dir, tiny_dir, monkeypatch):
+def test_what_cannot_run_names_the_doctor(packed_dir, packed_pipe, tiny_dir, monkeypatch):
+    with pytest.raises(MSFPError, match="`diffusers-msfp doctor` shows"):
+        set_engine(packed_pipe, "cuda")
     real = __import__
 
     def without_gradio(name, *rest):
@@ -225,7 +220,7 @@ def test_what_cannot_run_names_the_doctor(command, packed_dir, tiny_dir, monkeyp
         return real(name, *rest)
 
     monkeypatch.setattr("builtins.__import__", without_gradio)
-    done = program(*(word.format(packed=packed_dir, tiny=tiny_dir) for word in command))
+    done = program("space", "run", packed_dir, "--reference", tiny_dir)
     assert done.returncode == 2
     assert " ".join(done.stderr.split()).endswith(SEE_DOCTOR)
 

@@ -1,7 +1,7 @@
 """What of a folder or a single file is to be quantized: streams of weights still unread, and what is loaded first."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 from diffusers import ControlNetModel, DiffusionPipeline, ModelMixin
@@ -78,7 +78,7 @@ def _of_file(path: Path, request: MSFPConfig, max_shard_size: int | str, config:
                 raise SourceError(f"{where} must hold the config of a model of diffusers, but it names {cls!r}.")
             others.append(name)
             continue
-        model_config = model_config or cls.load_config(where, subfolder=name)
+        model_config = model_config or cast(Any, cls).load_config(where, subfolder=name)
         tensors = single_file_tensors(cls, path, model_config)
         if tensors is None:
             others.append(name)
@@ -101,7 +101,7 @@ def _index(where: str) -> dict:
             )
         return index
     try:
-        return dict(DiffusionPipeline.load_config(where))
+        return dict(cast(Any, DiffusionPipeline.load_config(where)))
     except OSError:
         ControlNetModel.load_config(where)
         return {}

@@ -38,11 +38,11 @@ def place_of(lora: str | Path) -> Path:
         )
     try:
         with safe_open(path, framework="pt") as handle:
-            names = list(handle.keys())
+            keys = list(handle.keys())
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} must be a safetensors file, but it is not ({error}).") from error
-    if not any("lora" in name.lower() or name.endswith(_DOWN) for name in names):
-        raise CheckpointError(f"{path} must hold pairs of factors, but none of its {len(names)} tensors is of a LoRA.")
+    if not any("lora" in name.lower() or name.endswith(_DOWN) for name in keys):
+        raise CheckpointError(f"{path} must hold pairs of factors, but none of its {len(keys)} tensors is of a LoRA.")
     return path
 
 
