@@ -158,6 +158,13 @@ def test_processors_that_are_not_x86(monkeypatch):
     assert any("a kind of device that was never measured" in remedy.what for remedy in result.remedies)
 
 
+def test_inspect_says_so_too(monkeypatch, packed_dir):
+    words = "this kind of processor was never measured"
+    assert words not in program("inspect", packed_dir).stdout
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "aarch64"})
+    assert words in program("inspect", packed_dir).stdout
+
+
 def test_a_token_is_there_or_not_and_never_shown(monkeypatch):
     monkeypatch.setattr(caches, "get_token", lambda: "hf_secret")
     for words in (("--json",), ()):

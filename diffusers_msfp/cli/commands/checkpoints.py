@@ -4,10 +4,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, cast
 
+import torch
 import typer
 
 from ... import cli
 from ...checkpoint.describe import LayerDescription
+from ...doctor.machine import measured
 from ...engines import openvino
 from ...formats import FORMATS
 from ..shared.options import Guidance, Json, Prompts, Seed, Variant, print_json, print_router
@@ -48,6 +50,8 @@ def inspect(
             print_router(adapters["intervals"])
         if temporal := part.parts["temporal"]:
             _print_temporal(temporal)
+    if not measured(torch.device("cpu")):
+        say("this kind of processor was never measured: engines give the reference's results here, at unknown speed")
 
 
 def convert_checkpoint(
