@@ -62,3 +62,7 @@ class UnsupportedError(MSFPError):
 
 class HubError(MSFPError):
     """The Hub refused something, was not reached, or holds something else than was sent."""
+
+
+SEE_DOCTOR = "`diffusers-msfp doctor` shows what this machine has and what it lacks."
+"""The end of every message on something that cannot run here."""

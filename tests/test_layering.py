@@ -22,7 +22,7 @@ LAYERS = {
     6: ("methods",),
     7: ("checkpoint",),
     8: ("plugin", "evaluation"),
-    9: ("report", "space"),
+    9: ("report", "space", "doctor"),
     10: ("hub",),
     11: ("cli", "__init__", "__main__"),
 }

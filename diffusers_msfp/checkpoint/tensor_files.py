@@ -65,6 +65,31 @@ class TensorFolder(Mapping):
         return len(self._ranges)
 
 
+class TensorFile(Mapping):
+    """Tensors of one safetensors file under other names, mapped into memory when they are asked for.
+
+    Args:
+        file (`Path`): where they are.
+        places (`Mapping[str, str | Tensor]`): name → name in the file, or a tensor that is in memory already.
+    """
+
+    def __init__(self, file: Path, places: Mapping[str, str | Tensor]) -> None:
+        self._file, self._places = file, places
+
+    def __getitem__(self, name: str) -> Tensor:
+        source = self._places[name]
+        if isinstance(source, Tensor):
+            return source
+        with safe_open(self._file, framework="pt") as handle:  # anew, as above
+            return handle.get_tensor(source)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
 class TensorLayout:
     """safetensors files whose every byte has its place before the first is known: filled in any order.
 

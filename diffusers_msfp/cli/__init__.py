@@ -1,7 +1,8 @@
 """The command line: one verb per file, each a plain Python function that returns what `--json` prints."""
 
+from ..doctor import diagnose as doctor
 from .bench import bench, warmup
-from .checkpoints import convert_checkpoint, inspect
+from .checkpoints import convert_checkpoint, fuse, inspect
 from .compare import compare
 from .demo import demo
 from .evaluate import evaluate
@@ -17,8 +18,10 @@ __all__ = [
     "compare",
     "convert_checkpoint",
     "demo",
+    "doctor",
     "evaluate",
     "finetune",
+    "fuse",
     "inspect",
     "publish",
     "quantize",

@@ -20,6 +20,7 @@ from ..outputs import reason_of
 from .commands import COMMANDS, GROUPS
 from .shared.aliases import Command
 from .shared.interrupts import interruptible
+from .shared.options import with_verbosity
 from .shared.terminal import stderr
 
 app = typer.Typer(
@@ -45,10 +46,10 @@ def _main(
 
 
 for command in COMMANDS:
-    app.command(cls=Command)(interruptible(command))
+    app.command(cls=Command)(with_verbosity(interruptible(command)))
 for group in GROUPS:
     for each in group.registered_commands:
-        each.callback, each.cls = interruptible(cast(Callable, each.callback)), Command
+        each.callback, each.cls = with_verbosity(interruptible(cast(Callable, each.callback))), Command
     app.add_typer(group)
 
 
@@ -62,6 +63,7 @@ def main() -> None:
         app()
     except (MSFPError, OSError) as error:
         said = reason_of(error) if isinstance(error, OSError) else str(error)
+        stderr.quiet = False  # `--quiet` leaves errors alone
         stderr.print(f"[red]error:[/] {escape(' '.join(said.split()))}", soft_wrap=True, highlight=False)
         sys.exit(2)
 

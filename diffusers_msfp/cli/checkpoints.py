@@ -1,17 +1,29 @@
-"""`inspect` and `convert-checkpoint`: what a quantized checkpoint holds; an older one as the present format version."""
+"""`inspect`, `convert-checkpoint` and `fuse`: what a quantized checkpoint holds; an older one as the present
+format version; one with a LoRA in its weights."""
 
 import tempfile
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..checkpoint.describe import CheckpointDescription, describe_checkpoint
+from diffusers import DiffusionPipeline
+
+from ..checkpoint.describe import CheckpointDescription, component_dirs, describe_checkpoint
 from ..errors import ConfigError
+from ..evaluation import Comparison, compare_pipelines
+from ..methods.correction.fit import CorrectionConfig, correct_output
+from ..outputs import writing
+from ..plugin.adapters.fusing import FusedLoRA, fuse_lora
 from ..plugin.config import FORMAT_VERSION
 from ..plugin.files.migrate import migrate, outdated_components
-from ..results import Result
-from .shared.load import require_variant, variant_of
-from .shared.store import publish
+from ..results import OPTIONAL, Result
+from ..sampling.calls import require_positive
+from .shared.calls import call_settings, read_prompts
+from .shared.interrupts import NOTHING, keeping
+from .shared.load import load_any, load_pipeline, require_variant, variant_of
+from .shared.store import check_target, publish, write_checkpoint
+from .shared.terminal import progress, stderr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +60,8 @@ def convert_checkpoint(source: str | Path) -> ConvertedCheckpoint:
     if old:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", suffix=".part") as scratch:
             made = Path(scratch) / "made"
-            migrate(folder, old, made)
+            with stderr.status(f"converting {source}"):
+                migrate(folder, old, made)
             publish(made, folder)
     return ConvertedCheckpoint(format_version=FORMAT_VERSION, converted=old, already=already, out=str(folder))
 
@@ -57,3 +70,90 @@ def inspect(source: str | Path, *, variant: str | None = None) -> CheckpointDesc
     """Layers of a quantized checkpoint, with the weights of a variant where it has that; see `describe_checkpoint`."""
     require_variant(variant, source)
     return describe_checkpoint(source, variant_of(source, variant))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedCheckpoint(FusedLoRA):
+    """What `fuse` did.
+
+    Args:
+        corrected (`bool`): the output correction was fitted again, to the reference with the LoRA.
+        error (`Comparison`, *optional*): against the reference with the LoRA, where one was named.
+        seconds (`float`): in all.
+        out (`str`): the checkpoint.
+    """
+
+    corrected: bool
+    error: Comparison | None = field(default=None, metadata=OPTIONAL)
+    seconds: float
+    out: str
+
+
+def fuse(
+    source: str | Path,
+    lora: str | Path,
+    out: str | Path,
+    *,
+    weight: float = 1.0,
+    reference: str | None = None,
+    recalibrate: bool = False,
+    num_samples: int = 16,
+    num_inference_steps: int = 20,
+    seed: int = 0,
+    prompts: str | Path | list[str] | None = None,
+    guidance_scale: float | None = None,
+    variant: str | None = None,
+    overwrite: bool = False,
+) -> FusedCheckpoint:
+    """Fuse a LoRA into a quantized checkpoint's weights and write another checkpoint; see `fuse_lora`.
+
+    Args:
+        source (`str` or `Path`): folder of a quantized pipeline or of its denoiser.
+        lora (`str` or `Path`): safetensors file, or a folder with one.
+        out (`str` or `Path`): folder to write; appears only when everything has succeeded.
+        weight (`float`): that the LoRA is multiplied by.
+        reference (`str`, *optional*): folder or Hub id of the float pipeline, which gets the same LoRA; the result's
+            error is measured against it, and an output correction that was there is fitted to it again.
+        recalibrate (`bool`): set activation ranges anew, from the pipeline's own samples; they are kept by default.
+        num_samples, num_inference_steps, seed, prompts, guidance_scale: of calibration and comparison.
+        variant (`str`, *optional*): of the reference's weights.
+        overwrite (`bool`): replace `out` if it exists.
+
+    Raises:
+        MSFPError: see `fuse_lora`; `out` exists, or no quantized checkpoint.
+    """
+    started = time.perf_counter()
+    out = check_target(out, overwrite)
+    require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
+    prompts = read_prompts(prompts)
+    require_variant(variant, reference)
+    with keeping(NOTHING), stderr.status(f"opening {source}"):
+        component_dirs(Path(source))
+        loaded = load_any(str(source))
+        original = None if reference is None else load_pipeline(reference, variant=variant)
+    pipe = loaded if isinstance(loaded, DiffusionPipeline) else None
+    if recalibrate and pipe is None:
+        raise ConfigError(f"`--recalibrate` samples with the pipeline, but {source} is a model alone. Leave it out.")
+    sampled = recalibrate or original is not None
+    arguments = call_settings(original or pipe, prompts, guidance_scale, samples=sampled)
+    run = {"num_samples": num_samples, "num_inference_steps": num_inference_steps, "seed": seed, "prompts": prompts}
+    corrected, error = False, None
+    with keeping(NOTHING):
+        with progress("fusing") as report:
+            calibration = run | arguments if recalibrate else None
+            fused = fuse_lora(loaded, lora, weight, calibration=calibration, on_progress=report)
+        if original is not None:
+            fuse_lora(original, lora, weight)
+            if pipe is not None and "output_correction" in fused.taken_off:
+                with progress("correcting the output") as report:
+                    settings = CorrectionConfig(
+                        num_samples=num_samples, num_inference_steps=num_inference_steps, seed=seed
+                    )
+                    correct_output(pipe, original, settings, prompts=prompts, on_progress=report, **arguments)
+                corrected = True
+            with progress("comparing") as report:
+                error = compare_pipelines(original, loaded, on_progress=report, **run, **arguments)
+        with writing(out):
+            write_checkpoint(loaded, out)
+    seconds = time.perf_counter() - started
+    return FusedCheckpoint(**vars(fused), corrected=corrected, error=error, seconds=seconds, out=str(out))

@@ -6,19 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline
 from diffusers.quantizers import PipelineQuantizationConfig
 
-from ..checkpoint.describe import file_bytes, read_config
+from ..checkpoint.describe import file_bytes
 from ..checkpoint.tensor_files import MAX_SHARD_SIZE
 from ..errors import ConfigError
 from ..layers.convert import quant_layers
 from ..outputs import writing
 from ..plugin.calibrate import calibrate, check_calibration
-from ..plugin.components import class_named
 from ..plugin.config import MSFPConfig
-from ..plugin.files.streaming import StreamedModel
-from ..plugin.quantize import components_of, quantize_model, refuse_several
+from ..plugin.quantize import quantize_model
 from ..plugin.recipe import RecipeRun, plan_stages
 from ..recipes import CORRECTION, DEFAULT_RECIPE
 from ..results import Result
@@ -32,11 +30,11 @@ from .shared.load import (
     fetch,
     load_pipeline,
     model_bytes,
-    open_component,
     refuse_quantized,
     require_variant,
     variant_of,
 )
+from .shared.parts import parts_of
 from .shared.store import check_target, peak_rss_bytes, publish, work_folder, write_checkpoint
 from .shared.terminal import progress, stderr
 
@@ -148,8 +146,8 @@ def quantize(
         path = fetch(source, variant)
         refuse_quantized(path)
         variant = variant_of(path, variant)
-        loaded = load_pipeline(source, config=config) if path.is_file() else None
-        streams, encoders = _parts(path, loaded, request, max_shard_size, variant)
+        loaded = None
+        streams, encoders = parts_of(path, request, max_shard_size, variant, config)
     if "." in streams and correction is None:
         plan = [stage for stage in plan if stage[0] != CORRECTION.name]
     if "." in streams and plan:
@@ -160,7 +158,7 @@ def quantize(
     if path.is_dir():
         bytes_reference = sum(file_bytes(path / name, variant) for name in (*streams, *encoders))
     else:
-        bytes_reference = sum(getattr(loaded, name).get_memory_footprint() for name in (*streams, *encoders))
+        bytes_reference = sum(stream.source_bytes for stream in streams.values())
 
     if "." in streams:
         arguments = call_settings(None, prompts, guidance_scale)
@@ -168,8 +166,11 @@ def quantize(
             raise ConfigError("`--images` need a pipeline to be shown to, but this is a model alone. Leave them out.")
     else:
         with stderr.status("trying a first step"):
-            if loaded is None:
-                empty = {name: stream.model for name, stream in streams.items()}
+            empty = {name: stream.model for name, stream in streams.items()}
+            if path.is_file():
+                loaded = load_pipeline(source, config=config, **empty)
+                bytes_reference += sum(getattr(loaded, name).get_memory_footprint() for name in encoders)
+            else:
                 wanted = (
                     PipelineQuantizationConfig(quant_mapping=dict.fromkeys(encoders, request)) if encoders else None
                 )
@@ -263,37 +264,3 @@ def quantize(
         stages=run.figures,
         out=str(out),
     )
-
-
-def _parts(
-    path: Path,
-    loaded: DiffusionPipeline | None,
-    request: MSFPConfig,
-    max_shard_size: int | str,
-    variant: str | None,
-) -> tuple[dict[str, StreamedModel], list[str]]:
-    """What is to be quantized: diffusers' components by name, or a model on its own, called `.`; and transformers'."""
-    if loaded is not None:
-        found = components_of(loaded, request)
-        streams = {
-            name: StreamedModel(type(model), model.config, model.state_dict(), [path], request, max_shard_size)
-            for name, model in found.items()
-            if isinstance(model, ModelMixin)
-        }
-        return streams, [name for name in found if name not in streams]
-    index = read_config(path, "model_index.json")
-    if index:
-        listed = {name: part for name, part in index.items() if isinstance(part, list) and part[0] is not None}
-        present = {name: class_named(part) for name, part in listed.items()}
-        names = request.choose_components(present, str(index.get("_class_name")))
-    elif request.components_to_quantize:
-        raise ConfigError(f"`components` selects parts of a pipeline, but {path} is a single model.")
-    else:
-        names = ["."]
-    for name in names if index else ():
-        if "Multi" in index[name][1]:
-            refuse_several(name, index[name][1], present)
-    encoders = [name for name in names if index and index[name][0] == "transformers"]
-    folders = {name: path / name for name in names if name not in encoders}
-    streams = {name: open_component(location, request, max_shard_size, variant) for name, location in folders.items()}
-    return streams, encoders

@@ -1,6 +1,7 @@
 """Internals of diffusers (all in 0.40 to 0.42)."""
 
 import inspect
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ __all__ = [
     "components_being_loaded",
     "execution_device",
     "forget_widened_weights",
+    "in_single_file_pipeline",
     "kept_in_float32",
     "no_init_weights",
     "progress_bar_config",
@@ -26,6 +28,8 @@ __all__ = [
     "set_config",
     "set_progress_bar_config",
     "single_file_origin",
+    "single_file_part",
+    "single_file_tensors",
     "source_of",
     "widened_weights",
 ]
@@ -115,3 +119,52 @@ def single_file_origin(path: Path) -> str:
     from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 
     return fetch_diffusers_config(load_single_file_checkpoint(str(path)))["pretrained_model_name_or_path"]
+
+
+def single_file_tensors(cls: Any, path: Path, config: Mapping) -> dict[str, str | torch.Tensor] | None:
+    """A model's tensors in a single file, by the model's own names: each as its name in the file.
+
+    Args:
+        cls (`type[ModelMixin]`), config (`Mapping`): the model.
+        path (`Path`): the file, in the original layout or in diffusers' own.
+
+    Returns:
+        `dict`: a tensor itself where diffusers' mapping makes it of others, or the file is a pickle; None for a class
+        that diffusers does not read from single files.
+
+    Raises:
+        KeyError, ValueError, OSError, …: as diffusers raises them for a file that it does not know.
+    """
+    from accelerate import init_empty_weights
+    from diffusers.loaders import single_file_model
+    from diffusers.loaders.single_file_utils import load_single_file_checkpoint
+
+    table: Any = single_file_model.SINGLE_FILE_LOADABLE_CLASSES
+    name = single_file_model._get_single_file_loadable_mapping_class(cls)
+    if name is None:
+        return None
+    checkpoint = load_single_file_checkpoint(str(path))
+    original = dict(checkpoint)
+    with no_init_weights(), init_empty_weights():
+        own = cls.from_config(config).state_dict()
+    if own.keys() == checkpoint.keys():
+        found = checkpoint
+    else:
+        mapping = table[name]["checkpoint_mapping_fn"]
+        found = mapping(config=dict(config), checkpoint=checkpoint)
+    keys = {id(value): key for key, value in original.items()} if path.suffix == ".safetensors" else {}
+    return {key: keys.get(id(value), value) for key, value in found.items() if value is not None}
+
+
+def single_file_part(error: Exception) -> str | None:
+    """The component that `from_single_file` misses in a file; None for another error."""
+    found = re.search(r"^(\w+) = \w+\.from_pretrained", str(error), re.MULTILINE)
+    return found[1] if type(error).__name__ == "SingleFileComponentError" and found else None
+
+
+def in_single_file_pipeline() -> bool:
+    """Whether a pipeline's `from_single_file` is loading a model right now, which no model is told."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "load_single_file_sub_model":
+        frame = frame.f_back
+    return frame is not None

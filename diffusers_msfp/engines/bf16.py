@@ -21,6 +21,7 @@ class BF16Engine(Engine):
     """Floating-point arithmetic on lattice integers."""
 
     name = "bf16"
+    measured_on = frozenset({"cpu x86_64"})
 
     def refusal(self, layer: QuantLayer) -> str | None:
         """See `Engine.refusal`."""

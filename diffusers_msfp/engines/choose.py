@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from ..compat.wrappers import sees_through, unwrap
-from ..errors import ConfigError, StateError
+from ..errors import SEE_DOCTOR, ConfigError, StateError
 from ..layers import QuantLayer
 from ..layers.convert import quant_layers
 from ..sampling.observation import quantized_models
@@ -132,7 +132,7 @@ def _require_use(name: str, chosen: AutoEngine, layers: list[QuantLayer]) -> Non
     able = [other for other, cls in ENGINES.items() if any(cls().refusal(layer) is None for layer in layers)]
     raise ConfigError(
         f"Engine {name!r} must be able to run a layer of this model here, but none can be run: {reasons[0]}. Engines "
-        f"that can: {', '.join(able)}; `auto` takes the fastest of them."
+        f"that can: {', '.join(able)}; `auto` takes the fastest of them. {SEE_DOCTOR}"
     )
 
 

@@ -25,6 +25,8 @@ class Engine(ABC):
     """
 
     name: ClassVar[str]
+    measured_on: ClassVar[frozenset[str]] = frozenset()
+    """Kinds of devices on which it was timed, `cpu` with the architecture; of others only correctness is known."""
 
     def __init__(self, memory: str = "fast") -> None:
         self.memory = memory

@@ -25,6 +25,7 @@ class Int8Engine(Engine):
     """8-bit integer arithmetic of a CPU."""
 
     name = "int8"
+    measured_on = frozenset({"cpu x86_64"})
 
     def refusal(self, layer: QuantLayer) -> str | None:
         """See `Engine.refusal`."""

@@ -8,6 +8,7 @@ class ReferenceEngine(Engine):
     """Leaves layers as they are."""
 
     name = "reference"
+    measured_on = frozenset({"cpu x86_64"})
 
     def refusal(self, layer: QuantLayer) -> None:  # noqa: ARG002
         """It can run everything."""

@@ -4,7 +4,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import UnsupportedError
+from ..errors import SEE_DOCTOR, UnsupportedError
 
 
 def plot_timesteps(errors: Mapping[str, float]) -> bytes:
@@ -42,7 +42,8 @@ def _axes(height: float) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UnsupportedError(
-            'A card\'s plots need matplotlib, which is not installed: `pip install "diffusers-msfp[eval]"`.'
+            'A card\'s plots need matplotlib, which is not installed: `pip install "diffusers-msfp[eval]"`. '
+            f"{SEE_DOCTOR}"
         ) from error
     figure = Figure(figsize=(7, height), layout="constrained")
     return figure, figure.subplots()

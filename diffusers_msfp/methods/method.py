@@ -34,6 +34,8 @@ class Part:
         since (`int`): the format version that has a place for it; a model that was loaded from an older one and has it
             now is saved as this one.
         describe (`Callable`, *optional*): `(record, tensors) -> dict` for `inspect`, from a checkpoint's small ones.
+        forbids_fusing (`str`, *optional*): why nothing can be fused into the weights while it is there, and what to do
+            instead; None where `detach` takes it off for that.
     """
 
     key: str
@@ -48,6 +50,7 @@ class Part:
     of_ranges: bool = False
     since: int = 1
     describe: Callable[[Any, Mapping], dict] | None = None
+    forbids_fusing: str | None = None
 
 
 @dataclass(frozen=True)

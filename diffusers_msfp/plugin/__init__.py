@@ -1,6 +1,7 @@
 """The plugin for diffusers and transformers: config, quantizers, registration, the pipeline's verbs, LoRA files."""
 
 from .adapters.exchange import export_adapter, import_adapter
+from .adapters.fusing import fuse_lora
 from .calibrate import calibrate
 from .config import MSFPConfig
 from .mixin import MSFPPipelineMixin
@@ -15,6 +16,7 @@ __all__ = [
     "calibrate",
     "dequantize",
     "export_adapter",
+    "fuse_lora",
     "import_adapter",
     "quantize_pipeline",
     "register",

@@ -22,8 +22,9 @@ from .adapters.versions import require_peft
 from .files import saving
 
 _REFUSED = {
-    "fuse_lora": "A float adapter cannot be merged into packed 4-bit codes. Keep it beside them (that is what loading "
-    "it does), or call `model.dequantize()`, fuse, and quantize again.",
+    "fuse_lora": "Its weights are packed, so they must be searched again with the LoRA in them. "
+    "`diffusers_msfp.fuse_lora(pipe, file, weight)` and `diffusers-msfp fuse DIR --lora FILE` do that; or leave the "
+    "LoRA beside them.",
     "enable_layerwise_casting": "The weights are already stored in {bits} bits, and casting would damage their scales. "
     "There is nothing to gain: leave it out.",
     "fuse_qkv_projections": "Packed projections of different formats cannot be joined. Leave them apart, or call "

@@ -36,6 +36,7 @@ from ..sampling.observation import calibration_state
 from .attach import attach, detach
 from .config import MSFPConfig
 from .files.saving import file_metadata, tensors_to_save
+from .files.single_file import require_float_file
 
 logger = logging.getLogger(__name__)
 
@@ -112,11 +113,9 @@ class MSFPQuantizer(DiffusersQuantizer):
         return without_formats(self._loaded_keys, self.quantization_config)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        if "state_dict" in kwargs:
-            raise UnsupportedError(
-                "A single file cannot be loaded and quantized in one call. Load the float pipeline with "
-                "`from_single_file`, then call `quantize_pipeline(pipe, scheme)`."
-            )
+        if "state_dict" in kwargs:  # `from_single_file` alone gives it
+            require_float_file(model, kwargs["state_dict"])
+            self.pre_quantized = False
         if not self.pre_quantized:
             self.quantization_config = self.quantization_config.without_record()
         config = self.quantization_config
@@ -143,15 +142,15 @@ class MSFPQuantizer(DiffusersQuantizer):
 
         Of a float file, cut what stays float loose: a bias that is a view would keep a whole float shard mapped.
         """
+        if self._record is self._plan is None:  # not planned yet
+            return state_dict
         if self.pre_quantized:
             if self._record is not None and (digest := self._record.digest_to_check()) is not None:
                 digest.check(state_dict)
             self._formats |= check_formats(state_dict, self._formats)
             names = without_formats(state_dict, self.quantization_config)
             return {name_in_state(name, self._packed): state_dict[name] for name in names}
-        if self._plan is None:
-            return state_dict
-        ours = {f"{name}.weight" for name in self._plan.layers}
+        ours = {f"{name}.weight" for name in cast(Conversion, self._plan).layers}
         return {key: value if key in ours else value.clone() for key, value in state_dict.items()}
 
     def check_if_quantized_param(

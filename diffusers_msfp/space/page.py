@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import ConfigError, MSFPError
+from ..errors import SEE_DOCTOR, ConfigError, MSFPError
 from .candidate import MAX_SEED, Candidate
 from .markup import STOPPED, names_line
 from .show import DEFAULT_STEPS, Show
@@ -54,7 +54,7 @@ def require_gradio() -> ModuleType:
         import gradio
     except ImportError as error:
         raise ConfigError(
-            'The page needs Gradio, but it is not installed: `pip install "diffusers-msfp[space]"`.'
+            f'The page needs Gradio, but it is not installed: `pip install "diffusers-msfp[space]"`. {SEE_DOCTOR}'
         ) from error
     return gradio
 

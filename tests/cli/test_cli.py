@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import program
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from processes import wait_until
 from rich.console import Console
@@ -22,7 +22,7 @@ from rich.console import Console
 from diffusers_msfp import cli
 from diffusers_msfp.assets import EMBEDDED_MODEL
 from diffusers_msfp.cli.app import main
-from diffusers_msfp.cli.commands.inspect import inspect
+from diffusers_msfp.cli.commands.checkpoints import inspect
 from diffusers_msfp.cli.shared.terminal import say
 from diffusers_msfp.engines.choose import engine_named
 from diffusers_msfp.errors import MSFPError
@@ -198,29 +198,12 @@ def test_inspect_fits_the_terminal(packed_dir, monkeypatch, width):
     assert any(line.startswith("conv_out ") and line.endswith(" int8") for line in lines) == (width == 120)
 
 
-def test_single_file(tmp_path, monkeypatch):
-    """A float single file loads with the configs of a folder; conversion of other layouts is diffusers' own."""
+def test_a_file_that_is_no_checkpoint(tmp_path):
     source = tmp_path / "model.safetensors"
     source.write_bytes(b"not a checkpoint")
     with pytest.raises(MSFPError, match="cannot be loaded as a single-file checkpoint"):
         cli.quantize(str(source), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-    seen = {}
-
-    def from_single_file(path, **arguments):
-        seen["path"], seen["config"] = path, arguments["config"]
-        return DiffusionPipeline.from_pretrained(EMBEDDED_MODEL)
-
-    monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", from_single_file)
-    configs = tmp_path / "configs"
-    configs.mkdir()
-    (configs / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    result = cli.quantize(
-        str(source), tmp_path / "out", config=str(configs), scheme="w4a16", num_samples=1, num_inference_steps=1
-    )
-    assert seen == {"path": str(source), "config": str(configs)}
-    assert result.calibration_state == "frozen"
 
 
 BAD = {

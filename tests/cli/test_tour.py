@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import UNet2DModel
+from loras import write_lora
 from typer.testing import CliRunner
 
 from diffusers_msfp.assets import EMBEDDED_MODEL
@@ -22,6 +24,8 @@ LITTLE = {
     "sample": "--num-samples 1 --num-inference-steps 2",
     "evaluate": "--num-samples 70 --num-inference-steps 2",
     "bench": "--repeats 2 --batch 1",
+    "fuse": "--num-samples 2 --num-inference-steps 2",
+    "doctor": "--no-timed",
     "finetune": "--batch-size 2 --num-inference-steps 2 --rank 2",
     "publish": "--num-samples 1 --num-inference-steps 1 --license mit --base-model org/base",
 }
@@ -45,6 +49,8 @@ def test_the_tour_goes_from_quantizing_to_the_page():
 def test_every_command_line_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     images = np.random.default_rng(0).integers(0, 255, (200, 28, 28)).astype(np.uint8)
+    embedded = UNet2DModel.from_pretrained(EMBEDDED_MODEL, subfolder="unet")
+    write_lora(embedded, ["to_k", "conv2"], tmp_path / "lora.safetensors", std=0.01)
     np.savez("fashion_mnist.npz", x_test=images, y_test=np.zeros(200))
     for line in tour():
         verb = line.split()[0]
@@ -59,5 +65,5 @@ def test_every_command_line_runs(tmp_path, monkeypatch):
             continue
         result = CliRunner().invoke(app, words)
         assert result.exit_code == 0, (line, result.output, result.exception)
-    for made in ("DIR", "FULL", "TUNED", "SPACE", "DIR-publish", "report.html", "grid.png"):
+    for made in ("DIR", "FULL", "TUNED", "FUSED", "SPACE", "DIR-publish", "report.html", "grid.png"):
         assert Path(made).exists(), made

@@ -4,11 +4,13 @@ import copy
 import inspect
 from pathlib import Path
 
+import diffusers.loaders.single_file as single_file
+import diffusers.loaders.single_file_model as single_file_model
 import diffusers.loaders.single_file_utils as single_file_utils
 import pytest
 import torch
 from conftest import make_unet
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
@@ -183,6 +185,10 @@ def test_float_models_without_weights():
 def test_single_files_are_recognised():
     for name in ("fetch_diffusers_config", "load_single_file_checkpoint"):
         assert hasattr(single_file_utils, name), f"diffusers has no `{name}` for single files any more"
+    assert single_file_model._get_single_file_loadable_mapping_class(UNet2DConditionModel) == "UNet2DConditionModel"
+    assert "checkpoint_mapping_fn" in single_file_model.SINGLE_FILE_LOADABLE_CLASSES["UNet2DConditionModel"]
+    assert hasattr(single_file, "load_single_file_sub_model"), "pipelines load models otherwise"
+    assert hasattr(single_file_utils, "SingleFileComponentError"), "what a single file lacks is said otherwise"
 
 
 def test_transformers_fills_missing_weights_by_this_method():

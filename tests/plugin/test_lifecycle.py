@@ -472,16 +472,6 @@ def test_quantizing_twice_is_refused(packed_pipe):
         diffusers_msfp.quantize_pipeline(packed_pipe, "w4a4")
 
 
-def test_single_files_are_refused(condition_unet, tmp_path):
-    condition_unet.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedError, match="A single file cannot be loaded and quantized in one call"):
-        UNet2DConditionModel.from_single_file(
-            str(tmp_path / "diffusion_pytorch_model.safetensors"),
-            config=str(tmp_path),
-            quantization_config=MSFPConfig(),
-        )
-
-
 def test_registration_is_idempotent_and_never_over_a_foreign_entry(monkeypatch):
     from diffusers.quantizers import auto
 

@@ -1,16 +1,16 @@
-"""The program's commands, one per file: a verb's arguments, and its result printed for people.
+"""The program's commands: a verb's arguments, and its result printed for people.
 
-What a verb does is in the file of the same name one folder up. A new one gets a file in both places and a line in
-`COMMANDS`.
+What a verb does is in the file of the same name one folder up, of `doctor` in the room of that name. A new one gets a
+file in both places and a line in `COMMANDS`.
 """
 
 from .bench import bench, warmup
+from .checkpoints import convert_checkpoint, fuse, inspect
 from .compare import compare
-from .convert_checkpoint import convert_checkpoint
 from .demo import demo
+from .doctor import doctor
 from .evaluate import evaluate
 from .finetune import finetune
-from .inspect import inspect
 from .publish import publish
 from .quantize import quantize
 from .report import report
@@ -28,8 +28,10 @@ COMMANDS = (
     inspect,
     report,
     publish,
+    fuse,
     convert_checkpoint,
     demo,
+    doctor,
 )
 """In the order of `--help`."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import typer
 
-from .terminal import stderr
+from .terminal import say_anyway
 
 NOTHING = "nothing is kept, and the same command begins anew"
 INTERRUPTED = 130
@@ -49,7 +49,7 @@ def interruptible(command: Callable) -> Callable:
         except KeyboardInterrupt as stop:
             if int(os.environ.get("RANK") or 0) == 0:  # of several processes one speaks
                 said = f"interrupted: {str(stop) or NOTHING}: {command_line()}"
-                stderr.print(said, soft_wrap=True, highlight=False, markup=False)
+                say_anyway(said)
             raise typer.Exit(INTERRUPTED) from stop
 
     return called

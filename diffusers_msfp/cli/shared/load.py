@@ -1,7 +1,10 @@
 """Find and load what a user names: a pipeline's folder, a component's folder, a Hub id, a single file."""
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import diffusers
@@ -10,8 +13,8 @@ from diffusers import AutoModel, DiffusionPipeline, ModelMixin
 from torch import nn
 
 from ...checkpoint.describe import file_bytes, read_config, weights_by_variant
-from ...compat.diffusers import single_file_origin
-from ...errors import MSFPError
+from ...compat.diffusers import single_file_origin, single_file_part
+from ...errors import SEE_DOCTOR, MSFPError
 from ...plugin.config import MSFPConfig
 from ...plugin.files.streaming import StreamedModel
 from ...sampling.denoisers import denoisers_of
@@ -128,7 +131,7 @@ def _import_quantizers(folder: Path) -> None:
                 importlib.import_module(package)
             except ImportError as error:
                 raise SourceError(
-                    f"{part} is quantized by `{package}`, which is not installed: `pip install {package}`."
+                    f"{part} is quantized by `{package}`, which is not installed: `pip install {package}`. {SEE_DOCTOR}"
                 ) from error
 
 
@@ -148,7 +151,7 @@ def load_pipeline(
     """
     path = Path(source)
     if path.is_file():
-        return _from_single_file(path, config)
+        return _from_single_file(path, config, **arguments)
     if not path.exists():
         _require_hub_id(source)
     elif not (path / "model_index.json").is_file():
@@ -189,27 +192,67 @@ def open_component(
         raise SourceError(f"{folder} cannot be loaded: {_first_line(error)}") from error
 
 
-def _from_single_file(path: Path, config: str | None) -> DiffusionPipeline:
-    """The float pipeline in a single file; its class is the one that its configs name."""
+@contextmanager
+def reading_single_file(path: Path) -> Iterator[None]:
+    """Say of what goes wrong in here that a file is no checkpoint that diffusers can read.
+
+    Raises:
+        SourceError: instead of what diffusers' converters raise.
+    """
     if path.suffix not in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
         raise SourceError(f"A single-file checkpoint must end in .safetensors or .ckpt, but got {path}.")
     try:
-        where = config
-        if where is None:
-            where = single_file_origin(path)
+        yield
+    except MSFPError:
+        raise
+    except Exception as error:
+        if not isinstance(error, _UNREADABLE) and type(error).__name__ != "SafetensorError":
+            raise
+        raise SourceError(
+            f"{path} cannot be loaded as a single-file checkpoint: {_first_line(error)} If its configs are not found, "
+            f"name a folder with them: `--config DIR`."
+        ) from error
+
+
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError, UnpicklingError)
+"""What diffusers' converters raise on a file that they do not know."""
+
+
+def _from_single_file(path: Path, config: str | None, **given: Any) -> DiffusionPipeline:
+    """The float pipeline in a single file; its class is the one that its configs name.
+
+    Components that the file lacks, such as a VAE, come from the folder with the configs where that has their weights.
+
+    Args:
+        **given: components that are there already.
+    """
+    with reading_single_file(path):
+        where = single_file_origin(path) if config is None else config
         index: Any = DiffusionPipeline.load_config(where)
         name = index.get("_class_name")
         cls: Any = getattr(diffusers, str(name), None)
         if not hasattr(cls, "from_single_file"):
             raise SourceError(f"{where} must name a pipeline that loads single files, but got {name}.")
-        return cls.from_single_file(str(path), config=where, dtype=torch.float32)
-    except MSFPError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        while True:
+            try:
+                return cls.from_single_file(str(path), config=where, dtype=torch.float32, **given)
+            except Exception as error:
+                part = single_file_part(error)
+                if part is None or part in given:
+                    raise
+                given[part] = _beside_configs(path, Path(where), part, index[part])
+
+
+def _beside_configs(path: Path, folder: Path, name: str, entry: list) -> nn.Module:
+    """A component that a single file lacks, from a pipeline's folder."""
+    if not any(True for _ in (folder / name).glob("*.safetensors")):
         raise SourceError(
-            f"{path} cannot be loaded as a single-file checkpoint: {_first_line(error)} If its configs are not found, "
-            f"name a folder with them: `--config DIR`."
-        ) from error
+            f"{path} must hold all models of its pipeline, but it lacks `{name}`. Name a folder that has the weights "
+            f"of {name} beside its config (`--config DIR`), or that of the denoiser alone (`--config DIR/unet`)."
+        )
+    stderr.print(f"{path} lacks {name}, which is read from {folder / name}.", soft_wrap=True, highlight=False)
+    cls = getattr(importlib.import_module(entry[0]), entry[1])
+    return cls.from_pretrained(folder / name)
 
 
 def components_on_disk(folder: Path) -> list[Path]:

@@ -11,10 +11,11 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from rich.table import Table
 
+from ...errors import ConfigError
 from ...results import Result
 from ...sampling.solvers import SAMPLERS
 from .settings import Setting, settings_of
-from .terminal import stdout
+from .terminal import set_verbosity, stdout
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise.")]
@@ -31,6 +32,40 @@ Variant = Annotated[
     typer.Option(help="Of the weights that are read, like `fp16`, where a model has it; else plain ones, or the only."),
 ]
 Source = Annotated[str, typer.Argument(help="Folder, Hub id or single file of a pipeline.")]
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing on standard error but errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Give every step a line on standard error.")]
+
+
+def with_verbosity(command: Callable) -> Callable:
+    """Give a command the options `--quiet` and `--verbose`, which hold for its run.
+
+    Raises:
+        ConfigError: by the command, with both.
+    """
+    signature = inspect.signature(command)
+
+    @wraps(command)
+    def called(*, quiet: bool, verbose: bool, **given: object) -> object:
+        if quiet and verbose:
+            raise ConfigError("A run is either `--quiet` or `--verbose`, but got both. Leave one out.")
+        set_verbosity(quiet=quiet, verbose=verbose)
+        return command(**given)
+
+    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in signature.parameters.values()]
+    for name, annotation in (("quiet", Quiet), ("verbose", Verbose)):
+        added = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+        parameters.append(added)
+    _take_signature(called, signature.replace(parameters=parameters))
+    return called
+
+
+def _take_signature(function: Callable, signature: inspect.Signature) -> None:
+    """Let typer read this signature instead of the one of the function that is wrapped."""
+    vars(function)["__signature__"] = signature
+    function.__annotations__ = {each.name: each.annotation for each in signature.parameters.values()}
+    vars(function).pop("__wrapped__", None)
 
 
 def with_config(
@@ -66,9 +101,7 @@ def with_config(
         for parameter in signature.parameters.values():
             keyword = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
             parameters += options if parameter.name == "config" else [keyword]
-        vars(called)["__signature__"] = signature.replace(parameters=parameters)
-        called.__annotations__ = {each.name: each.annotation for each in parameters}
-        del called.__wrapped__  # whose annotations would be read instead
+        _take_signature(called, signature.replace(parameters=parameters))
         return called
 
     return decorate

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...compat.torch import has_bf16_instructions
-from ...errors import ConfigError, UnsupportedError
+from ...errors import SEE_DOCTOR, ConfigError, UnsupportedError
 from ..kernels.user_cache import folder
 from .call import OutputForm
 from .record import Recording
@@ -45,7 +45,7 @@ def require() -> None:
     if (reason := why_missing()) is not None:
         raise ConfigError(
             f"Engine 'openvino' needs OpenVINO, but {reason}. Install it (`pip install 'diffusers-msfp[openvino]'`), "
-            f"or take engine 'auto'."
+            f"or take engine 'auto'. {SEE_DOCTOR}"
         )
 
 

@@ -85,7 +85,8 @@ def time_ways(ways: Mapping[str, Callable[[], object]]) -> tuple[dict[str, float
     """Shortest time of each way, in seconds, and whether the measurement was steady.
 
     It is steady if no way's times spread, and one that would take the default's place won in every round: its longest
-    time is below the default's shortest. They take turns. After the first round those that take `_HOPELESS` times as long as another are left out.
+    time is below the default's shortest. They take turns. After the first round those that take `_HOPELESS` times as
+    long as another are left out.
     """
     for way in ways.values():
         way()  # lays out weights, and lets libraries prepare their kernels

@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ...errors import NonFiniteError, UnsupportedError
+from ...errors import SEE_DOCTOR, NonFiniteError, UnsupportedError
 from ..compare import psnr_db
 from .distances import MIN_NEIGHBOURHOOD, Estimate, classifier_score, frechet_estimate, mean_of, within_manifold
 from .features import Features
@@ -44,7 +44,8 @@ def require_ssim() -> Callable[..., Tensor]:
         from torchmetrics.functional.image import structural_similarity_index_measure
     except ImportError as error:
         raise UnsupportedError(
-            'An evaluation needs torchmetrics, which is not installed: `pip install "diffusers-msfp[eval]"`.'
+            'An evaluation needs torchmetrics, which is not installed: `pip install "diffusers-msfp[eval]"`. '
+            f"{SEE_DOCTOR}"
         ) from error
     return cast("Callable[..., Tensor]", structural_similarity_index_measure)
 

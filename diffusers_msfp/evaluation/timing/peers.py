@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ...errors import UnsupportedError
+from ...errors import SEE_DOCTOR, UnsupportedError
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
 
@@ -30,7 +30,9 @@ def require_packages(provider: str, *names: str) -> None:
     """
     for name in names:
         if importlib.util.find_spec(name.partition(".")[0]) is None:
-            raise UnsupportedError(f"Provider {provider!r} needs `{name}`, which is not installed: leave it out.")
+            raise UnsupportedError(
+                f"Provider {provider!r} needs `{name}`, which is not installed: leave it out. {SEE_DOCTOR}"
+            )
 
 
 @contextmanager

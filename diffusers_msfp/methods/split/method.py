@@ -15,6 +15,8 @@ SPLIT = Method(
         record_of=split_of,
         reshape=split_skeleton,
         require_float=require_complete,
+        forbids_fusing="Its shortcuts are split, each part with a grid of its own. Fuse the LoRA into the float model "
+        "and quantize that, or `dequantize` this one first.",
     ),
     forbids={
         "correction": CORRECTED,

@@ -41,6 +41,9 @@ TALORA = Method(
         stored={AdapterBank: ADAPTER_TENSORS, RoutingTable: ("table",)},
         require_float=_require_float,
         describe=_describe,
+        forbids_fusing="It has timestep-aware adapters, which were trained for the weights that it has. Unload those "
+        "beside the weights (`unload_talora`); merged ones cannot be taken off: fuse the LoRA into the float model, "
+        "quantize that, and fine-tune it.",
     ),
     forbids={"talora": "This model has adapters already. Start from the checkpoint that `quantize` wrote."},
     reports=True,

@@ -28,6 +28,8 @@ TEMPORAL = Method(
         detach=detach_sets,
         of_ranges=True,
         describe=_describe,
+        forbids_fusing="Its temporal features are kept for the weights that it has. Take them off first, which "
+        "`calibrate(pipe)` does.",
     ),
     forbids={
         "correction": CORRECTED,

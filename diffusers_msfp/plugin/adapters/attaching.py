@@ -26,13 +26,14 @@ _CONTAINERS = (dict, OrderedDict, list, set)
 
 
 @contextmanager
-def all_or_nothing(model: nn.Module, changed_in_place: str | None = None) -> Iterator[None]:
+def all_or_nothing(model: nn.Module, changed_in_place: str | None = None, *, only_try: bool = False) -> Iterator[None]:
     """Put the modules, flags and `requires_grad` of a model back as they were if the body raises.
 
     Tensors are not copied: what is attached stands beside the model's own, which nobody can write.
 
     Args:
         changed_in_place (`str`, *optional*): an adapter whose tensors the body may write; these are copied.
+        only_try (`bool`): put them back in any case.
     """
     modules = [(module, dict(vars(module)), _contents(vars(module))) for module in model.modules()]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -41,9 +42,8 @@ def all_or_nothing(model: nn.Module, changed_in_place: str | None = None) -> Ite
         for name, tensor in model.named_parameters()
         if changed_in_place is not None and f".{changed_in_place}." in name
     ]
-    try:
-        yield
-    except BaseException:
+
+    def put_back() -> None:
         for module, attributes, contents in modules:
             vars(module).clear()
             vars(module).update(attributes)
@@ -54,7 +54,14 @@ def all_or_nothing(model: nn.Module, changed_in_place: str | None = None) -> Ite
         with torch.no_grad():
             for tensor, value in written:
                 tensor.data = value
+
+    try:
+        yield
+    except BaseException:
+        put_back()
         raise
+    if only_try:
+        put_back()
 
 
 def _contents(attributes: dict) -> dict:

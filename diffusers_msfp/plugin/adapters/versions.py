@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from ...errors import UnsupportedError
+from ...errors import SEE_DOCTOR, UnsupportedError
 
 MINIMA = {"diffusers": "diffusers.utils.constants", "transformers": "transformers.integrations.peft"}
 """Library → the module that holds its `MIN_PEFT_VERSION`."""
@@ -32,8 +32,8 @@ def require_peft(library: str) -> None:
     actual = f"PEFT {installed}" if installed else "no PEFT"
     raise UnsupportedError(
         f"Adapters on models of {library} {_installed(library)} need PEFT {minimum} or newer, but {actual} is "
-        f"installed: "
-        f"`pip install 'peft>={minimum}'`, or where there is no such release `pip install '{_tested(library)}'`."
+        f"installed: `pip install 'peft>={minimum}'`, or where there is no such release "
+        f"`pip install '{_tested(library)}'`. {SEE_DOCTOR}"
     )
 
 

@@ -83,6 +83,11 @@ class StreamedModel:
             "source files": [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in sources],
         }
 
+    @property
+    def source_bytes(self) -> int:
+        """Size of the float weights as they are stored."""
+        return sum(self._tensors[name].nbytes for name in set(self._names.values()) & set(self._tensors))
+
     @classmethod
     def from_folder(
         cls, model_class: type[ModelMixin], folder: Path, *arguments: Any, variant: str | None = None, **named: Any

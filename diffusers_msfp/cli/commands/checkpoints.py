@@ -1,16 +1,18 @@
-"""`diffusers-msfp inspect`."""
+"""`diffusers-msfp inspect`, `convert-checkpoint` and `fuse`."""
 
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, cast
 
+import torch
 import typer
 
 from ... import cli
 from ...checkpoint.describe import LayerDescription
+from ...doctor.machine import measured
 from ...engines import openvino
 from ...formats import FORMATS
-from ..shared.options import Json, Variant, print_json, print_router
+from ..shared.options import Guidance, Json, Prompts, Seed, Variant, print_json, print_router
 from ..shared.terminal import megabytes, say, stdout
 
 COLUMNS = ("layer", "weight", "scale", "error", "input", "scale", "zero point", "error", "engine")
@@ -48,6 +50,72 @@ def inspect(
             print_router(adapters["intervals"])
         if temporal := part.parts["temporal"]:
             _print_temporal(temporal)
+    if not measured(torch.device("cpu")):
+        say("this kind of processor was never measured: engines give the reference's results here, at unknown speed")
+
+
+def convert_checkpoint(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a quantized pipeline or model.")],
+    as_json: Json = False,
+) -> None:
+    """Raise a checkpoint to the present format version, in place: with a digest that is checked on loading."""
+    result = cli.convert_checkpoint(source)
+    if as_json:
+        return print_json(result)
+    names = ", ".join(result.converted)
+    done = f"converted: {names}" if names else "nothing to convert"
+    stdout.print(f"format version {result.format_version}, {done}", soft_wrap=True, highlight=False, markup=False)
+
+
+def fuse(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a quantized checkpoint.")],
+    lora: Annotated[Path, typer.Option(help="Safetensors file, or a folder with one.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    weight: Annotated[float, typer.Option(help="What the LoRA is multiplied by.")] = 1.0,
+    reference: Annotated[
+        str | None, typer.Option(metavar="SRC", help="The float pipeline: measure the error against it, with the LoRA.")
+    ] = None,
+    recalibrate: Annotated[
+        bool, typer.Option("--recalibrate", help="Set activation ranges anew; kept by default.")
+    ] = False,
+    num_samples: Annotated[int, typer.Option(min=1, help="Images for calibration and comparison.")] = 16,
+    num_inference_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of each.")] = 20,
+    seed: Seed = 0,
+    prompt: Prompts = None,
+    guidance_scale: Guidance = None,
+    variant: Variant = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fuse a LoRA into the weights of a quantized checkpoint, which are searched and packed again."""
+    result = cli.fuse(
+        source,
+        lora,
+        out,
+        weight=weight,
+        reference=reference,
+        recalibrate=recalibrate,
+        num_samples=num_samples,
+        num_inference_steps=num_inference_steps,
+        seed=seed,
+        prompts=prompt,
+        guidance_scale=guidance_scale,
+        variant=variant,
+        overwrite=overwrite,
+    )
+    if as_json:
+        return print_json(result)
+    packed = ", ".join(f"{count} layers of {name}" for name, count in result.components.items()) or "no packed layer"
+    say(f"{result.out}: {packed} packed anew, {result.float_layers} float layers changed, {result.seconds:.1f} s")
+    say(f"ranges {'set anew' if result.calibrated else 'as they were'}")
+    if result.taken_off:
+        again = "fitted again" if result.corrected else "taken off; `--reference SRC` fits it again"
+        say(f"{', '.join(result.taken_off)}: {again}")
+    if result.error is not None:
+        say(
+            f"against {reference} with the LoRA: PSNR {result.error.image_psnr_db:.2f} dB, "
+            f"traj_rel_l2 {result.error.traj_rel_l2:.4f}"
+        )
 
 
 def _print_temporal(temporal: dict) -> None:
