@@ -58,14 +58,15 @@ def solve(items: Sequence[Options], limit: float) -> Solution:
     """
     if lightest(items) > limit:
         raise ConfigError(f"A limit must allow the lightest options, {lightest(items):g} together, but is {limit:g}.")
-    chosen, bound = None, 0.0
+    chosen: list[int] = []
+    bound = 0.0
     for options, weight, cost, rate in _path(items):
         if weight > limit:
-            before = sum(items[i][option][0] for i, option in enumerate(chosen or ()))
+            before = sum(items[i][option][0] for i, option in enumerate(chosen))
             bound = cost + rate * (weight - limit) if before < limit else bound
             break
         chosen, bound = options, cost
-    repaired = _repair(items, list(chosen or ()), limit)
+    repaired = _repair(items, list(chosen), limit)
     weight, cost = (sum(items[i][option][axis] for i, option in enumerate(repaired)) for axis in (0, 1))
     return Solution(tuple(repaired), weight, cost, min(bound, cost))
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..compat.wrappers import unwrap
 from ..errors import CheckpointError, ConfigError
+from ..outputs import writing
 from ..plugin.config import MSFPConfig
 from ..results import OPTIONAL, Result, plain
 from ..sampling.denoisers import denoiser_of
@@ -136,6 +137,11 @@ class BudgetPlan(Result):
         return {layer.name: layer.scheme for layer in sorted(self.layers, key=lambda each: len(each.name))}
 
     @property
+    def reasons(self) -> dict[str, str]:
+        """Layer → why it gets what it gets."""
+        return {layer.name: f"{layer.scheme}: {layer.reason}" for layer in self.layers}
+
+    @property
     def scheme(self) -> str:
         """What most layers get."""
         return Counter(layer.scheme for layer in self.layers).most_common(1)[0][0]
@@ -163,12 +169,24 @@ class BudgetPlan(Result):
         content = {"version": VERSION} | super().to_dict()
         return content | {"checksum": _checksum(content)}
 
+    def text(self) -> str:
+        """What its file holds."""
+        return json.dumps(self.to_dict(), indent=1) + "\n"
+
     def write(self, file: str | Path) -> None:
-        """Store the plan, complete or not at all."""
+        """Store the plan, complete or not at all.
+
+        Raises:
+            ConfigError: it cannot be written there.
+        """
         file = Path(file)
         part = file.with_name(f".{file.name}.part")
-        part.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        part.replace(file)
+        with writing(file):
+            try:
+                part.write_text(self.text(), encoding="utf-8")
+                part.replace(file)
+            finally:
+                part.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, file: str | Path) -> "BudgetPlan":
@@ -230,6 +248,16 @@ class BudgetPlan(Result):
         for layer in self.layers:
             if resolve(layer.name, self.scheme, overrides) is not SCHEMES[layer.scheme].inner:
                 raise CheckpointError(f"A plan must say one scheme for each layer, but `{layer.name}` has several.")
+
+
+def stored_plan(folder: str | Path | None) -> BudgetPlan | None:
+    """The plan in a checkpoint's folder, where there is one.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    file = None if folder is None else Path(folder) / PLAN_FILE
+    return BudgetPlan.read(file) if file is not None and file.is_file() else None
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

@@ -6,19 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline
 from diffusers.quantizers import PipelineQuantizationConfig
 
-from ..checkpoint.describe import file_bytes, read_config
+from ..budget import PLAN_FILE
+from ..checkpoint.describe import file_bytes
 from ..checkpoint.tensor_files import MAX_SHARD_SIZE
 from ..errors import ConfigError
 from ..layers.convert import quant_layers
 from ..outputs import writing
 from ..plugin.calibrate import calibrate, check_calibration
-from ..plugin.components import class_named
 from ..plugin.config import MSFPConfig
-from ..plugin.files.streaming import StreamedModel
-from ..plugin.quantize import components_of, quantize_model, refuse_several
+from ..plugin.quantize import quantize_model
 from ..plugin.recipe import RecipeRun, plan_stages
 from ..recipes import CORRECTION, DEFAULT_RECIPE
 from ..results import Result
@@ -27,16 +26,17 @@ from ..sampling.observation import calibration_state
 from ..sampling.pictures import picture_files
 from ..sampling.solvers import exchange_parts
 from ..schemes import DEFAULT_SCHEME, input_bits
+from .shared.budget import BudgetRequest
 from .shared.calls import call_settings, read_prompts
 from .shared.load import (
     fetch,
     load_pipeline,
     model_bytes,
-    open_component,
     refuse_quantized,
     require_variant,
     variant_of,
 )
+from .shared.parts import parts_to_quantize
 from .shared.store import check_target, peak_rss_bytes, publish, work_folder, write_checkpoint
 from .shared.terminal import progress, stderr
 
@@ -90,6 +90,7 @@ def quantize(
     modules_to_not_convert: list[str] | None = None,
     scheme_overrides: dict[str, str] | None = None,
     components: list[str] | None = None,
+    budget: BudgetRequest | None = None,
     config: str | None = None,
     variant: str | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
@@ -120,6 +121,8 @@ def quantize(
             on each line.
         images (`str` or `Path`, *optional*): folder of pictures that set the activation ranges, see `calibrate`.
         modules_to_not_convert, scheme_overrides, components: as in `MSFPConfig`.
+        budget (`BudgetRequest`, *optional*): in the place of the last four, a target that each layer's bits and formats
+            are chosen for, or a plan that was stored; the plan lies in `out` as `budget.json`.
         config (`str`, *optional*): folder or Hub id with the configs of a single file.
         guidance_scale (`float`, *optional*): for pipelines with guidance; the pipeline's own by default.
         variant (`str`, *optional*): of the float weights, like `"fp16"`; see `load.variant_of`.
@@ -134,6 +137,11 @@ def quantize(
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
     prompts = read_prompts(prompts)
     pictures = None if images is None else picture_files(images)[:num_samples]
+    if budget is not None:
+        budget.refuse_beside(scheme, scheme_overrides, components, recipe, correction)
+        shown = {"num_inference_steps": num_inference_steps, "seed": seed, "prompts": prompts}
+        made = budget.plan(source, out, config=config, variant=variant, guidance_scale=guidance_scale, **shown)
+        scheme, scheme_overrides, components = made.scheme, made.scheme_overrides, budget.components(source, made)
     corrected = num_samples if (input_bits(scheme) == 4 if correction is None else correction) else 0
     shared = {"num_inference_steps": num_inference_steps, "seed": seed}
     plan = plan_stages(recipe, settings or {}, correction=corrected, **shared)
@@ -149,7 +157,7 @@ def quantize(
         refuse_quantized(path)
         variant = variant_of(path, variant)
         loaded = load_pipeline(source, config=config) if path.is_file() else None
-        streams, encoders = _parts(path, loaded, request, max_shard_size, variant)
+        streams, encoders = parts_to_quantize(path, loaded, request, max_shard_size, variant)
     if "." in streams and correction is None:
         plan = [stage for stage in plan if stage[0] != CORRECTION.name]
     if "." in streams and plan:
@@ -238,7 +246,8 @@ def quantize(
                     progress=progress,
                     arguments=arguments,
                 )
-            write_checkpoint(loaded, out, work, max_shard_size)
+            more = {} if budget is None else {PLAN_FILE: made.text()}
+            write_checkpoint(loaded, out, work, max_shard_size, more)
     if state == "observing":
         stderr.print(
             "This model is no pipeline, so its activations could not be calibrated: they stay float during its first "
@@ -247,6 +256,8 @@ def quantize(
     layers = [layer for model in models.values() for _, layer in quant_layers(model)]
     bits = 8 * sum(layer.packed_weight.numel() + 4 * layer.weight_scale.numel() for layer in layers)
     parameters = sum(rows * length for rows, length in (layer.matrix_shape for layer in layers))
+    if budget is not None:
+        budget.done(out)
     return QuantizedCheckpoint(
         scheme=scheme,
         components=list(models),
@@ -263,37 +274,3 @@ def quantize(
         stages=run.figures,
         out=str(out),
     )
-
-
-def _parts(
-    path: Path,
-    loaded: DiffusionPipeline | None,
-    request: MSFPConfig,
-    max_shard_size: int | str,
-    variant: str | None,
-) -> tuple[dict[str, StreamedModel], list[str]]:
-    """What is to be quantized: diffusers' components by name, or a model on its own, called `.`; and transformers'."""
-    if loaded is not None:
-        found = components_of(loaded, request)
-        streams = {
-            name: StreamedModel(type(model), model.config, model.state_dict(), [path], request, max_shard_size)
-            for name, model in found.items()
-            if isinstance(model, ModelMixin)
-        }
-        return streams, [name for name in found if name not in streams]
-    index = read_config(path, "model_index.json")
-    if index:
-        listed = {name: part for name, part in index.items() if isinstance(part, list) and part[0] is not None}
-        present = {name: class_named(part) for name, part in listed.items()}
-        names = request.choose_components(present, str(index.get("_class_name")))
-    elif request.components_to_quantize:
-        raise ConfigError(f"`components` selects parts of a pipeline, but {path} is a single model.")
-    else:
-        names = ["."]
-    for name in names if index else ():
-        if "Multi" in index[name][1]:
-            refuse_several(name, index[name][1], present)
-    encoders = [name for name in names if index and index[name][0] == "transformers"]
-    folders = {name: path / name for name in names if name not in encoders}
-    streams = {name: open_component(location, request, max_shard_size, variant) for name, location in folders.items()}
-    return streams, encoders

@@ -13,7 +13,10 @@ from diffusers_msfp.errors import ConfigError
 
 def random_items(seed: int) -> list[list[tuple[float, float]]]:
     rng = np.random.default_rng(seed)
-    return [[(float(w), float(c)) for w, c in zip(rng.integers(1, 40, 3), rng.random(3) ** 3)] for _ in range(6)]
+    return [
+        [(float(w), float(c)) for w, c in zip(rng.integers(1, 40, 3), rng.random(3) ** 3, strict=True)]
+        for _ in range(6)
+    ]
 
 
 @pytest.mark.parametrize("seed", range(12))

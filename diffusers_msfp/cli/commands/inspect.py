@@ -7,6 +7,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from ... import cli
+from ...budget import BudgetPlan
 from ...checkpoint.describe import LayerDescription
 from ..shared.options import Json, Variant, print_json, print_router
 from ..shared.terminal import megabytes, stdout
@@ -39,6 +40,17 @@ def inspect(
             print_router(adapters["intervals"])
         if temporal := part.parts["temporal"]:
             _print_temporal(temporal)
+        if result.plan is not None and result.plan.component == name:
+            _print_plan(result.plan)
+
+
+def _print_plan(plan: BudgetPlan) -> None:
+    _say(
+        f"planned for a target of {plan.target}, {plan.target_value:,g}: at most {plan.bytes:,} bytes, `traj_rel_l2` "
+        f"{plan.error:.4f} as predicted; of each layer, what else it could have had:"
+    )
+    for layer, reason in plan.reasons.items():
+        _say(f"  {layer}: {reason}")
 
 
 def _print_temporal(temporal: dict) -> None:
