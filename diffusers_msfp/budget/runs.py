@@ -17,7 +17,7 @@ from ..evaluation.compare import psnr_db
 from ..evaluation.images.samples import draw_pictures
 from ..results import OnProgress, in_stage
 from ..sampling.denoisers import denoiser_of
-from .palette import Palette
+from .palette import Palette, scheme_for
 from .sensitivity import Samples, replaced
 
 ROUNDS = 7
@@ -87,8 +87,8 @@ def step_seconds(
     """
     model, first = denoiser_of(samples.pipe), samples.steps[0]
     around, layers = [], {name: {} for name in palette.layers}
-    for done, number in enumerate(range(len(palette.choices)), start=1):
-        choice = {name: list(options)[number] for name, options in palette.layers.items()}
+    for done, form in enumerate(palette.choices, start=1):
+        choice = {name: scheme_for(name, form) for name in palette.layers}
         with quantized(model, palette, choice):
             whole, own = _timed(model, list(choice), lambda: model(*first.args, **first.kwargs))
         around.append(whole - sum(own.values()))

@@ -25,7 +25,7 @@ from ..sampling.denoisers import denoiser_of, model_output, scheduler_of
 from ..sampling.denoising_factor import at_timestep, denoising_factors
 from ..sampling.trajectory import DenoisingStep, rollout
 from ..sampling.used_output import used_part
-from .palette import Palette
+from .palette import Palette, scheme_for
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def measure(
         book.keep(book.entries)
     known = {(entry["layer"], entry["scheme"]): entry["error"] for entry in (book.entries if book else ())}
     originals = {name: model.get_submodule(name) for name in palette.layers}
-    others = {name: _around(options, around) for name, options in palette.layers.items()} if around else originals
+    others = originals if around is None else {n: own[scheme_for(n, around)] for n, own in palette.layers.items()}
     found: dict[str, dict[str, float]] = {name: {} for name in palette.layers}
     pairs = [(name, scheme) for name, options in palette.layers.items() for scheme in options]
     with replaced(model, others):
@@ -142,10 +142,6 @@ def measure(
             if on_progress is not None:
                 on_progress(done, len(pairs), part=name)
     return found
-
-
-def _around(options: dict[str, Any], choice: str) -> Any:
-    return options[choice] if choice in options else next(iter(options.values()))
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from harness import RESULTS, read_results, write_results
 from diffusers_msfp import quantize_pipeline
 from diffusers_msfp.assets import EMBEDDED_MODEL
 from diffusers_msfp.budget import plan_budget
-from diffusers_msfp.budget.palette import CHOICES, Palette, make_palette
+from diffusers_msfp.budget.palette import CHOICES, Palette, make_palette, scheme_for
 from diffusers_msfp.budget.runs import quantized
 from diffusers_msfp.budget.sensitivity import Samples, measure, replaced
 from diffusers_msfp.budget.size import layer_bytes
@@ -59,11 +59,8 @@ def rounded(value: float) -> float:
 
 def scheme_choice(palette: Palette, scheme: str) -> dict[str, str]:
     """What a uniform scheme gives each layer: 8 bits at the edges, as every scheme does."""
-    inner = resolve("inner", scheme, {})
-    return {
-        name: list(options)[palette.choices.index(scheme if resolve(name, scheme, {}) is inner else "w8a8")]
-        for name, options in palette.layers.items()
-    }
+    own = resolve("inner", scheme, {})
+    return {name: scheme_for(name, scheme if resolve(name, scheme, {}) is own else "w8a8") for name in palette.layers}
 
 
 def by_weight_error(palette: Palette, table: Table, *, relative: bool) -> Table:
@@ -158,7 +155,10 @@ def sums(pipe: DiffusionPipeline, palette: Palette, work: Path, write: Callable[
     palette = replace(
         palette,
         choices=("w4a8", "w8a8"),
-        layers={name: {s: own[s] for s in (list(own)[0], list(own)[2])} for name, own in palette.layers.items()},
+        layers={
+            name: {s: own[s] for s in (scheme_for(name, "w4a8"), scheme_for(name, "w8a8"))}
+            for name, own in palette.layers.items()
+        },
     )
     measured = {
         around: measure(few, palette, around=around, journal=work / f"sums-{around}.jsonl") for around in (None, "w8a8")
@@ -167,13 +167,12 @@ def sums(pipe: DiffusionPipeline, palette: Palette, work: Path, write: Callable[
     mixes = {"w8a8": 0.0, "w4a8": 1.0} | {f"mix {i}": (0.2, 0.5, 0.8)[i % 3] for i in range(10)}
     all8 = None
     for mix, share in mixes.items():
-        choice = {name: list(options)[draw.random() >= share] for name, options in palette.layers.items()}
+        choice = {name: scheme_for(name, "w8a8" if draw.random() >= share else "w4a8") for name in palette.layers}
         with replaced(model, {name: palette.layers[name][scheme] for name, scheme in choice.items()}):
             error = few.error(model)
         all8 = error if all8 is None else all8
-        beside = {
-            name: measured["w8a8"][name][s] - list(measured["w8a8"][name].values())[1] for name, s in choice.items()
-        }
+        own = measured["w8a8"]
+        beside = {name: own[name][s] - own[name][scheme_for(name, "w8a8")] for name, s in choice.items()}
         write(
             {
                 "part": "sums",

@@ -118,12 +118,12 @@ def test_a_target_for_psnr_is_met_with_few_bytes_or_refused_with_the_nearest(wor
 
 
 def test_a_target_for_a_step_is_kept_or_refused_with_the_nearest():
-    few = FEW | {"choices": ("w4a4", "w8a16")}
+    few = FEW | {"choices": ("w4a4", "w4a8", "w8a16")}
     found = plan_budget(make_pipe(), target_step=10.0, **few)
     assert 0 < found.step_seconds <= 10
     assert all(option.seconds is not None for layer in found.layers for option in layer.options)
     read = {option.scheme for layer in found.layers for option in layer.options}
-    assert read == {"w4a4", "w8a16", "w4a16"}  # the last is conv_in's
+    assert read == {"w4a4", "w4a8", "w8a16", "w4a16"}  # the last is conv_in's
     table = Table({"a": {"w4a8": 0.1}}, {"a": {"w4a8": 9}}, 10, {"a": {"w4a8": 0.003}}, 0.001)
     with pytest.raises(ConfigError, match="must be at least 4 ms"):
         table.least_error("step", 0.002)

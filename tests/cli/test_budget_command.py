@@ -72,6 +72,6 @@ def test_a_target_is_kept_and_its_plan_serves_again(source, tmp_path):
 )
 def test_what_makes_no_sense_is_refused(source, tmp_path, arguments, message):
     done = program("quantize", source, "--out", tmp_path / "out", *arguments)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert message in " ".join(done.stderr.split())
     assert not (tmp_path / "out").exists()
