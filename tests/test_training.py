@@ -146,6 +146,19 @@ def test_card_of_a_conditional_model(data, tmp_path, autoencoder):
     assert "PSNR" in text
 
 
+def test_a_run_begins_with_published_weights(data, tmp_path, autoencoder):
+    train_two("cifar10-latent-dit", data, tmp_path, autoencoder=autoencoder)
+    make_card("cifar10-latent-dit", data, tmp_path, autoencoder=autoencoder)
+    published, out = tmp_path / "card", tmp_path / "again"
+    settings = {"updates": 100, "batch_size": 2, "autoencoder": autoencoder, "out": out, "begin_with": published}
+    train.main("cifar10-latent-dit", data, stop_at=2, export=tmp_path / "same", **settings)
+    file = Path("transformer") / "diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "same" / file).read_bytes() == (published / file).read_bytes()
+    train.main("cifar10-latent-dit", data, stop_at=3, **settings)
+    progress = json.loads((out / "progress.json").read_text())
+    assert (progress["update"], progress["begun"], len(progress["window"])) == (3, 2, 1)
+
+
 def test_cards_are_what_their_results_say():
     for file in (TRAINING.parents[2] / "model_cards").glob(f"*/{model_card.RESULTS}"):
         folder = file.parents[1]

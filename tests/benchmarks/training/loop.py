@@ -17,6 +17,8 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor, nn
 
+RESULTS = "results/training.json"
+"""In a folder of `model_cards`: how its weights were trained."""
 WINDOW = 50
 """Updates whose mean loss is one point of the curve."""
 
@@ -44,10 +46,10 @@ class Settings:
     clip: float = 1.0
     seed: int = 0
 
-    def rate(self, update: int) -> float:
-        """Learning rate of an update: linear warm-up, constant, linear to zero."""
+    def rate(self, update: int, begun: int = 0) -> float:
+        """Learning rate of an update: linear warm-up from `begun` on, constant, linear to zero."""
         remaining = (self.updates - update) / max(1.0, self.cooldown * self.updates)
-        return self.learning_rate * min(1.0, (update + 1) / self.warmup, max(0.0, remaining))
+        return self.learning_rate * min(1.0, (update - begun + 1) / self.warmup, max(0.0, remaining))
 
 
 class OtherSettingsError(ValueError):
@@ -60,12 +62,14 @@ class Progress:
 
     Args:
         update (`int`): updates made.
+        begun (`int`): those of them that published weights had, with which it began.
         seconds (`float`): of training, over all sessions.
         curve (`list[float]`): mean loss of each `WINDOW` updates.
         window (`list[float]`): losses since the curve's last point.
     """
 
     update: int = 0
+    begun: int = 0
     seconds: float = 0.0
     curve: list[float] = field(default_factory=list)
     window: list[float] = field(default_factory=list)
@@ -113,6 +117,17 @@ class Task(nn.Module):
         """The networks in a stock pipeline."""
         raise NotImplementedError
 
+    def begin_with(self, folder: Path) -> None:
+        """Take the weights of an exported pipeline.
+
+        Raises:
+            RuntimeError: they are another network's.
+        """
+        stored = DiffusionPipeline.from_pretrained(folder)
+        for name, network in self.pipeline().components.items():
+            if isinstance(network, nn.Module):
+                network.load_state_dict(stored.components[name].state_dict())
+
     def export(self, folder: Path) -> None:
         """Write the weights that the networks have now, in float16; the networks are cast."""
         self.half().eval()
@@ -126,6 +141,7 @@ def train(
     save_every: float = 240.0,
     sample_every: int = 2000,
     stop_at: int | None = None,
+    begin_with: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> Progress:
     """Train, or go on where a run of the same folder stopped.
@@ -136,6 +152,8 @@ def train(
         save_every (`float`): seconds between checkpoints; `kill -9` costs no more than these.
         sample_every (`int`): updates between grids.
         stop_at (`int`, *optional*): stop at this update without finishing; 0 only takes up the last checkpoint.
+        begin_with (`Path`, *optional*): a folder of `model_cards`, whose averaged weights and number of updates a run
+            without checkpoint begins with; the optimizer begins anew, and warms up again.
         say (`Callable[[str], None]`): gets a line at each checkpoint.
 
     Returns:
@@ -150,6 +168,12 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         _keep_settings(settings, out / "settings.json")
+    progress = Progress()
+    if begin_with is not None and latest_checkpoint(out) is None:
+        task.begin_with(begin_with)
+        before = json.loads((begin_with / RESULTS).read_text(encoding="utf-8"))["training"]
+        progress = Progress(before["updates"], before["updates"], 3600 * before["hours"])
+        say(f"{task.name}: begins with the weights of update {progress.update}")
     task.to(memory_format=torch.channels_last)
     trained = [p for p in task.parameters() if p.requires_grad]
     rate, decay = settings.learning_rate, settings.weight_decay
@@ -157,7 +181,6 @@ def train(
     model, optimizer = accelerator.prepare(task.train(), optimizer)
     ema = EMAModel(trained, decay=settings.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
     ema.to(accelerator.device)
-    progress = Progress()
     accelerator.register_for_checkpointing(ema, progress)
     if (latest := latest_checkpoint(out)) is not None:
         accelerator.load_state(str(latest))
@@ -176,7 +199,7 @@ def train(
         batch = task.draw(settings.batch_size, batch_generator(settings.seed, progress.update))
         mine = [part[rank * share : (rank + 1) * share].to(accelerator.device) for part in batch]
         for group in optimizer.param_groups:
-            group["lr"] = settings.rate(progress.update)
+            group["lr"] = settings.rate(progress.update, progress.begun)
         with accelerator.autocast():
             loss = model(*mine)
         accelerator.backward(loss)
@@ -266,7 +289,7 @@ def _plot(progress: Progress, file: Path) -> None:
     from matplotlib.figure import Figure
 
     axes = (figure := Figure(figsize=(6, 3.5), layout="constrained")).subplots()
-    axes.plot([WINDOW * (i + 1) for i in range(len(progress.curve))], progress.curve, linewidth=0.8)
+    axes.plot([progress.begun + WINDOW * (i + 1) for i in range(len(progress.curve))], progress.curve, linewidth=0.8)
     axes.set(xlabel="update", ylabel=f"loss, mean of {WINDOW} updates", yscale="log")
     figure.savefig(file, dpi=120)
 

@@ -22,7 +22,7 @@ from autoencoder import FIGURES
 from captions import captions
 from data import CIFAR10_CLASSES, load_cifar10
 from diffusers import DiffusionPipeline
-from loop import Progress, Settings, Task, latest_checkpoint, save_grid, train
+from loop import RESULTS, Progress, Settings, Task, latest_checkpoint, save_grid, train
 from train import make_task
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
@@ -35,7 +35,6 @@ from diffusers_msfp.evaluation.images.features import extract, feature_network  
 from diffusers_msfp.evaluation.images.samples import draw_pictures  # noqa: E402
 from diffusers_msfp.sampling.denoisers import denoiser_name  # noqa: E402
 
-RESULTS = "results/training.json"
 SAMPLES = 64
 FEATURES = "cifar10-resnet56"
 WEAK_NOISE, WEAK_AGREEMENT = 20, 0.6

@@ -8,7 +8,8 @@
 Checkpoints, samples and the loss curve go to `.training/<name>`, which git ignores; `--export DIR` writes the averaged
 weights in float16, as a stock pipeline or autoencoder, with `--stop-at 0` those of the last checkpoint. Ctrl-C and
 SIGTERM save before they end the run; after `kill -9` it goes on from a checkpoint that is a few minutes old, to the
-same result. Several processes: `accelerate launch … train.py …`.
+same result. Where checkpoints are lost, `--begin-with model_cards/NAME` goes on from the averaged weights that were put
+there, with a new optimizer. Several processes: `accelerate launch … train.py …`.
 """
 
 from dataclasses import replace
@@ -64,11 +65,14 @@ def main(
     stop_at: Annotated[int | None, typer.Option(help="stop at this update")] = None,
     save_every: Annotated[float, typer.Option(help="seconds between checkpoints")] = 240,
     sample_every: Annotated[int, typer.Option(help="updates between sample grids")] = 2000,
+    begin_with: Annotated[Path | None, typer.Option(help="published weights to go on from, without checkpoint")] = None,
     export: Annotated[Path | None, typer.Option(help="write the averaged weights here")] = None,
 ) -> None:
     """Train to the end, or to `--stop-at`."""
     if name not in TASKS:
         raise typer.BadParameter(f"unknown model {name!r}; known: {', '.join(TASKS)}")
+    if begin_with is not None and name == AutoencoderTask.name:
+        raise typer.BadParameter(f"{name} is no pipeline, and trained in one go")
     if (name in LATENT) != (autoencoder is not None):
         raise typer.BadParameter(f"`--autoencoder` belongs to {' and '.join(LATENT)}, and only to them")
     given = {"updates": updates, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
@@ -76,7 +80,15 @@ def main(
     changes = {key: value for key, value in given.items() if value is not None}
     task = make_task(name, data, autoencoder, out.parent, **changes)
     try:
-        progress = train(task, out, save_every=save_every, sample_every=sample_every, stop_at=stop_at, say=_say)
+        progress = train(
+            task,
+            out,
+            save_every=save_every,
+            sample_every=sample_every,
+            stop_at=stop_at,
+            begin_with=begin_with,
+            say=_say,
+        )
     except OtherSettingsError as error:
         _say(str(error))
         raise typer.Exit(1) from error
