@@ -90,6 +90,8 @@ def sizes(
     draw = {"num_samples": num_samples, "num_inference_steps": STEPS, "seed": FRESH, "sampler": "own"}
     expected = draw_pictures(pipe, **draw)
     for size, limit in sorted((limits | halves).items(), key=lambda item: item[1]):
+        if only and size != only:
+            continue
         chosen = {kind: own.choice(own.least_error("bytes", limit).options) for kind, own in tables.items()}
         chosen |= {size: uniform[size]} if size in uniform else {}
         planned = None
@@ -188,12 +190,13 @@ def sums(pipe: DiffusionPipeline, palette: Palette, work: Path, write: Callable[
 def main(
     part: Annotated[str, typer.Option(help="comma-separated")] = "sizes,psnr,sums",
     num_samples: Annotated[int, typer.Option(help="pictures of 20 DDIM steps")] = 256,
+    only: Annotated[str, typer.Option(help="of the sizes; all if left out")] = "",
     work: Annotated[Path | None, typer.Option(help="keeps what was measured")] = None,
 ) -> None:
     """Measure, choose, sample, write rows."""
     parts = part.split(",")
     rows = read_results("budget")["rows"] if (RESULTS / "budget.json").exists() else []
-    rows = [row for row in rows if row["part"] not in parts]
+    rows = [row for row in rows if row["part"] not in parts or only and row.get("size") != only]
 
     def write(row: dict) -> None:
         rows.append(row)
@@ -213,7 +216,7 @@ def main(
             samples = Samples.of(pipe, num_samples=2, num_inference_steps=STEPS, seed=500)
             errors = measure(samples, palette, journal=work / "errors.jsonl", settings={})
             rest, layers = layer_bytes(denoiser_of(pipe), palette)
-            sizes(pipe, palette, Table(errors, layers, rest), num_samples, write)
+            sizes(pipe, palette, Table(errors, layers, rest), num_samples, only, write)
         if "psnr" in parts:
             psnr(pipe, num_samples, work, write)
         if "sums" in parts:
