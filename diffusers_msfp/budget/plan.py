@@ -66,8 +66,8 @@ def plan_budget(
         choices (`Sequence[str]`, *optional*): schemes that layers may get; by default weights of 4, 6 and 8 bits with
             8-bit inputs, for a step also such as change its time.
         num_samples (`int`): trajectories on which errors are measured.
-        num_inference_steps (`int`), sampler (`str`, *optional*), seed (`int`): of the trajectories, see
-            `compare_pipelines`; calibration and pictures use other seeds.
+        num_inference_steps, sampler, seed: of the trajectories, see `compare_pipelines`; calibration and pictures use
+            other seeds.
         num_calibration (`int`): samples that set the ranges of inputs while errors are measured.
         num_pictures (`int`): of each real run for `target_psnr`.
         prompts (`Sequence[str]`, *optional*): taken in turn where the pipeline takes prompts.

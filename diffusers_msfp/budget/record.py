@@ -102,7 +102,8 @@ class BudgetPlan(Result):
     Args:
         component (`str`): the pipeline's denoiser, which alone is planned for.
         structure, model (`str`): SHA-256 of its class and its tensors' names and shapes; with their values.
-        target (`str`), target_value (`float`): one of `TARGETS`, and what it was to be: bytes, decibels or seconds.
+        target (`str`): `"bytes"`, `"psnr"` or `"step"`.
+        target_value (`float`): what that was to be: bytes, decibels or seconds.
         settings (`Mapping[str, Any]`): of samples and calibration.
         layers (`tuple[PlannedLayer, ...]`): all of them.
         bytes (`int`): of the denoiser's weight files; never less than they will be.
@@ -113,6 +114,12 @@ class BudgetPlan(Result):
         front (`tuple[FrontPoint, ...]`): from the smallest to the best.
         runs (`tuple[tuple[float, float], ...]`): (squared error as predicted, PSNR in decibels) of real runs.
         seconds (`float`): that planning took.
+
+    Example:
+        ```py
+        plan = BudgetPlan.read("model/budget.json")
+        print(plan.reasons["conv_in"])
+        ```
     """
 
     component: str

@@ -76,7 +76,7 @@ def by_weight_error(palette: Palette, table: Table, *, relative: bool) -> Table:
 
 
 def sizes(
-    pipe: DiffusionPipeline, palette: Palette, table: Table, num_samples: int, write: Callable[[dict], None]
+    pipe: DiffusionPipeline, palette: Palette, table: Table, num_samples: int, only: str, write: Callable[[dict], None]
 ) -> None:
     """Rows at the sizes of uniform schemes and between them."""
     uniform = {scheme: scheme_choice(palette, scheme) for scheme in CHOICES}
