@@ -133,7 +133,7 @@ def plan_budget(
     if target == "psnr":
         settings |= {"num_pictures": num_pictures}
         pictures = Pictures(pipe, palette, num_samples=num_pictures, seed=seed + 2, on_progress=on_progress, **calling)
-        solution = _for_psnr(table, value, pictures.psnr, runs)
+        solution = for_psnr(table, value, pictures.psnr, runs)
     else:
         solution = table.least_error(target, value)
     return table.plan(
@@ -175,7 +175,7 @@ def _denoiser(pipe: DiffusionPipeline) -> nn.Module:
     return denoiser_of(pipe)
 
 
-def _for_psnr(
+def for_psnr(
     table: Table, target: float, psnr: Callable[[Mapping[str, str]], float], runs: list[tuple[float, float]]
 ) -> Solution:
     """The smallest choice that gives a PSNR, found by sampling the ends and then what looks right.
