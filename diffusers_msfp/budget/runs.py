@@ -86,7 +86,8 @@ def step_seconds(
         seconds.
     """
     model, first = denoiser_of(samples.pipe), samples.steps[0]
-    around, layers = [], {name: {} for name in palette.layers}
+    around: list[float] = []
+    layers: dict[str, dict[str, float]] = {name: {} for name in palette.layers}
     for done, form in enumerate(palette.choices, start=1):
         choice = {name: scheme_for(name, form) for name in palette.layers}
         with quantized(model, palette, choice):

@@ -46,8 +46,9 @@ class Table:
         """Bytes of the file, squared error, seconds of a step."""
         size = self.rest + sum(self.sizes[name][scheme] for name, scheme in choice.items())
         error = sum(max(0.0, self.errors[name][scheme]) for name, scheme in choice.items())
-        times = self.times
-        return size, error, times and self.around + sum(times[name][scheme] for name, scheme in choice.items())
+        if self.times is None:
+            return size, error, None
+        return size, error, self.around + sum(self.times[name][scheme] for name, scheme in choice.items())
 
     def least_error(self, target: str, value: float) -> Solution:
         """Within bytes or seconds."""

@@ -139,8 +139,16 @@ def quantize(
     pictures = None if images is None else picture_files(images)[:num_samples]
     if budget is not None:
         budget.refuse_beside(scheme, scheme_overrides, components, recipe, correction)
-        shown = {"num_inference_steps": num_inference_steps, "seed": seed, "prompts": prompts}
-        made = budget.plan(source, out, config=config, variant=variant, guidance_scale=guidance_scale, **shown)
+        made = budget.plan(
+            source,
+            out,
+            config=config,
+            variant=variant,
+            guidance_scale=guidance_scale,
+            prompts=prompts,
+            num_inference_steps=num_inference_steps,
+            seed=seed,
+        )
         scheme, scheme_overrides, components = made.scheme, made.scheme_overrides, budget.components(source, made)
     corrected = num_samples if (input_bits(scheme) == 4 if correction is None else correction) else 0
     shared = {"num_inference_steps": num_inference_steps, "seed": seed}
