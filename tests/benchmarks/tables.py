@@ -339,32 +339,6 @@ def budget() -> Iterator[dict[str, str]]:
         }
 
 
-def budget_psnr() -> Iterator[dict[str, str]]:
-    """What was asked for, and what a checkpoint gives on noise that the plan has not seen."""
-    for row in grouped("budget", "part")["psnr"]:
-        yield {
-            "target": f"{row['target_psnr']:g} dB",
-            "predicted": f"{row['predicted_psnr_db']:.1f} dB",
-            "on fresh noise": "{:.1f} dB ({:.1f} – {:.1f})".format(
-                row["image_psnr_db"], *row["image_psnr_db_interval"]
-            ),
-            "bytes": f"{row['bytes']:,}",
-            "real runs": str(len(row["runs"])),
-            "pictures": str(row["num_samples"]),
-        }
-
-
-def budget_sums() -> Iterator[dict[str, str]]:
-    """How well errors of single layers add up to the model's."""
-    for row in grouped("budget", "part")["sums"]:
-        yield {
-            "layers at 4 bits": row["mix"] if row["mix"].startswith("w") else f"{100 * row['share_at_4_bits']:.0f} %",
-            "squared error": f"{row['squared_error']:.2e}",
-            "sum, others float": f"{row['sum_others_float'] / row['squared_error']:.2f} ×",
-            "sum, others at 8 bits": f"{row['sum_others_8_bits'] / row['squared_error']:.2f} ×",
-        }
-
-
 MAKERS = (
     quality,
     sizes,
@@ -382,8 +356,6 @@ MAKERS = (
     pipelines,
     features,
     budget,
-    budget_psnr,
-    budget_sums,
 )
 TABLES = {make.__name__: make for make in MAKERS}
 
