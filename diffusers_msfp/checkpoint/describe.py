@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..engines import tuning
 from ..engines.choose import engine_named
 from ..errors import CheckpointError
 from ..formats import FPFormat
@@ -68,6 +69,8 @@ class LayerDescription(Result):
         reads_residual (`bool`): it has the formats that its scheme has for residual sums, not for other inputs.
         engine (`str`): that `auto` would take on this machine's CPU.
         engine_refusals (`Mapping[str, str]`): those before it → why not.
+        measured (`Mapping[str, Mapping[str, float]]`): what this machine has measured for layers of its size and
+            formats, if anything: geometry, shape of the input and dtype → way of computing it → seconds.
         weight_bytes (`int`): of all banks.
     """
 
@@ -85,6 +88,7 @@ class LayerDescription(Result):
     reads_residual: bool
     engine: str
     engine_refusals: Mapping[str, str]
+    measured: Mapping[str, Mapping[str, float]]
     weight_bytes: int
 
 
@@ -253,6 +257,7 @@ def _describe_component(folder: Path, variant: str | None) -> ComponentDescripti
                     reads_residual=group.input in set(candidates.residual) - set(candidates.activation),
                     engine=engine.name,
                     engine_refusals=refusals,
+                    measured=tuning.measured_for(stored.matrix_shape, fmt, read),
                     weight_bytes=rows * row_bytes,
                 )
             )

@@ -9,8 +9,10 @@ import typer
 from ... import cli
 from ...budget import BudgetPlan
 from ...checkpoint.describe import LayerDescription
+from ...engines import openvino
+from ...formats import FORMATS
 from ..shared.options import Json, Variant, print_json, print_router
-from ..shared.terminal import megabytes, stdout
+from ..shared.terminal import megabytes, say, stdout
 
 COLUMNS = ("layer", "weight", "scale", "error", "input", "scale", "zero point", "error", "engine")
 
@@ -25,16 +27,23 @@ def inspect(
     if as_json:
         return print_json(result)
     for name, part in result.components.items():
-        _say(f"{name}: {part.scheme}, {part.calibration_state}, {megabytes(part.bytes_quantized)}", style="italic")
+        say(f"{name}: {part.scheme}, {part.calibration_state}, {megabytes(part.bytes_quantized)}", style="italic")
         _print_layers(part.layers)
         refusals = Counter(pair for layer in part.layers for pair in layer.engine_refusals.items())
         for (engine, reason), count in refusals.items():
-            _say(f"{engine} refuses {count} of {len(part.layers)} layers: {reason}")
+            say(f"{engine} refuses {count} of {len(part.layers)} layers: {reason}")
+        in_bytes, missing = sum(map(_in_bytes, part.layers)), openvino.why_missing()
+        held = f"{openvino.NAME} runs the whole as a graph, {in_bytes} of {len(part.layers)} layers in 8-bit integers"
+        say(f"{held}, but {missing}" if missing else held)
         if count := sum(layer.reads_residual for layer in part.layers):
-            _say(f"{count} of {len(part.layers)} layers read residual sums, which no norm has scaled, in 8 bits")
+            say(f"{count} of {len(part.layers)} layers read residual sums, which no norm has scaled, in 8 bits")
+        for layer in part.layers:
+            for question, ways in layer.measured.items():
+                seconds = ", ".join(f"{way} {1e3 * each:.3g} ms" for way, each in ways.items())
+                say(f"{layer.name}, measured for {question}: {seconds}")
         if correction := part.parts["output_correction"]:
             timesteps = correction["timesteps"]
-            _say(f"output corrected by timestep: {len(timesteps)} timesteps, {timesteps[0]:g} … {timesteps[-1]:g}")
+            say(f"output corrected by timestep: {len(timesteps)} timesteps, {timesteps[0]:g} … {timesteps[-1]:g}")
         if adapters := part.parts["adapters"]:
             stdout.print(f"{adapters['num_adapters']} adapters per layer, {adapters['placement']}")
             print_router(adapters["intervals"])
@@ -55,11 +64,11 @@ def _print_plan(plan: BudgetPlan) -> None:
 
 def _print_temporal(temporal: dict) -> None:
     timesteps = temporal["timesteps"]
-    _say(
+    say(
         f"temporal features: {len(temporal['block'])} layers depend on the timestep alone; a set of {len(timesteps)} "
         f"timesteps, {timesteps[0]:g} … {timesteps[-1]:g}"
     )
-    _say(
+    say(
         f"  input parameters for each timestep: {len(temporal['sets'])} layers, {megabytes(temporal['sets_bytes'])}; "
         f"stored outputs: {len(temporal['cached'])} layers, {megabytes(temporal['cache_bytes'])}"
     )
@@ -74,11 +83,7 @@ def _print_layers(layers: list[LayerDescription]) -> None:
     for line, (name, *cells) in enumerate(zip(names, *columns, strict=True)):
         figures = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
         text = f"{name}\n  {figures}" if split else f"{name:<{first}}  {figures}"
-        _say(text, style="bold" if line == 0 else None)
-
-
-def _say(text: str, style: str | None = None) -> None:
-    stdout.print(text, style=style, soft_wrap=True, highlight=False, markup=False)
+        say(text, style="bold" if line == 0 else None)
 
 
 def _layer_row(layer: LayerDescription) -> tuple[str, ...]:
@@ -89,6 +94,11 @@ def _layer_row(layer: LayerDescription) -> tuple[str, ...]:
     zero_point = "" if layer.input_signed else _numbers(layer.input_zero_point)
     error = _error(cast(float, layer.input_rel_mse))
     return (*row, str(layer.input_format), _numbers(layer.input_scale), zero_point, error, layer.engine)
+
+
+def _in_bytes(layer: LayerDescription) -> bool:
+    read = FORMATS[cast(str, layer.input_format)] if layer.input_format in FORMATS else None
+    return openvino.are_bytes(FORMATS[layer.weight_format], read)
 
 
 def _numbers(value: Any) -> str:
