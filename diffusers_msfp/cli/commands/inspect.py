@@ -54,12 +54,12 @@ def inspect(
 
 
 def _print_plan(plan: BudgetPlan) -> None:
-    _say(
+    say(
         f"planned for a target of {plan.target}, {plan.target_value:,g}: at most {plan.bytes:,} bytes, `traj_rel_l2` "
         f"{plan.error:.4f} as predicted; of each layer, what else it could have had:"
     )
     for layer, reason in plan.reasons.items():
-        _say(f"  {layer}: {reason}")
+        say(f"  {layer}: {reason}")
 
 
 def _print_temporal(temporal: dict) -> None:
