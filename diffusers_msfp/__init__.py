@@ -3,6 +3,7 @@
 Importing this package registers the quantization method `"msfp"` with diffusers.
 """
 
+from .budget import BudgetPlan, plan_budget
 from .calibration import search_qparams
 from .engines.choose import set_engine
 from .errors import MSFPError, StateError
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FORMATS",
     "SCHEMES",
+    "BudgetPlan",
     "CorrectionConfig",
     "FPFormat",
     "FinetuneConfig",
@@ -65,6 +67,7 @@ __all__ = [
     "import_adapter",
     "learn_rounding",
     "maintain_temporal",
+    "plan_budget",
     "publish",
     "quantize_pipeline",
     "search_qparams",

@@ -144,7 +144,7 @@ def _add(
         SCHEMES.add(f"{name}-wide", made(wide=True))
 
 
-for _w, _a in ((4, 4), (4, 6), (4, 8), (6, 6), (8, 8), (4, None), (6, None), (8, None)):
+for _w, _a in ((4, 4), (4, 6), (4, 8), (6, 6), (6, 8), (8, 8), (4, None), (6, None), (8, None)):
     _add(f"w{_w}a{_a or 16}", _w, _a)
 # Baselines to compare with: signed formats only (as LLM-FP4), and uniform grids with the same search.
 for _w, _a in ((4, 4), (4, 8), (6, 6), (8, 8)):

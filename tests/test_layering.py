@@ -22,9 +22,10 @@ LAYERS = {
     6: ("methods",),
     7: ("checkpoint",),
     8: ("plugin", "evaluation"),
-    9: ("report", "space", "doctor"),
-    10: ("hub",),
-    11: ("cli", "__init__", "__main__"),
+    9: ("budget",),
+    10: ("report", "space", "doctor"),
+    11: ("hub",),
+    12: ("cli", "__init__", "__main__"),
 }
 BASE = ("errors", "registry", "outputs", "results", "compat", "formats", "schemes", "recipes")
 """The lowest layer's own order: each may import those before it."""

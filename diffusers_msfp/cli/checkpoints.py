@@ -6,9 +6,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from ..budget.record import BudgetPlan, stored_plan
 from ..checkpoint.describe import CheckpointDescription, component_dirs, describe_checkpoint
 from ..errors import ConfigError
 from ..evaluation import Comparison, compare_pipelines
@@ -66,10 +68,29 @@ def convert_checkpoint(source: str | Path) -> ConvertedCheckpoint:
     return ConvertedCheckpoint(format_version=FORMAT_VERSION, converted=old, already=already, out=str(folder))
 
 
-def inspect(source: str | Path, *, variant: str | None = None) -> CheckpointDescription:
+@dataclass(frozen=True, kw_only=True)
+class InspectedCheckpoint(CheckpointDescription):
+    """What `inspect` found.
+
+    Args:
+        plan (`BudgetPlan`, *optional*): by which bits and formats were chosen, where it lies in the folder.
+    """
+
+    plan: BudgetPlan | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Component → its description; of the planned one also `why`, layer → reason."""
+        found = super().to_dict()
+        if self.plan is not None and self.plan.component in found:
+            found[self.plan.component]["why"] = self.plan.reasons
+        return found
+
+
+def inspect(source: str | Path, *, variant: str | None = None) -> InspectedCheckpoint:
     """Layers of a quantized checkpoint, with the weights of a variant where it has that; see `describe_checkpoint`."""
     require_variant(variant, source)
-    return describe_checkpoint(source, variant_of(source, variant))
+    found = describe_checkpoint(source, variant_of(source, variant))
+    return InspectedCheckpoint(**vars(found), plan=stored_plan(source))
 
 
 @dataclass(frozen=True, kw_only=True)

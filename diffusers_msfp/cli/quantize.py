@@ -9,6 +9,7 @@ from typing import Any, cast
 from diffusers import DiffusionPipeline
 from diffusers.quantizers import PipelineQuantizationConfig
 
+from ..budget import PLAN_FILE
 from ..checkpoint.describe import file_bytes
 from ..checkpoint.tensor_files import MAX_SHARD_SIZE
 from ..errors import ConfigError
@@ -25,6 +26,7 @@ from ..sampling.observation import calibration_state
 from ..sampling.pictures import picture_files
 from ..sampling.solvers import exchange_parts
 from ..schemes import DEFAULT_SCHEME, input_bits
+from .shared.budget import BudgetRequest
 from .shared.calls import call_settings, read_prompts
 from .shared.load import (
     fetch,
@@ -88,6 +90,7 @@ def quantize(
     modules_to_not_convert: list[str] | None = None,
     scheme_overrides: dict[str, str] | None = None,
     components: list[str] | None = None,
+    budget: BudgetRequest | None = None,
     config: str | None = None,
     variant: str | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
@@ -118,6 +121,8 @@ def quantize(
             on each line.
         images (`str` or `Path`, *optional*): folder of pictures that set the activation ranges, see `calibrate`.
         modules_to_not_convert, scheme_overrides, components: as in `MSFPConfig`.
+        budget (`BudgetRequest`, *optional*): in the place of the last four, a target that each layer's bits and formats
+            are chosen for, or a plan that was stored; the plan lies in `out` as `budget.json`.
         config (`str`, *optional*): folder or Hub id with the configs of a single file.
         guidance_scale (`float`, *optional*): for pipelines with guidance; the pipeline's own by default.
         variant (`str`, *optional*): of the float weights, like `"fp16"`; see `load.variant_of`.
@@ -132,6 +137,19 @@ def quantize(
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
     prompts = read_prompts(prompts)
     pictures = None if images is None else picture_files(images)[:num_samples]
+    if budget is not None:
+        budget.refuse_beside(scheme, scheme_overrides, components, recipe, correction)
+        made = budget.plan(
+            source,
+            out,
+            config=config,
+            variant=variant,
+            guidance_scale=guidance_scale,
+            prompts=prompts,
+            num_inference_steps=num_inference_steps,
+            seed=seed,
+        )
+        scheme, scheme_overrides, components = made.scheme, made.scheme_overrides, budget.components(source, made)
     corrected = num_samples if (input_bits(scheme) == 4 if correction is None else correction) else 0
     shared = {"num_inference_steps": num_inference_steps, "seed": seed}
     plan = plan_stages(recipe, settings or {}, correction=corrected, **shared)
@@ -239,7 +257,8 @@ def quantize(
                     progress=progress,
                     arguments=arguments,
                 )
-            write_checkpoint(loaded, out, work, max_shard_size)
+            more = {} if budget is None else {PLAN_FILE: made.text()}
+            write_checkpoint(loaded, out, work, max_shard_size, more)
     if state == "observing":
         stderr.print(
             "This model is no pipeline, so its activations could not be calibrated: they stay float during its first "
@@ -248,6 +267,8 @@ def quantize(
     layers = [layer for model in models.values() for _, layer in quant_layers(model)]
     bits = 8 * sum(layer.packed_weight.numel() + 4 * layer.weight_scale.numel() for layer in layers)
     parameters = sum(rows * length for rows, length in (layer.matrix_shape for layer in layers))
+    if budget is not None:
+        budget.done(out)
     return QuantizedCheckpoint(
         scheme=scheme,
         components=list(models),

@@ -16,6 +16,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
+from ..budget.record import stored_plan
 from ..calibration import Observation
 from ..checkpoint.describe import describe_checkpoint
 from ..compat.wrappers import sees_through
@@ -56,6 +57,7 @@ class Report(Result):
         pictures (`Sequence`): see `picture_rows`.
         layers (`Sequence[Mapping[str, Any]]`): see `layer_rows`.
         adapters (`Mapping[str, Any]`, *optional*): see `ComponentDescription`.
+        budget (`Mapping[str, Any]`, *optional*): the plan by which bits and formats were chosen, with its `reasons`.
         speed (`Mapping[str, Mapping[str, float]]`, *optional*): provider → `seconds`, `seconds_low`, `seconds_high`,
             `speedup`.
         missing (`Mapping[str, str]`): section → why it is not there.
@@ -74,6 +76,7 @@ class Report(Result):
     pictures: Sequence[Any]
     layers: Sequence[Mapping[str, Any]]
     adapters: Mapping[str, Any] | None
+    budget: Mapping[str, Any] | None
     speed: Mapping[str, Mapping[str, float]] | None
     missing: Mapping[str, str]
 
@@ -159,9 +162,15 @@ def collect_report(
         pictures=pictures,
         layers=layer_rows(model, errors, inputs, described.get("layers", [])),
         adapters=described.get("adapters"),
+        budget=_budget(folder) if described else None,
         speed=_speed(model, reference, missing) if with_speed else None,
         missing=missing if with_speed else missing | {"speed": "Not measured, as asked for."},
     )
+
+
+def _budget(folder: Path | None) -> dict[str, Any] | None:
+    plan = stored_plan(folder)
+    return None if plan is None else plan.to_dict() | {"reasons": plan.reasons}
 
 
 def _require_calibrated(pipe: DiffusionPipeline) -> None:

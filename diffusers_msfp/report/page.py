@@ -64,6 +64,7 @@ def render_report(report: Result) -> str:
         "layers": ("Layers", measured),
         "worst": ("What hurts most", worst),
         "formats": ("Formats and inputs", quantized or seen),
+        "budget": ("Budget", data["budget"]),
         "router": ("Router", data["adapters"]),
         "speed": ("Engines and speed", data["speed"] or quantized),
         "method": ("How to read it", True),
@@ -73,6 +74,7 @@ def render_report(report: Result) -> str:
         absent.setdefault(reason, []).append(MEASURED[section])
     return environment.get_template("report.html.j2").render(
         data=data,
+        reasons=data["budget"]["reasons"] if data["budget"] else {},
         plots=plots,
         bounds=plots.shade_range(ratios),
         changed=changed,

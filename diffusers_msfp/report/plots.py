@@ -70,6 +70,46 @@ def error_curve(by_timestep: Mapping[str, float]) -> Markup:
     return _svg(width, height, "relative error of the predicted noise over timesteps", *marks, line, *dots, cls="chart")
 
 
+def front_chart(front: Sequence[Mapping], chosen_bytes: int, chosen_error: float) -> Markup:
+    """The front of a plan: predicted error of the output over bytes of the file, and what was chosen.
+
+    Args:
+        front (`Sequence[Mapping]`): `bytes` and `error` of each point, see `FrontPoint`.
+        chosen_bytes (`int`), chosen_error (`float`): of the plan.
+    """
+    width, height, left, right, top, bottom = 520, 270, 58, 16, 14, 40
+    points = [(point["bytes"], point["error"]) for point in front if point["error"] > 0]
+    if not points or chosen_error <= 0:
+        return Markup("")
+    sizes, errors = [*(size for size, _ in points), chosen_bytes], [*(error for _, error in points), chosen_error]
+    first, last = min(sizes), max(max(sizes), min(sizes) + 1)
+    floor, ceiling = math.log10(min(errors)) - 0.05, math.log10(max(errors)) + 0.05
+
+    def at(size: float, error: float) -> tuple[float, float]:
+        x = left + (size - first) / (last - first) * (width - left - right)
+        return x, top + (ceiling - math.log10(error)) / (ceiling - floor) * (height - top - bottom)
+
+    marks = []
+    for decade in range(math.floor(floor), math.ceil(ceiling) + 1):
+        for value in (factor * 10.0**decade for factor in (1, 2, 5)):
+            if floor <= math.log10(value) <= ceiling:
+                y = at(first, value)[1]
+                marks.append(tag("path", cls="grid", d=f"M{left} {y:.1f}H{width - right}"))
+                marks.append(tag("text", f"{100 * value:g} %", x=left - 7, y=f"{y + 4:.1f}", text_anchor="end"))
+    for share in (0, 0.5, 1):
+        size = first + share * (last - first)
+        anchor = ("start", "middle", "end")[int(2 * share)]
+        place = {"x": f"{at(size, errors[0])[0]:.1f}", "y": height - bottom + 18, "text_anchor": anchor}
+        marks.append(tag("text", f"{size / 1e6:.3g} MB", **place))
+    title = "size of the file → error of the output (traj_rel_l2)"
+    marks.append(tag("text", title, x=(left + width - right) / 2, y=height - 4, text_anchor="middle"))
+    line = tag("path", cls="line", d=_path([at(*point) for point in points]))
+    x, y = at(chosen_bytes, chosen_error)
+    words = tag("title", f"chosen: {chosen_bytes:,} bytes, {100 * chosen_error:.3g} %")
+    dot = tag("circle", words, cls="dot", cx=f"{x:.1f}", cy=f"{y:.1f}", r=6)
+    return _svg(width, height, "error of the output over the size of the file", *marks, line, dot, cls="chart")
+
+
 def _round_numbers(last: float) -> list[float]:
     """Three to six of them from 0 on."""
     power = 10 ** math.floor(math.log10(last / 5))

@@ -320,6 +320,25 @@ def baselines() -> Iterator[dict[str, str]]:
     yield empty | {"method": "full precision", "`eps_rel_l2`": "0", "to real pictures": real}
 
 
+def budget() -> Iterator[dict[str, str]]:
+    """A plan beside other choices of equal size."""
+    for row in grouped("budget", "part")["sizes"]:
+        own = "{:.1f} ({:.1f} – {:.1f})".format(row["image_psnr_db"], *row["image_psnr_db_interval"])
+        gain = "–"
+        if "plan_gains_db" in row:
+            gain = "{:+.2f} ({:+.2f} – {:+.2f})".format(row["plan_gains_db"], *row["plan_gains_db_interval"])
+        name = f"`{row['choice']}`" if row["choice"].startswith("w") else row["choice"]
+        yield {
+            "size of": f"`{row['size']}`" if "+" not in row["size"] else row["size"].replace(" + ", " and "),
+            "choice": f"scheme {name}" if row["choice"].startswith("w") else name,
+            "bytes": f"{row['bytes']:,}",
+            "predicted `traj_rel_l2`": f"{row['predicted_traj_rel_l2']:.4f}",
+            "PSNR (dB)": own,
+            "the plan gains (dB, paired)": gain,
+            "pictures": str(row["num_samples"]),
+        }
+
+
 MAKERS = (
     quality,
     sizes,
@@ -336,6 +355,7 @@ MAKERS = (
     temporal,
     pipelines,
     features,
+    budget,
 )
 TABLES = {make.__name__: make for make in MAKERS}
 

@@ -8,6 +8,7 @@ import torch
 import typer
 
 from ... import cli
+from ...budget import BudgetPlan
 from ...checkpoint.describe import LayerDescription
 from ...doctor.machine import measured
 from ...engines import openvino
@@ -50,6 +51,8 @@ def inspect(
             print_router(adapters["intervals"])
         if temporal := part.parts["temporal"]:
             _print_temporal(temporal)
+        if result.plan is not None and result.plan.component == name:
+            _print_plan(result.plan)
     if not measured(torch.device("cpu")):
         say("this kind of processor was never measured: engines give the reference's results here, at unknown speed")
 
@@ -116,6 +119,15 @@ def fuse(
             f"against {reference} with the LoRA: PSNR {result.error.image_psnr_db:.2f} dB, "
             f"traj_rel_l2 {result.error.traj_rel_l2:.4f}"
         )
+
+
+def _print_plan(plan: BudgetPlan) -> None:
+    say(
+        f"planned for a target of {plan.target}, {plan.target_value:,g}: at most {plan.bytes:,} bytes, `traj_rel_l2` "
+        f"{plan.error:.4f} as predicted; of each layer, what else it could have had:"
+    )
+    for layer, reason in plan.reasons.items():
+        say(f"  {layer}: {reason}")
 
 
 def _print_temporal(temporal: dict) -> None:

@@ -10,6 +10,7 @@ from ...checkpoint.tensor_files import MAX_SHARD_SIZE
 from ...errors import MSFPError
 from ...recipes import DEFAULT_RECIPE, RECIPES
 from ...schemes import DEFAULT_SCHEME, SCHEMES
+from ..shared.budget import BudgetRequest
 from ..shared.options import Guidance, Json, Prompts, Seed, Variant, parse_value, print_json
 from ..shared.stages import asked_for, print_stages
 from ..shared.terminal import megabytes, stdout
@@ -60,6 +61,16 @@ def quantize(
     ] = None,
     override: Annotated[list[str] | None, typer.Option(help="PATTERN=SCHEME for single layers; repeatable.")] = None,
     component: Annotated[list[str] | None, typer.Option(help="Component to quantize; repeatable.")] = None,
+    target_bytes: Annotated[
+        str | None, typer.Option(help="Choose bits for each layer: the weights' files never larger, like 1.2MB.")
+    ] = None,
+    target_psnr: Annotated[
+        float | None, typer.Option(help="The same: pictures this near to the float ones, in decibels.")
+    ] = None,
+    target_step: Annotated[str | None, typer.Option(help="The same: a step in this time here, like 90ms.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="File that keeps what was chosen; without a target, one to choose by.")
+    ] = None,
     config: Annotated[str | None, typer.Option(help="Folder or Hub id with the configs of a single file.")] = None,
     variant: Variant = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = MAX_SHARD_SIZE,
@@ -82,6 +93,8 @@ def quantize(
         if not (equals and dot and name):
             raise MSFPError(f"`--set` must read STAGE.NAME=VALUE, but got {item!r}; `--set help` lists all settings.")
         settings.setdefault(stage, {})[name] = parse_value(value)
+    targets = (target_bytes, target_psnr, target_step, plan)
+    budget = BudgetRequest.parse(*targets, overwrite) if any(each is not None for each in targets) else None
     result = cli.quantize(
         source,
         out,
@@ -98,6 +111,7 @@ def quantize(
         modules_to_not_convert=modules_to_not_convert,
         scheme_overrides=overrides,
         components=component,
+        budget=budget,
         config=config,
         variant=variant,
         max_shard_size=max_shard_size,
@@ -107,8 +121,9 @@ def quantize(
         return print_json(result)
     for done in result.stages:
         stdout.print(f"stage {done['stage']}: {done['seconds']:.1f} s")
+    chosen = result.scheme if budget is None else "planned"
     stdout.print(
-        f"[bold]{result.out}[/]: {result.layers} layers as {scheme}, {megabytes(result.bytes_reference)} → "
+        f"[bold]{result.out}[/]: {result.layers} layers as {chosen}, {megabytes(result.bytes_reference)} → "
         f"{megabytes(result.bytes_quantized)}, {result.weight_bits_per_param:.2f} bits per quantized weight, "
         f"{result.seconds:.1f} s (weights {result.seconds_search:.1f} s, calibration "
         f"{result.seconds_calibration:.1f} s), ranges {result.calibration_state}."

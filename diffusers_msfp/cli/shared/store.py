@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,15 +50,25 @@ def check_target(
 
 
 def write_checkpoint(
-    loaded: Any, out: Path, folder: Path | None = None, max_shard_size: int | str = MAX_SHARD_SIZE
+    loaded: Any,
+    out: Path,
+    folder: Path | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    more: Mapping[str, str] | None = None,
 ) -> None:
-    """Save to `folder`, or beside `out`, and move into place in one step: nothing half-written looks finished."""
+    """Save to `folder`, or beside `out`, and move into place in one step: nothing half-written looks finished.
+
+    Args:
+        more (`Mapping[str, str]`, *optional*): text files beside the pipeline's own, by name.
+    """
     with writing(out):
         folder = folder or _parent(out)
         with tempfile.TemporaryDirectory(dir=folder, prefix=f".{out.name}-", suffix=".part") as scratch:
             made = Path(scratch) / "made"
             keep_labels(loaded)
             loaded.save_pretrained(made, max_shard_size=max_shard_size)
+            for name, text in (more or {}).items():
+                (made / name).write_text(text, encoding="utf-8")
             publish(made, out)
 
 

@@ -103,9 +103,9 @@ def time_ways(ways: Mapping[str, Callable[[], object]]) -> tuple[dict[str, float
         racing = {name: way for name, way in racing.items() if min(times[name]) < _HOPELESS * best}
     shortest = {name: min(each) for name, each in times.items()}
     default = next(iter(ways))
-    best = choose(default, shortest)
+    winner = choose(default, shortest)
     steady = all(median(times[name]) <= (1 + NOISY) * shortest[name] for name in racing)
-    return shortest, steady and (best == default or max(times[best]) < shortest[default])
+    return shortest, steady and (winner == default or max(times[winner]) < shortest[default])
 
 
 def measured(prefix: str = "") -> dict[str, dict[str, float]]:

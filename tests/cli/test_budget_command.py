@@ -1,0 +1,81 @@
+"""Targets on the command line: kept, stored, used again, refused."""
+
+import json
+
+import pytest
+import torch
+from command_line import program
+from conftest import make_unet
+from diffusers import DDIMScheduler, DDPMPipeline
+from safetensors.torch import load_file
+
+from diffusers_msfp.budget import BudgetPlan
+from diffusers_msfp.checkpoint.describe import file_bytes
+
+SMALL = {
+    "block_out_channels": (8,),
+    "norm_num_groups": 4,
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "attention_head_dim": 8,
+    "add_attention": False,
+}
+FEW = ("--num-samples", 1, "--num-inference-steps", 2)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("source")
+    DDPMPipeline(make_unet(**SMALL), DDIMScheduler()).save_pretrained(path)
+    return str(path)
+
+
+def test_a_target_is_kept_and_its_plan_serves_again(source, tmp_path):
+    out, file = tmp_path / "out", tmp_path / "plan.json"
+    done = program("quantize", source, "--out", out, "--target-bytes", "46kB", "--plan", file, *FEW, "--json")
+    assert done.returncode == 0, done.stderr
+    assert file_bytes(out / "unet") == json.loads(done.stdout)["bytes_quantized"] <= 46_000
+    assert "traj_rel_l2" in done.stderr
+    plan = BudgetPlan.read(file)
+    assert BudgetPlan.read(out / "budget.json") == plan
+    assert len({layer.scheme for layer in plan.layers}) > 1
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+    again = tmp_path / "again"
+    done = program("quantize", source, "--out", again, "--plan", file, *FEW, "--json")
+    assert done.returncode == 0, done.stderr
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    ours, theirs = load_file(again / weights), load_file(out / weights)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+    shown = program("inspect", out)
+    assert "planned for a target of bytes" in shown.stdout
+    assert "× its error" in shown.stdout
+    described = json.loads(program("inspect", out, "--json").stdout)
+    assert set(described["unet"]["why"]) == {layer.name for layer in plan.layers}
+
+    page = tmp_path / "page.html"
+    done = program("report", out, "--out", page, "--num-samples", 1, "--num-inference-steps", 2, "--no-speed")
+    assert done.returncode == 0, done.stderr
+    text = page.read_text()
+    assert "What the budget was spent on" in text
+    assert "error of the output over the size of the file" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--target-bytes", "12XB"), "must read like 1.2MB"),
+        (("--target-step", "fast"), "must read like 90ms"),
+        (("--target-bytes", "1MB", "--target-psnr", "30"), "One target"),
+        (("--target-bytes", "1MB", "--scheme", "w4a4"), "Leave `--scheme`"),
+        (("--target-bytes", "1MB", "--recipe", "rounded"), "may add tensors"),
+        (("--plan", "none.json"), "cannot be read"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(source, tmp_path, arguments, message):
+    done = program("quantize", source, "--out", tmp_path / "out", *arguments)
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.split())
+    assert not (tmp_path / "out").exists()
