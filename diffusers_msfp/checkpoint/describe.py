@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 
 from ..engines.choose import engine_named
 from ..errors import CheckpointError
-from ..formats import FPFormat
+from ..formats import FPFormat, largest_integer
 from ..layers import QuantLayer
+from ..layers.skeleton import LayerGroup
 from ..methods.method import parts
 from ..results import Result, plain
 from ..schemes import resolve
@@ -39,6 +40,7 @@ class StoredLayer:
     weight_format: FPFormat
     input_format: FPFormat | None
     logical_shape: tuple[int, ...]
+    group_size: int | None = None
     packed_weight = torch.empty(0, dtype=torch.uint8)
 
     @property
@@ -47,11 +49,17 @@ class StoredLayer:
         rows, length, *_ = self.logical_shape
         return rows, length
 
+    @property
+    def largest_weight(self) -> int:
+        """See `QuantLayer.largest_weight`."""
+        return largest_integer(self.weight_format, grouped=self.group_size is not None)
+
     @classmethod
-    def of(cls, shape: list[int], rows: int, weight_format: FPFormat, input_format: FPFormat | None) -> "StoredLayer":
-        """From the shape of the packed weight and the number of output channels."""
-        length = shape[-1] * 8 // weight_format.bits
-        return cls(weight_format, input_format, (rows, length, 1, 1) if len(shape) == 4 else (rows, length))
+    def of(cls, shape: list[int], rows: int, group: LayerGroup) -> "StoredLayer":
+        """From the shape of the packed weight, the number of output channels and what the record says."""
+        length = shape[-1] * 8 // group.weight_format.bits
+        logical_shape = (rows, length, 1, 1) if len(shape) == 4 else (rows, length)
+        return cls(group.weight_format, group.input_format, logical_shape, group.group_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +68,7 @@ class LayerDescription(Result):
 
     Args:
         name, weight_format (`str`), weight_bits (`int`): of the layer and its weight.
+        group_size (`int`, *optional*): weights that share a multiplier of their channel's scale; None without groups.
         weight_scale_min, weight_scale_max (`float`, *optional*): over output channels; None for an empty layer.
         weight_rel_mse (`float`): error of the weight.
         input_format (`str`, *optional*): None if float, `"observing"` before calibration.
@@ -74,6 +83,7 @@ class LayerDescription(Result):
     name: str
     weight_format: str
     weight_bits: int
+    group_size: int | None
     weight_scale_min: float | None
     weight_scale_max: float | None
     weight_rel_mse: float
@@ -231,7 +241,7 @@ def _describe_component(folder: Path, variant: str | None) -> ComponentDescripti
             fmt, read = group.weight_format, group.input_format
             scale = tensors[f"{name}.weight_scale"]
             rows, *_, row_bytes = shape = shapes[f"{name}.weight"]
-            stored = StoredLayer.of(shape, scale.numel(), fmt, read)
+            stored = StoredLayer.of(shape, scale.numel(), group)
             engine, refusals = auto.choose(cast(QuantLayer, stored))
             candidates = resolve(name, config["scheme"], config.get("scheme_overrides") or {}, record.format_version)
             if group.observing:
@@ -242,6 +252,7 @@ def _describe_component(folder: Path, variant: str | None) -> ComponentDescripti
                     name=name,
                     weight_format=fmt.name,
                     weight_bits=fmt.bits,
+                    group_size=group.group_size,
                     weight_scale_min=scale.min().item() if scale.numel() else None,
                     weight_scale_max=scale.max().item() if scale.numel() else None,
                     weight_rel_mse=tensors[f"{name}.weight_error"].item(),

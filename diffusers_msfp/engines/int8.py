@@ -40,7 +40,7 @@ from ..formats import FPFormat
 from ..layers import QuantLayer
 from ..numerics import Codes
 from . import kernels
-from .engine import Engine, PreparedLayer, weight_unit
+from .engine import Engine, PreparedLayer, weight_integers, weight_unit
 from .geometry import Geometry
 from .grid import byte_offset, low_bits, output_size
 
@@ -63,12 +63,12 @@ class Int8Engine(Engine):
             return "its input is not quantized"
         if low_bits(layer.input_format) > _MAX_LOW_BITS:
             return f"its input's format {layer.input_format} does not fit two bytes"
-        if layer.weight_format.lattice_max > _INT8_MAX:
+        if layer.largest_weight > _INT8_MAX:
             return f"its weight's format {layer.weight_format} does not fit 8 bits"
         largest = _largest_byte(layer.input_format)
-        if largest * layer.weight_format.lattice_max * layer.matrix_shape[1] >= 2**31:
+        if largest * layer.largest_weight * layer.matrix_shape[1] >= 2**31:
             return "its sums may exceed 32 bits"
-        if not products_are_exact(largest, layer.weight_format.lattice_max):
+        if not products_are_exact(largest, layer.largest_weight):
             return "this processor adds pairs of such products in 16 bits"
         return None
 
@@ -151,9 +151,7 @@ class _Int8Layer(PreparedLayer):
 
     def integers(self, bank: int) -> Tensor:
         """A bank's lattice integers, `(C, …)` int8."""
-        layer = self.layer
-        matrix = kernels.expand(layer.packed_bank(bank), layer.weight_format.bits, layer.matrix_shape[1], self._table)
-        return matrix.view(layer.logical_shape)
+        return weight_integers(self.layer, bank, self._table)
 
     @property
     def reads_codes(self) -> bool:
