@@ -77,9 +77,8 @@ class QuantScheme:
 
         def reduced(layer: LayerScheme) -> LayerScheme:
             places = (layer.weight, layer.activation, layer.residual)
-            return LayerScheme(
-                *(tuple(name for name in names if name in formats) for names in places), layer.group_size
-            )
+            weight, activation, residual = (tuple(name for name in names if name in formats) for names in places)
+            return LayerScheme(weight, activation, residual, layer.group_size)
 
         return QuantScheme(reduced(self.inner), reduced(self.edge), reduced(self.input))
 

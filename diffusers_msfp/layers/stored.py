@@ -15,8 +15,8 @@ from ..numerics.groups import num_groups
 FORMATS_TENSOR = "formats"
 OBSERVED = ("observed_sample", "observed_count", "observed_range")
 INPUT_TENSORS = ("input_scale", "input_zero_point", "input_error")
-WEIGHT_TENSORS = ("weight_scale", "weight_error")
 GROUP_SCALE = "group_scale"
+WEIGHT_TENSORS = ("weight_scale", "weight_error", GROUP_SCALE)
 PACKED_WEIGHT = "packed_weight"
 """The packed codes' name in a layer; files call them `weight`, as they call the float weight that they stand for."""
 
@@ -167,7 +167,7 @@ class StoredTensors(StatefulModule):
         return super().__getattr__(name)
 
     def exact_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Buffers that must stay float32 whatever the model is cast to."""
+        """Buffers that must stay as they are whatever the model is cast to."""
         own = tensors_of(self)
         yield from ((name, own[name]) for name in (*WEIGHT_TENSORS, *INPUT_TENSORS) if name in own)
 

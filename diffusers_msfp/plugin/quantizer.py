@@ -24,7 +24,6 @@ from ..layers.convert import Conversion, replace_module
 from ..layers.skeleton import convert_skeleton
 from ..layers.stored import (
     FORMATS_TENSOR,
-    GROUP_SCALE,
     INPUT_TENSORS,
     OBSERVED,
     PACKED_WEIGHT,
@@ -124,7 +123,7 @@ class MSFPQuantizer(DiffusersQuantizer):
         if self.pre_quantized:
             self._record = config.take_record()
         self._plan = config.plan(model)
-        self._kept = {QuantLayer: (PACKED_WEIGHT, *WEIGHT_TENSORS, GROUP_SCALE, *INPUT_TENSORS, *OBSERVED)}
+        self._kept = {QuantLayer: (PACKED_WEIGHT, *WEIGHT_TENSORS, *INPUT_TENSORS, *OBSERVED)}
         for part in parts():
             self._kept |= part.stored
         if self._record is not None:

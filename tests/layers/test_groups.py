@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from conftest import equal_state, run
+from peft import LoraConfig
 from reference import grid_of
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -152,15 +153,13 @@ def test_files(grouped, tmp_path, images):
 def edited(folder, change) -> None:
     file = next((folder / "unet").glob("*.safetensors"))
     tensors = load_file(file)
-    names = (name for name in tensors if name.endswith(".group_scale"))
-    name = max(names, key=lambda name: int(tensors[name.replace("group_scale", "formats")][0, 1]))  # E2M1, if there is
+    name = next(name for name in tensors if name.endswith(".group_scale"))
     changed = change(tensors.pop(name))
     save_file(tensors if changed is None else tensors | {name: changed}, file, metadata={"format": "pt"})
 
 
 HOSTILE = {
     "zero": (torch.zeros_like, "multipliers from 1 to"),
-    "too large": (lambda scale: scale | 0xFF, "multipliers from 1 to"),
     "shape": (lambda scale: scale[:, :-1].contiguous(), "must have shape"),
     "dtype": (lambda scale: scale.float(), "must be torch.uint8"),
     "missing": (lambda _: None, "must hold"),
@@ -177,6 +176,22 @@ def test_hostile_files(grouped, tmp_path, what, monkeypatch):
     monkeypatch.setenv("MSFP_CHECK_DIGEST", "0")
     with pytest.raises(CheckpointError, match=reason):
         type(grouped).from_pretrained(tmp_path)
+
+
+def test_a_multiplier_that_is_too_large_for_its_format():
+    layer = quantized("linear", LayerScheme(("fp4_e2m1",), group_size=16))[1]
+    layer.check_stored()
+    layer.put_multipliers(torch.full_like(layer.multipliers(), 11))
+    with pytest.raises(CheckpointError, match="multipliers from 1 to 10 for `fp4_e2m1`"):
+        layer.check_stored()
+
+
+def test_adapters_of_peft(grouped, images):
+    before = run(grouped.unet, images)
+    grouped.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "conv1"], init_lora_weights=False))
+    assert not torch.allclose(run(grouped.unet, images), before, atol=1e-3)
+    grouped.unet.delete_adapters("default")
+    assert torch.equal(run(grouped.unet, images), before)
 
 
 @pytest.mark.parametrize("memory", ["fast", "low"])
