@@ -9,6 +9,7 @@ import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ["MSFP_AUTOTUNE"] = "0"  # equal results on every machine and in every run
 if "PYTEST_XDIST_WORKER" not in os.environ:  # all that a run and its workers leave lies in one folder and goes with it
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # what pytest keeps of its last runs
     tempfile.tempdir = tempfile.mkdtemp(prefix="msfp-tests-")

@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from safetensors import SafetensorError, safe_open
 
+from ..engines import tuning
 from ..engines.choose import engine_named
 from ..errors import CheckpointError
-from ..formats import FPFormat, largest_integer
 from ..layers import QuantLayer
-from ..layers.skeleton import LayerGroup
 from ..methods.method import parts
 from ..results import Result, plain
 from ..schemes import resolve
 from .record import ModelRecord
+from .stored_layer import StoredLayer
 
 WEIGHTS = "diffusion_pytorch_model"
 TRANSFORMERS_WEIGHTS = "model"
@@ -28,38 +27,6 @@ _WEIGHTS_OF = re.compile(
     r"\.(safetensors|bin)"
 )
 OBSERVING = "its input is being observed, which the reference does"
-
-
-@dataclass(frozen=True)
-class StoredLayer:
-    """What engines ask of a layer before they take it, on the CPU, as far as its files say it.
-
-    A `Conv1d` is stored as a linear is, and passes for one.
-    """
-
-    weight_format: FPFormat
-    input_format: FPFormat | None
-    logical_shape: tuple[int, ...]
-    group_size: int | None = None
-    packed_weight = torch.empty(0, dtype=torch.uint8)
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """See `QuantLayer.matrix_shape`."""
-        rows, length, *_ = self.logical_shape
-        return rows, length
-
-    @property
-    def largest_weight(self) -> int:
-        """See `QuantLayer.largest_weight`."""
-        return largest_integer(self.weight_format, grouped=self.group_size is not None)
-
-    @classmethod
-    def of(cls, shape: list[int], rows: int, group: LayerGroup) -> "StoredLayer":
-        """From the shape of the packed weight, the number of output channels and what the record says."""
-        length = shape[-1] * 8 // group.weight_format.bits
-        logical_shape = (rows, length, 1, 1) if len(shape) == 4 else (rows, length)
-        return cls(group.weight_format, group.input_format, logical_shape, group.group_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +44,8 @@ class LayerDescription(Result):
         reads_residual (`bool`): it has the formats that its scheme has for residual sums, not for other inputs.
         engine (`str`): that `auto` would take on this machine's CPU.
         engine_refusals (`Mapping[str, str]`): those before it → why not.
+        measured (`Mapping[str, Mapping[str, float]]`): what this machine has measured for layers of its size and
+            formats, if anything: geometry, shape of the input and dtype → way of computing it → seconds.
         weight_bytes (`int`): of all banks.
     """
 
@@ -95,6 +64,7 @@ class LayerDescription(Result):
     reads_residual: bool
     engine: str
     engine_refusals: Mapping[str, str]
+    measured: Mapping[str, Mapping[str, float]]
     weight_bytes: int
 
 
@@ -264,6 +234,7 @@ def _describe_component(folder: Path, variant: str | None) -> ComponentDescripti
                     reads_residual=group.input in set(candidates.residual) - set(candidates.activation),
                     engine=engine.name,
                     engine_refusals=refusals,
+                    measured=tuning.measured_for(stored.matrix_shape, fmt, read, group.group_size),
                     weight_bytes=rows * row_bytes,
                 )
             )

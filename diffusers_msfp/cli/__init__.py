@@ -1,6 +1,6 @@
 """The command line: one verb per file, each a plain Python function that returns what `--json` prints."""
 
-from .bench import bench
+from .bench import bench, warmup
 from .checkpoints import convert_checkpoint, inspect
 from .compare import compare
 from .demo import demo
@@ -26,4 +26,5 @@ __all__ = [
     "sample",
     "space_create",
     "space_run",
+    "warmup",
 ]

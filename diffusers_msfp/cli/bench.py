@@ -1,10 +1,13 @@
-"""`bench`: how fast a model's step is in several ways."""
+"""`bench`: how fast a model's step is in several ways; `warmup`: what its first one would have to wait for."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..engines import kernels, tuning
+from ..engines.kernels.ahead import compile_kernels
 from ..evaluation.timing.shapes import SHAPES
 from ..evaluation.timing.speed import Timing, benchmark
 from ..results import Result
@@ -23,11 +26,14 @@ class Bench(Result):
         model (`str`): as it was named.
         threads (`int`): of torch.
         rows (`list[Timing]`): the baseline first.
+        measured (`Mapping[str, Mapping[str, float]]`): what was asked of this machine, now or before, to choose the
+            fastest way of computing a layer, a norm or attention → way → seconds.
     """
 
     model: str
     threads: int
     rows: list[Timing]
+    measured: Mapping[str, Mapping[str, float]]
 
 
 def bench(
@@ -70,7 +76,29 @@ def bench(
             skip_missing=skip_missing,
             on_progress=report,
         )
-    return Bench(model=model, threads=torch.get_num_threads(), rows=rows)
+    return Bench(model=model, threads=torch.get_num_threads(), rows=rows, measured=tuning.measured())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warmup(Result):
+    """What `warmup` compiled.
+
+    Args:
+        kernels (`str`): `"numba"`, or `"torch"`, which has nothing to compile.
+        seconds (`float`): of all of them.
+        seconds_by_kernel (`Mapping[str, float]`): next to nothing where a kernel had been compiled before.
+    """
+
+    kernels: str
+    seconds: float
+    seconds_by_kernel: Mapping[str, float]
+
+
+def warmup() -> Warmup:
+    """Compile the CPU kernels now, for this user on this machine, so that no first picture waits for it."""
+    with progress("compiling kernels") as report:
+        seconds = compile_kernels(report)
+    return Warmup(kernels=kernels.NAME, seconds=sum(seconds.values()), seconds_by_kernel=seconds)
 
 
 def _load(model: str, variant: str | None) -> Any:

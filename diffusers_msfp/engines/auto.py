@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from ..layers import QuantLayer
+from . import tuning
 from .engine import Engine, PreparedLayer
 
 
@@ -38,6 +39,7 @@ class AutoEngine(Engine):
         return self.choose(layer)[0].prepare(layer)
 
     def check_inputs(self, *call: object) -> None:
-        """See `Engine.check_inputs`."""
+        """See `Engine.check_inputs`; what was measured in the call goes to disk."""
+        tuning.store()
         for engine in self.engines:
             engine.check_inputs(*call)

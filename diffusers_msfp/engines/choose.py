@@ -12,7 +12,7 @@ from ..errors import ConfigError, StateError
 from ..layers import QuantLayer
 from ..layers.convert import quant_layers
 from ..sampling.observation import quantized_models
-from . import ENGINES, MEMORY_MODES, AutoEngine
+from . import ENGINES, MEMORY_MODES, AutoEngine, tuning
 from .fusion.fuse import fuse, undo
 from .fusion.processors import use_engine_attention
 
@@ -25,7 +25,8 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
     """Run quantized layers by another engine from now on; nothing of it is saved.
 
     All engines give the reference's result layer by layer. A 4-bit network is chaotic, so pictures may still differ in
-    detail from the reference's; their quality does not.
+    detail from the reference's; their quality does not. Where `auto` can compute a layer in several ways, it times them
+    on the first inputs of each shape and keeps the fastest (`MSFP_AUTOTUNE=0`: the default, the same on all machines).
 
     Args:
         model (`nn.Module` or `DiffusionPipeline`): with quantized layers; float components are left alone.
@@ -35,7 +36,8 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
             when it is needed.
 
     Raises:
-        ConfigError: an unknown name, or an engine that can run none of the layers here.
+        ConfigError: an unknown name, an engine that can run none of the layers here, or a value of `MSFP_AUTOTUNE`
+            other than 0 and 1.
         StateError: no layer is quantized.
 
     Example:
@@ -58,6 +60,7 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
     _require_use(engine, chosen, layers)
     for part in models:
         _unprepare(part)
+    tuning.from_environment()
     if engine == "reference":
         return
     for layer in layers:

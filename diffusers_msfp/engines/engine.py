@@ -90,6 +90,10 @@ class PreparedLayer(ABC):
         """As the layer, for an input that another module has quantized for it and that it `takes`."""
         raise NotImplementedError
 
+    def quantize(self, x: Tensor, adapter: int) -> Tensor:
+        """Bytes of a dense float input on `grid(adapter)`, for `hand_over`, of a layer that `reads_codes`."""
+        raise NotImplementedError
+
     def hand_over(self, values: Tensor, adapter: int, dtype: torch.dtype) -> Codes:
         """Bytes that another module made with `grid(adapter)` from floats of this dtype, for `from_codes`."""
         raise NotImplementedError

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ..compat.torch import ConvNd, padding_ends
 from ..layers import QuantLayer
+from .grid import output_size
 
 
 class Geometry:
@@ -29,6 +30,27 @@ class Geometry:
         self.padding = self._pair(ends[::2][::-1], 0) if simple else [0, 0]
         self.ends = None if simple else ends
         self._mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+
+    @property
+    def where(self) -> tuple[list[int], list[int], list[int]]:
+        """Stride, padding and dilation."""
+        return self.stride, self.padding, self.dilation
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether each position of the output is a product with one of the input, in the same order."""
+        return self.kernel_size == [1, 1] == self.stride and self.padding == [0, 0]
+
+    @property
+    def text(self) -> str:
+        """All of it in words, for those who compare."""
+        pairs = {"kernel": self.kernel_size, "stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        said = [f"{name} {'x'.join(map(str, pair))}" for name, pair in pairs.items()]
+        return " ".join([*said, f"groups {self.groups}"])
+
+    def output_size(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Height and width of the output for an input of this height and width."""
+        return output_size(size, self.kernel_size, *self.where)
 
     def _pair(self, values: Sequence[int], first: int) -> list[int]:
         return [first, *values] if self.flat else list(values)

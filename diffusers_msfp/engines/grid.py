@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..formats import FPFormat
 from ..numerics import QParams
@@ -49,7 +50,7 @@ class InputGrid:
         bounds = fmt.lattice[0], fmt.lattice_max
         return cls(unit.item(), (1 / unit).item(), zero, *bounds, fmt.mantissa_bits, byte_offset(fmt), low_bits(fmt))
 
-    @property
+    @cached_property
     def planes(self) -> list[tuple[float, int]]:
         """Unit and byte of the real 0 of each byte that holds an integer: `x ≈ sum((byte - zero) * unit)`."""
         zero, bits = self.zero + self.offset, self.low_bits

@@ -5,6 +5,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, cast
@@ -64,6 +65,14 @@ SET_BY_VERBS = {
 """Arguments of pipelines that cannot be passed on, and why."""
 
 
+_SEEDED = ContextVar("seeded", default=False)
+
+
+def follows_seed() -> bool:
+    """Whether what runs now is drawn from a seed, so that equal seeds are to give equal results."""
+    return _SEEDED.get()
+
+
 @contextmanager
 def drawing_from(seed: int, pipe: object = None) -> Iterator[None]:
     """Let everything that draws random numbers without a generator of its own follow a seed.
@@ -76,6 +85,7 @@ def drawing_from(seed: int, pipe: object = None) -> Iterator[None]:
     """
     own, numpys, torchs = (int(n) for n in np.random.SeedSequence(seed % 2**64).generate_state(3))
     with ExitStack() as stack:
+        stack.callback(_SEEDED.reset, _SEEDED.set(True))
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
         stack.callback(torch.set_rng_state, torch.get_rng_state())

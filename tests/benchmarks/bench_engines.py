@@ -3,7 +3,8 @@
     python tests/benchmarks/bench_engines.py [--only NAME]
 
 Each case runs in a process of its own, where all its variants take turns; see `CASES`. Cases with another instruction
-set limit oneDNN, as on a processor without the newer instructions. Writes `model_cards/results/engines.json` and the
+set limit oneDNN, as on a processor without the newer instructions, and oneDNN alone: torch's own kernels and Numba's
+still use them. Writes `model_cards/results/engines.json` and the
 plot `engines.png`; a row that is measured anew replaces the old one.
 """
 
@@ -23,6 +24,7 @@ from diffusers_msfp.assets import EMBEDDED_MODEL
 
 OURS = ("w4a4", "w4a4:low", "w4a4:fp32", "w4a8", "w4a8-int8", "w8a8")
 PEERS = ("sdnq:int8", "sdnq:int8:matmul", "sdnq:uint4", "quanto", "torchao")
+RUNTIMES = ("openvino:bf16", "openvino:int8", "onnxruntime:int8")
 COMMAND = "python tests/benchmarks/bench_engines.py"
 
 
@@ -46,15 +48,16 @@ class Case:
     isa: str = field(default="")
 
     def environment(self) -> dict[str, str]:
-        """What the process gets besides what is there."""
-        limit = {"ONEDNN_MAX_CPU_ISA": self.isa} if self.isa else {}
-        return os.environ | {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"} | limit
+        """Of the process: OpenMP's default settings, which are a user's, and the limit."""
+        own = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "MSFP_"))}
+        return own | ({"ONEDNN_MAX_CPU_ISA": self.isa} if self.isa else {})
 
 
 FLOATS = ("fp32", "fp32:cl", "bf16")
 CASES = {
     "ddpm": Case("ddpm-cifar10", 8, (*FLOATS, *OURS, "w4a4:reference")),
     "ddpm-peers": Case("ddpm-cifar10", 8, ("w4a4", *PEERS), repeats=5),
+    "ddpm-runtimes": Case("ddpm-cifar10", 8, ("w4a4", *RUNTIMES), repeats=9),
     "ddpm-compiled": Case(
         "ddpm-cifar10", 8, ("bf16:cl:compile", "w4a4", "w4a4:compile", "sdnq:int8:compile"), repeats=5
     ),
@@ -62,6 +65,7 @@ CASES = {
     "ddpm-avx2": Case("ddpm-cifar10", 8, ("fp32", "fp32:cl", "w4a4", "w4a4:fp32"), isa="AVX2", repeats=3),
     "embedded": Case(str(EMBEDDED_MODEL), 8, (*FLOATS, *OURS)),
     "sd15": Case("sd15", 2, ("fp32", "w4a4", "w4a8-int8"), repeats=3),
+    "sd15-runtimes": Case("sd15", 2, ("w4a4", *RUNTIMES[:2]), repeats=3),
     "sd15-vnni": Case("sd15", 2, ("fp32", "w4a4"), isa="AVX512_CORE_VNNI", repeats=2),
     **{f"ddpm-batch{n}": Case("ddpm-cifar10", n, ("fp32", "w4a4"), repeats=7) for n in (1, 2, 4, 16)},
     **{f"ddpm-steps{n}": Case("ddpm-cifar10", 1, ("fp32", "w4a4"), num_inference_steps=n, repeats=5) for n in (10, 50)},
@@ -100,7 +104,11 @@ def _short(value):
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-PANELS = {"ddpm": ("ddpm", "ddpm-peers", "ddpm-compiled"), "sd15": ("sd15",), "embedded": ("embedded",)}
+PANELS = {
+    "ddpm": ("ddpm", "ddpm-peers", "ddpm-runtimes", "ddpm-compiled"),
+    "sd15": ("sd15", "sd15-runtimes"),
+    "embedded": ("embedded",),
+}
 
 
 def plot(rows: list[dict]) -> None:

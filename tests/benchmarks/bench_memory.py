@@ -91,7 +91,7 @@ def main(only: str = "", child: str = "", way: str = "", batch: int = 1) -> None
         typer.echo(json.dumps(measure(child, way, batch)))
         return
     rows = []
-    environment = os.environ | {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     for shape in [only] if only else SHAPES:
         with tempfile.TemporaryDirectory() as scratch:
             folders = write_checkpoints(shape, BATCHES[shape], Path(scratch))

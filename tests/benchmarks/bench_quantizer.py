@@ -1,6 +1,6 @@
 """Ways to quantize an input to lattice bytes: the package's kernels, torch.compile and C, beside a plain copy.
 
-    OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 python tests/benchmarks/bench_quantizer.py
+    python tests/benchmarks/bench_quantizer.py
 
 All take turns in one process. Each but the last two must give the bytes of the definition, and says by the way whether
 its input was finite. `uniform` is torch's own quantizer, which knows no floating-point lattice; `copy` is

@@ -11,6 +11,7 @@ Writes `model_cards/results/<name>.json`.
 
 import copy
 import time
+from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -18,25 +19,38 @@ import typer
 from diffusers import DiffusionPipeline
 from harness import RESULTS, read_results, write_results
 
-from diffusers_msfp import MSFPConfig, RoundingConfig, calibrate, correct_output, learn_rounding, quantize_pipeline
+from diffusers_msfp import (
+    MSFPConfig,
+    RoundingConfig,
+    TemporalConfig,
+    calibrate,
+    correct_output,
+    learn_rounding,
+    maintain_temporal,
+    quantize_pipeline,
+)
 from diffusers_msfp.assets import EMBEDDED_MODEL, TUNED_MODEL
 from diffusers_msfp.evaluation import compare_pipelines
 
 CASES = (
     *("int-w4a4-pure", "w4a4-signed-pure", "w4a4-pure", "int-w4a4", "w4a4", "w4a4 + correction"),
     *("w4a4 + rounding", "w4a4 + rounding + correction", "w4a4 + rounding + ranges", "w4a4 + msfp"),
+    *("w4a4 + timesteps + correction", "w4a4 + rounding + timesteps + correction"),
     *("w4a4 + rounding + ranges + correction", "w6a6-pure", "w6a6", "w6a6 + correction", "w4a8", "w4a8 + correction"),
     *("w4a8-wide", "w8a8", "w8a8-wide", "w4a16", "w4a16 + correction"),
     *("w4g32a4", "w4g32a4 + correction", "w4g32a8", "w4g32a8 + correction", "w4g32a16", "w4g32a16 + correction"),
     *("w4g32a16 + rounding + correction",),
 )
 """Scheme, and what follows it in this order."""
+BY_TIMESTEP = TemporalConfig(fsc="all", iterations=0, cache_above=None)
 STEPS = {
     "correction": lambda pipe, reference, _seed: correct_output(pipe, reference),
     "rounding": lambda pipe, reference, seed: learn_rounding(pipe, reference, RoundingConfig(seed=seed)),
     "ranges": lambda pipe, _reference, seed: calibrate(pipe, seed=seed),
+    "timesteps": lambda pipe, reference, seed: maintain_temporal(pipe, reference, replace(BY_TIMESTEP, seed=seed)),
 }
-"""What may follow: the output corrected, weights rounded by learning, input ranges searched again for these weights."""
+"""What may follow: output corrected, weights rounded by learning, input ranges searched again for these weights, and
+for each timestep."""
 SAMPLERS = {"20": {}, "50": {"num_inference_steps": 50}, "dpm": {"sampler": "dpmsolver++"}}
 """Suffix of a row's keys → how the pipelines are sampled; 20 DDIM steps if nothing is said."""
 

@@ -23,6 +23,7 @@ from diffusers_msfp import cli
 from diffusers_msfp.assets import EMBEDDED_MODEL
 from diffusers_msfp.cli.app import main
 from diffusers_msfp.cli.commands.inspect import inspect
+from diffusers_msfp.cli.shared.terminal import say
 from diffusers_msfp.engines.choose import engine_named
 from diffusers_msfp.errors import MSFPError
 from diffusers_msfp.layers.convert import quant_layers
@@ -80,6 +81,8 @@ def test_quantize_compare_inspect_sample(tiny_dir, tmp_path):
             count = sum(other["engine_refusals"].get(engine) == reason for other in layers)
             assert table.stdout.count(f"{engine} refuses {count} of {len(layers)} layers: {reason}\n") == 1
     assert any(layer["input_signed"] is False and layer["input_zero_point"] < 0 for layer in layers)
+
+    assert not any(layer["measured"] for layer in layers), "nothing is timed in tests"
 
     unet = DiffusionPipeline.from_pretrained(out).unet
     chosen = {name: engine_named("auto").choose(layer) for name, layer in quant_layers(unet)}
@@ -187,7 +190,8 @@ def test_single_model_folder(tiny_dir, tmp_path):
 @pytest.mark.parametrize("width", [80, 120])
 def test_inspect_fits_the_terminal(packed_dir, monkeypatch, width):
     terminal = Console(width=width, force_terminal=True, color_system=None, file=io.StringIO())
-    monkeypatch.setitem(inspect.__globals__, "stdout", terminal)
+    for place in (inspect, say):
+        monkeypatch.setitem(place.__globals__, "stdout", terminal)
     inspect(Path(packed_dir))
     lines = terminal.file.getvalue().splitlines()
     assert max(map(len, lines)) <= width

@@ -114,6 +114,7 @@ VERBS = {
     ),
     "compare": (["compare", "{tiny}", "{packed}"], "compare.compare_pipelines", "begins anew"),
     "bench": (["bench", "--model", "{packed}"], "bench.benchmark", "begins anew"),
+    "warmup": (["warmup"], "bench.compile_kernels", "begins anew"),
     "report": (["report", "{packed}", "--out", "{out}.html"], "report.collect_report", "begins anew"),
     "sample": (["sample", "{tiny}", "--out", "{out}.png"], "sample.sample_images", "begins anew"),
     "publish": (["publish", "{packed}", "--repo", "user/name"], "publish.hub.publish", "sends what is missing"),

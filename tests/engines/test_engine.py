@@ -6,16 +6,17 @@ import pytest
 import torch
 from conftest import equal_state, make_condition_unet, make_dit, make_unet, make_vae, run
 from diffusers import AutoencoderKL, DDPMPipeline
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch.nn import functional as F
 
 from diffusers_msfp import MSFPConfig, MSFPPipelineMixin, freeze, quantize_pipeline, set_engine
+from diffusers_msfp.engines import kernels
 from diffusers_msfp.engines.choose import engines_of
 from diffusers_msfp.engines.engine import PreparedLayer
 from diffusers_msfp.engines.fusion.attention import attention
 from diffusers_msfp.engines.fusion.fuse import FusedResnetBlock2D
 from diffusers_msfp.engines.fusion.norms import FusedGroupNorm, PassingSiLU
-from diffusers_msfp.engines.fusion.processors import BF16AttnProcessor
+from diffusers_msfp.engines.fusion.processors import BF16AttnProcessor, read_together
 from diffusers_msfp.errors import ConfigError, NonFiniteError, StateError
 from diffusers_msfp.evaluation.compare import compare_pipelines
 from diffusers_msfp.layers.convert import quant_layers
@@ -164,6 +165,31 @@ def test_attention_of_a_model(unet, images):
     set_engine(model, "reference")
     processors = {type(module.processor) for module in model.modules() if hasattr(module, "processor")}
     assert processors == {AttnProcessor2_0}
+
+
+@torch.no_grad()
+def test_layers_that_read_one_tensor_share_its_codes(unet, images, monkeypatch):
+    model = frozen(unet.to(torch.bfloat16), images.bfloat16(), 10)
+    set_engine(model, "auto")
+    attention = next(module for module in model.modules() if isinstance(module, Attention))
+    layers = attention.to_q, attention.to_k, attention.to_v
+    x = torch.randn(2, 16, layers[0].in_features).bfloat16()
+    alone, calls = [layer(x) for layer in layers], []
+    quantize = kernels.quantize
+    monkeypatch.setattr(kernels, "quantize", lambda *given: calls.append(1) or quantize(*given))
+    together = read_together(x, *layers)
+    assert len(calls) == 1
+    assert all(map(torch.equal, together, alone))
+    handle = layers[1].register_forward_hook(lambda *_: None)
+    assert all(map(torch.equal, read_together(x, *layers), alone))
+    assert len(calls) == 4, "who looks at a layer sees the floats that it reads"
+    handle.remove()
+    layers[2].store_input(layers[2].input_scale * 2, layers[2].input_zero_point)
+    apart = [layer(x) for layer in layers]
+    assert all(map(torch.equal, read_together(x, *layers), apart))
+    x[0, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="to_q` must be finite"):
+        read_together(x, *layers)
 
 
 def test_dequantizing_leaves_stock_classes(packed_pipe: DDPMPipeline):

@@ -10,12 +10,14 @@ from typer.testing import CliRunner
 
 from diffusers_msfp import FinetuneConfig, cli, finetune, quantize_pipeline
 from diffusers_msfp.cli.app import app
+from diffusers_msfp.compat.processor import instruction_sets, processor
 from diffusers_msfp.errors import ConfigError, MSFPError, UnsupportedError
-from diffusers_msfp.evaluation.timing import providers
+from diffusers_msfp.evaluation.timing import peers, providers, speed
 from diffusers_msfp.evaluation.timing.floor import floor_of
 from diffusers_msfp.evaluation.timing.providers import BASELINE, provide
 from diffusers_msfp.evaluation.timing.shapes import SHAPES
 from diffusers_msfp.evaluation.timing.speed import benchmark, example_inputs, step_of, take_turns
+from diffusers_msfp.layers.convert import quant_layers
 from diffusers_msfp.methods.talora import AdapterBank
 
 
@@ -108,6 +110,59 @@ def test_missing_peers_are_refused_or_left_out(monkeypatch):
     assert [row.provider for row in rows] == [BASELINE]
 
 
+@pytest.mark.parametrize("provider", ["openvino:bf16", "openvino:int8", "onnxruntime:int8"])
+def test_runtimes_that_are_not_installed_are_named(provider, monkeypatch, caplog):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda _: None)
+    needed = provider.partition(":")[0]
+    with pytest.raises(UnsupportedError, match=f"Provider .* needs `{needed}`, which is not installed: leave it out"):
+        benchmark(make_unet(), [provider], repeats=2)
+    rows = benchmark(make_unet(), [provider], repeats=2, skip_missing=True)
+    assert [row.provider for row in rows] == [BASELINE]
+    assert f"{provider} is left out: " in caplog.text
+
+
+def test_options_of_runtimes_are_checked(monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(ConfigError, match="Options of `openvino` may be bf16, fp32, int8, but got 'int4'"):
+        provide("openvino:int4", make_unet(), lambda _: None)
+
+
+def test_a_graph_is_made_once_for_the_inputs_of_the_first_call():
+    made = []
+
+    class Doubled(peers.GraphPeer):
+        def compiled(self, model, inputs):
+            made.append(list(inputs))
+            return lambda given: 2 * model(*given.values())
+
+    class Model(torch.nn.Linear):
+        def forward(self, sample, timestep, return_dict):
+            return (sample + timestep,)
+
+    peer = Doubled(Model(1, 1), "int8")
+    step = step_of(peer, {"sample": torch.ones(2, 1), "timestep": torch.full((2, 1), 3)})
+    assert [step().tolist(), step().tolist()] == [[[8.0], [8.0]]] * 2
+    assert made == [["sample", "timestep"]]
+
+
+def test_rows_say_where_and_how_they_were_timed(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    monkeypatch.setattr(speed, "instruction_limit", lambda: "AVX2")
+    row = benchmark(make_unet(), ["fp32"], repeats=2)[1].to_dict()
+    assert row["processor"] == processor()
+    assert row["instruction_sets"] == list(instruction_sets())
+    assert row["openmp"]["OMP_WAIT_POLICY"] == "passive"
+    assert row["onednn_limit"] == "AVX2"
+    monkeypatch.setattr(speed, "instruction_limit", str)
+    assert "onednn_limit" not in benchmark(make_unet(), ["fp32"], repeats=2)[1].to_dict()
+
+
+def test_schemes_are_timed_with_the_formats_that_residual_sums_get():
+    model = provide("w4a4", make_unet(), lambda each: step_of(each, example_inputs(each, 1))())
+    bits = {layer.input_format.bits for _, layer in quant_layers(model) if layer.input_format is not None}
+    assert bits == {4, 8}
+
+
 def test_models_whose_inputs_are_unknown_are_refused():
     with pytest.raises(UnsupportedError, match="but got AutoencoderKL"):
         benchmark(make_vae(), ["fp32"], repeats=2)
@@ -124,6 +179,18 @@ def test_the_command_line(packed_dir):
     assert "int8" in table.stdout
     with pytest.raises(MSFPError):
         cli.bench("no/such/place")
+
+
+def test_kernels_are_compiled_ahead():
+    result = CliRunner().invoke(app, ["warmup", "--json"])
+    assert result.exit_code == 0, result.output
+    made = json.loads(result.stdout)
+    assert made["kernels"] == "numba"
+    compiled = {kernel.partition(",")[0] for kernel in made["seconds_by_kernel"]}
+    assert {"quantize", "norm and quantize", "columns", "softmax", "expand to int8"} <= compiled
+    assert made["seconds"] == pytest.approx(sum(made["seconds_by_kernel"].values()))
+    again = CliRunner().invoke(app, ["warmup"])
+    assert f"{len(made['seconds_by_kernel'])} kernels of numba are ready" in again.stdout
 
 
 def test_shapes_are_what_people_use():

@@ -324,11 +324,6 @@ def test_fine_tuning_leaves_the_block_without_adapters(cached, teacher, images, 
         assert torch.isfinite(run(cached.unet, images, 800)).all()
 
 
-def test_adapters_on_layers_with_sets_are_refused(made, teacher):
-    with pytest.raises(ConfigError, match="all layers of this model have the former"):
-        finetune(copy.deepcopy(made["all"][0]), teacher, FinetuneConfig(train_steps=1))
-
-
 def test_dequantizing_and_calibrating_anew_take_it_off(cached, images):
     other = copy.deepcopy(cached)
     calibrate(other, num_samples=2, num_inference_steps=2)

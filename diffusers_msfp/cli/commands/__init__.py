@@ -4,7 +4,7 @@ What a verb does is in the file of the same name one folder up. A new one gets a
 `COMMANDS`.
 """
 
-from .bench import bench
+from .bench import bench, warmup
 from .compare import compare
 from .convert_checkpoint import convert_checkpoint
 from .demo import demo
@@ -17,7 +17,20 @@ from .report import report
 from .sample import sample
 from .space import space
 
-COMMANDS = (quantize, finetune, sample, compare, evaluate, bench, inspect, report, publish, convert_checkpoint, demo)
+COMMANDS = (
+    quantize,
+    finetune,
+    sample,
+    compare,
+    evaluate,
+    bench,
+    warmup,
+    inspect,
+    report,
+    publish,
+    convert_checkpoint,
+    demo,
+)
 """In the order of `--help`."""
 
 GROUPS = (space,)

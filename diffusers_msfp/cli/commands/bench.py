@@ -1,4 +1,4 @@
-"""`diffusers-msfp bench`."""
+"""`diffusers-msfp bench` and `diffusers-msfp warmup`."""
 
 from typing import Annotated
 
@@ -7,13 +7,14 @@ from rich.table import Table
 
 from ... import cli
 from ..shared.options import Json, Variant, print_json
-from ..shared.terminal import stdout
+from ..shared.terminal import say, stdout
 
 
 def bench(
     model: Annotated[str, typer.Option(help="ddpm-cifar10, sd15, or a folder or Hub id.")] = "ddpm-cifar10",
     providers: Annotated[
-        str, typer.Option(help="Comma-separated: fp32, bf16, a scheme, sdnq:int8, …; options behind colons.")
+        str,
+        typer.Option(help="Comma-separated: fp32, bf16, a scheme, sdnq:int8, openvino:int8, …; options behind colons."),
     ] = "",
     batch: Annotated[int, typer.Option(min=1, help="Samples.")] = 1,
     size: Annotated[int | None, typer.Option(min=8, help="Height and width of a sample.")] = None,
@@ -32,6 +33,7 @@ def bench(
         num_inference_steps=num_inference_steps,
         repeats=repeats,
         variant=variant,
+        skip_missing=True,
     )
     if as_json:
         return print_json(result)
@@ -43,3 +45,18 @@ def bench(
         above = f"{row.seconds / row.floor_seconds:.2f}" if row.floor_seconds else ""
         table.add_row(row.provider, f"{1e3 * row.seconds:.1f}", quartiles, f"{row.speedup:.2f}", above, engines)
     stdout.print(table)
+    first = result.rows[0]
+    limit = f"; oneDNN alone is limited to {first.onednn_limit}" if first.onednn_limit else ""
+    settings = ", ".join(f"{name}={value}" for name, value in first.openmp.items()) or "default settings"
+    say(f"{first.processor} ({', '.join(first.instruction_sets)}){limit}; OpenMP: {settings}")
+    for question, ways in result.measured.items():
+        seconds = ", ".join(f"{way} {1e3 * each:.3g} ms" for way, each in ways.items())
+        say(f"{question}: {seconds}")
+
+
+def warmup(as_json: Json = False) -> None:
+    """Compile the CPU kernels once on this machine, which the first picture would otherwise wait for."""
+    result = cli.warmup()
+    if as_json:
+        return print_json(result)
+    say(f"{len(result.seconds_by_kernel)} kernels of {result.kernels} are ready, after {result.seconds:.1f} s")

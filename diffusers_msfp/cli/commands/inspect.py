@@ -9,7 +9,7 @@ import typer
 from ... import cli
 from ...checkpoint.describe import LayerDescription
 from ..shared.options import Json, Variant, print_json, print_router
-from ..shared.terminal import megabytes, stdout
+from ..shared.terminal import megabytes, say, stdout
 
 COLUMNS = ("layer", "weight", "scale", "error", "input", "scale", "zero point", "error", "engine")
 
@@ -24,16 +24,20 @@ def inspect(
     if as_json:
         return print_json(result)
     for name, part in result.components.items():
-        _say(f"{name}: {part.scheme}, {part.calibration_state}, {megabytes(part.bytes_quantized)}", style="italic")
+        say(f"{name}: {part.scheme}, {part.calibration_state}, {megabytes(part.bytes_quantized)}", style="italic")
         _print_layers(part.layers)
         refusals = Counter(pair for layer in part.layers for pair in layer.engine_refusals.items())
         for (engine, reason), count in refusals.items():
-            _say(f"{engine} refuses {count} of {len(part.layers)} layers: {reason}")
+            say(f"{engine} refuses {count} of {len(part.layers)} layers: {reason}")
         if count := sum(layer.reads_residual for layer in part.layers):
-            _say(f"{count} of {len(part.layers)} layers read residual sums, which no norm has scaled, in 8 bits")
+            say(f"{count} of {len(part.layers)} layers read residual sums, which no norm has scaled, in 8 bits")
+        for layer in part.layers:
+            for question, ways in layer.measured.items():
+                seconds = ", ".join(f"{way} {1e3 * each:.3g} ms" for way, each in ways.items())
+                say(f"{layer.name}, measured for {question}: {seconds}")
         if correction := part.parts["output_correction"]:
             timesteps = correction["timesteps"]
-            _say(f"output corrected by timestep: {len(timesteps)} timesteps, {timesteps[0]:g} … {timesteps[-1]:g}")
+            say(f"output corrected by timestep: {len(timesteps)} timesteps, {timesteps[0]:g} … {timesteps[-1]:g}")
         if adapters := part.parts["adapters"]:
             stdout.print(f"{adapters['num_adapters']} adapters per layer, {adapters['placement']}")
             print_router(adapters["intervals"])
@@ -43,11 +47,11 @@ def inspect(
 
 def _print_temporal(temporal: dict) -> None:
     timesteps = temporal["timesteps"]
-    _say(
+    say(
         f"temporal features: {len(temporal['block'])} layers depend on the timestep alone; a set of {len(timesteps)} "
         f"timesteps, {timesteps[0]:g} … {timesteps[-1]:g}"
     )
-    _say(
+    say(
         f"  input parameters for each timestep: {len(temporal['sets'])} layers, {megabytes(temporal['sets_bytes'])}; "
         f"stored outputs: {len(temporal['cached'])} layers, {megabytes(temporal['cache_bytes'])}"
     )
@@ -62,11 +66,7 @@ def _print_layers(layers: list[LayerDescription]) -> None:
     for line, (name, *cells) in enumerate(zip(names, *columns, strict=True)):
         figures = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
         text = f"{name}\n  {figures}" if split else f"{name:<{first}}  {figures}"
-        _say(text, style="bold" if line == 0 else None)
-
-
-def _say(text: str, style: str | None = None) -> None:
-    stdout.print(text, style=style, soft_wrap=True, highlight=False, markup=False)
+        say(text, style="bold" if line == 0 else None)
 
 
 def _layer_row(layer: LayerDescription) -> tuple[str, ...]:

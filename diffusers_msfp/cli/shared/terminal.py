@@ -26,6 +26,11 @@ def progress(title: str) -> Iterator[OnProgress]:
         yield report
 
 
+def say(text: str, style: str | None = None) -> None:
+    """A line of a result, as it is."""
+    stdout.print(text, style=style, soft_wrap=True, highlight=False, markup=False)
+
+
 def megabytes(size: float) -> str:
     """Bytes for people."""
     return f"{size / 1e6:.2f} MB"

@@ -6,6 +6,7 @@ adapters beside its weight, or PEFT stands between), the leaf does what its orig
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from ...compat.torch import is_hooked
 from ...layers import QuantLayer
 from ...numerics import Codes
-from .. import kernels
+from .. import kernels, tuning
 from ..engine import PreparedLayer
+from ..grid import InputGrid
 
 _KNOWN = ("diffusers.", "diffusers_msfp.")
 """Packages whose blocks run norm, activation and layer in this order."""
@@ -47,9 +49,9 @@ class FusedGroupNorm(nn.GroupNorm):
         x = x.contiguous(memory_format=torch.channels_last)
         prepared = cast(PreparedLayer, layer.prepared)
         arguments = x, self.num_groups, *_affine(self), self.eps, self.silu
-        codes, finite = kernels.norm(*arguments, prepared.grid(adapter), added)
+        codes, finite = norm(*arguments, prepared.grid(adapter), added)
         if not finite:
-            prepared.refuse_infinite(kernels.norm(*arguments, None, added)[0])
+            prepared.refuse_infinite(norm(*arguments, None, added)[0])
         return prepared.hand_over(codes, adapter, x.dtype)
 
 
@@ -90,11 +92,31 @@ def _affine(norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
     return norm.weight.detach().to(torch.float32), norm.bias.detach().to(torch.float32)
 
 
-def norm_rows(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+def norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool,
+    grid: InputGrid | None,
+    added: Tensor | None = None,
+) -> tuple[Tensor, bool]:
+    """See `kernels.norm`; torch's several passes, in all its threads, where those are faster than one an image."""
+    ways = {"one pass": kernels.norm, "torch": kernels.norm_in_passes}
+    arguments = x, groups, weight, bias, eps, silu, grid, added
+    if not tuning.allowed():
+        return kernels.norm(*arguments)
+    places = (("silu", silu), ("added", added is not None), ("codes", grid is not None))
+    asked = f"norm {tuning.text_of(x, x.dtype)} groups {groups} {' '.join(name for name, given in places if given)}"
+    return ways[tuning.fastest(asked, {name: partial(way, *arguments) for name, way in ways.items()})](*arguments)
+
+
+def norm_rows(module: nn.GroupNorm, x: Tensor) -> Tensor:
     """A group norm of `(B, N, C)`, the shape that attention works on: no copy to channels first and back."""
     x = x.contiguous().transpose(1, 2)
-    y, finite = kernels.norm(x, norm.num_groups, *_affine(norm), norm.eps, False, None)
-    return (y if finite else norm(x)).transpose(1, 2)
+    y, finite = norm(x, module.num_groups, *_affine(module), module.eps, False, None)
+    return (y if finite else module(x)).transpose(1, 2)
 
 
 class PassingSiLU(nn.SiLU):

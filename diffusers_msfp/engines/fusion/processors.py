@@ -1,11 +1,14 @@
 """Let a model's attention use the engines' products; see `attention`."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
+from ...compat.torch import is_hooked
+from ...layers import QuantLayer
+from ..engine import PreparedLayer
 from .attention import attention
 from .norms import norm_rows
 
@@ -45,13 +48,34 @@ class BF16AttnProcessor(AttnProcessor2_0):
         def heads(tensor: Tensor) -> Tensor:  # (B, N, H * D) → (B, H, N, D)
             return tensor.unflatten(2, (attn.heads, -1)).transpose(1, 2)
 
-        mixed = attention(heads(attn.to_q(x)), heads(attn.to_k(context)), heads(attn.to_v(context)))
+        if context is x:
+            read = read_together(x, attn.to_q, attn.to_k, attn.to_v)
+        else:
+            read = [attn.to_q(x), *read_together(context, attn.to_k, attn.to_v)]
+        mixed = attention(*map(heads, read))
         x = attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2)))
         if len(shape) == 4:
             x = x.transpose(1, 2).unflatten(2, shape[2:])
         if attn.residual_connection:
             x = x + hidden_states
         return x / attn.rescale_output_factor
+
+
+def read_together(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """What layers give for one input, which is quantized once where all of them have the same grid for it."""
+    apart = not x.numel() or not x.is_floating_point()
+    found: list[tuple[PreparedLayer, int]] = []
+    for layer in layers:
+        adapter = layer.takes_codes(x) if isinstance(layer, QuantLayer) and not is_hooked(layer) else None
+        if apart or adapter is None:
+            return [each(x) for each in layers]
+        found.append((cast(PreparedLayer, layer.prepared), adapter))
+    first, adapter = found[0]
+    if any(each.grid(own) != first.grid(adapter) for each, own in found[1:]):
+        return [each(x) for each in layers]
+    codes = first.quantize(x.contiguous(), adapter)
+    handed = [each.hand_over(codes.view_as(codes), own, x.dtype) for each, own in found]
+    return [layer(each) for layer, each in zip(layers, handed, strict=True)]
 
 
 def use_engine_attention(model: nn.Module, wanted: bool) -> None:

@@ -1,6 +1,6 @@
 """The CPU kernels as torch operations: for machines without Numba. Same results, several passes over memory."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -56,8 +56,9 @@ def norm(
     silu: bool,
     grid: InputGrid | None,
     added: Tensor | None = None,
+    quantizer: Callable[[Tensor, InputGrid], tuple[list[Tensor], bool]] = quantize,
 ) -> tuple[Tensor, bool]:
-    """See `kernels.norm`."""
+    """See `kernels.norm`; `quantizer` is one of the `quantize`, which all give the same codes."""
     y = x.to(torch.float32)
     if added is not None:
         y = y + added.to(torch.float32).view(*added.shape, *[1] * (x.ndim - 2))
@@ -65,7 +66,7 @@ def norm(
     y = F.silu(y) if silu else y
     if grid is None:
         return y.to(x.dtype), _is_finite(y)
-    (codes,), finite = quantize(y, grid)
+    (codes,), finite = quantizer(y, grid)
     return codes, finite
 
 

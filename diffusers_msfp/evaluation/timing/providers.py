@@ -1,11 +1,10 @@
 """The models that a benchmark compares: one float original, made ready to run in different ways.
 
 A provider's name is a kind, with options behind colons: `bf16:cl`, `w4a4`, `w4a4:low`, `w8a8:fp32`, `sdnq:int8`,
-`bf16:cl:compile`. Peers are taken if they are installed.
+`openvino:int8`, `bf16:cl:compile`. Peers are taken if they are installed.
 """
 
 import copy
-import importlib.util
 from collections.abc import Callable, Collection
 from typing import Any, cast
 
@@ -14,16 +13,25 @@ from torch import nn
 
 from ...engines import ENGINES, MEMORY_MODES
 from ...engines.choose import set_engine
-from ...errors import ConfigError, UnsupportedError
+from ...errors import ConfigError
 from ...layers.convert import Conversion, convert, quant_layers
-from ...sampling.observation import freeze
+from ...sampling.observation import freeze, track
 from ...schemes import SCHEMES
+from .peers import graph_peer, require_packages
 
 BASELINE = "bf16:cl"
-PEERS = {"sdnq": "sdnq", "quanto": "optimum.quanto", "torchao": "torchao"}
+PEERS = {
+    "sdnq": "sdnq",
+    "quanto": "optimum.quanto",
+    "torchao": "torchao",
+    "openvino": "openvino",
+    "onnxruntime": "onnxruntime",
+}
 """Kind of provider → module that it needs."""
 
 SDNQ_DTYPES = ("int8", "uint4", "fp4")
+GRAPH_DTYPES = {"openvino": ("bf16", "fp32", "int8"), "onnxruntime": ("int8", "fp32")}
+"""Runtimes of whole graphs → what they can be asked for, the default first."""
 
 
 def provide(name: str, model: nn.Module, call: Callable[[nn.Module], object]) -> nn.Module:
@@ -81,6 +89,7 @@ def _msfp(kind: str, options: list[str], model: nn.Module, call: Callable[[nn.Mo
     if not any(True for _ in quant_layers(made)):
         made = made.to(torch.float32 if "fp32" in options else torch.bfloat16)
         convert(made, Conversion.plan(made, "w4a8" if kind == "msfp" else kind))
+        track(made)  # finds the layers that read residual sums, which have formats of their own
         call(made)
         freeze(made)
     engine = next((option for option in options if option in engines), "auto")
@@ -89,8 +98,10 @@ def _msfp(kind: str, options: list[str], model: nn.Module, call: Callable[[nn.Mo
 
 
 def _peer(kind: str, options: list[str], model: nn.Module) -> nn.Module:
-    if importlib.util.find_spec(PEERS[kind].partition(".")[0]) is None:
-        raise UnsupportedError(f"Provider {kind!r} needs `{PEERS[kind]}`, which is not installed: leave it out.")
+    require_packages(kind, PEERS[kind])
+    if kind in GRAPH_DTYPES:
+        _check(kind, options, GRAPH_DTYPES[kind])
+        return graph_peer(kind, (*options, *GRAPH_DTYPES[kind])[0], _float(model))
     made = _channels_last(_float(model).to(torch.bfloat16))
     if kind == "sdnq":
         import sdnq

@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, ModelMixin, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
+from ...compat.processor import instruction_limit, instruction_sets, openmp_settings, processor
 from ...compat.wrappers import sees_through
 from ...engines.choose import engines_of
 from ...errors import UnsupportedError
@@ -33,6 +34,9 @@ class Timing(Result):
         seconds, seconds_low, seconds_high (`float`): of one step: median and quartiles.
         speedup (`float`): the baseline's time through this one's in each round, median.
         engines (`Mapping[str, int]`): layers by engine.
+        processor (`str`), instruction_sets (`Sequence[str]`), openmp (`Mapping[str, str]`): where and how it was timed:
+            see `compat.processor`; no OpenMP variables are its default settings.
+        onednn_limit (`str`, *optional*): `ONEDNN_MAX_CPU_ISA`; only oneDNN was limited, other kernels were not.
         floor_seconds (`float`, *optional*): the least that the step could take, where that was measured.
         floor_parts (`Mapping[str, float]`, *optional*): what it consists of.
     """
@@ -46,6 +50,10 @@ class Timing(Result):
     seconds_high: float
     speedup: float
     engines: Mapping[str, int]
+    processor: str = field(default_factory=processor)
+    instruction_sets: Sequence[str] = field(default_factory=instruction_sets)
+    openmp: Mapping[str, str] = field(default_factory=openmp_settings)
+    onednn_limit: str | None = field(default_factory=lambda: instruction_limit() or None, metadata=OPTIONAL)
     floor_seconds: float | None = field(default=None, metadata=OPTIONAL)
     floor_parts: Mapping[str, float] | None = field(default=None, metadata=OPTIONAL)
 

@@ -31,7 +31,7 @@ from ..blocks import block_outputs, trainable_blocks
 from ..losses import loss_weights, real_factors, squared_error
 from ..routes import routing_of
 from ..runs import Stop, deferred_signals, inputs_digest, plain_config
-from . import RoutingTable, Trainee
+from . import Trainee
 from .config import (
     DEFAULT_UPDATES,
     FinetuneConfig,
@@ -188,7 +188,8 @@ class Finetuner:
         finally:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
-        usage = cast(RoutingTable, routing_of(model)).usage()
+        routing = routing_of(model)
+        usage = [[1.0]] if routing is None else routing.usage()  # one for all where layers follow a finite set
         return Finetuned(
             updates=progress.update,
             seconds=progress.seconds,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -9,8 +10,9 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from ...compat.torch import device_of, weight_of
+from ...compat.wrappers import forget_compiled
 from ...errors import ConfigError
-from ...layers.convert import base_fingerprint, layers_by_name, replace_module
+from ...layers.convert import base_fingerprint, layers_by_name, prepare_layers, replace_module
 from ...numerics.rounding import check_finite
 from ...sampling.denoisers import model_output
 from ...sampling.timestep import timestep_argument
@@ -19,7 +21,7 @@ from ...schemes import check_patterns
 from ..blocks import block_outputs
 from ..checks import check_student, original_weight
 from ..losses import squared_error
-from ..routes import finite_set_of, maintained_layers
+from ..routes import finite_set_of
 from . import AdapterBank, AdapterPlan, FullUpdate, Gate, TimestepRouter, Trainee, adapter_rank
 from .attach import connect
 
@@ -55,13 +57,15 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         check_student(model, teacher, "talora")
-        maintained = maintained_layers(model)
-        layers = {name: each for name, each in layers_by_name(model).items() if name not in maintained}
         finite_set = finite_set_of(model)
-        if finite_set is not None and set(finite_set.plan.sets) - set(finite_set.plan.block):
+        block = set() if finite_set is None else set(finite_set.plan.block)
+        layers = {name: each for name, each in layers_by_name(model).items() if name not in block}
+        self.has_sets = any(layer.num_sets for layer in layers.values())
+        if self.has_sets and (placement != "merged" or num_adapters > 1):
             raise ConfigError(
-                "Layers have input parameters for each timestep or adapters, not both, but all layers of this model "
-                "have the former. Use `fsc='block'` in temporal maintenance, or do without fine-tuning."
+                f"Layers with input parameters for each timestep learn with `placement='merged'` and "
+                f"`num_adapters=1`, since they follow the timestep already, but got {placement!r} and {num_adapters}. "
+                f"Give these, or use `fsc='block'` in temporal maintenance."
             )
         check_patterns(router_groups, list(layers), "router_groups")
         ranks: dict[str, list[str]] = {}
@@ -97,7 +101,8 @@ class Student(nn.Module):
     def choose(self, timesteps: Tensor, noise: Tensor | None = None) -> None:
         """Set the adapters of the coming calls, `(B,)` timesteps, with the router's gradient."""
         gate, _ = self.router(timesteps.to(weight_of(self.router.mlp[0]).device), noise)
-        self.gate.set(gate)
+        finite_set = finite_set_of(self.model) if self.has_sets else None
+        self.gate.set(gate, None if finite_set is None else finite_set.nearest(timesteps))
 
     def forward(
         self, step: DenoisingStep, noise: Tensor | None = None, block: str | None = None
@@ -115,7 +120,7 @@ class Student(nn.Module):
         """
         self.choose(step.timesteps, noise)
         order = self.gate.value[:, 0].argmax(1).argsort(stable=True)  # so that a layer's adapters see adjoining rows
-        self.gate.set(self.gate.value[order])
+        self.gate.set(self.gate.value[order], None if self.gate.entries is None else self.gate.entries[order])
         step = step.rows(order)
         if block is None:
             outputs = [model_output(self.model(*step.args, **step.kwargs))[:, : step.output.shape[1]]]
@@ -206,6 +211,13 @@ class Student(nn.Module):
         for module_name, layer in finished:
             replace_module(self.model, module_name, layer)
         self._restore()
+        finite_set = finite_set_of(self.model) if self.has_sets else None
+        if finite_set is not None:  # it knows the timestep, and there is one adapter for all
+            made = {**finite_set.plan.training, "finetuning": training or {}}
+            finite_set.plan = replace(finite_set.plan, training=made)
+            forget_compiled()
+            prepare_layers(self.model)
+            return self.model
         base = base_fingerprint(self.model) if self.plan.placement == "side" else None
         plan = AdapterPlan(**{**vars(self.plan), "training": training or {}, "base": base})
         connect(self.model, plan, self.router.table(self.watched.tolist()))

@@ -30,15 +30,18 @@ class Gate:
     """The choice of the running batch, shared by all layers.
 
     `value` is `(B, groups, num_adapters)`, one-hot, with the router's gradient; `choices[group][sample]` are the same
-    as numbers, looked up on the device once.
+    as numbers, looked up on the device once. `entries` `(B,)`, int64, are the samples' timesteps in the model's finite
+    set, if it has one.
     """
 
     value: Tensor
     choices: list[list[int]]
+    entries: Tensor | None
 
-    def set(self, value: Tensor) -> None:
+    def set(self, value: Tensor, entries: Tensor | None = None) -> None:
         """Take the choice of the coming calls."""
         self.value, self.choices = value, value.detach().argmax(2).T.tolist()
+        self.entries = entries
 
 
 @torch.no_grad()
@@ -62,6 +65,9 @@ def rounding_to_codes(layer: QuantLayer, weight: Tensor) -> Tensor:
 
 class Trainee(nn.Module):
     """Trainable adapters, each with an activation scale and zero point of its own, around a frozen quantized layer.
+
+    Where the layer has an input scale and zero point for each timestep of a finite set, these learn, beside one merged
+    adapter for all.
 
     Args:
         layer (`QuantLayer`): frozen; not changed until `finish`.
@@ -115,7 +121,10 @@ class Trainee(nn.Module):
         return (self.layer.weight_qparams().scale.mean() * fmt.max / (2 ** (fmt.bits - 1) - 1)).item()
 
     def input_qparams(self) -> QParams:
-        """Scales and zero points `(h,)` as they are now, with gradients; zero points in units of the initial scale."""
+        """Scales and zero points as they are now, with gradients; zero points in units of the initial scale.
+
+        `(h,)`, one for each adapter, or `(S,)`, one for each timestep of the finite set.
+        """
         scale, fmt = cast(Tensor, self.log_scale).exp(), cast(FPFormat, self.layer.input_format)
         if self.relative_zero_point is None:
             return QParams.unchecked(fmt, scale, torch.zeros_like(scale))
@@ -140,7 +149,9 @@ class Trainee(nn.Module):
 
         def run(rows: Tensor, own: Tensor, adapter: int) -> Tensor:
             quantized = rows
-            if qparams is not None:
+            if qparams is not None and layer.num_sets:
+                quantized = _by_sample(rows, qparams, cast(Tensor, self.gate.entries))
+            elif qparams is not None:
                 one = QParams.unchecked(qparams.format, qparams.scale[adapter], qparams.zero_point[adapter])
                 quantized = fake_quantize(rows, one)
             if base is None:
@@ -195,5 +206,16 @@ class Trainee(nn.Module):
             cast(nn.Parameter, layer.bias).copy_(self.bias)
         layer.store_banks([self.merged_weight(k) for k in range(self.adapters.num_adapters)])
         if kept is not None:
-            layer.store_input(*(part.squeeze() for part in kept))  # `()` for a single adapter
+            layer.store_input(*(part if layer.num_sets else part.squeeze() for part in kept))  # `()` for one adapter
         return layer
+
+
+def _by_sample(x: Tensor, qparams: QParams, entries: Tensor) -> Tensor:
+    """Fake-quantized `(B, …)` with the parameters `(S,)` of each sample's entry `(B / repeats,)`."""
+    entries = entries.repeat_interleave(x.shape[0] // len(entries))
+    scale, zero_point = (part[entries, None] for part in (qparams.scale, qparams.zero_point))
+    own = QParams.unchecked(qparams.format, scale, zero_point)
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        last = x.permute(0, 2, 3, 1)
+        return fake_quantize(last.flatten(1), own).view(last.shape).permute(0, 3, 1, 2)
+    return fake_quantize(x.flatten(1), own).view(x.shape)

@@ -74,17 +74,24 @@ class FiniteSet(ByTimestep, StatefulModule):
         Args:
             timestep (`int`, `float` or `Tensor` of shape `()`, `(1,)` or `(B,)`).
         """
-        known = self.timesteps
-        wanted = torch.as_tensor(timestep).detach().to(known.device, known.dtype).reshape(-1)
-        distance, index = (wanted[:, None] - known).abs().min(1)
+        distance, index = self._distance(timestep).min(1)
         exact = (distance == 0) & self.cached
         if torch.compiler.is_compiling():
-            return [Entry(index[0], exact=exact[0]) if len(wanted) == 1 else Entry(index, exact=exact)]
+            return [Entry(index[0], exact=exact[0]) if len(index) == 1 else Entry(index, exact=exact)]
         entries, found = set(index.tolist()), set(exact.tolist())
         certainly = found.pop() if len(found) == 1 else None
         if len(entries) == 1:
             return [Entry(index[0], entries.pop(), exact[0] if certainly is not None else exact, certainly)]
         return [Entry(index, None, exact, certainly)]
+
+    def nearest(self, timesteps: Tensor) -> Tensor:
+        """Numbers of the nearest entries; `(B,)` → `(B,)`, int64."""
+        return self._distance(timesteps).argmin(1)
+
+    def _distance(self, timestep: Timestep) -> Tensor:
+        """How far each entry is; `(B, S)`."""
+        wanted = torch.as_tensor(timestep).detach().to(self.timesteps.device, self.timesteps.dtype).reshape(-1)
+        return (wanted[:, None] - self.timesteps).abs()
 
 
 class FeatureTable(StatefulModule):

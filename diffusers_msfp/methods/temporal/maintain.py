@@ -117,7 +117,7 @@ def maintain_temporal(
 
     No data are needed: the block's inputs are timesteps. Samplers with other timesteps work too: inputs take the
     parameters of the nearest timestep, and layers are computed where no output is stored. Fine-tuning afterwards leaves
-    these layers without adapters.
+    the layers that depend on the timestep alone as they are; those with sets learn them beside one merged adapter.
 
     Args:
         pipe (`DiffusionPipeline`): quantized and calibrated, without adapters.

@@ -1,0 +1,1 @@
+"""Layers in 8-bit integers; see the engine `int8`."""

@@ -1,0 +1,128 @@
+"""What linears and convolutions in 8-bit integers share."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ...compat.torch import has_bf16_instructions
+from ...formats import FPFormat
+from ...layers import QuantLayer
+from ...numerics import Codes
+from .. import kernels, tuning
+from ..engine import PreparedLayer, weight_integers, weight_unit
+from ..grid import low_bits
+from .products import largest_byte, writes
+
+Planes = Callable[[Tensor, int | Tensor], list[Tensor]]
+"""Values and an adapter → the bytes that hold their integers."""
+
+
+def _as_they_are(codes: Tensor, adapter: int | Tensor) -> list[Tensor]:  # noqa: ARG001
+    return [codes]
+
+
+class Int8Layer(PreparedLayer):
+    """What both kinds share: integers of the weight, and bytes of the input."""
+
+    def __init__(self, layer: QuantLayer, keep: bool) -> None:
+        super().__init__(layer, keep)
+        self.units = weight_unit(layer)
+        self.bias = None if layer.bias is None else layer.bias.detach().to(torch.float32)
+        self._table = torch.tensor(layer.weight_format.code_values, dtype=torch.int8)
+        self._chosen: dict[tuple, str] = {}
+        about = tuning.about(layer.matrix_shape, layer.weight_format, layer.input_format, layer.group_size)
+        self._about = f"{about}{'fast' if keep else 'low'}"
+
+    def integers(self, bank: int) -> Tensor:
+        """A bank's lattice integers, `(C, …)` int8."""
+        return weight_integers(self.layer, bank, self._table)
+
+    @property
+    def reads_codes(self) -> bool:
+        """Whether another module may quantize its input: to one byte a value."""
+        return not low_bits(cast(FPFormat, self.layer.input_format))
+
+    def quantize(self, x: Tensor, adapter: int) -> Tensor:
+        """See `PreparedLayer.quantize`."""
+        (codes,) = self.codes(x, adapter)
+        return codes
+
+    def hand_over(self, values: Tensor, adapter: int, dtype: torch.dtype) -> Codes:
+        """Bytes that another module made with `grid(adapter)` from floats of this dtype, for `from_codes`."""
+        return Codes.wrap(values, self.layer, adapter, dtype, *self.grid(adapter).planes[0])
+
+    def takes(self, codes: Codes) -> bool:
+        """See `PreparedLayer.takes`."""
+        return self.reads_codes and [(codes.unit, codes.zero)] == self.grid(codes.adapter).planes
+
+    def from_codes(self, codes: Codes) -> Tensor:
+        """See `PreparedLayer.from_codes`."""
+        bank = codes.adapter if self.layer.num_banks > 1 else 0
+        return self.multiply(codes.bytes(), _as_they_are, bank, codes.adapter, codes.float_dtype)
+
+    def run(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor) -> Tensor:
+        """See `PreparedLayer.run`."""
+        return self.multiply(x, self.codes, bank, adapter, x.dtype)
+
+    @abstractmethod
+    def multiply(
+        self, x: Tensor, planes: Planes, bank: int | Tensor, adapter: int | Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """The layer's output in a dtype, for floats or for bytes on the grid of an adapter.
+
+        Args:
+            x (`Tensor`): floats, or bytes.
+            planes (`Planes`): makes bytes of it, when it is laid out and padded as the kernel wants it.
+        """
+
+    def codes(self, x: Tensor, adapter: int | Tensor) -> list[Tensor]:
+        """Bytes of a float input, one tensor for each of the grid's planes."""
+        planes, finite = kernels.quantize(x, self.grid(adapter))
+        if not finite:
+            self.refuse_infinite(x)
+        return planes
+
+    def sum_of_planes(
+        self, multiply: Callable[..., Tensor], codes: list[Tensor], adapter: int | Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """`multiply(bytes, unit, zero, bias, dtype)` added up over the bytes that hold an integer."""
+        (first, (unit, zero)), *rest = zip(codes, self.grid(adapter).planes, strict=True)
+        wide = torch.float32 if rest or not writes(dtype) else dtype
+        y = multiply(first, unit, zero, self.bias, wide)
+        for more, (unit, zero) in rest:
+            y += multiply(more, unit, zero, None, wide)
+        return y.to(dtype)
+
+    def by_fastest(self, codes: list[Tensor], dtype: torch.dtype, compute: Callable[[str], Tensor]) -> Tensor:
+        """`compute(way)` by what is the fastest of the ways for such codes; by the default where nothing is timed."""
+        tuned = tuning.allowed()
+        key = (codes[0].shape, dtype, tuning.threads_and_limit() if tuned else None)
+        if key not in self._chosen:
+            ways = self.ways(codes, dtype)
+            asked = f"{self._about} {tuning.text_of(codes[0], dtype)}"
+            self._chosen[key] = tuning.fastest(asked, {way: partial(compute, way) for way in ways})
+            used = set(self._chosen.values())
+            self._weights = {key: weight for key, weight in self._weights.items() if key[1] in used}
+        return compute(self._chosen[key])
+
+    @abstractmethod
+    def ways(self, codes: list[Tensor], dtype: torch.dtype) -> tuple[str, ...]:
+        """Names of what can multiply such codes and give a dtype; the default first."""
+
+    def in_bfloat16(self, codes: list[Tensor], dtype: torch.dtype) -> bool:
+        """Whether bfloat16 products may take part: fast, and with sums that float32 holds exactly."""
+        if dtype != torch.bfloat16 or len(codes) > 1 or not has_bf16_instructions():
+            return False
+        largest = largest_byte(cast(FPFormat, self.layer.input_format)) * self.layer.largest_weight
+        return largest * self.layer.matrix_shape[1] < 2**24
+
+    def scaled(self, sums: Tensor, unit: float, bias: Tensor | None, axis: int) -> Tensor:
+        """Sums of products of integers, `(…, C, …)` with the channels on an axis, as the layer's output, float32."""
+        shape = [1] * sums.ndim
+        shape[axis] = -1
+        y = sums.to(torch.float32).mul_((self.units * unit).view(shape))
+        return y if bias is None else y.add_(bias.view(shape))

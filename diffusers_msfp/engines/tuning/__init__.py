@@ -1,0 +1,29 @@
+"""Which of several exact ways of computing something is the fastest here, measured on real shapes."""
+
+from .measure import (
+    VARIABLE,
+    about,
+    allowed,
+    fastest,
+    forget,
+    from_environment,
+    measured,
+    measured_for,
+    store,
+    text_of,
+    threads_and_limit,
+)
+
+__all__ = [
+    "VARIABLE",
+    "about",
+    "allowed",
+    "fastest",
+    "forget",
+    "from_environment",
+    "measured",
+    "measured_for",
+    "store",
+    "text_of",
+    "threads_and_limit",
+]
