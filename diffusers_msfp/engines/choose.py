@@ -12,7 +12,7 @@ from ..errors import ConfigError, StateError
 from ..layers import QuantLayer
 from ..layers.convert import quant_layers
 from ..sampling.observation import quantized_models
-from . import ENGINES, MEMORY_MODES, AutoEngine, tuning
+from . import ENGINES, MEMORY_MODES, AutoEngine, openvino, tuning
 from .fusion.fuse import fuse, undo
 from .fusion.processors import use_engine_attention
 
@@ -30,14 +30,15 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
 
     Args:
         model (`nn.Module` or `DiffusionPipeline`): with quantized layers; float components are left alone.
-        engine (`str`): `"auto"` takes for each layer the fastest that is exact; otherwise a name in `ENGINES`, and the
-            reference for layers that it cannot run.
+        engine (`str`): `"auto"` takes for each layer the fastest that is exact; `"openvino"` runs whole models as
+            graphs, and as `"auto"` what no graph can hold; otherwise a name in `ENGINES`, and the reference for layers
+            that it cannot run.
         memory (`str`): `"fast"` keeps weights as the engine wants them, `"low"` keeps them packed and expands each
             when it is needed.
 
     Raises:
-        ConfigError: an unknown name, an engine that can run none of the layers here, or a value of `MSFP_AUTOTUNE`
-            other than 0 and 1.
+        ConfigError: an unknown name, an engine that can run none of the layers here or is not installed, or a value of
+            `MSFP_AUTOTUNE` other than 0 and 1.
         StateError: no layer is quantized.
 
     Example:
@@ -45,8 +46,7 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
         set_engine(pipe, "auto", memory="low")  # weights stay packed
         ```
     """
-    if engine != AutoEngine.name:
-        ENGINES[engine]
+    _check_name(engine)
     if memory not in MEMORY_MODES:
         raise ConfigError(f"`memory` must be one of {', '.join(MEMORY_MODES)}, but got {memory!r}.")
     models = list(quantized_models(model))
@@ -56,6 +56,8 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
             f"An engine needs a quantized model, but {type(model).__name__} has no quantized layer. Quantize it, or "
             f"load a quantized checkpoint with `quantization_config=MSFPConfig()`."
         )
+    in_graphs = engine == openvino.NAME
+    engine = AutoEngine.name if in_graphs else engine
     chosen = engine_named(engine, memory)
     _require_use(engine, chosen, layers)
     for part in models:
@@ -65,11 +67,14 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
         return
     for layer in layers:
         layer.use_engine(chosen)
-        layer.prepare()
+        if not in_graphs:  # else a call prepares them that no graph can run
+            layer.prepare()
     for part in models:
         fuse(part)
         use_engine_attention(part, wanted=True)
         vars(part)["input_check"] = part.register_forward_hook(chosen.check_inputs)
+        if in_graphs:
+            openvino.install(part)
 
 
 def engine_named(name: str, memory: str = "fast") -> AutoEngine:
@@ -80,6 +85,9 @@ def engine_named(name: str, memory: str = "fast") -> AutoEngine:
 
 def engines_of(model: nn.Module) -> dict[str, int]:
     """Engine → number of layers that it runs now; while a layer observes its input, that is the reference."""
+    graphs = openvino.graph_forward_of(unwrap(model))
+    if graphs is not None and graphs.why_in_torch() is None:
+        return {openvino.NAME: sum(1 for _ in quant_layers(model))}
     return dict(Counter(_engine_of(layer) for _, layer in quant_layers(model)))
 
 
@@ -99,12 +107,19 @@ def engine_from_environment() -> str:
     """What `MSFP_ENGINE` says, or the default.
 
     Raises:
-        ConfigError: it names no engine.
+        ConfigError: it names no engine, or one that is not installed.
     """
     name = os.environ.get(ENGINE_VARIABLE, DEFAULT_ENGINE)
-    if name != AutoEngine.name:
-        ENGINES[name]
+    _check_name(name)
     return name
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name of no engine, and one that is not installed."""
+    if name == openvino.NAME:
+        openvino.require()
+    elif name != AutoEngine.name:
+        ENGINES[name]
 
 
 def _require_use(name: str, chosen: AutoEngine, layers: list[QuantLayer]) -> None:
@@ -122,6 +137,7 @@ def _require_use(name: str, chosen: AutoEngine, layers: list[QuantLayer]) -> Non
 
 
 def _unprepare(model: nn.Module) -> None:
+    openvino.remove(model)
     use_engine_attention(model, wanted=False)
     undo(model)
     if "input_check" in vars(model):

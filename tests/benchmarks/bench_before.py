@@ -87,16 +87,13 @@ def take_turns(case: str, folder: Path, trees: dict[str, Path]) -> dict:
     """One row: both versions' steps, and the ratio of each round."""
     shape, batch, rounds = CASES[case]
     command = [sys.executable, __file__, "", "--serve", str(folder), "--batch", str(batch)]
-    both = {
-        name: subprocess.Popen(
-            command, env=os.environ | {"PYTHONPATH": str(tree)}, stdin=-1, stdout=-1, text=True, bufsize=1
-        )
-        for name, tree in trees.items()
-    }
-    for name, process in both.items():
-        place = process.stdout.readline()
-        if not place.startswith(str(trees[name])):
-            raise RuntimeError(f"{name} must come from {trees[name]}, but came from {place}")
+    both = {}
+    for name, tree in trees.items():  # one after the other: what is measured at the start is measured alone
+        environment = os.environ | {"PYTHONPATH": str(tree)}
+        process = subprocess.Popen(command, env=environment, stdin=-1, stdout=-1, text=True, bufsize=1)
+        both[name], place = process, process.stdout.readline()
+        if not place.startswith(str(tree)):
+            raise RuntimeError(f"{name} must come from {tree}, but came from {place}")
     seconds, begin = (
         {name: [] for name in both},
         (time.perf_counter(), processors_busy(), sum(map(used_by, both.values()))),

@@ -13,10 +13,11 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from diffusers_msfp import MSFPConfig
-from diffusers_msfp.compat import diffusers, peft, transformers
+from diffusers_msfp.compat import diffusers, modules, peft, transformers
 from diffusers_msfp.compat import torch as torch_compat
 from diffusers_msfp.engines.fusion.fuse import FusedResnetBlock2D
 from diffusers_msfp.engines.fusion.norms import fuse_norm
@@ -251,3 +252,48 @@ def test_attention_processor(cross):
     attention.set_processor(BF16AttnProcessor())
     error = (attention(x, context).float() - expected).norm() / expected.norm()
     assert error < 0.02, "diffusers' AttnProcessor2_0 computes otherwise"
+
+
+def test_copies_of_modules_and_what_changes_in_them():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    model[0].register_forward_hook(lambda *_: None)
+    copied = modules.shadow_copy(model, lambda each: nn.Identity() if isinstance(each, nn.Dropout) else None, torch.neg)
+    assert torch.equal(copied[0].weight, -model[0].weight), "torch keeps parameters elsewhere"
+    assert not torch_compat.is_hooked(copied[0]), "torch keeps hooks elsewhere"
+    assert type(copied[1]) is nn.Identity
+    for change in (
+        lambda: model[0].weight.data.add_(1),
+        lambda: model[0].register_forward_pre_hook(lambda *_: None),
+        lambda: setattr(model[1], "p", 0.1),
+        lambda: setattr(model, "1", nn.Identity()),
+        model.eval,
+    ):
+        snapshot = modules.Snapshot(model)
+        assert snapshot.holds()
+        change()
+        assert not snapshot.holds(), "torch keeps something of modules elsewhere"
+    assert not modules.has_global_hooks()
+    assert not modules.has_dispatch_modes()
+    with FlopCounterMode(display=False):
+        assert modules.has_dispatch_modes(), "torch counts its modes otherwise"
+
+
+def test_values_are_not_looked_at():
+    class Branching(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    modules.run_without_values(nn.SiLU(), [torch.ones(2)])
+    with pytest.raises(Exception, match="_local_scalar_dense"):
+        modules.run_without_values(Branching(), [torch.ones(2)])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_openvino_reads_traces():
+    openvino = pytest.importorskip("openvino")
+    from diffusers_msfp.compat.openvino import graph_of
+
+    x = torch.randn(2, 3)
+    graph = graph_of(torch.jit.trace(nn.SiLU(), x), [x])
+    y = openvino.Core().compile_model(graph, "CPU")([x.numpy()])[0]
+    assert torch.allclose(torch.from_numpy(y), F.silu(x), atol=1e-6), "OpenVINO's frontend gives another graph"

@@ -8,6 +8,8 @@ import typer
 
 from ... import cli
 from ...checkpoint.describe import LayerDescription
+from ...engines import openvino
+from ...formats import FORMATS
 from ..shared.options import Json, Variant, print_json, print_router
 from ..shared.terminal import megabytes, say, stdout
 
@@ -29,6 +31,9 @@ def inspect(
         refusals = Counter(pair for layer in part.layers for pair in layer.engine_refusals.items())
         for (engine, reason), count in refusals.items():
             say(f"{engine} refuses {count} of {len(part.layers)} layers: {reason}")
+        in_bytes, missing = sum(map(_in_bytes, part.layers)), openvino.why_missing()
+        held = f"{openvino.NAME} runs the whole as a graph, {in_bytes} of {len(part.layers)} layers in 8-bit integers"
+        say(f"{held}, but {missing}" if missing else held)
         if count := sum(layer.reads_residual for layer in part.layers):
             say(f"{count} of {len(part.layers)} layers read residual sums, which no norm has scaled, in 8 bits")
         for layer in part.layers:
@@ -78,6 +83,11 @@ def _layer_row(layer: LayerDescription) -> tuple[str, ...]:
     zero_point = "" if layer.input_signed else _numbers(layer.input_zero_point)
     error = _error(cast(float, layer.input_rel_mse))
     return (*row, str(layer.input_format), _numbers(layer.input_scale), zero_point, error, layer.engine)
+
+
+def _in_bytes(layer: LayerDescription) -> bool:
+    read = FORMATS[cast(str, layer.input_format)] if layer.input_format in FORMATS else None
+    return openvino.are_bytes(FORMATS[layer.weight_format], read)
 
 
 def _numbers(value: Any) -> str:

@@ -17,9 +17,9 @@ from . import cache
 
 VARIABLE = "MSFP_AUTOTUNE"
 GAIN = 0.05  # what another way must save before it takes the default's place
-NOISY = 0.25  # between the shortest and the median of a way's times, relative: a measurement with more is not kept on
-# disk, and what it shows must be larger than that
-_MIN_ROUNDS, _MAX_ROUNDS, _SECONDS, _HOPELESS = 3, 9, 0.02, 2.0
+NOISY = 0.25  # between the shortest and the median of a way's times, relative: a measurement with more counts for
+# nothing and is not kept on disk, since a machine under load would keep wrong choices for good
+_MIN_ROUNDS, _MAX_ROUNDS, _SECONDS, _HOPELESS = 5, 9, 0.02, 2.0
 
 _LOCK = threading.RLock()
 _wanted: list[bool] = []  # what the environment says, once it was read
@@ -66,7 +66,7 @@ def fastest(question: str, ways: Mapping[str, Callable[[], object]]) -> str:
         if _known.get(question, {}).keys() != ways.keys():
             _known[question], steady = time_ways(ways)
             (_new if steady else _noisy).add(question)
-        _chosen[question] = choose(default, _known[question], NOISY if question in _noisy else GAIN)
+        _chosen[question] = default if question in _noisy else choose(default, _known[question])
         return _chosen[question]
 
 
@@ -75,16 +75,17 @@ def text_of(x: Tensor, dtype: torch.dtype) -> str:
     return f"{'x'.join(map(str, x.shape))} {str(dtype).removeprefix('torch.')}"
 
 
-def choose(default: str, seconds: Mapping[str, float], gain: float = GAIN) -> str:
-    """The fastest, or the default where that saves no more than `gain`."""
+def choose(default: str, seconds: Mapping[str, float]) -> str:
+    """The fastest, or the default where that saves no more than `GAIN`."""
     best = min(seconds, key=lambda name: seconds[name])
-    return best if seconds[best] < (1 - gain) * seconds[default] else default
+    return best if seconds[best] < (1 - GAIN) * seconds[default] else default
 
 
 def time_ways(ways: Mapping[str, Callable[[], object]]) -> tuple[dict[str, float], bool]:
     """Shortest time of each way, in seconds, and whether the measurement was steady.
 
-    They take turns. After the first round those that take `_HOPELESS` times as long as another are left out.
+    It is steady if no way's times spread, and one that would take the default's place won in every round: its longest
+    time is below the default's shortest. They take turns. After the first round those that take `_HOPELESS` times as long as another are left out.
     """
     for way in ways.values():
         way()  # lays out weights, and lets libraries prepare their kernels
@@ -100,8 +101,10 @@ def time_ways(ways: Mapping[str, Callable[[], object]]) -> tuple[dict[str, float
         best = min(min(each) for each in times.values())
         racing = {name: way for name, way in racing.items() if min(times[name]) < _HOPELESS * best}
     shortest = {name: min(each) for name, each in times.items()}
+    default = next(iter(ways))
+    best = choose(default, shortest)
     steady = all(median(times[name]) <= (1 + NOISY) * shortest[name] for name in racing)
-    return shortest, steady
+    return shortest, steady and (best == default or max(times[best]) < shortest[default])
 
 
 def measured(prefix: str = "") -> dict[str, dict[str, float]]:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ...engines import ENGINES, MEMORY_MODES
+from ...engines import ENGINES, MEMORY_MODES, openvino
 from ...engines.choose import set_engine
 from ...errors import ConfigError
 from ...layers.convert import Conversion, convert, quant_layers
@@ -83,7 +83,7 @@ def _float(model: nn.Module) -> nn.Module:
 
 
 def _msfp(kind: str, options: list[str], model: nn.Module, call: Callable[[nn.Module], object]) -> nn.Module:
-    engines = {*ENGINES, "auto"}
+    engines = {*ENGINES, "auto", openvino.NAME}
     _check(kind, options, {*MEMORY_MODES, "fp32", *engines})
     made = copy.deepcopy(model)
     if not any(True for _ in quant_layers(made)):

@@ -1,0 +1,201 @@
+"""Modules as torch keeps them: copies without tensors of their own, and whether anything about them has changed."""
+
+import hashlib
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+__all__ = [
+    "Snapshot",
+    "bare_copy",
+    "described",
+    "digest_of",
+    "has_dispatch_modes",
+    "has_global_hooks",
+    "run_without_values",
+    "shadow_copy",
+]
+
+Module = TypeVar("Module", bound=nn.Module)
+_TEMPLATE = vars(nn.Module())
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_START = 8192
+_SIMPLE = (bool, int, float, str, bytes, type(None), torch.dtype)
+
+
+def has_global_hooks() -> bool:
+    """Whether somebody watches all modules there are."""
+    module: Any = nn.modules.module
+    return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
+
+
+def has_dispatch_modes() -> bool:
+    """Whether somebody watches all operators, as counters of operations and fake tensors do."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
+
+
+def run_without_values(module: nn.Module, tensors: Sequence[Tensor]) -> None:
+    """Run a module on tensors that have shapes, but no values: one that looks at values raises something."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        module(*(mode.from_tensor(each) for each in tensors))
+
+
+def bare_copy(module: nn.Module, cls: type[Module], left_out: Collection[str] = ()) -> Module:
+    """A module of another class with the same plain attributes, without children, tensors and hooks."""
+    made = object.__new__(cls)
+    own = {name: value for name, value in vars(module).items() if name not in _TEMPLATE and name not in left_out}
+    vars(made).update(vars(nn.Module()) | own | {"training": module.training})
+    return made
+
+
+def shadow_copy(
+    module: nn.Module,
+    instead: Callable[[nn.Module], nn.Module | None],
+    change: Callable[[Tensor], Tensor],
+    left_out: Collection[str] = (),
+) -> nn.Module:
+    """A copy of a model that shares what is not changed, without hooks; a module that stands twice does so in the copy.
+
+    Args:
+        instead (`Callable[[nn.Module], nn.Module | None]`): another module for one of the model's; None copies it.
+        change (`Callable[[Tensor], Tensor]`): applied to parameters and buffers.
+        left_out (`Collection[str]`): attributes that are not copied.
+    """
+    made: dict[int, nn.Module] = {}
+
+    def copied(module: nn.Module) -> nn.Module:
+        if id(module) not in made:
+            other = instead(module)
+            made[id(module)] = bare_copy(module, type(module), left_out) if other is None else other
+            if other is None:
+                new: Any = made[id(module)]
+                for name, parameter in module._parameters.items():
+                    own = None if parameter is None else nn.Parameter(change(parameter.detach()), requires_grad=False)
+                    new._parameters[name] = own
+                for name, buffer in module._buffers.items():
+                    new._buffers[name] = None if buffer is None else change(buffer.detach())
+                for name, child in module._modules.items():
+                    new._modules[name] = None if child is None else copied(child)
+        return made[id(module)]
+
+    return copied(module)
+
+
+class Snapshot:
+    """A model as it is now. `holds` tells in about a microsecond for each module whether it still is the same.
+
+    Seen are other modules, classes, attributes, hooks on parts of it, tensors, and tensors that were written into.
+    Writes through `tensor.data`, as averages of weights do, are not counted by torch: they are seen in the first bytes.
+
+    Args:
+        model (`nn.Module`).
+        transient (`Collection[str]`): attributes that may change.
+        own (`Collection[str]`): attributes of the model itself, not of its parts, that may change.
+        helpers (`Collection[str]`): attributes that are objects with attributes of their own, which are looked at too.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        transient: Collection[str] = (),
+        own: Collection[str] = (),
+        helpers: Collection[str] = (),
+    ) -> None:
+        self._transient = frozenset(transient)
+        self._model, self._own = model, frozenset(own)
+        self._modules, self._parts, tensors = [], [], []
+        for module in model.modules():
+            attributes: Any = vars(module)
+            self._modules.append((module, type(module), self._lasting(module)))
+            held: Any = module
+            for part in (held._modules, held._parameters, held._buffers):
+                if part:
+                    self._parts.append((part, dict(part)))
+            if module is not model:
+                self._parts += [(getattr(held, name), dict(getattr(held, name))) for name in _HOOKS]
+            for name in helpers:
+                if hasattr(attributes.get(name), "__dict__"):
+                    self._parts.append((vars(attributes[name]), dict(vars(attributes[name]))))
+            tensors += [
+                each for part in (held._parameters, held._buffers) for each in part.values() if each is not None
+            ]
+        self._tensors = [(each, _version(each), each.data_ptr()) for each in tensors if each.device.type == "cpu"]
+        self._starts = [(array, array.tobytes()) for array in map(_start, (each for each, *_ in self._tensors))]
+
+    def _lasting(self, module: nn.Module) -> dict:
+        attributes: Any = vars(module)
+        left_out = self._transient | self._own if module is self._model else self._transient
+        if left_out.isdisjoint(attributes):
+            return attributes.copy()
+        return {name: value for name, value in attributes.items() if name not in left_out}
+
+    def holds(self) -> bool:
+        """Whether the model is as it was."""
+        try:
+            for module, cls, attributes in self._modules:
+                now: Any = vars(module)
+                if type(module) is not cls or (now != attributes and self._lasting(module) != attributes):
+                    return False
+            if not all(part == before for part, before in self._parts):
+                return False
+        except (RuntimeError, TypeError, ValueError):  # tensors and arrays that are compared are others
+            return False
+        if not all(_version(each) == version and each.data_ptr() == at for each, version, at in self._tensors):
+            return False
+        return all(array.tobytes() == before for array, before in self._starts)
+
+
+def _start(tensor: Tensor) -> np.ndarray:
+    """The first bytes of a tensor's own memory: all of a bias or norm."""
+    flat = tensor.detach().as_strided((min(tensor.numel(), _START // tensor.element_size()),), (1,))
+    return flat.view(torch.uint8).numpy()
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def digest_of(model: nn.Module, left_out: Collection[str] = (), helpers: Collection[str] = ()) -> str:
+    """SHA-256 of all that a model computes with: classes, plain attributes and tensors, equal in every process."""
+    digest = hashlib.sha256()
+    for name, module in model.named_modules(remove_duplicate=False):
+        digest.update(f"{name}:{_class_name(module)}".encode())
+        digest.update(repr(described(module, left_out, helpers)).encode())
+        own: Any = module
+        for key, tensor in (*own._parameters.items(), *own._buffers.items()):
+            if tensor is not None:
+                digest.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _class_name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def described(module: nn.Module, left_out: Collection[str] = (), helpers: Collection[str] = ()) -> dict[str, str]:
+    """A module's plain attributes in words, equal in every process; of helpers theirs too."""
+    own: Any = vars(module)
+    names = sorted(name for name in own if name not in _TEMPLATE and name not in left_out)
+    found = {name: _description(own[name], left_out) for name in names} | {"training": repr(own["training"])}
+    for helper in helpers:
+        if hasattr(own.get(helper), "__dict__"):
+            found |= {
+                f"{helper}.{name}": _description(each, left_out) for name, each in sorted(vars(own[helper]).items())
+            }
+    return found
+
+
+def _description(value: object, left_out: Collection[str]) -> str:
+    if isinstance(value, _SIMPLE):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_description(each, left_out) for each in value)}]"
+    if isinstance(value, dict):  # such as a config, whose own names and origin begin with `_`
+        kept = sorted((str(key), each) for key, each in value.items() if key not in left_out)
+        return repr([(key, _description(each, left_out)) for key, each in kept if not key.startswith("_")])
+    return _class_name(value)

@@ -1,0 +1,125 @@
+"""A model's call as a graph sees it: tensors in a fixed order, and what they are arguments of; its output likewise."""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from ...compat.torch import tree_flatten_with_path, tree_unflatten
+from ...sampling.timestep import timestep_argument
+
+
+@functools.cache
+def _signature(cls: Any) -> inspect.Signature:
+    return inspect.signature(cls.forward)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call.
+
+    Args:
+        tensors (`list[Tensor]`): in the order of the model's signature.
+        arguments (`Callable[[Sequence[Tensor]], dict]`): the keyword arguments with other tensors in their places.
+        key (`str`): all of it but the values of tensors.
+        obstacle (`str`, *optional*): why no graph can have such arguments.
+    """
+
+    tensors: list[Tensor]
+    leaves: tuple[Any, ...]
+    spec: Any
+    key: str
+    obstacle: str | None
+
+    def arguments(self, tensors: Sequence[Tensor]) -> dict:
+        """The keyword arguments with other tensors in the places of these."""
+        rest = iter(tensors)
+        return tree_unflatten([next(rest) if isinstance(each, Tensor) else each for each in self.leaves], self.spec)
+
+    @classmethod
+    def of(cls, model: nn.Module, args: tuple, kwargs: dict) -> "Call":
+        """Of the arguments as the model got them.
+
+        Raises:
+            TypeError: the model has no such arguments.
+        """
+        kind: Any = type(model)
+        given = _signature(kind).bind(model, *args, **kwargs).arguments
+        given = {name: value for name, value in list(given.items())[1:] if value is not None}
+        given |= given.pop("kwargs", {})
+        when = timestep_argument(model).name
+        if isinstance(given.get(when), (int, float)):  # type: ignore[arg-type]
+            given[when] = torch.tensor(given[when])  # type: ignore[index]
+        found, spec = tree_flatten_with_path(given)
+        leaves, obstacle, parts = [], None, []
+        for path, value in found:
+            name = given_name(path)
+            leaves.append(value)
+            if isinstance(value, Tensor):
+                parts.append(f"{value.dtype}{list(value.shape)}")
+                if value.device.type != "cpu" or value.is_complex() or type(value) not in (Tensor, nn.Parameter):
+                    obstacle = obstacle or f"`{name}` is no plain tensor on the CPU"
+            elif isinstance(value, bool) or value is None:
+                parts.append(repr(value))
+            else:
+                obstacle = obstacle or f"`{name}` holds {type(value).__name__}, not tensors alone"
+        tensors = [each for each in leaves if isinstance(each, Tensor)]
+        return cls(tensors, tuple(leaves), spec, f"{spec} {parts}", obstacle)
+
+
+def given_name(path: Sequence[Any]) -> str:
+    """The argument that a leaf belongs to."""
+    return str(getattr(path[0], "key", path[0]))
+
+
+@dataclass(frozen=True)
+class OutputForm:
+    """What a model returns, apart from the tensors.
+
+    Args:
+        kind (`str`): `tensor`, `tuple`, or the class of an output of diffusers, with its module.
+        fields (`list[str]`): of the class: those that hold a tensor.
+    """
+
+    kind: str
+    fields: list[str]
+
+    @classmethod
+    def of(cls, output: Any) -> "OutputForm":
+        """Of an output.
+
+        Raises:
+            TypeError: it holds something else than tensors.
+        """
+        if isinstance(output, Tensor):
+            return cls("tensor", [])
+        if isinstance(output, BaseOutput):
+            form = cls(f"{type(output).__module__}:{type(output).__qualname__}", list(output.keys()))
+        elif isinstance(output, tuple):
+            form = cls("tuple", [])
+        else:
+            raise TypeError(f"it returns {type(output).__name__}")
+        if not all(isinstance(each, Tensor) for each in form.tensors(output)):
+            raise TypeError("it returns something else than tensors")
+        return form
+
+    def tensors(self, output: Any) -> list[Tensor]:
+        """Those of an output of this form."""
+        if self.kind == "tensor":
+            return [output]
+        return [output[name] for name in self.fields] if self.fields else list(output)
+
+    def filled(self, tensors: Sequence[Tensor]) -> Any:
+        """An output of this form."""
+        if self.kind == "tensor":
+            return tensors[0]
+        if self.kind == "tuple":
+            return tuple(tensors)
+        module, _, name = self.kind.partition(":")
+        return getattr(importlib.import_module(module), name)(**dict(zip(self.fields, tensors, strict=True)))

@@ -1,0 +1,193 @@
+"""A model whose calls run as graphs: what stands in the place of its forward, and how it is put there."""
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ...compat.modules import Snapshot, digest_of
+from ...compat.wrappers import forget_compiled
+from ...errors import UnsupportedError
+from ...layers import QuantLayer
+from ...layers.convert import quant_layers
+from ...sampling.timestep import timestep_argument
+from . import obstacles, runtime
+from .call import Call
+from .choices import Choice, choose, following
+from .record import Recording, as_float32, record
+
+logger = logging.getLogger(__name__)
+
+MAX_GRAPHS = 8
+"""Kept in memory at once, of all models; each has the weights as bytes. Others are read from disk again."""
+AGREES = 0.9
+"""Largest relative difference between a new graph and torch's float32. Rounding makes a 4-bit network chaotic, one with
+random weights differs by 0.6; what this is to find is a graph that computes something else: zeros differ by 1."""
+
+_TRANSIENT = ("prepared", "_running", "_latest")
+_OWN = ("forward", "input_check")
+_HELPERS = ("processor",)
+_BESIDE = ("engine", "routing", "quantization_config")
+"""What a model has that its result does not depend on, or that its layers' own attributes and tensors say."""
+_GRAPHS: "OrderedDict[str, runtime.CompiledGraph]" = OrderedDict()
+_LOCK = threading.RLock()
+
+
+class GraphForward:
+    """Runs a model's calls as graphs, and in torch what no graph can hold.
+
+    Graphs belong to what a model computes with, not to the model object: copies and models that are loaded twice share
+    them. What could change a model's result without anybody saying so is looked at before every call.
+
+    Args:
+        model (`nn.Module`): whose forward this is.
+        before (`Callable`, *optional*): a forward of its own that it had, such as accelerate's.
+
+    Attributes:
+        latest (`str`, *optional*): why the latest call ran in torch; None if it ran as a graph.
+    """
+
+    def __init__(self, model: nn.Module, before: Callable | None = None) -> None:
+        self.model, self._before = model, before
+        self._snapshot: Snapshot | None = None
+        self._obstacle: str | None = None
+        self._digest = ""
+        self._layers: list[QuantLayer] = []
+        self._following: list[QuantLayer] = []
+        self.latest: str | None = None
+        self._failed: dict[str, str] = {}
+
+    def __deepcopy__(self, memo: dict) -> "GraphForward":
+        import copy
+
+        return GraphForward(copy.deepcopy(self.model, memo), copy.deepcopy(self._before, memo))
+
+    def __reduce__(self) -> tuple:
+        return GraphForward, (self.model, self._before)
+
+    @property
+    def __wrapped__(self) -> Callable:
+        """For those who look at the signature of a model's forward."""
+        return self._before or type(self.model).forward.__get__(self.model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's forward."""
+        if torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing():
+            return self.__wrapped__(*args, **kwargs)
+        obstacle = self._obstacle_of_model()
+        if obstacle is None:
+            call = Call.of(self.model, args, kwargs)
+            dtype = cast(torch.dtype, self.model.dtype)
+            obstacle = obstacles.of_call(self.model, call, dtype)
+        if obstacle is None:
+            choice = choose(self._following)
+            if choice is None:
+                obstacle = "its samples are at timesteps for which different weights or parameters are chosen"
+            else:
+                graph, obstacle = self._graph(call, choice, dtype)
+        self._say(obstacle)
+        if obstacle is not None:
+            return self.__wrapped__(*args, **kwargs)
+        return run(cast(runtime.CompiledGraph, graph), call, cast(Choice, choice), dtype)
+
+    def why_in_torch(self) -> str | None:
+        """Why calls run in torch now, whatever their arguments; None if they run as graphs."""
+        if (reason := runtime.why_missing()) is not None:
+            return reason
+        return self._obstacle_of_model()
+
+    def _obstacle_of_model(self) -> str | None:
+        if self._snapshot is None or not self._snapshot.holds():
+            if (reason := runtime.why_missing()) is not None:
+                return reason
+            self._layers = [layer for _, layer in quant_layers(self.model)]
+            self._following = following(self._layers)
+            self._snapshot = Snapshot(self.model, _TRANSIENT, _OWN, _HELPERS)
+            self._obstacle = obstacles.of_model(self.model, cast(torch.dtype, self.model.dtype))
+            if self._obstacle is None:
+                self._digest = digest_of(self.model, (*_TRANSIENT, *_OWN, *_BESIDE), _HELPERS)
+        return self._obstacle
+
+    def _graph(self, call: Call, choice: Choice, dtype: torch.dtype) -> tuple[runtime.CompiledGraph | None, str | None]:
+        """The graph of a call, or why there is none."""
+        short = f"{self._digest} {call.key} {choice.key} {dtype} {torch.get_num_threads()}"
+        with _LOCK:
+            if short in _GRAPHS:
+                _GRAPHS.move_to_end(short)
+                return _GRAPHS[short], None
+            if short in self._failed:
+                return None, self._failed[short]
+            try:
+                graph = self._make(call, choice, dtype)
+            except UnsupportedError as error:
+                self._failed[short] = str(error)
+                return None, str(error)
+            _GRAPHS[short] = graph
+            while len(_GRAPHS) > MAX_GRAPHS:
+                _GRAPHS.popitem(last=False)
+            return graph, None
+
+    def _make(self, call: Call, choice: Choice, dtype: torch.dtype) -> runtime.CompiledGraph:
+        precision = runtime.precision_of(dtype)
+        key = runtime.key_of(self._digest, call.key, choice.key, str(dtype), precision=precision)
+        shape = "×".join(map(str, call.tensors[0].shape))
+        describe = f"{type(self.model).__name__}, input {shape}"
+        graph, recording = runtime.obtain(key, precision, describe, lambda: record(self.model, call, choice))
+        if recording is not None:
+            _check(graph, recording)
+        return graph
+
+    def _say(self, obstacle: str | None) -> None:
+        """One line where calls leave the graph, and one where they come back."""
+        if obstacle == self.latest:
+            return
+        name = type(self.model).__name__
+        if obstacle is not None:
+            logger.warning("%s runs in torch, not as OpenVINO's graph: %s.", name, obstacle)
+        else:
+            logger.warning("%s runs as OpenVINO's graph again.", name)
+        self.latest = obstacle
+
+
+def run(graph: runtime.CompiledGraph, call: Call, choice: Choice, dtype: torch.dtype) -> Any:
+    """A call by its graph; the output as the model's own."""
+    chosen = [] if choice.chosen is None else [choice.chosen]
+    outputs = graph([*map(as_float32, call.tensors), *chosen])
+    return graph.form.filled([each.to(dtype) if each.is_floating_point() else each for each in outputs])
+
+
+def _check(graph: runtime.CompiledGraph, recording: Recording) -> None:
+    """Refuse a graph that computes something else than what was recorded."""
+    for given, expected in zip(graph(recording.tensors), recording.in_torch(), strict=True):
+        difference = (given - expected).norm() / expected.norm().clamp_min(1e-30)
+        if not difference <= AGREES:
+            raise UnsupportedError(f"its graph gives another result than torch (relative difference {difference:.2g})")
+
+
+def install(model: nn.Module) -> None:
+    """Let a denoiser's calls run as graphs; nothing happens to models that take no timestep, such as text encoders."""
+    remove(model)
+    if timestep_argument(model).name is None:
+        return
+    vars(model)["forward"] = GraphForward(model, vars(model).get("forward"))
+    forget_compiled()
+
+
+def remove(model: nn.Module) -> None:
+    """Let a model's calls run in torch."""
+    forward = graph_forward_of(model)
+    if forward is not None:
+        del vars(model)["forward"]
+        if forward._before is not None:
+            vars(model)["forward"] = forward._before
+        forget_compiled()
+
+
+def graph_forward_of(model: nn.Module) -> GraphForward | None:
+    """What runs a model's calls as graphs; None where nothing does."""
+    forward = vars(model).get("forward")
+    return forward if isinstance(forward, GraphForward) else None

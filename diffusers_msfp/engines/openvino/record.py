@@ -1,0 +1,138 @@
+"""Record a model's call as a graph of OpenVINO."""
+
+import logging
+import warnings
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ...compat.modules import run_without_values, shadow_copy
+from ...errors import UnsupportedError
+from ...layers import QuantLayer
+from ..fusion.fuse import undo
+from ..fusion.processors import use_engine_attention
+from .call import Call, OutputForm
+from .choices import Choice
+from .layers import Inputs, graph_layer
+
+logger = logging.getLogger(__name__)
+
+_RANDOM = ("aten::rand", "aten::bernoulli", "aten::multinomial", "aten::normal")
+
+
+class Recorder(nn.Module):
+    """A model for recording: takes and returns tensors alone.
+
+    Args:
+        model (`nn.Module`): not changed.
+        call (`Call`): whose arguments the tensors are.
+        choice (`Choice`): of that call.
+    """
+
+    def __init__(self, model: nn.Module, call: Call, choice: Choice) -> None:
+        super().__init__()
+        self._inputs, self._call, self._choice = Inputs(), call, choice
+        self.form: OutputForm | None = None
+
+        def instead(module: nn.Module) -> nn.Module | None:
+            return graph_layer(module, choice, self._inputs) if isinstance(module, QuantLayer) else None
+
+        self.model = shadow_copy(model, instead, own_float32, left_out=("forward", "prepared"))
+        undo(self.model)
+        use_engine_attention(self.model, wanted=False)
+        self.eval()
+
+    def tensors(self) -> list[Tensor]:
+        """The inputs of the recorded call; what the timestep chooses is the last."""
+        chosen = [] if self._choice.chosen is None else [self._choice.chosen]
+        return [*(as_float32(each.detach()).contiguous() for each in self._call.tensors), *chosen]
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The tensors of the model's output, float32."""
+        number = len(self._call.tensors)
+        self._inputs.begin(tensors[number] if len(tensors) > number else None)
+        output = self.model(**self._call.arguments(tensors[:number]))
+        self._inputs.begin(None)
+        self.form = OutputForm.of(output)
+        return tuple(self.form.tensors(output))
+
+
+def as_float32(tensor: Tensor) -> Tensor:
+    """Floats as float32, anything else as it is."""
+    return tensor.to(torch.float32) if tensor.is_floating_point() else tensor
+
+
+class Recording(NamedTuple):
+    """A recorded call.
+
+    Args:
+        graph (`openvino.Model`): shares its weights with `traced`, which must live as long.
+        recorder (`Recorder`), tensors (`list[Tensor]`): what was recorded.
+        traced (`torch.jit.ScriptModule`).
+    """
+
+    graph: Any
+    recorder: Recorder
+    tensors: list[Tensor]
+    traced: Any
+
+    @property
+    def form(self) -> OutputForm:
+        """Of the output."""
+        return cast(OutputForm, self.recorder.form)
+
+    @torch.no_grad()
+    def in_torch(self) -> list[Tensor]:
+        """The output as torch computes it, float32."""
+        return list(self.recorder(*self.tensors))
+
+
+def own_float32(tensor: Tensor) -> Tensor:
+    """A copy in float32: compiled graphs go on reading the memory of some constants, which must not be the model's."""
+    return tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor.clone()
+
+
+@torch.no_grad()
+def record(model: nn.Module, call: Call, choice: Choice) -> Recording:
+    """A model's call as a graph of static shapes.
+
+    Args:
+        model (`nn.Module`): that has no `obstacles`.
+        call (`Call`), choice (`Choice`): what is recorded.
+
+    Raises:
+        UnsupportedError: the model branches by the values of tensors, draws random numbers, or has operations that
+            OpenVINO does not know.
+    """
+    from ...compat.openvino import graph_of
+
+    recorder = Recorder(model, call, choice)
+    tensors = recorder.tensors()
+    try:
+        _refuse_branches(recorder, tensors)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of shapes that become constants, which they are meant to
+            traced = torch.jit.trace(recorder, tuple(tensors), check_trace=False)
+            _refuse_random(traced)
+            graph = graph_of(traced, tensors)
+    except UnsupportedError:
+        raise
+    except Exception as error:  # torch's tracer and OpenVINO's converter raise what they like
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise UnsupportedError(f"it could not be recorded ({first[0]})") from error
+    return Recording(graph, recorder, tensors, traced)
+
+
+def _refuse_branches(recorder: Recorder, tensors: list[Tensor]) -> None:
+    """A recording has one branch of each; which one may depend on shapes, but not on values."""
+    try:
+        run_without_values(recorder, tensors)
+    except Exception as error:
+        raise UnsupportedError(f"it looks into tensors while it runs ({type(error).__name__})") from error
+
+
+def _refuse_random(traced: Any) -> None:
+    for node in traced.inlined_graph.nodes():
+        if node.kind().startswith(_RANDOM):
+            raise UnsupportedError(f"it draws random numbers ({node.kind()})")

@@ -1,0 +1,190 @@
+"""OpenVINO itself: whether it is there, graphs compiled for this processor, and their store on disk."""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...compat.torch import has_bf16_instructions
+from ...errors import ConfigError, UnsupportedError
+from ..kernels.user_cache import folder
+from .call import OutputForm
+from .record import Recording
+
+logger = logging.getLogger(__name__)
+
+MAX_STORED_BYTES = 16 * 2**30
+_VERSION = 1  # of what is recorded; another one finds nothing of this one's on disk
+_PACKAGES = ("openvino", "torch", "diffusers")
+
+
+def why_missing() -> str | None:
+    """Why OpenVINO cannot be used here; None if it can."""
+    if importlib.util.find_spec("openvino") is None:
+        return "the package `openvino` is not installed"
+    return None
+
+
+def require() -> None:
+    """Refuse to go on without OpenVINO.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if (reason := why_missing()) is not None:
+        raise ConfigError(
+            f"Engine 'openvino' needs OpenVINO, but {reason}. Install it (`pip install 'diffusers-msfp[openvino]'`), "
+            f"or take engine 'auto'."
+        )
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """What is computed outside of 8-bit products."""
+    return "bf16" if dtype == torch.bfloat16 and has_bf16_instructions() else "f32"
+
+
+class CompiledGraph:
+    """A graph, ready to run; several threads may use it at once.
+
+    Args:
+        compiled (`openvino.CompiledModel`).
+        form (`OutputForm`): of its output.
+    """
+
+    def __init__(self, compiled: Any, form: OutputForm) -> None:
+        self.form, self._compiled = form, compiled
+        self._idle: list[Any] = []
+        self._lock = threading.Lock()
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Outputs for inputs of the shapes and dtypes that were recorded, all as tensors of their own."""
+        import openvino
+
+        with self._lock:
+            request = self._idle.pop() if self._idle else None
+        request = request or self._compiled.create_infer_request()
+        for index, tensor in enumerate(tensors):
+            array = tensor.detach().contiguous().numpy()
+            request.set_input_tensor(index, openvino.Tensor(array if array.ndim else array.reshape(()), True))
+        request.infer()
+        outputs = [torch.from_numpy(port.data.copy()) for port in request.output_tensors]
+        with self._lock:
+            self._idle.append(request)
+        return outputs
+
+
+def settings(precision: str) -> dict[str, Any]:
+    """Of compilation; as many threads as torch has."""
+    return {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_PRECISION_HINT": precision,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # else products of floats may be made with rounded ones
+    }
+
+
+def key_of(*parts: str, precision: str) -> str:
+    """A name for what is compiled from these parts, by this version of everything, for this processor."""
+    import openvino
+
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
+    device = openvino.Core().get_property("CPU", "FULL_DEVICE_NAME")
+    abilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    all_parts = [str(_VERSION), *versions, str(device), str(abilities), str(settings(precision)), *parts]
+    return hashlib.sha256("\n".join(all_parts).encode()).hexdigest()
+
+
+def obtain(
+    key: str, precision: str, describe: str, make: Callable[[], Recording]
+) -> tuple[CompiledGraph, Recording | None]:
+    """A graph from the disk, or compiled anew and stored there.
+
+    Args:
+        key (`str`): see `key_of`.
+        precision (`str`): see `precision_of`.
+        describe (`str`): what is compiled, for the line that says so.
+        make (`Callable`): records the graph.
+
+    Returns:
+        `tuple`: the graph, and its recording if it was compiled just now.
+
+    Raises:
+        UnsupportedError: it cannot be recorded or compiled.
+    """
+    import openvino
+
+    start = time.perf_counter()
+    place = folder("openvino") / key
+    if (found := _read(place, precision)) is not None:
+        logger.info("%s: graph read from %s in %.1f s.", describe, place, time.perf_counter() - start)
+        return found, None
+    logger.warning("%s: OpenVINO compiles a graph, once; later processes find it in %s.", describe, place.parent)
+    recording = make()
+    recorded = time.perf_counter()
+    try:
+        compiled = openvino.Core().compile_model(recording.graph, "CPU", settings(precision))
+    except RuntimeError as error:
+        raise UnsupportedError(f"OpenVINO cannot compile it ({str(error).splitlines()[0]})") from error
+    took = time.perf_counter() - start
+    logger.info("%s: recorded in %.1f s, compiled in %.1f s.", describe, recorded - start, took - (recorded - start))
+    _write(place, compiled, recording.form)
+    return CompiledGraph(compiled, recording.form), recording
+
+
+def _read(place: Path, precision: str) -> CompiledGraph | None:
+    import openvino
+
+    blob, form = place / "graph.blob", place / "output.json"
+    if not (blob.is_file() and form.is_file()):
+        return None
+    try:
+        os.utime(place)
+        with blob.open("rb") as file:
+            compiled = openvino.Core().import_model(file.read(), "CPU", settings(precision))
+        return CompiledGraph(compiled, OutputForm(**json.loads(form.read_text(encoding="utf-8"))))
+    except Exception as error:  # noqa: BLE001 – a damaged file, or one of another version, may fail in any way
+        logger.warning("%s could not be read and is made anew (%s).", blob, str(error).splitlines()[0:1])
+        return None
+
+
+def _write(place: Path, compiled: Any, form: OutputForm) -> None:
+    """Store a graph; a full or read-only disk only costs the next process its time."""
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        _replace(place / "graph.blob", compiled.export_model())
+        _replace(place / "output.json", json.dumps(asdict(form)).encode())
+        _make_room(place)
+    except OSError as error:
+        logger.warning("The graph could not be kept in %s (%s).", place, error)
+
+
+def _replace(path: Path, content: Any) -> None:
+    """Write a file whole, or not at all: several processes may store the same graph."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+    part.write_bytes(content if isinstance(content, bytes) else content.getvalue())
+    part.replace(path)
+
+
+def _make_room(newest: Path) -> None:
+    """Delete the graphs that were not used for longest, until all fit `MAX_STORED_BYTES`."""
+    places = sorted((each for each in newest.parent.iterdir() if each.is_dir()), key=lambda each: each.stat().st_mtime)
+    sizes = {place: sum(file.stat().st_size for file in place.iterdir()) for place in places}
+    for place in places:
+        if place == newest or sum(sizes.values()) <= MAX_STORED_BYTES:
+            continue
+        for file in place.iterdir():
+            file.unlink(missing_ok=True)
+        place.rmdir()
+        sizes[place] = 0
