@@ -137,6 +137,20 @@ class FPFormat:
         return self.name
 
 
+MULTIPLIER_BITS = 4
+LARGEST_PRODUCT = 127
+
+
+def largest_multiplier(fmt: FPFormat) -> int:
+    """Up to which `lattice_max * multiplier` fits a signed byte, and the multiplier 4 bits; 0 where none does."""
+    return min(2**MULTIPLIER_BITS - 1, LARGEST_PRODUCT // fmt.lattice_max)
+
+
+def largest_integer(fmt: FPFormat, *, grouped: bool) -> int:
+    """What no integer of a weight can exceed, its group's multiplier included."""
+    return fmt.lattice_max * (largest_multiplier(fmt) if grouped else 1)
+
+
 class _FormatRegistry(Registry[FPFormat]):
     """Formats by name; also understands the names of `ml_dtypes`, and explains names that make no sense.
 

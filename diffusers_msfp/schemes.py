@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from .errors import ConfigError
-from .formats import FORMATS
+from .formats import FORMATS, largest_multiplier
 from .registry import Registry
 
 
@@ -34,19 +34,26 @@ class LayerScheme:
             input float. Unsigned ones are tried with a zero point, where the data allow it.
         residual (`tuple[str, ...]`): instead of `activation` where the input is a residual sum that no norm has scaled;
             empty for no difference.
+        group_size (`int`, *optional*): so many consecutive weights of an output channel share a whole multiplier of its
+            scale; None for one scale for the whole channel.
     """
 
     weight: tuple[str, ...]
     activation: tuple[str, ...] = ()
     residual: tuple[str, ...] = ()
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         if not self.weight:
             raise ConfigError("A scheme needs at least one weight format, but got none.")
+        if self.group_size is not None and not (isinstance(self.group_size, int) and self.group_size >= 2):
+            raise ConfigError(f"A group must have 2 weights or more, but got {self.group_size!r}.")
         for name in self.weight + self.activation + self.residual:
             fmt = FORMATS[name]
             if name in self.weight and not fmt.signed:
                 raise ConfigError(f"Weights need signed formats, but `{name}` is unsigned. Use it for activations.")
+            if name in self.weight and self.group_size and not largest_multiplier(fmt):
+                raise ConfigError(f"Weights with group scales must fit 8 bits as integers, unlike `{name}`.")
         if self.activation and not any(FORMATS[name].signed for name in self.activation):
             raise ConfigError("Activations need at least one signed format, since any layer may see both signs.")
 
@@ -70,7 +77,8 @@ class QuantScheme:
 
         def reduced(layer: LayerScheme) -> LayerScheme:
             places = (layer.weight, layer.activation, layer.residual)
-            return LayerScheme(*(tuple(name for name in names if name in formats) for names in places))
+            weight, activation, residual = (tuple(name for name in names if name in formats) for names in places)
+            return LayerScheme(weight, activation, residual, layer.group_size)
 
         return QuantScheme(reduced(self.inner), reduced(self.edge), reduced(self.input))
 
@@ -86,7 +94,13 @@ def fits_byte(name: str) -> bool:
 
 
 def _scheme(
-    weight_bits: int, activation_bits: int | None, *, mixup: bool = True, wide: bool = False, pure: bool = False
+    weight_bits: int,
+    activation_bits: int | None,
+    *,
+    mixup: bool = True,
+    wide: bool = False,
+    pure: bool = False,
+    group_size: int | None = None,
 ) -> QuantScheme:
     """A scheme by its bits.
 
@@ -94,6 +108,7 @@ def _scheme(
         mixup (`bool`): unsigned formats are candidates too.
         wide (`bool`): 8-bit formats need not fit one byte.
         pure (`bool`): residual sums get no more bits than other inputs.
+        group_size (`int`, *optional*): of the inner layers' weights.
     """
 
     def narrow(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -109,7 +124,11 @@ def _scheme(
         return LayerScheme(narrow(candidates(w, signed=True)), inputs(a), residual)
 
     edge = layer(EDGE_BITS, EDGE_BITS if activation_bits else None)
-    return QuantScheme(layer(weight_bits, activation_bits), edge, replace(edge, activation=()))
+    inner = layer(weight_bits, activation_bits)
+    if group_size is not None:
+        with_room = tuple(name for name in inner.weight if largest_multiplier(FORMATS[name]) > 1)
+        inner = replace(inner, weight=with_room, group_size=group_size)
+    return QuantScheme(inner, edge, replace(edge, activation=()))
 
 
 EDGE_BITS = 8
@@ -118,7 +137,7 @@ SCHEMES: Registry[QuantScheme] = Registry("scheme")
 
 Every 8-bit format fits one byte, so that 8-bit products serve. `…-wide` also tries those that need two bytes (E4M3 and
 the like): less error, slower. Below 8 bits, layers that read a residual sum get 8-bit inputs, at no byte; `…-pure`, for
-ablation, gives them no more bits than others.
+ablation, gives them no more bits than others. `w4g{group size}a{activation bits}`: weights with group scales.
 """
 _VERSION_1: dict[str, QuantScheme] = {}
 _UNIFORM = tuple(name for name, fmt in FORMATS.items() if fmt.exponent_bits == 1)
@@ -150,6 +169,10 @@ for _w, _a in ((4, 4), (4, 6), (4, 8), (6, 6), (6, 8), (8, 8), (4, None), (6, No
 for _w, _a in ((4, 4), (4, 8), (6, 6), (8, 8)):
     _add(f"w{_w}a{_a}-signed", _w, _a, mixup=False)
     _add(f"int-w{_w}a{_a}", _w, _a, formats=_UNIFORM)
+GROUP_SIZES = (16, 32, 64, 128)
+for _g in GROUP_SIZES:
+    for _a in (4, 8, None):
+        SCHEMES.add(f"w4g{_g}a{_a or 16}", _scheme(4, _a, group_size=_g))
 DEFAULT_SCHEME = "w4a8"
 
 # What names meant in checkpoints of format version 1, which go on as they began.
@@ -187,7 +210,9 @@ def input_bits(scheme: str) -> int | None:
 
 def weights_only(scheme: str) -> str:
     """The scheme of equal weight bits that leaves activations float."""
-    return f"w{FORMATS[SCHEMES[scheme].inner.weight[0]].bits}a16"
+    inner = SCHEMES[scheme].inner
+    groups = f"g{inner.group_size}" if inner.group_size else ""
+    return f"w{FORMATS[inner.weight[0]].bits}{groups}a16"
 
 
 def as_patterns(value: str | Sequence[str]) -> tuple[str, ...]:

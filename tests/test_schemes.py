@@ -15,7 +15,10 @@ from diffusers_msfp.schemes import LayerScheme, fits_byte, input_bits, matches, 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_widths_are_what_the_name_says(name):
     scheme = SCHEMES[name]
-    weight, activation = map(int, re.fullmatch(r"(?:int-)?w(\d)a(\d+)(?:-signed|-int8|-pure|-wide)*", name).groups())
+    pattern = r"(?:int-)?w(\d)(?:g(\d+))?a(\d+)(?:-signed|-int8|-pure|-wide)*"
+    weight, group_size, activation = (part and int(part) for part in re.fullmatch(pattern, name).groups())
+    assert scheme.inner.group_size == group_size
+    assert scheme.edge.group_size is scheme.input.group_size is None
     assert {FORMATS[f].bits for f in scheme.inner.weight} == {weight}
     assert {FORMATS[f].bits for f in scheme.inner.activation} == ({activation} if activation != 16 else set())
     assert {FORMATS[f].bits for f in scheme.edge.weight + scheme.input.weight} == {8}
@@ -43,6 +46,7 @@ def test_version_1_means_what_it_meant():
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_scheme_has_a_weights_only_counterpart(name):
     counterpart = SCHEMES[weights_only(name)]
+    assert counterpart.inner.group_size == SCHEMES[name].inner.group_size
     assert counterpart.inner.activation == counterpart.edge.activation == ()
     assert set(SCHEMES[name].inner.weight) <= set(counterpart.inner.weight)
 

@@ -1,5 +1,6 @@
 """From values that were seen to `QParams`: the observer's sample, and the search."""
 
+from .groups import search_groups
 from .observer import Observation, observe
 from .search import SearchResult, is_skewed, search_activation, search_qparams, search_weight
 
@@ -9,6 +10,7 @@ __all__ = [
     "is_skewed",
     "observe",
     "search_activation",
+    "search_groups",
     "search_qparams",
     "search_weight",
 ]

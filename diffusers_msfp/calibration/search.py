@@ -48,10 +48,12 @@ class SearchResult:
     Args:
         qparams (`QParams`): scale `(C, 1, …)` per channel, `()` per tensor.
         error (`Tensor`, `()`, float32): squared error divided by the sum of squares; 0 for all-zero values.
+        multipliers (`Tensor`, *optional*, `(C, groups)`, uint8): of the scale, for each group of a channel's weights.
     """
 
     qparams: QParams
     error: Tensor
+    multipliers: Tensor | None = None
 
 
 class _SortedRows:

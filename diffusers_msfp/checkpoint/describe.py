@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from ..engines import tuning
 from ..engines.choose import engine_named
 from ..errors import CheckpointError
-from ..formats import FPFormat
 from ..layers import QuantLayer
 from ..methods.method import parts
 from ..results import Result, plain
 from ..schemes import resolve
 from .record import ModelRecord
+from .stored_layer import StoredLayer
 
 WEIGHTS = "diffusion_pytorch_model"
 TRANSFORMERS_WEIGHTS = "model"
@@ -30,37 +29,13 @@ _WEIGHTS_OF = re.compile(
 OBSERVING = "its input is being observed, which the reference does"
 
 
-@dataclass(frozen=True)
-class StoredLayer:
-    """What engines ask of a layer before they take it, on the CPU, as far as its files say it.
-
-    A `Conv1d` is stored as a linear is, and passes for one.
-    """
-
-    weight_format: FPFormat
-    input_format: FPFormat | None
-    logical_shape: tuple[int, ...]
-    packed_weight = torch.empty(0, dtype=torch.uint8)
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """See `QuantLayer.matrix_shape`."""
-        rows, length, *_ = self.logical_shape
-        return rows, length
-
-    @classmethod
-    def of(cls, shape: list[int], rows: int, weight_format: FPFormat, input_format: FPFormat | None) -> "StoredLayer":
-        """From the shape of the packed weight and the number of output channels."""
-        length = shape[-1] * 8 // weight_format.bits
-        return cls(weight_format, input_format, (rows, length, 1, 1) if len(shape) == 4 else (rows, length))
-
-
 @dataclass(frozen=True, kw_only=True)
 class LayerDescription(Result):
     """A stored layer.
 
     Args:
         name, weight_format (`str`), weight_bits (`int`): of the layer and its weight.
+        group_size (`int`, *optional*): weights that share a multiplier of their channel's scale; None without groups.
         weight_scale_min, weight_scale_max (`float`, *optional*): over output channels; None for an empty layer.
         weight_rel_mse (`float`): error of the weight.
         input_format (`str`, *optional*): None if float, `"observing"` before calibration.
@@ -77,6 +52,7 @@ class LayerDescription(Result):
     name: str
     weight_format: str
     weight_bits: int
+    group_size: int | None
     weight_scale_min: float | None
     weight_scale_max: float | None
     weight_rel_mse: float
@@ -235,7 +211,7 @@ def _describe_component(folder: Path, variant: str | None) -> ComponentDescripti
             fmt, read = group.weight_format, group.input_format
             scale = tensors[f"{name}.weight_scale"]
             rows, *_, row_bytes = shape = shapes[f"{name}.weight"]
-            stored = StoredLayer.of(shape, scale.numel(), fmt, read)
+            stored = StoredLayer.of(shape, scale.numel(), group)
             engine, refusals = auto.choose(cast(QuantLayer, stored))
             candidates = resolve(name, config["scheme"], config.get("scheme_overrides") or {}, record.format_version)
             if group.observing:
@@ -246,6 +222,7 @@ def _describe_component(folder: Path, variant: str | None) -> ComponentDescripti
                     name=name,
                     weight_format=fmt.name,
                     weight_bits=fmt.bits,
+                    group_size=group.group_size,
                     weight_scale_min=scale.min().item() if scale.numel() else None,
                     weight_scale_max=scale.max().item() if scale.numel() else None,
                     weight_rel_mse=tensors[f"{name}.weight_error"].item(),
@@ -257,7 +234,7 @@ def _describe_component(folder: Path, variant: str | None) -> ComponentDescripti
                     reads_residual=group.input in set(candidates.residual) - set(candidates.activation),
                     engine=engine.name,
                     engine_refusals=refusals,
-                    measured=tuning.measured_for(stored.matrix_shape, fmt, read),
+                    measured=tuning.measured_for(stored.matrix_shape, fmt, read, group.group_size),
                     weight_bytes=rows * row_bytes,
                 )
             )

@@ -7,13 +7,13 @@ Beside the keys of version 1, `quantization_config` of version 2 holds:
 | `digest` | a checksum of every tensor, see `digest.Digest`; must be there | yes |
 | `formats` of each layer, a tensor in the files | formats of weight and input, see `nn.stored.formats_tensor` | yes |
 | `adapters.reads` | `"float"` or `"codes"`: what adapters beside the weights read; absent means `"float"` | `"float"` |
-| `layers[…].group_size` | group scales of the weights, see below | no |
+| `layers[…].group_size` | group scales of the weights, see below | yes |
 | `timestep_scales` | the input's scales by timestep, see `TimestepScales` | no |
 | `output_correction` | correction of the output by timestep, see `methods.correction.CorrectionTable` | yes |
 | `channel_scales` | scales per input channel, see `ChannelScales` | no |
 
 `group_size` (whole number ≥ 2): so many consecutive weights of an output channel, its input dimensions flattened, share
-a multiplier of the channel's scale: tensor `<layer>.group_scale`, `(C, ⌈length / group_size⌉)`, uint8.
+a multiplier of the channel's scale: tensor `<layer>.group_scale`, `(C, bytes)`, uint8, 4 bits each, packed as codes.
 
 What is not executed yet has its place, so that version 2 need not be raised again: it is read, validated, and then
 refused, for a model without it would be another one. Unknown keys are refused too. In version 1 they get a warning, as
@@ -29,7 +29,7 @@ from ..errors import CheckpointError
 
 FORMAT_VERSION = 2
 MAX_ENTRIES = 2**16
-LAYER_KEYS = {"weight", "input", "modules"}
+LAYER_KEYS = {"weight", "input", "modules", "group_size"}
 CALIBRATION_KEYS = {"state", "last_timestep", "has_fallen", "first_timestep"}
 NEWER = "it needs a newer package: `pip install -U diffusers-msfp`."
 
@@ -121,10 +121,7 @@ def check_version_2(record: Mapping, known: Collection[str]) -> None:
     groups = record.get("layers")
     for group in groups if isinstance(groups, list) else ():
         if isinstance(group, Mapping):  # else refused where layers are made
-            _refuse_unknown("layers", set(group) - LAYER_KEYS - {"group_size"})
-            if (size := group.get("group_size")) is not None:
-                _require("layers[…].group_size", size, _whole(size, 2, 2**20))
-                used.append("layers[…].group_size")
+            _refuse_unknown("layers", set(group) - LAYER_KEYS)
     if isinstance(calibration := record.get("calibration"), Mapping):
         _refuse_unknown("calibration", set(calibration) - CALIBRATION_KEYS)
     if used:
@@ -135,12 +132,18 @@ def check_version_1(record: Mapping) -> None:
     """Refuse what changes the meaning of a part that version 1 has too.
 
     Raises:
-        CheckpointError: a kind of adapters or a correction of the output, which only version 2 can say.
+        CheckpointError: a kind of adapters, a correction of the output or groups, which only version 2 can say.
     """
     if record.get("output_correction") is not None:
         raise CheckpointError(
             "`output_correction` in config.json belongs to format version 2, but it says 1: damaged file."
         )
+    groups = record.get("layers")
+    for group in groups if isinstance(groups, list) else ():
+        if isinstance(group, Mapping) and "group_size" in group:
+            raise CheckpointError(
+                "`layers[…].group_size` in config.json belongs to format version 2, but it says 1: damaged file."
+            )
     adapters = record.get("adapters")
     if isinstance(adapters, Mapping) and "reads" in adapters:
         raise CheckpointError(

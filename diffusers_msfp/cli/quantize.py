@@ -265,7 +265,7 @@ def quantize(
             "denoising run after loading, which sets their ranges."
         )
     layers = [layer for model in models.values() for _, layer in quant_layers(model)]
-    bits = 8 * sum(layer.packed_weight.numel() + 4 * layer.weight_scale.numel() for layer in layers)
+    bits = 8 * sum(layer.packed_bytes for layer in layers)
     parameters = sum(rows * length for rows, length in (layer.matrix_shape for layer in layers))
     if budget is not None:
         budget.done(out)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..formats import FPFormat
 from ..layers import QuantLayer
 from . import kernels
-from .engine import Engine, PreparedLayer, weight_unit
+from .engine import Engine, PreparedLayer, weight_integers, weight_unit
 from .grid import InputGrid
 
 
@@ -49,9 +49,7 @@ class BF16Layer(PreparedLayer):
 
     def expand(self, bank: int) -> Tensor:
         """Lattice integers as bfloat16, where all of them are exact; channels last for images."""
-        layer = self.layer
-        codes = kernels.expand(layer.packed_bank(bank), layer.weight_format.bits, layer.matrix_shape[1], self._table)
-        weight = codes.view(layer.logical_shape).to(torch.bfloat16)
+        weight = weight_integers(self.layer, bank, self._table).to(torch.bfloat16)
         return weight.contiguous(memory_format=torch.channels_last) if weight.ndim == 4 else weight
 
     def run(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor) -> Tensor:

@@ -10,7 +10,9 @@ from ..compat.torch import tree_leaves
 from ..errors import NonFiniteError
 from ..layers import QuantLayer
 from ..numerics import Codes, QParams
+from ..numerics.groups import multiply_groups_
 from ..numerics.rounding import check_finite
+from . import kernels
 from .compiled import LayerReference, call_layer
 from .grid import InputGrid
 
@@ -138,6 +140,21 @@ class PreparedLayer(ABC):
         where = f"The input of layer `{self.layer.module_name}`"
         check_finite(x, where)
         raise NonFiniteError(f"{where} must be finite.")
+
+
+def weight_integers(layer: QuantLayer, bank: int, table: Tensor) -> Tensor:
+    """A bank's lattice integers, times the multipliers of their groups where there are some, on the CPU.
+
+    Args:
+        table (`Tensor`, `(2**bits,)`): lattice integer of each code; its dtype is the result's.
+
+    Returns:
+        `Tensor`, `logical_shape`.
+    """
+    matrix = kernels.expand(layer.packed_bank(bank), layer.weight_format.bits, layer.matrix_shape[1], table)
+    if layer.group_size is not None:
+        multiply_groups_(matrix, layer.multipliers(), layer.group_size)
+    return matrix.view(layer.logical_shape)
 
 
 def weight_unit(layer: QuantLayer) -> Tensor:

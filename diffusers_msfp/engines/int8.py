@@ -37,12 +37,12 @@ class Int8Engine(Engine):
             return "its input is not quantized"
         if low_bits(layer.input_format) > _MAX_LOW_BITS:
             return f"its input's format {layer.input_format} does not fit two bytes"
-        if layer.weight_format.lattice_max > _INT8_MAX:
+        if layer.largest_weight > _INT8_MAX:
             return f"its weight's format {layer.weight_format} does not fit 8 bits"
         largest = largest_byte(layer.input_format)
-        if largest * layer.weight_format.lattice_max * layer.matrix_shape[1] >= 2**31:
+        if largest * layer.largest_weight * layer.matrix_shape[1] >= 2**31:
             return "its sums may exceed 32 bits"
-        if not products_are_exact(largest, layer.weight_format.lattice_max):
+        if not products_are_exact(largest, layer.largest_weight):
             return "this processor adds pairs of such products in 16 bits"
         return None
 

@@ -127,7 +127,7 @@ def base_fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, layer in sorted(layers_by_name(model).items()):
         digest.update(f"{name}:{layer.weight_format}:{layer.input_format}".encode())
-        for tensor in (layer.packed_weight, layer.weight_scale):
+        for tensor in (layer.packed_weight, layer.weight_scale, *([layer.group_scale] if layer.group_size else [])):
             digest.update(tensor.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..calibration import observe
 from ..errors import UnsupportedError
 from ..numerics import Codes, QParams, decode, fake_quantize, select, unpack
+from ..numerics.groups import by_weight
 from ..numerics.rounding import require_finite
 from ..numerics.route import Route
 from .incoming import check_incoming
@@ -91,9 +92,20 @@ class Execution(StoredTensors, PackedLayer):
 
     # ── the reference ────────────────────────────────────────────────────────────────────────────────────────
 
-    def weight_qparams(self) -> QParams:
-        """Scale `(C, 1)`: of the weight as a matrix."""
-        scale = self.weight_scale[:, None]
+    def weight_qparams(self, part: slice = slice(None), scale: Tensor | None = None) -> QParams:
+        """Scale of the weight as a matrix of `rows_shape`: `(rows, 1)`, or one for each weight of a grouped channel.
+
+        Args:
+            part (`slice`): of the output channels.
+            scale (`Tensor`, *optional*, `(C,)`): instead of `weight_scale`; gradients flow to it.
+        """
+        scale = (self.weight_scale if scale is None else scale)[part, None]
+        if self.group_size is not None:
+            scale = scale * self.multipliers(part)
+            if self.has_whole_groups:
+                scale = scale.reshape(-1, 1)
+            else:
+                scale = by_weight(scale, self.group_size, self.matrix_shape[1])
         return QParams.unchecked(self.weight_format, scale, torch.zeros_like(scale))
 
     def input_qparams(self, adapter: int | Tensor = 0) -> QParams:
@@ -111,7 +123,7 @@ class Execution(StoredTensors, PackedLayer):
     def dequantize_weight(self, bank: int | Tensor = 0) -> Tensor:
         """One bank's weight as the layer uses it: float32, `logical_shape`."""
         codes = unpack(self.packed_bank(bank), self.weight_format.bits, self.matrix_shape[1])
-        return decode(codes, self.weight_qparams()).view(self.logical_shape)
+        return decode(codes.reshape(self.rows_shape), self.weight_qparams()).view(self.logical_shape)
 
     def decode_whole(self) -> Tensor:
         """See `PackedLayer`; of one bank, for several are no single weight."""

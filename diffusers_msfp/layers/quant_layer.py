@@ -7,18 +7,19 @@ PEFT finds it, and the original's attributes. Stored tensors:
 |---|---|---|---|
 | `packed_weight` | `(K * C, 1, …, bytes)`, as many axes as the convolution's weight, 3 for a linear | uint8 | codes |
 | `weight_scale` | `(C,)` | float32 | scale of each output channel |
+| `group_scale` | `(C, bytes)` | uint8 | with group scales: multiplier of each group, 4 bits, packed as the codes are |
 | `weight_error` | `()` | float32 | squared error of the weight divided by its sum of squares |
 | `input_scale`, `input_zero_point` | `()`; `(K,)`, K > 1; `(S,)` | float32 | of the input; absent if it stays float |
 | `input_error` | `()` | float32 | as `weight_error` |
 | `observed_sample`, `observed_count`, `observed_range` | see `Observation` | | only while observing |
-| `formats` | `(2, 3)` | uint8 | of weight and input, see `stored.formats_tensor`; made when it is asked for |
+| `formats` | `(2, 3)`, `(3, 3)` | uint8 | of weight and input, see `stored.formats_tensor`; made when it is asked for |
 | `bias` | as the original | as the model | untouched |
 | `adapters.down`, `adapters.up` | see `talora.AdapterBank` | float16 | only with adapters beside the weight |
 | `recall.features` | `(S, C)` | float16 or float32 | outputs known for timesteps, see `temporal.FeatureTable` |
 
 C is the number of output channels, K that of weight banks: 1, or one per adapter where adapters are merged into the
-weights; banks share `weight_scale`. With one bank and no adapters the input may have S parameter sets, one for each
-timestep of a finite set. Which bank, adapter or set a call uses is asked of `routing`.
+weights; banks share `weight_scale` and `group_scale`. With one bank and no adapters the input may have S parameter
+sets, one for each timestep of a finite set. Which bank, adapter or set a call uses is asked of `routing`.
 
 In files `packed_weight` is called `weight`. The attribute `weight` is the float weight that the codes stand for, read
 only and decoded when it is used, see `logical`.
@@ -31,7 +32,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..calibration import Observation, search_activation, search_weight
+from ..calibration import Observation, search_activation, search_groups, search_weight
 from ..compat.torch import tensors_of, weight_of
 from ..errors import ShapeError
 from ..formats import FPFormat
@@ -58,6 +59,7 @@ class QuantLayer(Execution, ABC):
     input_error: Tensor
     weight_dtype: torch.dtype
     weight_format: FPFormat
+    group_size: int | None
     input_format: FPFormat | None
     scheme: LayerScheme | None
     input_candidates: tuple[str, ...]
@@ -80,6 +82,7 @@ class QuantLayer(Execution, ABC):
         weight_format: FPFormat,
         device: torch.device | str = "meta",
         num_banks: int = 1,
+        group_size: int | None = None,
     ) -> "QuantLayer":
         """An empty quantized layer for a float one, with a float input.
 
@@ -87,16 +90,19 @@ class QuantLayer(Execution, ABC):
             module (`nn.Module`): the float original; its weight is not read.
             module_name (`str`): its full name in the model, used in messages and as a seed.
             num_banks (`int`): weights to make room for.
+            group_size (`int`, *optional*): weights that share a multiplier of their channel's scale; None for all.
         """
         layer = transplant(module, cls)
         layer.module_name, layer.weight_format, layer.weight_dtype = module_name, weight_format, weight_of(module).dtype
-        layer.input_format, layer.input_candidates, layer.observation = None, (), None
+        layer.group_size, layer.input_format, layer.input_candidates, layer.observation = group_size, None, (), None
         layer.scheme, layer.input_is_sum = None, None
         layer.routing, layer.group, layer.adapters, layer.recall, layer.engine = None, 0, None, None, None
         layer.make_room(num_banks, device)
         rows, _ = layer.matrix_shape
         layer.register_buffer("weight_scale", torch.ones(rows, dtype=torch.float32, device=device))
         layer.register_buffer("weight_error", torch.zeros((), dtype=torch.float32, device=device))
+        if group_size is not None:
+            layer.put_multipliers(torch.ones(rows, layer.num_groups, dtype=torch.uint8, device=device))
         return layer
 
     @classmethod
@@ -116,8 +122,11 @@ class QuantLayer(Execution, ABC):
         """
         weight = weight_of(module).detach() if weight is None else weight
         check_finite(weight, f"The weight of layer `{module_name}`")
-        result = search_weight(weight, scheme.weight)
-        layer = cls.skeleton(module, module_name, result.qparams.format, device=weight.device)
+        size = scheme.group_size
+        result = search_groups(weight, scheme.weight, size) if size else search_weight(weight, scheme.weight)
+        layer = cls.skeleton(module, module_name, result.qparams.format, device=weight.device, group_size=size)
+        if result.multipliers is not None:
+            layer.put_multipliers(result.multipliers)
         layer.weight_scale.copy_(result.qparams.scale.flatten())
         layer.weight_error.copy_(result.error)
         layer._store(weight)
@@ -141,8 +150,9 @@ class QuantLayer(Execution, ABC):
         step = max(1, _CHUNK // max(1, length))
         for start in range(0, rows, step):
             part = slice(start, start + step)
-            codes = encode(matrix[part], QParams(self.weight_format, self.weight_scale[part, None]))
-            packed[part] = pack(codes, self.weight_format.bits)
+            scale = self.weight_qparams(part).scale
+            codes = encode(matrix[part].reshape(-1, self.rows_shape[1]), QParams(self.weight_format, scale))
+            packed[part] = pack(codes.view(-1, length), self.weight_format.bits)
 
     def packed_bank(self, bank: int | Tensor) -> Tensor:
         """One bank's codes, `(C, bytes)`; a view where `bank` is a number."""
@@ -186,26 +196,6 @@ class QuantLayer(Execution, ABC):
     @abstractmethod
     def logical_shape(self) -> tuple[int, ...]:
         """Shape of the float weight; output channels first."""
-
-    @property
-    def num_banks(self) -> int:
-        """K, packed weights that the layer holds."""
-        return max(1, self.packed_weight.shape[0] // max(1, self.logical_shape[0]))
-
-    @property
-    def num_sets(self) -> int:
-        """S, parameter sets of the input among which the timestep chooses; 0 without."""
-        scale = tensors_of(self).get("input_scale")
-        return scale.shape[0] if scale is not None and scale.ndim and self.num_banks == 1 else 0
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """Output channels and weights per output channel."""
-        rows, *rest = self.logical_shape
-        length = 1
-        for size in rest:
-            length *= size
-        return rows, length
 
     def check_original(self, weight: Tensor) -> None:
         """Refuse a float weight that this layer cannot have been quantized from.
@@ -291,4 +281,5 @@ class QuantLayer(Execution, ABC):
         state = "observing" if self.observing else (self.input_format or "float")
         banks = f", banks={self.num_banks}" if self.num_banks > 1 else ""
         banks += f", sets={self.num_sets}" if self.num_sets else ""
-        return f"{super().extra_repr()}, weight={self.weight_format}, input={state}{banks}"
+        groups = f" in groups of {self.group_size}" if self.group_size else ""
+        return f"{super().extra_repr()}, weight={self.weight_format}{groups}, input={state}{banks}"

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError
-from ..formats import FORMATS, FPFormat
+from ..formats import FORMATS, FPFormat, largest_multiplier
 from ..schemes import LayerScheme
 from . import QUANT_LAYERS
 from .convert import quant_layers, replace_modules
 from .split import whole_name
 
 OBSERVING = "observing"
+MAX_GROUP = 2**20
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class LayerGroup:
         weight (`str`): name in `FORMATS`, of a signed one.
         input (`str`, *optional*): name in `FORMATS`, `"observing"` before calibration, None for a float input.
         modules (`tuple[str, ...]`): names of the layers.
+        group_size (`int`, *optional*): of the weights' groups, see `QuantLayer.multipliers`.
 
     Raises:
         CheckpointError: any other value.
@@ -31,6 +33,7 @@ class LayerGroup:
     weight: str
     input: str | None
     modules: tuple[str, ...]
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -40,6 +43,12 @@ class LayerGroup:
             raise CheckpointError(f"In `layers` of config.json a format is not known: {error}") from error
         if not weight.signed:
             raise CheckpointError(f"Weights are stored in signed formats, but got `{weight}` in config.json.")
+        size = self.group_size
+        if size is not None and not (type(size) is int and 2 <= size <= MAX_GROUP and largest_multiplier(weight)):
+            raise CheckpointError(
+                f"`group_size` of `layers` in config.json must be a whole number from 2 to {MAX_GROUP}, and "
+                f"the weight's integers must fit 8 bits, but got {size!r} for `{weight}`."
+            )
         names = self.modules
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             raise CheckpointError(f"`modules` of `layers` in config.json must be a list of names, but got {names!r}.")
@@ -71,20 +80,21 @@ class LayerGroup:
             raise CheckpointError(
                 f"Each entry of `layers` in config.json must have `weight`, `input` and `modules`, but got {record!r}."
             )
-        return cls(record["weight"], record["input"], record["modules"])
+        return cls(record["weight"], record["input"], record["modules"], record.get("group_size"))
 
     def to_dict(self) -> dict:
         """In types that JSON knows."""
-        return {"weight": self.weight, "input": self.input, "modules": list(self.modules)}
+        groups = {} if self.group_size is None else {"group_size": self.group_size}
+        return {"weight": self.weight, "input": self.input, "modules": list(self.modules)} | groups
 
 
 def describe_layers(model: nn.Module) -> tuple[LayerGroup, ...]:
     """All quantized layers of a model, grouped."""
-    groups: dict[tuple[str, str | None], list[str]] = {}
+    groups: dict[tuple[str, str | None, int | None], list[str]] = {}
     for name, layer in quant_layers(model):
         state = OBSERVING if layer.observing else (layer.input_format.name if layer.input_format else None)
-        groups.setdefault((layer.weight_format.name, state), []).append(name)
-    return tuple(LayerGroup(weight, state, tuple(names)) for (weight, state), names in groups.items())
+        groups.setdefault((layer.weight_format.name, state, layer.group_size), []).append(name)
+    return tuple(LayerGroup(weight, state, tuple(names), size) for (weight, state, size), names in groups.items())
 
 
 def convert_skeleton(model: nn.Module, groups: Sequence[LayerGroup], plan: Mapping[str, LayerScheme]) -> None:
@@ -109,8 +119,10 @@ def convert_skeleton(model: nn.Module, groups: Sequence[LayerGroup], plan: Mappi
                     f"config.json says that `{name}` is quantized, but {type(model).__name__} has "
                     f"{'no such layer' if module is None else type(module).__name__ + ' there'}: not its checkpoint."
                 )
-            layer = QUANT_LAYERS[type(module)].skeleton(module, name, group.weight_format)
-            layer.scheme = plan.get(whole_name(name, module)) or LayerScheme((group.weight,))
+            layer = QUANT_LAYERS[type(module)].skeleton(module, name, group.weight_format, group_size=group.group_size)
+            layer.scheme = plan.get(whole_name(name, module)) or LayerScheme(
+                (group.weight,), group_size=group.group_size
+            )
             if group.observing:
                 if not layer.scheme.activation:
                     raise CheckpointError(f"config.json says `{name}` is observing, but its scheme has nothing to try.")

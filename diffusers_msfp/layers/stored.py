@@ -8,12 +8,15 @@ from torch import Tensor
 
 from ..compat.torch import StatefulModule, tensors_of
 from ..errors import CheckpointError, UnsupportedError
-from ..formats import FPFormat
+from ..formats import MULTIPLIER_BITS, FPFormat, largest_integer, largest_multiplier
+from ..numerics import pack, unpack
+from ..numerics.groups import num_groups
 
 FORMATS_TENSOR = "formats"
 OBSERVED = ("observed_sample", "observed_count", "observed_range")
 INPUT_TENSORS = ("input_scale", "input_zero_point", "input_error")
-WEIGHT_TENSORS = ("weight_scale", "weight_error")
+GROUP_SCALE = "group_scale"
+WEIGHT_TENSORS = ("weight_scale", "weight_error", GROUP_SCALE)
 PACKED_WEIGHT = "packed_weight"
 """The packed codes' name in a layer; files call them `weight`, as they call the float weight that they stand for."""
 
@@ -34,7 +37,11 @@ _IS_SUM = (0, 1, _OBSERVING)
 
 
 def formats_tensor(
-    weight: FPFormat, input: FPFormat | None, observing: bool = False, is_sum: bool | None = None
+    weight: FPFormat,
+    input: FPFormat | None,
+    observing: bool = False,
+    is_sum: bool | None = None,
+    group_size: int | None = None,
 ) -> Tensor:
     """A layer's formats as a checkpoint's tensor, so that no state can be read with other ones.
 
@@ -42,14 +49,17 @@ def formats_tensor(
         weight (`FPFormat`), input (`FPFormat`, *optional*): None if the input stays float.
         observing (`bool`): whether the input's format is not chosen yet.
         is_sum (`bool`, *optional*): whether an observed input is a residual sum; None where it is not known yet.
+        group_size (`int`, *optional*): of the weight's groups.
 
     Returns:
         `Tensor`, `(2, 3)`, uint8: signed, exponent bits, mantissa bits of the weight and of the input; zeros for a
-        float input, 255 for one that is being observed, at the end 1 or 0 where it is known to be a sum or none.
+        float input, 255 for one that is being observed, at the end 1 or 0 where it is known to be a sum or none. With
+        groups `(3, 3)`: at the end the three bytes of their size, the lowest first.
     """
     rows = [[fmt.signed, fmt.exponent_bits, fmt.mantissa_bits] if fmt else [0, 0, 0] for fmt in (weight, input)]
     read = [_OBSERVING, _OBSERVING, _OBSERVING if is_sum is None else is_sum] if observing else rows[1]
-    return torch.tensor([rows[0], read], dtype=torch.uint8, device="cpu")  # models are made on the meta device
+    groups = [] if group_size is None else [list(group_size.to_bytes(3, "little"))]
+    return torch.tensor([rows[0], read, *groups], dtype=torch.uint8, device="cpu")  # models are made on the meta device
 
 
 def same_formats(a: Tensor, b: Tensor) -> bool:
@@ -58,7 +68,8 @@ def same_formats(a: Tensor, b: Tensor) -> bool:
         return False
     observing = all(t[1, 0] == _OBSERVING and t[1, 2] in _IS_SUM for t in (a, b))
     compared = 5 if observing else 6
-    return torch.equal(a.flatten()[:compared], b.flatten()[:compared])
+    parts = slice(compared), slice(6, None)
+    return all(torch.equal(a.flatten()[part], b.flatten()[part]) for part in parts)
 
 
 def observed_is_sum(tensor: Tensor) -> bool | None:
@@ -69,13 +80,14 @@ def observed_is_sum(tensor: Tensor) -> bool | None:
 
 def say_formats(tensor: Tensor) -> str:
     """What `formats_tensor` made, in words."""
-    if tensor.dtype != torch.uint8 or tuple(tensor.shape) != (2, 3):
+    if tensor.dtype != torch.uint8 or tuple(tensor.shape) not in ((2, 3), (3, 3)):
         return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
     words = []
-    for signed, exponent, mantissa in tensor.tolist():
+    for signed, exponent, mantissa in tensor[:2].tolist():
         named = f"fp{signed + exponent + mantissa}_{'' if signed else 'u'}e{exponent}m{mantissa}"
         words.append("observing" if signed == _OBSERVING else named if exponent else "float")
-    return f"weight {words[0]}, input {words[1]}"
+    groups = "".join(f" in groups of {int.from_bytes(bytes(size), 'little')}" for size in tensor[2:].tolist())
+    return f"weight {words[0]}{groups}, input {words[1]}"
 
 
 Own = TypeVar("Own", bound="StoredTensors")
@@ -83,6 +95,61 @@ Own = TypeVar("Own", bound="StoredTensors")
 
 class StoredTensors(StatefulModule):
     """Abstract base of `QuantLayer`: what concerns its tensors as a checkpoint's, not as numbers to compute with."""
+
+    @property
+    def num_banks(self) -> int:
+        """K, packed weights that the layer holds."""
+        return max(1, self.packed_weight.shape[0] // max(1, self.logical_shape[0]))
+
+    @property
+    def num_sets(self) -> int:
+        """S, parameter sets of the input among which the timestep chooses; 0 without."""
+        scale = tensors_of(self).get("input_scale")
+        return scale.shape[0] if scale is not None and scale.ndim and self.num_banks == 1 else 0
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Output channels and weights per output channel."""
+        rows, *rest = self.logical_shape
+        length = 1
+        for size in rest:
+            length *= size
+        return rows, length
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of each output channel; 0 without."""
+        return 0 if self.group_size is None else num_groups(self.matrix_shape[1], self.group_size)
+
+    @property
+    def has_whole_groups(self) -> bool:
+        """Whether all groups are of equal size, so that they can be rows of a matrix."""
+        return self.group_size is not None and self.matrix_shape[1] % self.group_size == 0
+
+    @property
+    def rows_shape(self) -> tuple[int, int]:
+        """The weight as a matrix with a scale for each row, where groups allow it; see `weight_qparams`."""
+        rows, length = self.matrix_shape
+        return (rows * self.num_groups, self.group_size) if self.has_whole_groups else (rows, length)
+
+    def multipliers(self, part: slice = slice(None)) -> Tensor:
+        """Of the groups of some output channels, `(C, groups)` uint8."""
+        return unpack(self.group_scale[part], MULTIPLIER_BITS, self.num_groups)
+
+    def put_multipliers(self, multipliers: Tensor) -> None:
+        """Take a multiplier for each group, `(C, groups)` uint8."""
+        self.register_buffer(GROUP_SCALE, pack(multipliers, MULTIPLIER_BITS))
+
+    @property
+    def largest_weight(self) -> int:
+        """What no integer of the weight, multiplier included, can exceed."""
+        return largest_integer(self.weight_format, grouped=self.group_size is not None)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Of one bank's codes and all scales."""
+        groups = 0 if self.group_size is None else self.group_scale.numel()
+        return self.packed_weight.numel() // self.num_banks + 4 * self.weight_scale.numel() + groups
 
     @property
     def observed(self) -> dict[str, Tensor]:
@@ -100,13 +167,13 @@ class StoredTensors(StatefulModule):
         return super().__getattr__(name)
 
     def exact_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Buffers that must stay float32 whatever the model is cast to."""
+        """Buffers that must stay as they are whatever the model is cast to."""
         own = tensors_of(self)
         yield from ((name, own[name]) for name in (*WEIGHT_TENSORS, *INPUT_TENSORS) if name in own)
 
     def formats_tensor(self) -> Tensor:
         """See the function of this name."""
-        return formats_tensor(self.weight_format, self.input_format, self.observing, self.input_is_sum)
+        return formats_tensor(self.weight_format, self.input_format, self.observing, self.input_is_sum, self.group_size)
 
     def take_formats(self, said: Tensor | None) -> None:
         """Of a state's formats, which are this layer's, what is known of an observed input; None says nothing."""
@@ -167,6 +234,13 @@ class StoredTensors(StatefulModule):
             if scale is not None and not (torch.isfinite(scale).all() and (scale > 0).all()):
                 raise CheckpointError(
                     f"`{self.module_name}.{name}` must be finite and > 0, but it is not: damaged file."
+                )
+        if self.group_size is not None:
+            largest, multipliers = largest_multiplier(self.weight_format), self.multipliers()
+            if not ((multipliers >= 1) & (multipliers <= largest)).all():
+                raise CheckpointError(
+                    f"`{self.module_name}.{GROUP_SCALE}` must hold multipliers from 1 to {largest} for "
+                    f"`{self.weight_format}`, but it does not: damaged file."
                 )
         zero_point = own.get("input_zero_point")
         if zero_point is not None:

@@ -43,7 +43,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     if codes.ndim != 2:
         raise ShapeError(f"Codes must have shape (rows, length), but got {tuple(codes.shape)}.")
-    if codes.numel() and int(codes.max()) >= 2**bits:
+    if not codes.is_meta and codes.numel() and int(codes.max()) >= 2**bits:
         raise ShapeError(f"Codes must be below {2**bits} for {bits} bits, but got {int(codes.max())}.")
     length = codes.shape[1]
     num_codes, num_bytes = _group(bits)

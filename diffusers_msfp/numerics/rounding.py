@@ -26,6 +26,13 @@ def round_to_lattice(y: Tensor, fmt: FPFormat) -> Tensor:
     return torch.round(y * inverse) * step + 0.0  # + 0.0 turns -0 into 0
 
 
+def round_in_place(y: Tensor, mantissa_bits: int) -> Tensor:
+    """`round_to_lattice` of a float32 tensor, in place: adds and takes off `1.5 * 2**23` local steps."""
+    bits = y.view(torch.int32).bitwise_and(0x7F800000).clamp_min_((127 + mantissa_bits) << 23)
+    magic = bits.add_((23 - mantissa_bits) << 23).bitwise_or_(0x400000).view(torch.float32)
+    return y.add_(magic).sub_(magic)
+
+
 def local_step(y: Tensor, fmt: FPFormat) -> tuple[Tensor, Tensor]:
     """Distance of the grid's neighbours around each value, in lattice steps, and its reciprocal.
 

@@ -121,9 +121,7 @@ class MSFPPipelineMixin:
             inputs = Counter("observing" if layer.observing else str(layer.input_format or "float") for layer in layers)
             weights = sum(rows * length for rows, length in (layer.matrix_shape for layer in layers))
             unsigned = sum(layer.input_format is not None and not layer.input_format.signed for layer in layers)
-            packed = sum(
-                layer.packed_weight.numel() // layer.num_banks + 4 * layer.weight_scale.numel() for layer in layers
-            )
+            packed = sum(layer.packed_bytes for layer in layers)
             report[name] = {
                 "scheme": config_of(model).scheme,
                 "calibration_state": calibration_state(model),

@@ -39,6 +39,10 @@ CELLS = {
     f"w4a4{CORRECTED}": ("w4a4", "ptq"),
     f"w4a4 msfp{CORRECTED}": ("w4a4", "msfp"),
     f"w4a8{CORRECTED}": ("w4a8", "ptq"),
+    f"w4a16{CORRECTED}": ("w4a16", "ptq"),
+    f"w4g32a4{CORRECTED}": ("w4g32a4", "ptq"),
+    f"w4g32a8{CORRECTED}": ("w4g32a8", "ptq"),
+    f"w4g32a16{CORRECTED}": ("w4g32a16", "ptq"),
 }
 PURE = ("ptq", "tfmq", "rounded", "full", "split", "split-rounded", "split-full")
 CELLS |= {f"w4a4-pure {recipe}": ("w4a4-pure", recipe) for recipe in PURE}

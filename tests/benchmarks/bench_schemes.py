@@ -37,7 +37,9 @@ CASES = (
     *("w4a4 + rounding", "w4a4 + rounding + correction", "w4a4 + rounding + ranges", "w4a4 + msfp"),
     *("w4a4 + timesteps + correction", "w4a4 + rounding + timesteps + correction"),
     *("w4a4 + rounding + ranges + correction", "w6a6-pure", "w6a6", "w6a6 + correction", "w4a8", "w4a8 + correction"),
-    *("w4a8-wide", "w8a8", "w8a8-wide", "w4a16"),
+    *("w4a8-wide", "w8a8", "w8a8-wide", "w4a16", "w4a16 + correction"),
+    *("w4g32a4", "w4g32a4 + correction", "w4g32a8", "w4g32a8 + correction", "w4g32a16", "w4g32a16 + correction"),
+    *("w4g32a16 + rounding + correction",),
 )
 """Scheme, and what follows it in this order."""
 BY_TIMESTEP = TemporalConfig(fsc="all", iterations=0, cache_above=None)

@@ -216,6 +216,17 @@ def memory() -> Iterator[dict[str, str]]:
             }
 
 
+def groups() -> Iterator[dict[str, str]]:
+    """Weight error with group scales, and with what was weighed against them."""
+    for row in read_results("groups")["rows"]:
+        if "weight_rel_mse" in row:
+            yield {
+                "scales of 4-bit weights": row["variant"],
+                "squared error / energy": f"{row['weight_rel_mse']:.5f}",
+                "bits per weight": f"{row['bits_per_weight']:.2f}",
+            }
+
+
 def rounding() -> Iterator[dict[str, str]]:
     """Learned rounding beside nearest rounding."""
     for row in read_results("rounding")["rows"]:
@@ -347,6 +358,7 @@ MAKERS = (
     engines,
     memory,
     formats,
+    groups,
     rounding,
     schemes,
     shapes,

@@ -21,7 +21,8 @@ from diffusers_msfp.plugin.files.streaming import StreamedModel
 from diffusers_msfp.plugin.quantize import quantize_model
 from diffusers_msfp.schemes import SCHEMES, LayerScheme, QuantScheme
 
-CONFIG = MSFPConfig("w4a4", modules_to_not_convert=["conv_shortcut"], scheme_overrides={"to_out": "w8a8"})
+OVERRIDES = {"to_out": "w8a8", "to_q": "w4g16a4"}
+CONFIG = MSFPConfig("w4a4", modules_to_not_convert=["conv_shortcut"], scheme_overrides=OVERRIDES)
 FILE = "diffusion_pytorch_model.safetensors"
 INDEX = f"{FILE}.index.json"
 FAST = {"num_samples": 2, "num_inference_steps": 2}

@@ -12,7 +12,7 @@ from diffusers_msfp.numerics.rounding import lattice_range, round_to_lattice
 
 ONCE = 4e-3  # relative: rounded to bfloat16
 TRACED = pytest.mark.filterwarnings("ignore:.*trace.*", "ignore::DeprecationWarning", "ignore::UserWarning")
-BYTE_SCHEMES = ("w4a4", "w4a8", "w8a8")
+BYTE_SCHEMES = ("w4a4", "w4a8", "w8a8", "w4g16a8")
 
 
 def edges(fmt) -> torch.Tensor:

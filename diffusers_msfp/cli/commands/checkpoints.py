@@ -156,7 +156,8 @@ def _print_layers(layers: list[LayerDescription]) -> None:
 
 def _layer_row(layer: LayerDescription) -> tuple[str, ...]:
     scale = _numbers([layer.weight_scale_min, layer.weight_scale_max])
-    row = (layer.name, layer.weight_format, scale, _error(layer.weight_rel_mse))
+    groups = f" g{layer.group_size}" if layer.group_size else ""
+    row = (layer.name, f"{layer.weight_format}{groups}", scale, _error(layer.weight_rel_mse))
     if layer.input_signed is None:
         return (*row, layer.input_format or "float", "", "", "", layer.engine)
     zero_point = "" if layer.input_signed else _numbers(layer.input_zero_point)

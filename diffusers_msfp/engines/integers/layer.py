@@ -13,7 +13,7 @@ from ...formats import FPFormat
 from ...layers import QuantLayer
 from ...numerics import Codes
 from .. import kernels, tuning
-from ..engine import PreparedLayer, weight_unit
+from ..engine import PreparedLayer, weight_integers, weight_unit
 from ..grid import low_bits
 from .products import largest_byte, writes
 
@@ -34,14 +34,12 @@ class Int8Layer(PreparedLayer):
         self.bias = None if layer.bias is None else layer.bias.detach().to(torch.float32)
         self._table = torch.tensor(layer.weight_format.code_values, dtype=torch.int8)
         self._chosen: dict[tuple, str] = {}
-        about = tuning.about(layer.matrix_shape, layer.weight_format, layer.input_format)
+        about = tuning.about(layer.matrix_shape, layer.weight_format, layer.input_format, layer.group_size)
         self._about = f"{about}{'fast' if keep else 'low'}"
 
     def integers(self, bank: int) -> Tensor:
         """A bank's lattice integers, `(C, …)` int8."""
-        layer = self.layer
-        matrix = kernels.expand(layer.packed_bank(bank), layer.weight_format.bits, layer.matrix_shape[1], self._table)
-        return matrix.view(layer.logical_shape)
+        return weight_integers(self.layer, bank, self._table)
 
     @property
     def reads_codes(self) -> bool:
@@ -119,7 +117,7 @@ class Int8Layer(PreparedLayer):
         """Whether bfloat16 products may take part: fast, and with sums that float32 holds exactly."""
         if dtype != torch.bfloat16 or len(codes) > 1 or not has_bf16_instructions():
             return False
-        largest = largest_byte(cast(FPFormat, self.layer.input_format)) * self.layer.weight_format.lattice_max
+        largest = largest_byte(cast(FPFormat, self.layer.input_format)) * self.layer.largest_weight
         return largest * self.layer.matrix_shape[1] < 2**24
 
     def scaled(self, sums: Tensor, unit: float, bias: Tensor | None, axis: int) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...numerics.rounding import round_in_place
 from ..grid import InputGrid, output_size
 
 _BLOCK = 2**15  # values worked on at once: the passes stay in the cache, and in one thread, which needs no waking
@@ -14,9 +15,7 @@ _BLOCK = 2**15  # values worked on at once: the passes stay in the cache, and in
 def _lattice(x: Tensor, grid: InputGrid) -> Tensor:
     """Lattice integers, float32, of values of any float dtype; see `numerics.round_to_lattice`."""
     y = x.to(torch.float32).mul(grid.inverse).add_(float(grid.zero)).clamp_(grid.low, grid.high)
-    bits = y.view(torch.int32).bitwise_and(0x7F800000).clamp_min_((127 + grid.mantissa_bits) << 23)
-    magic = bits.add_((23 - grid.mantissa_bits) << 23).bitwise_or_(0x400000).view(torch.float32)  # 1.5 * 2^23 * step
-    return y.add_(magic).sub_(magic)
+    return round_in_place(y, grid.mantissa_bits)
 
 
 def _is_finite(x: Tensor) -> bool:

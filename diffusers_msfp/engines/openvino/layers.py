@@ -16,8 +16,7 @@ from ...compat.modules import bare_copy
 from ...compat.torch import ConvNd, convolve, padding_ends
 from ...formats import FPFormat
 from ...layers import QuantLayer
-from ...numerics import QParams, decode, unpack
-from ..engine import weight_unit
+from ..engine import weight_integers, weight_unit
 from .choices import Choice, Reader
 from .rounding import Grid, lattice_integers, quantize_as_byte
 
@@ -153,11 +152,8 @@ def graph_layer(layer: QuantLayer, choice: Choice, inputs: Inputs) -> GraphLayer
 
 
 def _integers(layer: QuantLayer, bank: int) -> Tensor:
-    """A bank's weight in lattice steps, `logical_shape`, int8."""
-    codes = unpack(layer.packed_bank(bank), layer.weight_format.bits, layer.matrix_shape[1])
-    one = torch.tensor(1 / layer.weight_format.step)
-    values = decode(codes, QParams.unchecked(layer.weight_format, one, torch.zeros(())))
-    return values.to(torch.int8).view(layer.logical_shape)
+    """A bank's weight in lattice steps of its channels, `logical_shape`, int8."""
+    return weight_integers(layer, bank, torch.tensor(layer.weight_format.code_values, dtype=torch.int8))
 
 
 def runs_in_bytes(layer: QuantLayer) -> bool:

@@ -115,14 +115,17 @@ def measured(prefix: str = "") -> dict[str, dict[str, float]]:
         return {question: dict(ways) for question, ways in _known.items() if question.startswith(prefix)}
 
 
-def about(shape: tuple[int, int], weight: FPFormat, read: FPFormat | None) -> str:
-    """How the questions on a layer begin: output channels and length of its weight, its formats."""
-    return f"layer {'x'.join(map(str, shape))} {weight} {read} "
+def about(shape: tuple[int, int], weight: FPFormat, read: FPFormat | None, group_size: int | None = None) -> str:
+    """How the questions on a layer begin: output channels and length of its weight, its formats and groups."""
+    groups = f" in groups of {group_size}" if group_size else ""
+    return f"layer {'x'.join(map(str, shape))} {weight}{groups} {read} "
 
 
-def measured_for(shape: tuple[int, int], weight: FPFormat, read: FPFormat | None) -> dict[str, dict[str, float]]:
-    """`measured` for layers of this size and these formats, without what they have in common."""
-    prefix = about(shape, weight, read)
+def measured_for(
+    shape: tuple[int, int], weight: FPFormat, read: FPFormat | None, group_size: int | None = None
+) -> dict[str, dict[str, float]]:
+    """`measured` for layers of this size, these formats and groups, without what they have in common."""
+    prefix = about(shape, weight, read, group_size)
     return {question.removeprefix(prefix): ways for question, ways in measured(prefix).items()}
 
 

@@ -206,8 +206,8 @@ def _summary(layers: dict[str, QuantLayer], before: dict, originals: dict[str, T
         changed += int((now != then).sum())
         zeros_before += int((then == 0).sum())  # -0 is never stored
         zeros += int((now == 0).sum())
-        amax = originals[key].to(torch.float32).flatten(1).abs().amax(1)
-        ratios.append((layer.weight_qparams().maxval[:, 0] / amax)[amax > 0])
+        amax = originals[key].to(torch.float32).reshape(layer.rows_shape).abs().amax(1)
+        ratios.append((layer.weight_qparams().maxval.amax(1) / amax)[amax > 0])
     return {
         "weights": weights,
         "changed": changed / weights,

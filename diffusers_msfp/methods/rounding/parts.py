@@ -31,7 +31,7 @@ class RoundedLayer(nn.Module):
     def __init__(self, layer: QuantLayer, original: Tensor, *, scale_aware: bool) -> None:
         super().__init__()
         self.layer = layer
-        self.soft = SoftRounding(original.flatten(1), layer.weight_qparams(), scale_aware=scale_aware)
+        self.soft = SoftRounding(original.reshape(layer.rows_shape), layer.weight_qparams(), scale_aware=scale_aware)
         self.hardened = False
 
     @property

@@ -8,7 +8,7 @@ experiment: in a call of the full-precision model their input is what `torch.cat
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -212,7 +212,7 @@ class _Concatenations(TorchFunctionMode):
 def _quantized(original: nn.Module, layer: QuantLayer, sizes: Sequence[int]) -> SplitLayer:
     """The layer in quantized parts; parts observe if the layer's input is quantized."""
     scheme = cast(LayerScheme, layer.scheme)
-    scheme = scheme if layer.input_format is not None else LayerScheme(scheme.weight)
+    scheme = scheme if layer.input_format is not None else replace(scheme, activation=(), residual=())
     split = split_layer(original, sizes, layer.module_name)
     for index, part in enumerate(list(split.children())):
         quantized = QUANT_LAYERS[type(part)].from_float(part, f"{layer.module_name}.{index}", scheme)

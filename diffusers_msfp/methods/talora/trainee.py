@@ -56,10 +56,10 @@ def rounding_to_codes(layer: QuantLayer, weight: Tensor) -> Tensor:
         `Tensor`, float32: `Ŵ + clamp(W - Ŵ, ±0.49 s)` with the grid's local step `s`, in the unit of the weight.
     """
     qparams = layer.weight_qparams()
-    codes = layer.dequantize_weight().reshape(layer.matrix_shape)
+    codes = layer.dequantize_weight().reshape(layer.rows_shape)
     step, _ = local_step(codes / qparams.unit, layer.weight_format)
     reach = NEAR * step * qparams.unit
-    apart = weight.to(torch.float32).reshape(layer.matrix_shape) - codes
+    apart = weight.to(torch.float32).reshape(layer.rows_shape) - codes
     return (codes + apart.clamp(-reach, reach)).view(layer.logical_shape)
 
 
@@ -118,7 +118,7 @@ class Trainee(nn.Module):
     def weight_step(self) -> float:
         """Mean distance of neighbours on the weight's grid, `maxval / (2 ** (bits - 1) - 1)`, units of the weight."""
         fmt = self.layer.weight_format
-        return (self.layer.weight_scale.mean() * fmt.max / (2 ** (fmt.bits - 1) - 1)).item()
+        return (self.layer.weight_qparams().scale.mean() * fmt.max / (2 ** (fmt.bits - 1) - 1)).item()
 
     def input_qparams(self) -> QParams:
         """Scales and zero points as they are now, with gradients; zero points in units of the initial scale.
@@ -173,10 +173,9 @@ class Trainee(nn.Module):
     def merged(self, gate: Tensor) -> Tensor:
         """The fake-quantized weight that a gate `(h,)` makes; `logical_shape`, float32."""
         weight = self.source.to(torch.float32) + self.adapters.update(gate)
-        rows, length = self.layer.matrix_shape
-        scale = (self.layer.weight_scale * cast(Tensor, self.log_weight_scale).exp())[:, None]
-        qparams = QParams.unchecked(self.layer.weight_format, scale, torch.zeros_like(scale))
-        quantized = fake_quantize(weight.reshape(rows, length), qparams)
+        scale = self.layer.weight_scale * cast(Tensor, self.log_weight_scale).exp()
+        qparams = self.layer.weight_qparams(scale=scale)
+        quantized = fake_quantize(weight.reshape(self.layer.rows_shape), qparams)
         return quantized.view(self.layer.logical_shape)
 
     @torch.no_grad()

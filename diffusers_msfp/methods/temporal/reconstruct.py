@@ -107,7 +107,10 @@ class StudentBlock:
             roots, targets (`Mapping[str, Tensor]`): `(S, 5, in)` and `(S, 5, out)`, of the full-precision block.
             originals (`Mapping[str, Tensor]`): float weights.
         """
-        soft = {name: SoftRounding(originals[name], layer.weight_qparams()) for name, layer in self.layers.items()}
+        soft = {
+            name: SoftRounding(originals[name].reshape(layer.rows_shape), layer.weight_qparams())
+            for name, layer in self.layers.items()
+        }
         parameters = [rounding.logit for rounding in soft.values()]
         optimizer = torch.optim.Adam(parameters, lr=learning_rate)
         number = sum(parameter.numel() for parameter in parameters)
@@ -115,7 +118,7 @@ class StudentBlock:
         factors = {name: share / y.square().sum(-1).clamp_min(1e-30) for name, y in targets.items()}
         with torch.enable_grad():
             for iteration in range(iterations):
-                outputs = self.run(roots, {name: rounding() for name, rounding in soft.items()})
+                outputs = self.run(roots, {name: self._whole(name, each()) for name, each in soft.items()})
                 loss: Any = sum(
                     ((y - targets[name]).square().sum(-1) * factors[name]).sum(1).mean() for name, y in outputs.items()
                 )
@@ -125,4 +128,8 @@ class StudentBlock:
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-        self.weights = {name: rounding.hard() for name, rounding in soft.items()}
+        self.weights = {name: self._whole(name, rounding.hard()) for name, rounding in soft.items()}
+
+    def _whole(self, name: str, rows: Tensor) -> Tensor:
+        """A layer's weight from a matrix of `rows_shape`."""
+        return rows.view(self.layers[name].logical_shape)

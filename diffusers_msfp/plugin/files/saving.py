@@ -16,7 +16,7 @@ from ...checkpoint.digest import Digest, checksum, dtype_name, recorded_digest
 from ...checkpoint.record import ModelRecord
 from ...compat.peft import has_adapters
 from ...errors import ConfigError, UnsupportedError
-from ...layers.convert import plain_name
+from ...layers.convert import plain_name, quant_layers
 from ...layers.stored import FORMATS_TENSOR, name_in_files
 from ...methods.method import parts
 from ..config import MSFPConfig, config_of
@@ -78,6 +78,7 @@ def _raise_version(model: nn.Module) -> None:
     """Let a model that was loaded from an older format version be saved as the one that knows all that it has."""
     config = config_of(model)
     needed = [part.since for part in parts() if part.record_of(model) is not None]
+    needed += [2 for _, layer in quant_layers(model) if layer.group_size is not None]
     config.format_version = max(config.format_version, *needed, 1)
 
 

@@ -70,7 +70,7 @@ class StreamedModel:
         for name, scheme in self._plan.layers.items():
             if len({FORMATS[fmt].bits for fmt in scheme.weight}) > 1:
                 raise ConfigError(f"Formats of one layer must be equally wide, but got {scheme.weight} for `{name}`.")
-            group = LayerGroup(scheme.weight[0], OBSERVING if scheme.activation else None, (name,))
+            group = LayerGroup(scheme.weight[0], OBSERVING if scheme.activation else None, (name,), scheme.group_size)
             convert_skeleton(self.model, [group], self._plan.layers)
             layer = self.model.get_submodule(name)
             if layer.observing:
