@@ -4,7 +4,8 @@
 
 The embedded model, 20 DDIM steps, one seed. Baselines are a scheme and a recipe, as reconstructed, not their authors'
 code. Fine-tuning stages get 200 updates of 16 samples each, temporal ones 1000; the recipe `msfp` is evaluated on the
-checkpoint that the package brings (`diffusers_msfp/assets/README.md` has the command). Rows
+checkpoint that the package brings (`diffusers_msfp/assets/README.md` has the command; with `--scheme w4a8` it makes the
+other, for `--tuned DIR`). Rows
 are written as they come, each with the commit that it was made with, so several processes may share the work with
 `--only`. Fréchet distances are between features of the package's classifier, *not* FID. Writes
 `model_cards/results/baselines.json`.
@@ -39,6 +40,7 @@ CELLS = {
     f"w4a4{CORRECTED}": ("w4a4", "ptq"),
     f"w4a4 msfp{CORRECTED}": ("w4a4", "msfp"),
     f"w4a8{CORRECTED}": ("w4a8", "ptq"),
+    "w4a8 msfp": ("w4a8", "msfp"),
     f"w4a16{CORRECTED}": ("w4a16", "ptq"),
     f"w4g32a4{CORRECTED}": ("w4g32a4", "ptq"),
     f"w4g32a8{CORRECTED}": ("w4g32a8", "ptq"),
@@ -70,11 +72,17 @@ CELLS |= {
 }
 
 
-def made(reference, scheme: str, recipe: str | None, correction: bool) -> tuple[DiffusionPipeline, dict]:
+def made(
+    reference, scheme: str, recipe: str | None, correction: bool, tuned: Path | None
+) -> tuple[DiffusionPipeline, dict]:
     """A quantized pipeline, and what making it took."""
     pipe, started, stages = copy.deepcopy(reference), time.perf_counter(), {}
-    if recipe == "msfp":  # the checkpoint that the package brings
-        return DiffusionPipeline.from_pretrained(TUNED_MODEL), {"minutes": None, "stages": dict.fromkeys(MSFP)}
+    if recipe == "msfp":  # the checkpoint that the package brings, or another that was made with the same command
+        folder = TUNED_MODEL if scheme == "w4a4" else tuned
+        if folder is None:
+            raise typer.BadParameter(f"`--tuned`: where `quantize --scheme {scheme} --recipe msfp` has put its result")
+        stages = dict.fromkeys(MSFP if correction else MSFP[:1])
+        return DiffusionPipeline.from_pretrained(folder), {"minutes": None, "stages": stages}
     if recipe is None:
         x = torch.randn(1, *[pipe.unet.config.in_channels, 32, 32], dtype=torch.bfloat16)
         pipe.unet = provide(scheme, pipe.unet, lambda unet: unet(x, 0))
@@ -97,6 +105,7 @@ def main(
     data: Annotated[str, typer.Option(help="fashion_mnist.npz, for real test images")],
     only: Annotated[str, typer.Option(help="names of cells separated by commas; all if left out")] = "",
     num_samples: Annotated[int, typer.Option(help="pictures of a cell")] = 2000,
+    tuned: Annotated[Path | None, typer.Option(help="made by `quantize --scheme w4a8 --recipe msfp`")] = None,
 ) -> None:
     """Make, evaluate, write rows."""
     reference = with_ddim(DiffusionPipeline.from_pretrained(EMBEDDED_MODEL))
@@ -104,7 +113,7 @@ def main(
     pictures = Path(tempfile.gettempdir()) / "baseline-pictures"
     for name in only.split(",") if only else CELLS:
         scheme, recipe = CELLS[name]
-        pipe, cost = made(reference, scheme, recipe, name.endswith(CORRECTED))
+        pipe, cost = made(reference, scheme, recipe, name.endswith(CORRECTED), tuned)
         result = evaluate_pipelines(reference, pipe, data=data, num_samples=num_samples, folder=pictures)
         row = {
             "cell": name,

@@ -160,9 +160,11 @@ CASES = {
     "sd15": "SD-1.5 shape, 64×64, batch 2",
     "embedded": "embedded model, batch 8",
     "ddpm-vnni": "DDPM-CIFAR-10 shape, without bfloat16 instructions",
-    "sd15-vnni": "SD-1.5 shape, without bfloat16 instructions",
     "ddpm-avx2": "DDPM-CIFAR-10 shape, AVX2",
 }
+
+
+RIVAL = "openvino:int8"
 
 
 def engines() -> Iterator[dict[str, str]]:
@@ -177,6 +179,10 @@ def engines() -> Iterator[dict[str, str]]:
             "`w4a4`": f"{1e3 * ours['seconds']:.0f} ms",
             "quartiles": f"{1e3 * ours['seconds_low']:.0f} – {1e3 * ours['seconds_high']:.0f}",
             "× bf16 channels last": f"{ours['speedup']:.2f}",
+            "`w4a8`, ×": f"{rows['w4a8']['speedup']:.2f}" if "w4a8" in rows else "–",
+            "OpenVINO int8, ×": next(
+                (f"{row['speedup']:.2f}" for row in groups.get(f"{case}-runtimes", ()) if row["provider"] == RIVAL), "–"
+            ),
             "× fp32": f"{rows['fp32']['seconds'] / ours['seconds']:.2f}",
             "step / floor": f"{ours['seconds'] / ours['floor_seconds']:.2f}",
         }
@@ -264,6 +270,7 @@ SHOWN = {
     "w4a4 + correction": "`w4a4`",
     "w4a4 msfp + correction": "`w4a4`, recipe `msfp`",
     "w4a8 + correction": "`w4a8`",
+    "w4a8 msfp": "`w4a8`, recipe `msfp`",
     "w8a8-wide ptq": "`w8a8-wide`, inputs in two bytes",
     "w4a4-pure ptq": "`w4a4-pure`, residual sums in 4 bits too",
     "INT4": "uniform 4-bit grids throughout",
@@ -303,7 +310,8 @@ def sizes() -> Iterator[dict[str, str]]:
 def speed() -> Iterator[dict[str, str]]:
     """The short form of `engines`."""
     for row in list(engines())[:6]:
-        yield {key: row[key] for key in ("model", "bf16 channels last", "`w4a4`", "× bf16 channels last")}
+        columns = ("model", "bf16 channels last", "`w4a4`", "× bf16 channels last", "`w4a8`, ×", "OpenVINO int8, ×")
+        yield {key: row[key] for key in columns}
 
 
 def baselines() -> Iterator[dict[str, str]]:
