@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ...compat.modules import bare_copy
 from ...compat.torch import ConvNd, convolve, padding_ends
+from ...errors import UnsupportedError
 from ...formats import FPFormat
 from ...layers import QuantLayer
 from ..engine import weight_integers, weight_unit
@@ -96,9 +97,13 @@ class GraphLinear(GraphLayer, nn.Linear):  # type: ignore[misc]  # torch infers 
     """Of a `QuantLinear`."""
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, quantize: Quantize) -> Tensor:
-        """See `GraphLayer`; a single row is made a matrix, whose sums are kept in 32 bits."""
+        """See `GraphLayer`.
+
+        Raises:
+            UnsupportedError: `x` is a vector.
+        """
         if x.ndim == 1:
-            return F.linear(quantize(x[None]), weight, bias)[0]
+            raise UnsupportedError("a linear reads a single vector, which OpenVINO may round in bfloat16")
         return F.linear(quantize(x), weight, bias)
 
 

@@ -128,6 +128,8 @@ def _refuse_branches(recorder: Recorder, tensors: list[Tensor]) -> None:
     """A recording has one branch of each; which one may depend on shapes, but not on values."""
     try:
         run_without_values(recorder, tensors)
+    except UnsupportedError:
+        raise
     except Exception as error:
         raise UnsupportedError(f"it looks into tensors while it runs ({type(error).__name__})") from error
 
