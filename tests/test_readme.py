@@ -19,8 +19,8 @@ SHORTENED = (
     ("TemporalConfig(num_inference_steps=20)", "TemporalConfig(num_inference_steps=2, iterations=2)"),
     ("num_samples=16", "num_samples=2, num_inference_steps=4"),
     ('"stable-diffusion-v1-5/stable-diffusion-v1-5"', '"tiny-sd"'),
-    ('(pipe, "w4a8")', '(pipe, "w4a8", num_samples=1, num_inference_steps=2)'),
-    ('(pipe, "w4a4")', '(pipe, "w4a4", num_samples=1, num_inference_steps=2)'),
+    (', "w4a8")', ', "w4a8", num_samples=1, num_inference_steps=2)'),
+    (', "w4a4")', ', "w4a4", num_samples=1, num_inference_steps=2)'),
     (
         "split_shortcuts(pipe, teacher)",
         "split_shortcuts(pipe, teacher, SplitConfig(num_samples=1, num_inference_steps=2))",
