@@ -18,6 +18,12 @@ class MSFPError(ValueError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """What a foreign error says, in one line of at most 300 characters; its class where it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]
+
+
 class FormatError(MSFPError):
     """A number format that does not exist or contradicts its own name."""
 

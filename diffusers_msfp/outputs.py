@@ -3,6 +3,7 @@
 import errno
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,6 +75,20 @@ def _try_to_write(out: Path, folder: Path) -> None:
     with tempfile.TemporaryFile(dir=nearest) as probe:
         probe.write(bytes(_PROBE))
         probe.flush()
+
+
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Write a file completely or not at all; several processes and threads may write the same one.
+
+    Raises:
+        OSError: it cannot be written; what was there stays.
+    """
+    part = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}.part")
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -57,6 +57,17 @@ def _forget_custom_pipelines():
     sys.modules.pop("diffusers_modules.local.pipeline", None)
 
 
+ONE_BLOCK = {
+    "block_out_channels": (8,),
+    "norm_num_groups": 4,
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "attention_head_dim": 8,
+    "add_attention": False,
+}
+"""Of `make_unet`: as few layers as a UNet can have."""
+
+
 def make_unet(**changes) -> UNet2DModel:
     torch.manual_seed(0)
     arguments = {

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..compat.wrappers import unwrap
 from ..errors import CheckpointError, ConfigError
-from ..outputs import writing
+from ..outputs import write_whole, writing
 from ..plugin.config import MSFPConfig
 from ..results import OPTIONAL, Result, plain
 from ..sampling.denoisers import denoiser_of
@@ -187,13 +187,8 @@ class BudgetPlan(Result):
             ConfigError: it cannot be written there.
         """
         file = Path(file)
-        part = file.with_name(f".{file.name}.part")
         with writing(file):
-            try:
-                part.write_text(self.text(), encoding="utf-8")
-                part.replace(file)
-            finally:
-                part.unlink(missing_ok=True)
+            write_whole(file, self.text())
 
     @classmethod
     def read(cls, file: str | Path) -> "BudgetPlan":

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from ..checkpoint.journal import Journal
 from ..compat.torch import tree_leaves
-from ..errors import ConfigError, NonFiniteError
 from ..layers.convert import replace_modules
 from ..results import OnProgress
 from ..sampling.calls import call_arguments
 from ..sampling.denoisers import denoiser_of, model_output, scheduler_of
-from ..sampling.denoising_factor import at_timestep, denoising_factors
+from ..sampling.denoising_factor import at_timestep, known_factors
 from ..sampling.trajectory import DenoisingStep, rollout
 from ..sampling.used_output import used_part
 from .palette import Palette, scheme_for
@@ -58,10 +57,7 @@ class Samples:
         """Draw trajectories of a float pipeline."""
         make = call_arguments(pipe, prompts, num_inference_steps, arguments)
         steps = rollout(pipe, make, 0, num_samples, seed)
-        try:
-            known = denoising_factors(scheduler_of(pipe), num_inference_steps)
-        except (ConfigError, NonFiniteError):
-            known = {}
+        known = known_factors(scheduler_of(pipe), num_inference_steps)
         factors = [at_timestep(known, float(step.timesteps[0])) if known else 1.0 for step in steps]
         energy = sum(f * f * step.output.double().square().sum().item() for f, step in zip(factors, steps, strict=True))
         return cls(pipe, steps, factors, energy)

@@ -4,6 +4,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..outputs import write_whole
+
 
 class Journal:
     """One JSON line that says which run it is, then one for each finished entry.
@@ -35,9 +37,7 @@ class Journal:
 
     def keep(self, entries: Sequence[dict]) -> None:
         """Begin anew with these entries."""
-        new = self.file.with_suffix(".new")
-        new.write_text("".join(json.dumps(line) + "\n" for line in (self._identity, *entries)), encoding="utf-8")
-        new.replace(self.file)
+        write_whole(self.file, "".join(json.dumps(line) + "\n" for line in (self._identity, *entries)))
 
     def add(self, entry: dict) -> None:
         """Write down one more."""

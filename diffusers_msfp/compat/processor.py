@@ -22,8 +22,8 @@ _SETS = (
     "bf16",
     "sve",
 )
-LIMIT = "ONEDNN_MAX_CPU_ISA"
-"""Environment variable that keeps oneDNN, and nothing else, from using newer instructions."""
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+"""Environment variables, new and old name, that keep oneDNN, and nothing else, from using newer instructions."""
 _OPENMP = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
@@ -47,7 +47,7 @@ def instruction_sets() -> tuple[str, ...]:
 @lru_cache
 def instruction_limit() -> str:
     """What oneDNN is limited to, which it reads once; empty where it is not."""
-    return os.environ.get(LIMIT) or os.environ.get(LIMIT.replace("ONEDNN", "DNNL"), "")
+    return next((os.environ[name] for name in LIMITS if os.environ.get(name)), "")
 
 
 def openmp_settings() -> dict[str, str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..compat.torch import has_bf16_instructions
 from ..engines import ENGINES, Engine
+from ..errors import first_line
 from ..layers import QUANT_LAYERS, QuantLayer
 from ..results import OnProgress, Result
 from ..schemes import resolve
@@ -80,7 +81,7 @@ def _on_device(layer: QuantLayer, device: torch.device, timed: bool) -> Iterator
         layer.to(device)
         x = _input(device)
     except Exception as error:  # noqa: BLE001 – a driver can fail in any way
-        refusal = f"fails: {_first_line(error)}"
+        refusal = f"fails: {first_line(error)}"
         yield EngineTrial(engine="reference", device=where, refusal=refusal, failed=True)
         return
     for name, cls in ENGINES.items():
@@ -108,7 +109,7 @@ def _trial(name: str, device: torch.device, call: Callable[[], Tensor], timed: b
         call()
         milliseconds = 1e3 * _seconds(call, device) if timed else None
     except Exception as error:  # noqa: BLE001 – what a broken installation raises can be anything
-        return EngineTrial(engine=name, device=str(device), refusal=f"fails: {_first_line(error)}", failed=True)
+        return EngineTrial(engine=name, device=str(device), refusal=f"fails: {first_line(error)}", failed=True)
     return EngineTrial(engine=name, device=str(device), milliseconds=milliseconds)
 
 
@@ -128,8 +129,3 @@ def _input(device: torch.device) -> Tensor:
     dtype = torch.bfloat16 if device.type != "cpu" or has_bf16_instructions() else torch.float32
     x = torch.randn(BATCH, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
     return x.to(device, dtype).contiguous(memory_format=torch.channels_last)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..compat.processor import LIMITS as OF_ONEDNN
 from ..compat.torch import has_bf16_instructions, has_int8_operators
 from ..engines import ENGINES, kernels
 from ..results import Result
@@ -21,7 +22,7 @@ FEATURES = {
     "AMX BF16": ("amx_bf16",),
 }
 """Instructions of x86 processors that decide on speed → what torch calls them."""
-LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+LIMITS = (*OF_ONEDNN, "ATEN_CPU_CAPABILITY")
 """Environment variables that hold oneDNN and torch to older instructions than the processor has."""
 
 

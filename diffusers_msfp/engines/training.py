@@ -53,13 +53,13 @@ def _format_of(x: Tensor) -> torch.memory_format:
 def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
     """As `numerics.fake_quantize`, bit for bit; gradients of scale and zero point up to the order of their sums.
 
-    Fused are float32 tensors on the CPU with one scale for all, or one for each row of a matrix.
+    Fused are dense float32 tensors on the CPU with one scale for all, or one for each entry of the first axis.
 
     Args:
         x (`Tensor`), qparams (`QParams`): as there.
     """
     scale = qparams.scale
-    rows = scale.ndim == 0 or (x.ndim == 2 and scale.shape == (x.shape[0], 1) and x.is_contiguous())
+    rows = scale.ndim == 0 or (x.ndim > 1 and scale.shape == (len(x), *[1] * (x.ndim - 1)))
     dense = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
     suits = numba_training is not None and x.device.type == "cpu" and x.dtype == torch.float32 and rows and dense
     if not suits or not x.numel() or torch.compiler.is_compiling() or qparams.zero_point.shape not in (scale.shape, ()):

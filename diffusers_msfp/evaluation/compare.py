@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from ..compat.torch import tree_map
 from ..compat.wrappers import sees_through
-from ..errors import ConfigError, NonFiniteError
+from ..errors import ConfigError
 from ..results import OPTIONAL, OnProgress, Result
 from ..sampling.calls import batched_calls, call_arguments, quiet, require_positive
 from ..sampling.denoisers import denoiser_name, denoiser_of, denoisers_of, is_quantized, model_output, scheduler_of
-from ..sampling.denoising_factor import at_timestep, denoising_factors
+from ..sampling.denoising_factor import at_timestep, known_factors
 from ..sampling.solvers import with_parts, with_sampler
 from ..sampling.timestep import first_timestep, timestep_argument
 from ..sampling.trial import describe
@@ -128,7 +128,7 @@ def compare_pipelines(
     make_arguments = call_arguments(reference, prompts, num_inference_steps, {"output_type": "pt"} | arguments)
     models = list(students.values())
     calls, again = (batched_calls(make_arguments, models, num_samples, seed) for _ in range(2))  # generators advance
-    factors = _factors(reference, num_inference_steps)
+    factors = known_factors(scheduler_of(reference), num_inference_steps)
     figures = {name: _Figures(factors) for name in originals}
     done = 0
     asking = False  # the candidate may be the reference itself
@@ -195,14 +195,6 @@ def compare_pipelines(
         image_psnr_db_interval=(psnr.low, psnr.high) if num_samples > 1 else None,
         sampler=type(scheduler_of(reference)).__name__,
     )
-
-
-def _factors(pipe: DiffusionPipeline, num_inference_steps: int) -> dict[float, float] | None:
-    """Denoising factors of a pipeline's sampler; None where it has none."""
-    try:
-        return denoising_factors(scheduler_of(pipe), num_inference_steps)
-    except (ConfigError, NonFiniteError):
-        return None
 
 
 def in_place_of(reference: DiffusionPipeline, candidate: DiffusionPipeline | ModelMixin) -> DiffusionPipeline:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..outputs import write_whole
 
 SETTINGS = "settings.json"
 
@@ -46,9 +47,7 @@ def write_settings(path: Path, settings: dict) -> None:
     file = path / SETTINGS
     if not file.is_file():
         path.mkdir(parents=True, exist_ok=True)
-        new = file.with_suffix(".part")
-        new.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        new.replace(file)
+        write_whole(file, json.dumps(settings, indent=1) + "\n")
 
 
 def check_settings(path: Path, settings: dict) -> None:

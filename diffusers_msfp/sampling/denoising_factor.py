@@ -81,6 +81,14 @@ def denoising_factors(scheduler: SchedulerMixin, num_inference_steps: int, **ste
     return {timestep: sum(values) / len(values) for timestep, values in found.items()}
 
 
+def known_factors(scheduler: SchedulerMixin, num_inference_steps: int) -> dict[float, float] | None:
+    """`denoising_factors`; None of a scheduler that has none."""
+    try:
+        return denoising_factors(scheduler, num_inference_steps)
+    except (ConfigError, NonFiniteError):
+        return None
+
+
 def at_timestep(values: Mapping[float, float], timestep: float) -> float:
     """What a table of a sampler's timesteps says of the nearest one."""
     return values[min(values, key=lambda known: abs(known - timestep))]

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_unet
+from conftest import ONE_BLOCK, make_unet
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DModel
 
 from diffusers_msfp import quantize_pipeline
@@ -19,18 +19,8 @@ from diffusers_msfp.layers.convert import layers_by_name
 FEW = {"num_samples": 1, "num_inference_steps": 2, "num_calibration": 1, "num_pictures": 2, "choices": ("w4a8", "w8a8")}
 
 
-SMALL = {
-    "block_out_channels": (8,),
-    "norm_num_groups": 4,
-    "down_block_types": ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",),
-    "attention_head_dim": 8,
-    "add_attention": False,
-}
-
-
 def make_pipe() -> DDPMPipeline:
-    return DDPMPipeline(make_unet(**SMALL), DDIMScheduler())
+    return DDPMPipeline(make_unet(**ONE_BLOCK), DDIMScheduler())
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +148,7 @@ def test_a_damaged_or_foreign_file_is_refused(plan, tmp_path, change, match):
 def test_a_plan_serves_its_architecture_alone(plan):
     with pytest.raises(ConfigError, match="architecture that it was made for"):
         plan.config(make_unet())
-    assert plan.config(make_unet(**SMALL)).scheme_overrides == plan.scheme_overrides
+    assert plan.config(make_unet(**ONE_BLOCK)).scheme_overrides == plan.scheme_overrides
 
 
 def test_a_plan_whose_names_are_parts_of_each_other_is_exact(plan):

@@ -5,28 +5,20 @@ import json
 import pytest
 import torch
 from command_line import program
-from conftest import make_unet
+from conftest import ONE_BLOCK, make_unet
 from diffusers import DDIMScheduler, DDPMPipeline
 from safetensors.torch import load_file
 
 from diffusers_msfp.budget import BudgetPlan
 from diffusers_msfp.checkpoint.describe import file_bytes
 
-SMALL = {
-    "block_out_channels": (8,),
-    "norm_num_groups": 4,
-    "down_block_types": ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",),
-    "attention_head_dim": 8,
-    "add_attention": False,
-}
 FEW = ("--num-samples", 1, "--num-inference-steps", 2)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("source")
-    DDPMPipeline(make_unet(**SMALL), DDIMScheduler()).save_pretrained(path)
+    DDPMPipeline(make_unet(**ONE_BLOCK), DDIMScheduler()).save_pretrained(path)
     return str(path)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from ...checkpoint.describe import file_bytes, read_config, weights_by_variant
 from ...compat.diffusers import single_file_origin, single_file_part
-from ...errors import SEE_DOCTOR, MSFPError
+from ...errors import SEE_DOCTOR, MSFPError, first_line
 from ...plugin.config import MSFPConfig
 from ...plugin.files.streaming import StreamedModel
 from ...sampling.denoisers import denoisers_of
@@ -41,7 +41,7 @@ def fetch(source: str, variant: str | None = None) -> Path:
     try:
         return Path(DiffusionPipeline.download(source, variant=variant))
     except (OSError, ValueError) as error:
-        raise SourceError(f"{source} cannot be loaded: {_first_line(error)}") from error
+        raise SourceError(f"{source} cannot be loaded: {first_line(error)}") from error
 
 
 def require_variant(variant: str | None, *sources: str | Path | None) -> None:
@@ -118,7 +118,7 @@ def load_any(source: str, *, variant: str | None = None, **arguments: Any) -> Di
     except MSFPError:
         raise
     except (OSError, ValueError) as error:
-        raise SourceError(f"{source} cannot be loaded: {_first_line(error)}") from error
+        raise SourceError(f"{source} cannot be loaded: {first_line(error)}") from error
 
 
 def _import_quantizers(folder: Path) -> None:
@@ -161,7 +161,7 @@ def load_pipeline(
     except MSFPError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(f"{source} cannot be loaded: {_first_line(error)}") from error
+        raise SourceError(f"{source} cannot be loaded: {first_line(error)}") from error
 
 
 def _require_hub_id(source: str) -> None:
@@ -189,7 +189,7 @@ def open_component(
     except MSFPError:
         raise
     except (OSError, ValueError) as error:
-        raise SourceError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+        raise SourceError(f"{folder} cannot be loaded: {first_line(error)}") from error
 
 
 @contextmanager
@@ -209,7 +209,7 @@ def reading_single_file(path: Path) -> Iterator[None]:
         if not isinstance(error, _UNREADABLE) and type(error).__name__ != "SafetensorError":
             raise
         raise SourceError(
-            f"{path} cannot be loaded as a single-file checkpoint: {_first_line(error)} If its configs are not found, "
+            f"{path} cannot be loaded as a single-file checkpoint: {first_line(error)} If its configs are not found, "
             f"name a folder with them: `--config DIR`."
         ) from error
 
@@ -279,8 +279,3 @@ def refuse_quantized(folder: Path) -> None:
         method = (read_config(part).get("quantization_config") or {}).get("quant_method")
         if method:
             raise SourceError(f"A float checkpoint is needed, but {part} is already quantized ({method}).")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300]

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from ...checkpoint.tensor_files import MAX_SHARD_SIZE
 from ...errors import ConfigError, NonFiniteError
-from ...outputs import require_writable, writing
+from ...outputs import require_writable, write_whole, writing
 from ...sampling.calls import keep_labels
 from .interrupts import Interrupted
 from .terminal import stderr
@@ -79,14 +79,9 @@ def write_json(content: dict, out: Path) -> None:
 
 def write_text(content: str, out: Path) -> None:
     """A file, complete or not at all; folders above it are made if they are missing."""
-    part = out.with_name(f".{out.name}.part")
     with writing(out):
         _parent(out)
-        try:
-            part.write_text(content, encoding="utf-8")
-            part.replace(out)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(out, content)
 
 
 def publish(made: Path, out: Path) -> None:

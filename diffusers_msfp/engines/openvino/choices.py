@@ -67,8 +67,10 @@ def choose(layers: Sequence[QuantLayer]) -> Choice | None:
     routes: dict[tuple[int, int], Any] = {}
     for layer in layers:
         group = layer.group if layer.num_banks > 1 else 0
-        route = routes.setdefault((id(layer.routing), group), None) or cast(Any, layer.routing).route(group)
-        routes[id(layer.routing), group] = route
+        asked = id(layer.routing), group
+        if asked not in routes:
+            routes[asked] = cast(Any, layer.routing).route(group)
+        route = routes[asked]
         if route.uniform is None or (layer.recall is not None and route.certainly is None):
             return None
         known = layer.recall is not None and route.certainly

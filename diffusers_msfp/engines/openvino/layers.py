@@ -5,6 +5,7 @@ and multiplies bytes there. What integers of 8 bits cannot hold runs as floats: 
 whose lattice is larger (`w4a8-wide`, `w8a8-wide`), and layers with a parameter set for each timestep.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import cast
 
@@ -50,7 +51,7 @@ class Inputs:
 Quantize = Callable[[Tensor], Tensor]
 
 
-class GraphLayer(nn.Module):
+class GraphLayer(nn.Module, ABC):
     """Abstract base: a quantized layer with one bank, for recording; in float32."""
 
     inputs: Inputs
@@ -88,9 +89,9 @@ class GraphLayer(nn.Module):
             return y
         return y + self.bias.view(-1, *[1] * (self.weights.ndim - 2))
 
+    @abstractmethod
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, quantize: Quantize) -> Tensor:
         """The layer's operation."""
-        raise NotImplementedError
 
 
 class GraphLinear(GraphLayer, nn.Linear):  # type: ignore[misc]  # torch infers that a linear always has a bias

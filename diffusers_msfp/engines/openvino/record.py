@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...compat.modules import run_without_values, shadow_copy
-from ...errors import UnsupportedError
+from ...errors import UnsupportedError, first_line
 from ...layers import QuantLayer
 from ..fusion.fuse import undo
 from ..fusion.processors import use_engine_attention
@@ -119,8 +119,7 @@ def record(model: nn.Module, call: Call, choice: Choice) -> Recording:
     except UnsupportedError:
         raise
     except Exception as error:  # torch's tracer and OpenVINO's converter raise what they like
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        raise UnsupportedError(f"it could not be recorded ({first[0]})") from error
+        raise UnsupportedError(f"it could not be recorded ({first_line(error)})") from error
     return Recording(graph, recorder, tensors, traced)
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ...compat.torch import has_bf16_instructions
-from ...errors import SEE_DOCTOR, ConfigError, UnsupportedError
+from ...errors import SEE_DOCTOR, ConfigError, UnsupportedError, first_line
+from ...outputs import write_whole
 from ..kernels.user_cache import folder
 from .call import OutputForm
 from .record import Recording
@@ -136,7 +137,7 @@ def obtain(
     try:
         compiled = openvino.Core().compile_model(recording.graph, "CPU", settings(precision))
     except RuntimeError as error:
-        raise UnsupportedError(f"OpenVINO cannot compile it ({str(error).splitlines()[0]})") from error
+        raise UnsupportedError(f"OpenVINO cannot compile it ({first_line(error)})") from error
     took = time.perf_counter() - start
     logger.info("%s: recorded in %.1f s, compiled in %.1f s.", describe, recorded - start, took - (recorded - start))
     _write(place, compiled, recording.form)
@@ -155,7 +156,7 @@ def _read(place: Path, precision: str) -> CompiledGraph | None:
             compiled = openvino.Core().import_model(file.read(), "CPU", settings(precision))
         return CompiledGraph(compiled, OutputForm(**json.loads(form.read_text(encoding="utf-8"))))
     except Exception as error:  # noqa: BLE001 – a damaged file, or one of another version, may fail in any way
-        logger.warning("%s could not be read and is made anew (%s).", blob, str(error).splitlines()[0:1])
+        logger.warning("%s could not be read and is made anew (%s).", blob, first_line(error))
         return None
 
 
@@ -163,18 +164,11 @@ def _write(place: Path, compiled: Any, form: OutputForm) -> None:
     """Store a graph; a full or read-only disk only costs the next process its time."""
     try:
         place.mkdir(parents=True, exist_ok=True)
-        _replace(place / "graph.blob", compiled.export_model())
-        _replace(place / "output.json", json.dumps(asdict(form)).encode())
+        write_whole(place / "graph.blob", compiled.export_model().getvalue())
+        write_whole(place / "output.json", json.dumps(asdict(form)))
         _make_room(place)
     except OSError as error:
         logger.warning("The graph could not be kept in %s (%s).", place, error)
-
-
-def _replace(path: Path, content: Any) -> None:
-    """Write a file whole, or not at all: several processes may store the same graph."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-    part.write_bytes(content if isinstance(content, bytes) else content.getvalue())
-    part.replace(path)
 
 
 def _make_room(newest: Path) -> None:

@@ -5,8 +5,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 
 from ...compat.processor import instruction_limit, instruction_sets, processor
+from ...outputs import write_whole
 from ..kernels import NAME, user_cache
 
 
@@ -69,10 +68,4 @@ def add(seconds: Mapping[str, Mapping[str, float]]) -> None:
     file = path()
     with contextlib.suppress(OSError):  # a cache that cannot be kept is made anew
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file.parent, suffix=".part")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as part:
-                json.dump(content, part, indent=1)
-            os.replace(name, file)
-        except OSError:
-            os.unlink(name)
+        write_whole(file, json.dumps(content, indent=1))

@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import tempfile
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,7 +60,7 @@ class _Positional(nn.Module):
         return self.model(**dict(zip(self.names, values, strict=True)), return_dict=False)[0]
 
 
-class GraphPeer(nn.Module):
+class GraphPeer(nn.Module, ABC):
     """Abstract base: a float32 model that another runtime has compiled for the inputs of the first call.
 
     Args:
@@ -82,9 +83,9 @@ class GraphPeer(nn.Module):
                 self._run = self.compiled(_Positional(self._model.pop(), tuple(values)).eval(), values)
         return self._run(values)
 
+    @abstractmethod
     def compiled(self, model: _Positional, inputs: Mapping[str, Tensor]) -> Any:
         """What runs the graph: tensors by name → output."""
-        raise NotImplementedError
 
 
 class OpenVINO(GraphPeer):

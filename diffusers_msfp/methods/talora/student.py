@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from diffusers import ModelMixin
@@ -24,6 +24,9 @@ from ..losses import squared_error
 from ..routes import finite_set_of
 from . import AdapterBank, AdapterPlan, FullUpdate, Gate, TimestepRouter, Trainee, adapter_rank
 from .attach import connect
+
+if TYPE_CHECKING:
+    from ..temporal import FiniteSet
 
 
 class Student(nn.Module):
@@ -98,11 +101,16 @@ class Student(nn.Module):
         self.model = model
         self.router = TimestepRouter(num_timesteps, num_adapters, self.plan.groups, seed).to(device_of(model))
 
+    @property
+    def finite_set(self) -> "FiniteSet | None":
+        """The timesteps for each of which inputs learn their own parameters; None where they follow adapters."""
+        return finite_set_of(self.model) if self.has_sets else None
+
     def choose(self, timesteps: Tensor, noise: Tensor | None = None) -> None:
         """Set the adapters of the coming calls, `(B,)` timesteps, with the router's gradient."""
         gate, _ = self.router(timesteps.to(weight_of(self.router.mlp[0]).device), noise)
-        finite_set = finite_set_of(self.model) if self.has_sets else None
-        self.gate.set(gate, None if finite_set is None else finite_set.nearest(timesteps))
+        known = self.finite_set
+        self.gate.set(gate, None if known is None else known.nearest(timesteps))
 
     def forward(
         self, step: DenoisingStep, noise: Tensor | None = None, block: str | None = None
@@ -211,10 +219,8 @@ class Student(nn.Module):
         for module_name, layer in finished:
             replace_module(self.model, module_name, layer)
         self._restore()
-        finite_set = finite_set_of(self.model) if self.has_sets else None
-        if finite_set is not None:  # it knows the timestep, and there is one adapter for all
-            made = {**finite_set.plan.training, "finetuning": training or {}}
-            finite_set.plan = replace(finite_set.plan, training=made)
+        if (known := self.finite_set) is not None:  # it knows the timestep, and there is one adapter for all
+            known.plan = replace(known.plan, training={**known.plan.training, "finetuning": training or {}})
             forget_compiled()
             prepare_layers(self.model)
             return self.model

@@ -212,10 +212,6 @@ class Trainee(nn.Module):
 
 def _by_sample(x: Tensor, qparams: QParams, entries: Tensor) -> Tensor:
     """Fake-quantized `(B, …)` with the parameters `(S,)` of each sample's entry `(B / repeats,)`."""
-    entries = entries.repeat_interleave(x.shape[0] // len(entries))
-    scale, zero_point = (part[entries, None] for part in (qparams.scale, qparams.zero_point))
-    own = QParams.unchecked(qparams.format, scale, zero_point)
-    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        last = x.permute(0, 2, 3, 1)
-        return fake_quantize(last.flatten(1), own).view(last.shape).permute(0, 3, 1, 2)
-    return fake_quantize(x.flatten(1), own).view(x.shape)
+    entries = entries.repeat_interleave(x.shape[0] // len(entries)).view(-1, *[1] * (x.ndim - 1))
+    own = QParams.unchecked(qparams.format, qparams.scale[entries], qparams.zero_point[entries])
+    return fake_quantize(x, own)

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from ...compat.torch import bias_of, put_bias, weight_of
 from ...compat.wrappers import sees_through
-from ...errors import CheckpointError, ConfigError, MSFPError, NonFiniteError, StateError, UnsupportedError
+from ...errors import (
+    CheckpointError,
+    ConfigError,
+    MSFPError,
+    NonFiniteError,
+    StateError,
+    UnsupportedError,
+    first_line,
+)
 from ...layers import QUANT_LAYERS, QuantLayer, SplitLayer
 from ...layers.convert import plain_name
 from ...methods.method import parts
@@ -159,7 +167,7 @@ def _attach(owner: Any, models: Mapping[str, nn.Module], place: Path) -> None:
     except Exception as error:  # diffusers' converters fail in any way on a file that they do not know
         raise ConfigError(
             f"A LoRA must be of a kind that fits {type(owner).__name__}, but {place} cannot be put on it: "
-            f"{(str(error).strip().splitlines() or [type(error).__name__])[0][:300]}"
+            f"{first_line(error)}"
         ) from error
 
 

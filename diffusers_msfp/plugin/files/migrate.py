@@ -18,6 +18,7 @@ from ...checkpoint.version2 import FORMAT_VERSION
 from ...errors import CheckpointError, ConfigError
 from ...layers.skeleton import LayerGroup
 from ...layers.stored import FORMATS_TENSOR, formats_tensor
+from ...outputs import write_whole
 from ..config import MSFPConfig
 from .saving import write_digest
 
@@ -130,6 +131,4 @@ def _add_to_index(path: Path, formats: Mapping[str, Tensor]) -> None:
         metadata["total_size"] += sum(formats[name].numel() for name in files if name in formats)
     metadata |= {"format_version": str(FORMAT_VERSION)} if "format_version" in metadata else {}
     files |= new
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_whole(path, json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -19,6 +19,7 @@ from ...errors import ConfigError, UnsupportedError
 from ...layers.convert import plain_name, quant_layers
 from ...layers.stored import FORMATS_TENSOR, name_in_files
 from ...methods.method import parts
+from ...outputs import write_whole
 from ..config import MSFPConfig, config_of
 
 _WRAPPED = ("base_layer", "original_module")
@@ -165,11 +166,7 @@ def write_digest(folder: Path, digest: Digest, record: Mapping | None = None) ->
     Args:
         record (`Mapping`, *optional*): instead of the one that is there.
     """
-    file, part = folder / "config.json", folder / ".config.json.part"
+    file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config["quantization_config"] = dict(record or config["quantization_config"]) | {"digest": digest.to_dict()}
-    try:
-        part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
