@@ -22,7 +22,7 @@ from harness import RESULTS, read_results, write_results
 from diffusers_msfp import cli
 from diffusers_msfp.assets import EMBEDDED_MODEL
 
-OURS = ("w4a4", "w4a4:low", "w4a4:fp32", "w4a8", "w4a8-int8", "w8a8")
+OURS = ("w4a4", "w4a4:low", "w4a4:fp32", "w4a8", "w8a8")
 PEERS = ("sdnq:int8", "sdnq:int8:matmul", "sdnq:uint4", "quanto", "torchao")
 RUNTIMES = ("openvino:bf16", "openvino:int8", "onnxruntime:int8")
 COMMAND = "python tests/benchmarks/bench_engines.py"
@@ -64,7 +64,7 @@ CASES = {
     "ddpm-vnni": Case("ddpm-cifar10", 8, ("fp32", "fp32:cl", "w4a4", "w4a8"), isa="AVX512_CORE_VNNI", repeats=5),
     "ddpm-avx2": Case("ddpm-cifar10", 8, ("fp32", "fp32:cl", "w4a4", "w4a4:fp32"), isa="AVX2", repeats=3),
     "embedded": Case(str(EMBEDDED_MODEL), 8, (*FLOATS, *OURS)),
-    "sd15": Case("sd15", 2, ("fp32", "w4a4", "w4a8-int8"), repeats=3),
+    "sd15": Case("sd15", 2, ("fp32", "w4a4", "w4a8"), repeats=3),
     "sd15-runtimes": Case("sd15", 2, ("w4a4", *RUNTIMES[:2]), repeats=3),
     "sd15-vnni": Case("sd15", 2, ("fp32", "w4a4"), isa="AVX512_CORE_VNNI", repeats=2),
     **{f"ddpm-batch{n}": Case("ddpm-cifar10", n, ("fp32", "w4a4"), repeats=7) for n in (1, 2, 4, 16)},

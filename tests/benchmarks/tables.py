@@ -222,6 +222,32 @@ def memory() -> Iterator[dict[str, str]]:
             }
 
 
+QUANTIZERS = {
+    "numba": ("Numba, shipped (extra `cpu`)", "a wheel, no compiler"),
+    "c": ("C, GCC -O3", "a compiler, or wheels for every system"),
+    "inductor": ("`torch.compile` (Inductor)", "a C++ compiler where it runs"),
+    "torch": ("torch operators, fallback", "nothing"),
+    "uniform": ("uniform `torch.quantize_per_tensor`, for comparison", "cannot do lattices"),
+    "copy": ("`Tensor.clone`, for comparison", "–"),
+}
+"""Provider of `quantizer` → its name, and what it needs."""
+
+
+def quantizer() -> Iterator[dict[str, str]]:
+    """Input quantizers on the first shape."""
+    rows = read_results("quantizer")["rows"]
+    measured = {(row["provider"], row["dtype"]): row for row in rows if row["shape"] == rows[0]["shape"]}
+    for provider, (label, needs) in QUANTIZERS.items():
+        single, half = (measured[provider, dtype] for dtype in ("float32", "bfloat16"))
+        yield {
+            "": label,
+            "float32 (ms)": f"{single['ms']:.2f}",
+            "bfloat16 (ms)": f"{half['ms']:.2f}",
+            "first call (s)": f"{single['first_call_s']:.2f}",
+            "needs": needs,
+        }
+
+
 def groups() -> Iterator[dict[str, str]]:
     """Weight error with group scales, and with what was weighed against them."""
     for row in read_results("groups")["rows"]:
@@ -283,7 +309,7 @@ SHOWN = {
 def quality() -> Iterator[dict[str, str]]:
     """The short form of `baselines`."""
     rows = {row["cell"]: row for row in read_results("baselines")["rows"]}
-    for cell, label in ((cell, label) for cell, label in SHOWN.items() if cell in rows):
+    for cell, label in SHOWN.items():
         yield {
             "": label,
             "PSNR (dB)": interval(rows[cell], "candidate_to_reference.psnr_db", 1),
@@ -367,6 +393,7 @@ MAKERS = (
     memory,
     formats,
     groups,
+    quantizer,
     rounding,
     schemes,
     shapes,
