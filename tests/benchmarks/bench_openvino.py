@@ -28,7 +28,7 @@ from harness import RESULTS, read_results, write_results
 from torch import nn
 
 from diffusers_msfp import set_engine
-from diffusers_msfp.assets import EMBEDDED_MODEL, TUNED_MODEL
+from diffusers_msfp.assets import EMBEDDED_MODEL, TUNED_MODELS
 from diffusers_msfp.compat.openvino import graph_of
 from diffusers_msfp.engines.openvino import forward, runtime
 from diffusers_msfp.evaluation.compare import psnr_db
@@ -124,7 +124,7 @@ def time_steps(name: str) -> list[dict]:
 
 def pictures(engine: str) -> torch.Tensor:
     """`(N, 1, 32, 32)` in 0 … 1, of the fine-tuned checkpoint."""
-    pipe = DiffusionPipeline.from_pretrained(EMBEDDED_MODEL if engine == "float" else TUNED_MODEL)
+    pipe = DiffusionPipeline.from_pretrained(EMBEDDED_MODEL if engine == "float" else TUNED_MODELS["w4a8"])
     pipe.set_progress_bar_config(disable=True)
     if engine != "float":
         set_engine(pipe, engine)
@@ -168,7 +168,7 @@ def start(name: str) -> list[dict]:
 
 def first_step(engine: str) -> None:
     """Print what a first step of the fine-tuned checkpoint takes in this process."""
-    pipe = DiffusionPipeline.from_pretrained(TUNED_MODEL, dtype=torch.bfloat16)
+    pipe = DiffusionPipeline.from_pretrained(TUNED_MODELS["w4a8"], dtype=torch.bfloat16)
     begun = time.perf_counter()
     set_engine(pipe, engine)
     step_of(pipe.unet, example_inputs(pipe.unet, 8))()

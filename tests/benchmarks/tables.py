@@ -86,6 +86,20 @@ def schemes() -> Iterator[dict[str, str]]:
         }
 
 
+def search() -> Iterator[dict[str, str]]:
+    """The search beside what it was and what was left out, mean over seeds."""
+    for name, rows in grouped("ddpm-fashion-mnist-32-search", "variant").items():
+        low, high = (min(row["image_psnr_db_low"] for row in rows), max(row["image_psnr_db_high"] for row in rows))
+        yield {
+            "search": name,
+            "PSNR (dB)": f"{average(rows, 'image_psnr_db'):.1f}",
+            "95 %, all seeds": f"{low:.1f} – {high:.1f}",
+            "`traj_rel_l2`": f"{average(rows, 'traj_rel_l2'):.4f}",
+            "`eps_rel_l2`": f"{average(rows, 'eps_rel_l2'):.4f}",
+            "seeds × pictures": f"{len(rows)} × {rows[0]['num_samples']}",
+        }
+
+
 def shapes() -> Iterator[dict[str, str]]:
     """Size, time and memory on the architectures people use."""
     for row in read_results("shapes")["rows"]:
@@ -299,8 +313,9 @@ SHOWN = {
     "w4a8 msfp": "`w4a8`, recipe `msfp`",
     "w8a8-wide ptq": "`w8a8-wide`, inputs in two bytes",
     "w4a4-pure ptq": "`w4a4-pure`, residual sums in 4 bits too",
-    "INT4": "uniform 4-bit grids throughout",
-    "Q-Diffusion style": "uniform 4-bit grids after Q-Diffusion, as reconstructed",
+    "INT4 + correction": "uniform 4-bit grids throughout",
+    "Q-Diffusion style + correction": "uniform 4-bit grids after Q-Diffusion, as reconstructed",
+    "EfficientDM style + correction": "uniform 4-bit grids after EfficientDM, as reconstructed",
     "SDNQ uint4 weights": "SDNQ `uint4`, float inputs",
 }
 """Cells of `baselines` in the short table."""
@@ -352,6 +367,7 @@ def baselines() -> Iterator[dict[str, str]]:
             "method": row["cell"],
             "scheme": f"`{row['scheme']}`",
             "recipe": f"`{row['recipe']}`" if row["recipe"] else "–",
+            "float": ", ".join(f"`{name}`" for name in row.get("float", ())) or "–",
             "`eps_rel_l2`": f"{row['eps_rel_l2']:.4f}",
             "PSNR (dB)": interval(row, "candidate_to_reference.psnr_db", 1),
             "Fréchet to full precision": interval(row, "candidate_to_reference.frechet_distance", 2),
@@ -396,6 +412,7 @@ MAKERS = (
     quantizer,
     rounding,
     schemes,
+    search,
     shapes,
     talora,
     routing,
