@@ -39,6 +39,8 @@ from diffusers_msfp.evaluation.timing.speed import example_inputs, step_of, take
 COMMAND = "python tests/benchmarks/bench_openvino.py"
 STEPS = {"ddpm-cifar10": (8, 9), "embedded": (8, 15), "sd15": (2, 3)}
 """Model → batch and timed rounds of its step."""
+OURS = ("w4a8", "w4a4", "int-w4a8")
+"""The last has uniform formats alone, which cost a graph one rounding instead of several."""
 QUALITY = {"images": 256, "batch": 32, "num_inference_steps": 20}
 INSTRUCTIONS = ("avx2", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
@@ -93,14 +95,14 @@ def time_steps(name: str) -> list[dict]:
     for rival_name, eight_bits in (("openvino:bf16", False), ("openvino:int8", True)):
         if not eight_bits or find_spec("nncf"):
             calls[rival_name] = rival(net, inputs, eight_bits)
-    ours = provide("w4a4", net, lambda each: step_of(each, small)())
-    calls["w4a4"] = step_of(ours, inputs)
-    graph = copy.deepcopy(ours)
-    set_engine(graph, "openvino")
-    calls["w4a4:openvino"] = step_of(graph, inputs)
-    calls["w4a4:openvino"]()
-    if (reason := forward.graph_forward_of(graph).latest) is not None:
-        raise RuntimeError(f"{name} runs in torch: {reason}")
+    for scheme in OURS:
+        ours = provide(scheme, net, lambda each: step_of(each, small)())
+        graph = copy.deepcopy(ours)
+        set_engine(graph, "openvino")
+        calls |= {scheme: step_of(ours, inputs), f"{scheme}:openvino": step_of(graph, inputs)}
+        calls[f"{scheme}:openvino"]()
+        if (reason := forward.graph_forward_of(graph).latest) is not None:
+            raise RuntimeError(f"{name} runs in torch: {reason}")
     net = net.to(torch.bfloat16).to(memory_format=torch.channels_last)
     calls["bf16:cl"] = step_of(net, inputs)
     seconds = take_turns(calls, repeats)

@@ -160,13 +160,11 @@ def recipe() -> Iterator[dict[str, str]]:
     groups = grouped("recipe", "cell")
     base = {row["seed"]: row for row in groups["as it is"]}
     for name, rows in groups.items():
-        each = [torch.tensor(row["psnr_db_by_picture"]) for row in rows]
-        gain = mean_of(
-            torch.cat(each) - torch.cat([torch.tensor(base[row["seed"]]["psnr_db_by_picture"]) for row in rows])
-        )
+        own = pictures_of(rows)
+        gain = mean_of(own - pictures_of([base[row["seed"]] for row in rows]))
         yield {
             "recipe": name,
-            "PSNR (dB)": "{:.1f} ({:.1f} – {:.1f})".format(*ends(mean_of(torch.cat(each)))),
+            "PSNR (dB)": "{:.1f} ({:.1f} – {:.1f})".format(*ends(mean_of(own))),
             "difference (dB)": "–" if name == "as it is" else "{:+.2f} ({:+.2f} – {:+.2f})".format(*ends(gain)),
             "`traj_rel_l2`": f"{average(rows, 'traj_rel_l2'):.4f}",
             "`eps_rel_l2`": f"{average(rows, 'eps_rel_l2'):.4f}",
@@ -174,6 +172,11 @@ def recipe() -> Iterator[dict[str, str]]:
             "tensors": f"{rows[0]['bytes'] / 1e6:.2f} MB",
             "seeds × pictures": f"{len(rows)} × {rows[0]['num_samples']}",
         }
+
+
+def pictures_of(rows: list[dict]) -> torch.Tensor:
+    """PSNR of all rows' pictures."""
+    return torch.cat([torch.tensor(row["psnr_db_by_picture"]) for row in rows])
 
 
 def ends(figure: Estimate) -> tuple[float, float, float]:
@@ -227,6 +230,50 @@ def engines() -> Iterator[dict[str, str]]:
             ),
             "× fp32": f"{rows['fp32']['seconds'] / ours['seconds']:.2f}",
             "step / floor": f"{ours['seconds'] / ours['floor_seconds']:.2f}",
+        }
+
+
+def openvino() -> Iterator[dict[str, str]]:
+    """A step in OpenVINO beside our engines and its own 8 bits."""
+    for case, label in (
+        ("ddpm-cifar10", CASES["ddpm-cifar10"]),
+        ("sd15", CASES["sd15"]),
+        ("embedded", CASES["embedded"]),
+    ):
+        rows = {row["provider"]: row for row in grouped("openvino", "case").get(f"step {case}", ())}
+        if rows:
+            yield {"model": label, "bf16 channels last": f"{1e3 * rows['bf16:cl']['seconds']:.0f} ms"} | {
+                f"{title}, ×": f"{rows[provider]['speedup']:.2f}"
+                for provider, title in (
+                    ("w4a8", "`w4a8`, `auto`"),
+                    ("w4a8:openvino", "`openvino`"),
+                    ("w4a4", "`w4a4`, `auto`"),
+                    ("w4a4:openvino", "`w4a4`, `openvino`"),
+                    ("int-w4a8:openvino", "`int-w4a8`, `openvino`"),
+                    ("openvino:bf16", "OpenVINO bf16"),
+                    ("openvino:int8", "NNCF int8"),
+                )
+            }
+
+
+def openvino_start() -> Iterator[dict[str, str]]:
+    """Until the first step, and memory."""
+    for row in grouped("openvino", "case")["start embedded"]:
+        yield {
+            "engine": row["provider"],
+            "until the first step": f"{row['seconds']:.1f} s",
+            "peak memory": f"{row['peak_bytes'] / 1e6:.0f} MB",
+            "graph on disk": f"{row['stored_bytes'] / 1e6:.1f} MB" if "openvino" in row["provider"] else "–",
+        }
+
+
+def openvino_quality() -> Iterator[dict[str, str]]:
+    """The fine-tuned checkpoint's pictures, by engine."""
+    for row in grouped("openvino", "case")["quality"]:
+        yield {
+            "engine": row["provider"],
+            "PSNR (dB)": f"{row['psnr']:.2f} ± {row['psnr_half_width']:.2f}",
+            "pictures": str(row["images"]),
         }
 
 
@@ -434,6 +481,9 @@ MAKERS = (
     speed,
     baselines,
     engines,
+    openvino,
+    openvino_start,
+    openvino_quality,
     memory,
     formats,
     groups,
