@@ -119,10 +119,9 @@ def export(
         ```
     """
     started = time.perf_counter()
-    target, path = TARGETS[to], Path(path)
+    path = Path(path)
     require_positive(batch=batch, **({} if size is None else {"size": size}))
-    _check_path(target, path, overwrite)
-    target.require()
+    target = check_export(to, path, overwrite)
     model = _quantized_denoiser(pipe)
     given = dict(inputs) if inputs is not None else _default_inputs(model, batch, size)
     layers = [layer for _, layer in quant_layers(model)]
@@ -158,13 +157,21 @@ def export(
     )
 
 
-def _check_path(target: Target, path: Path, overwrite: bool) -> None:
+def check_export(to: str, path: str | Path, overwrite: bool = False) -> Target:
+    """Refuse what can be known to fail before a model is loaded.
+
+    Raises:
+        ConfigError: see `export`.
+    """
+    target, path = TARGETS[to], Path(path)
     if path.suffix.lower() != target.suffix:
         raise ConfigError(f"A file of {target.name} must end in {target.suffix}, but got {path}.")
     for each in (path, *_beside(path)):
         if each.exists() and not each.is_dir() and not overwrite:
             raise ConfigError(f"{each} must not exist yet, but it does. Choose another file, or pass `--overwrite`.")
         require_writable_file(each)
+    target.require()
+    return target
 
 
 def _beside(path: Path) -> list[Path]:

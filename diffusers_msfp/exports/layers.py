@@ -72,7 +72,7 @@ class PackedLayer(GraphLayer, ABC):
         return y if self.bias is None else y + self.bias.view(-1, *rest)
 
 
-class PackedLinear(PackedLayer, GraphLinear):
+class PackedLinear(PackedLayer, GraphLinear):  # type: ignore[misc]
     """Of a `QuantLinear`."""
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, quantize: Quantize) -> Tensor:
@@ -80,11 +80,11 @@ class PackedLinear(PackedLayer, GraphLinear):
         return F.linear(quantize(x), weight, bias)
 
 
-class PackedConv2d(PackedLayer, GraphConv2d):
+class PackedConv2d(PackedLayer, GraphConv2d):  # type: ignore[misc]
     """Of a `QuantConv2d`."""
 
 
-class PackedConv1d(PackedLayer, GraphConv1d):
+class PackedConv1d(PackedLayer, GraphConv1d):  # type: ignore[misc]
     """Of a `QuantConv1d`."""
 
 
@@ -126,11 +126,11 @@ def packed_layer(layer: QuantLayer, inputs: Inputs, kinds: Kinds = KINDS) -> Any
     )
     bias = None if layer.bias is None else layer.bias.detach().to(torch.float32, copy=True)
     made.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-    table = torch.tensor(fmt.code_values, dtype=torch.float32)
+    table: Tensor | None = torch.tensor(fmt.code_values, dtype=torch.float32)
     if packed:
         stored = layer.packed_bank(0).detach().clone()
     elif in_bytes:
-        stored, table = weight_integers(layer, 0, table.to(torch.int8)), None
+        stored, table = weight_integers(layer, 0, torch.tensor(fmt.code_values, dtype=torch.int8)), None
     else:
         stored = unpack(layer.packed_bank(0), fmt.bits, layer.matrix_shape[1]).view(shape)
     made.register_buffer("stored", stored)

@@ -5,7 +5,7 @@ may not fit (8-bit weights, group scales with 8-bit inputs) multiply in float32,
 """
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class OnnxLayer(PackedLayer):
         return self.inputs.quantize(x, cast(Grid, self.grid), as_bytes)
 
 
-class OnnxLinear(OnnxLayer, PackedLinear):
+class OnnxLinear(OnnxLayer, PackedLinear):  # type: ignore[misc]
     """Of a `QuantLinear`."""
 
     def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -87,11 +87,11 @@ class _OnnxConvNd(OnnxLayer):
         return y.squeeze(0) if single else y
 
 
-class OnnxConv2d(_OnnxConvNd, PackedConv2d):
+class OnnxConv2d(_OnnxConvNd, PackedConv2d):  # type: ignore[misc]
     """Of a `QuantConv2d`."""
 
 
-class OnnxConv1d(_OnnxConvNd, PackedConv1d):
+class OnnxConv1d(_OnnxConvNd, PackedConv1d):  # type: ignore[misc]
     """Of a `QuantConv1d`."""
 
 
@@ -99,7 +99,7 @@ _KINDS: Kinds = {nn.Linear: OnnxLinear, nn.Conv2d: OnnxConv2d, nn.Conv1d: OnnxCo
 
 
 def _integer_operator(
-    name: str, x: Tensor, weight: Tensor, zero: Tensor, shape: Sequence[int], **attributes: int | list[int]
+    name: str, x: Tensor, weight: Tensor, zero: Tensor, shape: Sequence[int], **attributes: Any
 ) -> Tensor:
     return torch.onnx.ops.symbolic(
         name, (x, weight, zero), attributes, dtype=torch.int32, shape=list(shape), version=_OPSET

@@ -2,13 +2,13 @@
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..engines.openvino.layers import Inputs
 from ..engines.openvino.record import Recorder
@@ -42,38 +42,48 @@ class Onnx(Target):
         return in_integers(layer)
 
     def write(self, recorder: Recorder, ports: Ports, path: Path) -> None:
-        """See `Target`; more than 2 GiB of weights go to a file beside it, `.data`."""
-        import onnx_ir
-
-        with _quiet():
-            program: Any = torch.onnx.export(
-                recorder,
-                tuple(ports.inputs.values()),
-                input_names=list(ports.inputs),
-                output_names=ports.outputs,
-                opset_version=OPSET,
-                dynamo=True,
-                optimize=False,  # it would expand small weights
-                verbose=False,
-            )
-        model = program.model
-        four_bits = {
-            f"{name}.stored": module
-            for name, module in recorder.named_modules(remove_duplicate=False)
-            if isinstance(module, PackedLayer) and module.four_bits
-        }
-        for name, value in model.graph.initializers.items():
-            if name in four_bits:
-                pack_codes(value, four_bits[name])
-        for node in model.graph.all_nodes():
-            node.metadata_props.clear()
-            node.doc_string = None
-        size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-        beside = {} if size < _SINGLE else {"external_data": f"{path.name}.data"}
-        onnx_ir.save(model, path, **beside)
+        """See `Target`."""
+        export_onnx(recorder, ports.inputs, ports.outputs, path)
 
 
-def pack_codes(value: Any, layer: PackedLayer) -> None:
+def export_onnx(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], path: Path) -> None:
+    """Write a module with layers of `onnx_layers`; codes of 4 bits as such, two in a byte.
+
+    Args:
+        module (`nn.Module`): takes tensors in order.
+        inputs (`Mapping[str, Tensor]`), outputs (`Sequence[str]`): see `Ports`.
+        path (`Path`): file to write; more than 2 GiB of weights go to another, `.data`.
+    """
+    import onnx_ir
+
+    with _quiet():
+        program: Any = torch.onnx.export(
+            module,
+            tuple(inputs.values()),
+            input_names=list(inputs),
+            output_names=list(outputs),
+            opset_version=OPSET,
+            dynamo=True,
+            optimize=False,  # it would expand small weights
+            verbose=False,
+        )
+    model = program.model
+    layers = {
+        f"{name}.stored".lstrip("."): layer
+        for name, layer in module.named_modules(remove_duplicate=False)
+        if isinstance(layer, PackedLayer) and layer.four_bits
+    }
+    for name, value in model.graph.initializers.items():
+        if name in layers:
+            _pack_codes(value, layers[name])
+    for node in model.graph.all_nodes():  # where it comes from: much of a small model's file
+        node.metadata_props.clear()
+        node.doc_string = None
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    onnx_ir.save(model, path, external_data=None if size < _SINGLE else f"{path.name}.data")
+
+
+def _pack_codes(value: Any, layer: PackedLayer) -> None:
     """Make an initializer of codes one of 4-bit numbers, two in a byte.
 
     Args:

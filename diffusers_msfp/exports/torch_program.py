@@ -52,8 +52,8 @@ class TorchExport(Target):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(Named(recorder), (), dict(ports.inputs), strict=False)
-        for graph in program.graph_module.modules():
-            for node in getattr(cast(Any, graph), "graph", nn.Module()).nodes:
-                for key in _HISTORY:
-                    node.meta.pop(key, None)
+        parts: list[Any] = [each for each in program.graph_module.modules() if isinstance(each, torch.fx.GraphModule)]
+        for node in (node for part in parts for node in part.graph.nodes):
+            for key in _HISTORY:
+                node.meta.pop(key, None)
         torch.export.save(program, path)
