@@ -159,7 +159,7 @@ class Execution(StoredTensors, PackedLayer):
         if self.observing:
             observe(self.observation, x, self.module_name)
         elif self.input_format is not None:
-            require_finite(x, f"The input of layer `{self.module_name}`")
+            x = require_finite(x, f"The input of layer `{self.module_name}`")
             qparams = self.input_qparams(adapter)
             if qparams.scale.ndim:  # a set for each row
                 parts = (part.view(-1, *[1] * (x.ndim - 1)) for part in (qparams.scale, qparams.zero_point))
