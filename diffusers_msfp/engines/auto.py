@@ -55,7 +55,7 @@ class AutoEngine(Engine):
 @lru_cache(maxsize=16)
 def _say_unmeasured(kind: str) -> None:
     logger.warning(
-        "No engine was ever measured on this kind of device (%s): results are the reference's, at unknown speed. "
+        "This kind of device (%s) was never measured: results are the reference's, at unknown speed. "
         "`diffusers-msfp doctor` times a layer, `diffusers-msfp bench` a step.",
         kind,
     )
