@@ -1,4 +1,4 @@
-"""A DDPM trained on Fashion-MNIST (fp16, 1.8 M parameters, its card in `model_cards/`), twice quantized, and classifiers.
+"""A DDPM trained on Fashion-MNIST (fp16, 1.8 M parameters, see `model_cards/`), twice quantized, and two classifiers.
 
 The classifiers' weights belong to classes in `evaluation.images.features`: `FashionFeatures`, which
 `tests/benchmarks/fashion_features.py` trains, and `Cifar10Features`, whose origin and licence stand in

@@ -23,7 +23,7 @@ from diffusers_msfp import (
     quantize_pipeline,
     set_engine,
 )
-from diffusers_msfp.assets import EMBEDDED_MODEL, TUNED_MODEL
+from diffusers_msfp.assets import EMBEDDED_MODEL, TUNED_MODELS
 from diffusers_msfp.engines.openvino import graph_forward_of
 from diffusers_msfp.errors import ConfigError, UnsupportedError
 from diffusers_msfp.exports import TARGETS
@@ -265,7 +265,7 @@ def test_the_verb(pipe, tmp_path):
 @pytest.mark.slow
 def test_the_embedded_model(to, tmp_path):
     exact = DiffusionPipeline.from_pretrained(EMBEDDED_MODEL).unet
-    tuned = DiffusionPipeline.from_pretrained(TUNED_MODEL)
+    tuned = DiffusionPipeline.from_pretrained(TUNED_MODELS["w4a4"])
     set_engine(tuned, "reference")
     file = file_for(to, tmp_path)
     result = export(tuned, file, to, batch=4)
