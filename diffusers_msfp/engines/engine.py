@@ -60,6 +60,7 @@ class PreparedLayer(ABC):
         self._reference = LayerReference(self)
         self._grids: dict[tuple[int, bool], Any] = {}
         self._weights: dict[tuple, Any] = {}
+        self._made_from: tuple | None = None
 
     def __call__(self, x: Tensor, bank: int | Tensor = 0, adapter: int | Tensor = 0) -> Tensor:
         """The layer's output for a float input, in its dtype, with one bank and the input's grid of one adapter."""
@@ -117,14 +118,20 @@ class PreparedLayer(ABC):
         return InputGrid.of(qparams)
 
     def weight(self, bank: int | Tensor, *how: Any) -> Any:
-        """A bank's weight as a kernel wants it."""
-        key = (int(bank), *how)
+        """A bank's weight as a kernel wants it, or the sum with an adapter that reads codes."""
+        key, made_from = (int(bank), *how), self._sums_made_from()
+        if made_from != self._made_from:
+            self._weights, self._made_from = {}, made_from
         if key in self._weights:
             return self._weights[key]
         weight = self.expand(*key)
         if self._keep:
             self._weights[key] = weight
         return weight
+
+    def _sums_made_from(self) -> tuple | None:
+        layer = self.layer
+        return layer.adapters.made_from(layer) if layer.has_sums else None
 
     @property
     def kept_bytes(self) -> int:
@@ -140,6 +147,21 @@ class PreparedLayer(ABC):
         where = f"The input of layer `{self.layer.module_name}`"
         check_finite(x, where)
         raise NonFiniteError(f"{where} must be finite.")
+
+
+def used_integers(layer: QuantLayer, bank: int, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers of the weight that a call uses, see `QuantLayer.used_weight`, and their unit.
+
+    Args:
+        table (`Tensor`, `(2**bits,)`): see `weight_integers`.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: `logical_shape`, dtype of the table; `(C,)` float32.
+    """
+    if layer.has_sums:
+        integers, unit = layer.adapters.integers(layer, bank)
+        return integers.to(table.dtype), unit
+    return weight_integers(layer, bank, table), weight_unit(layer)
 
 
 def weight_integers(layer: QuantLayer, bank: int, table: Tensor) -> Tensor:
@@ -159,4 +181,4 @@ def weight_integers(layer: QuantLayer, bank: int, table: Tensor) -> Tensor:
 
 def weight_unit(layer: QuantLayer) -> Tensor:
     """Real size of a lattice step of each output channel, `(C,)` float32."""
-    return QParams.unchecked(layer.weight_format, layer.weight_scale, torch.zeros_like(layer.weight_scale)).unit
+    return layer.integer_unit()[0]

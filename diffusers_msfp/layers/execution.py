@@ -12,6 +12,7 @@ from ..numerics import Codes, QParams, decode, fake_quantize, select, unpack
 from ..numerics.groups import by_weight
 from ..numerics.rounding import require_finite
 from ..numerics.route import Route
+from ..numerics.sums import LARGEST
 from .incoming import check_incoming
 from .logical import PackedLayer
 from .protocols import Engine, Prepared
@@ -125,6 +126,21 @@ class Execution(StoredTensors, PackedLayer):
         codes = unpack(self.packed_bank(bank), self.weight_format.bits, self.matrix_shape[1])
         return decode(codes.reshape(self.rows_shape), self.weight_qparams()).view(self.logical_shape)
 
+    def integer_unit(self) -> tuple[Tensor, int]:
+        """Real size of an integer of each output channel's weight, `(C,)`, and what none of these exceeds."""
+        scale = self.weight_scale
+        return QParams.unchecked(self.weight_format, scale, torch.zeros_like(scale)).unit, super().largest_weight
+
+    def used_weight(self, bank: int | Tensor = 0) -> Tensor:
+        """The float32 weight that a call uses: a bank's, or with what an adapter that reads codes adds to it."""
+        return self.adapters.summed(self, bank) if self.has_sums else self.dequantize_weight(bank)
+
+    @property
+    def largest_weight(self) -> int:
+        """See `StoredTensors`; also with what adapters that read codes add."""
+        own = super().largest_weight
+        return max(own, LARGEST) if self.adapters is not None and self.adapters.reads_codes else own
+
     def decode_whole(self) -> Tensor:
         """See `PackedLayer`; of one bank, for several are no single weight."""
         if self.num_banks > 1:
@@ -205,7 +221,7 @@ class Execution(StoredTensors, PackedLayer):
             return self.run(x).to(result_dtype(x))
 
         def run(rows: Tensor, adapter: int | Tensor) -> Tensor:
-            if not self._beside:
+            if not self._beside or self.has_sums:
                 return self.run(rows, adapter, adapter)
             correction = self.adapters(self, rows.to(torch.float32), adapter)
             return self.run(rows, 0, adapter) + correction * self.routing.strength
@@ -223,16 +239,26 @@ class Execution(StoredTensors, PackedLayer):
         if prepared is not None:
             return prepared(x, bank, adapter)
         bias = None if self.bias is None else self.bias.to(torch.float32)
-        return self.compute(self.quantize_input(x, adapter), self.dequantize_weight(bank), bias)
+        return self.compute(self.quantize_input(x, adapter), self.used_weight(bank), bias)
 
     @property
     def _beside(self) -> bool:
         return self.adapters is not None and bool(self.routing.strength)
 
+    @property
+    def has_sums(self) -> bool:
+        """Whether adapters are in use that read codes, and so add to the weight, see `numerics.sums`."""
+        return self._beside and self.adapters.reads_codes
+
+    @property
+    def num_weights(self) -> int:
+        """Weights among which the timestep chooses: banks, or the sums of the one with each adapter."""
+        return self.adapters.num_adapters if self.has_sums else self.num_banks
+
     def _adapter_of_codes(self) -> int | None:
-        if self._beside:
+        if self._beside and not self.has_sums:
             return None
-        alone = self.num_banks == 1 and not self.num_sets
+        alone = self.num_banks == 1 and not self.num_sets and not self._beside
         return 0 if alone else self.routing.route(self.group).uniform
 
     def takes_codes(self, x: Tensor) -> int | None:

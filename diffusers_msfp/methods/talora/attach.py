@@ -60,7 +60,9 @@ def prepare_skeleton(model: nn.Module, plan: AdapterPlan, dtype: torch.dtype = t
                 layer.expect_input(layer.input_format)
         else:
             quantized = layer.input_format is not None
-            layer.adapters = AdapterBank(layer.logical_shape, plan.num_adapters, rank, quantized, dtype)
+            layer.adapters = AdapterBank(
+                layer.logical_shape, plan.num_adapters, rank, quantized, dtype, reads=plan.reads
+            )
     connect(model, plan, torch.empty(plan.groups, plan.num_timesteps, dtype=torch.uint8, device="meta"))
 
 

@@ -132,7 +132,7 @@ def unload_talora(model: nn.Module) -> None:
 
 def _bank(layer: QuantLayer, name: str, rank: int, plan: AdapterPlan, tensors: Mapping[str, Tensor]) -> AdapterBank:
     quantized = layer.input_format is not None
-    bank = AdapterBank(layer.logical_shape, plan.num_adapters, rank, quantized, torch.float16)
+    bank = AdapterBank(layer.logical_shape, plan.num_adapters, rank, quantized, torch.float16, reads=plan.reads)
     for key, expected in bank.state_dict().items():
         value = tensors.get(f"{name}.adapters.{key}")
         if value is None:
