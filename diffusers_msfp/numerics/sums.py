@@ -21,7 +21,7 @@ def sum_unit(total: Tensor, unit: Tensor, largest: int) -> Tensor:
         largest (`int`): that none of these exceeds.
 
     Returns:
-        `Tensor`, `(C,)`, float32: `max(unit / floor(127 / largest), max |total| / 127)`, with 1 for a quotient below it.
+        `Tensor`, `(C,)`, float32: `max(unit / max(1, floor(127 / largest)), max |total| / 127)`.
     """
     if not total.numel():
         return unit

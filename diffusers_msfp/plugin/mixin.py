@@ -97,9 +97,10 @@ class MSFPPipelineMixin:
         """Which adapter serves which timesteps.
 
         Returns:
-            `dict`: `placement`, `reads` (see `FinetuneConfig`; None for merged ones), `num_adapters`, `num_timesteps`, `router_groups`, `ranks` (rank → number of layers),
-            `enabled`, `scale`, `intervals` (`[group][(first timestep, last timestep, adapter), …]`), `usage`
-            (`[group][adapter]`, share of the timesteps), `collapsed` (groups in which one adapter serves all).
+            `dict`: `placement`, `reads` (see `FinetuneConfig`; None for merged ones), `num_adapters`, `num_timesteps`,
+            `router_groups`, `ranks` (rank → number of layers), `enabled`, `scale`, `intervals`
+            (`[group][(first timestep, last timestep, adapter), …]`), `usage` (`[group][adapter]`, share of the
+            timesteps), `collapsed` (groups in which one adapter serves all).
         """
         return _summary(self._quantized())
 

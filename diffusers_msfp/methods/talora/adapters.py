@@ -8,6 +8,7 @@ the weight: `W x + B A x = (W + B A) x`, one product, of 8-bit integers where th
 """
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from ...compat.torch import StatefulModule, tensors_of
 from ...errors import CheckpointError
 from ...layers import QuantLayer
+from ...layers.protocols import Routing
 from ...numerics import select
 from ...numerics.sums import rounded_sum, sum_integers, sum_unit
 
@@ -143,12 +145,12 @@ class AdapterBank(StatefulModule):
     def made_from(self, layer: QuantLayer) -> tuple:
         """What the sums follow besides the packed weight: unequal when it was changed in place, or is weighed anew."""
         pairs = (self.down, self.up)
-        return (layer.routing.strength, *(0 if part.is_inference() else part._version for part in pairs))
+        return (_strength(layer), *(0 if part.is_inference() else part._version for part in pairs))
 
     def _total(self, layer: QuantLayer, adapter: int | Tensor) -> Tensor:
         down, up = self.pair(adapter)
         update = (up @ down.flatten(1)).view(self.weight_shape)
-        return layer.dequantize_weight() + update * layer.routing.strength
+        return layer.dequantize_weight() + update * _strength(layer)
 
     # ── pairs that read floats ───────────────────────────────────────────────────────────────────────────────
 
@@ -195,7 +197,7 @@ class AdapterBank(StatefulModule):
         Raises:
             CheckpointError: NaN or infinity, a scale ≤ 0, a positive zero point, a kind that is not known.
         """
-        if self.reads_codes and self.codes != 1:
+        if self.reads_codes and int(self.codes) != 1:
             raise CheckpointError(
                 f"`{module_name}.adapters.{CODES}` must be 1, but got {self.codes.item()}: damaged."
             )
@@ -206,3 +208,7 @@ class AdapterBank(StatefulModule):
                     f"`{module_name}.adapters.{name}` must be finite (a scale > 0, a zero point ≤ 0), but it is not: "
                     f"damaged file."
                 )
+
+
+def _strength(layer: QuantLayer) -> float:
+    return cast(Routing, layer.routing).strength

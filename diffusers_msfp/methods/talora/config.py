@@ -121,8 +121,8 @@ class FinetuneConfig:
                 raise ConfigError(f"`{name}` must be one of {names}, but got {getattr(self, name)!r}.")
         if self.reads is not None and self.placement != "side":
             raise ConfigError(
-                f"`reads` is for adapters beside the weights, but got {self.reads!r} with `placement={self.placement!r}`. "
-                f"Leave it out: what is merged into the weights reads codes, as they do."
+                f"`reads` is for adapters beside the weights, but got {self.reads!r} with "
+                f"`placement={self.placement!r}`. Leave it out: what is merged into the weights reads codes, as they do."
             )
         if self.rank:
             require_positive(rank=self.rank)
