@@ -1,7 +1,7 @@
 """What every engine is: a name, the layers it refuses and why, and a way to make the others ready."""
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -131,7 +131,7 @@ class PreparedLayer(ABC):
 
     def _sums_made_from(self) -> tuple | None:
         layer = self.layer
-        return layer.adapters.made_from(layer) if layer.has_sums else None
+        return cast(Any, layer.adapters).made_from(layer) if layer.has_sums else None
 
     @property
     def kept_bytes(self) -> int:
@@ -159,7 +159,7 @@ def used_integers(layer: QuantLayer, bank: int, table: Tensor) -> tuple[Tensor, 
         `tuple[Tensor, Tensor]`: `logical_shape`, dtype of the table; `(C,)` float32.
     """
     if layer.has_sums:
-        integers, unit = layer.adapters.integers(layer, bank)
+        integers, unit = cast(Any, layer.adapters).integers(layer, bank)
         return integers.to(table.dtype), unit
     return weight_integers(layer, bank, table), weight_unit(layer)
 

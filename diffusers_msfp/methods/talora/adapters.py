@@ -75,6 +75,8 @@ class AdapterBank(StatefulModule):
     other kind can be loaded.
     """
 
+    codes: Tensor
+
     def __init__(
         self,
         weight_shape: tuple[int, ...],
@@ -198,9 +200,7 @@ class AdapterBank(StatefulModule):
             CheckpointError: NaN or infinity, a scale ≤ 0, a positive zero point, a kind that is not known.
         """
         if self.reads_codes and int(self.codes) != 1:
-            raise CheckpointError(
-                f"`{module_name}.adapters.{CODES}` must be 1, but got {self.codes.item()}: damaged."
-            )
+            raise CheckpointError(f"`{module_name}.adapters.{CODES}` must be 1, but got {self.codes.item()}: damaged.")
         for name, tensor in self.state_dict().items():
             bad = not torch.isfinite(tensor).all() or (name == "input_scale" and (tensor <= 0).any())
             if bad or (name == "input_zero_point" and (tensor > 0).any()):

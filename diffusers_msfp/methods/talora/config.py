@@ -122,7 +122,7 @@ class FinetuneConfig:
         if self.reads is not None and self.placement != "side":
             raise ConfigError(
                 f"`reads` is for adapters beside the weights, but got {self.reads!r} with "
-                f"`placement={self.placement!r}`. Leave it out: what is merged into the weights reads codes, as they do."
+                f"`placement={self.placement!r}`. Leave it out: merged ones read what the weights do."
             )
         if self.rank:
             require_positive(rank=self.rank)
