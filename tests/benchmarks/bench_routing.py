@@ -2,9 +2,10 @@
 
     python tests/benchmarks/bench_routing.py [--shapes embedded,ddpm-cifar10]
 
-Beside the weights there are both kinds, those that read floats and those that read codes. Variants take turns in one process, and every call has another adapter than the one before. Medians and the ratio to the
-model without adapters; for a user's plain LoRA the ratio to bf16, channels last, with the same LoRA. Also what a switch
-of the adapter itself takes. Writes `model_cards/results/routing.json`; rows of other shapes stay.
+Beside the weights there are both kinds, those that read floats and those that read codes. Variants take turns in one
+process, and every call has another adapter than the one before. Medians and the ratio to the model without adapters;
+for a user's plain LoRA the ratio to bf16, channels last, with the same LoRA. Also what a switch of the adapter itself
+takes. Writes `model_cards/results/routing.json`; rows of other shapes stay.
 """
 
 import copy

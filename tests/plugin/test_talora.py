@@ -38,7 +38,13 @@ from diffusers_msfp.plugin.adapters import talora_files
 from diffusers_msfp.plugin.adapters.talora_files import load_talora, save_talora, unload_talora
 from diffusers_msfp.plugin.quantize import quantize_model
 
-LOW, HIGH, CLASSES = 10, 900, ("merged", "side")  # timesteps with adapters of their own
+LOW, HIGH = 10, 900  # timesteps with adapters of their own
+KINDS = {
+    "merged": {"placement": "merged"},
+    "side": {"placement": "side", "reads": "float"},
+    "codes": {"placement": "side", "reads": "codes"},
+}
+BESIDE = ("side", "codes")
 
 
 def near(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -52,7 +58,8 @@ def strengthen(model) -> None:
     for module in model.modules():
         adapters = getattr(module, "adapters", None)
         if adapters is not None:
-            adapters.up.data.normal_(std=0.05)
+            with torch.no_grad():
+                adapters.up.normal_(std=0.05)
     model.timestep_router.table[:, :500] = 0
     model.timestep_router.table[:, 500:] = 1
 
@@ -61,23 +68,23 @@ def strengthen(model) -> None:
 def tuned_pipes(_packed) -> dict[str, DDPMPipeline]:
     teacher = DDPMPipeline(make_unet(), DDIMScheduler())
     made = {}
-    for placement in CLASSES:
+    for kind, settings in KINDS.items():
         pipe = copy.deepcopy(_packed)
-        settings = {"train_steps": 3, "num_inference_steps": 3, "batch_size": 4, "rank": 4, "learning_rate": 2.0}
-        finetune(pipe, teacher, FinetuneConfig(placement=placement, **settings))
+        settings |= {"train_steps": 3, "num_inference_steps": 3, "batch_size": 4, "rank": 4, "learning_rate": 2.0}
+        finetune(pipe, teacher, FinetuneConfig(**settings))
         strengthen(pipe.unet)
-        made[placement] = pipe
+        made[kind] = pipe
     return made
 
 
-@pytest.fixture(params=CLASSES)
+@pytest.fixture(params=KINDS)
 def tuned(tuned_pipes, request) -> DDPMPipeline:
     return copy.deepcopy(tuned_pipes[request.param])
 
 
-@pytest.fixture
-def side(tuned_pipes) -> DDPMPipeline:
-    return MSFPPipelineMixin.attach(copy.deepcopy(tuned_pipes["side"]))
+@pytest.fixture(params=BESIDE)
+def side(tuned_pipes, request) -> DDPMPipeline:
+    return MSFPPipelineMixin.attach(copy.deepcopy(tuned_pipes[request.param]))
 
 
 @pytest.fixture
@@ -145,14 +152,14 @@ def test_threads_do_not_mix_up_their_timesteps(tuned, images):
         assert all(pool.map(work, range(40)))
 
 
-@pytest.mark.parametrize("placement", CLASSES)
-def test_compiled_models_route_without_recompiling(placement):
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_models_route_without_recompiling(kind):
     one_block = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "add_attention": False}
     pipe, teacher = (
         DDPMPipeline(make_unet(block_out_channels=(8,), norm_num_groups=4, **one_block), DDIMScheduler()) for _ in "12"
     )
     quantize_pipeline(pipe, "w4a4", num_samples=2, num_inference_steps=2)
-    finetune(pipe, teacher, FinetuneConfig(train_steps=1, num_inference_steps=2, batch_size=2, placement=placement))
+    finetune(pipe, teacher, FinetuneConfig(train_steps=1, num_inference_steps=2, batch_size=2, **KINDS[kind]))
     strengthen(pipe.unet)
     graphs = []
 
@@ -508,7 +515,7 @@ def test_an_exported_adapter_is_the_same_lora_in_diffusers_and_peft(adapter, tim
     assert torch.allclose(answer(plain, timestep), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("placement", CLASSES)
+@pytest.mark.parametrize("placement", ["merged", "side"])
 def test_style_loras_stack_on_top_and_come_off_without_a_trace(placement, tuned_pipes, images):
     if placement == "side":
         model = conditional()
