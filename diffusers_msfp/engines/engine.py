@@ -60,6 +60,7 @@ class PreparedLayer(ABC):
         self._reference = LayerReference(self)
         self._grids: dict[tuple[int, bool], Any] = {}
         self._weights: dict[tuple, Any] = {}
+        self._adapters: Any = layer.adapters if layer.adapters is not None and layer.adapters.reads_codes else None
         self._made_from: tuple | None = None
 
     def __call__(self, x: Tensor, bank: int | Tensor = 0, adapter: int | Tensor = 0) -> Tensor:
@@ -119,8 +120,8 @@ class PreparedLayer(ABC):
 
     def weight(self, bank: int | Tensor, *how: Any) -> Any:
         """A bank's weight as a kernel wants it, or the sum with an adapter that reads codes."""
-        key, made_from = (int(bank), *how), self._sums_made_from()
-        if made_from != self._made_from:
+        key = (int(bank), *how)
+        if self._adapters is not None and (made_from := self._adapters.made_from(self.layer)) != self._made_from:
             self._weights, self._made_from = {}, made_from
         if key in self._weights:
             return self._weights[key]
@@ -128,10 +129,6 @@ class PreparedLayer(ABC):
         if self._keep:
             self._weights[key] = weight
         return weight
-
-    def _sums_made_from(self) -> tuple | None:
-        layer = self.layer
-        return cast(Any, layer.adapters).made_from(layer) if layer.has_sums else None
 
     @property
     def kept_bytes(self) -> int:

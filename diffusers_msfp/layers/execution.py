@@ -1,7 +1,7 @@
 """How a quantized layer is run: by the engine that was chosen for it, or by the reference, which defines the result."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,7 @@ class Execution(StoredTensors, PackedLayer):
         Args:
             adapter (`int` or `Tensor`): which adapter's, or which parameter set; a tensor `(B,)` gives shape `(B,)`.
         """
-        owner = self.adapters if self.adapters is not None and self.routing.strength else self
+        owner = self.used_adapters or self
         scale, zero_point = owner.input_scale, owner.input_zero_point
         if scale.ndim:
             scale, zero_point = select(scale, adapter), select(zero_point, adapter)
@@ -217,17 +217,18 @@ class Execution(StoredTensors, PackedLayer):
             if torch.compiler.is_compiling():  # a set for each row: no need to compute all
                 return self.run(x, 0, Route.rows(route.index, x.shape[0])).to(result_dtype(x))
             return route.apply(lambda rows, index: self.run(rows, 0, index), x, self.num_sets).to(result_dtype(x))
-        if self.num_banks == 1 and not self._beside:
+        adapters = self.used_adapters
+        if adapters is None and self.num_banks == 1:
             return self.run(x).to(result_dtype(x))
 
         def run(rows: Tensor, adapter: int | Tensor) -> Tensor:
-            if not self._beside or self.has_sums:
+            if adapters is None or adapters.reads_codes:
                 return self.run(rows, adapter, adapter)
-            correction = self.adapters(self, rows.to(torch.float32), adapter)
+            correction = adapters(self, rows.to(torch.float32), adapter)
             return self.run(rows, 0, adapter) + correction * self.routing.strength
 
-        num_adapters = self.adapters.num_adapters if self._beside else self.num_banks
-        return self.routing.route(self.group).apply(run, x, num_adapters).to(result_dtype(x))
+        choices = self.num_banks if adapters is None else adapters.num_adapters
+        return self.routing.route(self.group).apply(run, x, choices).to(result_dtype(x))
 
     def run(self, x: Tensor, bank: int | Tensor = 0, adapter: int | Tensor = 0) -> Tensor:
         """The layer with one bank and the input's parameters of one adapter or set, by its engine.
@@ -242,13 +243,16 @@ class Execution(StoredTensors, PackedLayer):
         return self.compute(self.quantize_input(x, adapter), self.used_weight(bank), bias)
 
     @property
-    def _beside(self) -> bool:
-        return self.adapters is not None and bool(self.routing.strength)
+    def used_adapters(self) -> Any:
+        """Those beside the weight; None where there are none, or while they are disabled."""
+        adapters = self.adapters
+        return None if adapters is None or not self.routing.strength else adapters
 
     @property
     def has_sums(self) -> bool:
         """Whether adapters are in use that read codes, and so add to the weight, see `numerics.sums`."""
-        return self._beside and self.adapters.reads_codes
+        adapters = self.used_adapters
+        return adapters is not None and adapters.reads_codes
 
     @property
     def num_weights(self) -> int:
@@ -256,9 +260,10 @@ class Execution(StoredTensors, PackedLayer):
         return self.adapters.num_adapters if self.has_sums else self.num_banks
 
     def _adapter_of_codes(self) -> int | None:
-        if self._beside and not self.has_sums:
+        adapters = self.used_adapters
+        if adapters is not None and not adapters.reads_codes:
             return None
-        alone = self.num_banks == 1 and not self.num_sets and not self._beside
+        alone = adapters is None and self.num_banks == 1 and not self.num_sets
         return 0 if alone else self.routing.route(self.group).uniform
 
     def takes_codes(self, x: Tensor) -> int | None:

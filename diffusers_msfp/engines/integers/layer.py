@@ -36,7 +36,7 @@ class Int8Layer(PreparedLayer):
         self._table = torch.tensor(layer.weight_format.code_values, dtype=torch.int8)
         self._chosen: dict[tuple, str] = {}
         about = tuning.about(layer.matrix_shape, layer.weight_format, layer.input_format, layer.group_size)
-        sums = " sums" if layer.adapters is not None and layer.adapters.reads_codes else ""
+        sums = "" if self._adapters is None else " sums"
         self._about = f"{about}{'fast' if keep else 'low'}{sums}"
 
     def integers(self, bank: int) -> tuple[Tensor, Tensor]:

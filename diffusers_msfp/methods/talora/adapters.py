@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...compat.torch import StatefulModule, tensors_of
+from ...compat.torch import StatefulModule
 from ...errors import CheckpointError
 from ...layers import QuantLayer
 from ...layers.protocols import Routing
@@ -70,6 +70,9 @@ class AdapterBank(StatefulModule):
             and are kept with them, so that the layer without them is what it was.
         reads (`str`): what the pairs read of the layer's input, `"float"` or `"codes"`.
 
+    Attributes:
+        reads_codes (`bool`): whether the pairs read the layer's input as its weight does.
+
     Tensors: `down` `(h, r, in / groups, *kernel)` and `up` `(h, out, r)` of `dtype`; `input_scale` and
     `input_zero_point` `(h,)`, float32; `codes` `()`, uint8, 1, where the pairs read codes, so that no state of the
     other kind can be loaded.
@@ -95,14 +98,10 @@ class AdapterBank(StatefulModule):
         self.input_scale = self.input_zero_point = None
         if quantized_input:
             self.keep_input(torch.ones(num_adapters, device=device), torch.zeros(num_adapters, device=device))
-        if reads == "codes":
+        self.reads_codes = reads == "codes"
+        if self.reads_codes:
             self.register_buffer(CODES, torch.ones((), dtype=torch.uint8, device=device))
         self.requires_grad_(False)
-
-    @property
-    def reads_codes(self) -> bool:
-        """Whether the pairs read the layer's input as the weight does."""
-        return CODES in tensors_of(self)
 
     def keep_input(self, scale: Tensor, zero_point: Tensor) -> None:
         """Keep the input's parameters, both `(h,)` and float32."""
@@ -146,8 +145,9 @@ class AdapterBank(StatefulModule):
 
     def made_from(self, layer: QuantLayer) -> tuple:
         """What the sums follow besides the packed weight: unequal when it was changed in place, or is weighed anew."""
-        pairs = (self.down, self.up)
-        return (_strength(layer), *(0 if part.is_inference() else part._version for part in pairs))
+        down, up = self.down, self.up
+        versions = 0 if down.is_inference() or up.is_inference() else (down._version, up._version)
+        return _strength(layer), versions
 
     def _total(self, layer: QuantLayer, adapter: int | Tensor) -> Tensor:
         down, up = self.pair(adapter)
