@@ -42,11 +42,20 @@ RECIPES.add("msfp", (Stage("talora", MappingProxyType(_WEIGHTS)),))
 RECIPES.add("split", (_SPLIT,))
 RECIPES.add("split-rounded", (_SPLIT, _TEMPORAL, _ROUNDING))
 RECIPES.add("split-full", (_SPLIT, _TEMPORAL, _ROUNDING, _TALORA))
-# Baselines: shortcuts split, AdaRound block by block (Q-Diffusion); AdaRound, then temporal maintenance with parameters
-# for each timestep in all layers, as TFMQ-DM's code has; a single merged LoRA with learned activation scales
-# (EfficientDM, but for its scales for each timestep).
-_PER_STEP = Stage("temporal", MappingProxyType({"fsc": "all"}))
-_ONE_LORA = {"num_adapters": 1, "placement": "merged", "denoising_factor_exponent": 0.0}
-RECIPES.add("q-diffusion", (_SPLIT, _ROUNDING))
-RECIPES.add("tfmq-dm", (_ROUNDING, _PER_STEP))
-RECIPES.add("efficientdm", (Stage("talora", MappingProxyType(_ONE_LORA)),))
+# Baselines: shortcuts split, AdaRound block by block, then learned activation scales (Q-Diffusion); AdaRound, then
+# temporal maintenance with parameters for each timestep in all layers, as TFMQ-DM's code has; activation scales for
+# each timestep, learned beside a single merged LoRA (EfficientDM). Layers that stay float are left to the caller.
+_PER_STEP = {"fsc": "all"}
+_SCALES_ALONE = {"learning_rate": 0.0, "affine_learning_rate": 0.0}
+_ONE_LORA = {"rank": 32, "affine_learning_rate": 0.0}
+_PLAIN_LOSS = {"num_adapters": 1, "placement": "merged", "denoising_factor_exponent": 0.0}
+_BASELINES = {
+    "q-diffusion": (_SPLIT, _ROUNDING, Stage("talora", MappingProxyType(_PLAIN_LOSS | _SCALES_ALONE))),
+    "tfmq-dm": (_ROUNDING, Stage("temporal", MappingProxyType(_PER_STEP))),
+    "efficientdm": (
+        Stage("temporal", MappingProxyType(_PER_STEP | {"iterations": 0, "cache_above": None})),
+        Stage("talora", MappingProxyType(_PLAIN_LOSS | _ONE_LORA)),
+    ),
+}
+for _name, _stages in _BASELINES.items():
+    RECIPES.add(_name, _stages)

@@ -1,4 +1,4 @@
-"""A DDPM trained on Fashion-MNIST (fp16, 1.8 M parameters, card in `model_cards/`), quantized too, and two classifiers.
+"""A DDPM trained on Fashion-MNIST (fp16, 1.8 M parameters, its card in `model_cards/`), twice quantized, and classifiers.
 
 The classifiers' weights belong to classes in `evaluation.images.features`: `FashionFeatures`, which
 `tests/benchmarks/fashion_features.py` trains, and `Cifar10Features`, whose origin and licence stand in
@@ -8,6 +8,7 @@ The classifiers' weights belong to classes in `evaluation.images.features`: `Fas
 from pathlib import Path
 
 EMBEDDED_MODEL = Path(__file__).parent / "ddpm-fashion-mnist-32"
-TUNED_MODEL = Path(__file__).parent / "ddpm-fashion-mnist-32-w4a4"
+TUNED_MODELS = {scheme: Path(__file__).parent / f"ddpm-fashion-mnist-32-{scheme}" for scheme in ("w4a8", "w4a4")}
+"""Scheme → the same model after the recipe `msfp`."""
 FASHION_FEATURES = Path(__file__).parent / "fashion-features.safetensors"
 CIFAR10_FEATURES = Path(__file__).parent / "cifar10-resnet56.safetensors"

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..assets import EMBEDDED_MODEL, TUNED_MODEL
+from ..assets import EMBEDDED_MODEL, TUNED_MODELS
 from ..evaluation import image_grid, sample_images
 from ..outputs import require_writable_file, require_writable_folder, writing
 from ..results import Result
@@ -16,10 +16,13 @@ from .quantize import QuantizedCheckpoint, quantize
 from .shared.load import load_pipeline
 from .shared.terminal import progress, stderr
 
-SCHEMES = ("w8a8", "w4a8", "w4a4")
+SCHEMES = tuple(TUNED_MODELS)
 PICTURES = 10
-TUNED = "w4a4, recipe msfp"
-"""What the demo calls the checkpoint that the package brings."""
+
+
+def tuned(scheme: str) -> str:
+    """What the demo calls a checkpoint that the package brings."""
+    return f"{scheme}, recipe msfp"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +31,7 @@ class DemoScheme(Result):
 
     Args:
         quantized (`QuantizedCheckpoint`, *optional*), compared (`CheckpointComparison`): what `quantize` and `compare`
-            found; in `to_dict` all of both side by side. The former is None for the checkpoint that the package brings.
+            found; in `to_dict` all of both side by side. The former is None for a checkpoint that the package brings.
     """
 
     quantized: QuantizedCheckpoint | None
@@ -44,8 +47,8 @@ class Demo(Result):
     """What `demo` wrote.
 
     Args:
-        picture (`str`): path of the PNG; rows: full precision, then each scheme.
-        schemes (`Mapping[str, DemoScheme]`): by name, and the prepared checkpoint under `TUNED`.
+        picture (`str`): path of the PNG; rows: full precision, then each scheme, at once and fine-tuned.
+        schemes (`Mapping[str, DemoScheme]`): by name, and prepared checkpoints as `tuned(name)`.
     """
 
     picture: str
@@ -55,7 +58,7 @@ class Demo(Result):
 def demo(out: str | Path = "msfp-demo", *, num_inference_steps: int = 50, seed: int = 0) -> Demo:
     """Quantize the embedded Fashion-MNIST DDPM, sample it beside full precision, and compare.
 
-    The last row is a checkpoint that the package brings: fine-tuning takes longer than a demo may.
+    Below each scheme stands a checkpoint that the package brings: fine-tuning takes longer than a demo may.
 
     Args:
         out (`str` or `Path`): folder for `demo.png` and the quantized checkpoints.
@@ -88,10 +91,11 @@ def demo(out: str | Path = "msfp-demo", *, num_inference_steps: int = 50, seed: 
         made = quantize(str(EMBEDDED_MODEL), target, scheme=scheme, seed=seed, overwrite=True)
         figures[scheme] = DemoScheme(quantized=made, compared=compare(str(EMBEDDED_MODEL), str(target), seed=seed))
         draw(target, f"{scheme}, {made.bytes_quantized / 1e6:.2f} MB")
-    stderr.print(f"[bold]{TUNED}[/]: the prepared checkpoint, sampling, comparing")
-    compared = compare(str(EMBEDDED_MODEL), str(TUNED_MODEL), seed=seed)
-    figures[TUNED] = DemoScheme(quantized=None, compared=compared)
-    draw(TUNED_MODEL, f"{TUNED}, {compared.bytes_quantized / 1e6:.2f} MB")
+        name, prepared = tuned(scheme), TUNED_MODELS[scheme]
+        stderr.print(f"[bold]{name}[/]: the prepared checkpoint, sampling, comparing")
+        compared = compare(str(EMBEDDED_MODEL), str(prepared), seed=seed)
+        figures[name] = DemoScheme(quantized=None, compared=compared)
+        draw(prepared, f"{name}, {compared.bytes_quantized / 1e6:.2f} MB")
     picture = out / "demo.png"
     with writing(picture):
         image_grid(np.concatenate(rows), columns=PICTURES, scale=2, labels=labels).save(picture)

@@ -3,19 +3,22 @@
     python tests/benchmarks/bench_baselines.py --data fashion_mnist.npz [--only "w4a4 ptq,w4a4 full"]
 
 The embedded model, 20 DDIM steps, one seed. Baselines are a scheme and a recipe, as reconstructed, not their authors'
-code. Fine-tuning stages get 200 updates of 16 samples each, temporal ones 1000; the recipe `msfp` is evaluated on the
-checkpoint that the package brings (`diffusers_msfp/assets/README.md` has the command; with `--scheme w4a8` it makes the
-other, for `--tuned DIR`). Rows
-are written as they come, each with the commit that it was made with, so several processes may share the work with
-`--only`. Fréchet distances are between features of the package's classifier, *not* FID. Writes
-`model_cards/results/baselines.json`.
+code; layers that that code leaves float stay float here, and their output is corrected as ours is. Fine-tuning stages
+get 200 updates of 16 samples each, EfficientDM's 1100, temporal ones 1000; the recipe `msfp` is evaluated on the
+checkpoints that the package brings (1100 updates; `diffusers_msfp/assets/README.md` has the command, which with another
+`--scheme` makes others for `--tuned DIR`). Rows are written as they come, each with the commit that it was made with,
+so several processes may share the work with `--only`. Fréchet distances are between features of the package's
+classifier, *not* FID. Writes `model_cards/results/baselines.json`.
 """
 
 import copy
 import tempfile
 import time
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
+from unittest import mock
 
 import torch
 import typer
@@ -23,82 +26,111 @@ from diffusers import DiffusionPipeline
 from filelock import FileLock
 from harness import RESULTS, origin, read_results, write_results
 
-from diffusers_msfp import quantize_pipeline
-from diffusers_msfp.assets import EMBEDDED_MODEL, TUNED_MODEL
+from diffusers_msfp import MSFPConfig, quantize_pipeline
+from diffusers_msfp.assets import EMBEDDED_MODEL, TUNED_MODELS
+from diffusers_msfp.calibration import search
 from diffusers_msfp.evaluation import evaluate_pipelines
 from diffusers_msfp.evaluation.timing.providers import provide
 from diffusers_msfp.methods import METHODS
 from diffusers_msfp.plugin.recipe import plan_stages
+from diffusers_msfp.recipes import RECIPES
 from diffusers_msfp.sampling.solvers import with_ddim
 
 COMMAND = "python tests/benchmarks/bench_baselines.py --data fashion_mnist.npz"
-SETTINGS = {"talora": {"train_steps": 200}, "temporal": {"iterations": 1000}}
 MSFP = ("talora", "correction")
 CORRECTED = " + correction"
 """Cells of this name end with the correction of the output."""
+FLOAT = ("conv_shortcut", "downsamplers")
+"""What the code of TFMQ-DM (shortcuts, downsamplers) and EfficientDM (`skip`, `op`) leaves float."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to a quantized pipeline.
+
+    Args:
+        scheme (`str`): or an installed peer's name.
+        recipe (`str`, *optional*): None for peers.
+        keep (`tuple[str, ...]`): layers that stay float.
+        zero_points (`bool`): inputs have 16 levels with a zero point wherever they may, not only where values are
+            skewed.
+        updates (`int`): of fine-tuning.
+    """
+
+    scheme: str
+    recipe: str | None = "ptq"
+    keep: tuple[str, ...] = ()
+    zero_points: bool = False
+    updates: int = 200
+
+
 CELLS = {
-    f"w4a4{CORRECTED}": ("w4a4", "ptq"),
-    f"w4a4 msfp{CORRECTED}": ("w4a4", "msfp"),
-    f"w4a8{CORRECTED}": ("w4a8", "ptq"),
-    "w4a8 msfp": ("w4a8", "msfp"),
-    f"w4a16{CORRECTED}": ("w4a16", "ptq"),
-    f"w4g32a4{CORRECTED}": ("w4g32a4", "ptq"),
-    f"w4g32a8{CORRECTED}": ("w4g32a8", "ptq"),
-    f"w4g32a16{CORRECTED}": ("w4g32a16", "ptq"),
+    f"w4a4{CORRECTED}": Cell("w4a4"),
+    f"w4a4 msfp{CORRECTED}": Cell("w4a4", "msfp"),
+    f"w4a8{CORRECTED}": Cell("w4a8"),
+    "w4a8 msfp": Cell("w4a8", "msfp"),
+    f"w4a16{CORRECTED}": Cell("w4a16"),
+    f"w4g32a4{CORRECTED}": Cell("w4g32a4"),
+    f"w4g32a4 msfp{CORRECTED}": Cell("w4g32a4", "msfp"),
+    f"w4g32a8{CORRECTED}": Cell("w4g32a8"),
+    f"w4g32a16{CORRECTED}": Cell("w4g32a16"),
+    f"w4g32a16 rounded{CORRECTED}": Cell("w4g32a16", "rounded"),
 }
 PURE = ("ptq", "tfmq", "rounded", "full", "split", "split-rounded", "split-full")
-CELLS |= {f"w4a4-pure {recipe}": ("w4a4-pure", recipe) for recipe in PURE}
+CELLS |= {f"w4a4-pure {recipe}": Cell("w4a4-pure", recipe) for recipe in PURE}
 CELLS |= {
-    "INT4": ("int-w4a4-pure", "ptq"),
-    "INT4 split": ("int-w4a4-pure", "split"),
-    "signed FP4": ("w4a4-signed-pure", "ptq"),
-    "Q-Diffusion style": ("int-w4a4-pure", "q-diffusion"),
-    "TFMQ-DM style": ("int-w4a4-pure", "tfmq-dm"),
-    "EfficientDM style": ("int-w4a4-pure", "efficientdm"),
-    "INT W4A8": ("int-w4a8", "ptq"),
-    "Q-Diffusion style W4A8": ("int-w4a8", "q-diffusion"),
-    "w4a8-wide ptq": ("w4a8-wide", "ptq"),
-    "w4a8-wide tfmq": ("w4a8-wide", "tfmq"),
-    "w4a8-wide rounded": ("w4a8-wide", "rounded"),
-    "w4a8-wide full": ("w4a8-wide", "full"),
-    "INT W6A6": ("int-w6a6-pure", "ptq"),
-    "w6a6-pure ptq": ("w6a6-pure", "ptq"),
-    "w6a6-pure full": ("w6a6-pure", "full"),
-    "INT W8A8": ("int-w8a8", "ptq"),
-    "w8a8-wide ptq": ("w8a8-wide", "ptq"),
-    "SDNQ uint4 weights": ("sdnq:uint4", None),
-    "SDNQ FP4 weights": ("sdnq:fp4", None),
-    "SDNQ int8": ("sdnq:int8:matmul", None),
+    f"INT4{CORRECTED}": Cell("int-w4a4-pure"),
+    f"INT4 asymmetric{CORRECTED}": Cell("int-w4a4-pure", zero_points=True),
+    "INT4 split": Cell("int-w4a4-pure", "split"),
+    f"signed FP4{CORRECTED}": Cell("w4a4-signed-pure"),
+    f"Q-Diffusion style{CORRECTED}": Cell("int-w4a4-pure", "q-diffusion"),
+    f"TFMQ-DM style{CORRECTED}": Cell("int-w4a4-pure", "tfmq-dm", FLOAT),
+    f"EfficientDM style{CORRECTED}": Cell("int-w4a4-pure", "efficientdm", FLOAT, updates=1100),
+    "INT W4A8": Cell("int-w4a8"),
+    f"Q-Diffusion style W4A8{CORRECTED}": Cell("int-w4a8", "q-diffusion"),
+    "w4a8-wide ptq": Cell("w4a8-wide"),
+    "w4a8-wide tfmq": Cell("w4a8-wide", "tfmq"),
+    "w4a8-wide rounded": Cell("w4a8-wide", "rounded"),
+    "w4a8-wide full": Cell("w4a8-wide", "full"),
+    "INT W6A6": Cell("int-w6a6-pure"),
+    "w6a6-pure ptq": Cell("w6a6-pure"),
+    "w6a6-pure full": Cell("w6a6-pure", "full"),
+    "INT W8A8": Cell("int-w8a8"),
+    "w8a8-wide ptq": Cell("w8a8-wide"),
+    "SDNQ uint4 weights": Cell("sdnq:uint4", None),
+    "SDNQ FP4 weights": Cell("sdnq:fp4", None),
+    "SDNQ int8": Cell("sdnq:int8:matmul", None),
 }
 
 
-def made(
-    reference, scheme: str, recipe: str | None, correction: bool, tuned: Path | None
-) -> tuple[DiffusionPipeline, dict]:
+def made(reference, cell: Cell, correction: bool, tuned: Path | None) -> tuple[DiffusionPipeline, dict]:
     """A quantized pipeline, and what making it took."""
     pipe, started, stages = copy.deepcopy(reference), time.perf_counter(), {}
-    if recipe == "msfp":  # the checkpoint that the package brings, or another that was made with the same command
-        folder = TUNED_MODEL if scheme == "w4a4" else tuned
+    if cell.recipe == "msfp":  # the checkpoint that the package brings, or another that was made with the same command
+        folder = TUNED_MODELS.get(cell.scheme, tuned)
         if folder is None:
-            raise typer.BadParameter(f"`--tuned`: where `quantize --scheme {scheme} --recipe msfp` has put its result")
+            command = f"quantize --scheme {cell.scheme} --recipe msfp"
+            raise typer.BadParameter(f"`--tuned`: where `{command}` has put its result")
         stages = dict.fromkeys(MSFP if correction else MSFP[:1])
         return DiffusionPipeline.from_pretrained(folder), {"minutes": None, "stages": stages}
-    if recipe is None:
+    if cell.recipe is None:
         x = torch.randn(1, *[pipe.unet.config.in_channels, 32, 32], dtype=torch.bfloat16)
-        pipe.unet = provide(scheme, pipe.unet, lambda unet: unet(x, 0))
+        pipe.unet = provide(cell.scheme, pipe.unet, lambda unet: unet(x, 0))
     else:
-        quantize_pipeline(pipe, scheme)
-        wanted = {stage: values for stage, values in SETTINGS.items() if stage in names_of(recipe)}
-        for name, config in plan_stages(recipe, wanted, correction=64 if correction else 0):
+        with mock.patch.object(search, "is_skewed", return_value=True) if cell.zero_points else nullcontext():
+            quantize_pipeline(pipe, MSFPConfig(cell.scheme, modules_to_not_convert=cell.keep))
+        for name, config in plan_stages(cell.recipe, settings_for(cell), correction=64 if correction else 0):
             began = time.perf_counter()
             METHODS[name].run(pipe, reference, config)
             stages[name] = round(time.perf_counter() - began, 1)
     return pipe, {"minutes": round((time.perf_counter() - started) / 60, 2), "stages": stages}
 
 
-def names_of(recipe: str) -> set[str]:
-    """Stages of a recipe."""
-    return {name for name, _ in plan_stages(recipe, {})}
+def settings_for(cell: Cell) -> dict[str, dict]:
+    """Equal lengths of stages, where a recipe does not set its own."""
+    lengths = {"talora": {"train_steps": cell.updates}, "temporal": {"iterations": 1000}}
+    stages = {stage.name: stage.settings for stage in RECIPES[cell.recipe]}
+    return {name: own for name, own in lengths.items() if name in stages and not own.keys() & stages[name].keys()}
 
 
 def main(
@@ -112,13 +144,14 @@ def main(
     reference.set_progress_bar_config(disable=True)
     pictures = Path(tempfile.gettempdir()) / "baseline-pictures"
     for name in only.split(",") if only else CELLS:
-        scheme, recipe = CELLS[name]
-        pipe, cost = made(reference, scheme, recipe, name.endswith(CORRECTED), tuned)
+        cell = CELLS[name]
+        pipe, cost = made(reference, cell, name.endswith(CORRECTED), tuned)
         result = evaluate_pipelines(reference, pipe, data=data, num_samples=num_samples, folder=pictures)
         row = {
             "cell": name,
-            "scheme": scheme,
-            "recipe": recipe,
+            "scheme": cell.scheme,
+            "recipe": cell.recipe,
+            "float": list(cell.keep),
             "num_samples": num_samples,
             "git": origin()["git"],
             "traj_rel_l2": result.traj_rel_l2,
@@ -147,7 +180,7 @@ def keep(row: dict) -> None:
     """Put a row into the results file, in the order of the cells."""
     with FileLock(Path(tempfile.gettempdir()) / "baselines.lock"):
         rows = read_results("baselines")["rows"] if (RESULTS / "baselines.json").exists() else []
-        rows = [each for each in rows if each["cell"] != row["cell"]] + [row]
+        rows = [each for each in rows if each["cell"] != row["cell"] and each["cell"] in CELLS] + [row]
         write_results("baselines", COMMAND, sorted(rows, key=lambda each: list(CELLS).index(each["cell"])))
 
 

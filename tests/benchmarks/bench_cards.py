@@ -1,4 +1,4 @@
-"""Make the package's own checkpoints and the results for their cards.
+"""Measure the checkpoints that the package brings, for their cards.
 
     python tests/benchmarks/bench_cards.py --data fashion_mnist.npz [--out DIR] [--only NAME]
 
@@ -12,23 +12,20 @@ from pathlib import Path
 
 from harness import ROOT
 
-from diffusers_msfp.assets import EMBEDDED_MODEL, TUNED_MODEL
-from diffusers_msfp.cli import bench, compare, evaluate, publish, quantize
+from diffusers_msfp.assets import EMBEDDED_MODEL, TUNED_MODELS
+from diffusers_msfp.cli import bench, compare, evaluate, publish
 from diffusers_msfp.hub.prepare import as_json
 
 OWNER, BASE = "diffusers-msfp", "ddpm-fashion-mnist-32"
-CHECKPOINTS = {f"{BASE}-w4a8": None, f"{BASE}-w4a4": TUNED_MODEL}
-"""Name → the checkpoint that the package brings; None: quantized here, with the scheme that the name ends with."""
+CHECKPOINTS = {f"{BASE}-{scheme}": folder for scheme, folder in TUNED_MODELS.items()}
+"""Name → the checkpoint that the package brings."""
 
 
 def make(name: str, out: Path, data: str) -> Path:
     """The checkpoint with its measurements."""
-    folder, prepared = out / name, CHECKPOINTS[name]
-    if prepared is None:
-        quantize(str(EMBEDDED_MODEL), folder, scheme=name.rpartition("-")[2], overwrite=True)
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(prepared, folder)
+    folder = out / name
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(CHECKPOINTS[name], folder)
     measured = {
         "comparison": compare(str(EMBEDDED_MODEL), str(folder), num_samples=256),
         "evaluation": evaluate(str(folder), str(EMBEDDED_MODEL), data=data, out=out / "evaluation"),

@@ -28,7 +28,7 @@ from harness import RESULTS, read_results, write_results
 from torch import nn
 
 from diffusers_msfp import set_engine
-from diffusers_msfp.assets import EMBEDDED_MODEL, TUNED_MODEL
+from diffusers_msfp.assets import EMBEDDED_MODEL, TUNED_MODELS
 from diffusers_msfp.compat.openvino import graph_of
 from diffusers_msfp.engines.openvino import forward, runtime
 from diffusers_msfp.evaluation.compare import psnr_db
@@ -39,6 +39,8 @@ from diffusers_msfp.evaluation.timing.speed import example_inputs, step_of, take
 COMMAND = "python tests/benchmarks/bench_openvino.py"
 STEPS = {"ddpm-cifar10": (8, 9), "embedded": (8, 15), "sd15": (2, 3)}
 """Model → batch and timed rounds of its step."""
+OURS = ("w4a8", "w4a4", "int-w4a8")
+"""The last has uniform formats alone, which cost a graph one rounding instead of several."""
 QUALITY = {"images": 256, "batch": 32, "num_inference_steps": 20}
 INSTRUCTIONS = ("avx2", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
@@ -93,14 +95,14 @@ def time_steps(name: str) -> list[dict]:
     for rival_name, eight_bits in (("openvino:bf16", False), ("openvino:int8", True)):
         if not eight_bits or find_spec("nncf"):
             calls[rival_name] = rival(net, inputs, eight_bits)
-    ours = provide("w4a4", net, lambda each: step_of(each, small)())
-    calls["w4a4"] = step_of(ours, inputs)
-    graph = copy.deepcopy(ours)
-    set_engine(graph, "openvino")
-    calls["w4a4:openvino"] = step_of(graph, inputs)
-    calls["w4a4:openvino"]()
-    if (reason := forward.graph_forward_of(graph).latest) is not None:
-        raise RuntimeError(f"{name} runs in torch: {reason}")
+    for scheme in OURS:
+        ours = provide(scheme, net, lambda each: step_of(each, small)())
+        graph = copy.deepcopy(ours)
+        set_engine(graph, "openvino")
+        calls |= {scheme: step_of(ours, inputs), f"{scheme}:openvino": step_of(graph, inputs)}
+        calls[f"{scheme}:openvino"]()
+        if (reason := forward.graph_forward_of(graph).latest) is not None:
+            raise RuntimeError(f"{name} runs in torch: {reason}")
     net = net.to(torch.bfloat16).to(memory_format=torch.channels_last)
     calls["bf16:cl"] = step_of(net, inputs)
     seconds = take_turns(calls, repeats)
@@ -124,7 +126,7 @@ def time_steps(name: str) -> list[dict]:
 
 def pictures(engine: str) -> torch.Tensor:
     """`(N, 1, 32, 32)` in 0 … 1, of the fine-tuned checkpoint."""
-    pipe = DiffusionPipeline.from_pretrained(EMBEDDED_MODEL if engine == "float" else TUNED_MODEL)
+    pipe = DiffusionPipeline.from_pretrained(EMBEDDED_MODEL if engine == "float" else TUNED_MODELS["w4a8"])
     pipe.set_progress_bar_config(disable=True)
     if engine != "float":
         set_engine(pipe, engine)
@@ -168,7 +170,7 @@ def start(name: str) -> list[dict]:
 
 def first_step(engine: str) -> None:
     """Print what a first step of the fine-tuned checkpoint takes in this process."""
-    pipe = DiffusionPipeline.from_pretrained(TUNED_MODEL, dtype=torch.bfloat16)
+    pipe = DiffusionPipeline.from_pretrained(TUNED_MODELS["w4a8"], dtype=torch.bfloat16)
     begun = time.perf_counter()
     set_engine(pipe, engine)
     step_of(pipe.unet, example_inputs(pipe.unet, 8))()

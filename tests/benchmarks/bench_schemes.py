@@ -5,7 +5,7 @@
     python tests/benchmarks/bench_schemes.py --cases "w4a4,w4a4 + rounding + correction" --seeds 1
 
 With `--cases` only these rows are made anew; rows are written as they are finished. The seed is that of calibration;
-pictures are compared on other noise. `msfp` is the checkpoint that the package brings, whose training had one seed.
+pictures are compared on other noise. `msfp` is a checkpoint that the package brings, whose training had one seed.
 Writes `model_cards/results/<name>.json`.
 """
 
@@ -29,7 +29,7 @@ from diffusers_msfp import (
     maintain_temporal,
     quantize_pipeline,
 )
-from diffusers_msfp.assets import EMBEDDED_MODEL, TUNED_MODEL
+from diffusers_msfp.assets import EMBEDDED_MODEL, TUNED_MODELS
 from diffusers_msfp.evaluation import compare_pipelines
 
 CASES = (
@@ -37,6 +37,7 @@ CASES = (
     *("w4a4 + rounding", "w4a4 + rounding + correction", "w4a4 + rounding + ranges", "w4a4 + msfp"),
     *("w4a4 + timesteps + correction", "w4a4 + rounding + timesteps + correction"),
     *("w4a4 + rounding + ranges + correction", "w6a6-pure", "w6a6", "w6a6 + correction", "w4a8", "w4a8 + correction"),
+    "w4a8 + msfp",
     *("w4a8-wide", "w8a8", "w8a8-wide", "w4a16", "w4a16 + correction"),
     *("w4g32a4", "w4g32a4 + correction", "w4g32a8", "w4g32a8 + correction", "w4g32a16", "w4g32a16 + correction"),
     *("w4g32a16 + rounding + correction",),
@@ -59,7 +60,7 @@ def made(reference: DiffusionPipeline, case: str, seed: int) -> DiffusionPipelin
     """A case's pipeline."""
     scheme, *steps = case.split(" + ")
     if steps == ["msfp"]:
-        return DiffusionPipeline.from_pretrained(TUNED_MODEL)
+        return DiffusionPipeline.from_pretrained(TUNED_MODELS[scheme])
     pipe = copy.deepcopy(reference)
     quantize_pipeline(pipe, MSFPConfig(scheme), **({} if scheme.endswith("a16") else {"seed": seed}))
     for step in steps:

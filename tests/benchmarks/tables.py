@@ -10,11 +10,13 @@ import sys
 from collections.abc import Iterator
 from statistics import mean
 
+import torch
 from harness import ROOT, read_results
 from safetensors.torch import load_file
 
 from diffusers_msfp import FORMATS
 from diffusers_msfp.assets import EMBEDDED_MODEL
+from diffusers_msfp.evaluation.images.distances import Estimate, mean_of
 from diffusers_msfp.recipes import RECIPES
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -86,6 +88,20 @@ def schemes() -> Iterator[dict[str, str]]:
         }
 
 
+def search() -> Iterator[dict[str, str]]:
+    """The search beside what it was and what was left out, mean over seeds."""
+    for name, rows in grouped("ddpm-fashion-mnist-32-search", "variant").items():
+        low, high = (min(row["image_psnr_db_low"] for row in rows), max(row["image_psnr_db_high"] for row in rows))
+        yield {
+            "search": name,
+            "PSNR (dB)": f"{average(rows, 'image_psnr_db'):.1f}",
+            "95 %, all seeds": f"{low:.1f} – {high:.1f}",
+            "`traj_rel_l2`": f"{average(rows, 'traj_rel_l2'):.4f}",
+            "`eps_rel_l2`": f"{average(rows, 'eps_rel_l2'):.4f}",
+            "seeds × pictures": f"{len(rows)} × {rows[0]['num_samples']}",
+        }
+
+
 def shapes() -> Iterator[dict[str, str]]:
     """Size, time and memory on the architectures people use."""
     for row in read_results("shapes")["rows"]:
@@ -139,6 +155,35 @@ def talora() -> Iterator[dict[str, str]]:
     yield dict(zip(row, ["full precision", "–", "0", "0", "–", "0", real, "–", "–", str(len(full))], strict=True))
 
 
+def recipe() -> Iterator[dict[str, str]]:
+    """The recipe `msfp` with one part changed at a time; differences are paired over pictures of all seeds."""
+    groups = grouped("recipe", "cell")
+    base = {row["seed"]: row for row in groups["as it is"]}
+    for name, rows in groups.items():
+        own = pictures_of(rows)
+        gain = mean_of(own - pictures_of([base[row["seed"]] for row in rows]))
+        yield {
+            "recipe": name,
+            "PSNR (dB)": "{:.1f} ({:.1f} – {:.1f})".format(*ends(mean_of(own))),
+            "difference (dB)": "–" if name == "as it is" else "{:+.2f} ({:+.2f} – {:+.2f})".format(*ends(gain)),
+            "`traj_rel_l2`": f"{average(rows, 'traj_rel_l2'):.4f}",
+            "`eps_rel_l2`": f"{average(rows, 'eps_rel_l2'):.4f}",
+            "seconds": f"{average(rows, 'seconds'):.0f}",
+            "tensors": f"{rows[0]['bytes'] / 1e6:.2f} MB",
+            "seeds × pictures": f"{len(rows)} × {rows[0]['num_samples']}",
+        }
+
+
+def pictures_of(rows: list[dict]) -> torch.Tensor:
+    """PSNR of all rows' pictures."""
+    return torch.cat([torch.tensor(row["psnr_db_by_picture"]) for row in rows])
+
+
+def ends(figure: Estimate) -> tuple[float, float, float]:
+    """Value and interval."""
+    return figure.value, figure.low, figure.high
+
+
 def routing() -> Iterator[dict[str, str]]:
     """What adapters cost a step."""
     for row in read_results("routing")["rows"]:
@@ -185,6 +230,50 @@ def engines() -> Iterator[dict[str, str]]:
             ),
             "× fp32": f"{rows['fp32']['seconds'] / ours['seconds']:.2f}",
             "step / floor": f"{ours['seconds'] / ours['floor_seconds']:.2f}",
+        }
+
+
+def openvino() -> Iterator[dict[str, str]]:
+    """A step in OpenVINO beside our engines and its own 8 bits."""
+    for case, label in (
+        ("ddpm-cifar10", CASES["ddpm-cifar10"]),
+        ("sd15", CASES["sd15"]),
+        ("embedded", CASES["embedded"]),
+    ):
+        rows = {row["provider"]: row for row in grouped("openvino", "case").get(f"step {case}", ())}
+        if rows:
+            yield {"model": label, "bf16 channels last": f"{1e3 * rows['bf16:cl']['seconds']:.0f} ms"} | {
+                f"{title}, ×": f"{rows[provider]['speedup']:.2f}"
+                for provider, title in (
+                    ("w4a8", "`w4a8`, `auto`"),
+                    ("w4a8:openvino", "`openvino`"),
+                    ("w4a4", "`w4a4`, `auto`"),
+                    ("w4a4:openvino", "`w4a4`, `openvino`"),
+                    ("int-w4a8:openvino", "`int-w4a8`, `openvino`"),
+                    ("openvino:bf16", "OpenVINO bf16"),
+                    ("openvino:int8", "NNCF int8"),
+                )
+            }
+
+
+def openvino_start() -> Iterator[dict[str, str]]:
+    """Until the first step, and memory."""
+    for row in grouped("openvino", "case")["start embedded"]:
+        yield {
+            "engine": row["provider"],
+            "until the first step": f"{row['seconds']:.1f} s",
+            "peak memory": f"{row['peak_bytes'] / 1e6:.0f} MB",
+            "graph on disk": f"{row['stored_bytes'] / 1e6:.1f} MB" if "openvino" in row["provider"] else "–",
+        }
+
+
+def openvino_quality() -> Iterator[dict[str, str]]:
+    """The fine-tuned checkpoint's pictures, by engine."""
+    for row in grouped("openvino", "case")["quality"]:
+        yield {
+            "engine": row["provider"],
+            "PSNR (dB)": f"{row['psnr']:.2f} ± {row['psnr_half_width']:.2f}",
+            "pictures": str(row["images"]),
         }
 
 
@@ -299,8 +388,9 @@ SHOWN = {
     "w4a8 msfp": "`w4a8`, recipe `msfp`",
     "w8a8-wide ptq": "`w8a8-wide`, inputs in two bytes",
     "w4a4-pure ptq": "`w4a4-pure`, residual sums in 4 bits too",
-    "INT4": "uniform 4-bit grids throughout",
-    "Q-Diffusion style": "uniform 4-bit grids after Q-Diffusion, as reconstructed",
+    "INT4 + correction": "uniform 4-bit grids throughout",
+    "Q-Diffusion style + correction": "uniform 4-bit grids after Q-Diffusion, as reconstructed",
+    "EfficientDM style + correction": "uniform 4-bit grids after EfficientDM, as reconstructed",
     "SDNQ uint4 weights": "SDNQ `uint4`, float inputs",
 }
 """Cells of `baselines` in the short table."""
@@ -352,6 +442,7 @@ def baselines() -> Iterator[dict[str, str]]:
             "method": row["cell"],
             "scheme": f"`{row['scheme']}`",
             "recipe": f"`{row['recipe']}`" if row["recipe"] else "–",
+            "float": ", ".join(f"`{name}`" for name in row.get("float", ())) or "–",
             "`eps_rel_l2`": f"{row['eps_rel_l2']:.4f}",
             "PSNR (dB)": interval(row, "candidate_to_reference.psnr_db", 1),
             "Fréchet to full precision": interval(row, "candidate_to_reference.frechet_distance", 2),
@@ -390,14 +481,19 @@ MAKERS = (
     speed,
     baselines,
     engines,
+    openvino,
+    openvino_start,
+    openvino_quality,
     memory,
     formats,
     groups,
     quantizer,
     rounding,
     schemes,
+    search,
     shapes,
     talora,
+    recipe,
     routing,
     temporal,
     pipelines,

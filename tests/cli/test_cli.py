@@ -335,13 +335,13 @@ def test_demo(tmp_path, monkeypatch):
     result = cli.demo(tmp_path, num_inference_steps=2)
     picture = np.asarray(Image.open(result.picture))
     assert picture.std() > 10
-    *made, tuned = result.schemes
-    assert made == ["w8a8", "w4a8", "w4a4"]
+    assert list(result.schemes) == ["w4a8", "w4a8, recipe msfp", "w4a4", "w4a4, recipe msfp"]
     for figures in result.schemes.values():
         assert figures.compared.bytes_quantized < figures.compared.bytes_reference
         assert 0 < figures.compared.eps_rel_l2 < 0.3
-    tuned, plain = result.schemes[tuned], result.schemes["w4a4"]
-    assert tuned.quantized is None
-    assert tuned.compared.traj_rel_l2 < 0.7 * plain.compared.traj_rel_l2
-    assert tuned.compared.bytes_quantized < 1.1 * plain.compared.bytes_quantized
+    for scheme in ("w4a8", "w4a4"):
+        plain, tuned = (result.schemes[name].compared for name in (scheme, f"{scheme}, recipe msfp"))
+        assert result.schemes[f"{scheme}, recipe msfp"].quantized is None
+        assert tuned.traj_rel_l2 < 0.7 * plain.traj_rel_l2
+        assert tuned.bytes_quantized < 1.1 * plain.bytes_quantized
     assert type(DiffusionPipeline.from_pretrained(tmp_path / "w4a4")).__name__ == "DDPMPipeline"

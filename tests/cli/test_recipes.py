@@ -193,11 +193,12 @@ def test_command(source, tmp_path):
         "q-diffusion",
     ]
     arguments += ["--num-samples", "2", "--num-inference-steps", "2", "--json"]
-    for key, value in SETTINGS["rounding"].items():
-        arguments += ["--set", f"rounding.{key}={value}"]
+    for stage in ("rounding", "talora"):
+        for key, value in SETTINGS[stage].items():
+            arguments += ["--set", f"{stage}.{key}={value}"]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     made = json.loads(result.stdout.splitlines()[-1])
     assert made["recipe"] == "q-diffusion"
-    assert [stage["stage"] for stage in made["stages"]] == ["split", "rounding", "correction"]
+    assert [stage["stage"] for stage in made["stages"]] == ["split", "rounding", "talora", "correction"]
     assert made["stages"][1]["figures"]["parts"]
     assert torch.is_tensor(DiffusionPipeline.from_pretrained(tmp_path / "out").unet.conv_in.weight_scale)

@@ -24,7 +24,7 @@ from diffusers_msfp import (
     quantize_pipeline,
     set_engine,
 )
-from diffusers_msfp.assets import EMBEDDED_MODEL, TUNED_MODEL
+from diffusers_msfp.assets import EMBEDDED_MODEL, TUNED_MODELS
 from diffusers_msfp.engines.choose import engine_from_environment, engines_of
 from diffusers_msfp.engines.openvino import forward, graph_forward_of, runtime
 from diffusers_msfp.errors import ConfigError
@@ -309,7 +309,7 @@ def test_conditions_are_inputs(lines):
 def test_the_error_of_whole_models_stays():
     exact = DiffusionPipeline.from_pretrained(EMBEDDED_MODEL).unet
     for dtype in (torch.float32, torch.bfloat16):
-        tuned = DiffusionPipeline.from_pretrained(TUNED_MODEL, dtype=dtype).unet
+        tuned = DiffusionPipeline.from_pretrained(TUNED_MODELS["w4a4"], dtype=dtype).unet
         x = torch.randn(4, 1, 32, 32)
         for timestep in (700, 10):
             wanted = run(exact, x, timestep)
