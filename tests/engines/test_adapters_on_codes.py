@@ -1,11 +1,14 @@
 """Adapters that read codes: one weight with what they add, in every engine, and nothing of it in floats."""
 
 import copy
+import json
+from dataclasses import replace
 
 import pytest
 import torch
 from cases import LAYERS, assert_close, quantized
-from conftest import run
+from conftest import equal_state, run
+from diffusers import UNet2DModel
 from torch import nn
 
 from diffusers_msfp import FinetuneConfig, finetune, set_engine
@@ -13,9 +16,11 @@ from diffusers_msfp.engines import ENGINES
 from diffusers_msfp.engines.cuda import CudaEngine
 from diffusers_msfp.engines.fusion.norms import FusedGroupNorm
 from diffusers_msfp.engines.int8 import Int8Engine
+from diffusers_msfp.errors import CheckpointError
 from diffusers_msfp.layers.convert import quant_layers
 from diffusers_msfp.methods.talora import AdapterBank, RoutingTable, adapter_rank
 from diffusers_msfp.numerics import Codes
+from diffusers_msfp.plugin.adapters.talora_files import load_talora, save_talora
 
 SCHEMES = ("w4a4", "w4a8-wide", "w8a8-int8", "w8a8-wide", "w4a16", "w4g16a4", "w4g32a8")
 TABLE = torch.arange(3, dtype=torch.uint8)[None]
@@ -200,6 +205,40 @@ def test_gradients_reach_the_input_and_pairs_that_somebody_trains(name):
         assert torch.allclose(got[1], want, rtol=1e-4, atol=1e-4)
         assert got[0].abs().sum() == got[2].abs().sum() == 0
     assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("reads", "version"), [("float", 1), ("codes", 2)])
+def test_only_adapters_that_read_codes_raise_the_format_version(tuned, reads, version, tmp_path):
+    unet = of_kind(tuned, reads)
+    unet.config.quantization_config.format_version = 1
+    unet.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert config["format_version"] == version
+    assert config["adapters"].get("reads", "float") == reads
+    assert equal_state(UNet2DModel.from_pretrained(tmp_path), unet)
+
+
+@pytest.mark.parametrize("reads", ["float", "codes"])
+def test_adapters_of_one_kind_are_not_loaded_as_the_other(tuned, packed_pipe, reads, tmp_path):
+    save_talora(of_kind(tuned, reads), tmp_path)
+    file = tmp_path / "talora_config.json"
+    record = json.loads(file.read_text()) | {"digest": None, "reads": "codes" if reads == "float" else "float"}
+    file.write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match="must hold `codes`, but it is missing|record must say .* read codes"):
+        load_talora(packed_pipe.unet, tmp_path)
+
+
+def of_kind(tuned: nn.Module, reads: str) -> nn.Module:
+    """The model, its adapters taken for another kind."""
+    unet = copy.deepcopy(tuned)
+    if reads == "float":
+        routing = unet.timestep_router
+        routing.plan = replace(routing.plan, reads="float")
+        for _, layer in quant_layers(unet):
+            layer.adapters.reads_codes = False
+            del layer.adapters.codes
+            layer.changed()
+    return unet
 
 
 def test_the_cuda_engine_refuses_them(monkeypatch):

@@ -18,6 +18,7 @@ from diffusers import (
 )
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffusers_msfp import (
@@ -458,7 +459,11 @@ def test_observation_ends_with_the_pipeline_s_call():
 @pytest.mark.parametrize("format", ["peft", "diffusers"])
 def test_exported_adapters_come_back_equal(side, tmp_path, format):
     file = export_adapter(side.unet, 1, tmp_path, format)
-    assert file.is_file()
+    with safe_open(file, framework="pt") as handle:
+        said = handle.metadata()["msfp_trained_to_read"]
+    reads = plan_of(side.unet).reads
+    assert said.startswith(f"{reads}: ")
+    assert side.talora_summary()["reads"] == reads
     other = copy.deepcopy(side.unet)
     import_adapter(other, 0, tmp_path)
     for ours, theirs in zip(side.unet.modules(), other.modules(), strict=True):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...compat.modules import version_of
 from ...compat.torch import StatefulModule
 from ...errors import CheckpointError
 from ...layers import QuantLayer
@@ -145,9 +146,7 @@ class AdapterBank(StatefulModule):
 
     def made_from(self, layer: QuantLayer) -> tuple:
         """What the sums follow besides the packed weight: unequal when it was changed in place, or is weighed anew."""
-        down, up = self.down, self.up
-        versions = 0 if down.is_inference() or up.is_inference() else (down._version, up._version)
-        return _strength(layer), versions
+        return _strength(layer), version_of(self.down), version_of(self.up)
 
     def _total(self, layer: QuantLayer, adapter: int | Tensor) -> Tensor:
         down, up = self.pair(adapter)
