@@ -441,18 +441,6 @@ def test_as_a_custom_pipeline(side, tmp_path):
     assert pipe.talora_summary()["num_adapters"] == 2
 
 
-def test_observation_ends_with_the_pipeline_s_call():
-    pipe = MSFPPipelineMixin.attach(DDPMPipeline(make_unet(), DDIMScheduler()))
-    quantize_model(pipe.unet, MSFPConfig(scheme="w4a4"))
-    pipe.set_progress_bar_config(disable=True)
-    assert pipe.quantization_report()["unet"]["calibration_state"] == "observing"
-    pipe(num_inference_steps=2)
-    assert pipe.quantization_report()["unet"]["calibration_state"] == "frozen"
-    assert pipe(num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 3)
-    with pytest.raises(StateError, match="has none. Load it with"):
-        MSFPPipelineMixin.attach(DDPMPipeline(make_unet(), DDIMScheduler())).talora_summary()
-
-
 # ── PEFT and diffusers' LoRA files ───────────────────────────────────────────────────────────────────────────
 
 
