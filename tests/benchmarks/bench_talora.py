@@ -55,10 +55,8 @@ CELLS = {
     "long-dfa": cell(LONG, rank=7, placement="side", reads="float"),
     "minutes-5": ("w4a4-pure", FinetuneConfig(minutes=5, reads="float")),  # on two cores that nothing else uses
 }
-READS = {"ptq, w4a4": ("w4a4", None)} | {
-    f"{scheme}, {reads}": (scheme, FinetuneConfig(train_steps=FEW, placement="side", reads=reads))
-    for scheme in ("w4a4", "w4a4-pure")
-    for reads in ("float", "codes")
+READS = {"none": ("w4a4", None)} | {
+    reads: ("w4a4", FinetuneConfig(train_steps=FEW, placement="side", reads=reads)) for reads in ("float", "codes")
 }
 FILES = {"talora": CELLS, "talora-reads": READS}
 """Results file → its cells."""

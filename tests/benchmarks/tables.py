@@ -189,7 +189,9 @@ def reads() -> Iterator[dict[str, str]]:
     for row in read_results("talora-reads")["rows"]:
         if row["cell"] != "full precision":
             yield {
-                "scheme, adapters read": row["cell"].replace("ptq, w4a4", "w4a4, none"),
+                f"`{row['scheme']}`, adapters read": {"float": "floats", "none": "– (PTQ)"}.get(
+                    row["cell"], row["cell"]
+                ),
                 "updates": str(row.get("updates", "–")),
                 "`eps_rel_l2`": f"{row['eps_rel_l2_20']:.4f}",
                 "PSNR (dB)": f"{row['image_psnr_db_20']:.1f}",

@@ -71,7 +71,13 @@ def tuned_pipes(_packed) -> dict[str, DDPMPipeline]:
     made = {}
     for kind, settings in KINDS.items():
         pipe = copy.deepcopy(_packed)
-        settings |= {"train_steps": 3, "num_inference_steps": 3, "batch_size": 4, "rank": 4, "learning_rate": 2.0}
+        settings = settings | {
+            "train_steps": 3,
+            "num_inference_steps": 3,
+            "batch_size": 4,
+            "rank": 4,
+            "learning_rate": 2.0,
+        }
         finetune(pipe, teacher, FinetuneConfig(**settings))
         strengthen(pipe.unet)
         made[kind] = pipe
