@@ -7,6 +7,7 @@ from .budget import BudgetPlan, plan_budget
 from .calibration import search_qparams
 from .engines.choose import set_engine
 from .errors import MSFPError, StateError
+from .exports import export
 from .formats import FORMATS, FPFormat
 from .hub import publish
 from .methods.correction.attach import uncorrect_output
@@ -59,6 +60,7 @@ __all__ = [
     "denoising_factors",
     "dequantize",
     "encode",
+    "export",
     "export_adapter",
     "fake_quantize",
     "finetune",

@@ -22,7 +22,7 @@ LAYERS = {
     6: ("methods",),
     7: ("checkpoint",),
     8: ("plugin", "evaluation"),
-    9: ("budget",),
+    9: ("budget", "exports"),
     10: ("report", "space", "doctor"),
     11: ("hub",),
     12: ("cli", "__init__", "__main__"),

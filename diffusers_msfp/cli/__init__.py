@@ -2,7 +2,7 @@
 
 from ..doctor import diagnose as doctor
 from .bench import bench, warmup
-from .checkpoints import convert_checkpoint, fuse, inspect
+from .checkpoints import convert_checkpoint, export, fuse, inspect
 from .compare import compare
 from .demo import demo
 from .evaluate import evaluate
@@ -20,6 +20,7 @@ __all__ = [
     "demo",
     "doctor",
     "evaluate",
+    "export",
     "finetune",
     "fuse",
     "inspect",

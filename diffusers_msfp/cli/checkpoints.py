@@ -1,5 +1,5 @@
-"""`inspect`, `convert-checkpoint` and `fuse`: what a quantized checkpoint holds; an older one as the present
-format version; one with a LoRA in its weights."""
+"""`inspect`, `convert-checkpoint`, `fuse` and `export`: what a quantized checkpoint holds; an older one as the present
+format version; one with a LoRA in its weights; its denoiser for other programs."""
 
 import tempfile
 import time
@@ -14,6 +14,8 @@ from ..budget.record import BudgetPlan, stored_plan
 from ..checkpoint.describe import CheckpointDescription, component_dirs, describe_checkpoint
 from ..errors import ConfigError
 from ..evaluation import Comparison, compare_pipelines
+from ..exports import ExportedGraph, check_export
+from ..exports import export as export_graph
 from ..methods.correction.fit import CorrectionConfig, correct_output
 from ..outputs import writing
 from ..plugin.adapters.fusing import FusedLoRA, fuse_lora
@@ -178,3 +180,33 @@ def fuse(
             write_checkpoint(loaded, out)
     seconds = time.perf_counter() - started
     return FusedCheckpoint(**vars(fused), corrected=corrected, error=error, seconds=seconds, out=str(out))
+
+
+def export(
+    source: str,
+    out: str | Path,
+    to: str,
+    *,
+    batch: int = 1,
+    size: int | None = None,
+    variant: str | None = None,
+    overwrite: bool = False,
+) -> ExportedGraph:
+    """Write the quantized denoiser of a checkpoint for other programs; see `exports.export`.
+
+    Args:
+        source (`str`): folder or Hub id of a quantized pipeline, or folder of its denoiser.
+        out (`str` or `Path`): file to write; appears only when it is complete.
+        to (`str`): kind of file, in `exports.TARGETS`.
+        batch, size: of the samples; the graph is for these alone.
+        variant (`str`, *optional*): of the weights.
+        overwrite (`bool`): replace files that exist.
+
+    Raises:
+        MSFPError: see `export`; or no quantized checkpoint.
+    """
+    check_export(to, out, overwrite)
+    require_variant(variant, source)
+    with keeping(NOTHING), stderr.status(f"exporting {source}"):
+        loaded = load_any(source, variant=variant)
+        return export_graph(loaded, out, to, batch=batch, size=size, overwrite=overwrite)

@@ -1,7 +1,7 @@
 """Modules as torch keeps them: copies without tensors of their own, and whether anything about them has changed."""
 
 import hashlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,6 +16,7 @@ __all__ = [
     "digest_of",
     "has_dispatch_modes",
     "has_global_hooks",
+    "hooks_around",
     "run_without_values",
     "shadow_copy",
     "version_of",
@@ -37,6 +38,12 @@ def has_global_hooks() -> bool:
 def has_dispatch_modes() -> bool:
     """Whether somebody watches all operators, as counters of operations and fake tensors do."""
     return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
+
+
+def hooks_around(module: nn.Module) -> Iterator[Callable]:
+    """The hooks that run before and after a module."""
+    for name in _HOOKS:
+        yield from getattr(module, name).values()
 
 
 def run_without_values(module: nn.Module, tensors: Sequence[Tensor]) -> None:

@@ -14,7 +14,8 @@ from .packages import DISTRIBUTION, Package, packages, what_extras_bring
 
 _WHAT_FOR = {
     "cpu": "Numba's kernels, without which integers are slow",
-    "openvino": "the engine of that name",
+    "onnx": "`export --to onnx`, and what runs it",
+    "openvino": "the engine of that name, and `export --to openvino`",
     "eval": "`evaluate` and plots",
     "space": "the page in the browser",
     "train": "TensorBoard's logs",

@@ -10,6 +10,7 @@ import torch
 from ..compat.processor import LIMITS as OF_ONEDNN
 from ..compat.torch import has_bf16_instructions, has_int8_operators
 from ..engines import ENGINES, kernels
+from ..engines.engine import kind_of
 from ..results import Result
 
 FEATURES = {
@@ -103,8 +104,7 @@ def devices() -> list[Device]:
 
 def measured(device: torch.device) -> bool:
     """Whether an engine was timed on devices of this kind; see `Engine.measured_on`."""
-    kind = f"cpu {torch.cpu.get_capabilities().get('architecture')}" if device.type == "cpu" else device.type
-    return any(kind in engine.measured_on for engine in ENGINES.values())
+    return any(kind_of(device) in engine.measured_on for engine in ENGINES.values())
 
 
 def _name(device: torch.device) -> str:

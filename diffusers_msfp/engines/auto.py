@@ -1,10 +1,14 @@
 """Choose an engine for each layer: the first of a list that runs it exactly."""
 
+import logging
 from collections.abc import Sequence
+from functools import lru_cache
 
 from ..layers import QuantLayer
 from . import tuning
-from .engine import Engine, PreparedLayer
+from .engine import Engine, PreparedLayer, kind_of
+
+logger = logging.getLogger(__name__)
 
 
 class AutoEngine(Engine):
@@ -35,7 +39,10 @@ class AutoEngine(Engine):
         return self.engines[-1].refusal(layer)
 
     def prepare(self, layer: QuantLayer) -> PreparedLayer | None:
-        """See `Engine.prepare`."""
+        """See `Engine.prepare`; of a kind of device that was never measured it is said, once."""
+        kind = kind_of(layer.packed_weight.device)
+        if not any(kind in engine.measured_on for engine in self.engines):
+            _say_unmeasured(kind)
         return self.choose(layer)[0].prepare(layer)
 
     def check_inputs(self, *call: object) -> None:
@@ -43,3 +50,12 @@ class AutoEngine(Engine):
         tuning.store()
         for engine in self.engines:
             engine.check_inputs(*call)
+
+
+@lru_cache(maxsize=16)
+def _say_unmeasured(kind: str) -> None:
+    logger.warning(
+        "This kind of device (%s) was never measured: results are the reference's, at unknown speed. "
+        "`diffusers-msfp doctor` times a layer, `diffusers-msfp bench` a step.",
+        kind,
+    )

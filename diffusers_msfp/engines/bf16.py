@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ..formats import FPFormat
 from ..layers import QuantLayer
+from ..numerics.rounding import require_finite
 from . import kernels
 from .engine import Engine, PreparedLayer, used_integers
 from .grid import InputGrid
+from .kernels import torch_kernels
 
 
 class BF16Engine(Engine):
@@ -25,12 +27,16 @@ class BF16Engine(Engine):
 
     def refusal(self, layer: QuantLayer) -> str | None:
         """See `Engine.refusal`."""
-        device = layer.packed_weight.device.type
-        return None if device == "cpu" else f"its weight is on {device}, not on the CPU"
+        return "its weight is on the meta device, where nothing is computed" if layer.packed_weight.is_meta else None
 
     def prepare(self, layer: QuantLayer) -> "BF16Layer":
         """See `Engine.prepare`."""
         return BF16Layer(layer, self.memory == "fast")
+
+
+def is_on_cpu(x: Tensor) -> bool:
+    """Whether the CPU's kernels can read a tensor; elsewhere torch's operations serve, and nothing is read back."""
+    return x.device.type == "cpu"
 
 
 @lru_cache(maxsize=256)
@@ -67,8 +73,12 @@ class BF16Layer(PreparedLayer):
 
     def _centred(self, x: Tensor, grid: InputGrid, dtype: torch.dtype) -> Tensor:
         narrow = dtype == torch.bfloat16 and _fits_bfloat16(self.layer.input_format, grid.zero)
+        dtype = torch.bfloat16 if narrow else torch.float32
         dense = x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
-        centred, finite = kernels.centre(dense, grid, torch.bfloat16 if narrow else torch.float32)
+        if not is_on_cpu(x):
+            dense = require_finite(dense, f"The input of layer `{self.layer.module_name}`")
+            return torch_kernels.lattice_integers(dense, grid).sub_(grid.zero).to(dtype)
+        centred, finite = kernels.centre(dense, grid, dtype)
         if not finite:
             self.refuse_infinite(x)
         return centred

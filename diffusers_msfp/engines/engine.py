@@ -15,6 +15,7 @@ from ..numerics.rounding import check_finite
 from . import kernels
 from .compiled import LayerReference, call_layer
 from .grid import InputGrid
+from .kernels import torch_kernels
 
 MEMORY_MODES = ("fast", "low")
 
@@ -28,7 +29,7 @@ class Engine(ABC):
 
     name: ClassVar[str]
     measured_on: ClassVar[frozenset[str]] = frozenset()
-    """Kinds of devices on which it was timed, `cpu` with the architecture; of others only correctness is known."""
+    """Kinds of devices on which it was timed, see `kind_of`; of others only correctness is known."""
 
     def __init__(self, memory: str = "fast") -> None:
         self.memory = memory
@@ -43,6 +44,11 @@ class Engine(ABC):
 
     def check_inputs(self, *_call: object) -> None:  # noqa: B027 – most leave nothing to be found out
         """Raise what layers found but did not wait for; a forward hook of the whole model."""
+
+
+def kind_of(device: torch.device) -> str:
+    """A device's kind: like `cuda`, of a CPU with the architecture."""
+    return f"cpu {torch.cpu.get_capabilities().get('architecture')}" if device.type == "cpu" else device.type
 
 
 class PreparedLayer(ABC):
@@ -162,7 +168,7 @@ def used_integers(layer: QuantLayer, bank: int, table: Tensor) -> tuple[Tensor, 
 
 
 def weight_integers(layer: QuantLayer, bank: int, table: Tensor) -> Tensor:
-    """A bank's lattice integers, times the multipliers of their groups where there are some, on the CPU.
+    """A bank's lattice integers, times the multipliers of their groups where there are some.
 
     Args:
         table (`Tensor`, `(2**bits,)`): lattice integer of each code; its dtype is the result's.
@@ -170,7 +176,9 @@ def weight_integers(layer: QuantLayer, bank: int, table: Tensor) -> Tensor:
     Returns:
         `Tensor`, `logical_shape`.
     """
-    matrix = kernels.expand(layer.packed_bank(bank), layer.weight_format.bits, layer.matrix_shape[1], table)
+    packed = layer.packed_bank(bank)
+    expand = kernels.expand if packed.device.type == "cpu" else torch_kernels.expand
+    matrix = expand(packed, layer.weight_format.bits, layer.matrix_shape[1], table.to(packed.device))
     if layer.group_size is not None:
         multiply_groups_(matrix, layer.multipliers(), layer.group_size)
     return matrix.view(layer.logical_shape)

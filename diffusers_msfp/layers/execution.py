@@ -175,7 +175,7 @@ class Execution(StoredTensors, PackedLayer):
         if self.observing:
             observe(self.observation, x, self.module_name)
         elif self.input_format is not None:
-            require_finite(x, f"The input of layer `{self.module_name}`")
+            x = require_finite(x, f"The input of layer `{self.module_name}`")
             qparams = self.input_qparams(adapter)
             if qparams.scale.ndim:  # a set for each row
                 parts = (part.view(-1, *[1] * (x.ndim - 1)) for part in (qparams.scale, qparams.zero_point))
@@ -280,5 +280,6 @@ class Execution(StoredTensors, PackedLayer):
 def result_dtype(x: Tensor) -> torch.dtype:
     """What a float layer makes of this input: its dtype, or that of autocast."""
     device = x.device.type
-    cast = x.dtype != torch.float64 and torch.is_autocast_enabled(device)
+    has_autocast = torch.amp.is_autocast_available(device)  # the meta device has none
+    cast = has_autocast and x.dtype != torch.float64 and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if cast else x.dtype

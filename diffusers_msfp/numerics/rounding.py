@@ -75,12 +75,20 @@ def check_finite(x: Tensor, where: str) -> None:
         )
 
 
-def require_finite(x: Tensor, where: str) -> None:
-    """`check_finite` that a compiled model can make too, with a shorter message."""
+def require_finite(x: Tensor, where: str) -> Tensor:
+    """`check_finite` within a model: its input, with infinity as NaN where nobody looks.
+
+    A compiled model makes an assertion with a shorter message. To look at values that lie on another device the CPU
+    would have to wait for it in every layer, so infinity, which rounding would take for a large number, becomes NaN
+    there and reaches the output.
+    """
     if torch.compiler.is_compiling():
         assert_later(torch.isfinite(x).all(), f"{where} must be finite.")
-    else:
+    elif x.device.type == "cpu":
         check_finite(x, where)
+    else:
+        return x + (x - x)
+    return x
 
 
 def quantize_to_lattice(x: Tensor, qparams: QParams) -> tuple[Tensor, Tensor]:
@@ -142,9 +150,24 @@ def decode(codes: Tensor, qparams: QParams, dtype: torch.dtype = torch.float32) 
         [0.5, -4.0]
     """
     check_broadcast(codes, qparams)
-    table = torch.tensor(qparams.format.code_values, dtype=torch.float32, device=codes.device)
-    q = table[codes.to(torch.int32)]
+    q = code_table(qparams.format, codes.device)[codes.to(torch.int32)]
     return ((q - zero_point_steps(qparams)) * qparams.unit).to(dtype)
+
+
+def code_table(fmt: FPFormat, device: torch.device) -> Tensor:
+    """The lattice integer of each code, `(2**bits,)` float32; made where it is used, nothing is sent there."""
+    if device.type == "cpu":
+        return torch.tensor(fmt.code_values, dtype=torch.float32, device=device)
+    return _code_table_by_fields(fmt, device)
+
+
+def _code_table_by_fields(fmt: FPFormat, device: torch.device) -> Tensor:
+    m, codes = fmt.mantissa_bits, torch.arange(2**fmt.bits, dtype=torch.int32, device=device)
+    exponent = (codes >> m) & (2**fmt.exponent_bits - 1)
+    mantissa = (codes & (2**m - 1)) + (exponent.clamp(max=1) << m)  # with the leading 1 of normal numbers
+    power = ((exponent.clamp_min(1) + 126) << 23).view(torch.float32)
+    sign = 1 - 2 * (codes >> (fmt.bits - 1)) if fmt.signed else torch.ones_like(codes)
+    return mantissa * power * sign + 0.0
 
 
 def check_broadcast(x: Tensor, qparams: QParams) -> None:

@@ -65,5 +65,5 @@ def test_every_command_line_runs(tmp_path, monkeypatch):
             continue
         result = CliRunner().invoke(app, words)
         assert result.exit_code == 0, (line, result.output, result.exception)
-    for made in ("DIR", "FULL", "TUNED", "FUSED", "SPACE", "DIR-publish", "report.html", "grid.png"):
+    for made in ("DIR", "FULL", "TUNED", "FUSED", "SPACE", "DIR-publish", "report.html", "grid.png", "denoiser.pt2"):
         assert Path(made).exists(), made

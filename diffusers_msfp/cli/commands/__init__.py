@@ -5,7 +5,7 @@ file in both places and a line in `COMMANDS`.
 """
 
 from .bench import bench, warmup
-from .checkpoints import convert_checkpoint, fuse, inspect
+from .checkpoints import convert_checkpoint, export, fuse, inspect
 from .compare import compare
 from .demo import demo
 from .doctor import doctor
@@ -29,6 +29,7 @@ COMMANDS = (
     report,
     publish,
     fuse,
+    export,
     convert_checkpoint,
     demo,
     doctor,

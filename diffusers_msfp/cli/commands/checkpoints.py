@@ -1,4 +1,4 @@
-"""`diffusers-msfp inspect`, `convert-checkpoint` and `fuse`."""
+"""`diffusers-msfp inspect`, `convert-checkpoint`, `fuse` and `export`."""
 
 from collections import Counter
 from pathlib import Path
@@ -12,6 +12,7 @@ from ...budget import BudgetPlan
 from ...checkpoint.describe import LayerDescription
 from ...doctor.machine import measured
 from ...engines import openvino
+from ...exports import TARGETS
 from ...formats import FORMATS
 from ..shared.options import Guidance, Json, Prompts, Seed, Variant, print_json, print_router
 from ..shared.terminal import megabytes, say, stdout
@@ -120,6 +121,34 @@ def fuse(
             f"against {reference} with the LoRA: PSNR {result.error.image_psnr_db:.2f} dB, "
             f"traj_rel_l2 {result.error.traj_rel_l2:.4f}"
         )
+
+
+def export(
+    source: Annotated[str, typer.Argument(metavar="DIR", help="Folder or Hub id of a quantized pipeline or denoiser.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File to write.")],
+    to: Annotated[str, typer.Option(help=f"Kind of file: {', '.join(TARGETS)}.")],
+    batch: Annotated[int, typer.Option(min=1, help="Samples of a call; guidance makes two of each picture.")] = 1,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Height and width of the sample; the model's own by default.")
+    ] = None,
+    variant: Variant = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the quantized denoiser as a graph for torch, onnxruntime or OpenVINO, which run it without this package."""
+    result = cli.export(source, out, to, batch=batch, size=size, variant=variant, overwrite=overwrite)
+    if as_json:
+        return print_json(result)
+    files = ", ".join(f"{name} {megabytes(size)}" for name, size in result.files.items())
+    say(f"{result.model} for {result.to}, {result.seconds:.1f} s: {files}")
+    say("takes " + ", ".join(f"{name} {kind}" for name, kind in result.inputs.items()) + ", no other shapes")
+    say(f"gives {', '.join(result.outputs)}")
+    say(f"{result.layers_in_integers} of {result.layers} quantized layers multiply integers, the others exact floats")
+    packed = megabytes(result.bytes_packed)
+    if result.unpacked:
+        say(f"their weights take {megabytes(result.bytes_weights)}, packed {packed}: {result.unpacked}")
+    else:
+        say(f"their weights take {packed}, packed as they are")
 
 
 def _print_plan(plan: BudgetPlan) -> None:

@@ -12,7 +12,7 @@ from ..grid import InputGrid, output_size
 _BLOCK = 2**15  # values worked on at once: the passes stay in the cache, and in one thread, which needs no waking
 
 
-def _lattice(x: Tensor, grid: InputGrid) -> Tensor:
+def lattice_integers(x: Tensor, grid: InputGrid) -> Tensor:
     """Lattice integers, float32, of values of any float dtype; see `numerics.round_to_lattice`."""
     y = x.to(torch.float32).mul(grid.inverse).add_(float(grid.zero)).clamp_(grid.low, grid.high)
     return round_in_place(y, grid.mantissa_bits)
@@ -33,7 +33,7 @@ def quantize(x: Tensor, grid: InputGrid) -> tuple[list[Tensor], bool]:
     flat, outs = _dense(x), [_dense(plane) for plane in planes]
     for start in range(0, flat.numel(), _BLOCK):
         part = slice(start, start + _BLOCK)
-        q = _lattice(flat[part], grid).add_(grid.offset)
+        q = lattice_integers(flat[part], grid).add_(grid.offset)
         if grid.low_bits:
             q = q.to(torch.int32)
             outs[1][part] = q & (2**grid.low_bits - 1)
@@ -44,7 +44,7 @@ def quantize(x: Tensor, grid: InputGrid) -> tuple[list[Tensor], bool]:
 
 def centre(x: Tensor, grid: InputGrid, dtype: torch.dtype) -> tuple[Tensor, bool]:
     """See `kernels.centre`."""
-    return _lattice(x, grid).sub_(grid.zero).to(dtype), _is_finite(x)
+    return lattice_integers(x, grid).sub_(grid.zero).to(dtype), _is_finite(x)
 
 
 def norm(

@@ -26,12 +26,14 @@ class Call:
 
     Args:
         tensors (`list[Tensor]`): in the order of the model's signature.
+        names (`list[str]`): of the tensors; of one in a dictionary its own, in a sequence with its number.
         arguments (`Callable[[Sequence[Tensor]], dict]`): the keyword arguments with other tensors in their places.
         key (`str`): all of it but the values of tensors.
         obstacle (`str`, *optional*): why no graph can have such arguments.
     """
 
     tensors: list[Tensor]
+    names: list[str]
     leaves: tuple[Any, ...]
     spec: Any
     key: str
@@ -57,11 +59,12 @@ class Call:
         if isinstance(given.get(when), (int, float)):  # type: ignore[arg-type]
             given[when] = torch.tensor(given[when])  # type: ignore[index]
         found, spec = tree_flatten_with_path(given)
-        leaves, obstacle, parts = [], None, []
+        leaves, names, obstacle, parts = [], [], None, []
         for path, value in found:
             name = given_name(path)
             leaves.append(value)
             if isinstance(value, Tensor):
+                names.append(_own_name(path))
                 parts.append(f"{value.dtype}{list(value.shape)}")
                 if value.device.type != "cpu" or value.is_complex() or type(value) not in (Tensor, nn.Parameter):
                     obstacle = obstacle or f"`{name}` is no plain tensor on the CPU"
@@ -70,12 +73,18 @@ class Call:
             else:
                 obstacle = obstacle or f"`{name}` holds {type(value).__name__}, not tensors alone"
         tensors = [each for each in leaves if isinstance(each, Tensor)]
-        return cls(tensors, tuple(leaves), spec, f"{spec} {parts}", obstacle)
+        return cls(tensors, names, tuple(leaves), spec, f"{spec} {parts}", obstacle)
 
 
 def given_name(path: Sequence[Any]) -> str:
     """The argument that a leaf belongs to."""
     return str(getattr(path[0], "key", path[0]))
+
+
+def _own_name(path: Sequence[Any]) -> str:
+    keys = [getattr(step, "key", getattr(step, "idx", step)) for step in path]
+    last = max(place for place, key in enumerate(keys) if isinstance(key, str))
+    return "_".join(map(str, keys[last:]))
 
 
 @dataclass(frozen=True)

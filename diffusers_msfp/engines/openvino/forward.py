@@ -18,7 +18,7 @@ from ...sampling.timestep import timestep_argument
 from . import obstacles, runtime
 from .call import Call
 from .choices import Choice, choose, following
-from .record import Recording, as_float32, record
+from .record import Recorder, Recording, as_float32, record
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class GraphForward:
         key = runtime.key_of(self._digest, call.key, choice.key, str(dtype), precision=precision)
         shape = "×".join(map(str, call.tensors[0].shape))
         describe = f"{type(self.model).__name__}, input {shape}"
-        graph, recording = runtime.obtain(key, precision, describe, lambda: record(self.model, call, choice))
+        graph, recording = runtime.obtain(key, precision, describe, lambda: record(Recorder(self.model, call, choice)))
         if recording is not None:
             _check(graph, recording)
         return graph

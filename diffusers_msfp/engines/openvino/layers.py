@@ -23,7 +23,7 @@ from .choices import Choice, Reader
 from .rounding import Grid, lattice_integers, quantize_as_byte
 
 _INT8_MAX = 127
-_LEFT_OUT = ("prepared", "engine", "routing", "observation", "forward")
+LEFT_OUT = ("prepared", "engine", "routing", "observation", "forward")
 
 
 class Inputs:
@@ -40,11 +40,11 @@ class Inputs:
         """A new recording."""
         self.chosen, self._quantized = chosen, {}
 
-    def quantize(self, x: Tensor, grid: Grid) -> Tensor:
-        """`quantize_as_byte`, once for each tensor and grid."""
-        key = id(x), grid
+    def quantize(self, x: Tensor, grid: Grid, function: Callable[[Tensor, Grid], Tensor] = quantize_as_byte) -> Tensor:
+        """`function(x, grid)`, once for each tensor and grid."""
+        key = id(x), grid, function
         if key not in self._quantized:
-            self._quantized[key] = x, quantize_as_byte(x, grid)  # `x` is kept, so that its id stays its own
+            self._quantized[key] = x, function(x, grid)  # `x` is kept, so that its id stays its own
         return self._quantized[key][1]
 
 
@@ -142,7 +142,7 @@ def graph_layer(layer: QuantLayer, choice: Choice, inputs: Inputs) -> GraphLayer
         inputs (`Inputs`): of the recording.
     """
     bank = choice.banks.get(layer.module_name, 0)
-    made = bare_copy(layer, _KINDS[layer.float_class], _LEFT_OUT)
+    made = bare_copy(layer, _KINDS[layer.float_class], LEFT_OUT)
     vars(made).update(
         weight=torch.empty(layer.logical_shape, device="meta"),  # for those who ask its dtype or shape
         inputs=inputs,

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,6 +22,10 @@ logger = logging.getLogger(__name__)
 _RANDOM = ("aten::rand", "aten::bernoulli", "aten::multinomial", "aten::normal")
 
 
+LayerInGraph = Callable[[QuantLayer, Inputs], nn.Module]
+"""Makes of a quantized layer what stands in a graph for it."""
+
+
 class Recorder(nn.Module):
     """A model for recording: takes and returns tensors alone.
 
@@ -28,19 +33,32 @@ class Recorder(nn.Module):
         model (`nn.Module`): not changed.
         call (`Call`): whose arguments the tensors are.
         choice (`Choice`): of that call.
+        layer_in_graph (`LayerInGraph`, *optional*): of each quantized layer; `graph_layer`, OpenVINO's, by default.
+        hooks (`Sequence[Callable]`): forward hooks on the whole model that belong to the graph; others stay outside.
     """
 
-    def __init__(self, model: nn.Module, call: Call, choice: Choice) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        call: Call,
+        choice: Choice,
+        layer_in_graph: LayerInGraph | None = None,
+        hooks: Sequence[Callable] = (),
+    ) -> None:
         super().__init__()
         self._inputs, self._call, self._choice = Inputs(), call, choice
         self.form: OutputForm | None = None
 
         def instead(module: nn.Module) -> nn.Module | None:
-            return graph_layer(module, choice, self._inputs) if isinstance(module, QuantLayer) else None
+            if not isinstance(module, QuantLayer):
+                return None
+            return layer_in_graph(module, self._inputs) if layer_in_graph else graph_layer(module, choice, self._inputs)
 
         self.model = shadow_copy(model, instead, own_float32, left_out=("forward", "prepared"))
         undo(self.model)
         use_engine_attention(self.model, wanted=False)
+        for hook in hooks:
+            self.model.register_forward_hook(hook, with_kwargs=True)
         self.eval()
 
     def tensors(self) -> list[Tensor]:
@@ -94,12 +112,11 @@ def own_float32(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def record(model: nn.Module, call: Call, choice: Choice) -> Recording:
+def record(recorder: Recorder) -> Recording:
     """A model's call as a graph of static shapes.
 
     Args:
-        model (`nn.Module`): that has no `obstacles`.
-        call (`Call`), choice (`Choice`): what is recorded.
+        recorder (`Recorder`): of a model that has no `obstacles`.
 
     Raises:
         UnsupportedError: the model branches by the values of tensors, draws random numbers, or has operations that
@@ -107,10 +124,9 @@ def record(model: nn.Module, call: Call, choice: Choice) -> Recording:
     """
     from ...compat.openvino import graph_of
 
-    recorder = Recorder(model, call, choice)
     tensors = recorder.tensors()
     try:
-        _refuse_branches(recorder, tensors)
+        refuse_branches(recorder, tensors)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of shapes that become constants, which they are meant to
             traced = torch.jit.trace(recorder, tuple(tensors), check_trace=False)
@@ -123,8 +139,12 @@ def record(model: nn.Module, call: Call, choice: Choice) -> Recording:
     return Recording(graph, recorder, tensors, traced)
 
 
-def _refuse_branches(recorder: Recorder, tensors: list[Tensor]) -> None:
-    """A recording has one branch of each; which one may depend on shapes, but not on values."""
+def refuse_branches(recorder: Recorder, tensors: list[Tensor]) -> None:
+    """A recording has one branch of each; which one may depend on shapes, but not on values.
+
+    Raises:
+        UnsupportedError: it does.
+    """
     try:
         run_without_values(recorder, tensors)
     except UnsupportedError:

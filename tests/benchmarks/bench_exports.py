@@ -1,0 +1,120 @@
+"""Exported denoisers: bytes of their files, and a step in their runtimes beside our engines and bfloat16.
+
+    python tests/benchmarks/bench_exports.py [--only NAME] [--no-timed]
+
+Needs the extras `onnx` and `openvino`. The variants of a model take turns in one process, under default OpenMP settings
+and with as many threads as torch has. Writes `model_cards/results/exports.json`; a model that is measured anew replaces
+its old rows.
+"""
+
+import copy
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+import typer
+from diffusers import DiffusionPipeline
+from harness import RESULTS, read_results, write_results
+from torch import nn
+
+from diffusers_msfp import export, set_engine
+from diffusers_msfp.assets import EMBEDDED_MODEL
+from diffusers_msfp.compat.processor import instruction_sets, openmp_settings, processor
+from diffusers_msfp.engines.openvino import runtime
+from diffusers_msfp.evaluation.timing.providers import provide
+from diffusers_msfp.evaluation.timing.shapes import SHAPES
+from diffusers_msfp.evaluation.timing.speed import example_inputs, step_of, take_turns
+from diffusers_msfp.exports import TARGETS
+
+COMMAND = "python tests/benchmarks/bench_exports.py"
+CASES = {"embedded": ("w4a8", 8, 15), "ddpm-cifar10": ("w4a8", 8, 9), "sd15": ("w4a8", 2, 3)}
+"""Model → scheme, batch, timed rounds."""
+
+
+def float_model(name: str) -> nn.Module:
+    """A float model of this name."""
+    torch.manual_seed(0)
+    return (SHAPES[name]() if name in SHAPES else DiffusionPipeline.from_pretrained(EMBEDDED_MODEL).unet).eval()
+
+
+def runner(to: str, file: Path, inputs: dict[str, torch.Tensor]) -> Callable[[], object]:
+    """A call of a written graph by its runtime."""
+    if to == "torch-export":
+        program = torch.export.load(file).module()
+
+        def call() -> object:
+            with torch.no_grad():
+                return program(**inputs)
+
+        return call
+    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+    if to == "onnx":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        return lambda: session.run(None, arrays)
+    import openvino
+
+    request = openvino.Core().compile_model(file, "CPU", runtime.settings("f32")).create_infer_request()
+    return lambda: request.infer(arrays)
+
+
+def measure(name: str, timed: bool) -> list[dict]:
+    """Rows of one model."""
+    scheme, batch, repeats = CASES[name]
+    net = float_model(name)
+    inputs, small = example_inputs(net, batch), example_inputs(net, 1)
+    ours = provide(scheme, net, lambda each: step_of(each, small)())
+    given = inputs | {"timestep": inputs["timestep"][:1]}
+    rows, calls = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        for to, target in TARGETS.items():
+            result = export(ours, Path(folder) / f"{name}{target.suffix}", to, batch=batch)
+            kept = ("bytes_file", "bytes_weights", "bytes_packed", "layers", "layers_in_integers", "seconds")
+            written = result.to_dict()
+            row = {key: written[key] for key in kept} | {"files": written["files"]}
+            row["export_seconds"] = row.pop("seconds")
+            rows.append({"provider": to, **row})
+            if timed:
+                calls[to] = runner(to, Path(result.out), given)
+        if timed:
+            calls["int8"] = step_of(ours, inputs)
+            reference = copy.deepcopy(ours)
+            set_engine(reference, "reference")
+            calls["reference"] = step_of(reference, inputs)
+            calls["fp32"] = step_of(copy.deepcopy(net), inputs)
+            calls["bf16:cl"] = step_of(net.to(torch.bfloat16).to(memory_format=torch.channels_last), inputs)
+            rows = add_times(rows, take_turns(calls, repeats))
+    shared = {"case": name, "scheme": scheme, "batch": batch}
+    where = {"processor": processor(), "instruction_sets": instruction_sets(), "openmp": openmp_settings()}
+    return [shared | row | where for row in rows]
+
+
+def add_times(rows: list[dict], seconds: dict[str, list[float]]) -> list[dict]:
+    """Rows with medians, quartiles and ratios; those that are only timed get rows of their own."""
+    known = {row["provider"]: row for row in rows}
+    for provider, times in seconds.items():
+        low, _, high = quantiles(times, n=4)
+        ratios = [base / own for base, own in zip(seconds["bf16:cl"], times, strict=True)]
+        known.setdefault(provider, {"provider": provider}).update(
+            seconds=median(times), seconds_low=low, seconds_high=high, speedup=median(ratios)
+        )
+    return list(known.values())
+
+
+def main(only: str = "", timed: bool = True) -> None:
+    """Measure all models, or one."""
+    for name in CASES:
+        if only and only != name:
+            continue
+        rows = measure(name, timed)
+        old = read_results("exports")["rows"] if (RESULTS / "exports.json").exists() else []
+        write_results("exports", COMMAND, [row for row in old if row["case"] != name] + rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)
