@@ -77,7 +77,7 @@ class ComponentDescription(Result):
         bytes_quantized (`int`): weight files.
         layers (`list[LayerDescription]`): in the record's order.
         parts (`Mapping[str, dict | None]`): what methods left, by key, which `to_dict` puts beside the fields:
-            `adapters`: `placement`, `num_adapters` and the router's `intervals`
+            `adapters`: `placement`, `reads` (None for merged ones), `num_adapters` and the router's `intervals`
             (`[group][(first timestep, last timestep, adapter), …]`); `temporal`: see `TemporalPlan.summary`;
             `output_correction`: `timesteps`, `channels`, `bytes`.
     """
@@ -205,13 +205,14 @@ def _describe_component(folder: Path, variant: str | None) -> ComponentDescripti
     config = read_config(folder)["quantization_config"]
     record = ModelRecord.from_dict(config)
     tensors, shapes = _small_tensors(folder, variant)
-    layers, auto = [], engine_named("auto")
+    layers, auto, adapters = [], engine_named("auto"), record.parts.get("adapters")
+    summed = set() if adapters is None or adapters.reads == "float" else set(adapters.rank_of())
     for group in record.layers or ():
         for name in group.modules:
             fmt, read = group.weight_format, group.input_format
             scale = tensors[f"{name}.weight_scale"]
             rows, *_, row_bytes = shape = shapes[f"{name}.weight"]
-            stored = StoredLayer.of(shape, scale.numel(), group)
+            stored = StoredLayer.of(shape, scale.numel(), group, name in summed)
             engine, refusals = auto.choose(cast(QuantLayer, stored))
             candidates = resolve(name, config["scheme"], config.get("scheme_overrides") or {}, record.format_version)
             if group.observing:

@@ -6,6 +6,7 @@ import torch
 
 from ..formats import FPFormat, largest_integer
 from ..layers.skeleton import LayerGroup
+from ..numerics.sums import LARGEST
 
 
 @dataclass(frozen=True)
@@ -13,12 +14,16 @@ class StoredLayer:
     """What engines ask of a layer before they take it, on the CPU, as far as its files say it.
 
     A `Conv1d` is stored as a linear is, and passes for one.
+
+    Args:
+        has_sums (`bool`): adapters that read codes add to its weight.
     """
 
     weight_format: FPFormat
     input_format: FPFormat | None
     logical_shape: tuple[int, ...]
     group_size: int | None = None
+    has_sums: bool = False
     packed_weight = torch.empty(0, dtype=torch.uint8)
 
     @property
@@ -30,11 +35,12 @@ class StoredLayer:
     @property
     def largest_weight(self) -> int:
         """See `QuantLayer.largest_weight`."""
-        return largest_integer(self.weight_format, grouped=self.group_size is not None)
+        own = largest_integer(self.weight_format, grouped=self.group_size is not None)
+        return max(own, LARGEST) if self.has_sums else own
 
     @classmethod
-    def of(cls, shape: list[int], rows: int, group: LayerGroup) -> "StoredLayer":
+    def of(cls, shape: list[int], rows: int, group: LayerGroup, has_sums: bool = False) -> "StoredLayer":
         """From the shape of the packed weight, the number of output channels and what the record says."""
         length = shape[-1] * 8 // group.weight_format.bits
         logical_shape = (rows, length, 1, 1) if len(shape) == 4 else (rows, length)
-        return cls(group.weight_format, group.input_format, logical_shape, group.group_size)
+        return cls(group.weight_format, group.input_format, logical_shape, group.group_size, has_sums)

@@ -19,6 +19,7 @@ __all__ = [
     "hooks_around",
     "run_without_values",
     "shadow_copy",
+    "version_of",
 ]
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -130,7 +131,7 @@ class Snapshot:
             tensors += [
                 each for part in (held._parameters, held._buffers) for each in part.values() if each is not None
             ]
-        self._tensors = [(each, _version(each), each.data_ptr()) for each in tensors if each.device.type == "cpu"]
+        self._tensors = [(each, version_of(each), each.data_ptr()) for each in tensors if each.device.type == "cpu"]
         self._starts = [(array, array.tobytes()) for array in map(_start, (each for each, *_ in self._tensors))]
 
     def _lasting(self, module: nn.Module) -> dict:
@@ -151,7 +152,7 @@ class Snapshot:
                 return False
         except (RuntimeError, TypeError, ValueError):  # tensors and arrays that are compared are others
             return False
-        if not all(_version(each) == version and each.data_ptr() == at for each, version, at in self._tensors):
+        if not all(version_of(each) == version and each.data_ptr() == at for each, version, at in self._tensors):
             return False
         return all(array.tobytes() == before for array, before in self._starts)
 
@@ -162,7 +163,8 @@ def _start(tensor: Tensor) -> np.ndarray:
     return flat.view(torch.uint8).numpy()
 
 
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; 0 for those made under `inference_mode`, which do not count."""
     return 0 if tensor.is_inference() else tensor._version
 
 

@@ -14,7 +14,7 @@ from ..formats import FPFormat
 from ..layers import QuantLayer
 from ..numerics.rounding import require_finite
 from . import kernels
-from .engine import Engine, PreparedLayer, weight_integers, weight_unit
+from .engine import Engine, PreparedLayer, used_integers
 from .grid import InputGrid
 from .kernels import torch_kernels
 
@@ -50,21 +50,20 @@ class BF16Layer(PreparedLayer):
 
     def __init__(self, layer: QuantLayer, keep: bool) -> None:
         super().__init__(layer, keep)
-        self._units = weight_unit(layer)
         self._table = torch.tensor(layer.weight_format.code_values, dtype=torch.int32)
 
-    def expand(self, bank: int) -> Tensor:
-        """Lattice integers as bfloat16, where all of them are exact; channels last for images."""
-        weight = weight_integers(self.layer, bank, self._table).to(torch.bfloat16)
-        return weight.contiguous(memory_format=torch.channels_last) if weight.ndim == 4 else weight
+    def expand(self, bank: int) -> tuple[Tensor, Tensor]:
+        """Integers as bfloat16, where all of them are exact, channels last for images; the unit of each channel."""
+        integers, units = used_integers(self.layer, bank, self._table)
+        weight = integers.to(torch.bfloat16)
+        return weight.contiguous(memory_format=torch.channels_last) if weight.ndim == 4 else weight, units
 
     def run(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor) -> Tensor:
         """As the layer."""
-        layer, unit, dtype = self.layer, self._units, x.dtype
+        layer, dtype, (weight, unit) = self.layer, x.dtype, self.weight(bank)
         if layer.input_format is not None and x.numel():
             grid = self.grid(adapter)
             x, unit = self._centred(x, grid, dtype), unit * grid.unit
-        weight = self.weight(bank)
         if x.dtype == torch.bfloat16:
             y = layer.compute(x, weight, None).to(torch.float32)
         else:

@@ -54,6 +54,8 @@ class CudaEngine(Engine):
             return limits(capability)["triton"]
         if layer.group_size is not None:
             return "its weight has group scales, which the kernels do not read"
+        if layer.adapters is not None and layer.adapters.reads_codes:
+            return "adapters that read codes add to its weight, which the kernels read packed"
         if layer.input_format is None:
             if not isinstance(layer, nn.Linear) or layer.weight_format.bits != 4:
                 return "its input is not quantized, and it is no linear with 4-bit weights"

@@ -1,7 +1,7 @@
 """What every engine is: a name, the layers it refuses and why, and a way to make the others ready."""
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -66,6 +66,8 @@ class PreparedLayer(ABC):
         self._reference = LayerReference(self)
         self._grids: dict[tuple[int, bool], Any] = {}
         self._weights: dict[tuple, Any] = {}
+        self._adapters: Any = layer.adapters if layer.adapters is not None and layer.adapters.reads_codes else None
+        self._made_from: tuple | None = None
 
     def __call__(self, x: Tensor, bank: int | Tensor = 0, adapter: int | Tensor = 0) -> Tensor:
         """The layer's output for a float input, in its dtype, with one bank and the input's grid of one adapter."""
@@ -123,8 +125,10 @@ class PreparedLayer(ABC):
         return InputGrid.of(qparams)
 
     def weight(self, bank: int | Tensor, *how: Any) -> Any:
-        """A bank's weight as a kernel wants it."""
+        """A bank's weight as a kernel wants it, or the sum with an adapter that reads codes."""
         key = (int(bank), *how)
+        if self._adapters is not None and (made_from := self._adapters.made_from(self.layer)) != self._made_from:
+            self._weights, self._made_from = {}, made_from
         if key in self._weights:
             return self._weights[key]
         weight = self.expand(*key)
@@ -148,6 +152,21 @@ class PreparedLayer(ABC):
         raise NonFiniteError(f"{where} must be finite.")
 
 
+def used_integers(layer: QuantLayer, bank: int, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers of the weight that a call uses, see `QuantLayer.used_weight`, and their unit.
+
+    Args:
+        table (`Tensor`, `(2**bits,)`): see `weight_integers`.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: `logical_shape`, dtype of the table; `(C,)` float32.
+    """
+    if layer.has_sums:
+        integers, unit = cast(Any, layer.adapters).integers(layer, bank)
+        return integers.to(table.dtype), unit
+    return weight_integers(layer, bank, table), weight_unit(layer)
+
+
 def weight_integers(layer: QuantLayer, bank: int, table: Tensor) -> Tensor:
     """A bank's lattice integers, times the multipliers of their groups where there are some.
 
@@ -167,4 +186,4 @@ def weight_integers(layer: QuantLayer, bank: int, table: Tensor) -> Tensor:
 
 def weight_unit(layer: QuantLayer) -> Tensor:
     """Real size of a lattice step of each output channel, `(C,)` float32."""
-    return QParams.unchecked(layer.weight_format, layer.weight_scale, torch.zeros_like(layer.weight_scale)).unit
+    return layer.integer_unit()[0]

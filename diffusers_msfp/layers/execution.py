@@ -1,7 +1,7 @@
 """How a quantized layer is run: by the engine that was chosen for it, or by the reference, which defines the result."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from ..numerics import Codes, QParams, decode, fake_quantize, select, unpack
 from ..numerics.groups import by_weight
 from ..numerics.rounding import require_finite
 from ..numerics.route import Route
+from ..numerics.sums import LARGEST
 from .incoming import check_incoming
 from .logical import PackedLayer
 from .protocols import Engine, Prepared
@@ -114,7 +115,7 @@ class Execution(StoredTensors, PackedLayer):
         Args:
             adapter (`int` or `Tensor`): which adapter's, or which parameter set; a tensor `(B,)` gives shape `(B,)`.
         """
-        owner = self.adapters if self.adapters is not None and self.routing.strength else self
+        owner = self.used_adapters or self
         scale, zero_point = owner.input_scale, owner.input_zero_point
         if scale.ndim:
             scale, zero_point = select(scale, adapter), select(zero_point, adapter)
@@ -124,6 +125,21 @@ class Execution(StoredTensors, PackedLayer):
         """One bank's weight as the layer uses it: float32, `logical_shape`."""
         codes = unpack(self.packed_bank(bank), self.weight_format.bits, self.matrix_shape[1])
         return decode(codes.reshape(self.rows_shape), self.weight_qparams()).view(self.logical_shape)
+
+    def integer_unit(self) -> tuple[Tensor, int]:
+        """Real size of an integer of each output channel's weight, `(C,)`, and what none of these exceeds."""
+        scale = self.weight_scale
+        return QParams.unchecked(self.weight_format, scale, torch.zeros_like(scale)).unit, super().largest_weight
+
+    def used_weight(self, bank: int | Tensor = 0) -> Tensor:
+        """The float32 weight that a call uses: a bank's, or with what an adapter that reads codes adds to it."""
+        return self.adapters.summed(self, bank) if self.has_sums else self.dequantize_weight(bank)
+
+    @property
+    def largest_weight(self) -> int:
+        """See `StoredTensors`; also with what adapters that read codes add."""
+        own = super().largest_weight
+        return max(own, LARGEST) if self.adapters is not None and self.adapters.reads_codes else own
 
     def decode_whole(self) -> Tensor:
         """See `PackedLayer`; of one bank, for several are no single weight."""
@@ -201,17 +217,18 @@ class Execution(StoredTensors, PackedLayer):
             if torch.compiler.is_compiling():  # a set for each row: no need to compute all
                 return self.run(x, 0, Route.rows(route.index, x.shape[0])).to(result_dtype(x))
             return route.apply(lambda rows, index: self.run(rows, 0, index), x, self.num_sets).to(result_dtype(x))
-        if self.num_banks == 1 and not self._beside:
+        adapters = self.used_adapters
+        if adapters is None and self.num_banks == 1:
             return self.run(x).to(result_dtype(x))
 
         def run(rows: Tensor, adapter: int | Tensor) -> Tensor:
-            if not self._beside:
+            if adapters is None or adapters.reads_codes:
                 return self.run(rows, adapter, adapter)
-            correction = self.adapters(self, rows.to(torch.float32), adapter)
+            correction = adapters(self, rows.to(torch.float32), adapter)
             return self.run(rows, 0, adapter) + correction * self.routing.strength
 
-        num_adapters = self.adapters.num_adapters if self._beside else self.num_banks
-        return self.routing.route(self.group).apply(run, x, num_adapters).to(result_dtype(x))
+        choices = self.num_banks if adapters is None else adapters.num_adapters
+        return self.routing.route(self.group).apply(run, x, choices).to(result_dtype(x))
 
     def run(self, x: Tensor, bank: int | Tensor = 0, adapter: int | Tensor = 0) -> Tensor:
         """The layer with one bank and the input's parameters of one adapter or set, by its engine.
@@ -223,16 +240,30 @@ class Execution(StoredTensors, PackedLayer):
         if prepared is not None:
             return prepared(x, bank, adapter)
         bias = None if self.bias is None else self.bias.to(torch.float32)
-        return self.compute(self.quantize_input(x, adapter), self.dequantize_weight(bank), bias)
+        return self.compute(self.quantize_input(x, adapter), self.used_weight(bank), bias)
 
     @property
-    def _beside(self) -> bool:
-        return self.adapters is not None and bool(self.routing.strength)
+    def used_adapters(self) -> Any:
+        """Those beside the weight; None where there are none, or while they are disabled."""
+        adapters = self.adapters
+        return None if adapters is None or not self.routing.strength else adapters
+
+    @property
+    def has_sums(self) -> bool:
+        """Whether adapters are in use that read codes, and so add to the weight, see `numerics.sums`."""
+        adapters = self.used_adapters
+        return adapters is not None and adapters.reads_codes
+
+    @property
+    def num_weights(self) -> int:
+        """Weights among which the timestep chooses: banks, or the sums of the one with each adapter."""
+        return self.adapters.num_adapters if self.has_sums else self.num_banks
 
     def _adapter_of_codes(self) -> int | None:
-        if self._beside:
+        adapters = self.used_adapters
+        if adapters is not None and not adapters.reads_codes:
             return None
-        alone = self.num_banks == 1 and not self.num_sets
+        alone = adapters is None and self.num_banks == 1 and not self.num_sets
         return 0 if alone else self.routing.route(self.group).uniform
 
     def takes_codes(self, x: Tensor) -> int | None:

@@ -31,8 +31,8 @@ class Part:
         require_float (`Callable`, *optional*): `(model)` refuses a model that cannot become float again.
         detach (`Callable`, *optional*): `(model)` takes it off.
         of_ranges (`bool`): whether it belongs to the inputs' ranges and goes when these are observed anew.
-        since (`int`): the format version that has a place for it; a model that was loaded from an older one and has it
-            now is saved as this one.
+        since (`Callable`): `(record) -> int`, the format version that has a place for it; a model that was loaded from
+            an older one and has it now is saved as this one.
         describe (`Callable`, *optional*): `(record, tensors) -> dict` for `inspect`, from a checkpoint's small ones.
         forbids_fusing (`str`, *optional*): why nothing can be fused into the weights while it is there, and what to do
             instead; None where `detach` takes it off for that.
@@ -48,7 +48,7 @@ class Part:
     require_float: Callable[[nn.Module], None] | None = None
     detach: Callable[[nn.Module], None] | None = None
     of_ranges: bool = False
-    since: int = 1
+    since: Callable[[Any], int] = lambda _: 1
     describe: Callable[[Any, Mapping], dict] | None = None
     forbids_fusing: str | None = None
 

@@ -97,9 +97,10 @@ class MSFPPipelineMixin:
         """Which adapter serves which timesteps.
 
         Returns:
-            `dict`: `placement`, `num_adapters`, `num_timesteps`, `router_groups`, `ranks` (rank → number of layers),
-            `enabled`, `scale`, `intervals` (`[group][(first timestep, last timestep, adapter), …]`), `usage`
-            (`[group][adapter]`, share of the timesteps), `collapsed` (groups in which one adapter serves all).
+            `dict`: `placement`, `reads` (see `FinetuneConfig`; None for merged ones), `num_adapters`, `num_timesteps`,
+            `router_groups`, `ranks` (rank → number of layers), `enabled`, `scale`, `intervals`
+            (`[group][(first timestep, last timestep, adapter), …]`), `usage` (`[group][adapter]`, share of the
+            timesteps), `collapsed` (groups in which one adapter serves all).
         """
         return _summary(self._quantized())
 
@@ -191,6 +192,7 @@ def _summary(model: nn.Module) -> dict:
     usage = routing.usage()
     return {
         "placement": plan.placement,
+        "reads": plan.reads if plan.placement == "side" else None,
         "num_adapters": plan.num_adapters,
         "num_timesteps": plan.num_timesteps,
         "router_groups": list(plan.router_groups),

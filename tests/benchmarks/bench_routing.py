@@ -2,9 +2,10 @@
 
     python tests/benchmarks/bench_routing.py [--shapes embedded,ddpm-cifar10]
 
-Variants take turns in one process, and every call has another adapter than the one before. Medians and the ratio to the
-model without adapters; for a user's plain LoRA the ratio to bf16, channels last, with the same LoRA. Also what a switch
-of the adapter itself takes. Writes `model_cards/results/routing.json`.
+Beside the weights there are both kinds, those that read floats and those that read codes. Variants take turns in one
+process, and every call has another adapter than the one before. Medians and the ratio to the model without adapters;
+for a user's plain LoRA the ratio to bf16, channels last, with the same LoRA. Also what a switch of the adapter itself
+takes. Writes `model_cards/results/routing.json`; rows of other shapes stay.
 """
 
 import copy
@@ -14,7 +15,7 @@ from statistics import median, quantiles
 import torch
 import typer
 from diffusers import DiffusionPipeline, UNet2DModel
-from harness import write_results
+from harness import read_results, write_results
 from peft import LoraConfig, inject_adapter_in_model
 
 from diffusers_msfp import MSFPConfig, freeze
@@ -25,6 +26,11 @@ from diffusers_msfp.plugin.quantize import quantize_model
 
 TIMESTEPS = (100, 900)
 SIDE_RANK = 7  # about the bytes of two merged banks on the package's model
+KINDS = {
+    "merged": (32, "merged", None),
+    "side, codes": (SIDE_RANK, "side", "codes"),
+    "side, floats": (SIDE_RANK, "side", "float"),
+}
 LORA = {"r": 8, "target_modules": ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]}
 BASELINES = {"lora": "bf16 with lora"}  # the others': without
 
@@ -47,13 +53,13 @@ def variants(build) -> dict[str, UNet2DModel]:
         base(torch.randn(1, base.config.in_channels, 32, 32), 500)
     freeze(base)
     made = {"without": base}
-    for placement, rank in (("merged", 32), ("side", SIDE_RANK)):
-        settings = {"num_timesteps": 1000, "num_adapters": 2, "rank": rank, "placement": placement}
+    for name, (rank, placement, reads) in KINDS.items():
+        settings = {"num_timesteps": 1000, "num_adapters": 2, "rank": rank, "placement": placement, "reads": reads}
         student = Student(copy.deepcopy(base), teacher, **settings)
         student.watch_timesteps([0.0, 999.0])
-        made[placement] = student.finish()
-        made[placement].timestep_router.table[:, 500:] = 1
-        made[placement].timestep_router.table[:, :500] = 0
+        made[name] = student.finish()
+        made[name].timestep_router.table[:, 500:] = 1
+        made[name].timestep_router.table[:, :500] = 0
     made["lora"] = copy.deepcopy(base)
     made["bf16 with lora"] = copy.deepcopy(teacher).to(torch.bfloat16, memory_format=torch.channels_last)
     for name in ("lora", "bf16 with lora"):
@@ -64,7 +70,8 @@ def variants(build) -> dict[str, UNet2DModel]:
 @torch.no_grad()
 def main(rounds: int = 60, batch: int = 8, shapes: str = ",".join(SHAPES)) -> None:
     """Time, print, write."""
-    rows = []
+    found = read_results("routing")["rows"]
+    rows = [row for row in found if row["shape"] not in shapes.split(",")]
     for shape in shapes.split(","):
         models = variants(SHAPES[shape])
         x = torch.randn(batch, models["without"].config.in_channels, 32, 32)
@@ -92,10 +99,11 @@ def main(rounds: int = 60, batch: int = 8, shapes: str = ",".join(SHAPES)) -> No
                 "ratio": round(median(pairs), 3),
                 "ratio_quartiles": [round(low, 3), round(high, 3)],
             }
-            row |= {"switch_microseconds": round(switch * 1e6, 1) if name in ("merged", "side") else 0.0}
+            row |= {"switch_microseconds": round(switch * 1e6, 1) if name in KINDS else 0.0}
             row |= {"bytes": models[name].get_memory_footprint()}
             rows.append(row)
             typer.echo(row, err=True)
+    rows.sort(key=lambda row: list(SHAPES).index(row["shape"]))
     write_results("routing", "python tests/benchmarks/bench_routing.py", rows)
 
 

@@ -1,10 +1,12 @@
 """Fine-tuning at `w4a4` on a real model: signs, one LoRA, TALoRA, DFA, placements; three seeds each.
 
     python tests/benchmarks/bench_talora.py --data fashion_mnist.npz [--cells "ptq,talora" --seeds "0"]
+    python tests/benchmarks/bench_talora.py --data fashion_mnist.npz --name talora-reads --seeds 0 --pictures 64
 
 Every cell of a kind gets the same number of updates. Each row is written as soon as it is measured; with `--cells` or
 `--seeds` only these rows are made anew. Distances are between features of the `fashion` network, on pictures of 20 DDIM
-steps. Writes `model_cards/results/<name>.json`.
+steps. The second line compares, at few updates, what adapters beside the weights read: floats or codes. Writes
+`model_cards/results/<name>.json`.
 """
 
 import copy
@@ -27,7 +29,7 @@ from diffusers_msfp.plugin.quantize import components_of
 from diffusers_msfp.sampling.solvers import with_ddim
 
 COMMAND = "python tests/benchmarks/bench_talora.py --data fashion_mnist.npz"
-SHORT, LONG = 300, 1500  # updates
+FEW, SHORT, LONG = 100, 300, 1500  # updates
 THEN = {"placement": "merged", "denoising_factor_floor": 0.25, "affine_learning_rate": 0.0}
 """What the paper's parts were compared with: low-rank adapters alone."""
 FIGURES = ("eps_mse", "eps_rel_l2", "image_psnr_db")
@@ -49,10 +51,15 @@ CELLS = {
     "talora-4": cell(num_adapters=4, rank=4, denoising_factor_exponent=0),
     "one-lora-32": cell(num_adapters=1, rank=32, denoising_factor_exponent=0),
     "talora-32": cell(num_adapters=2, rank=32, denoising_factor_exponent=0),
-    "side": cell(num_adapters=2, rank=7, denoising_factor_exponent=0, placement="side"),
-    "long-dfa": cell(LONG, rank=7, placement="side"),
-    "minutes-5": ("w4a4-pure", FinetuneConfig(minutes=5)),  # on two cores that nothing else uses
+    "side": cell(num_adapters=2, rank=7, denoising_factor_exponent=0, placement="side", reads="float"),
+    "long-dfa": cell(LONG, rank=7, placement="side", reads="float"),
+    "minutes-5": ("w4a4-pure", FinetuneConfig(minutes=5, reads="float")),  # on two cores that nothing else uses
 }
+READS = {"none": ("w4a4", None)} | {
+    reads: ("w4a4", FinetuneConfig(train_steps=FEW, placement="side", reads=reads)) for reads in ("float", "codes")
+}
+FILES = {"talora": CELLS, "talora-reads": READS}
+"""Results file → its cells."""
 
 
 def main(
@@ -60,9 +67,10 @@ def main(
     cells: Annotated[str, typer.Option(help="comma-separated; all if left out")] = "",
     seeds: Annotated[str, typer.Option(help="comma-separated")] = "0,1,2",
     pictures: Annotated[int, typer.Option(help="for the Fréchet distances")] = 384,
-    name: Annotated[str, typer.Option(help="of the results file")] = "talora",
+    name: Annotated[str, typer.Option(help="of the results file: talora or talora-reads")] = "talora",
 ) -> None:
     """Quantize, fine-tune, compare, sample, write rows."""
+    known = FILES[name]
     reference = with_ddim(DiffusionPipeline.from_pretrained(EMBEDDED_MODEL))
     reference.set_progress_bar_config(disable=True)
     real = load_images(data, "test")[0]
@@ -70,8 +78,8 @@ def main(
     for seed in map(int, seeds.split(",")):
         own = pictures_of(reference, pictures, seed)
         keep(name, {"cell": "full precision", "seed": seed, "frechet_real": fashion_distance(real, own)})
-        for key in cells.split(",") if cells else CELLS:
-            scheme, config = CELLS[key]
+        for key in cells.split(",") if cells else known:
+            scheme, config = known[key]
             pipe = copy.deepcopy(reference)
             quantize_pipeline(pipe, scheme, seed=seed)
             row = {"cell": key, "scheme": scheme, "seed": seed}
@@ -114,8 +122,9 @@ def keep(name: str, row: dict) -> None:
     """Put a row into the results file, in the order of the cells."""
     rows = read_results(name)["rows"] if (RESULTS / f"{name}.json").exists() else []
     rows = [r for r in rows if (r["cell"], r["seed"]) != (row["cell"], row["seed"])] + [row]
-    order = ["full precision", *CELLS]
-    write_results(name, COMMAND, sorted(rows, key=lambda r: (order.index(r["cell"]), r["seed"])))
+    order = ["full precision", *FILES[name]]
+    more = "" if name == "talora" else f" --name {name} --seeds 0 --pictures 64"
+    write_results(name, COMMAND + more, sorted(rows, key=lambda r: (order.index(r["cell"]), r["seed"])))
 
 
 if __name__ == "__main__":

@@ -125,9 +125,9 @@ CELLS = {
     "talora-4": "TALoRA, 4 × rank 4",
     "one-lora-32": "one LoRA, rank 32",
     "talora-32": "TALoRA, 2 × rank 32",
-    "side": "TALoRA beside the weights, 2 × rank 7",
-    "long-dfa": "TALoRA + DFA beside the weights, 2 × rank 7, longer",
-    "minutes-5": "`finetune --minutes 5`, defaults, two cores",
+    "side": "TALoRA beside the weights, reading floats, 2 × rank 7",
+    "long-dfa": "TALoRA + DFA beside the weights, reading floats, 2 × rank 7, longer",
+    "minutes-5": "`finetune --minutes 5 --reads float`, two cores",
 }
 
 
@@ -182,6 +182,22 @@ def pictures_of(rows: list[dict]) -> torch.Tensor:
 def ends(figure: Estimate) -> tuple[float, float, float]:
     """Value and interval."""
     return figure.value, figure.low, figure.high
+
+
+def reads() -> Iterator[dict[str, str]]:
+    """What adapters beside the weights read, at few updates."""
+    for row in read_results("talora-reads")["rows"]:
+        if row["cell"] != "full precision":
+            yield {
+                f"`{row['scheme']}`, adapters read": {"float": "floats", "none": "– (PTQ)"}.get(
+                    row["cell"], row["cell"]
+                ),
+                "updates": str(row.get("updates", "–")),
+                "`eps_rel_l2`": f"{row['eps_rel_l2_20']:.4f}",
+                "PSNR (dB)": f"{row['image_psnr_db_20']:.1f}",
+                "50 steps (dB)": f"{row['image_psnr_db_50']:.1f}",
+                "Fréchet to full precision": f"{row['frechet_reference']:.2f}",
+            }
 
 
 def routing() -> Iterator[dict[str, str]]:
@@ -494,6 +510,7 @@ MAKERS = (
     shapes,
     talora,
     recipe,
+    reads,
     routing,
     temporal,
     pipelines,

@@ -130,7 +130,7 @@ def test_finetune(tiny_dir, packed_dir, tmp_path):
     assert described["adapters"]["intervals"] == result["intervals"]
     assert described["adapters"]["placement"] == "side"
     shown = program("inspect", out).stdout
-    assert "2 adapters per layer, side" in shown
+    assert "2 adapters per layer, side, reading codes" in shown
     assert (
         program(
             "sample", out, "--num-samples", 1, "--num-inference-steps", 2, "--out", tmp_path / "grid.png"

@@ -284,6 +284,12 @@ def test_copies_of_modules_and_what_changes_in_them():
         assert modules.has_dispatch_modes(), "torch counts its modes otherwise"
 
 
+def test_changes_in_place_are_counted():
+    x, before = torch.zeros(2), modules.version_of(torch.zeros(2))
+    x.add_(1)
+    assert modules.version_of(x) > before, "torch counts otherwise how often a tensor was changed"
+
+
 def test_values_are_not_looked_at():
     class Branching(nn.Module):
         def forward(self, x):

@@ -61,8 +61,8 @@ def test_sums_equal_an_integer_oracle(name, scheme):
     exact = layer.compute((q - k).double(), weight.round().double(), None)
     layer.use_engine(Int8Engine())
     layer(x)
-    layer.prepared.units = torch.ones_like(layer.prepared.units)
-    layer.prepared._weights.clear()
+    layer.weight_scale.fill_(1 / layer.weight_format.step)
+    layer.prepare()
     unit_grid = replace(layer.prepared.grid(), unit=1.0)
     layer.prepared._grids[next(iter(layer.prepared._grids))] = unit_grid
     assert torch.equal(layer(x).double(), exact)

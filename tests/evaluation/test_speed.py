@@ -73,7 +73,8 @@ def test_a_model_with_adapters_is_compared_with_its_architecture(embedded, place
 
 
 def test_the_floor_is_that_of_the_model_without_adapters(packed_pipe, tiny_pipe, monkeypatch):
-    finetune(packed_pipe, tiny_pipe, FinetuneConfig(train_steps=1, batch_size=2, num_inference_steps=2, rank=2))
+    few = {"train_steps": 1, "batch_size": 2, "num_inference_steps": 2}
+    finetune(packed_pipe, tiny_pipe, FinetuneConfig(rank=2, reads="float", **few))
     model, calls, forward = packed_pipe.unet, [], AdapterBank.forward
     monkeypatch.setattr(AdapterBank, "forward", lambda *args: calls.append(1) or forward(*args))
     step = step_of(model, example_inputs(model, 1))

@@ -2,11 +2,12 @@
 
 A run overwrites them, and another machine gives other last bits; a new format version gets folders of its own.
 
-    python tests/golden/make.py v1|v2|v2-methods
+    python tests/golden/make.py v1|v2|v2-methods|v2-codes
 """
 
 import copy
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,10 +46,10 @@ def make_unet(**changes) -> UNet2DModel:
     return UNet2DModel(**arguments | changes).eval()
 
 
-def tune(unet: UNet2DModel, teacher: UNet2DModel, placement: str) -> UNet2DModel:
+def tune(unet: UNet2DModel, teacher: UNet2DModel, placement: str, reads: str | None) -> UNet2DModel:
     pipe = DDPMPipeline(copy.deepcopy(unet), DDIMScheduler())
     settings = {"train_steps": 20, "num_inference_steps": 5, "batch_size": 4, "rank": 2, "learning_rate": 1.0}
-    config = FinetuneConfig(placement=placement, router_groups=("down_blocks.*",), **settings)
+    config = FinetuneConfig(placement=placement, reads=reads, router_groups=("down_blocks.*",), **settings)
     finetune(pipe, DDPMPipeline(teacher, DDIMScheduler()), config)
     return pipe.unet
 
@@ -71,15 +72,15 @@ def version_1() -> None:
     with torch.no_grad():
         expected = {"x": x, "v1": unet(x, 500).sample}
     unet.save_pretrained(HERE / "v1")
-    for placement in ("merged", "side"):
-        tuned = tune(unet, teacher, placement)
+    for placement, reads in (("merged", None), ("side", "float")):
+        tuned = tune(unet, teacher, placement, reads)
         tuned.save_pretrained(HERE / f"v1-{placement}")
         with torch.no_grad():
             expected[f"v1-{placement}"] = tuned(x, torch.tensor([900, 100])).sample
     save_file(expected, HERE / "expected.safetensors")
 
 
-def version_2() -> None:
+def version_2(name: str = "v2", reads: str = "float") -> None:
     """One block down and up, with adapters beside the weights: every kind of tensor but parameter sets."""
     blocks = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
     unet = make_unet(**blocks, add_attention=False)
@@ -87,10 +88,10 @@ def version_2() -> None:
     quantize_model(unet, MSFPConfig(scheme="w4a4", scheme_overrides={"mid_block": "w6a6", "to_q": "w4a16"}))
     x = torch.randn(2, 1, 8, 8)
     calibrate(unet, x)
-    tuned = tune(unet, teacher, "side")
-    tuned.save_pretrained(HERE / "v2")
+    tuned = tune(unet, teacher, "side", reads)
+    tuned.save_pretrained(HERE / name)
     with torch.no_grad():
-        save_file({"x": x, "v2": tuned(x, torch.tensor([900, 100])).sample}, HERE / "expected-v2.safetensors")
+        save_file({"x": x, name: tuned(x, BOTH).sample}, HERE / f"expected-{name}.safetensors")
 
 
 def methods() -> None:
@@ -122,4 +123,10 @@ def methods() -> None:
 
 
 if __name__ == "__main__":
-    {"v1": version_1, "v2": version_2, "v2-methods": methods}[sys.argv[1]]()
+    made = {
+        "v1": version_1,
+        "v2": version_2,
+        "v2-methods": methods,
+        "v2-codes": partial(version_2, "v2-codes", "codes"),
+    }
+    made[sys.argv[1]]()

@@ -26,9 +26,9 @@ def parts(file: Path) -> tuple[dict, bytes]:
 BOTH = torch.tensor([900, 100])
 CHECKPOINTS = {"v1": torch.tensor(500), "v1-merged": BOTH, "v1-side": BOTH, "v2": BOTH}
 METHODS = {"v2-temporal": BOTH, "v2-split": BOTH, "v2-observing": torch.tensor(100)}
-CHECKPOINTS |= METHODS
+CHECKPOINTS |= METHODS | {"v2-codes": BOTH}
 EXPECTED = {name: "expected" if name[1] == "1" else "expected-v2" for name in CHECKPOINTS}
-EXPECTED |= dict.fromkeys(METHODS, "expected-v2-methods")
+EXPECTED |= dict.fromkeys(METHODS, "expected-v2-methods") | {"v2-codes": "expected-v2-codes"}
 
 
 @pytest.mark.parametrize(("name", "timesteps"), CHECKPOINTS.items(), ids=CHECKPOINTS)
@@ -70,6 +70,16 @@ def test_adapters_have_their_place(placement):
     assert (adapters, banks) == (
         (set(), 2) if placement == "merged" else ({"down", "up", "input_scale", "input_zero_point"}, 1)
     )
+
+
+@pytest.mark.parametrize(("name", "reads"), [("v1-side", "float"), ("v2", "float"), ("v2-codes", "codes")])
+def test_what_adapters_beside_the_weights_read(name, reads):
+    record = json.loads((HERE / name / "config.json").read_text())["quantization_config"]["adapters"]
+    assert record.get("reads", "float") == reads
+    assert ("conv_out.adapters.codes" in load_file(HERE / name / WEIGHTS)) == (reads == "codes")
+    unet = UNet2DModel.from_pretrained(HERE / name)
+    assert unet.timestep_router.plan.reads == reads
+    assert unet.conv_out.adapters.reads_codes == (reads == "codes")
 
 
 @pytest.mark.parametrize("name", [name for name in CHECKPOINTS if name[1] == "1"])

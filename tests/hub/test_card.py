@@ -42,6 +42,7 @@ FACTS = {
 }
 ADAPTERS = {
     "placement": "side",
+    "reads": "codes",
     "num_adapters": 2,
     "num_timesteps": 1000,
     "ranks": {"8": 60, "4": 5},
@@ -108,7 +109,7 @@ def test_a_full_card():
         "1.0 MB instead of 3.6 MB",
         "| `msfp` | 1 | 10.0 ms | 9.0 – 11.0 | 2.00 |",
         "40 × `fp4_e1m2`, 25 × `fp4_e2m1` | 64 × `fp4_ue2m2`, 1 × float | 4.13 | 0.12 M | 1.0 MB | 4.51 |",
-        "2 low-rank adapters on each of 65 layers (beside the weights)",
+        "2 low-rank adapters on each of 65 layers (beside the weights, reading codes)",
         "Not measured: candidate_to_real.recall, needs 100 pictures",
         "layers that stay float, and the adapters, over the base's parameters",
         "they differ from full precision's, as the figures above say.",

@@ -30,14 +30,18 @@ TIMESTEPS = torch.tensor([2, 0, 2, 1])
 TABLE = torch.arange(ADAPTERS, dtype=torch.uint8)[None]
 
 
-def made(module: nn.Module, shape, placement: str, scheme: str = "w4a4") -> tuple[Trainee, torch.Tensor, nn.Module]:
+KINDS = ("merged", "side", "codes")  # the second reads floats
+
+
+def made(module: nn.Module, shape, kind: str, scheme: str = "w4a4") -> tuple[Trainee, torch.Tensor, nn.Module]:
     """A trainee with random adapters, an input, and the quantized layer without adapters."""
+    placement, reads = ("side", "codes") if kind == "codes" else (kind, "float")
     x = nn.functional.silu(torch.randn(shape) * 2)
     layer = QUANT_LAYERS[type(module)].from_float(module, "place", SCHEMES[scheme].inner)
     layer(x)
     if layer.observing:
         layer.freeze()
-    bank = AdapterBank(layer.logical_shape, ADAPTERS, adapter_rank(layer.logical_shape, 2), device="cpu")
+    bank = AdapterBank(layer.logical_shape, ADAPTERS, adapter_rank(layer.logical_shape, 2), device="cpu", reads=reads)
     bank.initialise(torch.Generator().manual_seed(0))
     torch.nn.init.normal_(bank.up, std=0.2)
     base = copy.deepcopy(layer)
@@ -47,9 +51,9 @@ def made(module: nn.Module, shape, placement: str, scheme: str = "w4a4") -> tupl
 
 
 @CASES
-@pytest.mark.parametrize("placement", ["merged", "side"])
-def test_the_deployed_layer_computes_what_was_trained(module, shape, placement):
-    trainee, x, base = made(module, shape, placement)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_deployed_layer_computes_what_was_trained(module, shape, kind):
+    trainee, x, base = made(module, shape, kind)
     with torch.no_grad():
         expected = trainee(x)
         layer = trainee.finish(torch.float32)
@@ -121,9 +125,9 @@ def test_side_adapters_are_low_rank_convolutions_and_leave_the_base_alone(module
     assert torch.equal(layer.packed_weight, base.packed_weight)
 
 
-@pytest.mark.parametrize("placement", ["merged", "side"])
-def test_gradients_reach_adapters_ranges_and_router(placement):
-    trainee, x, _ = made(*LAYERS["3x3"], placement)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_adapters_ranges_and_router(kind):
+    trainee, x, _ = made(*LAYERS["3x3"], kind)
     trainee(x).square().mean().backward()
     trained = [trainee.adapters.down, trainee.adapters.up, trainee.log_scale, trainee.relative_zero_point]
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
@@ -132,7 +136,7 @@ def test_gradients_reach_adapters_ranges_and_router(placement):
 
 def test_trained_ranges_stay_on_the_lattice_and_belong_to_the_adapters_beside_the_weight():
     routing = RoutingTable(TABLE, ADAPTERS)
-    for placement in ("merged", "side"):
+    for placement in KINDS:
         trainee, x, base = made(*LAYERS["3x3"], placement)
         with torch.no_grad():
             trainee.log_scale += torch.tensor([0.1, 0.2, 0.3])
@@ -145,7 +149,7 @@ def test_trained_ranges_stay_on_the_lattice_and_belong_to_the_adapters_beside_th
         assert torch.allclose(k, k.round(), atol=1e-3)
         assert {round(value) for value in k.tolist()} <= set(layer.input_format.lattice)
         layer.check_stored()
-        assert (layer.input_scale.ndim == 0) == (placement == "side")
+        assert (layer.input_scale.ndim == 0) == (placement != "merged")
         assert torch.equal(layer.input_error, base.input_error)
         scales = [layer.route_by(routing) or layer.input_qparams(i).scale.item() for i in range(ADAPTERS)]
         assert scales == pytest.approx([base.input_scale.item() * factor for factor in (1.1052, 1.2214, 1.3499)], 1e-3)

@@ -222,6 +222,8 @@ def test_bad_requests_are_refused_before_anything_is_changed(packed_pipe, teache
         ({"rank": -1, "placement": "merged"}, "`rank` must be at least 1"),
         ({"num_adapters": 300}, "at most 256, but got 300"),
         ({"placement": "inside"}, "one of merged, side, but got 'inside'"),
+        ({"reads": "minds"}, "`reads` must be one of float, codes, but got 'minds'"),
+        ({"reads": "float", "placement": "merged"}, "beside the weights, but got 'float' with `placement='merged'`"),
         ({"train_steps": 1, "minutes": 1.0}, "exclude each other"),
         ({"minutes": 0.0}, "`minutes` must be above 0"),
         ({"learning_rate": float("nan")}, "`learning_rate` must be finite"),

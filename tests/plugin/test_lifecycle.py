@@ -20,7 +20,7 @@ from diffusers.quantizers import PipelineQuantizationConfig
 from safetensors.torch import load_file
 
 import diffusers_msfp
-from diffusers_msfp import MSFPConfig, calibration_state, freeze, quantize_pipeline
+from diffusers_msfp import MSFPConfig, MSFPPipelineMixin, calibration_state, freeze, quantize_pipeline
 from diffusers_msfp.errors import CheckpointError, ConfigError, MSFPError, NonFiniteError, StateError, UnsupportedError
 from diffusers_msfp.layers import QuantLayer
 from diffusers_msfp.plugin.quantize import quantize_model
@@ -498,3 +498,15 @@ def test_config_repr_and_json():
 
 def test_scheduler_classes_in_use_are_stock(packed_dir):
     assert isinstance(DiffusionPipeline.from_pretrained(packed_dir).scheduler, (DDIMScheduler, DDPMScheduler))
+
+
+def test_observation_ends_with_the_pipeline_s_call():
+    pipe = MSFPPipelineMixin.attach(DDPMPipeline(make_unet(), DDIMScheduler()))
+    quantize_model(pipe.unet, MSFPConfig(scheme="w4a4"))
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.quantization_report()["unet"]["calibration_state"] == "observing"
+    pipe(num_inference_steps=2)
+    assert pipe.quantization_report()["unet"]["calibration_state"] == "frozen"
+    assert pipe(num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 3)
+    with pytest.raises(StateError, match="has none. Load it with"):
+        MSFPPipelineMixin.attach(DDPMPipeline(make_unet(), DDIMScheduler())).talora_summary()

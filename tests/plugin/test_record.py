@@ -23,7 +23,6 @@ DIGEST = {"algorithm": "crc32", "groups": [{"tensors": ["weight:uint8"], "module
 RESERVED = {
     "scales by timestep": {"timestep_scales": SCALES},
     "scales over intervals": {"timestep_scales": SCALES | {"over": "intervals"}},
-    "adapters that read codes": {"adapters": PLAN | {"reads": "codes"}},
     "scales per input channel": {"channel_scales": {"layers": ["conv_in"], "power_of_two": True}},
     "another digest": {"digest": DIGEST | {"algorithm": "blake3"}},
 }
@@ -51,6 +50,10 @@ MALFORMED = [
     ({"calibration": {"state": "frozen", "mood": 1}}, "only known keys, but `calibration` in config.json has mood"),
     ({"channel_scales": {"layers": []}}, "`channel_scales.layers`"),
     ({"adapters": PLAN | {"reads": "minds"}}, "`reads` must be one of float, codes, but got 'minds'"),
+    (
+        {"adapters": PLAN | {"placement": "merged", "reads": "codes"}},
+        "adapters that are merged read nothing, but `reads` is 'codes'",
+    ),
     ({"surprise": 1}, "only known keys, but `quantization_config` in config.json has surprise"),
     ({"digest": 5}, "`digest` in config.json is malformed"),
     ({"digest": DIGEST | {"groups": [{"tensors": ["weight"], "modules": {"a": "01234567"}}]}}, "is malformed"),
@@ -69,6 +72,10 @@ def test_malformed_records(changes, reason):
 def test_what_is_absent_or_the_default_is_read(caplog):
     for key in ("timestep_scales", "output_correction", "channel_scales", "digest"):
         MSFPConfig.from_dict(RECORD | {key: None})
+    for said, reads in (({}, "float"), ({"reads": "float"}, "float"), ({"reads": "codes"}, "codes")):
+        plan = MSFPConfig.from_dict(RECORD | {"adapters": PLAN | said}).record.parts["adapters"]
+        assert plan.reads == reads
+        assert plan.to_dict().get("reads", "float") == reads
     config = MSFPConfig.from_dict(RECORD | {"adapters": PLAN | {"reads": "float"}, "digest": DIGEST})
     assert config.record.digest.to_dict() == DIGEST == Digest.from_dict(DIGEST).to_dict()
     assert not caplog.text

@@ -18,6 +18,7 @@ from diffusers import (
 )
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffusers_msfp import (
@@ -38,7 +39,8 @@ from diffusers_msfp.plugin.adapters import talora_files
 from diffusers_msfp.plugin.adapters.talora_files import load_talora, save_talora, unload_talora
 from diffusers_msfp.plugin.quantize import quantize_model
 
-LOW, HIGH, CLASSES = 10, 900, ("merged", "side")  # timesteps with adapters of their own
+LOW, HIGH = 10, 900  # timesteps with adapters of their own
+KINDS = {"merged": {"placement": "merged"}, "side": {"reads": "float"}, "codes": {"reads": "codes"}}
 
 
 def near(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -52,7 +54,8 @@ def strengthen(model) -> None:
     for module in model.modules():
         adapters = getattr(module, "adapters", None)
         if adapters is not None:
-            adapters.up.data.normal_(std=0.05)
+            with torch.no_grad():
+                adapters.up.normal_(std=0.05)
     model.timestep_router.table[:, :500] = 0
     model.timestep_router.table[:, 500:] = 1
 
@@ -61,23 +64,29 @@ def strengthen(model) -> None:
 def tuned_pipes(_packed) -> dict[str, DDPMPipeline]:
     teacher = DDPMPipeline(make_unet(), DDIMScheduler())
     made = {}
-    for placement in CLASSES:
+    for kind, settings in KINDS.items():
         pipe = copy.deepcopy(_packed)
-        settings = {"train_steps": 3, "num_inference_steps": 3, "batch_size": 4, "rank": 4, "learning_rate": 2.0}
-        finetune(pipe, teacher, FinetuneConfig(placement=placement, **settings))
+        settings = settings | {
+            "train_steps": 3,
+            "num_inference_steps": 3,
+            "batch_size": 4,
+            "rank": 4,
+            "learning_rate": 2.0,
+        }
+        finetune(pipe, teacher, FinetuneConfig(**settings))
         strengthen(pipe.unet)
-        made[placement] = pipe
+        made[kind] = pipe
     return made
 
 
-@pytest.fixture(params=CLASSES)
+@pytest.fixture(params=KINDS)
 def tuned(tuned_pipes, request) -> DDPMPipeline:
     return copy.deepcopy(tuned_pipes[request.param])
 
 
-@pytest.fixture
-def side(tuned_pipes) -> DDPMPipeline:
-    return MSFPPipelineMixin.attach(copy.deepcopy(tuned_pipes["side"]))
+@pytest.fixture(params=("side", "codes"))
+def side(tuned_pipes, request) -> DDPMPipeline:
+    return MSFPPipelineMixin.attach(copy.deepcopy(tuned_pipes[request.param]))
 
 
 @pytest.fixture
@@ -145,14 +154,14 @@ def test_threads_do_not_mix_up_their_timesteps(tuned, images):
         assert all(pool.map(work, range(40)))
 
 
-@pytest.mark.parametrize("placement", CLASSES)
-def test_compiled_models_route_without_recompiling(placement):
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_models_route_without_recompiling(kind):
     one_block = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "add_attention": False}
     pipe, teacher = (
         DDPMPipeline(make_unet(block_out_channels=(8,), norm_num_groups=4, **one_block), DDIMScheduler()) for _ in "12"
     )
     quantize_pipeline(pipe, "w4a4", num_samples=2, num_inference_steps=2)
-    finetune(pipe, teacher, FinetuneConfig(train_steps=1, num_inference_steps=2, batch_size=2, placement=placement))
+    finetune(pipe, teacher, FinetuneConfig(train_steps=1, num_inference_steps=2, batch_size=2, **KINDS[kind]))
     strengthen(pipe.unet)
     graphs = []
 
@@ -433,25 +442,14 @@ def test_as_a_custom_pipeline(side, tmp_path):
     assert pipe.talora_summary()["num_adapters"] == 2
 
 
-def test_observation_ends_with_the_pipeline_s_call():
-    pipe = MSFPPipelineMixin.attach(DDPMPipeline(make_unet(), DDIMScheduler()))
-    quantize_model(pipe.unet, MSFPConfig(scheme="w4a4"))
-    pipe.set_progress_bar_config(disable=True)
-    assert pipe.quantization_report()["unet"]["calibration_state"] == "observing"
-    pipe(num_inference_steps=2)
-    assert pipe.quantization_report()["unet"]["calibration_state"] == "frozen"
-    assert pipe(num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 3)
-    with pytest.raises(StateError, match="has none. Load it with"):
-        MSFPPipelineMixin.attach(DDPMPipeline(make_unet(), DDIMScheduler())).talora_summary()
-
-
 # ── PEFT and diffusers' LoRA files ───────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("format", ["peft", "diffusers"])
 def test_exported_adapters_come_back_equal(side, tmp_path, format):
     file = export_adapter(side.unet, 1, tmp_path, format)
-    assert file.is_file()
+    with safe_open(file, framework="pt") as handle:
+        assert handle.metadata()["msfp_trained_to_read"].startswith(f"{side.talora_summary()['reads']}: ")
     other = copy.deepcopy(side.unet)
     import_adapter(other, 0, tmp_path)
     for ours, theirs in zip(side.unet.modules(), other.modules(), strict=True):
@@ -508,7 +506,7 @@ def test_an_exported_adapter_is_the_same_lora_in_diffusers_and_peft(adapter, tim
     assert torch.allclose(answer(plain, timestep), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("placement", CLASSES)
+@pytest.mark.parametrize("placement", ["merged", "side"])
 def test_style_loras_stack_on_top_and_come_off_without_a_trace(placement, tuned_pipes, images):
     if placement == "side":
         model = conditional()

@@ -265,9 +265,9 @@ def frozen(*args, **config) -> UNet2DModel:
     return unet
 
 
-def merged(pipe: DDPMPipeline, placement: str) -> UNet2DModel:
+def merged(pipe: DDPMPipeline, placement: str, reads: str | None = None) -> UNet2DModel:
     settings = {"train_steps": 1, "num_inference_steps": 2, "batch_size": 2, "rank": 2}
-    finetune(pipe, small_pipe(), FinetuneConfig(placement=placement, **settings))
+    finetune(pipe, small_pipe(), FinetuneConfig(placement=placement, reads=reads, **settings))
     return pipe.unet
 
 
@@ -314,6 +314,18 @@ def test_state_of_another_model(small, other):
         with pytest.raises(CheckpointError, match="Nothing was loaded"):
             changed.load_state_dict(model.state_dict())
         assert equal_state(changed, kept)
+
+
+@pytest.mark.situation("`load_state_dict` of adapters that read codes into those that read floats", "refused")
+def test_state_of_adapters_of_another_kind(small):
+    made = {reads: merged(copy.deepcopy(small), "side", reads) for reads in ("codes", "float")}
+    for reads, other in (("codes", "float"), ("float", "codes")):
+        before, has = copy.deepcopy(made[reads]), "model" if reads == "codes" else "state"
+        with pytest.raises(CheckpointError, match=rf"but the {has} has `.*adapters.codes` and the .* has not"):
+            made[reads].load_state_dict(made[other].state_dict())
+        assert equal_state(made[reads], before)
+        with pytest.raises(RuntimeError, match=r"\.codes|\"codes\""):
+            made[reads].conv_out.adapters.load_state_dict(made[other].conv_out.adapters.state_dict())
 
 
 @pytest.mark.situation("`load_state_dict` with the tensors of a file of format version 1", "refused")

@@ -48,7 +48,8 @@ def inspect(
             timesteps = correction["timesteps"]
             say(f"output corrected by timestep: {len(timesteps)} timesteps, {timesteps[0]:g} … {timesteps[-1]:g}")
         if adapters := part.parts["adapters"]:
-            stdout.print(f"{adapters['num_adapters']} adapters per layer, {adapters['placement']}")
+            reads = {"codes": ", reading codes", "float": ", reading floats", None: ""}[adapters["reads"]]
+            stdout.print(f"{adapters['num_adapters']} adapters per layer, {adapters['placement']}{reads}")
             print_router(adapters["intervals"])
         if temporal := part.parts["temporal"]:
             _print_temporal(temporal)

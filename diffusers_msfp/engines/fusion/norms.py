@@ -2,7 +2,7 @@
 
 A fused leaf is the model's own module with another class, so parameters, names and hooks stay what they were and
 nothing of it is saved. Where the layer behind it cannot take codes just then (it observes, needs gradients, has
-adapters beside its weight, or PEFT stands between), the leaf does what its original does.
+adapters that read floats, or PEFT stands between), the leaf does what its original does.
 """
 
 from dataclasses import dataclass

@@ -11,7 +11,7 @@ from ...compat.torch import pack_int8_conv, pack_int8_linear
 from ...layers import QuantLayer
 from .. import kernels
 from ..geometry import Geometry
-from .layer import Int8Layer, Planes
+from .layer import Int8Layer, Planes, Weight
 from .products import convolution, linear
 
 _FEW_POSITIONS = 1024  # of an output, up to which a product with patches is the default
@@ -32,15 +32,15 @@ class Int8Conv(Int8Layer):
         """As for all, if the padding can be put on codes."""
         return self.geometry.ends is None and super().reads_codes
 
-    def expand(self, bank: int, way: str) -> Tensor:
+    def expand(self, bank: int, way: str) -> Weight:
         """See `PreparedLayer.expand`."""
-        weight, at = self.integers(bank), self.geometry
+        (weight, units), at = self.integers(bank), self.geometry
         weight = weight.unsqueeze(2) if at.flat else weight
         if way == "columns":
-            return pack_int8_linear(weight.permute(0, 2, 3, 1).flatten(1))
+            return pack_int8_linear(weight.permute(0, 2, 3, 1).flatten(1)), units
         if way == "bfloat16":
-            return weight.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
-        return pack_int8_conv(weight, self.units, at.stride, at.padding, at.dilation, at.groups, self._shape)
+            return weight.to(torch.bfloat16).contiguous(memory_format=torch.channels_last), units
+        return pack_int8_conv(weight, units, at.stride, at.padding, at.dilation, at.groups, self._shape), units
 
     def multiply(
         self, x: Tensor, planes: Planes, bank: int | Tensor, adapter: int | Tensor, dtype: torch.dtype
@@ -77,25 +77,25 @@ class Int8Conv(Int8Layer):
         return (*ways, "bfloat16") if self.in_bfloat16(codes, dtype) else ways
 
     def _convolution(
-        self, weight: Tensor, codes: Tensor, unit: float, zero: int, bias: Tensor | None, out: torch.dtype
+        self, weight: Weight, codes: Tensor, unit: float, zero: int, bias: Tensor | None, out: torch.dtype
     ) -> Tensor:
         at = self.geometry
-        return convolution(codes, unit, zero, weight, self.units, bias, *at.where, at.groups, out)
+        return convolution(codes, unit, zero, *weight, bias, *at.where, at.groups, out)
 
     def _columns(
-        self, weight: Tensor, codes: Tensor, unit: float, zero: int, bias: Tensor | None, out: torch.dtype
+        self, weight: Weight, codes: Tensor, unit: float, zero: int, bias: Tensor | None, out: torch.dtype
     ) -> Tensor:
         at = self.geometry
         if at.is_pointwise:
             patches = codes.permute(0, 2, 3, 1)
         else:
             patches = kernels.columns(codes, at.kernel_size, *at.where, zero)
-        y = linear(patches.flatten(0, 2), unit, zero, weight, self.units, bias, out)
+        y = linear(patches.flatten(0, 2), unit, zero, *weight, bias, out)
         return y.view(*patches.shape[:3], -1).permute(0, 3, 1, 2)
 
     def _bfloat16(
-        self, weight: Tensor, codes: Tensor, unit: float, zero: int, bias: Tensor | None, out: torch.dtype
+        self, weight: Weight, codes: Tensor, unit: float, zero: int, bias: Tensor | None, out: torch.dtype
     ) -> Tensor:
-        at = self.geometry
-        sums = F.conv2d(codes.to(torch.bfloat16).sub_(zero), weight, None, *at.where, at.groups)
-        return self.scaled(sums, unit, bias, 1).to(out)
+        at, (integers, units) = self.geometry, weight
+        sums = F.conv2d(codes.to(torch.bfloat16).sub_(zero), integers, None, *at.where, at.groups)
+        return self.scaled(sums, units * unit, bias, 1).to(out)

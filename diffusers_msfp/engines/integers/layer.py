@@ -13,12 +13,14 @@ from ...formats import FPFormat
 from ...layers import QuantLayer
 from ...numerics import Codes
 from .. import kernels, tuning
-from ..engine import PreparedLayer, weight_integers, weight_unit
+from ..engine import PreparedLayer, used_integers
 from ..grid import low_bits
 from .products import largest_byte, writes
 
 Planes = Callable[[Tensor, int | Tensor], list[Tensor]]
 """Values and an adapter → the bytes that hold their integers."""
+Weight = tuple[Tensor, Tensor]
+"""Integers as a product wants them, and their unit for each output channel, `(C,)` float32."""
 
 
 def _as_they_are(codes: Tensor, adapter: int | Tensor) -> list[Tensor]:  # noqa: ARG001
@@ -30,16 +32,16 @@ class Int8Layer(PreparedLayer):
 
     def __init__(self, layer: QuantLayer, keep: bool) -> None:
         super().__init__(layer, keep)
-        self.units = weight_unit(layer)
         self.bias = None if layer.bias is None else layer.bias.detach().to(torch.float32)
         self._table = torch.tensor(layer.weight_format.code_values, dtype=torch.int8)
         self._chosen: dict[tuple, str] = {}
         about = tuning.about(layer.matrix_shape, layer.weight_format, layer.input_format, layer.group_size)
-        self._about = f"{about}{'fast' if keep else 'low'}"
+        sums = "" if self._adapters is None else " sums"
+        self._about = f"{about}{'fast' if keep else 'low'}{sums}"
 
-    def integers(self, bank: int) -> Tensor:
-        """A bank's lattice integers, `(C, …)` int8."""
-        return weight_integers(self.layer, bank, self._table)
+    def integers(self, bank: int) -> tuple[Tensor, Tensor]:
+        """Integers of the weight that a call uses, `(C, …)` int8, and their unit, `(C,)` float32."""
+        return used_integers(self.layer, bank, self._table)
 
     @property
     def reads_codes(self) -> bool:
@@ -61,7 +63,7 @@ class Int8Layer(PreparedLayer):
 
     def from_codes(self, codes: Codes) -> Tensor:
         """See `PreparedLayer.from_codes`."""
-        bank = codes.adapter if self.layer.num_banks > 1 else 0
+        bank = codes.adapter if self.layer.num_weights > 1 else 0
         return self.multiply(codes.bytes(), _as_they_are, bank, codes.adapter, codes.float_dtype)
 
     def run(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor) -> Tensor:
@@ -120,9 +122,10 @@ class Int8Layer(PreparedLayer):
         largest = largest_byte(cast(FPFormat, self.layer.input_format)) * self.layer.largest_weight
         return largest * self.layer.matrix_shape[1] < 2**24
 
-    def scaled(self, sums: Tensor, unit: float, bias: Tensor | None, axis: int) -> Tensor:
+    @staticmethod
+    def scaled(sums: Tensor, units: Tensor, bias: Tensor | None, axis: int) -> Tensor:
         """Sums of products of integers, `(…, C, …)` with the channels on an axis, as the layer's output, float32."""
         shape = [1] * sums.ndim
         shape[axis] = -1
-        y = sums.to(torch.float32).mul_((self.units * unit).view(shape))
+        y = sums.to(torch.float32).mul_(units.view(shape))
         return y if bias is None else y.add_(bias.view(shape))

@@ -7,17 +7,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...compat.torch import pack_int8_linear
-from .layer import Int8Layer, Planes
+from .layer import Int8Layer, Planes, Weight
 from .products import linear
 
 
 class Int8Linear(Int8Layer):
     """`nn.Linear` in 8-bit integers."""
 
-    def expand(self, bank: int, way: str = "product") -> Tensor:
+    def expand(self, bank: int, way: str = "product") -> Weight:
         """See `PreparedLayer.expand`."""
-        integers = self.integers(bank)
-        return integers.to(torch.bfloat16) if way == "bfloat16" else pack_int8_linear(integers)
+        integers, units = self.integers(bank)
+        return integers.to(torch.bfloat16) if way == "bfloat16" else pack_int8_linear(integers), units
 
     def multiply(
         self, x: Tensor, planes: Planes, bank: int | Tensor, adapter: int | Tensor, dtype: torch.dtype
@@ -39,11 +39,13 @@ class Int8Linear(Int8Layer):
         return ("product", "bfloat16") if self.in_bfloat16(codes, dtype) else ("product",)
 
     def _product(
-        self, weight: Tensor, codes: Tensor, unit: float, zero: int, bias: Tensor | None, out: torch.dtype
+        self, weight: Weight, codes: Tensor, unit: float, zero: int, bias: Tensor | None, out: torch.dtype
     ) -> Tensor:
-        return linear(codes, unit, zero, weight, self.units, bias, out)
+        return linear(codes, unit, zero, *weight, bias, out)
 
     def _bfloat16(
-        self, weight: Tensor, codes: Tensor, unit: float, zero: int, bias: Tensor | None, out: torch.dtype
+        self, weight: Weight, codes: Tensor, unit: float, zero: int, bias: Tensor | None, out: torch.dtype
     ) -> Tensor:
-        return self.scaled(F.linear(codes.to(torch.bfloat16).sub_(zero), weight), unit, bias, 1).to(out)
+        integers, units = weight
+        sums = F.linear(codes.to(torch.bfloat16).sub_(zero), integers)
+        return self.scaled(sums, units * unit, bias, 1).to(out)

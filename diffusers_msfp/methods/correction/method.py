@@ -37,7 +37,7 @@ CORRECTION_METHOD = Method(
         stored={CorrectionTable: ("timesteps", *COEFFICIENTS)},
         detach=detach_correction,
         of_ranges=True,
-        since=2,
+        since=lambda _: 2,
         describe=_describe,
     ),
     reports=True,

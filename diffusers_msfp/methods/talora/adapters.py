@@ -2,20 +2,28 @@
 
 An adapter's update of the weight, seen as a matrix of output channels by everything else, is `up @ down`. For a
 convolution that is a k×k convolution to `rank` channels and a 1×1 convolution back, as in EfficientDM.
+
+Pairs that read the layer's float input are computed beside it. Those that read its codes, as the weight does, add to
+the weight: `W x + B A x = (W + B A) x`, one product, of 8-bit integers where the layer's is one (`numerics.sums`).
 """
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...compat.modules import version_of
 from ...compat.torch import StatefulModule
 from ...errors import CheckpointError
 from ...layers import QuantLayer
+from ...layers.protocols import Routing
 from ...numerics import select
+from ...numerics.sums import rounded_sum, sum_integers, sum_unit
 
-ADAPTER_TENSORS = ("down", "up", "input_scale", "input_zero_point")
+CODES = "codes"
+ADAPTER_TENSORS = ("down", "up", "input_scale", "input_zero_point", CODES)
 
 
 class FullUpdate(nn.Module):
@@ -61,10 +69,17 @@ class AdapterBank(StatefulModule):
         rank (`int`): r.
         quantized_input (`bool`): whether the layer's input is quantized; its parameters were trained with the adapters
             and are kept with them, so that the layer without them is what it was.
+        reads (`str`): what the pairs read of the layer's input, `"float"` or `"codes"`.
+
+    Attributes:
+        reads_codes (`bool`): whether the pairs read the layer's input as its weight does.
 
     Tensors: `down` `(h, r, in / groups, *kernel)` and `up` `(h, out, r)` of `dtype`; `input_scale` and
-    `input_zero_point` `(h,)`, float32.
+    `input_zero_point` `(h,)`, float32; `codes` `()`, uint8, 1, where the pairs read codes, so that no state of the
+    other kind can be loaded.
     """
+
+    codes: Tensor
 
     def __init__(
         self,
@@ -74,6 +89,7 @@ class AdapterBank(StatefulModule):
         quantized_input: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "meta",
+        reads: str = "float",
     ) -> None:
         super().__init__()
         self.weight_shape, self.num_adapters, self.rank = tuple(weight_shape), num_adapters, rank
@@ -83,6 +99,9 @@ class AdapterBank(StatefulModule):
         self.input_scale = self.input_zero_point = None
         if quantized_input:
             self.keep_input(torch.ones(num_adapters, device=device), torch.zeros(num_adapters, device=device))
+        self.reads_codes = reads == "codes"
+        if self.reads_codes:
+            self.register_buffer(CODES, torch.ones((), dtype=torch.uint8, device=device))
         self.requires_grad_(False)
 
     def keep_input(self, scale: Tensor, zero_point: Tensor) -> None:
@@ -112,6 +131,29 @@ class AdapterBank(StatefulModule):
     def pair(self, adapter: int | Tensor) -> tuple[Tensor, Tensor]:
         """`(r, in / groups, *kernel)` and `(out, r)` of one adapter, float32; views where `adapter` is a number."""
         return select(self.down, adapter).float(), select(self.up, adapter).float()
+
+    # ── pairs that read codes ────────────────────────────────────────────────────────────────────────────────
+
+    def summed(self, layer: QuantLayer, adapter: int | Tensor) -> Tensor:
+        """The layer's weight with what one adapter adds to it, as engines compute it; `weight_shape`, float32."""
+        return rounded_sum(self._total(layer, adapter), *layer.integer_unit())
+
+    def integers(self, layer: QuantLayer, adapter: int | Tensor) -> tuple[Tensor, Tensor]:
+        """The same as whole numbers within ±127 and their unit `(C,)`, both float32."""
+        total = self._total(layer, adapter)
+        unit = sum_unit(total, *layer.integer_unit())
+        return sum_integers(total, unit), unit
+
+    def made_from(self, layer: QuantLayer) -> tuple:
+        """What the sums follow besides the packed weight: unequal when it was changed in place, or is weighed anew."""
+        return _strength(layer), version_of(self.down), version_of(self.up)
+
+    def _total(self, layer: QuantLayer, adapter: int | Tensor) -> Tensor:
+        down, up = self.pair(adapter)
+        update = (up @ down.flatten(1)).view(self.weight_shape)
+        return layer.dequantize_weight() + update * _strength(layer)
+
+    # ── pairs that read floats ───────────────────────────────────────────────────────────────────────────────
 
     def forward(self, layer: QuantLayer, x: Tensor, adapter: int | Tensor) -> Tensor:
         """What one adapter adds to the layer's output; `x` and the result float32.
@@ -154,8 +196,10 @@ class AdapterBank(StatefulModule):
         """Refuse values that no training could have written.
 
         Raises:
-            CheckpointError: NaN or infinity, a scale ≤ 0, a positive zero point.
+            CheckpointError: NaN or infinity, a scale ≤ 0, a positive zero point, a kind that is not known.
         """
+        if self.reads_codes and int(self.codes) != 1:
+            raise CheckpointError(f"`{module_name}.adapters.{CODES}` must be 1, but got {self.codes.item()}: damaged.")
         for name, tensor in self.state_dict().items():
             bad = not torch.isfinite(tensor).all() or (name == "input_scale" and (tensor <= 0).any())
             if bad or (name == "input_zero_point" and (tensor > 0).any()):
@@ -163,3 +207,7 @@ class AdapterBank(StatefulModule):
                     f"`{module_name}.adapters.{name}` must be finite (a scale > 0, a zero point ≤ 0), but it is not: "
                     f"damaged file."
                 )
+
+
+def _strength(layer: QuantLayer) -> float:
+    return cast(Routing, layer.routing).strength

@@ -59,8 +59,8 @@ def prepare_skeleton(model: nn.Module, plan: AdapterPlan, dtype: torch.dtype = t
             if layer.input_format is not None:
                 layer.expect_input(layer.input_format)
         else:
-            quantized = layer.input_format is not None
-            layer.adapters = AdapterBank(layer.logical_shape, plan.num_adapters, rank, quantized, dtype)
+            size = layer.logical_shape, plan.num_adapters, rank, layer.input_format is not None
+            layer.adapters = AdapterBank(*size, dtype, reads=plan.reads)
     connect(model, plan, torch.empty(plan.groups, plan.num_timesteps, dtype=torch.uint8, device="meta"))
 
 

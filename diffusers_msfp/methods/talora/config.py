@@ -9,7 +9,7 @@ from ...results import Result
 from ...sampling.calls import require_positive
 from ...schemes import as_patterns
 from . import PLACEMENTS
-from .plan import MAX_ADAPTERS
+from .plan import MAX_ADAPTERS, READS
 
 DEFAULT_UPDATES = 2000
 KEEPING = ("checkpoint_seconds", "preview_every", "preview_seconds")
@@ -25,6 +25,8 @@ class FinetuneConfig:
         rank (`int`, *optional*): largest rank; narrow layers get less, see `adapter_rank`. 8 beside the weights; merged
             adapters, whose rank costs nothing at run time, update the whole weight by default, which is 0.
         placement (`str`): `"side"`, the better one at equal bytes on the package's model, or `"merged"`.
+        reads (`str`, *optional*): what adapters beside the weights read, the layer's `"codes"` (as fast as without) or
+            its `"float"` input; codes by default.
         router_groups (`tuple[str, ...]`): glob patterns of layer groups that choose on their own.
         num_inference_steps (`int`): of the trajectories.
         batch_size (`int`): samples of a batch, over all processes, each at a timestep of its own.
@@ -66,6 +68,7 @@ class FinetuneConfig:
     num_adapters: int = 2
     rank: int | None = None
     placement: str = "side"
+    reads: str | None = None
     router_groups: tuple[str, ...] = ()
     num_inference_steps: int = 20
     batch_size: int = 16
@@ -97,6 +100,8 @@ class FinetuneConfig:
             object.__setattr__(self, "rank", 0 if self.placement == "merged" else 8)
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", 0.1 if self.rank else 0.02)
+        if self.reads is None and self.placement == "side":
+            object.__setattr__(self, "reads", "codes")
         if self.rank == 0 and self.placement == "side":
             raise ConfigError("Adapters beside the weights need a `rank` of at least 1, but got 0.")
         counts = ("num_adapters", "num_inference_steps", "batch_size", "gradient_accumulation_steps")
@@ -109,9 +114,16 @@ class FinetuneConfig:
             raise ConfigError(f"`minutes` must be above 0, but got {self.minutes}.")
         if self.num_adapters > MAX_ADAPTERS:
             raise ConfigError(f"`num_adapters` must be at most {MAX_ADAPTERS}, but got {self.num_adapters}.")
-        for name, choices in (("placement", PLACEMENTS), ("mixed_precision", ("no", "bf16"))):
+        choices_of = {"placement": PLACEMENTS, "reads": (*READS, None), "mixed_precision": ("no", "bf16")}
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
-                raise ConfigError(f"`{name}` must be one of {', '.join(choices)}, but got {getattr(self, name)!r}.")
+                names = ", ".join(filter(None, choices))
+                raise ConfigError(f"`{name}` must be one of {names}, but got {getattr(self, name)!r}.")
+        if self.reads is not None and self.placement != "side":
+            raise ConfigError(
+                f"`reads` is for adapters beside the weights, but got {self.reads!r} with "
+                f"`placement={self.placement!r}`. Leave it out: merged ones read what the weights do."
+            )
         if self.rank:
             require_positive(rank=self.rank)
         rates = (

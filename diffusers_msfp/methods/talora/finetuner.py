@@ -119,6 +119,7 @@ class Finetuner:
             num_adapters=config.num_adapters,
             rank=cast(int, config.rank),
             placement=config.placement,
+            reads=config.reads,
             router_groups=config.router_groups,
             seed=config.seed,
         )

@@ -25,7 +25,8 @@ def _require_float(model: nn.Module) -> None:
 
 def _describe(plan: AdapterPlan, tensors: Mapping) -> dict:
     intervals = RoutingTable(tensors[f"{ROUTER}.table"], plan.num_adapters).intervals()
-    return {"placement": plan.placement, "num_adapters": plan.num_adapters, "intervals": intervals}
+    reads = plan.reads if plan.placement == "side" else None
+    return {"placement": plan.placement, "reads": reads, "num_adapters": plan.num_adapters, "intervals": intervals}
 
 
 TALORA = Method(
@@ -37,6 +38,7 @@ TALORA = Method(
         read=partial(read_part, AdapterPlan, "adapters"),
         write=AdapterPlan.to_dict,
         record_of=plan_of,
+        since=lambda plan: plan.since,
         attach=prepare_skeleton,
         stored={AdapterBank: ADAPTER_TENSORS, RoutingTable: ("table",)},
         require_float=_require_float,

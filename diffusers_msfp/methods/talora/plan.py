@@ -25,11 +25,11 @@ class AdapterPlan:
             last group.
         base (`str`, *optional*): fingerprint of the packed weights that adapters beside them were trained for.
         training (`Mapping`): how it was made; for people, not read.
-        reads (`str`): what adapters beside the weights read, the layer's `"float"` input or its `"codes"`, which this
-            version cannot execute yet. Absent means `"float"`; format version 2.
+        reads (`str`): what adapters beside the weights read: the layer's `"float"` input, as in format version 1, or
+            its `"codes"`, see `AdapterBank`. Absent means `"float"`.
 
     Raises:
-        CheckpointError: anything that no training could have written, or adapters that read codes.
+        CheckpointError: anything that no training could have written.
     """
 
     placement: str
@@ -55,11 +55,8 @@ class AdapterPlan:
             problem = "`ranks` must map ranks to lists of layer names, but it does not"
         elif self.reads not in READS:
             problem = f"`reads` must be one of {', '.join(READS)}, but got {self.reads!r}"
-        elif self.reads == "codes":
-            raise CheckpointError(
-                "This package cannot execute `adapters` that read codes: it needs a newer package: `pip install -U "
-                "diffusers-msfp`."
-            )
+        elif self.reads == "codes" and self.placement != "side":
+            problem = "adapters that are merged read nothing, but `reads` is 'codes'"
         if problem:
             raise CheckpointError(f"In `adapters` of config.json {problem}: damaged file.")
         object.__setattr__(self, "router_groups", tuple(patterns))
@@ -67,8 +64,14 @@ class AdapterPlan:
     def to_dict(self) -> dict:
         """In types that JSON knows."""
         record = asdict(self) | {"router_groups": list(self.router_groups)}
-        del record["reads"]  # the default, which version 1 does not say
+        if self.reads == "float":
+            del record["reads"]  # the default, which version 1 does not say
         return record
+
+    @property
+    def since(self) -> int:
+        """The format version that has a place for it."""
+        return 1 if self.reads == "float" else 2
 
     @property
     def groups(self) -> int:

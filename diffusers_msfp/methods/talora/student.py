@@ -38,6 +38,7 @@ class Student(nn.Module):
         num_timesteps (`int`): T of the router's table.
         num_adapters, rank (`int`): h, and (0: an update of the whole weight) the largest rank.
         placement (`str`): `"merged"` or `"side"`.
+        reads (`str`, *optional*): what adapters beside the weights read, `"float"` or `"codes"`.
         router_groups (`tuple[str, ...]`): see `AdapterPlan`.
         seed (`int`): of the initial weights.
 
@@ -55,6 +56,7 @@ class Student(nn.Module):
         num_adapters: int,
         rank: int,
         placement: str,
+        reads: str | None = None,
         router_groups: tuple[str, ...] = (),
         seed: int = 0,
     ) -> None:
@@ -74,7 +76,8 @@ class Student(nn.Module):
         ranks: dict[str, list[str]] = {}
         for name, layer in layers.items():
             ranks.setdefault(str(adapter_rank(layer.logical_shape, rank)), []).append(name)
-        self.plan = AdapterPlan(placement, num_adapters, num_timesteps, ranks, router_groups)
+        reads = reads or "float"
+        self.plan = AdapterPlan(placement, num_adapters, num_timesteps, ranks, router_groups, reads=reads)
         self.gate = Gate()
         generator = torch.Generator().manual_seed(seed)
         trainees = {}
@@ -83,7 +86,7 @@ class Student(nn.Module):
             device = layer.packed_weight.device
             bank: AdapterBank | FullUpdate
             if rank:
-                bank = AdapterBank(layer.logical_shape, num_adapters, layer_rank, device=device)
+                bank = AdapterBank(layer.logical_shape, num_adapters, layer_rank, device=device, reads=reads)
                 bank.initialise(generator)
             else:
                 bank = FullUpdate(layer.logical_shape, num_adapters, device)

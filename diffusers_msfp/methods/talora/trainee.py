@@ -6,7 +6,8 @@ It stands in the quantized layer's place and hands its result back to it. Placem
   deployed as packed weights. `W` is the full-precision weight as far as it rounds to the codes that the layer has, so
   that training begins with the layer as it is, its rounding learned or not. The layer's bias and the scales of its
   output channels learn too, shared by all adapters.
-- `side`: `Q(W) x + B_k A_k x`, with the packed weight; deployed as float adapters beside it.
+- `side`: `Q(W) x + B_k A_k x`, with the packed weight; deployed as float adapters beside it. Where these read codes, as
+  `Q(W)` does, both are one weight, `Q8(Q(W) + B_k A_k)`, with the rounding of `numerics.sums`.
 """
 
 from typing import cast
@@ -19,6 +20,7 @@ from ...formats import FPFormat
 from ...layers import QuantLayer
 from ...numerics import QParams
 from ...numerics.rounding import local_step, zero_point_steps
+from ...numerics.sums import rounded_sum
 from .adapters import AdapterBank, FullUpdate
 
 PLACEMENTS = ("merged", "side")
@@ -157,6 +159,9 @@ class Trainee(nn.Module):
             if base is None:
                 return layer.compute(quantized, self.merged(own.mean(0)), bias)
             bank = cast(AdapterBank, self.adapters)
+            if bank.reads_codes:
+                weight = rounded_sum(base + bank.update(own.mean(0)), *layer.integer_unit())
+                return layer.compute(quantized, weight, bias)
             down, up = bank.stacked()
             return layer.compute(quantized, base, bias) + bank.low_rank(layer, rows, down, up, own)
 

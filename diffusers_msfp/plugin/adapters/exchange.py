@@ -1,7 +1,8 @@
 """Single adapters of the hub to and from PEFT's and diffusers' LoRA files.
 
 What travels is the low-rank pair of every layer. The activation ranges that were trained with the adapters, and the
-router's table, do not: on another base an exported adapter is an ordinary LoRA.
+router's table, do not: on another base an exported adapter is an ordinary LoRA, which reads floats there. Files say in
+their metadata what it was trained to read (`READ`).
 """
 
 import json
@@ -28,6 +29,12 @@ PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DIFFUSERS_FILE, METADATA = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
 PEFT_PREFIX = "base_model.model."
 FORMATS = ("peft", "diffusers")
+READ = "msfp_trained_to_read"
+"""Key of a file's metadata."""
+_READS = {
+    "codes": "codes: the layer's quantized input, with weight and update rounded to 8 bits together; PEFT reads floats",
+    "float": "float: the layer's input before it is quantized, as PEFT does",
+}
 
 
 @sees_through
@@ -41,7 +48,8 @@ def export_adapter(
         adapter (`int`): which, from 0.
         folder (`str` or `Path`): to write to.
         format (`str`): `"peft"` (`adapter_config.json`, `adapter_model.safetensors`) or `"diffusers"`
-            (`pytorch_lora_weights.safetensors`, for `load_lora_weights`).
+            (`pytorch_lora_weights.safetensors`, for `load_lora_weights`). The file's metadata says what the adapter was
+            trained to read: with PEFT all read floats.
         prefix (`str`): the component's name in diffusers' format.
 
     Returns:
@@ -79,12 +87,13 @@ def export_adapter(
     )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt", READ: _READS[require_plan(model).reads]}
     if format == "peft":
         config.save_pretrained(str(folder))
-        save_file({PEFT_PREFIX + key: value for key, value in tensors.items()}, folder / PEFT_FILE, {"format": "pt"})
+        save_file({PEFT_PREFIX + key: value for key, value in tensors.items()}, folder / PEFT_FILE, metadata)
         return folder / PEFT_FILE
     record = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-    metadata = {"format": "pt", METADATA: json.dumps({f"{prefix}.{key}": value for key, value in record.items()})}
+    metadata |= {METADATA: json.dumps({f"{prefix}.{key}": value for key, value in record.items()})}
     save_file({f"{prefix}.{key}": value for key, value in tensors.items()}, folder / DIFFUSERS_FILE, metadata)
     return folder / DIFFUSERS_FILE
 

@@ -25,6 +25,7 @@ from ...layers.convert import base_fingerprint, layers_by_name
 from ...methods.method import read_part
 from ...methods.routes import ROUTER, routing_of
 from ...methods.talora import AdapterBank, AdapterPlan, RoutingTable
+from ...methods.talora.adapters import CODES
 from ...methods.talora.attach import adapter_tensors, connect, disconnect, plan_of, refuse_merged
 from ...sampling.observation import calibration_state
 from ...sampling.timestep import require_timesteps
@@ -132,7 +133,7 @@ def unload_talora(model: nn.Module) -> None:
 
 def _bank(layer: QuantLayer, name: str, rank: int, plan: AdapterPlan, tensors: Mapping[str, Tensor]) -> AdapterBank:
     quantized = layer.input_format is not None
-    bank = AdapterBank(layer.logical_shape, plan.num_adapters, rank, quantized, torch.float16)
+    bank = AdapterBank(layer.logical_shape, plan.num_adapters, rank, quantized, torch.float16, reads=plan.reads)
     for key, expected in bank.state_dict().items():
         value = tensors.get(f"{name}.adapters.{key}")
         if value is None:
@@ -142,6 +143,11 @@ def _bank(layer: QuantLayer, name: str, rank: int, plan: AdapterPlan, tensors: M
                 f"`{name}.adapters.{key}` must be {expected.dtype} of shape {tuple(expected.shape)} (rank {rank}), but "
                 f"got {value.dtype} of shape {tuple(value.shape)}."
             )
+    if f"{name}.adapters.{CODES}" in tensors and not bank.reads_codes:
+        raise CheckpointError(
+            f"The record must say that the adapters of `{name}` read codes, as the file does, but it says that they "
+            f"read floats (`reads`): not of one checkpoint."
+        )
     own = {key: tensors[f"{name}.adapters.{key}"].to(layer.packed_weight.device) for key in bank.state_dict()}
     bank.load_state_dict(own, assign=True)
     bank.requires_grad_(False)

@@ -78,7 +78,7 @@ def save_config(model: nn.Module, save_directory: str | Path, *args: Any, **kwar
 def _raise_version(model: nn.Module) -> None:
     """Let a model that was loaded from an older format version be saved as the one that knows all that it has."""
     config = config_of(model)
-    needed = [part.since for part in parts() if part.record_of(model) is not None]
+    needed = [part.since(record) for part in parts() if (record := part.record_of(model)) is not None]
     needed += [2 for _, layer in quant_layers(model) if layer.group_size is not None]
     config.format_version = max(config.format_version, *needed, 1)
 
