@@ -5,14 +5,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
 
-from ..engines import kernels, tuning
+from ..engines import kernels, openvino, tuning
 from ..engines.kernels.ahead import compile_kernels
 from ..evaluation.timing.shapes import SHAPES
-from ..evaluation.timing.speed import Timing, benchmark
+from ..evaluation.timing.speed import Timing, benchmark, example_inputs
 from ..results import Result
+from ..sampling.calls import require_positive
 from ..sampling.observation import quantized_models
-from .shared.load import load_any, require_variant
+from ..sampling.timestep import timestep_argument
+from .shared.load import SourceError, load_any, require_variant
 from .shared.terminal import progress, stderr
 
 DEFAULT_PROVIDERS = ("fp32", "bf16", "w4a4", "w4a8")
@@ -81,24 +84,59 @@ def bench(
 
 @dataclass(frozen=True, kw_only=True)
 class Warmup(Result):
-    """What `warmup` compiled.
+    """What `warmup` compiled and timed.
 
     Args:
         kernels (`str`): `"numba"`, or `"torch"`, which has nothing to compile.
         seconds (`float`): of all of them.
         seconds_by_kernel (`Mapping[str, float]`): next to nothing where a kernel had been compiled before.
+        steps (`Mapping[str, Mapping[str, float]]`): denoiser → `"layers"` or `"openvino"` → seconds of a step; empty
+            without a model, or where there is nothing to choose from.
     """
 
     kernels: str
     seconds: float
     seconds_by_kernel: Mapping[str, float]
+    steps: Mapping[str, Mapping[str, float]]
 
 
-def warmup() -> Warmup:
-    """Compile the CPU kernels now, for this user on this machine, so that no first picture waits for it."""
+def warmup(model: str | None = None, *, batch: int = 1, size: int | None = None) -> Warmup:
+    """Compile the CPU kernels now, for this user on this machine, so that no first picture waits for it.
+
+    With a quantized model, what its steps are computed by is measured too; if OpenVINO is installed, also whether they
+    are faster as a graph of it, which is compiled. From then on loading such a model takes the faster way.
+
+    Args:
+        model (`str`, *optional*): folder or Hub id of a quantized pipeline or model.
+        batch (`int`): samples of a step; with guidance, two for each picture.
+        size (`int`, *optional*): of the samples, height and width as the denoiser sees them; by default its own.
+
+    Raises:
+        MSFPError: no such model, none that is quantized, or one that no graph can hold.
+    """
+    require_positive(batch=batch)
     with progress("compiling kernels") as report:
         seconds = compile_kernels(report)
-    return Warmup(kernels=kernels.NAME, seconds=sum(seconds.values()), seconds_by_kernel=seconds)
+    steps = {}
+    for denoiser in denoisers_in(model) if model else ():
+        name, inputs = type(denoiser).__name__, example_inputs(denoiser, batch, size)
+        if isinstance(denoiser, UNet2DModel | UNet2DConditionModel):  # whose pipelines give one for all samples
+            inputs["timestep"] = inputs["timestep"][0]
+        inputs = {key: x.to(denoiser.dtype) if x.is_floating_point() else x for key, x in inputs.items()}
+        with stderr.status(f"timing {name}"), torch.no_grad():
+            denoiser(**inputs)
+            tuning.store()
+            if openvino.why_missing() is None:
+                steps[name] = openvino.compare(denoiser, inputs)
+    return Warmup(kernels=kernels.NAME, seconds=sum(seconds.values()), seconds_by_kernel=seconds, steps=steps)
+
+
+def denoisers_in(model: str) -> list[Any]:
+    """Quantized models that take a timestep."""
+    found = [each for each in quantized_models(load_any(model)) if timestep_argument(each).name is not None]
+    if not found:
+        raise SourceError(f"`warmup` times quantized denoisers, but {model} has none. Quantize it, or leave it out.")
+    return found
 
 
 def _load(model: str, variant: str | None) -> Any:

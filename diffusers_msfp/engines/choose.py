@@ -30,8 +30,9 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
 
     Args:
         model (`nn.Module` or `DiffusionPipeline`): with quantized layers; float components are left alone.
-        engine (`str`): `"auto"` takes for each layer the fastest that is exact; `"openvino"` runs whole models as
-            graphs, and as `"auto"` what no graph can hold; otherwise a name in `ENGINES`, and the reference for layers
+        engine (`str`): `"auto"` takes for each layer the fastest that is exact, and whole graphs where `warmup` has
+            measured them to be faster; `"openvino"` runs whole models as graphs, and as `"auto"` what no graph can
+            hold; otherwise a name in `ENGINES`, and the reference for layers
             that it cannot run.
         memory (`str`): `"fast"` keeps weights as the engine wants them, `"low"` keeps them packed and expands each
             when it is needed.
@@ -65,6 +66,8 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
     tuning.from_environment()
     if engine == "reference":
         return
+    by_measurement = engine == AutoEngine.name and memory == "fast" and not in_graphs
+    measured = by_measurement and openvino.why_missing() is None and openvino.is_any()
     for layer in layers:
         layer.use_engine(chosen)
         if not in_graphs:  # else a call prepares them that no graph can run
@@ -73,8 +76,8 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
         fuse(part)
         use_engine_attention(part, wanted=True)
         vars(part)["input_check"] = part.register_forward_hook(chosen.check_inputs)
-        if in_graphs:
-            openvino.install(part)
+        if in_graphs or measured:
+            openvino.install(part, only_if_faster=not in_graphs)
 
 
 def engine_named(name: str, memory: str = "fast") -> AutoEngine:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from diffusers_msfp import FORMATS
 from diffusers_msfp.assets import EMBEDDED_MODEL
 from diffusers_msfp.evaluation.images.distances import Estimate, mean_of
+from diffusers_msfp.exports import TARGETS
 from diffusers_msfp.recipes import RECIPES
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -293,6 +294,36 @@ def openvino_quality() -> Iterator[dict[str, str]]:
         }
 
 
+def startup() -> Iterator[dict[str, str]]:
+    """From `from_pretrained` to the first picture."""
+    for row in read_results("startup")["rows"]:
+        yield {"": row["start"]} | {
+            title: f"{row[f'seconds_{stage}']:.2f} s"
+            for stage, title in (
+                ("import", "importing"),
+                ("load", "loading"),
+                ("first", "first picture, one step"),
+                ("second", "second"),
+            )
+        }
+
+
+def exports() -> Iterator[dict[str, str]]:
+    """Exported denoisers: bytes of files, and a step in their runtimes."""
+    for case, rows in grouped("exports", "case").items():
+        for row in rows:
+            if row["provider"] in TARGETS or row["provider"] == "int8":
+                written = "bytes_file" in row
+                yield {
+                    "": f"{case}, batch {row['batch']}, `{row['scheme']}`: `{row['provider']}`",
+                    "file": f"{row['bytes_file'] / 1e6:.2f} MB" if written else "–",
+                    "weights in it, of packed": f"{row['bytes_weights'] / row['bytes_packed']:.2f}" if written else "–",
+                    "layers in integers": f"{row['layers_in_integers']} of {row['layers']}" if written else "–",
+                    "step": f"{1e3 * row['seconds']:.0f} ms",
+                    "× bf16 channels last": f"{row['speedup']:.2f}",
+                }
+
+
 def temporal() -> Iterator[dict[str, str]]:
     """Temporal feature maintenance by stage."""
     for row in read_results("temporal")["rows"]:
@@ -500,6 +531,8 @@ MAKERS = (
     openvino,
     openvino_start,
     openvino_quality,
+    exports,
+    startup,
     memory,
     formats,
     groups,

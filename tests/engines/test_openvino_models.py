@@ -18,6 +18,7 @@ from diffusers_msfp import (
     CorrectionConfig,
     FinetuneConfig,
     TemporalConfig,
+    cli,
     correct_output,
     finetune,
     maintain_temporal,
@@ -25,9 +26,12 @@ from diffusers_msfp import (
     set_engine,
 )
 from diffusers_msfp.assets import EMBEDDED_MODEL, TUNED_MODELS
+from diffusers_msfp.cli.shared.load import SourceError
+from diffusers_msfp.engines import tuning
 from diffusers_msfp.engines.choose import engine_from_environment, engines_of
 from diffusers_msfp.engines.openvino import forward, graph_forward_of, runtime
-from diffusers_msfp.errors import ConfigError
+from diffusers_msfp.engines.tuning import measure
+from diffusers_msfp.errors import ConfigError, UnsupportedError
 from diffusers_msfp.layers.convert import Conversion, convert, layers_by_name
 from diffusers_msfp.sampling.observation import freeze
 
@@ -368,3 +372,74 @@ def test_without_the_package_the_engine_says_so(model, monkeypatch):
     monkeypatch.setenv("MSFP_ENGINE", "openvino")
     with pytest.raises(ConfigError, match="not installed"):
         engine_from_environment()
+
+
+@pytest.fixture
+def measuring(tmp_path, monkeypatch):
+    """Ways are timed as this function is told, on a machine that has measured nothing yet."""
+    monkeypatch.setenv("MSFP_AUTOTUNE", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tuning.forget()
+
+    def times(**seconds):
+        monkeypatch.setattr(measure, "time_ways", lambda ways: ({way: seconds.get(way, 1.0) for way in ways}, True))
+
+    times()
+    yield times
+    tuning.forget()
+
+
+def test_auto_takes_a_graph_where_it_was_measured_to_be_faster(made, measuring, lines):
+    x, model = torch.randn(2, 3, 8, 8), copy.deepcopy(made)
+    inputs = {"sample": x, "timestep": torch.tensor(10)}
+    set_engine(model, "auto")
+    assert graph_forward_of(model) is None  # nothing is known: nothing is looked at in a call
+    layers = run(model, x)
+    measuring(layers=1.0, openvino=0.5)
+    assert forward.compare(model, inputs) == {"layers": 1.0, "openvino": 0.5}
+    tuning.forget()  # as a new process
+    set_engine(model, "auto")
+    assert "openvino" not in engines_of(model)
+    y = run(model, x)
+    assert engines_of(model) == {"openvino": len(layers_by_name(model))}
+    assert near(y, layers)
+    set_engine(model, "openvino")
+    assert torch.equal(run(model, x), y)
+    other = copy.deepcopy(made)
+    set_engine(other, "auto")
+    said = lines()
+    run(other, torch.randn(3, 3, 8, 8))  # another shape was never measured
+    assert "openvino" not in engines_of(other)
+    assert lines() == said
+    set_engine(other, "auto", memory="low")
+    assert graph_forward_of(other) is None
+
+
+def test_auto_leaves_a_graph_that_is_slower_or_hardly_faster(made, measuring):
+    model = copy.deepcopy(made)
+    for seconds in (2.0, 0.97):
+        measuring(layers=1.0, openvino=seconds)
+        tuning.forget()
+        forward.compare(model, {"sample": torch.randn(2, 3, 8, 8), "timestep": torch.tensor(int(10 * seconds))})
+        set_engine(model, "auto")
+        assert graph_forward_of(model) is None
+
+
+def test_what_no_graph_can_hold_is_not_compared(made):
+    model = copy.deepcopy(made)
+    model.register_forward_hook(lambda *_: None)
+    model.conv_in.register_forward_hook(lambda *_: None)
+    with pytest.raises(UnsupportedError, match="UNet2DModel cannot run as a graph here: "):
+        forward.compare(model, {"sample": torch.randn(2, 3, 8, 8), "timestep": torch.tensor(10)})
+
+
+def test_warmup_compares_a_models_step(made, measuring, tmp_path):
+    measuring(layers=1.0, openvino=0.5)
+    made.save_pretrained(tmp_path / "unet")
+    result = cli.warmup(str(tmp_path / "unet"), batch=2)
+    assert result.steps == {"UNet2DModel": {"layers": 1.0, "openvino": 0.5}}
+    loaded = UNet2DModel.from_pretrained(tmp_path / "unet")
+    run(loaded, torch.randn(2, 3, 8, 8))
+    assert set(engines_of(loaded)) == {"openvino"}
+    with pytest.raises(SourceError, match="`warmup` times quantized denoisers, but"):
+        cli.warmup(str(EMBEDDED_MODEL))

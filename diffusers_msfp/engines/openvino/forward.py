@@ -4,10 +4,11 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...compat.modules import Snapshot, digest_of
 from ...compat.wrappers import forget_compiled
@@ -15,13 +16,16 @@ from ...errors import UnsupportedError
 from ...layers import QuantLayer
 from ...layers.convert import quant_layers
 from ...sampling.timestep import timestep_argument
+from .. import tuning
 from . import obstacles, runtime
 from .call import Call
 from .choices import Choice, choose, following
+from .measured import GRAPH, LAYERS, is_faster, question_of, structure_of
 from .record import Recorder, Recording, as_float32, record
 
 logger = logging.getLogger(__name__)
 
+UNMEASURED = "it was not measured to be faster as a graph"
 MAX_GRAPHS = 8
 """Kept in memory at once, of all models; each has the weights as bytes. Others are read from disk again."""
 AGREES = 0.9
@@ -46,28 +50,30 @@ class GraphForward:
     Args:
         model (`nn.Module`): whose forward this is.
         before (`Callable`, *optional*): a forward of its own that it had, such as accelerate's.
+        only_if_faster (`bool`): calls run as graphs, without a word, only where `compare` has found that to be faster.
 
     Attributes:
         latest (`str`, *optional*): why the latest call ran in torch; None if it ran as a graph.
     """
 
-    def __init__(self, model: nn.Module, before: Callable | None = None) -> None:
-        self.model, self._before = model, before
+    def __init__(self, model: nn.Module, before: Callable | None = None, only_if_faster: bool = False) -> None:
+        self.model, self._before, self.only_if_faster = model, before, only_if_faster
+        self._structure = ""
         self._snapshot: Snapshot | None = None
         self._obstacle: str | None = None
         self._digest = ""
         self._layers: list[QuantLayer] = []
         self._following: list[QuantLayer] = []
-        self.latest: str | None = None
+        self.latest: str | None = UNMEASURED if only_if_faster else None
         self._failed: dict[str, str] = {}
 
     def __deepcopy__(self, memo: dict) -> "GraphForward":
         import copy
 
-        return GraphForward(copy.deepcopy(self.model, memo), copy.deepcopy(self._before, memo))
+        return GraphForward(copy.deepcopy(self.model, memo), copy.deepcopy(self._before, memo), self.only_if_faster)
 
     def __reduce__(self) -> tuple:
-        return GraphForward, (self.model, self._before)
+        return GraphForward, (self.model, self._before, self.only_if_faster)
 
     @property
     def __wrapped__(self) -> Callable:
@@ -77,6 +83,9 @@ class GraphForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's forward."""
         if torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing():
+            return self.__wrapped__(*args, **kwargs)
+        if self.only_if_faster and not self._is_faster(args, kwargs):
+            self.latest = UNMEASURED
             return self.__wrapped__(*args, **kwargs)
         obstacle = self._obstacle_of_model()
         if obstacle is None:
@@ -98,7 +107,16 @@ class GraphForward:
         """Why calls run in torch now, whatever their arguments; None if they run as graphs."""
         if (reason := runtime.why_missing()) is not None:
             return reason
-        return self._obstacle_of_model()
+        return self.latest if self.only_if_faster else self._obstacle_of_model()
+
+    def question(self, args: tuple, kwargs: dict) -> str:
+        """What a machine is asked about a call."""
+        if not self._structure:
+            self._structure = structure_of(self.model, [layer for _, layer in quant_layers(self.model)])
+        return question_of(self.model, self._structure, Call.of(self.model, args, kwargs).tensors)
+
+    def _is_faster(self, args: tuple, kwargs: dict) -> bool:
+        return is_faster(self.question(args, kwargs))
 
     def _obstacle_of_model(self) -> str | None:
         if self._snapshot is None or not self._snapshot.holds():
@@ -143,7 +161,8 @@ class GraphForward:
 
     def _say(self, obstacle: str | None) -> None:
         """One line where calls leave the graph, and one where they come back."""
-        if obstacle == self.latest:
+        if obstacle == self.latest or self.only_if_faster:
+            self.latest = obstacle
             return
         name = type(self.model).__name__
         if obstacle is not None:
@@ -168,13 +187,41 @@ def _check(graph: runtime.CompiledGraph, recording: Recording) -> None:
             raise UnsupportedError(f"its graph gives another result than torch (relative difference {difference:.2g})")
 
 
-def install(model: nn.Module) -> None:
+def install(model: nn.Module, only_if_faster: bool = False) -> None:
     """Let a denoiser's calls run as graphs; nothing happens to models that take no timestep, such as text encoders."""
     remove(model)
     if timestep_argument(model).name is None:
         return
-    vars(model)["forward"] = GraphForward(model, vars(model).get("forward"))
+    vars(model)["forward"] = GraphForward(model, vars(model).get("forward"), only_if_faster)
     forget_compiled()
+
+
+def compare(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, float]:
+    """Time a call as a graph and layer by layer, and keep what came out for `auto`.
+
+    Args:
+        model (`nn.Module`): a quantized denoiser, by whatever engine it runs.
+        inputs (`dict[str, Tensor]`): keyword arguments of a call.
+
+    Returns:
+        `dict[str, float]`: seconds of each way.
+
+    Raises:
+        ConfigError: OpenVINO is not installed.
+        UnsupportedError: no graph can hold the model or the call.
+    """
+    runtime.require()
+    installed = graph_forward_of(model)
+    before = vars(model).get("forward") if installed is None else installed._before
+    forward = GraphForward(model, before)
+    with torch.no_grad():
+        forward(**inputs)
+        if forward.latest is not None:
+            raise UnsupportedError(f"{type(model).__name__} cannot run as a graph here: {forward.latest}.")
+        question = forward.question((), inputs)
+        tuning.fastest(question, {LAYERS: partial(forward.__wrapped__, **inputs), GRAPH: partial(forward, **inputs)})
+    tuning.store()
+    return tuning.measured(question).get(question, {})
 
 
 def remove(model: nn.Module) -> None:
