@@ -5,8 +5,8 @@
 The embedded model, 20 DDIM steps, one seed. Baselines are a scheme and a recipe, as reconstructed, not their authors'
 code; layers that that code leaves float stay float here, and their output is corrected as ours is. Fine-tuning stages
 get 200 updates of 16 samples each, EfficientDM's 1100, temporal ones 1000; the recipe `msfp` is evaluated on the
-checkpoints that the package brings (1100 updates; `diffusers_msfp/assets/README.md` has the command, which with another
-`--scheme` makes others for `--tuned DIR`). Rows are written as they come, each with the commit that it was made with,
+checkpoints that the package brings (`diffusers_msfp/assets/README.md` has the commands, which with other schemes make
+others for `--tuned DIR`, of 1100 updates). Rows are written as they come, each with the commit that it was made with,
 so several processes may share the work with `--only`. Fréchet distances are between features of the package's
 classifier, *not* FID. Writes `model_cards/results/baselines.json`.
 """
@@ -75,6 +75,7 @@ CELLS = {
     f"w4g32a8{CORRECTED}": Cell("w4g32a8"),
     f"w4g32a16{CORRECTED}": Cell("w4g32a16"),
     f"w4g32a16 rounded{CORRECTED}": Cell("w4g32a16", "rounded"),
+    "w4g32a16 msfp": Cell("w4g32a16", "msfp"),
 }
 PURE = ("ptq", "tfmq", "rounded", "full", "split", "split-rounded", "split-full")
 CELLS |= {f"w4a4-pure {recipe}": Cell("w4a4-pure", recipe) for recipe in PURE}
