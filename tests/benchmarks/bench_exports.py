@@ -29,7 +29,7 @@ from diffusers_msfp.evaluation.timing.speed import example_inputs, step_of, take
 from diffusers_msfp.exports import TARGETS
 
 COMMAND = "python tests/benchmarks/bench_exports.py"
-CASES = {"embedded": ("w4a8", 8, 15), "ddpm-cifar10": ("w4a8", 8, 9), "sd15": ("w4a8", 2, 3)}
+CASES = {"embedded": ("w4a8", 8, 15), "ddpm-cifar10": ("w4a8", 8, 9)}
 """Model → scheme, batch, timed rounds."""
 
 

@@ -250,27 +250,26 @@ def engines() -> Iterator[dict[str, str]]:
         }
 
 
+RUNS = {"ddpm": "ddpm-cifar10", "embedded": "embedded"}
+"""Case of `engines` → what it is called in `openvino`."""
+RUNTIMES = {
+    "w4a8": "`w4a8`, `auto`",
+    "w4a8:openvino": "`openvino`",
+    "w4a4": "`w4a4`, `auto`",
+    "w4a4:openvino": "`w4a4`, `openvino`",
+    "int-w4a8:openvino": "`int-w4a8`, `openvino`",
+    "openvino:bf16": "OpenVINO bf16",
+    RIVAL: "NNCF int8",
+}
+
+
 def openvino() -> Iterator[dict[str, str]]:
     """A step in OpenVINO beside our engines and its own 8 bits."""
-    for case, label in (
-        ("ddpm-cifar10", CASES["ddpm-cifar10"]),
-        ("sd15", CASES["sd15"]),
-        ("embedded", CASES["embedded"]),
-    ):
-        rows = {row["provider"]: row for row in grouped("openvino", "case").get(f"step {case}", ())}
-        if rows:
-            yield {"model": label, "bf16 channels last": f"{1e3 * rows['bf16:cl']['seconds']:.0f} ms"} | {
-                f"{title}, ×": f"{rows[provider]['speedup']:.2f}"
-                for provider, title in (
-                    ("w4a8", "`w4a8`, `auto`"),
-                    ("w4a8:openvino", "`openvino`"),
-                    ("w4a4", "`w4a4`, `auto`"),
-                    ("w4a4:openvino", "`w4a4`, `openvino`"),
-                    ("int-w4a8:openvino", "`int-w4a8`, `openvino`"),
-                    ("openvino:bf16", "OpenVINO bf16"),
-                    ("openvino:int8", "NNCF int8"),
-                )
-            }
+    groups = grouped("openvino", "case")
+    for case, name in RUNS.items():
+        rows = {row["provider"]: row for row in groups[f"step {name}"]}
+        base = {"model": CASES[case], "bf16 channels last": f"{1e3 * rows['bf16:cl']['seconds']:.0f} ms"}
+        yield base | {f"{title}, ×": f"{rows[provider]['speedup']:.2f}" for provider, title in RUNTIMES.items()}
 
 
 def openvino_start() -> Iterator[dict[str, str]]:
@@ -437,7 +436,6 @@ SHOWN = {
     "w4a4-pure ptq": "`w4a4-pure`, residual sums in 4 bits too",
     "INT4 + correction": "uniform 4-bit grids throughout",
     "Q-Diffusion style + correction": "uniform 4-bit grids after Q-Diffusion, as reconstructed",
-    "EfficientDM style + correction": "uniform 4-bit grids after EfficientDM, as reconstructed",
     "SDNQ uint4 weights": "SDNQ `uint4`, float inputs",
 }
 """Cells of `baselines` in the short table."""
@@ -472,9 +470,11 @@ def sizes() -> Iterator[dict[str, str]]:
 
 def speed() -> Iterator[dict[str, str]]:
     """The short form of `engines`."""
+    graphs = {row["model"]: row["`openvino`, ×"] for row in openvino()}
     for row in list(engines())[:6]:
-        columns = ("model", "bf16 channels last", "`w4a4`", "× bf16 channels last", "`w4a8`, ×", "OpenVINO int8, ×")
-        yield {key: row[key] for key in columns}
+        columns = ("model", "bf16 channels last", "`w4a4`", "× bf16 channels last", "`w4a8`, ×")
+        graph = {"as a graph, ×": graphs.get(row["model"], "–"), "OpenVINO int8, ×": row["OpenVINO int8, ×"]}
+        yield {key: row[key] for key in columns} | graph
 
 
 def baselines() -> Iterator[dict[str, str]]:
