@@ -10,13 +10,11 @@ import sys
 from collections.abc import Iterator
 from statistics import mean
 
-import torch
 from harness import ROOT, read_results
 from safetensors.torch import load_file
 
 from diffusers_msfp import FORMATS
 from diffusers_msfp.assets import EMBEDDED_MODEL
-from diffusers_msfp.evaluation.images.distances import Estimate, mean_of
 from diffusers_msfp.exports import TARGETS
 from diffusers_msfp.recipes import RECIPES
 
@@ -160,51 +158,6 @@ def talora() -> Iterator[dict[str, str]]:
     yield dict(zip(row, ["full precision", "–", "0", "0", "–", "0", real, "–", "–", str(len(full))], strict=True))
 
 
-def recipe() -> Iterator[dict[str, str]]:
-    """The recipe `msfp` with one part changed at a time; differences are paired over pictures of all seeds."""
-    groups = grouped("recipe", "cell")
-    base = {row["seed"]: row for row in groups["as it is"]}
-    for name, rows in groups.items():
-        own = pictures_of(rows)
-        gain = mean_of(own - pictures_of([base[row["seed"]] for row in rows]))
-        yield {
-            "recipe": name,
-            "PSNR (dB)": "{:.1f} ({:.1f} – {:.1f})".format(*ends(mean_of(own))),
-            "difference (dB)": "–" if name == "as it is" else "{:+.2f} ({:+.2f} – {:+.2f})".format(*ends(gain)),
-            "`traj_rel_l2`": f"{average(rows, 'traj_rel_l2'):.4f}",
-            "`eps_rel_l2`": f"{average(rows, 'eps_rel_l2'):.4f}",
-            "seconds": f"{average(rows, 'seconds'):.0f}",
-            "tensors": f"{rows[0]['bytes'] / 1e6:.2f} MB",
-            "seeds × pictures": f"{len(rows)} × {rows[0]['num_samples']}",
-        }
-
-
-def pictures_of(rows: list[dict]) -> torch.Tensor:
-    """PSNR of all rows' pictures."""
-    return torch.cat([torch.tensor(row["psnr_db_by_picture"]) for row in rows])
-
-
-def ends(figure: Estimate) -> tuple[float, float, float]:
-    """Value and interval."""
-    return figure.value, figure.low, figure.high
-
-
-def reads() -> Iterator[dict[str, str]]:
-    """What adapters beside the weights read, at few updates."""
-    for row in read_results("talora-reads")["rows"]:
-        if row["cell"] != "full precision":
-            yield {
-                f"`{row['scheme']}`, adapters read": {"float": "floats", "none": "– (PTQ)"}.get(
-                    row["cell"], row["cell"]
-                ),
-                "updates": str(row.get("updates", "–")),
-                "`eps_rel_l2`": f"{row['eps_rel_l2_20']:.4f}",
-                "PSNR (dB)": f"{row['image_psnr_db_20']:.1f}",
-                "50 steps (dB)": f"{row['image_psnr_db_50']:.1f}",
-                "Fréchet to full precision": f"{row['frechet_reference']:.2f}",
-            }
-
-
 def routing() -> Iterator[dict[str, str]]:
     """What adapters cost a step."""
     for row in read_results("routing")["rows"]:
@@ -254,7 +207,7 @@ def engines() -> Iterator[dict[str, str]]:
         }
 
 
-RUNS = {"ddpm": "ddpm-cifar10", "embedded": "embedded"}
+RUNS = {"ddpm": "ddpm-cifar10", "sd15": "sd15", "embedded": "embedded"}
 """Case of `engines` → what it is called in `openvino`."""
 RUNTIMES = {
     "w4a8": "`w4a8`, `auto`",
@@ -273,7 +226,10 @@ def openvino() -> Iterator[dict[str, str]]:
     for case, name in RUNS.items():
         rows = {row["provider"]: row for row in groups[f"step {name}"]}
         base = {"model": CASES[case], "bf16 channels last": f"{1e3 * rows['bf16:cl']['seconds']:.0f} ms"}
-        yield base | {f"{title}, ×": f"{rows[provider]['speedup']:.2f}" for provider, title in RUNTIMES.items()}
+        yield base | {
+            f"{title}, ×": f"{rows[provider]['speedup']:.2f}" if provider in rows else "–"
+            for provider, title in RUNTIMES.items()
+        }
 
 
 def openvino_start() -> Iterator[dict[str, str]]:
@@ -546,7 +502,6 @@ MAKERS = (
     search,
     shapes,
     talora,
-    recipe,
     reads,
     routing,
     temporal,

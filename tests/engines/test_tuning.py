@@ -255,8 +255,8 @@ def test_sums_in_bfloat16_are_whole_numbers(monkeypatch):
     (codes,) = made.codes(x, 0)
     zero = made.grid().planes[0][1]
     assert made.in_bfloat16([codes], torch.bfloat16) or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    exact = (codes.long() - zero) @ made.integers(0).long().T
-    products = F.linear(codes.to(torch.bfloat16).sub_(zero), made.expand(0, "bfloat16"))
+    exact = (codes.long() - zero) @ made.integers(0)[0].long().T
+    products = F.linear(codes.to(torch.bfloat16).sub_(zero), made.expand(0, "bfloat16")[0])
     assert torch.equal(products, exact.to(torch.bfloat16))
 
 
