@@ -158,6 +158,22 @@ def talora() -> Iterator[dict[str, str]]:
     yield dict(zip(row, ["full precision", "–", "0", "0", "–", "0", real, "–", "–", str(len(full))], strict=True))
 
 
+def reads() -> Iterator[dict[str, str]]:
+    """What adapters beside the weights read, at few updates."""
+    for row in read_results("talora-reads")["rows"]:
+        if row["cell"] != "full precision":
+            yield {
+                f"`{row['scheme']}`, adapters read": {"float": "floats", "none": "– (PTQ)"}.get(
+                    row["cell"], row["cell"]
+                ),
+                "updates": str(row.get("updates", "–")),
+                "`eps_rel_l2`": f"{row['eps_rel_l2_20']:.4f}",
+                "PSNR (dB)": f"{row['image_psnr_db_20']:.1f}",
+                "50 steps (dB)": f"{row['image_psnr_db_50']:.1f}",
+                "Fréchet to full precision": f"{row['frechet_reference']:.2f}",
+            }
+
+
 def routing() -> Iterator[dict[str, str]]:
     """What adapters cost a step."""
     for row in read_results("routing")["rows"]:
