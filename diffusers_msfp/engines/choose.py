@@ -32,8 +32,7 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
         model (`nn.Module` or `DiffusionPipeline`): with quantized layers; float components are left alone.
         engine (`str`): `"auto"` takes for each layer the fastest that is exact, and whole graphs where `warmup` has
             measured them to be faster; `"openvino"` runs whole models as graphs, and as `"auto"` what no graph can
-            hold; otherwise a name in `ENGINES`, and the reference for layers
-            that it cannot run.
+            hold; otherwise a name in `ENGINES`, and the reference for layers that it cannot run.
         memory (`str`): `"fast"` keeps weights as the engine wants them, `"low"` keeps them packed and expands each
             when it is needed.
 

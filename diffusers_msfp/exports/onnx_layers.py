@@ -4,6 +4,7 @@ Where a processor has no instructions for it, onnxruntime adds pairs of such pro
 may not fit (8-bit weights, group scales with 8-bit inputs) multiply in float32, in which whole numbers are exact too.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -44,9 +45,9 @@ class OnnxLayer(PackedLayer):
             return super().forward(x)
         return self.scaled(self.multiply(x, self.integers()).to(torch.float32))
 
+    @abstractmethod
     def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
         """Sums of products of integers, int32, of a float input."""
-        raise NotImplementedError
 
     def quantize(self, x: Tensor) -> Tensor:
         """See `as_bytes`; once for layers that read one tensor with equal grids."""

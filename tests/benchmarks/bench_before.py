@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import typer
-from harness import RESULTS, ROOT, read_results, write_results
+from harness import ROOT, keep_rows
 
 CASES = {
     "ddpm": ("ddpm-cifar10", 8, 15),
@@ -116,9 +116,7 @@ def take_turns(case: str, folder: Path, trees: dict[str, Path]) -> dict:
 
 def keep(row: dict) -> None:
     """Put a row in the place of the old one."""
-    known = (RESULTS / "engines_before.json").is_file()
-    rows = [each for each in (read_results("engines_before")["rows"] if known else []) if each["case"] != row["case"]]
-    write_results("engines_before", COMMAND, sorted([*rows, row], key=lambda each: list(CASES).index(each["case"])))
+    keep_rows("engines_before", COMMAND, [row], by=("case",), order=lambda each: list(CASES).index(each["case"]))
     typer.echo(row, err=True)
 
 
@@ -132,12 +130,11 @@ def main(
     """Measure cases, by default all."""
     if serve_from:
         return serve(Path(serve_from), batch)
-    from diffusers_msfp.compat.processor import instruction_sets, openmp_settings, processor
+    from steps import timed_on
 
     before = subprocess.run(
         ["git", "rev-parse", "--short", commit], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    machine = {"processor": processor(), "instruction_sets": instruction_sets(), "openmp": openmp_settings()}
     with tempfile.TemporaryDirectory() as tree:
         packed = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True, check=True).stdout
         with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
@@ -147,7 +144,7 @@ def main(
             if not folder.is_dir():
                 make(CASES[case][0], folder)
             row = take_turns(case, folder.absolute(), {"before": Path(tree), "now": ROOT})
-            keep(row | {"before": before.stdout.strip()} | machine)
+            keep(row | {"before": before.stdout.strip()} | timed_on())
     return None
 
 

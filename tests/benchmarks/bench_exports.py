@@ -11,32 +11,21 @@ import copy
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median, quantiles
 
 import torch
 import typer
-from diffusers import DiffusionPipeline
-from harness import RESULTS, read_results, write_results
-from torch import nn
+from harness import keep_rows
+from steps import float_model, timed_on, times_of
 
 from diffusers_msfp import export, set_engine
-from diffusers_msfp.assets import EMBEDDED_MODEL
-from diffusers_msfp.compat.processor import instruction_sets, openmp_settings, processor
 from diffusers_msfp.engines.openvino import runtime
 from diffusers_msfp.evaluation.timing.providers import provide
-from diffusers_msfp.evaluation.timing.shapes import SHAPES
 from diffusers_msfp.evaluation.timing.speed import example_inputs, step_of, take_turns
 from diffusers_msfp.exports import TARGETS
 
 COMMAND = "python tests/benchmarks/bench_exports.py"
 CASES = {"embedded": ("w4a8", 8, 15), "ddpm-cifar10": ("w4a8", 8, 9)}
 """Model → scheme, batch, timed rounds."""
-
-
-def float_model(name: str) -> nn.Module:
-    """A float model of this name."""
-    torch.manual_seed(0)
-    return (SHAPES[name]() if name in SHAPES else DiffusionPipeline.from_pretrained(EMBEDDED_MODEL).unet).eval()
 
 
 def runner(to: str, file: Path, inputs: dict[str, torch.Tensor]) -> Callable[[], object]:
@@ -88,22 +77,11 @@ def measure(name: str, timed: bool) -> list[dict]:
             calls["reference"] = step_of(reference, inputs)
             calls["fp32"] = step_of(copy.deepcopy(net), inputs)
             calls["bf16:cl"] = step_of(net.to(torch.bfloat16).to(memory_format=torch.channels_last), inputs)
-            rows = add_times(rows, take_turns(calls, repeats))
+            known = {row["provider"]: row for row in rows}
+            times = times_of(take_turns(calls, repeats))
+            rows = [known.get(provider, {"provider": provider}) | own for provider, own in times.items()]
     shared = {"case": name, "scheme": scheme, "batch": batch}
-    where = {"processor": processor(), "instruction_sets": instruction_sets(), "openmp": openmp_settings()}
-    return [shared | row | where for row in rows]
-
-
-def add_times(rows: list[dict], seconds: dict[str, list[float]]) -> list[dict]:
-    """Rows with medians, quartiles and ratios; those that are only timed get rows of their own."""
-    known = {row["provider"]: row for row in rows}
-    for provider, times in seconds.items():
-        low, _, high = quantiles(times, n=4)
-        ratios = [base / own for base, own in zip(seconds["bf16:cl"], times, strict=True)]
-        known.setdefault(provider, {"provider": provider}).update(
-            seconds=median(times), seconds_low=low, seconds_high=high, speedup=median(ratios)
-        )
-    return list(known.values())
+    return [shared | row | timed_on() for row in rows]
 
 
 def main(only: str = "", timed: bool = True) -> None:
@@ -111,9 +89,7 @@ def main(only: str = "", timed: bool = True) -> None:
     for name in CASES:
         if only and only != name:
             continue
-        rows = measure(name, timed)
-        old = read_results("exports")["rows"] if (RESULTS / "exports.json").exists() else []
-        write_results("exports", COMMAND, [row for row in old if row["case"] != name] + rows)
+        keep_rows("exports", COMMAND, measure(name, timed), by=("case",))
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median, quantiles
 
 import openvino
 import torch
 import typer
 from diffusers import DiffusionPipeline
-from harness import RESULTS, read_results, write_results
+from harness import keep_rows
+from steps import float_model, timed_on, times_of
 from torch import nn
 
 from diffusers_msfp import set_engine
@@ -33,7 +33,6 @@ from diffusers_msfp.compat.openvino import graph_of
 from diffusers_msfp.engines.openvino import forward, runtime
 from diffusers_msfp.evaluation.compare import psnr_db
 from diffusers_msfp.evaluation.timing.providers import provide
-from diffusers_msfp.evaluation.timing.shapes import SHAPES
 from diffusers_msfp.evaluation.timing.speed import example_inputs, step_of, take_turns
 
 COMMAND = "python tests/benchmarks/bench_openvino.py"
@@ -44,21 +43,6 @@ OURS = ("w4a8", "w4a4", "int-w4a8")
 LARGE = ("sd15",)
 """Of which 24 GB do not hold all variants: the first of ours beside bfloat16 alone."""
 QUALITY = {"images": 256, "batch": 32, "num_inference_steps": 20}
-INSTRUCTIONS = ("avx2", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
-
-
-def processor() -> str:
-    """Name, and the instructions for small numbers that it has."""
-    info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    fields = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in info.splitlines()}
-    own = [name for name in INSTRUCTIONS if name in fields["flags"].split()]
-    return f"{fields['model name']}, family {fields['cpu family']} model {fields['model']}: {', '.join(own)}"
-
-
-def float_model(name: str) -> nn.Module:
-    """A float model of this name."""
-    torch.manual_seed(0)
-    return (SHAPES[name]() if name in SHAPES else DiffusionPipeline.from_pretrained(EMBEDDED_MODEL).unet).eval()
 
 
 class _Plain(nn.Module):
@@ -108,23 +92,9 @@ def time_steps(name: str) -> list[dict]:
             raise RuntimeError(f"{name} runs in torch: {reason}")
     net = net.to(torch.bfloat16).to(memory_format=torch.channels_last)
     calls["bf16:cl"] = step_of(net, inputs)
-    seconds = take_turns(calls, repeats)
-    rows = []
-    for provider, times in seconds.items():
-        low, _, high = quantiles(times, n=4)
-        ratios = [base / own for base, own in zip(seconds["bf16:cl"], times, strict=True)]
-        rows.append(
-            {
-                "case": f"step {name}",
-                "provider": provider,
-                "batch": batch,
-                "seconds": median(times),
-                "seconds_low": low,
-                "seconds_high": high,
-                "speedup": median(ratios),
-            }
-        )
-    return rows
+    shared = {"case": f"step {name}", "batch": batch}
+    times = times_of(take_turns(calls, repeats))
+    return [shared | {"provider": provider} | own for provider, own in times.items()]
 
 
 def pictures(engine: str) -> torch.Tensor:
@@ -193,9 +163,8 @@ def main(only: str = "", first: str = typer.Option("", "--first-step", hidden=Tr
     for name, measure in CASES.items():
         if only and only != name:
             continue
-        rows = [row | {"processor": processor()} for row in measure(name.removeprefix("step "))]
-        old = read_results("openvino")["rows"] if (RESULTS / "openvino.json").exists() else []
-        write_results("openvino", COMMAND, [row for row in old if row["case"] != name] + rows)
+        rows = [row | timed_on() for row in measure(name.removeprefix("step "))]
+        keep_rows("openvino", COMMAND, rows, by=("case",))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Annotated
 import torch
 import typer
 from diffusers import DiffusionPipeline
-from harness import RESULTS, read_results, write_results
+from harness import RESULTS, keep_rows, read_results
 
 from diffusers_msfp import (
     FinetuneConfig,
@@ -129,10 +129,13 @@ def main(
                 "bytes": pipe.unet.get_memory_footprint(),
                 "psnr_db_by_picture": [round(p, 2) for p in found.tolist()],
             }
-            rows = [row, *(other for other in rows if not key.items() <= other.items())]
-            rows.sort(key=lambda r: (r["updates"], list(CELLS).index(r["cell"]), r["seed"]))
-            write_results("recipe", COMMAND, rows)
+            keep_rows("recipe", COMMAND, [row], by=tuple(key), order=place)
             typer.echo(f"{name:32} seed {seed}  PSNR {row['psnr_db'][0]:.2f} dB  {seconds:.0f} s", err=True)
+
+
+def place(row: dict) -> tuple[int, int, int]:
+    """Of a row in the file."""
+    return row["updates"], list(CELLS).index(row["cell"]), row["seed"]
 
 
 def digits(figure) -> list[float]:

@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 import typer
 from diffusers import DiffusionPipeline
-from harness import RESULTS, read_results, write_results
+from harness import keep_rows
 
 from diffusers_msfp import RoundingConfig, learn_rounding, quantize_pipeline
 from diffusers_msfp.assets import EMBEDDED_MODEL
@@ -61,9 +61,7 @@ def main(
         row |= {
             figure: float(f"{getattr(compared, figure):.5g}") for figure in ("eps_mse", "eps_rel_l2", "image_psnr_db")
         }
-        known = read_results(name)["rows"] if (RESULTS / f"{name}.json").exists() else []
-        rows = [old for old in known if (old["cell"], old["seed"]) != (cell, seed)]
-        write_results(name, COMMAND, sorted([*rows, row], key=lambda r: (list(CELLS).index(r["cell"]), r["seed"])))
+        keep_rows(name, COMMAND, [row], by=("cell", "seed"), order=lambda r: (list(CELLS).index(r["cell"]), r["seed"]))
         typer.echo(f"{cell:30} eps_rel_l2 {row['eps_rel_l2']:.4f}  psnr {row['image_psnr_db']:.1f} dB", err=True)
 
 

@@ -27,7 +27,7 @@ from unittest import mock
 import torch
 import typer
 from diffusers import DiffusionPipeline
-from harness import RESULTS, read_results, write_results
+from harness import keep_rows
 from torch import Tensor, nn
 
 from diffusers_msfp import quantize_pipeline
@@ -39,6 +39,7 @@ from diffusers_msfp.layers import execution, quant_layer
 from diffusers_msfp.sampling import residual
 from diffusers_msfp.sampling.denoisers import denoiser_of
 
+COMMAND = "python tests/benchmarks/bench_search.py"
 SCHEME = "w4a4"
 SILU_MIN = -0.2785
 KEPT = ("conv_in", "conv_out", "time_embedding")
@@ -164,6 +165,11 @@ VARIANTS: dict[str, Callable] = {
 """Name → takes a float pipeline, which it may change, and holds while that is quantized."""
 
 
+def place(row: dict) -> tuple[int, int]:
+    """Of a row in the file."""
+    return list(VARIANTS).index(row["variant"]), row["seed"]
+
+
 def main(
     model: Annotated[str, typer.Option(help="float pipeline")] = str(EMBEDDED_MODEL),
     name: Annotated[str, typer.Option(help="of the results file")] = "ddpm-fashion-mnist-32",
@@ -175,7 +181,6 @@ def main(
     reference = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
     reference.set_progress_bar_config(disable=True)
     chosen, file = variants.split(";") if variants else list(VARIANTS), f"{name}-search"
-    rows = read_results(file)["rows"] if (RESULTS / f"{file}.json").exists() else []
     for variant in chosen:
         for seed in range(seeds):
             pipe, started = copy.deepcopy(reference), time.perf_counter()
@@ -188,9 +193,7 @@ def main(
             found = {"image_psnr_db_low": low, "image_psnr_db_high": high}
             found |= {key: getattr(result, key) for key in ("image_psnr_db", "traj_rel_l2", "eps_rel_l2")}
             row |= {key: float(f"{value:.5g}") for key, value in found.items()}
-            rows = [each for each in rows if (each["variant"], each["seed"]) != (variant, seed)] + [row]
-            rows.sort(key=lambda each: (list(VARIANTS).index(each["variant"]), each["seed"]))
-            write_results(file, "python tests/benchmarks/bench_search.py", rows)
+            keep_rows(file, COMMAND, [row], by=("variant", "seed"), order=place)
             typer.echo(
                 f"{variant:36} seed {seed}  PSNR {row['image_psnr_db']:.2f} dB  traj {row['traj_rel_l2']:.4f}  "
                 f"eps {row['eps_rel_l2']:.4f}",

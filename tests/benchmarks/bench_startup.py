@@ -60,10 +60,10 @@ def main(draw: str = "") -> None:
     if draw:
         return first_picture(draw)
     from diffusers import DiffusionPipeline
+    from steps import timed_on
 
     from diffusers_msfp import quantize_pipeline
     from diffusers_msfp.assets import EMBEDDED_MODEL
-    from diffusers_msfp.compat.processor import instruction_sets, openmp_settings, processor
 
     with tempfile.TemporaryDirectory() as scratch:
         folder, colds = Path(scratch) / "model", [Path(scratch) / f"cold-{i}" for i in range(REPEATS)]
@@ -75,8 +75,7 @@ def main(draw: str = "") -> None:
         child("-m", "diffusers_msfp", "warmup", caches=warmed)
         seconds = round(time.perf_counter() - start, 3)
         rows.insert(1, row("warmed up", folder, [warmed]) | {"seconds_warmup": seconds})
-    machine = {"processor": processor(), "instruction_sets": instruction_sets(), "openmp": openmp_settings()}
-    write_results("startup", COMMAND, [each | machine for each in rows])
+    write_results("startup", COMMAND, [each | timed_on() for each in rows])
     return None
 
 

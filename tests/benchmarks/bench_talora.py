@@ -17,7 +17,7 @@ import torch
 import typer
 from diffusers import DiffusionPipeline
 from fashion_features import fashion_distance, load_images
-from harness import RESULTS, read_results, write_results
+from harness import keep_rows
 
 from diffusers_msfp import FinetuneConfig, finetune, quantize_pipeline
 from diffusers_msfp.assets import EMBEDDED_MODEL
@@ -120,11 +120,11 @@ def pictures_of(pipe, number: int, seed: int) -> torch.Tensor:
 
 def keep(name: str, row: dict) -> None:
     """Put a row into the results file, in the order of the cells."""
-    rows = read_results(name)["rows"] if (RESULTS / f"{name}.json").exists() else []
-    rows = [r for r in rows if (r["cell"], r["seed"]) != (row["cell"], row["seed"])] + [row]
-    order = ["full precision", *FILES[name]]
+    cells = ["full precision", *FILES[name]]
     more = "" if name == "talora" else f" --name {name} --seeds 0 --pictures 64"
-    write_results(name, COMMAND + more, sorted(rows, key=lambda r: (order.index(r["cell"]), r["seed"])))
+    keep_rows(
+        name, COMMAND + more, [row], by=("cell", "seed"), order=lambda each: (cells.index(each["cell"]), each["seed"])
+    )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 import json
 import platform
 import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -37,3 +39,13 @@ def write_results(name: str, command: str, rows: list[dict]) -> None:
 def read_results(name: str) -> dict:
     """Read what `write_results` wrote."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def keep_rows(
+    name: str, command: str, rows: Sequence[dict], by: Sequence[str], order: Callable[[dict], Any] | None = None
+) -> None:
+    """Put rows into a results file in the place of those that are equal to one of them under the keys `by`."""
+    old = read_results(name)["rows"] if (RESULTS / f"{name}.json").exists() else []
+    made = [[row[key] for key in by] for row in rows]
+    kept = [row for row in old if [row.get(key) for key in by] not in made] + [*rows]
+    write_results(name, command, kept if order is None else sorted(kept, key=order))

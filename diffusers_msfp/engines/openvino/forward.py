@@ -84,12 +84,13 @@ class GraphForward:
         """As the model's forward."""
         if torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing():
             return self.__wrapped__(*args, **kwargs)
-        if self.only_if_faster and not self._is_faster(args, kwargs):
+        call: Any = Call.of(self.model, args, kwargs) if self.only_if_faster else None
+        if call is not None and not is_faster(self.question(call)):
             self.latest = UNMEASURED
             return self.__wrapped__(*args, **kwargs)
         obstacle = self._obstacle_of_model()
         if obstacle is None:
-            call = Call.of(self.model, args, kwargs)
+            call = call or Call.of(self.model, args, kwargs)
             dtype = cast(torch.dtype, self.model.dtype)
             obstacle = obstacles.of_call(self.model, call, dtype)
         if obstacle is None:
@@ -109,14 +110,11 @@ class GraphForward:
             return reason
         return self.latest if self.only_if_faster else self._obstacle_of_model()
 
-    def question(self, args: tuple, kwargs: dict) -> str:
+    def question(self, call: Call) -> str:
         """What a machine is asked about a call."""
         if not self._structure:
             self._structure = structure_of(self.model, [layer for _, layer in quant_layers(self.model)])
-        return question_of(self.model, self._structure, Call.of(self.model, args, kwargs).tensors)
-
-    def _is_faster(self, args: tuple, kwargs: dict) -> bool:
-        return is_faster(self.question(args, kwargs))
+        return question_of(self.model, self._structure, call.tensors)
 
     def _obstacle_of_model(self) -> str | None:
         if self._snapshot is None or not self._snapshot.holds():
@@ -218,7 +216,7 @@ def compare(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, float]:
         forward(**inputs)
         if forward.latest is not None:
             raise UnsupportedError(f"{type(model).__name__} cannot run as a graph here: {forward.latest}.")
-        question = forward.question((), inputs)
+        question = forward.question(Call.of(model, (), inputs))
         tuning.fastest(question, {LAYERS: partial(forward.__wrapped__, **inputs), GRAPH: partial(forward, **inputs)})
     tuning.store()
     return tuning.measured(question).get(question, {})

@@ -7,7 +7,9 @@ measurements of `tuning`.
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from ...layers import QuantLayer
@@ -20,15 +22,14 @@ GRAPH, LAYERS = "openvino", "layers"
 def structure_of(model: nn.Module, layers: Iterable[QuantLayer]) -> str:
     """Of an architecture in its formats, whatever its weights: what the time of a call depends on besides its shape."""
     parts = [(layer.logical_shape, layer.weight_format, layer.input_format, layer.group_size) for layer in layers]
-    return hashlib.sha256(f"{type(model).__name__} {[tuple(map(str, part)) for part in parts]}".encode()).hexdigest()[
-        :12
-    ]
+    text = f"{type(model).__name__} {[tuple(map(str, part)) for part in parts]}"
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def question_of(model: nn.Module, structure: str, tensors: Sequence[Tensor]) -> str:
     """What is asked of a machine; timesteps and labels do not count."""
-    shapes = " ".join("x".join(map(str, each.shape)) for each in tensors if each.ndim > 1)
-    return f"{PREFIX}{type(model).__name__} {structure} {shapes} {str(model.dtype).removeprefix('torch.')}"
+    read = " ".join(tuning.text_of(each, cast(torch.dtype, model.dtype)) for each in tensors if each.ndim > 1)
+    return f"{PREFIX}{type(model).__name__} {structure} {read}"
 
 
 def is_any() -> bool:
