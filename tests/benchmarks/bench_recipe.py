@@ -11,13 +11,16 @@ that of calibration, fine-tuning and pictures, whose noise cells share, so that 
 import copy
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated
+from unittest import mock
 
 import torch
 import typer
 from diffusers import DiffusionPipeline
 from harness import RESULTS, keep_rows, read_results
+from own_trajectories import by_the_student
 
 from diffusers_msfp import (
     FinetuneConfig,
@@ -34,6 +37,8 @@ from diffusers_msfp.evaluation import compare_pipelines
 from diffusers_msfp.evaluation.compare import psnr_db
 from diffusers_msfp.evaluation.images.distances import mean_of
 from diffusers_msfp.evaluation.images.samples import draw_pictures
+from diffusers_msfp.methods.routes import routing_of
+from diffusers_msfp.methods.talora.router import TimestepRouter
 from diffusers_msfp.recipes import RECIPES
 from diffusers_msfp.sampling.solvers import with_ddim
 
@@ -52,15 +57,20 @@ class Cell:
         before (`str`): a stage before fine-tuning: `"rounding"`, `"timesteps"` (scales and zero points for each) or
             none.
         corrected (`bool`): the output, at the end.
+        warm (`bool`): routers begin with ranges of timesteps that carry equal loads.
+        own (`float`): share of the trajectories that are the student's own, with the teacher's answers.
     """
 
     settings: Mapping[str, object] = field(default_factory=dict)
     scheme: str = "w4a4"
     before: str = ""
     corrected: bool = True
+    warm: bool = True
+    own: float = 0.0
 
 
 NO_DFA = {"denoising_factor_exponent": 0.0}
+EXPLORING = {"exploration": 1.0, "router_learning_rate": 1e-3}
 CELLS = {
     "as it is": Cell(),
     "output not corrected": Cell(corrected=False),
@@ -68,9 +78,13 @@ CELLS = {
     "no biases, norms, weight scales": Cell({"affine_learning_rate": 0.0}),
     "low rank, 32": Cell({"rank": 32}),
     "two banks": Cell({"num_adapters": 2}),
+    "two banks, fixed segments": Cell({"num_adapters": 2, "router_learning_rate": 0.0, "balance": 0.0}),
+    "two banks, cold start": Cell({"num_adapters": 2} | EXPLORING, warm=False),
     "four banks": Cell({"num_adapters": 4}),
     "loss by γ²": Cell({"denoising_factor_exponent": 2.0}),
     "floor of 0.25 under γ": Cell({"denoising_factor_floor": 0.25}),
+    "half of the trajectories its own": Cell(own=0.5),
+    "all trajectories its own": Cell(own=1.0),
     "from learned rounding": Cell(before="rounding"),
     "scales for each timestep": Cell(before="timesteps"),
     "residual sums in 4 bits": Cell(scheme="w4a4-pure"),
@@ -95,7 +109,9 @@ def made(reference: DiffusionPipeline, cell: Cell, updates: int, seed: int) -> t
     (stage,) = RECIPES["msfp"]
     own = {"train_steps": updates, "preview_every": 0, "seed": seed}
     started = time.perf_counter()
-    finetune(pipe, reference, FinetuneConfig(**dict(stage.settings) | own | dict(cell.settings)))
+    cold = nullcontext() if cell.warm else mock.patch.object(TimestepRouter, "warm_start")
+    with by_the_student(cell.own), cold:
+        finetune(pipe, reference, FinetuneConfig(**dict(stage.settings) | own | dict(cell.settings)))
     seconds = time.perf_counter() - started
     if cell.corrected:
         correct_output(pipe, reference)
@@ -125,8 +141,10 @@ def main(
             compared = compare_pipelines(reference, pipe, num_samples=64, seed=2000 + seed)
             row = key | {"seconds": round(seconds, 1), "num_samples": num_samples, "psnr_db": digits(mean_of(found))}
             row |= {figure: float(f"{getattr(compared, figure):.5g}") for figure in ("traj_rel_l2", "eps_rel_l2")}
+            routing = routing_of(pipe.unet)
             row |= {
                 "bytes": pipe.unet.get_memory_footprint(),
+                "intervals": None if routing is None else routing.intervals(),
                 "psnr_db_by_picture": [round(p, 2) for p in found.tolist()],
             }
             keep_rows("recipe", COMMAND, [row], by=tuple(key), order=place)

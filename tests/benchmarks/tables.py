@@ -10,11 +10,13 @@ import sys
 from collections.abc import Iterator
 from statistics import mean
 
+import torch
 from harness import ROOT, read_results
 from safetensors.torch import load_file
 
 from diffusers_msfp import FORMATS
 from diffusers_msfp.assets import EMBEDDED_MODEL
+from diffusers_msfp.evaluation.images.distances import Estimate, mean_of
 from diffusers_msfp.exports import TARGETS
 from diffusers_msfp.recipes import RECIPES
 
@@ -172,6 +174,30 @@ def reads() -> Iterator[dict[str, str]]:
                 "50 steps (dB)": f"{row['image_psnr_db_50']:.1f}",
                 "Fréchet to full precision": f"{row['frechet_reference']:.2f}",
             }
+
+
+def recipe() -> Iterator[dict[str, str]]:
+    """The recipe `msfp` with one part changed at a time; differences are paired over pictures of all seeds."""
+    groups = grouped("recipe", "cell")
+    base = {row["seed"]: torch.tensor(row["psnr_db_by_picture"]) for row in groups["as it is"]}
+    for name, rows in groups.items():
+        each = torch.cat([torch.tensor(row["psnr_db_by_picture"]) for row in rows])
+        gain = mean_of(each - torch.cat([base[row["seed"]] for row in rows]))
+        yield {
+            "recipe": name,
+            "PSNR (dB)": "{:.1f} ({:.1f} – {:.1f})".format(*ends(mean_of(each))),
+            "difference (dB)": "–" if name == "as it is" else "{:+.2f} ({:+.2f} – {:+.2f})".format(*ends(gain)),
+            "`traj_rel_l2`": f"{average(rows, 'traj_rel_l2'):.4f}",
+            "`eps_rel_l2`": f"{average(rows, 'eps_rel_l2'):.4f}",
+            "seconds": f"{average(rows, 'seconds'):.0f}",
+            "tensors": f"{rows[0]['bytes'] / 1e6:.2f} MB",
+            "seeds × pictures": f"{len(rows)} × {rows[0]['num_samples']}",
+        }
+
+
+def ends(figure: Estimate) -> tuple[float, float, float]:
+    """Value and interval."""
+    return figure.value, figure.low, figure.high
 
 
 def routing() -> Iterator[dict[str, str]]:
@@ -519,6 +545,7 @@ MAKERS = (
     shapes,
     talora,
     reads,
+    recipe,
     routing,
     temporal,
     pipelines,
