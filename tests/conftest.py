@@ -20,8 +20,10 @@ os.environ["HF_MODULES_CACHE"] = os.path.join(
     tempfile.gettempdir(), "modules", os.environ.get("PYTEST_XDIST_WORKER", "")
 )
 # what this machine has compiled saves minutes, what it has measured must not reach tests
-_CACHE = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-os.environ.setdefault("NUMBA_CACHE_DIR", os.path.join(_CACHE, "diffusers_msfp", "numba"))
+os.environ.setdefault(
+    "NUMBA_CACHE_DIR",
+    os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "diffusers_msfp", "numba"),
+)
 os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "cache")
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # the cores are shared by the processes that run the tests
     for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):

@@ -21,7 +21,7 @@ from ..sampling.denoisers import denoiser_name, denoiser_of
 from ..sampling.solvers import with_parts
 from ..schemes import SCHEMES, LayerScheme, resolve, weights_only
 
-CHOICES = ("w4a8", "w6a8", "w8a8")
+CHOICES = ("w4a8", "w4g32a8", "w6a8", "w8a8")
 """What each layer may get by default. Fewer bits of an input save no byte of a file."""
 STEP_CHOICES = ("w4a4", "w4a8", "w8a8", "w8a16")
 """What each layer may get where time counts: pairs of 4-bit numbers, bytes, floats."""

@@ -63,8 +63,8 @@ def plan_budget(
             choices are sampled for it, to know what an error means in decibels.
         target_step (`float`, *optional*): seconds of a step of `num_samples` pictures on this machine; the error is
             least.
-        choices (`Sequence[str]`, *optional*): schemes that layers may get; by default weights of 4, 6 and 8 bits with
-            8-bit inputs, for a step also such as change its time.
+        choices (`Sequence[str]`, *optional*): schemes that layers may get; by default weights of 4 bits, alone
+            and in groups of 32, 6 and 8 bits with 8-bit inputs; for a step such as change its time.
         num_samples (`int`): trajectories on which errors are measured.
         num_inference_steps, sampler, seed: of the trajectories, see `compare_pipelines`; calibration and pictures use
             other seeds.

@@ -1,7 +1,7 @@
 """`bench`: how fast a model's step is in several ways; `warmup`: what its first one would have to wait for."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 
 from ..engines import kernels, openvino, tuning
 from ..engines.kernels.ahead import compile_kernels
+from ..errors import UnsupportedError
 from ..evaluation.timing.shapes import SHAPES
 from ..evaluation.timing.speed import Timing, benchmark, example_inputs
 from ..results import Result
@@ -92,12 +93,14 @@ class Warmup(Result):
         seconds_by_kernel (`Mapping[str, float]`): next to nothing where a kernel had been compiled before.
         steps (`Mapping[str, Mapping[str, float]]`): denoiser → `"layers"` or `"openvino"` → seconds of a step; empty
             without a model, or where there is nothing to choose from.
+        refused (`Mapping[str, str]`): denoiser → why OpenVINO cannot run it as a graph.
     """
 
     kernels: str
     seconds: float
     seconds_by_kernel: Mapping[str, float]
     steps: Mapping[str, Mapping[str, float]]
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 def warmup(model: str | None = None, *, batch: int = 1, size: int | None = None) -> Warmup:
@@ -112,12 +115,12 @@ def warmup(model: str | None = None, *, batch: int = 1, size: int | None = None)
         size (`int`, *optional*): of the samples, height and width as the denoiser sees them; by default its own.
 
     Raises:
-        MSFPError: no such model, none that is quantized, or one that no graph can hold.
+        MSFPError: no such model, or none that is quantized.
     """
     require_positive(batch=batch)
     with progress("compiling kernels") as report:
         seconds = compile_kernels(report)
-    steps = {}
+    steps, refused = {}, {}
     for denoiser in denoisers_in(model) if model else ():
         name, inputs = type(denoiser).__name__, example_inputs(denoiser, batch, size)
         if isinstance(denoiser, UNet2DModel | UNet2DConditionModel):  # whose pipelines give one for all samples
@@ -126,9 +129,15 @@ def warmup(model: str | None = None, *, batch: int = 1, size: int | None = None)
         with stderr.status(f"timing {name}"), torch.no_grad():
             denoiser(**inputs)
             tuning.store()
-            if openvino.why_missing() is None:
+            if openvino.why_missing() is not None:
+                continue
+            try:
                 steps[name] = openvino.compare(denoiser, inputs)
-    return Warmup(kernels=kernels.NAME, seconds=sum(seconds.values()), seconds_by_kernel=seconds, steps=steps)
+            except UnsupportedError as reason:  # adapters that read floats, hooks: its layers are warm all the same
+                refused[name] = str(reason)
+    return Warmup(
+        kernels=kernels.NAME, seconds=sum(seconds.values()), seconds_by_kernel=seconds, steps=steps, refused=refused
+    )
 
 
 def denoisers_in(model: str) -> list[Any]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated
 from unittest import mock
 
+import nncf_unet
 import torch
 import typer
 from diffusers import DiffusionPipeline
@@ -101,6 +102,9 @@ CELLS |= {
     "SDNQ uint4 weights": Cell("sdnq:uint4", None),
     "SDNQ FP4 weights": Cell("sdnq:fp4", None),
     "SDNQ int8": Cell("sdnq:int8:matmul", None),
+    "NNCF int8": Cell("nncf:int8", None),
+    "NNCF int8, time embedding float": Cell("nncf:int8", None, ("time",)),
+    "torchao int8": Cell("torchao", None),
 }
 
 
@@ -114,7 +118,9 @@ def made(reference, cell: Cell, correction: bool, tuned: Path | None) -> tuple[D
             raise typer.BadParameter(f"`--tuned`: where `{command}` has put its result")
         stages = dict.fromkeys(MSFP if correction else MSFP[:1])
         return DiffusionPipeline.from_pretrained(folder), {"minutes": None, "stages": stages}
-    if cell.recipe is None:
+    if cell.scheme == "nncf:int8":
+        pipe.unet = nncf_unet.quantized(pipe, cell.keep)
+    elif cell.recipe is None:
         x = torch.randn(1, *[pipe.unet.config.in_channels, 32, 32], dtype=torch.bfloat16)
         pipe.unet = provide(cell.scheme, pipe.unet, lambda unet: unet(x, 0))
     else:

@@ -1,12 +1,13 @@
 """A plan against uniform schemes and a choice by weight error, at equal bytes; a target for PSNR on fresh noise.
 
-    python tests/benchmarks/bench_budget.py [--part sizes,psnr,sums] [--num-samples 256] [--work DIR]
+    python tests/benchmarks/bench_budget.py [--part sizes,steps,psnr,sums] [--num-samples 256] [--work DIR]
 
-On the embedded model, with ranges observed once for all choices, so that rows differ in the choice alone. `sizes` are
-those of the uniform schemes and the means of neighbours; intervals are of the paired difference over pictures. `sums`
-says how well errors of single layers add up to the model's, measured with all others float and with all others at 8
-bits, on fewer calls. `--work` keeps what was measured, and a later run goes on with it. Writes
-`model_cards/results/budget.json`, each row when it is finished.
+On the embedded model, or another's folder, with ranges observed once for all choices, so that rows differ in the choice
+alone. `sizes` are those of the uniform schemes and the means of neighbours; intervals are of the paired difference over
+pictures. `steps` takes plans for the time of each uniform scheme's step, which needs a machine that nothing else uses;
+what was chosen is timed in turns with the scheme. `sums` says how well errors of single layers add up to the model's,
+measured with all others float and with all others at 8 bits, on fewer calls. `--work` keeps what was measured, and a
+later run goes on with it. Writes `model_cards/results/budget.json`, each row when it is finished.
 """
 
 import copy
@@ -18,19 +19,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from math import sqrt
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 import torch
 import typer
 from diffusers import DiffusionPipeline
-from harness import RESULTS, read_results, write_results
+from harness import keep_rows
+from steps import timed_on
+from torch import Tensor
 
 from diffusers_msfp import MSFPConfig, quantize_pipeline
 from diffusers_msfp.assets import EMBEDDED_MODEL
-from diffusers_msfp.budget.palette import CHOICES, Palette, make_palette, scheme_for
+from diffusers_msfp.budget.palette import CHOICES, STEP_CHOICES, Palette, make_palette, scheme_for
 from diffusers_msfp.budget.plan import for_psnr
 from diffusers_msfp.budget.psnr import psnr_of
-from diffusers_msfp.budget.runs import Pictures, quantized
+from diffusers_msfp.budget.runs import Pictures, quantized, step_seconds
 from diffusers_msfp.budget.sensitivity import Samples, measure, replaced
 from diffusers_msfp.budget.size import layer_bytes
 from diffusers_msfp.budget.table import Table
@@ -41,15 +45,17 @@ from diffusers_msfp.sampling.denoisers import denoiser_of
 from diffusers_msfp.sampling.solvers import with_sampler
 from diffusers_msfp.schemes import resolve
 
+COMMAND = "python tests/benchmarks/bench_budget.py"
 STEPS = 20
 FRESH = 4321  # seed of the noise that no plan has seen
 PLANNING = 64  # pictures of a run in which a plan is looked for, as by default
 TARGETS_DB = (30.0, 27.0)
+ROUNDS = 15  # of steps in turns
 
 
-def float_pipe() -> DiffusionPipeline:
-    """The embedded model on DDIM."""
-    pipe = DiffusionPipeline.from_pretrained(str(EMBEDDED_MODEL), dtype=torch.float32)
+def float_pipe(folder: Path) -> DiffusionPipeline:
+    """A model on DDIM."""
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return with_sampler(pipe)
 
@@ -83,7 +89,11 @@ def sizes(
     """Rows at the sizes of uniform schemes and between them."""
     uniform = {scheme: scheme_choice(palette, scheme) for scheme in CHOICES}
     limits = {scheme: table.sums(choice)[0] for scheme, choice in uniform.items()}
-    halves = {f"{a} + {b}": (limits[a] + limits[b]) // 2 for a, b in zip(CHOICES, CHOICES[1:], strict=False)}
+    halves = {
+        f"{a} + {b}": (limits[a] + limits[b]) // 2
+        for a, b in zip(CHOICES, CHOICES[1:], strict=False)
+        if limits[b] > 1.1 * limits[a]
+    }
     tables = {
         "plan": table,
         "relative weight error": by_weight_error(palette, table, relative=True),
@@ -96,34 +106,75 @@ def sizes(
             continue
         chosen = {kind: own.choice(own.least_error("bytes", limit).options) for kind, own in tables.items()}
         chosen |= {size: uniform[size]} if size in uniform else {}
-        planned = None
+        found = {}
         for kind, choice in chosen.items():
-            started = time.perf_counter()
-            if planned is not None and choice == chosen["plan"]:
-                found = planned
-            else:
-                with quantized(denoiser_of(pipe), palette, choice):
-                    found = psnr_db(expected, draw_pictures(pipe, **draw))
-            own, gain = mean_of(found), None if planned is None else mean_of(planned - found)
-            planned = found if planned is None else planned
-            predicted = table.sums(choice)
-            row = {
-                "part": "sizes",
-                "size": size,
-                "limit_bytes": limit,
-                "choice": kind,
-                "bytes": predicted[0],
-                "predicted_traj_rel_l2": rounded(sqrt(predicted[1])),
-                "image_psnr_db": rounded(own.value),
-                "image_psnr_db_interval": [rounded(own.low), rounded(own.high)],
-                "num_samples": num_samples,
-                "schemes": dict(sorted(Counter(choice.values()).items())),
-                "seconds": rounded(time.perf_counter() - started),
-            }
-            if gain is not None:
-                row["plan_gains_db"] = rounded(gain.value)
-                row["plan_gains_db_interval"] = [rounded(gain.low), rounded(gain.high)]
-            write(row)
+            found[kind] = (
+                found["plan"] if found and choice == chosen["plan"] else sampled(pipe, palette, choice, expected, draw)
+            )
+            size_of, error, _ = table.sums(choice)
+            write(
+                {"part": "sizes", "size": size, "limit_bytes": limit, "choice": kind, "bytes": size_of}
+                | {"predicted_traj_rel_l2": rounded(sqrt(error)), "num_samples": num_samples}
+                | compared(found["plan"], found[kind], kind)
+                | {"schemes": dict(sorted(Counter(choice.values()).items()))}
+            )
+
+
+def sampled(pipe: DiffusionPipeline, palette: Palette, choice: dict[str, str], expected: Tensor, draw: dict) -> Tensor:
+    """PSNR of each picture."""
+    with quantized(denoiser_of(pipe), palette, choice):
+        return psnr_db(expected, draw_pictures(pipe, **draw))
+
+
+def compared(planned: Tensor, found: Tensor, kind: str) -> dict:
+    """A choice's PSNR, and by how much the plan is ahead, paired over pictures."""
+    own, row = mean_of(found), {}
+    if kind != "plan":
+        gain = mean_of(planned - found)
+        row = {"plan_gains_db": rounded(gain.value), "plan_gains_db_interval": [rounded(gain.low), rounded(gain.high)]}
+    return {
+        "image_psnr_db": rounded(own.value),
+        "image_psnr_db_interval": [rounded(own.low), rounded(own.high)],
+    } | row
+
+
+@torch.no_grad()
+def steps(
+    pipe: DiffusionPipeline, samples: Samples, num_samples: int, work: Path, write: Callable[[dict], None]
+) -> None:
+    """Rows of plans for the time of each uniform scheme's step."""
+    palette = make_palette(pipe, STEP_CHOICES, num_samples=16, num_inference_steps=STEPS, seed=0)
+    errors = measure(samples, palette, journal=work / "errors-steps.jsonl", settings={"choices": list(STEP_CHOICES)})
+    model = denoiser_of(pipe)
+    rest, layers = layer_bytes(model, palette)
+    around, times = step_seconds(samples, palette)
+    table = Table(errors, layers, rest, times, around)
+    draw = {"num_samples": num_samples, "num_inference_steps": STEPS, "seed": FRESH, "sampler": "own"}
+    expected, call = draw_pictures(pipe, **draw), samples.steps[0]
+    for scheme in STEP_CHOICES:
+        uniform = scheme_choice(palette, scheme)
+        limit = table.sums(uniform)[2]
+        chosen = {"plan": table.choice(table.least_error("step", limit).options), scheme: uniform}
+        seconds, found = {kind: [] for kind in chosen}, {}
+        for _ in range(ROUNDS):
+            for kind, choice in chosen.items():
+                with quantized(model, palette, choice):
+                    model(*call.args, **call.kwargs)
+                    started = time.perf_counter()
+                    model(*call.args, **call.kwargs)
+                    seconds[kind].append(time.perf_counter() - started)
+        for kind, choice in chosen.items():
+            found[kind] = sampled(pipe, palette, choice, expected, draw)
+            size_of, error, predicted = table.sums(choice)
+            write(
+                {"part": "steps", "size": scheme, "choice": kind, "limit_seconds": rounded(limit), "bytes": size_of}
+                | {"predicted_seconds": rounded(predicted), "seconds": rounded(median(seconds[kind]))}
+                | {"spread_seconds": [rounded(min(seconds[kind])), rounded(max(seconds[kind]))]}
+                | {"predicted_traj_rel_l2": rounded(sqrt(error)), "num_samples": num_samples}
+                | compared(found["plan"], found[kind], kind)
+                | {"schemes": dict(sorted(Counter(choice.values()).items())), "batch": len(call.output)}
+                | timed_on()
+            )
 
 
 def psnr(
@@ -202,32 +253,37 @@ def sums(pipe: DiffusionPipeline, palette: Palette, work: Path, write: Callable[
         )
 
 
+KEY = ("model", "part", "size", "choice", "target_psnr", "mix")
+"""Of a row."""
+PARTS = ("sizes", "steps", "psnr", "sums")
+
+
 def main(
-    part: Annotated[str, typer.Option(help="comma-separated")] = "sizes,psnr,sums",
+    part: Annotated[str, typer.Option(help="comma-separated")] = ",".join(PARTS),
     num_samples: Annotated[int, typer.Option(help="pictures of 20 DDIM steps")] = 256,
     only: Annotated[str, typer.Option(help="of the sizes; all if left out")] = "",
     work: Annotated[Path | None, typer.Option(help="keeps what was measured")] = None,
+    model: Annotated[Path, typer.Option(help="a float pipeline's folder")] = EMBEDDED_MODEL,
 ) -> None:
     """Measure, choose, sample, write rows."""
     parts = part.split(",")
-    rows = read_results("budget")["rows"] if (RESULTS / "budget.json").exists() else []
-    rows = [row for row in rows if row["part"] not in parts or only and row.get("size") != only]
 
     def write(row: dict) -> None:
-        rows.append(row)
-        order = ("sizes", "psnr", "sums")
-        write_results(
-            "budget", "python tests/benchmarks/bench_budget.py", sorted(rows, key=lambda r: order.index(r["part"]))
-        )
+        row = {"model": model.name} | row
+        keep_rows("budget", COMMAND, [row], by=KEY, order=lambda each: (each["model"], PARTS.index(each["part"])))
         typer.echo(str({key: value for key, value in row.items() if key != "schemes"}), err=True)
 
-    pipe = float_pipe()
+    pipe = float_pipe(model)
     with tempfile.TemporaryDirectory() as scratch:
         work = work or Path(scratch)
         work.mkdir(exist_ok=True)
+        samples = Samples.of(pipe, num_samples=2, num_inference_steps=STEPS, seed=500)
+        if "steps" in parts:
+            steps(pipe, samples, num_samples, work, write)
+        if {"sizes", "psnr", "sums"}.isdisjoint(parts):
+            return
         palette = make_palette(pipe, CHOICES, num_samples=16, num_inference_steps=STEPS, seed=0)
         if "sizes" in parts or "psnr" in parts:
-            samples = Samples.of(pipe, num_samples=2, num_inference_steps=STEPS, seed=500)
             errors = measure(samples, palette, journal=work / "errors.jsonl", settings={})
             rest, layers = layer_bytes(denoiser_of(pipe), palette)
             table = Table(errors, layers, rest)

@@ -46,6 +46,6 @@ def keep_rows(
 ) -> None:
     """Put rows into a results file in the place of those that are equal to one of them under the keys `by`."""
     old = read_results(name)["rows"] if (RESULTS / f"{name}.json").exists() else []
-    made = [[row[key] for key in by] for row in rows]
+    made = [[row.get(key) for key in by] for row in rows]
     kept = [row for row in old if [row.get(key) for key in by] not in made] + [*rows]
     write_results(name, command, kept if order is None else sorted(kept, key=order))

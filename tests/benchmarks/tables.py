@@ -195,6 +195,20 @@ def recipe() -> Iterator[dict[str, str]]:
         }
 
 
+def banks() -> Iterator[dict[str, str]]:
+    """Which adapter serves which timesteps, by how routers begin."""
+    for row in read_results("recipe")["rows"]:
+        for group in row["intervals"] or ():
+            if len({adapter for _, _, adapter in group}) > 1 or "bank" in row["cell"]:
+                runs = reversed(group)  # as the sampler goes
+                yield {
+                    "recipe": row["cell"],
+                    "seed": str(row["seed"]),
+                    "timesteps of each adapter": ", ".join(f"{last} – {first}: {a + 1}" for first, last, a in runs),
+                    "PSNR (dB)": "{:.1f} ({:.1f} – {:.1f})".format(*row["psnr_db"]),
+                }
+
+
 def ends(figure: Estimate) -> tuple[float, float, float]:
     """Value and interval."""
     return figure.value, figure.low, figure.high
@@ -505,22 +519,71 @@ def baselines() -> Iterator[dict[str, str]]:
     yield empty | {"method": "full precision", "`eps_rel_l2`": "0", "to real pictures": real}
 
 
+MODELS = {"ddpm-fashion-mnist-32": "embedded", "cifar10-pixel": "`cifar10-pixel`"}
+
+
 def budget() -> Iterator[dict[str, str]]:
     """A plan beside other choices of equal size."""
     for row in grouped("budget", "part")["sizes"]:
-        own = "{:.1f} ({:.1f} – {:.1f})".format(row["image_psnr_db"], *row["image_psnr_db_interval"])
-        gain = "–"
-        if "plan_gains_db" in row:
-            gain = "{:+.2f} ({:+.2f} – {:+.2f})".format(row["plan_gains_db"], *row["plan_gains_db_interval"])
-        name = f"`{row['choice']}`" if row["choice"].startswith("w") else row["choice"]
-        yield {
-            "size of": f"`{row['size']}`" if "+" not in row["size"] else row["size"].replace(" + ", " and "),
-            "choice": f"scheme {name}" if row["choice"].startswith("w") else name,
+        size = " and ".join(f"`{each}`" for each in row["size"].split(" + "))
+        yield {"model": MODELS[row["model"]], "size of": size if "+" not in row["size"] else f"mean of {size}"} | {
+            **_chosen(row),
             "bytes": f"{row['bytes']:,}",
-            "predicted `traj_rel_l2`": f"{row['predicted_traj_rel_l2']:.4f}",
-            "PSNR (dB)": own,
-            "the plan gains (dB, paired)": gain,
+            **_beside_the_plan(row),
+        }
+
+
+def budget_steps() -> Iterator[dict[str, str]]:
+    """A plan beside the uniform scheme whose step takes as long."""
+    for row in grouped("budget", "part")["steps"]:
+        low, high = row["spread_seconds"]
+        yield {"model": MODELS[row["model"]], "step of": f"`{row['size']}`"} | {
+            **_chosen(row),
+            "step, batch " + str(row["batch"]): f"{1e3 * row['seconds']:.1f} ({1e3 * low:.1f} – {1e3 * high:.1f}) ms",
+            "predicted": f"{1e3 * row['predicted_seconds']:.1f} ms",
+            **_beside_the_plan(row),
+        }
+
+
+def _chosen(row: dict) -> dict[str, str]:
+    return {"choice": f"scheme `{row['choice']}`" if row["choice"].startswith("w") else row["choice"]}
+
+
+def _beside_the_plan(row: dict) -> dict[str, str]:
+    gain = "–"
+    if "plan_gains_db" in row:
+        gain = "{:+.2f} ({:+.2f} – {:+.2f})".format(row["plan_gains_db"], *row["plan_gains_db_interval"])
+    return {
+        "predicted `traj_rel_l2`": f"{row['predicted_traj_rel_l2']:.4f}",
+        "PSNR (dB)": "{:.1f} ({:.1f} – {:.1f})".format(row["image_psnr_db"], *row["image_psnr_db_interval"]),
+        "the plan gains (dB, paired)": gain,
+        "pictures": str(row["num_samples"]),
+    }
+
+
+def budget_psnr() -> Iterator[dict[str, str]]:
+    """A target for PSNR, and what a checkpoint gives on fresh noise."""
+    for row in grouped("budget", "part")["psnr"]:
+        yield {
+            "model": MODELS[row["model"]],
+            "target": f"{row['target_psnr']:g} dB",
+            "predicted": f"{row['predicted_psnr_db']:.1f} dB",
+            "found": "{:.1f} ({:.1f} – {:.1f}) dB".format(row["image_psnr_db"], *row["image_psnr_db_interval"]),
+            "bytes": f"{row['bytes']:,}",
+            "runs": str(len(row["runs"])),
             "pictures": str(row["num_samples"]),
+        }
+
+
+def budget_sums() -> Iterator[dict[str, str]]:
+    """Errors of mixes, beside the sums of their layers' errors."""
+    for row in grouped("budget", "part")["sums"]:
+        own, floats, bytes_ = (row[key] for key in ("squared_error", "sum_others_float", "sum_others_8_bits"))
+        yield {
+            "mix": f"{row['mix']}, {row['share_at_4_bits']:.0%} of the layers at 4 bits",
+            "squared error": f"{own:.2e}",
+            "sum, others float": f"{floats / own:.2f} ×",
+            "sum, others at 8 bits": f"{bytes_ / own:.2f} ×",
         }
 
 
@@ -546,11 +609,15 @@ MAKERS = (
     talora,
     reads,
     recipe,
+    banks,
     routing,
     temporal,
     pipelines,
     features,
     budget,
+    budget_steps,
+    budget_psnr,
+    budget_sums,
 )
 TABLES = {make.__name__: make for make in MAKERS}
 

@@ -6,9 +6,11 @@ import pickle
 import subprocess
 import sys
 from collections import OrderedDict
+from unittest.mock import Mock
 
 import pytest
 import torch
+from command_line import program
 from conftest import make_condition_unet, make_unet, run
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor
@@ -20,6 +22,7 @@ from diffusers_msfp import (
     TemporalConfig,
     cli,
     correct_output,
+    engines,
     finetune,
     maintain_temporal,
     quantize_pipeline,
@@ -443,3 +446,11 @@ def test_warmup_compares_a_models_step(made, measuring, tmp_path):
     assert set(engines_of(loaded)) == {"openvino"}
     with pytest.raises(SourceError, match="`warmup` times quantized denoisers, but"):
         cli.warmup(str(EMBEDDED_MODEL))
+
+
+def test_warmup_says_why_a_model_runs_layer_by_layer(made, measuring, tmp_path, monkeypatch):
+    monkeypatch.setattr(engines.openvino, "compare", Mock(side_effect=UnsupportedError("adapters read floats")))
+    made.save_pretrained(tmp_path / "unet")
+    result = cli.warmup(str(tmp_path / "unet"), batch=2)
+    assert (result.steps, result.refused) == ({}, {"UNet2DModel": "adapters read floats"})
+    assert "layers are warm; adapters read floats" in program("warmup", tmp_path / "unet").stdout

@@ -70,3 +70,5 @@ def warmup(
     say(f"{len(result.seconds_by_kernel)} kernels of {result.kernels} are ready, after {result.seconds:.1f} s")
     for name, ways in result.steps.items():
         say(f"{name}, batch {batch}: {', '.join(f'{way} {1e3 * each:.3g} ms' for way, each in ways.items())}")
+    for reason in result.refused.values():
+        say(f"layers are warm; {reason}")
