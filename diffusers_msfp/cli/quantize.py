@@ -138,7 +138,7 @@ def quantize(
     prompts = read_prompts(prompts)
     pictures = None if images is None else picture_files(images)[:num_samples]
     if budget is not None:
-        budget.refuse_beside(scheme, scheme_overrides, components, recipe, correction)
+        budget.refuse_beside(scheme, scheme_overrides, components, modules_to_not_convert, recipe, correction)
         made = budget.plan(
             source,
             out,
@@ -268,7 +268,7 @@ def quantize(
     bits = 8 * sum(layer.packed_bytes for layer in layers)
     parameters = sum(rows * length for rows, length in (layer.matrix_shape for layer in layers))
     if budget is not None:
-        budget.done(out)
+        budget.done(out, made)
     return QuantizedCheckpoint(
         scheme=scheme,
         components=list(models),

@@ -163,6 +163,12 @@ def _start(tensor: Tensor) -> np.ndarray:
     return flat.view(torch.uint8).numpy()
 
 
+def state_of(tensor: Tensor) -> tuple:
+    """Unequal where another tensor is meant, or this one was written to; through `.data`, what its first bytes show."""
+    start = _start(tensor).tobytes() if tensor.device.type == "cpu" else b""
+    return version_of(tensor), tensor.data_ptr(), start
+
+
 def version_of(tensor: Tensor) -> int:
     """How often a tensor was changed in place; 0 for those made under `inference_mode`, which do not count."""
     return 0 if tensor.is_inference() else tensor._version

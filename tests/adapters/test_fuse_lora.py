@@ -231,6 +231,22 @@ def test_without_a_loader_of_diffusers(packed_pipe, embedded_lora, alone):
             assert (layer.dequantize_weight() - wanted).square().sum() < 0.1 * wanted.square().sum(), name
 
 
+@pytest.mark.parametrize("scheme", ["w4a4", "w4g16a8", "w4g32a16", "int-w4a8", "w6a8", "w8a8"])
+def test_schemes_of_every_kind_are_packed_anew(scheme, tmp_path):
+    file = write_lora(make_unet(), ["to_k", "conv2"], tmp_path / "unet.safetensors")
+    pipe = quantize_pipeline(DDPMPipeline(make_unet(), DDIMScheduler()), scheme, **FEW)
+    plain, state = copy.deepcopy(pipe), load_file(file)
+    dequantize(plain)
+    fuse_lora(pipe, file)
+    for name, layer in quant_layers(pipe.unet):
+        if name.endswith(("to_k", "conv2")):
+            up, down = state[f"unet.{name}.lora_B.weight"], state[f"unet.{name}.lora_A.weight"]
+            delta = (up.flatten(1) @ down.flatten(1)).view(layer.logical_shape) * ALPHA / RANK
+            wanted = plain.unet.get_submodule(name).weight + delta
+            error = (layer.dequantize_weight() - wanted).square().sum() / wanted.square().sum()
+            torch.testing.assert_close(error, layer.weight_error.squeeze(), rtol=1e-3, atol=1e-9)
+
+
 def without(file: Path, folder: Path, change) -> Path:
     state = change(load_file(file))
     save_file({key: value.contiguous() for key, value in state.items()}, folder / "changed.safetensors")

@@ -1,6 +1,7 @@
 """Targets on the command line: kept, stored, used again, refused."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from diffusers_msfp.budget import BudgetPlan
 from diffusers_msfp.checkpoint.describe import file_bytes
+from diffusers_msfp.cli import quantize
 
 FEW = ("--num-samples", 1, "--num-inference-steps", 2)
 
@@ -63,6 +65,7 @@ def test_a_target_is_kept_and_its_plan_serves_again(source, tmp_path):
         (("--target-bytes", "1MB", "--target-psnr", "30"), "One target"),
         (("--target-bytes", "1MB", "--scheme", "w4a4"), "Leave `--scheme`"),
         (("--target-bytes", "1MB", "--recipe", "rounded"), "may add tensors"),
+        (("--target-bytes", "1MB", "--modules-to-not-convert", "mid_block"), "leaves mid_block float"),
         (("--plan", "none.json"), "cannot be read"),
     ],
 )
@@ -71,3 +74,14 @@ def test_what_makes_no_sense_is_refused(source, tmp_path, arguments, message):
     assert done.returncode == 2
     assert message in " ".join(done.stderr.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_plan_goes_on_with_the_same_command(source, tmp_path, monkeypatch):
+    plan = ("--target-bytes", "46kB", "--plan", tmp_path / "p.json")
+    asked = ("quantize", source, "--out", tmp_path / "out", *plan, *FEW)
+    with monkeypatch.context() as broken:
+        broken.setitem(quantize.__globals__, "parts_of", Mock(side_effect=KeyboardInterrupt))
+        assert program(*asked).returncode != 0
+    done = program(*asked)
+    assert done.returncode == 0, done.stderr
+    assert BudgetPlan.read(tmp_path / "p.json") == BudgetPlan.read(tmp_path / "out" / "budget.json")

@@ -123,6 +123,27 @@ def test_infinite_values_are_refused_behind_a_fused_norm(packed_pipe, images):
         run(packed_pipe.unet, images)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("parameter", ["weight", "bias"])
+def test_what_is_not_finite_in_a_fused_norm_is_refused(packed_pipe, images, parameter, bad):
+    unet = packed_pipe.unet
+    set_engine(unet, "auto")
+    with torch.no_grad():
+        getattr(unet.mid_block.resnets[0].norm1, parameter)[0] = bad
+    with pytest.raises(NonFiniteError, match="must be finite"):
+        run(unet, images)
+
+
+def test_a_bias_that_was_trained_counts_at_once(images):
+    x = images.bfloat16()
+    unet = frozen(make_unet().bfloat16(), x, 10, scheme="w4a8")
+    set_engine(unet, "auto")
+    before = run(unet, x)
+    with torch.no_grad():
+        unet.conv_out.bias += 3
+    assert torch.allclose(run(unet, x), before + 3, atol=0.1)
+
+
 def test_what_is_asked_for_must_exist(packed_pipe, unet):
     with pytest.raises(ConfigError, match="Unknown engine 'int4'. Known: .*int8"):
         set_engine(packed_pipe, "int4")

@@ -193,3 +193,22 @@ def test_compiled_kernels_are_never_kept_beside_the_package(tmp_path, place):
     assert {file for file in package.rglob("*") if file.is_file()} == before
     kept = sorted((tmp_path / "cache").rglob("*.nbi"))
     assert bool(kept) == (place != "unwritable"), kept
+
+
+def test_kernels_are_compiled_anew_when_what_they_call_has_changed(tmp_path):
+    package = tmp_path / "site" / "diffusers_msfp"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    rows, places = package / "engines" / "kernels" / "numba_rows.py", []
+    code = "from diffusers_msfp.engines.kernels.numba_kernels import _norm; print(_norm.stats.cache_path)"
+    for _ in range(2):
+        run = subprocess.run(
+            [sys.executable, "-B", "-c", code],
+            env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(package.parent)},
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+        assert run.returncode == 0, run.stderr
+        places.append(run.stdout)
+        rows.write_text(rows.read_text(encoding="utf-8").replace("_ONE + _exp", "_exp"), encoding="utf-8")
+    assert places[0] != places[1]

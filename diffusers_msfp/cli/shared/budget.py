@@ -65,6 +65,7 @@ class BudgetRequest:
         scheme: str,
         overrides: Mapping[str, str] | None,
         components: Sequence[str] | None,
+        kept: Sequence[str] | None,
         recipe: str,
         correction: bool | None,
     ) -> None:
@@ -76,6 +77,11 @@ class BudgetRequest:
         if scheme != DEFAULT_SCHEME or overrides or components:
             raise ConfigError(
                 "A plan chooses schemes for all layers. Leave `--scheme`, `--override`, `--component` out."
+            )
+        if kept:
+            raise ConfigError(
+                f"A plan counts and measures all layers as quantized, but `--modules-to-not-convert` leaves "
+                f"{', '.join(kept)} float. Leave it out."
             )
         if "target_bytes" in self.targets and (recipe != DEFAULT_RECIPE or correction):
             raise ConfigError(
@@ -120,8 +126,6 @@ class BudgetRequest:
                 made = plan_budget(
                     pipe, prompts=prompts, work_dir=work, on_progress=report, **self.targets, **shown, **arguments
                 )
-            if self.file is not None:
-                made.write(self.file)
         show(made)
         return made
 
@@ -130,8 +134,10 @@ class BudgetRequest:
         path = Path(source)
         return None if (path / "config.json").is_file() else [made.component]
 
-    def done(self, out: Path) -> None:
-        """The checkpoint is there: what was measured for it goes."""
+    def done(self, out: Path, made: BudgetPlan) -> None:
+        """The checkpoint is there: a new plan is stored, and what was measured for it goes."""
+        if self.targets and self.file is not None:
+            made.write(self.file)
         shutil.rmtree(_work(out), ignore_errors=True)
 
 

@@ -32,12 +32,17 @@ class Int8Layer(PreparedLayer):
 
     def __init__(self, layer: QuantLayer, keep: bool) -> None:
         super().__init__(layer, keep)
-        self.bias = None if layer.bias is None else layer.bias.detach().to(torch.float32)
         self._table = torch.tensor(layer.weight_format.code_values, dtype=torch.int8)
         self._chosen: dict[tuple, str] = {}
         about = tuning.about(layer.matrix_shape, layer.weight_format, layer.input_format, layer.group_size)
         sums = "" if self._adapters is None else " sums"
         self._about = f"{about}{'fast' if keep else 'low'}{sums}"
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's own as it is now, `(C,)` float32: it may be trained."""
+        bias = self.layer.bias
+        return None if bias is None else bias.detach().to(torch.float32)
 
     def integers(self, bank: int) -> tuple[Tensor, Tensor]:
         """Integers of the weight that a call uses, `(C, …)` int8, and their unit, `(C,)` float32."""

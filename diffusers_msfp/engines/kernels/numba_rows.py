@@ -7,6 +7,7 @@ whose last bit is worth `step`, rounded half to even by the hardware; subtractin
 is bit for bit `numerics.round_to_lattice`. What computes codes may not be compiled with `fastmath`.
 """
 
+import hashlib
 from pathlib import Path
 
 import numba
@@ -22,18 +23,21 @@ _HALF = np.int32(0x400000)
 _ONE, _LOG2E = np.float32(1.0), np.float32(1.44269504)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 _MAGIC = np.float32(12582912.0)  # 1.5 * 2^23
+_SOURCES = (file.read_bytes() for file in sorted(Path(__file__).parent.glob("numba_*.py")))
+_VERSION = hashlib.sha256(b"".join(_SOURCES)).hexdigest()[:12]
 
 
 def jit(**options):
     """`numba.njit` with a cache on disk: in `NUMBA_CACHE_DIR` if that is set, else in `user_cache.folder("numba")`.
 
-    Numba's own default, the source's folder, is left out; where there is no place, each process compiles anew.
+    Numba's own default, the source's folder, is left out; where there is no place, each process compiles anew. Numba
+    looks at the file of a kernel alone, and not at those of what it calls: each version of all has a folder of its own.
     """
 
     def decorate(function):
         chosen = numba.config.CACHE_DIR
         try:
-            numba.config.CACHE_DIR = chosen or str(user_cache.folder("numba"))
+            numba.config.CACHE_DIR = str(Path(chosen or user_cache.folder("numba")) / _VERSION)
             compiled = numba.njit(nogil=True, error_model="numpy", cache=True, **options)(function)
             in_sources = Path(compiled.stats.cache_path).parent == Path(__file__).parent
         except RuntimeError:  # no writable place at all
@@ -208,7 +212,7 @@ def _affine(x, factor, shift):
 
 @jit()
 def norm_image(x, added, groups, weight, bias, eps, silu, grid, out):
-    """Group norm of `x + added`, `(N, C)` and `(C,)`, stored in `out`; False where a statistic is not finite."""
+    """Group norm of `x + added`, `(N, C)` and `(C,)`, stored in `out`; False where a statistic or parameter is not."""
     length, channels = x.shape
     size = channels // groups
     totals, squares = np.zeros(channels), np.zeros(channels)
@@ -227,6 +231,7 @@ def norm_image(x, added, groups, weight, bias, eps, silu, grid, out):
         for c in members:
             factor[c] = scale * weight[c]
             shift[c] = bias[c] + (added[c] - mean) * scale * weight[c]
+            finite = finite and np.isfinite(factor[c]) and np.isfinite(shift[c])
     for row in range(length):
         values, result = x[row], out[row]
         if silu:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...compat.modules import version_of
+from ...compat.modules import state_of
 from ...compat.torch import StatefulModule
 from ...errors import CheckpointError
 from ...layers import QuantLayer
@@ -145,8 +145,8 @@ class AdapterBank(StatefulModule):
         return sum_integers(total, unit), unit
 
     def made_from(self, layer: QuantLayer) -> tuple:
-        """What the sums follow besides the packed weight: unequal when it was changed in place, or is weighed anew."""
-        return _strength(layer), version_of(self.down), version_of(self.up)
+        """What the sums follow besides the packed weight: unequal when it was exchanged, changed, or is weighed anew."""
+        return _strength(layer), state_of(self.down), state_of(self.up)
 
     def _total(self, layer: QuantLayer, adapter: int | Tensor) -> Tensor:
         down, up = self.pair(adapter)

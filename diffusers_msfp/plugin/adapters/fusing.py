@@ -247,6 +247,8 @@ def _put_in_place(models: Mapping[str, nn.Module], fused: Sequence[_Fused]) -> l
             made = cast(QuantLayer, each.made)
             layer.weight_format = made.weight_format
             layer.weight_scale.copy_(made.weight_scale)
+            if layer.group_size:
+                layer.group_scale.copy_(made.group_scale)
             layer.put_weight(made.packed_weight, made.weight_error)
         else:
             layer.weight.copy_(weight_of(each.made))
