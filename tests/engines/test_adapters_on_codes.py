@@ -114,6 +114,10 @@ def test_what_was_made_ready_follows_changes_of_the_pairs_and_of_their_scale():
     routing.scale = 1.0
     layer.adapters.up[1] /= 2
     assert torch.equal(agreed(), before)
+    layer.adapters.up.data.mul_(2)  # which torch does not count
+    assert not torch.allclose(agreed(), before, atol=1e-3)
+    layer.adapters.up = nn.Parameter(layer.adapters.up / 2, requires_grad=False)
+    assert torch.equal(agreed(), before)
     assert {bank for bank, *_ in kept._weights} == {1}, "no sum of before is kept"
 
 
