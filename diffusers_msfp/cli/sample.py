@@ -1,11 +1,12 @@
 """`sample`: pictures from a pipeline."""
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
 from ..evaluation import image_grid, sample_images
-from ..outputs import require_writable_file, writing
+from ..outputs import require_writable_file, write_whole, writing
 from ..results import Result
 from .shared.calls import call_settings
 from .shared.load import load_pipeline, require_variant
@@ -66,7 +67,9 @@ def sample(
             **arguments,
         )
     grid = image_grid(images, columns=min(num_samples, 8), scale=max(1, 96 // images.shape[1]))
+    picture = io.BytesIO()
+    grid.save(picture, "PNG")
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        grid.save(out)
+        write_whole(out, picture.getvalue())
     return Sampled(out=str(out), num_samples=num_samples, num_inference_steps=num_inference_steps, seed=seed)

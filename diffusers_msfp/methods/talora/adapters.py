@@ -145,7 +145,7 @@ class AdapterBank(StatefulModule):
         return sum_integers(total, unit), unit
 
     def made_from(self, layer: QuantLayer) -> tuple:
-        """What the sums follow besides the packed weight: unequal when it was exchanged, changed, or is weighed anew."""
+        """What the sums follow besides the packed weight: unequal once it was exchanged, changed or weighed anew."""
         return _strength(layer), state_of(self.down), state_of(self.up)
 
     def _total(self, layer: QuantLayer, adapter: int | Tensor) -> Tensor:
