@@ -75,9 +75,9 @@ class CompiledGraph:
         with self._lock:
             request = self._idle.pop() if self._idle else None
         request = request or self._compiled.create_infer_request()
-        for index, tensor in enumerate(tensors):
-            array = tensor.detach().contiguous().numpy()
-            request.set_input_tensor(index, openvino.Tensor(array if array.ndim else array.reshape(()), True))
+        held = [tensor.detach().contiguous() for tensor in tensors]  # whose memory the request reads until it is done
+        for index, tensor in enumerate(held):
+            request.set_input_tensor(index, openvino.Tensor(tensor.numpy(), True))
         request.infer()
         outputs = [torch.from_numpy(port.data.copy()) for port in request.output_tensors]
         with self._lock:
