@@ -1,13 +1,17 @@
 """Calls of graphs that have once given another result than torch: what they were called with, and by whom."""
 
 import copy
+import time
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import make_unet, run
 
 from diffusers_msfp import set_engine
-from diffusers_msfp.engines.openvino import graph_forward_of
+from diffusers_msfp.engines.openvino import forward, graph_forward_of
+from diffusers_msfp.errors import UnsupportedError
 from diffusers_msfp.layers.convert import Conversion, convert
 from diffusers_msfp.sampling.observation import freeze
 
@@ -62,3 +66,38 @@ def test_tensors_that_are_not_contiguous_are_read_whole(view):
         x = VIEWS[view](torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed)))
         assert difference(run(model, x), run(by_layers(model), x)) < 0.05
     assert graph_forward_of(model).latest is None
+
+
+def test_threads_that_call_at_once_have_the_models_own_graph(monkeypatch):
+    """One that came while another looked at the model had the old digest, or none, as the name of its graph."""
+    model, x = packed(), torch.randn(2, 3, 8, 8)
+    digest_of = forward.digest_of
+
+    def slowly(*arguments):
+        time.sleep(1.0)
+        return digest_of(*arguments)
+
+    monkeypatch.setattr(forward, "digest_of", slowly)
+    for _ in range(3):
+        with torch.no_grad():
+            model.conv_out.bias.add_(1)
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(run, model, x)
+            time.sleep(0.3)
+            second = pool.submit(run, model, x)
+        wanted = run(by_layers(model), x)
+        assert all(difference(each.result(), wanted) < 0.05 for each in (first, second))
+
+
+def test_a_graph_that_gives_something_else_is_not_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(forward, "_GRAPHS", OrderedDict())
+
+    def refuse(*_):
+        raise UnsupportedError("its graph gives another result than torch")
+
+    monkeypatch.setattr(forward, "_check", refuse)
+    model, x = packed(), torch.randn(2, 3, 8, 8)
+    assert torch.equal(run(model, x), run(by_layers(model), x))
+    assert "another result" in graph_forward_of(model).latest
+    assert not [*tmp_path.rglob("graph.blob")]

@@ -5,7 +5,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,30 @@ _GRAPHS: "OrderedDict[str, runtime.CompiledGraph]" = OrderedDict()
 _LOCK = threading.RLock()
 
 
+class Seen(NamedTuple):
+    """A model as it was looked at.
+
+    Args:
+        snapshot (`Snapshot`): taken before all else was found out.
+        following (`list[QuantLayer]`): layers that follow the timestep.
+        obstacle (`str`, *optional*): why the model cannot be a graph.
+        digest (`str`): of all that it computes with; empty where there is an obstacle.
+    """
+
+    snapshot: Snapshot
+    following: list[QuantLayer]
+    obstacle: str | None
+    digest: str
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Seen":
+        """Of a model as it is now."""
+        snapshot = Snapshot(model, _TRANSIENT, _OWN, _HELPERS)
+        obstacle = obstacles.of_model(model, cast(torch.dtype, model.dtype))
+        digest = "" if obstacle else digest_of(model, (*_TRANSIENT, *_OWN, *_BESIDE), _HELPERS)
+        return cls(snapshot, following([layer for _, layer in quant_layers(model)]), obstacle, digest)
+
+
 class GraphForward:
     """Runs a model's calls as graphs, and in torch what no graph can hold.
 
@@ -59,11 +83,8 @@ class GraphForward:
     def __init__(self, model: nn.Module, before: Callable | None = None, only_if_faster: bool = False) -> None:
         self.model, self._before, self.only_if_faster = model, before, only_if_faster
         self._structure = ""
-        self._snapshot: Snapshot | None = None
-        self._obstacle: str | None = None
-        self._digest = ""
-        self._layers: list[QuantLayer] = []
-        self._following: list[QuantLayer] = []
+        self._seen: Seen | None = None
+        self._looking = threading.Lock()
         self.latest: str | None = UNMEASURED if only_if_faster else None
         self._failed: dict[str, str] = {}
 
@@ -88,17 +109,17 @@ class GraphForward:
         if call is not None and not is_faster(self.question(call)):
             self.latest = UNMEASURED
             return self.__wrapped__(*args, **kwargs)
-        obstacle = self._obstacle_of_model()
-        if obstacle is None:
+        seen, obstacle = self._look()
+        if seen is not None and obstacle is None:
             call = call or Call.of(self.model, args, kwargs)
             dtype = cast(torch.dtype, self.model.dtype)
             obstacle = obstacles.of_call(self.model, call, dtype)
-        if obstacle is None:
-            choice = choose(self._following)
+        if seen is not None and obstacle is None:
+            choice = choose(seen.following)
             if choice is None:
                 obstacle = "its samples are at timesteps for which different weights or parameters are chosen"
             else:
-                graph, obstacle = self._graph(call, choice, dtype)
+                graph, obstacle = self._graph(seen, call, choice, dtype)
         self._say(obstacle)
         if obstacle is not None:
             return self.__wrapped__(*args, **kwargs)
@@ -106,9 +127,7 @@ class GraphForward:
 
     def why_in_torch(self) -> str | None:
         """Why calls run in torch now, whatever their arguments; None if they run as graphs."""
-        if (reason := runtime.why_missing()) is not None:
-            return reason
-        return self.latest if self.only_if_faster else self._obstacle_of_model()
+        return self.latest if self.only_if_faster else self._look()[1]
 
     def question(self, call: Call) -> str:
         """What a machine is asked about a call."""
@@ -116,21 +135,20 @@ class GraphForward:
             self._structure = structure_of(self.model, [layer for _, layer in quant_layers(self.model)])
         return question_of(self.model, self._structure, call.tensors)
 
-    def _obstacle_of_model(self) -> str | None:
-        if self._snapshot is None or not self._snapshot.holds():
-            if (reason := runtime.why_missing()) is not None:
-                return reason
-            self._layers = [layer for _, layer in quant_layers(self.model)]
-            self._following = following(self._layers)
-            self._snapshot = Snapshot(self.model, _TRANSIENT, _OWN, _HELPERS)
-            self._obstacle = obstacles.of_model(self.model, cast(torch.dtype, self.model.dtype))
-            if self._obstacle is None:
-                self._digest = digest_of(self.model, (*_TRANSIENT, *_OWN, *_BESIDE), _HELPERS)
-        return self._obstacle
+    def _look(self) -> tuple[Seen | None, str | None]:
+        """The model as it is now, looked at anew only where it has changed, and why it cannot be a graph."""
+        if (reason := runtime.why_missing()) is not None:
+            return None, reason
+        with self._looking:
+            if self._seen is None or not self._seen.snapshot.holds():
+                self._seen = Seen.of(self.model)
+            return self._seen, self._seen.obstacle
 
-    def _graph(self, call: Call, choice: Choice, dtype: torch.dtype) -> tuple[runtime.CompiledGraph | None, str | None]:
+    def _graph(
+        self, seen: Seen, call: Call, choice: Choice, dtype: torch.dtype
+    ) -> tuple[runtime.CompiledGraph | None, str | None]:
         """The graph of a call, or why there is none."""
-        short = f"{self._digest} {call.key} {choice.key} {dtype} {torch.get_num_threads()}"
+        short = f"{seen.digest} {call.key} {choice.key} {dtype} {torch.get_num_threads()}"
         with _LOCK:
             if short in _GRAPHS:
                 _GRAPHS.move_to_end(short)
@@ -138,7 +156,7 @@ class GraphForward:
             if short in self._failed:
                 return None, self._failed[short]
             try:
-                graph = self._make(call, choice, dtype)
+                graph = self._make(seen, call, choice, dtype)
             except UnsupportedError as error:
                 self._failed[short] = str(error)
                 return None, str(error)
@@ -147,15 +165,18 @@ class GraphForward:
                 _GRAPHS.popitem(last=False)
             return graph, None
 
-    def _make(self, call: Call, choice: Choice, dtype: torch.dtype) -> runtime.CompiledGraph:
+    def _make(self, seen: Seen, call: Call, choice: Choice, dtype: torch.dtype) -> runtime.CompiledGraph:
         precision = runtime.precision_of(dtype)
-        key = runtime.key_of(self._digest, call.key, choice.key, str(dtype), precision=precision)
+        key = runtime.key_of(seen.digest, call.key, choice.key, str(dtype), precision=precision)
         shape = "×".join(map(str, call.tensors[0].shape))
         describe = f"{type(self.model).__name__}, input {shape}"
-        graph, recording = runtime.obtain(key, precision, describe, lambda: record(Recorder(self.model, call, choice)))
-        if recording is not None:
-            _check(graph, recording)
-        return graph
+        return runtime.obtain(key, precision, describe, lambda: self._record(seen, call, choice), _check)
+
+    def _record(self, seen: Seen, call: Call, choice: Choice) -> Recording:
+        recording = record(Recorder(self.model, call, choice))
+        if not seen.snapshot.holds():
+            raise UnsupportedError("it was changed while it was recorded")
+        return recording
 
     def _say(self, obstacle: str | None) -> None:
         """One line where calls leave the graph, and one where they come back."""

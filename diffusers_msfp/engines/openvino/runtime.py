@@ -26,7 +26,7 @@ from .record import Recording
 logger = logging.getLogger(__name__)
 
 MAX_STORED_BYTES = 16 * 2**30
-_VERSION = 1  # of what is recorded; another one finds nothing of this one's on disk
+_VERSION = 2  # of what is recorded; another one finds nothing of this one's on disk
 _PACKAGES = ("openvino", "torch", "diffusers")
 
 
@@ -108,8 +108,12 @@ def key_of(*parts: str, precision: str) -> str:
 
 
 def obtain(
-    key: str, precision: str, describe: str, make: Callable[[], Recording]
-) -> tuple[CompiledGraph, Recording | None]:
+    key: str,
+    precision: str,
+    describe: str,
+    make: Callable[[], Recording],
+    check: Callable[[CompiledGraph, Recording], None],
+) -> CompiledGraph:
     """A graph from the disk, or compiled anew and stored there.
 
     Args:
@@ -117,12 +121,10 @@ def obtain(
         precision (`str`): see `precision_of`.
         describe (`str`): what is compiled, for the line that says so.
         make (`Callable`): records the graph.
-
-    Returns:
-        `tuple`: the graph, and its recording if it was compiled just now.
+        check (`Callable`): refuses a graph that was compiled just now, which is not stored then.
 
     Raises:
-        UnsupportedError: it cannot be recorded or compiled.
+        UnsupportedError: it cannot be recorded or compiled, or `check` refuses it.
     """
     import openvino
 
@@ -130,7 +132,7 @@ def obtain(
     place = folder("openvino") / key
     if (found := _read(place, precision)) is not None:
         logger.info("%s: graph read from %s in %.1f s.", describe, place, time.perf_counter() - start)
-        return found, None
+        return found
     logger.warning("%s: OpenVINO compiles a graph, once; later processes find it in %s.", describe, place.parent)
     recording = make()
     recorded = time.perf_counter()
@@ -140,8 +142,10 @@ def obtain(
         raise UnsupportedError(f"OpenVINO cannot compile it ({first_line(error)})") from error
     took = time.perf_counter() - start
     logger.info("%s: recorded in %.1f s, compiled in %.1f s.", describe, recorded - start, took - (recorded - start))
+    graph = CompiledGraph(compiled, recording.form)
+    check(graph, recording)
     _write(place, compiled, recording.form)
-    return CompiledGraph(compiled, recording.form), recording
+    return graph
 
 
 def _read(place: Path, precision: str) -> CompiledGraph | None:
