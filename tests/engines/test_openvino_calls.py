@@ -101,3 +101,24 @@ def test_a_graph_that_gives_something_else_is_not_kept(monkeypatch, tmp_path):
     assert torch.equal(run(model, x), run(by_layers(model), x))
     assert "another result" in graph_forward_of(model).latest
     assert not [*tmp_path.rglob("graph.blob")]
+
+
+@pytest.mark.parametrize("labels", [[1, 10], [1, 50_000], [-1, 2], [1, -11]])
+def test_rows_that_a_table_does_not_have_are_an_error(labels):
+    model, x = packed(num_class_embeds=10), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        y = model(x, 10, torch.tensor([0, 9])).sample
+        assert graph_forward_of(model).latest is None
+        assert difference(y, by_layers(model)(x, 10, torch.tensor([0, 9])).sample) < 0.05
+        with pytest.raises(IndexError):
+            model(x, 10, torch.tensor(labels))
+        assert torch.equal(model(x, 10, torch.tensor([0, 9])).sample, y)
+
+
+def test_a_first_call_with_wrong_rows_leaves_no_trace():
+    model, x = packed(num_class_embeds=11), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        with pytest.raises(IndexError):
+            model(x, 10, torch.tensor([1, 11]))
+        model(x, 10, torch.tensor([1, 10]))
+    assert graph_forward_of(model).latest is None

@@ -94,10 +94,12 @@ class OutputForm:
     Args:
         kind (`str`): `tensor`, `tuple`, or the class of an output of diffusers, with its module.
         fields (`list[str]`): of the class: those that hold a tensor.
+        number (`int`): of the tensors.
     """
 
     kind: str
     fields: list[str]
+    number: int
 
     @classmethod
     def of(cls, output: Any) -> "OutputForm":
@@ -107,11 +109,13 @@ class OutputForm:
             TypeError: it holds something else than tensors.
         """
         if isinstance(output, Tensor):
-            return cls("tensor", [])
+            return cls("tensor", [], 1)
         if isinstance(output, BaseOutput):
-            form = cls(f"{type(output).__module__}:{type(output).__qualname__}", list(output.keys()))
+            form = cls(
+                f"{type(output).__module__}:{type(output).__qualname__}", list(output.keys()), len(output.keys())
+            )
         elif isinstance(output, tuple):
-            form = cls("tuple", [])
+            form = cls("tuple", [], len(output))
         else:
             raise TypeError(f"it returns {type(output).__name__}")
         if not all(isinstance(each, Tensor) for each in form.tensors(output)):

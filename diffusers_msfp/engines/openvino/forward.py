@@ -21,7 +21,7 @@ from . import obstacles, runtime
 from .call import Call
 from .choices import Choice, choose, following
 from .measured import GRAPH, LAYERS, is_faster, question_of, structure_of
-from .record import Recorder, Recording, as_float32, record
+from .record import UNSOUND, Recorder, Recording, UnsoundError, as_float32, record
 
 logger = logging.getLogger(__name__)
 
@@ -120,10 +120,12 @@ class GraphForward:
                 obstacle = "its samples are at timesteps for which different weights or parameters are chosen"
             else:
                 graph, obstacle = self._graph(seen, call, choice, dtype)
+        output = None
+        if obstacle is None:
+            output = run(cast(runtime.CompiledGraph, graph), call, cast(Choice, choice), dtype)
+            obstacle = UNSOUND if output is None else None
         self._say(obstacle)
-        if obstacle is not None:
-            return self.__wrapped__(*args, **kwargs)
-        return run(cast(runtime.CompiledGraph, graph), call, cast(Choice, choice), dtype)
+        return output if obstacle is None else self.__wrapped__(*args, **kwargs)
 
     def why_in_torch(self) -> str | None:
         """Why calls run in torch now, whatever their arguments; None if they run as graphs."""
@@ -158,7 +160,8 @@ class GraphForward:
             try:
                 graph = self._make(seen, call, choice, dtype)
             except UnsupportedError as error:
-                self._failed[short] = str(error)
+                if not isinstance(error, UnsoundError):
+                    self._failed[short] = str(error)
                 return None, str(error)
             _GRAPHS[short] = graph
             while len(_GRAPHS) > MAX_GRAPHS:
@@ -192,15 +195,20 @@ class GraphForward:
 
 
 def run(graph: runtime.CompiledGraph, call: Call, choice: Choice, dtype: torch.dtype) -> Any:
-    """A call by its graph; the output as the model's own."""
+    """A call by its graph; the output as the model's own, or None where the graph has none."""
     chosen = [] if choice.chosen is None else [choice.chosen]
     outputs = graph([*map(as_float32, call.tensors), *chosen])
+    if outputs is None:
+        return None
     return graph.form.filled([each.to(dtype) if each.is_floating_point() else each for each in outputs])
 
 
 def _check(graph: runtime.CompiledGraph, recording: Recording) -> None:
     """Refuse a graph that computes something else than what was recorded."""
-    for given, expected in zip(graph(recording.tensors), recording.in_torch(), strict=True):
+    outputs = graph(recording.tensors)
+    if outputs is None:
+        raise UnsoundError(UNSOUND)
+    for given, expected in zip(outputs, recording.in_torch(), strict=True):
         difference = (given - expected).norm() / expected.norm().clamp_min(1e-30)
         if not difference <= AGREES:
             raise UnsupportedError(f"its graph gives another result than torch (relative difference {difference:.2g})")

@@ -60,7 +60,7 @@ class CompiledGraph:
 
     Args:
         compiled (`openvino.CompiledModel`).
-        form (`OutputForm`): of its output.
+        form (`OutputForm`): of its output, behind which `Inputs.soundness` stands.
     """
 
     def __init__(self, compiled: Any, form: OutputForm) -> None:
@@ -68,8 +68,11 @@ class CompiledGraph:
         self._idle: list[Any] = []
         self._lock = threading.Lock()
 
-    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Outputs for inputs of the shapes and dtypes that were recorded, all as tensors of their own."""
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor] | None:
+        """Outputs for inputs of the shapes and dtypes that were recorded, all as tensors of their own.
+
+        None where NaN, infinity, or a row that a table does not have came up within.
+        """
         import openvino
 
         with self._lock:
@@ -79,10 +82,11 @@ class CompiledGraph:
         for index, tensor in enumerate(held):
             request.set_input_tensor(index, openvino.Tensor(tensor.numpy(), True))
         request.infer()
-        outputs = [torch.from_numpy(port.data.copy()) for port in request.output_tensors]
+        read = [torch.from_numpy(port.data.copy()) for port in request.output_tensors[: self.form.number + 1]]
         with self._lock:
             self._idle.append(request)
-        return outputs
+        *outputs, sound = read
+        return outputs if bool(torch.isfinite(sound)) else None
 
 
 def settings(precision: str) -> dict[str, Any]:
