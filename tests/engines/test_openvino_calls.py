@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import make_unet, run
+from conftest import make_condition_unet, make_unet, run
 
 from diffusers_msfp import set_engine
-from diffusers_msfp.engines.openvino import forward, graph_forward_of
-from diffusers_msfp.errors import UnsupportedError
+from diffusers_msfp.engines.openvino import forward, graph_forward_of, obstacles
+from diffusers_msfp.errors import MSFPError, NonFiniteError, UnsupportedError
 from diffusers_msfp.layers.convert import Conversion, convert
 from diffusers_msfp.sampling.observation import freeze
 
@@ -122,3 +122,59 @@ def test_a_first_call_with_wrong_rows_leaves_no_trace():
             model(x, 10, torch.tensor([1, 11]))
         model(x, 10, torch.tensor([1, 10]))
     assert graph_forward_of(model).latest is None
+
+
+def outcome(model, x: torch.Tensor) -> torch.Tensor | str:
+    """What a call gives, or the error it ends with."""
+    try:
+        return run(model, x)
+    except MSFPError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+NOT_FINITE = {
+    "bias": lambda model: model.mid_block.resnets[0].conv2.bias.fill_(torch.inf),
+    "norm": lambda model: model.mid_block.resnets[0].norm2.weight.fill_(torch.nan),
+}
+
+
+@pytest.mark.parametrize("part", NOT_FINITE)
+@torch.no_grad()
+def test_parameters_that_are_not_finite_run_in_torch(part):
+    model, x = packed(), torch.randn(2, 3, 8, 8)
+    run(model, x)
+    NOT_FINITE[part](model)
+    first, second = outcome(model, x), outcome(by_layers(model), x)
+    assert first == second if isinstance(first, str) else torch.equal(first, second)
+    assert "holds NaN or infinity" in graph_forward_of(model).latest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_that_overflow_within_are_an_error(dtype):
+    model, x = packed(dtype), torch.randn(2, 3, 8, 8).to(dtype)
+    y = run(model, x)
+    assert graph_forward_of(model).latest is None
+    first, second = outcome(model, x * 1e38), outcome(by_layers(model), x * 1e38)
+    assert first == second
+    assert first.startswith("NonFiniteError")
+    assert torch.equal(run(model, x), y)
+    assert graph_forward_of(model).latest is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_graphs_find_what_is_not_finite_anywhere(value, dtype, monkeypatch):
+    """One number of a text, as if nobody had looked at arguments."""
+    monkeypatch.setattr(obstacles, "of_call", lambda *_: None)
+    model = make_condition_unet().to(dtype)
+    convert(model, Conversion.plan(model, "w4a8"))
+    x, text = torch.randn(2, 4, 8, 8).to(dtype), torch.randn(2, 5, model.config.cross_attention_dim).to(dtype)
+    with torch.no_grad():
+        model(x, 10, text)
+        freeze(model)
+        set_engine(model, "openvino")
+        model(x, 10, text)
+        assert graph_forward_of(model).latest is None
+        text[1, 2, 3] = value
+        with pytest.raises(NonFiniteError):
+            model(x, 10, text)

@@ -39,7 +39,11 @@ def of_model(model: nn.Module, dtype: torch.dtype) -> str | None:
         if isinstance(module, QuantLayer) and (obstacle := _of_layer(module, dtype)) is not None:
             return obstacle
     elsewhere = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} - {"cpu"}
-    return f"parts of it are on {', '.join(sorted(elsewhere))}, not on the CPU" if elsewhere else None
+    if elsewhere:
+        return f"parts of it are on {', '.join(sorted(elsewhere))}, not on the CPU"
+    floats = ((name, each) for name, each in model.named_parameters() if each.is_floating_point())
+    bad = next((plain_name(name) for name, each in floats if not bool(torch.isfinite(each).all())), None)
+    return None if bad is None else f"`{bad}` holds NaN or infinity"
 
 
 def _of_processor(module: nn.Module) -> str | None:
