@@ -16,6 +16,7 @@ from diffusers_msfp.layers.convert import Conversion, convert
 from diffusers_msfp.sampling.observation import freeze
 
 openvino = pytest.importorskip("openvino")
+
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 
@@ -178,3 +179,25 @@ def test_graphs_find_what_is_not_finite_anywhere(value, dtype, monkeypatch):
         text[1, 2, 3] = value
         with pytest.raises(NonFiniteError):
             model(x, 10, text)
+
+
+TIMES = {
+    "float32": lambda timestep: torch.tensor(timestep, dtype=torch.float32),
+    "int64": torch.tensor,
+    "int32 of each sample": lambda timestep: torch.tensor([timestep] * 2, dtype=torch.int32),
+}
+
+
+@pytest.mark.parametrize("how", TIMES)
+def test_bfloat16_graphs_know_odd_timesteps(how):
+    """Their errors are those of rounding, which every timestep has, and not those of another timestep."""
+    model, x = packed(torch.bfloat16, "w8a8"), torch.randn(2, 3, 8, 8).bfloat16()
+    layers = by_layers(model)
+    errors = {}
+    with torch.no_grad():
+        for timestep in (256, 512, 992, 257, 515, 993, 997):
+            y = model(x, TIMES[how](timestep)).sample
+            errors[timestep] = difference(y, layers(x, timestep).sample)
+        apart = difference(layers(x, 992).sample, layers(x, 993).sample)
+    assert graph_forward_of(model).latest is None
+    assert max(errors.values()) < 0.7 * apart, errors

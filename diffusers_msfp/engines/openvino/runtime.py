@@ -132,6 +132,8 @@ def obtain(
     """
     import openvino
 
+    from ...compat.openvino import keep_waves_exact
+
     start = time.perf_counter()
     place = folder("openvino") / key
     if (found := _read(place, precision)) is not None:
@@ -139,6 +141,7 @@ def obtain(
         return found
     logger.warning("%s: OpenVINO compiles a graph, once; later processes find it in %s.", describe, place.parent)
     recording = make()
+    keep_waves_exact(recording.graph)
     recorded = time.perf_counter()
     try:
         compiled = openvino.Core().compile_model(recording.graph, "CPU", settings(precision))
