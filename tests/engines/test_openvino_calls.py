@@ -12,6 +12,7 @@ from conftest import make_condition_unet, make_unet, run
 from diffusers_msfp import set_engine
 from diffusers_msfp.engines.openvino import forward, graph_forward_of, obstacles
 from diffusers_msfp.errors import MSFPError, NonFiniteError, UnsupportedError
+from diffusers_msfp.formats import FORMATS
 from diffusers_msfp.layers.convert import Conversion, convert
 from diffusers_msfp.sampling.observation import freeze
 
@@ -201,3 +202,76 @@ def test_bfloat16_graphs_know_odd_timesteps(how):
         apart = difference(layers(x, 992).sample, layers(x, 993).sample)
     assert graph_forward_of(model).latest is None
     assert max(errors.values()) < 0.7 * apart, errors
+
+
+def patch_scores(model):
+    attention = model.mid_block.attentions[0]
+    scores = type(attention).get_attention_scores
+    attention.get_attention_scores = lambda *args: scores(attention, *args) * 0.5
+
+
+def test_plain_tensors_are_known_by_their_values():
+    model, x = packed(), torch.randn(2, 3, 8, 8)
+    for scale in (0.2, 0.6):
+        model.time_proj.scale = torch.tensor(scale)
+        assert difference(run(model, x, 500), run(by_layers(model), x, 500)) < 0.05
+    for change in (lambda: model.time_proj.scale.mul_(0.5), lambda: model.time_proj.scale.data.mul_(4)):
+        change()
+        assert difference(run(model, x, 500), run(by_layers(model), x, 500)) < 0.05
+    assert graph_forward_of(model).latest is None
+
+
+UNKNOWN = {
+    "function": patch_scores,
+    "object": lambda model: setattr(model.mid_block, "table", OrderedDict(unknown=Table())),
+    "module": lambda model: setattr(model.mid_block, "aside", [torch.nn.Linear(2, 2)]),
+}
+
+
+class Table:
+    """Of which nothing is known."""
+
+
+@pytest.mark.parametrize("what", UNKNOWN)
+def test_what_nothing_is_known_of_runs_in_torch(what):
+    model, x = packed(), torch.randn(2, 3, 8, 8)
+    run(model, x)
+    UNKNOWN[what](model)
+    assert torch.equal(run(model, x), run(by_layers(model), x))
+    assert "of which nothing is known" in graph_forward_of(model).latest
+
+
+def test_formats_count():
+    """Which are objects: equal bytes in another format are another model."""
+    model = packed()
+    seen = {forward.Seen.of(model).digest}
+    model.conv_in.weight_format = FORMATS["fp8_e2m5"]
+    seen.add(forward.Seen.of(model).digest)
+    model.mid_block.numbers = [1, 2]
+    look = graph_forward_of(model)._look
+    for _ in range(2):
+        seen.add(look()[0].digest)
+        model.mid_block.numbers.append(3)
+    assert len(seen) == 4
+
+
+def test_writes_anywhere_in_a_float_tensor_are_seen():
+    model, x = packed(num_class_embeds=1000), torch.randn(2, 3, 8, 8)
+    labels = torch.tensor([400, 999])
+    with torch.no_grad():
+        model(x, 10, labels)
+        for change in (lambda rows: rows[400].mul_(-20), lambda rows: rows[999, -1:].add_(9)):
+            change(model.class_embedding.weight.data)
+            assert difference(model(x, 10, labels).sample, by_layers(model)(x, 10, labels).sample) < 0.05
+    assert graph_forward_of(model).latest is None
+
+
+def test_a_model_that_does_not_change_is_looked_at_once(monkeypatch):
+    model, x = packed(), torch.randn(2, 3, 8, 8)
+    looks, digest_of = [], forward.digest_of
+    monkeypatch.setattr(forward, "digest_of", lambda *arguments: looks.append(1) or digest_of(*arguments))
+    for timestep in (10, 20, 30):
+        run(model, x, timestep)
+    by_layers(model)
+    run(model, x)
+    assert len(looks) == 1

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ...compat.modules import Snapshot, digest_of
+from ...compat.accelerate import SET_BY_HOOKS
+from ...compat.digest import digest_of
+from ...compat.modules import Snapshot
 from ...compat.wrappers import forget_compiled
 from ...errors import UnsupportedError
 from ...layers import QuantLayer
@@ -33,9 +35,9 @@ AGREES = 0.9
 random weights differs by 0.6; what this is to find is a graph that computes something else: zeros differ by 1."""
 
 _TRANSIENT = ("prepared", "_running", "_latest")
-_OWN = ("forward", "input_check")
+_OWN = ("input_check", *SET_BY_HOOKS)
 _HELPERS = ("processor",)
-_BESIDE = ("engine", "routing", "quantization_config")
+_BESIDE = ("engine", "routing", "quantization_config", "hf_quantizer", "observation", "feeds")
 """What a model has that its result does not depend on, or that its layers' own attributes and tensors say."""
 _GRAPHS: "OrderedDict[str, runtime.CompiledGraph]" = OrderedDict()
 _LOCK = threading.RLock()
@@ -61,7 +63,12 @@ class Seen(NamedTuple):
         """Of a model as it is now."""
         snapshot = Snapshot(model, _TRANSIENT, _OWN, _HELPERS)
         obstacle = obstacles.of_model(model, cast(torch.dtype, model.dtype))
-        digest = "" if obstacle else digest_of(model, (*_TRANSIENT, *_OWN, *_BESIDE), _HELPERS)
+        digest = ""
+        if obstacle is None:
+            try:
+                digest = digest_of(model, obstacles.KNOWN, (*_TRANSIENT, *_OWN, *_BESIDE), _HELPERS)
+            except UnsupportedError as error:
+                obstacle = str(error)
         return cls(snapshot, following([layer for _, layer in quant_layers(model)]), obstacle, digest)
 
 

@@ -11,7 +11,8 @@ from .call import Call
 from .layers import why_not
 
 _OWN = "diffusers_msfp."
-_KNOWN = ("torch.", "diffusers.", _OWN, "transformers.")
+KNOWN = ("torch.", "diffusers.", _OWN, "transformers.")
+"""Beginnings of modules whose classes and functions are what their names say."""
 _IMAGE_PROMPTS = "IPAdapter"
 
 
@@ -28,7 +29,7 @@ def of_model(model: nn.Module, dtype: torch.dtype) -> str | None:
         place = f"`{plain_name(name)}`"
         if type(module).__module__.startswith("peft."):
             return f"{place} has adapters"
-        if not f"{type(module).__module__}.".startswith(_KNOWN):
+        if not f"{type(module).__module__}.".startswith(KNOWN):
             return f"{place} is a {type(module).__name__}, which is neither torch's nor diffusers'"
         if module is not model and (is_hooked(module) or "forward" in vars(module)):
             return f"somebody has put a hook, or another forward, on {place}"
@@ -54,7 +55,7 @@ def _of_processor(module: nn.Module) -> str | None:
     if _IMAGE_PROMPTS in cls.__name__:
         return "attends to image prompts (IP-Adapter)"
     return (
-        None if f"{cls.__module__}.".startswith(_KNOWN) else f"has an attention processor of one's own, {cls.__name__}"
+        None if f"{cls.__module__}.".startswith(KNOWN) else f"has an attention processor of one's own, {cls.__name__}"
     )
 
 
