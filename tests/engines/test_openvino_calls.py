@@ -7,9 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from conftest import make_condition_unet, make_unet, run
 
 from diffusers_msfp import set_engine
+from diffusers_msfp.engines.choose import engines_of
 from diffusers_msfp.engines.openvino import forward, graph_forward_of, obstacles
 from diffusers_msfp.errors import MSFPError, NonFiniteError, UnsupportedError
 from diffusers_msfp.formats import FORMATS
@@ -275,3 +277,32 @@ def test_a_model_that_does_not_change_is_looked_at_once(monkeypatch):
     by_layers(model)
     run(model, x)
     assert len(looks) == 1
+
+
+def test_another_engine_takes_a_graph_from_below_a_hook(images):
+    model = packed()
+    run(model, images)
+    add_hook_to_module(model, AlignDevicesHook(execution_device="cpu"))
+    y = run(model, images)
+    assert graph_forward_of(model) is not None
+    set_engine(model, "reference")
+    assert graph_forward_of(model) is None
+    assert engines_of(model).keys() == {"reference"}
+    exact = run(model, images)
+    assert difference(y, exact) < 0.05
+    assert not torch.equal(y, exact)
+    set_engine(model, "openvino")
+    assert torch.equal(run(model, images), y)
+    remove_hook_from_module(model)
+    set_engine(model, "reference")
+    assert torch.equal(run(model, images), exact)
+    assert graph_forward_of(model) is None
+
+
+@pytest.mark.parametrize("wanted", [True, False, None])
+@torch.no_grad()
+def test_outputs_have_the_form_that_was_asked_for(images, wanted):
+    model = packed()
+    y = model(images, 10, return_dict=wanted)
+    assert graph_forward_of(model).latest is None
+    assert type(y) is type(by_layers(model)(images, 10, return_dict=wanted))

@@ -52,8 +52,10 @@ class Call:
             TypeError: the model has no such arguments.
         """
         kind: Any = type(model)
-        given = _signature(kind).bind(model, *args, **kwargs).arguments
-        given = {name: value for name, value in list(given.items())[1:] if value is not None}
+        bound = _signature(kind).bind(model, *args, **kwargs)
+        usual = {name: each.default for name, each in bound.signature.parameters.items()}
+        items = list(bound.arguments.items())[1:]
+        given = {name: value for name, value in items if value is not None or usual[name] is not None}
         given |= given.pop("kwargs", {})
         when = timestep_argument(model).name
         if isinstance(given.get(when), (int, float)):  # type: ignore[arg-type]

@@ -260,15 +260,20 @@ def compare(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, float]:
 
 def remove(model: nn.Module) -> None:
     """Let a model's calls run in torch."""
-    forward = graph_forward_of(model)
-    if forward is not None:
-        del vars(model)["forward"]
-        if forward._before is not None:
-            vars(model)["forward"] = forward._before
-        forget_compiled()
+    if (name := _place(model)) is None:
+        return
+    forward = vars(model).pop(name)
+    if forward._before is not None or name != "forward":  # below a hook there must be one
+        vars(model)[name] = forward.__wrapped__
+    forget_compiled()
 
 
 def graph_forward_of(model: nn.Module) -> GraphForward | None:
     """What runs a model's calls as graphs; None where nothing does."""
-    forward = vars(model).get("forward")
-    return forward if isinstance(forward, GraphForward) else None
+    name = _place(model)
+    return None if name is None else vars(model)[name]
+
+
+def _place(model: nn.Module) -> str | None:
+    """Under which name a model has what runs its calls as graphs: accelerate's hooks move it."""
+    return next((name for name in SET_BY_HOOKS if isinstance(vars(model).get(name), GraphForward)), None)
