@@ -1,7 +1,7 @@
 """Calls of graphs that have once given another result than torch: what they were called with, and by whom."""
 
 import copy
-import time
+import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
@@ -77,8 +77,11 @@ def test_threads_that_call_at_once_have_the_models_own_graph(monkeypatch):
     model, x = packed(), torch.randn(2, 3, 8, 8)
     digest_of = forward.digest_of
 
+    begun, over = threading.Event(), threading.Event()
+
     def slowly(*arguments):
-        time.sleep(1.0)
+        begun.set()
+        over.wait(1.0)
         return digest_of(*arguments)
 
     monkeypatch.setattr(forward, "digest_of", slowly)
@@ -87,8 +90,9 @@ def test_threads_that_call_at_once_have_the_models_own_graph(monkeypatch):
             model.conv_out.bias.add_(1)
         with ThreadPoolExecutor(2) as pool:
             first = pool.submit(run, model, x)
-            time.sleep(0.3)
+            begun.wait()
             second = pool.submit(run, model, x)
+        begun.clear()
         wanted = run(by_layers(model), x)
         assert all(difference(each.result(), wanted) < 0.05 for each in (first, second))
 
