@@ -10,7 +10,9 @@ from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor
 
-__all__ = ["graph_of"]
+__all__ = ["graph_of", "keep_waves_exact"]
+
+_WAVES = ("Sin", "Cos")
 
 
 def graph_of(traced: Any, tensors: Sequence[Tensor]) -> openvino.Model:
@@ -29,3 +31,14 @@ def graph_of(traced: Any, tensors: Sequence[Tensor]) -> openvino.Model:
     graph.validate_nodes_and_infer_types()
     apply_moc_transformations(graph, cf=False, smart_reshape=False)
     return graph
+
+
+def keep_waves_exact(graph: openvino.Model) -> None:
+    """Keep sines and cosines, and all that leads to them, in float32 where a graph is compiled for bfloat16.
+
+    Bfloat16 has 8 bits, so the phases of timestep 993 would be those of 992. What leads to an output without a product
+    on its way stays in float32: sines become outputs, behind those there are.
+    """
+    for node in graph.get_ordered_ops():
+        if node.get_type_name() in _WAVES:
+            graph.add_outputs(node.output(0))

@@ -309,3 +309,20 @@ def test_openvino_reads_traces():
     graph = graph_of(torch.jit.trace(nn.SiLU(), x), [x])
     y = openvino.Core().compile_model(graph, "CPU")([x.numpy()])[0]
     assert torch.allclose(torch.from_numpy(y), F.silu(x), atol=1e-6), "OpenVINO's frontend gives another graph"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_openvino_keeps_waves_exact_in_bfloat16():
+    openvino = pytest.importorskip("openvino")
+    from diffusers.models.embeddings import Timesteps
+
+    from diffusers_msfp.compat.openvino import graph_of, keep_waves_exact
+
+    model = nn.Sequential(Timesteps(64, flip_sin_to_cos=True, downscale_freq_shift=0), nn.Linear(64, 64, bias=False))
+    nn.init.eye_(model[1].weight)
+    times = torch.tensor([3.0, 257.0, 515.5, 993.0])
+    graph = graph_of(torch.jit.trace(model, times), [times])
+    keep_waves_exact(graph)
+    compiled = openvino.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+    y = torch.from_numpy(compiled([times.numpy()])[0])
+    assert torch.allclose(y, model[0](times), atol=4e-3), "what leads to an output is rounded too"

@@ -52,8 +52,10 @@ class Call:
             TypeError: the model has no such arguments.
         """
         kind: Any = type(model)
-        given = _signature(kind).bind(model, *args, **kwargs).arguments
-        given = {name: value for name, value in list(given.items())[1:] if value is not None}
+        bound = _signature(kind).bind(model, *args, **kwargs)
+        usual = {name: each.default for name, each in bound.signature.parameters.items()}
+        items = list(bound.arguments.items())[1:]
+        given = {name: value for name, value in items if value is not None or usual[name] is not None}
         given |= given.pop("kwargs", {})
         when = timestep_argument(model).name
         if isinstance(given.get(when), (int, float)):  # type: ignore[arg-type]
@@ -94,10 +96,12 @@ class OutputForm:
     Args:
         kind (`str`): `tensor`, `tuple`, or the class of an output of diffusers, with its module.
         fields (`list[str]`): of the class: those that hold a tensor.
+        number (`int`): of the tensors.
     """
 
     kind: str
     fields: list[str]
+    number: int
 
     @classmethod
     def of(cls, output: Any) -> "OutputForm":
@@ -107,11 +111,13 @@ class OutputForm:
             TypeError: it holds something else than tensors.
         """
         if isinstance(output, Tensor):
-            return cls("tensor", [])
+            return cls("tensor", [], 1)
         if isinstance(output, BaseOutput):
-            form = cls(f"{type(output).__module__}:{type(output).__qualname__}", list(output.keys()))
+            form = cls(
+                f"{type(output).__module__}:{type(output).__qualname__}", list(output.keys()), len(output.keys())
+            )
         elif isinstance(output, tuple):
-            form = cls("tuple", [])
+            form = cls("tuple", [], len(output))
         else:
             raise TypeError(f"it returns {type(output).__name__}")
         if not all(isinstance(each, Tensor) for each in form.tensors(output)):

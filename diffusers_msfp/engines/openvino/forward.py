@@ -5,12 +5,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from ...compat.modules import Snapshot, digest_of
+from ...compat.accelerate import SET_BY_HOOKS
+from ...compat.digest import digest_of
+from ...compat.modules import Snapshot
 from ...compat.wrappers import forget_compiled
 from ...errors import UnsupportedError
 from ...layers import QuantLayer
@@ -21,7 +23,7 @@ from . import obstacles, runtime
 from .call import Call
 from .choices import Choice, choose, following
 from .measured import GRAPH, LAYERS, is_faster, question_of, structure_of
-from .record import Recorder, Recording, as_float32, record
+from .record import UNSOUND, Recorder, Recording, UnsoundError, as_float32, record
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +35,41 @@ AGREES = 0.9
 random weights differs by 0.6; what this is to find is a graph that computes something else: zeros differ by 1."""
 
 _TRANSIENT = ("prepared", "_running", "_latest")
-_OWN = ("forward", "input_check")
+_OWN = ("input_check", *SET_BY_HOOKS)
 _HELPERS = ("processor",)
-_BESIDE = ("engine", "routing", "quantization_config")
+_BESIDE = ("engine", "routing", "quantization_config", "hf_quantizer", "observation", "feeds")
 """What a model has that its result does not depend on, or that its layers' own attributes and tensors say."""
 _GRAPHS: "OrderedDict[str, runtime.CompiledGraph]" = OrderedDict()
 _LOCK = threading.RLock()
+
+
+class Seen(NamedTuple):
+    """A model as it was looked at.
+
+    Args:
+        snapshot (`Snapshot`): taken before all else was found out.
+        following (`list[QuantLayer]`): layers that follow the timestep.
+        obstacle (`str`, *optional*): why the model cannot be a graph.
+        digest (`str`): of all that it computes with; empty where there is an obstacle.
+    """
+
+    snapshot: Snapshot
+    following: list[QuantLayer]
+    obstacle: str | None
+    digest: str
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Seen":
+        """Of a model as it is now."""
+        snapshot = Snapshot(model, _TRANSIENT, _OWN, _HELPERS)
+        obstacle = obstacles.of_model(model, cast(torch.dtype, model.dtype))
+        digest = ""
+        if obstacle is None:
+            try:
+                digest = digest_of(model, obstacles.KNOWN, (*_TRANSIENT, *_OWN, *_BESIDE), _HELPERS)
+            except UnsupportedError as error:
+                obstacle = str(error)
+        return cls(snapshot, following([layer for _, layer in quant_layers(model)]), obstacle, digest)
 
 
 class GraphForward:
@@ -59,11 +90,8 @@ class GraphForward:
     def __init__(self, model: nn.Module, before: Callable | None = None, only_if_faster: bool = False) -> None:
         self.model, self._before, self.only_if_faster = model, before, only_if_faster
         self._structure = ""
-        self._snapshot: Snapshot | None = None
-        self._obstacle: str | None = None
-        self._digest = ""
-        self._layers: list[QuantLayer] = []
-        self._following: list[QuantLayer] = []
+        self._seen: Seen | None = None
+        self._looking = threading.Lock()
         self.latest: str | None = UNMEASURED if only_if_faster else None
         self._failed: dict[str, str] = {}
 
@@ -88,27 +116,27 @@ class GraphForward:
         if call is not None and not is_faster(self.question(call)):
             self.latest = UNMEASURED
             return self.__wrapped__(*args, **kwargs)
-        obstacle = self._obstacle_of_model()
-        if obstacle is None:
+        seen, obstacle = self._look()
+        if seen is not None and obstacle is None:
             call = call or Call.of(self.model, args, kwargs)
             dtype = cast(torch.dtype, self.model.dtype)
             obstacle = obstacles.of_call(self.model, call, dtype)
-        if obstacle is None:
-            choice = choose(self._following)
+        if seen is not None and obstacle is None:
+            choice = choose(seen.following)
             if choice is None:
                 obstacle = "its samples are at timesteps for which different weights or parameters are chosen"
             else:
-                graph, obstacle = self._graph(call, choice, dtype)
+                graph, obstacle = self._graph(seen, call, choice, dtype)
+        output = None
+        if obstacle is None:
+            output = run(cast(runtime.CompiledGraph, graph), call, cast(Choice, choice), dtype)
+            obstacle = UNSOUND if output is None else None
         self._say(obstacle)
-        if obstacle is not None:
-            return self.__wrapped__(*args, **kwargs)
-        return run(cast(runtime.CompiledGraph, graph), call, cast(Choice, choice), dtype)
+        return output if obstacle is None else self.__wrapped__(*args, **kwargs)
 
     def why_in_torch(self) -> str | None:
         """Why calls run in torch now, whatever their arguments; None if they run as graphs."""
-        if (reason := runtime.why_missing()) is not None:
-            return reason
-        return self.latest if self.only_if_faster else self._obstacle_of_model()
+        return self.latest if self.only_if_faster else self._look()[1]
 
     def question(self, call: Call) -> str:
         """What a machine is asked about a call."""
@@ -116,21 +144,20 @@ class GraphForward:
             self._structure = structure_of(self.model, [layer for _, layer in quant_layers(self.model)])
         return question_of(self.model, self._structure, call.tensors)
 
-    def _obstacle_of_model(self) -> str | None:
-        if self._snapshot is None or not self._snapshot.holds():
-            if (reason := runtime.why_missing()) is not None:
-                return reason
-            self._layers = [layer for _, layer in quant_layers(self.model)]
-            self._following = following(self._layers)
-            self._snapshot = Snapshot(self.model, _TRANSIENT, _OWN, _HELPERS)
-            self._obstacle = obstacles.of_model(self.model, cast(torch.dtype, self.model.dtype))
-            if self._obstacle is None:
-                self._digest = digest_of(self.model, (*_TRANSIENT, *_OWN, *_BESIDE), _HELPERS)
-        return self._obstacle
+    def _look(self) -> tuple[Seen | None, str | None]:
+        """The model as it is now, looked at anew only where it has changed, and why it cannot be a graph."""
+        if (reason := runtime.why_missing()) is not None:
+            return None, reason
+        with self._looking:
+            if self._seen is None or not self._seen.snapshot.holds():
+                self._seen = Seen.of(self.model)
+            return self._seen, self._seen.obstacle
 
-    def _graph(self, call: Call, choice: Choice, dtype: torch.dtype) -> tuple[runtime.CompiledGraph | None, str | None]:
+    def _graph(
+        self, seen: Seen, call: Call, choice: Choice, dtype: torch.dtype
+    ) -> tuple[runtime.CompiledGraph | None, str | None]:
         """The graph of a call, or why there is none."""
-        short = f"{self._digest} {call.key} {choice.key} {dtype} {torch.get_num_threads()}"
+        short = f"{seen.digest} {call.key} {choice.key} {dtype} {torch.get_num_threads()}"
         with _LOCK:
             if short in _GRAPHS:
                 _GRAPHS.move_to_end(short)
@@ -138,24 +165,28 @@ class GraphForward:
             if short in self._failed:
                 return None, self._failed[short]
             try:
-                graph = self._make(call, choice, dtype)
+                graph = self._make(seen, call, choice, dtype)
             except UnsupportedError as error:
-                self._failed[short] = str(error)
+                if not isinstance(error, UnsoundError):
+                    self._failed[short] = str(error)
                 return None, str(error)
             _GRAPHS[short] = graph
             while len(_GRAPHS) > MAX_GRAPHS:
                 _GRAPHS.popitem(last=False)
             return graph, None
 
-    def _make(self, call: Call, choice: Choice, dtype: torch.dtype) -> runtime.CompiledGraph:
+    def _make(self, seen: Seen, call: Call, choice: Choice, dtype: torch.dtype) -> runtime.CompiledGraph:
         precision = runtime.precision_of(dtype)
-        key = runtime.key_of(self._digest, call.key, choice.key, str(dtype), precision=precision)
+        key = runtime.key_of(seen.digest, call.key, choice.key, str(dtype), precision=precision)
         shape = "×".join(map(str, call.tensors[0].shape))
         describe = f"{type(self.model).__name__}, input {shape}"
-        graph, recording = runtime.obtain(key, precision, describe, lambda: record(Recorder(self.model, call, choice)))
-        if recording is not None:
-            _check(graph, recording)
-        return graph
+        return runtime.obtain(key, precision, describe, lambda: self._record(seen, call, choice), _check)
+
+    def _record(self, seen: Seen, call: Call, choice: Choice) -> Recording:
+        recording = record(Recorder(self.model, call, choice))
+        if not seen.snapshot.holds():
+            raise UnsupportedError("it was changed while it was recorded")
+        return recording
 
     def _say(self, obstacle: str | None) -> None:
         """One line where calls leave the graph, and one where they come back."""
@@ -171,15 +202,20 @@ class GraphForward:
 
 
 def run(graph: runtime.CompiledGraph, call: Call, choice: Choice, dtype: torch.dtype) -> Any:
-    """A call by its graph; the output as the model's own."""
+    """A call by its graph; the output as the model's own, or None where the graph has none."""
     chosen = [] if choice.chosen is None else [choice.chosen]
     outputs = graph([*map(as_float32, call.tensors), *chosen])
+    if outputs is None:
+        return None
     return graph.form.filled([each.to(dtype) if each.is_floating_point() else each for each in outputs])
 
 
 def _check(graph: runtime.CompiledGraph, recording: Recording) -> None:
     """Refuse a graph that computes something else than what was recorded."""
-    for given, expected in zip(graph(recording.tensors), recording.in_torch(), strict=True):
+    outputs = graph(recording.tensors)
+    if outputs is None:
+        raise UnsoundError(UNSOUND)
+    for given, expected in zip(outputs, recording.in_torch(), strict=True):
         difference = (given - expected).norm() / expected.norm().clamp_min(1e-30)
         if not difference <= AGREES:
             raise UnsupportedError(f"its graph gives another result than torch (relative difference {difference:.2g})")
@@ -224,15 +260,20 @@ def compare(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, float]:
 
 def remove(model: nn.Module) -> None:
     """Let a model's calls run in torch."""
-    forward = graph_forward_of(model)
-    if forward is not None:
-        del vars(model)["forward"]
-        if forward._before is not None:
-            vars(model)["forward"] = forward._before
-        forget_compiled()
+    if (name := _place(model)) is None:
+        return
+    forward = vars(model).pop(name)
+    if forward._before is not None or name != "forward":  # below a hook there must be one
+        vars(model)[name] = forward.__wrapped__
+    forget_compiled()
 
 
 def graph_forward_of(model: nn.Module) -> GraphForward | None:
     """What runs a model's calls as graphs; None where nothing does."""
-    forward = vars(model).get("forward")
-    return forward if isinstance(forward, GraphForward) else None
+    name = _place(model)
+    return None if name is None else vars(model)[name]
+
+
+def _place(model: nn.Module) -> str | None:
+    """Under which name a model has what runs its calls as graphs: accelerate's hooks move it."""
+    return next((name for name in SET_BY_HOOKS if isinstance(vars(model).get(name), GraphForward)), None)

@@ -7,7 +7,7 @@ whose lattice is larger (`w4a8-wide`, `w8a8-wide`), and layers with a parameter 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,16 +29,35 @@ LEFT_OUT = ("prepared", "engine", "routing", "observation", "forward")
 class Inputs:
     """What one recording of a model shares: the tensor of what the timestep chooses, and inputs quantized already.
 
-    Layers that read the same tensor with equal grids share one rounding.
+    Layers that read the same tensor with equal grids share one rounding. What a graph's result would hide is watched:
+    rounding makes numbers of NaN and infinity, and OpenVINO finds rows of a table where there are none.
     """
 
     def __init__(self) -> None:
         self.chosen: Tensor | None = None
         self._quantized: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._watched: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def begin(self, chosen: Tensor | None) -> None:
         """A new recording."""
-        self.chosen, self._quantized = chosen, {}
+        self.chosen, self._quantized, self._watched = chosen, {}, {}
+
+    def watch(self, x: Tensor) -> None:
+        """Remember what a layer rounds."""
+        if id(x) not in self._watched:
+            self._watched[id(x)] = x, x.sum()  # `x` is kept, so that its id stays its own
+
+    def watch_rows(self, table: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        """Remember the rows of an `nn.Embedding` that a call asks for; a hook."""
+        (rows,) = arguments
+        outside = (rows < 0) | (rows >= cast(nn.Embedding, table).num_embeddings)
+        self._watched[id(rows), id(table)] = rows, torch.where(outside, torch.inf, 0.0).sum()
+
+    def soundness(self) -> Tensor:
+        """`(1, 1)`: finite only if all that was watched is. A product, for what leads to an output without one would be
+        kept in float32."""
+        sums = [total for _, total in self._watched.values()]
+        return torch.stack(sums)[None] @ torch.ones(len(sums), 1) if sums else torch.zeros(1, 1)
 
     def quantize(self, x: Tensor, grid: Grid, function: Callable[[Tensor, Grid], Tensor] = quantize_as_byte) -> Tensor:
         """`function(x, grid)`, once for each tensor and grid."""
@@ -66,6 +85,8 @@ class GraphLayer(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """As the quantized layer."""
         weight = self.weights
+        if self.grid is not None or (self.reader is not None and not self.reader.known):
+            self.inputs.watch(x)
         if weight.dtype == torch.int8:  # an integer constant times a scale, as OpenVINO looks for
             weight = weight.to(torch.float32) * self.units.view(-1, *[1] * (weight.ndim - 1))
         if self.reader is not None:

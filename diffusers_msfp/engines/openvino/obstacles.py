@@ -11,7 +11,8 @@ from .call import Call
 from .layers import why_not
 
 _OWN = "diffusers_msfp."
-_KNOWN = ("torch.", "diffusers.", _OWN, "transformers.")
+KNOWN = ("torch.", "diffusers.", _OWN, "transformers.")
+"""Beginnings of modules whose classes and functions are what their names say."""
 _IMAGE_PROMPTS = "IPAdapter"
 
 
@@ -28,7 +29,7 @@ def of_model(model: nn.Module, dtype: torch.dtype) -> str | None:
         place = f"`{plain_name(name)}`"
         if type(module).__module__.startswith("peft."):
             return f"{place} has adapters"
-        if not f"{type(module).__module__}.".startswith(_KNOWN):
+        if not f"{type(module).__module__}.".startswith(KNOWN):
             return f"{place} is a {type(module).__name__}, which is neither torch's nor diffusers'"
         if module is not model and (is_hooked(module) or "forward" in vars(module)):
             return f"somebody has put a hook, or another forward, on {place}"
@@ -39,7 +40,11 @@ def of_model(model: nn.Module, dtype: torch.dtype) -> str | None:
         if isinstance(module, QuantLayer) and (obstacle := _of_layer(module, dtype)) is not None:
             return obstacle
     elsewhere = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} - {"cpu"}
-    return f"parts of it are on {', '.join(sorted(elsewhere))}, not on the CPU" if elsewhere else None
+    if elsewhere:
+        return f"parts of it are on {', '.join(sorted(elsewhere))}, not on the CPU"
+    floats = ((name, each) for name, each in model.named_parameters() if each.is_floating_point())
+    bad = next((plain_name(name) for name, each in floats if not bool(torch.isfinite(each).all())), None)
+    return None if bad is None else f"`{bad}` holds NaN or infinity"
 
 
 def _of_processor(module: nn.Module) -> str | None:
@@ -50,7 +55,7 @@ def _of_processor(module: nn.Module) -> str | None:
     if _IMAGE_PROMPTS in cls.__name__:
         return "attends to image prompts (IP-Adapter)"
     return (
-        None if f"{cls.__module__}.".startswith(_KNOWN) else f"has an attention processor of one's own, {cls.__name__}"
+        None if f"{cls.__module__}.".startswith(KNOWN) else f"has an attention processor of one's own, {cls.__name__}"
     )
 
 

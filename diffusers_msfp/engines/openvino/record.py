@@ -22,8 +22,13 @@ logger = logging.getLogger(__name__)
 _RANDOM = ("aten::rand", "aten::bernoulli", "aten::multinomial", "aten::normal")
 
 
+UNSOUND = "NaN, infinity, or a row that a table does not have came up"
 LayerInGraph = Callable[[QuantLayer, Inputs], nn.Module]
 """Makes of a quantized layer what stands in a graph for it."""
+
+
+class UnsoundError(UnsupportedError):
+    """A call that no graph can be made from; others of the same shapes may be sound."""
 
 
 class Recorder(nn.Module):
@@ -47,6 +52,7 @@ class Recorder(nn.Module):
     ) -> None:
         super().__init__()
         self._inputs, self._call, self._choice = Inputs(), call, choice
+        self._is_watched = layer_in_graph is None
         self.form: OutputForm | None = None
 
         def instead(module: nn.Module) -> nn.Module | None:
@@ -59,6 +65,9 @@ class Recorder(nn.Module):
         use_engine_attention(self.model, wanted=False)
         for hook in hooks:
             self.model.register_forward_hook(hook, with_kwargs=True)
+        for module in self.model.modules() if self._is_watched else ():
+            if isinstance(module, nn.Embedding):
+                module.register_forward_pre_hook(self._inputs.watch_rows)
         self.eval()
 
     def tensors(self) -> list[Tensor]:
@@ -67,13 +76,14 @@ class Recorder(nn.Module):
         return [*(as_float32(each.detach()).contiguous() for each in self._call.tensors), *chosen]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The tensors of the model's output, float32."""
+        """The tensors of the model's output, float32; in the engine's own graphs `Inputs.soundness` behind them."""
         number = len(self._call.tensors)
         self._inputs.begin(tensors[number] if len(tensors) > number else None)
         output = self.model(**self._call.arguments(tensors[:number]))
+        sound = [self._inputs.soundness()] if self._is_watched else []
         self._inputs.begin(None)
         self.form = OutputForm.of(output)
-        return tuple(self.form.tensors(output))
+        return *self.form.tensors(output), *sound
 
 
 def as_float32(tensor: Tensor) -> Tensor:
@@ -103,7 +113,7 @@ class Recording(NamedTuple):
     @torch.no_grad()
     def in_torch(self) -> list[Tensor]:
         """The output as torch computes it, float32."""
-        return list(self.recorder(*self.tensors))
+        return list(self.recorder(*self.tensors))[: self.form.number]
 
 
 def own_float32(tensor: Tensor) -> Tensor:
@@ -121,6 +131,7 @@ def record(recorder: Recorder) -> Recording:
     Raises:
         UnsupportedError: the model branches by the values of tensors, draws random numbers, or has operations that
             OpenVINO does not know.
+        UnsoundError: the call asks for a row that a table does not have.
     """
     from ...compat.openvino import graph_of
 
@@ -134,6 +145,8 @@ def record(recorder: Recorder) -> Recording:
             graph = graph_of(traced, tensors)
     except UnsupportedError:
         raise
+    except IndexError as error:
+        raise UnsoundError(UNSOUND) from error
     except Exception as error:  # torch's tracer and OpenVINO's converter raise what they like
         raise UnsupportedError(f"it could not be recorded ({first_line(error)})") from error
     return Recording(graph, recorder, tensors, traced)

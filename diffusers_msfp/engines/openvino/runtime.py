@@ -26,7 +26,7 @@ from .record import Recording
 logger = logging.getLogger(__name__)
 
 MAX_STORED_BYTES = 16 * 2**30
-_VERSION = 1  # of what is recorded; another one finds nothing of this one's on disk
+_VERSION = 2  # of what is recorded; another one finds nothing of this one's on disk
 _PACKAGES = ("openvino", "torch", "diffusers")
 
 
@@ -60,7 +60,7 @@ class CompiledGraph:
 
     Args:
         compiled (`openvino.CompiledModel`).
-        form (`OutputForm`): of its output.
+        form (`OutputForm`): of its output, behind which `Inputs.soundness` stands.
     """
 
     def __init__(self, compiled: Any, form: OutputForm) -> None:
@@ -68,21 +68,25 @@ class CompiledGraph:
         self._idle: list[Any] = []
         self._lock = threading.Lock()
 
-    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Outputs for inputs of the shapes and dtypes that were recorded, all as tensors of their own."""
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor] | None:
+        """Outputs for inputs of the shapes and dtypes that were recorded, all as tensors of their own.
+
+        None where NaN, infinity, or a row that a table does not have came up within.
+        """
         import openvino
 
         with self._lock:
             request = self._idle.pop() if self._idle else None
         request = request or self._compiled.create_infer_request()
-        for index, tensor in enumerate(tensors):
-            array = tensor.detach().contiguous().numpy()
-            request.set_input_tensor(index, openvino.Tensor(array if array.ndim else array.reshape(()), True))
+        held = [tensor.detach().contiguous() for tensor in tensors]  # whose memory the request reads until it is done
+        for index, tensor in enumerate(held):
+            request.set_input_tensor(index, openvino.Tensor(tensor.numpy(), True))
         request.infer()
-        outputs = [torch.from_numpy(port.data.copy()) for port in request.output_tensors]
+        read = [torch.from_numpy(port.data.copy()) for port in request.output_tensors[: self.form.number + 1]]
         with self._lock:
             self._idle.append(request)
-        return outputs
+        *outputs, sound = read
+        return outputs if bool(torch.isfinite(sound)) else None
 
 
 def settings(precision: str) -> dict[str, Any]:
@@ -108,8 +112,12 @@ def key_of(*parts: str, precision: str) -> str:
 
 
 def obtain(
-    key: str, precision: str, describe: str, make: Callable[[], Recording]
-) -> tuple[CompiledGraph, Recording | None]:
+    key: str,
+    precision: str,
+    describe: str,
+    make: Callable[[], Recording],
+    check: Callable[[CompiledGraph, Recording], None],
+) -> CompiledGraph:
     """A graph from the disk, or compiled anew and stored there.
 
     Args:
@@ -117,22 +125,23 @@ def obtain(
         precision (`str`): see `precision_of`.
         describe (`str`): what is compiled, for the line that says so.
         make (`Callable`): records the graph.
-
-    Returns:
-        `tuple`: the graph, and its recording if it was compiled just now.
+        check (`Callable`): refuses a graph that was compiled just now, which is not stored then.
 
     Raises:
-        UnsupportedError: it cannot be recorded or compiled.
+        UnsupportedError: it cannot be recorded or compiled, or `check` refuses it.
     """
     import openvino
+
+    from ...compat.openvino import keep_waves_exact
 
     start = time.perf_counter()
     place = folder("openvino") / key
     if (found := _read(place, precision)) is not None:
         logger.info("%s: graph read from %s in %.1f s.", describe, place, time.perf_counter() - start)
-        return found, None
+        return found
     logger.warning("%s: OpenVINO compiles a graph, once; later processes find it in %s.", describe, place.parent)
     recording = make()
+    keep_waves_exact(recording.graph)
     recorded = time.perf_counter()
     try:
         compiled = openvino.Core().compile_model(recording.graph, "CPU", settings(precision))
@@ -140,8 +149,10 @@ def obtain(
         raise UnsupportedError(f"OpenVINO cannot compile it ({first_line(error)})") from error
     took = time.perf_counter() - start
     logger.info("%s: recorded in %.1f s, compiled in %.1f s.", describe, recorded - start, took - (recorded - start))
+    graph = CompiledGraph(compiled, recording.form)
+    check(graph, recording)
     _write(place, compiled, recording.form)
-    return CompiledGraph(compiled, recording.form), recording
+    return graph
 
 
 def _read(place: Path, precision: str) -> CompiledGraph | None:
