@@ -41,6 +41,14 @@ def read_results(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def grouped(results: str, key: str) -> dict[str, list[dict]]:
+    """The rows of a results file by their value under `key`."""
+    groups = {}
+    for row in read_results(results)["rows"]:
+        groups.setdefault(row[key], []).append(row)
+    return groups
+
+
 def keep_rows(
     name: str, command: str, rows: Sequence[dict], by: Sequence[str], order: Callable[[dict], Any] | None = None
 ) -> None:

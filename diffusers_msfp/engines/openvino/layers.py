@@ -35,12 +35,12 @@ class Inputs:
 
     def __init__(self) -> None:
         self.chosen: Tensor | None = None
-        self._quantized: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._rounded: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._watched: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def begin(self, chosen: Tensor | None) -> None:
         """A new recording."""
-        self.chosen, self._quantized, self._watched = chosen, {}, {}
+        self.chosen, self._rounded, self._watched = chosen, {}, {}
 
     def watch(self, x: Tensor) -> None:
         """Remember what a layer rounds."""
@@ -62,9 +62,9 @@ class Inputs:
     def quantize(self, x: Tensor, grid: Grid, function: Callable[[Tensor, Grid], Tensor] = quantize_as_byte) -> Tensor:
         """`function(x, grid)`, once for each tensor and grid."""
         key = id(x), grid, function
-        if key not in self._quantized:
-            self._quantized[key] = x, function(x, grid)  # `x` is kept, so that its id stays its own
-        return self._quantized[key][1]
+        if key not in self._rounded:
+            self._rounded[key] = x, function(x, grid)  # `x` is kept, so that its id stays its own
+        return self._rounded[key][1]
 
 
 Quantize = Callable[[Tensor], Tensor]

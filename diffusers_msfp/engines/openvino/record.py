@@ -163,7 +163,8 @@ def refuse_branches(recorder: Recorder, tensors: list[Tensor]) -> None:
     except UnsupportedError:
         raise
     except Exception as error:
-        raise UnsupportedError(f"it looks into tensors while it runs ({type(error).__name__})") from error
+        found = f"{type(error).__name__}: {first_line(error)}"
+        raise UnsupportedError(f"it looks into tensors while it runs, or lacks inputs ({found})") from error
 
 
 def _refuse_random(traced: Any) -> None:
