@@ -191,15 +191,15 @@ def recipe() -> Iterator[dict[str, str]]:
 def banks() -> Iterator[dict[str, str]]:
     """Which adapter serves which timesteps, by how routers begin."""
     for row in read_results("recipe")["rows"]:
-        for group in row["intervals"] or ():
-            if len({adapter for _, _, adapter in group}) > 1 or "bank" in row["cell"]:
-                runs = reversed(group)  # as the sampler goes
-                yield {
-                    "recipe": row["cell"],
-                    "seed": str(row["seed"]),
-                    "timesteps of each adapter": ", ".join(f"{last} – {first}: {a + 1}" for first, last, a in runs),
-                    "PSNR (dB)": "{:.1f} ({:.1f} – {:.1f})".format(*row["psnr_db"]),
-                }
+        if "banks" in row["cell"]:
+            (group,) = row["intervals"]
+            runs = reversed(group)  # as the sampler goes
+            yield {
+                "recipe": row["cell"],
+                "seed": str(row["seed"]),
+                "timesteps of each adapter": ", ".join(f"{last} – {first}: {a + 1}" for first, last, a in runs),
+                "PSNR (dB)": "{:.1f} ({:.1f} – {:.1f})".format(*row["psnr_db"]),
+            }
 
 
 def ends(figure: Estimate) -> tuple[float, float, float]:
