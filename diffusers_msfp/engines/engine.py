@@ -127,8 +127,10 @@ class PreparedLayer(ABC):
     def weight(self, bank: int | Tensor, *how: Any) -> Any:
         """A bank's weight as a kernel wants it, or the sum with an adapter that reads codes."""
         key = (int(bank), *how)
-        if self._adapters is not None and (made_from := self._adapters.made_from(self.layer)) != self._made_from:
-            self._weights, self._made_from = {}, made_from
+        if self._adapters is not None:
+            made_from = self._adapters.made_from(self.layer, self._made_from)
+            if made_from != self._made_from:
+                self._weights, self._made_from = {}, made_from
         if key in self._weights:
             return self._weights[key]
         weight = self.expand(*key)

@@ -151,6 +151,6 @@ def test_layers_that_read_one_tensor_share_a_rounding():
     inputs = Inputs()
     first, second = (graph_layer(layer, Choice(), inputs) for _ in range(2))
     first(x), second(x)
-    assert len(inputs._quantized) == 1
+    assert len(inputs._rounded) == 1
     second(x.clone())
-    assert len(inputs._quantized) == 2
+    assert len(inputs._rounded) == 2

@@ -144,8 +144,15 @@ class AdapterBank(StatefulModule):
         unit = sum_unit(total, *layer.integer_unit())
         return sum_integers(total, unit), unit
 
-    def made_from(self, layer: QuantLayer) -> tuple:
-        """What the sums follow besides the packed weight: unequal once it was exchanged, changed or weighed anew."""
+    def made_from(self, layer: QuantLayer, before: tuple | None) -> tuple:
+        """What the sums follow besides the packed weight: unequal once it was exchanged, changed or weighed anew.
+
+        Args:
+            layer (`QuantLayer`): whose adapters these are.
+            before (`tuple`, *optional*): what this gave when the sums were made; pairs that are offloaded are those.
+        """
+        if before is not None and self.up.is_meta:
+            return _strength(layer), *before[1:]
         return _strength(layer), state_of(self.down), state_of(self.up)
 
     def _total(self, layer: QuantLayer, adapter: int | Tensor) -> Tensor:
