@@ -1,12 +1,15 @@
 """Whether results can be written, found out before the work for them begins, and in words where it fails later."""
 
 import errno
+import io
 import os
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from PIL.Image import Image
 
 from .errors import ConfigError
 
@@ -89,6 +92,13 @@ def write_whole(file: Path, content: str | bytes) -> None:
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
+
+
+def png_of(image: Image) -> bytes:
+    """A picture as a file's content, for `write_whole`."""
+    content = io.BytesIO()
+    image.save(content, format="png")
+    return content.getvalue()
 
 
 @contextmanager

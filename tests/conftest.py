@@ -179,6 +179,14 @@ def embedded() -> DDPMPipeline:
     return DiffusionPipeline.from_pretrained(EMBEDDED_MODEL)
 
 
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory):
+    """What is compiled and measured is kept for a module's tests alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def unchecked(monkeypatch):
     """Digests are not checked, so that what else is checked is seen."""

@@ -1,7 +1,7 @@
 """`bench`: how fast a model's step is in several ways; `warmup`: what its first one would have to wait for."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -100,7 +100,7 @@ class Warmup(Result):
     seconds: float
     seconds_by_kernel: Mapping[str, float]
     steps: Mapping[str, Mapping[str, float]]
-    refused: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str]
 
 
 def warmup(model: str | None = None, *, batch: int = 1, size: int | None = None) -> Warmup:

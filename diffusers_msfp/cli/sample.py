@@ -1,12 +1,11 @@
 """`sample`: pictures from a pipeline."""
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
 from ..evaluation import image_grid, sample_images
-from ..outputs import require_writable_file, write_whole, writing
+from ..outputs import png_of, require_writable_file, write_whole, writing
 from ..results import Result
 from .shared.calls import call_settings
 from .shared.load import load_pipeline, require_variant
@@ -67,9 +66,7 @@ def sample(
             **arguments,
         )
     grid = image_grid(images, columns=min(num_samples, 8), scale=max(1, 96 // images.shape[1]))
-    picture = io.BytesIO()
-    grid.save(picture, "PNG")
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out, picture.getvalue())
+        write_whole(out, png_of(grid))
     return Sampled(out=str(out), num_samples=num_samples, num_inference_steps=num_inference_steps, seed=seed)

@@ -1,7 +1,6 @@
 """A checkpoint made ready: all files of its repository, among them the card, its pictures and its results."""
 
 import inspect
-import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,11 +8,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from diffusers import DiffusionPipeline
-from PIL.Image import Image
 
 from ..checkpoint.describe import component_dirs, file_bytes
 from ..evaluation import image_grid
 from ..methods.talora import AdapterBank
+from ..outputs import png_of
 from ..plugin import MSFPPipelineMixin
 from ..results import OnProgress
 from .base import require_base, require_license
@@ -106,7 +105,7 @@ def prepare(
         "preview": {"num_samples": num_samples, "num_inference_steps": num_inference_steps, "seed": seed},
     }
     files |= pages(facts, found)
-    files[PREVIEW] = _png(image_grid(checked.images, columns=min(num_samples, 8), scale=_scale(checked)))
+    files[PREVIEW] = png_of(image_grid(checked.images, columns=min(num_samples, 8), scale=_scale(checked)))
     used = {path.resolve() for path in found.files.values()}
     left = [location for location in left if (folder / location).resolve() not in used]
     return Prepared(files, left, found.missing(origin["base_model"] or "BASE"), facts["arguments"])
@@ -159,9 +158,3 @@ def _licensed(origin: dict[str, str | None]) -> dict[str, str | None]:
 
 def _scale(checked: Checked) -> int:
     return max(1, PICTURE_SIDE // checked.images.shape[1])
-
-
-def _png(image: Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format="png")
-    return file.getvalue()

@@ -212,6 +212,13 @@ def test_progress_counts_layers(pipe, file):
     assert len(seen) == sum(result.components.values()) + result.float_layers
 
 
+def fused_weight(plain: DiffusionPipeline, state: dict, name: str, scale: float = 1.0) -> torch.Tensor:
+    """A float layer's weight with what a file of `write_lora` adds to it."""
+    up, down = state[f"unet.{name}.lora_B.weight"], state[f"unet.{name}.lora_A.weight"]
+    weight = plain.unet.get_submodule(name).weight
+    return weight + (up.flatten(1) @ down.flatten(1)).view(weight.shape) * scale * ALPHA / RANK
+
+
 @pytest.mark.parametrize("alone", [False, True], ids=["pipeline", "model"])
 def test_without_a_loader_of_diffusers(packed_pipe, embedded_lora, alone):
     expected = make_unet()
@@ -225,9 +232,7 @@ def test_without_a_loader_of_diffusers(packed_pipe, embedded_lora, alone):
     )
     for name, layer in quant_layers(packed_pipe.unet):
         if name.endswith(("to_k", "conv2")):
-            up, down = state[f"unet.{name}.lora_B.weight"], state[f"unet.{name}.lora_A.weight"]
-            delta = (up.flatten(1) @ down.flatten(1)).view(layer.logical_shape) * 0.5 * ALPHA / RANK
-            wanted = plain.unet.get_submodule(name).weight + delta
+            wanted = fused_weight(plain, state, name, 0.5)
             assert (layer.dequantize_weight() - wanted).square().sum() < 0.1 * wanted.square().sum(), name
 
 
@@ -240,9 +245,7 @@ def test_schemes_of_every_kind_are_packed_anew(scheme, tmp_path):
     fuse_lora(pipe, file)
     for name, layer in quant_layers(pipe.unet):
         if name.endswith(("to_k", "conv2")):
-            up, down = state[f"unet.{name}.lora_B.weight"], state[f"unet.{name}.lora_A.weight"]
-            delta = (up.flatten(1) @ down.flatten(1)).view(layer.logical_shape) * ALPHA / RANK
-            wanted = plain.unet.get_submodule(name).weight + delta
+            wanted = fused_weight(plain, state, name)
             error = (layer.dequantize_weight() - wanted).square().sum() / wanted.square().sum()
             torch.testing.assert_close(error, layer.weight_error.squeeze(), rtol=1e-3, atol=1e-9)
 

@@ -24,7 +24,7 @@ import torch
 import typer
 from diffusers import DiffusionPipeline
 from harness import keep_rows
-from steps import float_model, timed_on, times_of
+from steps import PlainModel, float_model, timed_on, times_of
 from torch import nn
 
 from diffusers_msfp import set_engine
@@ -45,22 +45,11 @@ LARGE = ("sd15",)
 QUALITY = {"images": 256, "batch": 32, "num_inference_steps": 20}
 
 
-class _Plain(nn.Module):
-    """A denoiser that takes tensors in order and returns its prediction."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        return self.model(*inputs, return_dict=False)[0]
-
-
 def rival(model: nn.Module, inputs: dict, eight_bits: bool) -> Callable[[], object]:
     """OpenVINO in bfloat16 with a float model, as it is or with all products in 8 bits (NNCF)."""
     tensors = tuple(inputs.values())
     with torch.no_grad():
-        traced = torch.jit.trace(_Plain(model), tensors, check_trace=False)
+        traced = torch.jit.trace(PlainModel(model), tensors, check_trace=False)
     graph = graph_of(traced, tensors)
     feeds = [tensor.numpy() for tensor in tensors]
     if eight_bits:

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
-from torch import Tensor, nn
+from steps import PlainModel
+from torch import Tensor
 
 from diffusers_msfp.sampling.calls import call_arguments
 from diffusers_msfp.sampling.trajectory import rollout
@@ -26,15 +27,6 @@ class NNCFUNet(UNet2DModel):
     def get_memory_footprint(self) -> int:
         """Bytes of the weights' file."""
         return self.bytes
-
-
-class _Plain(nn.Module):
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        return self.unet(sample, timestep, return_dict=False)[0]
 
 
 def feeds(sample: Tensor, timestep: Tensor) -> list[np.ndarray]:
@@ -60,7 +52,7 @@ def quantized(pipe: DiffusionPipeline, keep: tuple[str, ...] = ()) -> NNCFUNet:
     example = tuple(torch.from_numpy(each) for each in data[0])
     shapes = [(-1, *each.shape[1:]) for each in example]
     with torch.no_grad():
-        graph = openvino.convert_model(_Plain(unet), example_input=example, input=shapes)
+        graph = openvino.convert_model(PlainModel(unet), example_input=example, input=shapes)
     settings = {"preset": nncf.QuantizationPreset.MIXED, "subset_size": len(data)}
     if keep:
         settings["ignored_scope"] = nncf.IgnoredScope(patterns=[f".*{part}.*" for part in keep])

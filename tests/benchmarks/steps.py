@@ -37,3 +37,14 @@ def float_model(name: str) -> nn.Module:
     """A float denoiser: of a name in `SHAPES`, with random weights, or the embedded one."""
     torch.manual_seed(0)
     return (SHAPES[name]() if name in SHAPES else DiffusionPipeline.from_pretrained(EMBEDDED_MODEL).unet).eval()
+
+
+class PlainModel(nn.Module):
+    """A denoiser that takes tensors in order and returns its prediction."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.model(*inputs, return_dict=False)[0]

@@ -164,6 +164,19 @@ def test_torch_keeps_its_number_of_threads():
     assert done.stdout.strip() == "1"
 
 
+def printed_by(code: str, package: Path, **environment: str) -> str:
+    """What a process of its own prints, which imports a copy of the package."""
+    run = subprocess.run(
+        [sys.executable, "-B", "-c", code],
+        env={**os.environ, "PYTHONPATH": str(package.parent), **environment},
+        capture_output=True,
+        text=True,
+        cwd=package.parents[1],
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
 @pytest.mark.parametrize("place", ["default", "chosen", "unwritable"])
 def test_compiled_kernels_are_never_kept_beside_the_package(tmp_path, place):
     """What lies there outlives an uninstallation, and hides the installation after it as a namespace package."""
@@ -181,15 +194,7 @@ def test_compiled_kernels_are_never_kept_beside_the_package(tmp_path, place):
         "import torch; from diffusers_msfp.engines import kernels; from diffusers_msfp.engines.grid import InputGrid;"
         "print(kernels.__file__); kernels.softmax_numerators(torch.randn(2, 8, dtype=torch.bfloat16))"
     )
-    run = subprocess.run(
-        [sys.executable, "-B", "-c", code],
-        env={**os.environ, "NUMBA_CACHE_DIR": "", "PYTHONPATH": str(package.parent), **environment},
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert run.returncode == 0, run.stderr
-    assert Path(run.stdout.strip()).is_relative_to(package)
+    assert Path(printed_by(code, package, **{"NUMBA_CACHE_DIR": "", **environment})).is_relative_to(package)
     assert {file for file in package.rglob("*") if file.is_file()} == before
     kept = sorted((tmp_path / "cache").rglob("*.nbi"))
     assert bool(kept) == (place != "unwritable"), kept
@@ -201,14 +206,6 @@ def test_kernels_are_compiled_anew_when_what_they_call_has_changed(tmp_path):
     rows, places = package / "engines" / "kernels" / "numba_rows.py", []
     code = "from diffusers_msfp.engines.kernels.numba_kernels import _norm; print(_norm.stats.cache_path)"
     for _ in range(2):
-        run = subprocess.run(
-            [sys.executable, "-B", "-c", code],
-            env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(package.parent)},
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-        )
-        assert run.returncode == 0, run.stderr
-        places.append(run.stdout)
+        places.append(printed_by(code, package, NUMBA_CACHE_DIR=str(tmp_path / "cache")))
         rows.write_text(rows.read_text(encoding="utf-8").replace("_ONE + _exp", "_exp"), encoding="utf-8")
     assert places[0] != places[1]

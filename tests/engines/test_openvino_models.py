@@ -39,15 +39,7 @@ from diffusers_msfp.layers.convert import Conversion, convert, layers_by_name
 from diffusers_msfp.sampling.observation import freeze
 
 openvino = pytest.importorskip("openvino")
-pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _store(tmp_path_factory):
-    """Graphs are kept for these tests alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.usefixtures("own_cache")]
 
 
 @pytest.fixture(scope="module")

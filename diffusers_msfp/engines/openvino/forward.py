@@ -136,6 +136,8 @@ class GraphForward:
 
     def why_in_torch(self) -> str | None:
         """Why calls run in torch now, whatever their arguments; None if they run as graphs."""
+        if (reason := runtime.why_missing()) is not None:
+            return reason
         return self.latest if self.only_if_faster else self._look()[1]
 
     def question(self, call: Call) -> str:
@@ -146,10 +148,10 @@ class GraphForward:
 
     def _look(self) -> tuple[Seen | None, str | None]:
         """The model as it is now, looked at anew only where it has changed, and why it cannot be a graph."""
-        if (reason := runtime.why_missing()) is not None:
-            return None, reason
         with self._looking:
             if self._seen is None or not self._seen.snapshot.holds():
+                if (reason := runtime.why_missing()) is not None:
+                    return None, reason
                 self._seen = Seen.of(self.model)
             return self._seen, self._seen.obstacle
 
