@@ -11,20 +11,17 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..assets import EMBEDDED_MODEL
+from ..assets import EMBEDDED_MODEL, TUNED_MODELS
 from ..hub.base import base_of as remembered_base
 from ..outputs import writing
-from ..plugin.config import MSFPConfig
-from ..plugin.quantize import quantize_pipeline
 from ..results import Result
 from ..sampling.denoisers import denoiser_of
 from ..sampling.observation import quantized_models
 from ..space import Candidate, build_page, launch, require_comparable, require_gradio, write_space
 from .shared.load import SourceError, load_pipeline, require_variant
 from .shared.store import check_target, publish
-from .shared.terminal import progress, stderr
+from .shared.terminal import stderr
 
-EMBEDDED_SCHEME = MSFPConfig("w4a4", scheme_overrides={"conv_shortcut": "w4a8", "samplers": "w4a8"})
 EMBEDDED_TITLE = "Fashion-MNIST in four bits"
 
 
@@ -77,10 +74,10 @@ def open_page(
     """Load pipelines and build their page.
 
     Args:
-        source (`str`, *optional*): folder or Hub id of a quantized pipeline; the embedded model, quantized in memory,
-            by default.
+        source (`str`, *optional*): folder or Hub id of a quantized pipeline; by default the fine-tuned `w4a4` that the
+            package brings.
         reference (`str`, *optional*): the full-precision pipeline; by default the one that the source's model card
-            names as its base. Without one the page shows the quantized pipeline alone.
+            names as its base, or the embedded model. Without one the page shows the quantized pipeline alone.
         title (`str`, *optional*): of the page; the source's name by default.
         variant (`str`, *optional*): of the weights, where a pipeline has it.
 
@@ -92,23 +89,20 @@ def open_page(
         ConfigError: Gradio is not installed, or the two cannot be compared.
     """
     require_gradio()
-    original: DiffusionPipeline | None
     if source is None:
-        original, quantized = (load_pipeline(str(EMBEDDED_MODEL)) for _ in range(2))
-        with progress("quantizing the embedded model") as report:
-            quantize_pipeline(quantized, EMBEDDED_SCHEME, num_samples=32, on_progress=report)
-    else:
-        with stderr.status(f"opening {source}"):
-            require_variant(variant, source, reference)
-            quantized = load_pipeline(source, variant=variant)
-        _require_quantized(quantized, source)
-        dtype = cast(ModelMixin, denoiser_of(quantized)).dtype
-        original = _original(source, reference, dtype, variant)
+        source, title = str(TUNED_MODELS["w4a4"]), title or EMBEDDED_TITLE
+        reference = reference or str(EMBEDDED_MODEL)
+    with stderr.status(f"opening {source}"):
+        require_variant(variant, source, reference)
+        quantized = load_pipeline(source, variant=variant)
+    _require_quantized(quantized, source)
+    dtype = cast(ModelMixin, denoiser_of(quantized)).dtype
+    original = _original(source, reference, dtype, variant)
     pipes = [pipe.to("cuda") if torch.cuda.is_available() else pipe for pipe in (quantized, original) if pipe]
     candidates = [Candidate(pipe) for pipe in pipes]
     if len(candidates) == 2:
         require_comparable(*candidates)
-    return build_page(title or (EMBEDDED_TITLE if source is None else _name(source)), *candidates)
+    return build_page(title or _name(source), *candidates)
 
 
 def _require_quantized(pipe: DiffusionPipeline, source: str) -> None:

@@ -48,7 +48,8 @@ def render_card(facts: Mapping, results: Results) -> str:
     Raises:
         ConfigError: metadata that the Hub would not accept.
     """
-    routed = [part["adapters"] for part in facts["components"].values() if part["adapters"]]
+    tuned = [part["adapters"] for part in facts["components"].values() if part["adapters"]]
+    routed = is_routed(facts)
     data = ModelCardData(
         license=facts["license"],
         license_name=facts.get("license_name"),
@@ -72,6 +73,8 @@ def render_card(facts: Mapping, results: Results) -> str:
         components=component_rows(facts),
         quality=list(quality_rows(results.evaluation or {})),
         speed=list(speed_rows(results.speed or {})),
+        tuned=tuned,
+        beside=[plan for plan in tuned if plan["placement"] == "side"],
         routed=routed,
         maintained=[part["temporal"] for part in facts["components"].values() if part.get("temporal")],
         base_url=base_url(facts),
@@ -81,6 +84,11 @@ def render_card(facts: Mapping, results: Results) -> str:
     )
     check_card(text, needs_base=not facts.get("base_elsewhere"))
     return text
+
+
+def is_routed(facts: Mapping) -> bool:
+    """Whether different timesteps may have different adapters."""
+    return any(part["adapters"] and part["adapters"]["num_adapters"] > 1 for part in facts["components"].values())
 
 
 def base_url(facts: Mapping) -> str | None:

@@ -118,7 +118,7 @@ def pages(facts: Mapping, results: Results) -> Files:
     if results.by_timestep:
         files[TIMESTEPS] = plot_timesteps(results.by_timestep)
     for part in facts["components"].values():
-        if part["adapters"]:
+        if part["adapters"] and part["adapters"]["num_adapters"] > 1:
             files[ROUTER] = plot_router(part["adapters"]["intervals"], part["adapters"]["num_adapters"])
     return files
 

@@ -65,7 +65,7 @@ def render_report(report: Result) -> str:
         "worst": ("What hurts most", worst),
         "formats": ("Formats and inputs", quantized or seen),
         "budget": ("Budget", data["budget"]),
-        "router": ("Router", data["adapters"]),
+        "router": ("Router", (data["adapters"] or {}).get("num_adapters", 0) > 1),
         "speed": ("Engines and speed", data["speed"] or quantized),
         "method": ("How to read it", True),
     }

@@ -108,9 +108,9 @@ class Candidate:
 
     @cached_property
     def intervals(self) -> list[list[tuple[int, int, int]]]:
-        """`[layer group][(first timestep, last timestep, adapter), …]`; empty without adapters."""
+        """`[layer group][(first timestep, last timestep, adapter), …]`; empty where there is no choice of adapters."""
         routing = routing_of(self.denoiser)
-        return [] if routing is None else routing.intervals()
+        return [] if routing is None or routing.num_adapters == 1 else routing.intervals()
 
     def request(
         self,

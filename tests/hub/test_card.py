@@ -11,6 +11,7 @@ from hub_server import rehearse
 from huggingface_hub import ModelCard
 
 from diffusers_msfp import FinetuneConfig, finetune, publish
+from diffusers_msfp.assets import TUNED_MODELS
 from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.hub import render_card
 from diffusers_msfp.hub.plots import plot_router, plot_timesteps
@@ -130,6 +131,26 @@ def test_a_full_card():
         "pipeline_tag": "unconditional-image-generation",
         "tags": ["diffusers", "msfp", "quantized", "w4a4", "talora"],
     }
+
+
+@pytest.mark.parametrize(
+    ("changes", "told", "adapters"),
+    [
+        ({"placement": "merged", "reads": None}, "the packed weights of 65 layers are the updated ones", False),
+        ({}, "65 layers have a low-rank adapter beside the weights, reading codes, for all timesteps", True),
+    ],
+)
+def test_one_adapter_has_no_router(changes, told, adapters):
+    plan = ADAPTERS | {"num_adapters": 1, "intervals": [[[0, 999, 0]]]} | changes
+    facts = FACTS | {"components": {"unet": FACTS["components"]["unet"] | {"adapters": plan, "adapter_parameters": 0}}}
+    text = render_card(facts, Results())
+    assert told in text
+    assert "## Fine-tuning" in text
+    assert "MSFP and DFA as reconstructed" in text
+    assert ("and the adapters" in text) == adapters
+    assert "talora" not in ModelCard(text).data.tags
+    assert not re.search(r"\n\n\n|[ \t]\n|{[{%]", text)
+    assert "results/router.png" not in pages(facts, Results())
 
 
 def test_the_card_begins_with_the_two_lines_that_load_it():
@@ -276,4 +297,4 @@ def test_cards_of_our_own_checkpoints_are_what_their_results_say(folder):
 
 
 def test_we_have_cards_of_our_own():
-    assert {folder.name for folder in CARDS} >= {"ddpm-fashion-mnist-32-w4a8", "ddpm-fashion-mnist-32-w4a4-talora"}
+    assert {folder.name for folder in CARDS} >= {folder.name for folder in TUNED_MODELS.values()}

@@ -18,8 +18,9 @@ from gradio_client import Client
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from diffusers_msfp import FinetuneConfig, cli, finetune, quantize_pipeline
+from diffusers_msfp import FinetuneConfig, cli, finetune
 from diffusers_msfp.cli.app import main
+from diffusers_msfp.cli.shared.load import SourceError
 from diffusers_msfp.cli.space import base_of, open_page
 from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.space import Candidate, build_page, launch, markup, page
@@ -144,15 +145,12 @@ def test_served_and_called(packed_dir, tiny_dir, tmp_path):
         served.close(verbose=False)
 
 
-def test_the_embedded_model_is_the_default(monkeypatch):
-    def quickly(pipe, scheme, *, num_samples, on_progress):
-        assert num_samples == 32
-        return quantize_pipeline(pipe, scheme, num_samples=2, num_inference_steps=5, on_progress=on_progress)
-
-    monkeypatch.setattr(sys.modules["diffusers_msfp.cli.space"], "quantize_pipeline", quickly)
+def test_the_embedded_model_is_the_default():
     built = open_page()
     assert built.title == "Fashion-MNIST in four bits"
     assert len(components(built, gr.ImageSlider)) == 1
+    with pytest.raises(SourceError, match="nothing-here"):
+        open_page(reference="nothing-here")
 
 
 def test_reference_from_the_model_card(packed_dir, tiny_dir, tmp_path, capsys):

@@ -49,8 +49,11 @@ def inspect(
             say(f"output corrected by timestep: {len(timesteps)} timesteps, {timesteps[0]:g} … {timesteps[-1]:g}")
         if adapters := part.parts["adapters"]:
             reads = {"codes": ", reading codes", "float": ", reading floats", None: ""}[adapters["reads"]]
-            stdout.print(f"{adapters['num_adapters']} adapters per layer, {adapters['placement']}{reads}")
-            print_router(adapters["intervals"])
+            if adapters["num_adapters"] == 1 and adapters["placement"] == "merged":
+                say(f"fine-tuned: the packed weights of {sum(adapters['ranks'].values())} layers are the updated ones")
+            else:
+                stdout.print(f"{adapters['num_adapters']} adapters per layer, {adapters['placement']}{reads}")
+            print_router(adapters["intervals"], adapters["num_adapters"])
         if temporal := part.parts["temporal"]:
             _print_temporal(temporal)
         if result.plan is not None and result.plan.component == name:

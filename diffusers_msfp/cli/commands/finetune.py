@@ -62,7 +62,7 @@ def finetune(
             )
             + f"PSNR {before['image_psnr_db']:.2f} → {after['image_psnr_db']:.2f} dB."
         )
-    print_router(result.intervals)
+    print_router(result.intervals, len(result.usage[0]))
     if result.collapsed:
         stderr.print("[yellow]One adapter serves all timesteps[/] (the router has collapsed): try more updates.")
     return None

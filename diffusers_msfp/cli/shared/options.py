@@ -137,8 +137,10 @@ def parse_value(text: str) -> object:
         return text
 
 
-def print_router(intervals: Sequence) -> None:
-    """Which adapter serves which timesteps."""
+def print_router(intervals: Sequence, num_adapters: int) -> None:
+    """Which adapter serves which timesteps, where there is a choice."""
+    if num_adapters == 1:
+        return
     for group, runs in enumerate(intervals):
         title = f"router, layer group {group}" if len(intervals) > 1 else "router"
         table = Table("timesteps", "adapter", "share", title=title)

@@ -66,7 +66,7 @@ def main(
     save_every: Annotated[float, typer.Option(help="seconds between checkpoints")] = 240,
     sample_every: Annotated[int, typer.Option(help="updates between sample grids")] = 2000,
     begin_with: Annotated[Path | None, typer.Option(help="published weights to go on from, without checkpoint")] = None,
-    compile_it: Annotated[bool, typer.Option("--compile", help="by `torch.compile`: minutes first, 1.1× after")] = False,
+    compile_it: Annotated[bool, typer.Option("--compile", help="by `torch.compile`: 1.1× as fast")] = False,
     export: Annotated[Path | None, typer.Option(help="write the averaged weights here")] = None,
 ) -> None:
     """Train to the end, or to `--stop-at`."""
