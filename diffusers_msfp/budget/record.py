@@ -188,6 +188,7 @@ class BudgetPlan(Result):
         """
         file = Path(file)
         with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, self.text())
 
     @classmethod
@@ -250,6 +251,15 @@ class BudgetPlan(Result):
         for layer in self.layers:
             if resolve(layer.name, self.scheme, overrides) is not SCHEMES[layer.scheme].inner:
                 raise CheckpointError(f"A plan must say one scheme for each layer, but `{layer.name}` has several.")
+
+
+def is_plan(file: Path) -> bool:
+    """Whether a file is a plan of some release, damaged or not."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"version", "checksum", "layers"} <= content.keys()
 
 
 def stored_plan(folder: str | Path | None) -> BudgetPlan | None:

@@ -5,6 +5,7 @@ The measure is the numerator of `traj_rel_l2`: `Σ γ_t² ‖Δ‖²` over a ref
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.journal import Journal
 from ..compat.torch import tree_leaves
+from ..errors import NonFiniteError
 from ..layers.convert import replace_modules
 from ..results import OnProgress
 from ..sampling.calls import call_arguments
@@ -74,11 +76,20 @@ class Samples:
 
     @torch.no_grad()
     def error(self, model: nn.Module) -> float:
-        """`traj_rel_l2` squared of a model on these samples."""
+        """`traj_rel_l2` squared of a model on these samples.
+
+        Raises:
+            NonFiniteError: an output holds NaN or infinity.
+        """
         found = 0.0
         for step, factor in zip(self.steps, self.factors, strict=True):
             output = used_part(self.pipe, model_output(model(*step.args, **step.kwargs)), step.args, step.kwargs)
             found += factor * factor * (output.double() - step.output.double()).square().sum().item()
+        if not math.isfinite(found):
+            raise NonFiniteError(
+                f"A model's output must be finite to be compared, but that of this {type(model).__name__} in "
+                f"{step.output.dtype} is not. Load it in float32 or bfloat16."
+            )
         return found / self.energy
 
 

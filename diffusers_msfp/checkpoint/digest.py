@@ -11,6 +11,7 @@ that config.json stays short: 64 kB for the shape of Stable Diffusion 1.5. A ten
 has in the plain files and in those of variants. The environment variable `MSFP_CHECK_DIGEST=0` turns the check off.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CheckpointError
 
@@ -156,6 +157,23 @@ class Digest:
             raise CheckpointError(
                 f"A checkpoint must hold `{missing[0]}`, but it does not: damaged or incomplete file. {_WAY_OUT}"
             )
+
+
+def fingerprint(models: Iterable[nn.Module]) -> str | None:
+    """What tells quantized models from others, in whatever dtype and from whatever folder they were loaded.
+
+    Args:
+        models (`Iterable[nn.Module]`): all quantized parts of a pipeline, their ranges frozen.
+
+    Returns:
+        `str`: 16 hexadecimal digits of the SHA-256 of all their tensors, those of floats as float16; None for none.
+    """
+    sums = [
+        checksum(name, tensor.half() if tensor.is_floating_point() else tensor)
+        for model in models
+        for name, tensor in sorted(model.state_dict().items())
+    ]
+    return hashlib.sha256("".join(sorted(sums)).encode()).hexdigest()[:16] if sums else None
 
 
 _WAY_OUT = f"Download or save the checkpoint again; `{VARIABLE}=0` in the environment loads it unchecked."

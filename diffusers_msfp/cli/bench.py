@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
+from ..checkpoint.digest import fingerprint
 from ..engines import kernels, openvino, tuning
 from ..engines.kernels.ahead import compile_kernels
 from ..errors import UnsupportedError
@@ -28,6 +29,7 @@ class Bench(Result):
 
     Args:
         model (`str`): as it was named.
+        checkpoint (`str`, *optional*): its `fingerprint`; None for a float model.
         threads (`int`): of torch.
         rows (`list[Timing]`): the baseline first.
         measured (`Mapping[str, Mapping[str, float]]`): what was asked of this machine, now or before, to choose the
@@ -35,6 +37,7 @@ class Bench(Result):
     """
 
     model: str
+    checkpoint: str | None
     threads: int
     rows: list[Timing]
     measured: Mapping[str, Mapping[str, float]]
@@ -67,8 +70,8 @@ def bench(
     """
     with stderr.status(f"preparing {model}"):
         loaded = _load(model, variant)
-    quantized = any(True for _ in quantized_models(loaded))
-    names = providers or (("msfp",) if quantized else DEFAULT_PROVIDERS)
+    measured = fingerprint(quantized_models(loaded))
+    names = providers or (("msfp",) if measured else DEFAULT_PROVIDERS)
     with progress("timing steps") as report:
         rows = benchmark(
             loaded,
@@ -80,7 +83,13 @@ def bench(
             skip_missing=skip_missing,
             on_progress=report,
         )
-    return Bench(model=model, threads=torch.get_num_threads(), rows=rows, measured=tuning.measured())
+    return Bench(
+        model=model,
+        checkpoint=measured,
+        threads=torch.get_num_threads(),
+        rows=rows,
+        measured=tuning.measured(),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -146,7 +146,7 @@ def fuse(
         MSFPError: see `fuse_lora`; `out` exists, or no quantized checkpoint.
     """
     started = time.perf_counter()
-    out = check_target(out, overwrite)
+    out = check_target(out, overwrite, read=[source, lora, reference])
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
     prompts = read_prompts(prompts)
     require_variant(variant, reference)

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..checkpoint.digest import fingerprint
 from ..evaluation import Comparison, compare_pipelines
+from ..sampling.observation import quantized_models
 from .shared.calls import call_settings
 from .shared.load import denoisers_bytes, load_any, load_pipeline, require_variant
 from .shared.terminal import progress
@@ -16,10 +18,12 @@ class CheckpointComparison(Comparison):
 
     Args:
         settings (`Mapping[str, Any]`): of the run.
+        checkpoint (`str`, *optional*): the candidate's `fingerprint`; None where nothing in it is quantized by us.
         bytes_reference, bytes_quantized (`int`): weight files of the denoisers.
     """
 
     settings: Mapping[str, Any]
+    checkpoint: str | None
     bytes_reference: int
     bytes_quantized: int
 
@@ -48,7 +52,7 @@ def compare(
     """
     require_variant(variant, reference, candidate)
     original, quantized = load_pipeline(reference, variant=variant), load_any(candidate, variant=variant)
-    arguments = call_settings(original, prompts, guidance_scale)
+    arguments, measured = call_settings(original, prompts, guidance_scale), fingerprint(quantized_models(quantized))
     run = {
         "num_samples": num_samples,
         "num_inference_steps": num_inference_steps,
@@ -62,6 +66,7 @@ def compare(
     return CheckpointComparison(
         **vars(found),
         settings=run | arguments,
+        checkpoint=measured,
         bytes_reference=denoisers_bytes(reference, original, variant),
         bytes_quantized=denoisers_bytes(candidate, quantized, variant),
     )

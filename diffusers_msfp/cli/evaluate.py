@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from ..checkpoint.digest import fingerprint
 from ..compat.accelerate import leave_process_group
 from ..evaluation import Evaluation, evaluate_pipelines
 from ..outputs import require_writable_folder
+from ..sampling.observation import quantized_models
 from .shared.calls import call_settings
 from .shared.interrupts import keeping
 from .shared.load import denoisers_bytes, load_any, load_pipeline, require_variant
@@ -26,6 +28,7 @@ class CheckpointEvaluation(Evaluation):
 
     Args:
         candidate, reference (`str`): where they are.
+        checkpoint (`str`, *optional*): the candidate's `fingerprint`; None where nothing in it is quantized by us.
         bytes_reference, bytes_quantized (`int`): weight files of the denoisers.
         seconds (`float`), peak_rss_bytes (`int`): time of the run and largest memory.
         out (`str`): the folder of `results.json`.
@@ -33,6 +36,7 @@ class CheckpointEvaluation(Evaluation):
 
     candidate: str
     reference: str
+    checkpoint: str | None
     bytes_reference: int
     bytes_quantized: int
     seconds: float
@@ -81,14 +85,15 @@ def evaluate(
     process = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     main = process.is_main_process
     if out is None:
-        name = candidate.rstrip("/\\")
-        out = f"{name if Path(candidate).exists() else name.rpartition('/')[2]}-evaluation"
+        place = Path(candidate)
+        place = place.resolve() if place.name in ("", "..") else place
+        out = place.with_name(f"{place.name}-evaluation") if place.exists() else f"{place.name}-evaluation"
     out = Path(out)
     for folder in (out, out / "pictures"):
         require_writable_folder(folder)
     require_variant(variant, candidate, reference)
     original, quantized = load_pipeline(reference, variant=variant), load_any(candidate, variant=variant)
-    arguments = call_settings(original, prompts, guidance_scale)
+    arguments, measured = call_settings(original, prompts, guidance_scale), fingerprint(quantized_models(quantized))
     for each in (original, quantized):
         each.to(process.device)
     kept = f"{out / 'pictures'} keeps the pictures that are drawn, and the same command goes on with them"
@@ -124,6 +129,7 @@ def evaluate(
         **vars(result) | {"settings": {**result.settings, **arguments}},
         candidate=candidate,
         reference=reference,
+        checkpoint=measured,
         bytes_reference=denoisers_bytes(reference, original, variant),
         bytes_quantized=denoisers_bytes(candidate, quantized, variant),
         seconds=time.perf_counter() - started,

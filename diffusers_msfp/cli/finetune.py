@@ -107,7 +107,7 @@ def finetune(
     """
     started, process = time.perf_counter(), PartialState(cpu=not torch.accelerator.is_available())
     main = process.is_main_process
-    out, config = check_target(out, overwrite), config or FinetuneConfig()
+    out, config = check_target(out, overwrite, read=[source, teacher]), config or FinetuneConfig()
     training = out.parent / f"{out.name}-training"
     require_writable_folder(training)
     require_variant(variant, source, teacher)

@@ -37,7 +37,14 @@ from .shared.load import (
     variant_of,
 )
 from .shared.parts import parts_of
-from .shared.store import check_target, peak_rss_bytes, publish, work_folder, write_checkpoint
+from .shared.store import (
+    check_target,
+    peak_rss_bytes,
+    publish,
+    state_of_files,
+    work_folder,
+    write_checkpoint,
+)
 from .shared.terminal import progress, stderr
 
 
@@ -133,10 +140,16 @@ def quantize(
         MSFPError: `out` exists, or `source` cannot be quantized.
     """
     started = time.perf_counter()
-    out = check_target(out, overwrite)
+    out = check_target(out, overwrite, read=[source, config])
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
     prompts = read_prompts(prompts)
     pictures = None if images is None else picture_files(images)[:num_samples]
+    shared = {"num_inference_steps": num_inference_steps, "seed": seed}
+    plan_stages(recipe, settings or {}, correction=0, **shared)  # refuses wrong settings before anything takes long
+    require_variant(variant, source)
+    with stderr.status(f"opening {source}"):
+        path = fetch(source, variant)
+        refuse_quantized(path)
     if budget is not None:
         budget.refuse_beside(scheme, scheme_overrides, components, modules_to_not_convert, recipe, correction)
         made = budget.plan(
@@ -151,7 +164,6 @@ def quantize(
         )
         scheme, scheme_overrides, components = made.scheme, made.scheme_overrides, budget.components(source, made)
     corrected = num_samples if (input_bits(scheme) == 4 if correction is None else correction) else 0
-    shared = {"num_inference_steps": num_inference_steps, "seed": seed}
     plan = plan_stages(recipe, settings or {}, correction=corrected, **shared)
     request = MSFPConfig(
         scheme=scheme,
@@ -160,9 +172,6 @@ def quantize(
         components_to_quantize=components,
     )
     with stderr.status(f"opening {source}"):
-        require_variant(variant, source)
-        path = fetch(source, variant)
-        refuse_quantized(path)
         variant = variant_of(path, variant)
         loaded = None
         streams, encoders = parts_of(path, request, max_shard_size, variant, config)
@@ -214,6 +223,7 @@ def quantize(
             "weights": lines,
             "calibration": [num_samples, num_inference_steps, seed],
             "prompts": prompts,
+            "source": [*state_of_files(path, out), *(state_of_files(Path(config), out) if config else ())],
         } | arguments
         if pictures is not None:
             identity["images"] = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in pictures]
@@ -221,6 +231,8 @@ def quantize(
         if "." in streams:
             models = {".": streams["."].model}
             state = calibration_state(models["."])
+            if budget is not None:
+                (locations["."] / PLAN_FILE).write_text(made.text(), encoding="utf-8")
             publish(locations["."], out)
         else:
             models = {name: streams.pop(name).load(location) for name, location in locations.items()}

@@ -17,7 +17,7 @@ from ..outputs import writing
 from ..results import Result
 from ..sampling.denoisers import denoiser_of
 from ..sampling.observation import quantized_models
-from ..space import Candidate, build_page, launch, require_comparable, require_gradio, write_space
+from ..space import Candidate, build_page, is_space, launch, require_comparable, require_gradio, write_space
 from .shared.load import SourceError, load_pipeline, require_variant
 from .shared.store import check_target, publish
 from .shared.terminal import stderr
@@ -208,7 +208,7 @@ def space_create(
         SourceError: a folder that holds no quantized pipeline, or neither a folder nor a Hub id.
         ConfigError: `out` exists, or holds something else than a Space.
     """
-    out = check_target(out, overwrite, marks=("app.py",), what="Spaces")
+    out = check_target(out, overwrite, read=[source, reference], ours=is_space, what="Spaces")
     require_variant(variant, source, reference)
     if Path(source).exists():
         _require_quantized(load_pipeline(source, variant=variant), source)

@@ -10,11 +10,13 @@ from typing import Any, cast
 from diffusers import DiffusionPipeline
 
 from ..checkpoint.describe import component_dirs, file_bytes
+from ..checkpoint.digest import fingerprint
 from ..evaluation import image_grid
 from ..methods.talora import AdapterBank
 from ..outputs import png_of
 from ..plugin import MSFPPipelineMixin
 from ..results import OnProgress
+from ..sampling.observation import quantized_models
 from .base import require_base, require_license
 from .card import PREVIEW, ROUTER, TIMESTEPS, render_card
 from .checks import Checked, all_at_once, check_checkpoint
@@ -93,6 +95,7 @@ def prepare(
         prompts=prompts,
         on_progress=on_progress,
     )
+    found.require_of(fingerprint(quantized_models(checked.pipe)))
     named = {"revision": revision, "variant": checked.variant}
     arguments = [json.dumps(repo), *(f"{key}={json.dumps(value)}" for key, value in named.items() if value)]
     facts: dict[str, Any] = {

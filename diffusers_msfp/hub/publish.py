@@ -65,7 +65,7 @@ def publish(
     revision: str | None = None,
     variant: str | None = None,
     create_pr: bool = False,
-    dry_run: str | Path | None = None,
+    dry_run: bool | str | Path | None = None,
     results: Iterable[str | Path] = (),
     prompts: list[str] | None = None,
     num_samples: int = 8,
@@ -90,7 +90,8 @@ def publish(
         revision (`str`, *optional*): branch, made if it does not exist.
         variant (`str`, *optional*): that is sampled and named on the card; all that are there are published.
         create_pr (`bool`): open a pull request instead of committing.
-        dry_run (`str` or `Path`, *optional*): write there what would be uploaded, and stop.
+        dry_run (`bool`, `str` or `Path`, *optional*): write there what would be uploaded, and stop; True for
+            `<folder>-publish`.
         results (`Iterable`): more results files.
         prompts, num_samples, num_inference_steps, seed: of the card's samples.
         token (`str`, *optional*): of the Hub, by default the one that is logged in.
@@ -111,11 +112,14 @@ def publish(
         ```
     """
     folder, named = Path(folder), [Path(path) for path in results]
+    folder = folder if folder.name not in ("", "..") else folder.resolve()
     api = HfApi(endpoint=endpoint, token=token)
     origin: dict[str, str | None] = {"license": license, "base_elsewhere": None}
 
-    if dry_run is not None:
-        _check_target(Path(dry_run))
+    target = None
+    if dry_run:
+        target = folder.with_name(f"{folder.name}-publish") if dry_run is True else Path(dry_run)
+        _check_target(target, folder)
 
     def check_arguments() -> None:
         check_repo_id(repo, "`repo`")
@@ -162,8 +166,8 @@ def publish(
         "missing": prepared.missing,
         "snippet": prepared.snippet,
     }
-    if dry_run is not None:
-        return Published(**report, out=str(_write(prepared.files, Path(dry_run))))
+    if target is not None:
+        return Published(**report, out=str(_write(prepared.files, target)))
     try:
         return Published(
             **report, **_upload(api, repo, prepared.files, set(components(index)), private, revision, create_pr)
@@ -258,10 +262,13 @@ def _git_hash(source: Path | bytes) -> str:
     return _hash(hashlib.sha1(b"blob %d\0" % _size(source), usedforsecurity=False), source)
 
 
-def _check_target(out: Path) -> None:
+def _check_target(out: Path, folder: Path) -> None:
     """Refuse a dry run where something else lies, or nothing can be written."""
     if out.exists() and not all((out / name).is_file() for name in ("README.md", "pipeline.py")):
         raise ConfigError(f"{out} must be new or hold an earlier dry run, but it holds something else. Remove it.")
+    place, own = out.resolve(), folder.resolve()
+    if place == own or own in place.parents or place in own.parents:
+        raise ConfigError(f"A dry run must be written beside {folder}, but got {out}. Name another folder.")
     require_writable(out)
 
 

@@ -50,6 +50,23 @@ class Results:
                 return one, other
         return None
 
+    def require_of(self, checkpoint: str | None) -> None:
+        """Refuse figures of something else.
+
+        Args:
+            checkpoint (`str`, *optional*): `fingerprint` of what is published. Files of older releases name none.
+
+        Raises:
+            ConfigError: a file names another.
+        """
+        for kind, file in self.files.items():
+            named = (getattr(self, kind) or {}).get("checkpoint", checkpoint)
+            if named != checkpoint:
+                raise ConfigError(
+                    f"A card's figures must be of the checkpoint that is published, {checkpoint}, but {file} was "
+                    f"measured with {named or 'a float model'}. Measure this one, or remove the file."
+                )
+
     def missing(self, base: str) -> dict[str, str]:
         """What was not measured → the command that measures it."""
         ways = {}

@@ -1,9 +1,12 @@
 """The files of a Hugging Face Space that serves the page."""
 
+import json
 import shutil
 from pathlib import Path
 
 from huggingface_hub import SpaceCardData
+
+from ..checkpoint.describe import read_config
 
 GRADIO = "6.31.0"  # the page is tested with it
 PYTHON = "3.11"
@@ -38,6 +41,12 @@ To publish it: `hf upload USER/SPACE . --repo-type space`. It runs on a CPU; Zer
 """
 
 
+def is_space(folder: Path) -> bool:
+    """Whether a folder is what `write_space` wrote."""
+    app = folder / "app.py"
+    return app.is_file() and "diffusers_msfp" in app.read_text(encoding="utf-8", errors="replace")
+
+
 def write_space(
     folder: Path,
     title: str,
@@ -66,7 +75,7 @@ def write_space(
     models: list[str] = []
     for name, location in (("model", source), ("reference", reference)):
         if location is not None and Path(location).is_dir():
-            shutil.copytree(location, folder / name)
+            _copy(Path(location), folder / name)
             locations[name] = name
         else:
             locations[name] = location
@@ -98,3 +107,14 @@ def write_space(
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A pipeline's folder without what is hidden, and without the paths of this machine that configs remember."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+    for file in [*target.rglob("config.json"), *target.rglob("model_index.json")]:
+        config = read_config(file.parent, file.name)
+        origin = config.get("_name_or_path")
+        if isinstance(origin, str) and (Path(origin).is_absolute() or Path(origin).exists()):
+            del config["_name_or_path"]
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

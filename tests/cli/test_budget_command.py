@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from diffusers_msfp.budget import BudgetPlan
 from diffusers_msfp.checkpoint.describe import file_bytes
 from diffusers_msfp.cli import quantize
+from diffusers_msfp.cli.shared import budget
 
 FEW = ("--num-samples", 1, "--num-inference-steps", 2)
 
@@ -85,3 +86,54 @@ def test_an_interrupted_plan_goes_on_with_the_same_command(source, tmp_path, mon
     done = program(*asked)
     assert done.returncode == 0, done.stderr
     assert BudgetPlan.read(tmp_path / "p.json") == BudgetPlan.read(tmp_path / "out" / "budget.json")
+
+
+def test_a_timed_plan_is_not_timed_anew_after_an_interruption(source, tmp_path, monkeypatch):
+    asked = (
+        "quantize",
+        source,
+        "--out",
+        tmp_path / "out",
+        "--target-step",
+        "10s",
+        "--plan",
+        tmp_path / "new" / "p.json",
+    )
+    with monkeypatch.context() as broken:
+        broken.setitem(quantize.__globals__, "parts_of", Mock(side_effect=KeyboardInterrupt))
+        assert program(*asked, *FEW).returncode != 0
+    monkeypatch.setattr(budget, "plan_budget", Mock(side_effect=AssertionError("planned a second time")))
+    done = program(*asked, *FEW)
+    assert done.returncode == 0, done.stderr
+    assert BudgetPlan.read(tmp_path / "new" / "p.json") == BudgetPlan.read(tmp_path / "out" / "budget.json")
+
+
+def test_an_interrupted_planning_says_what_is_kept(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(budget, "plan_budget", Mock(side_effect=KeyboardInterrupt))
+    done = program("quantize", source, "--out", tmp_path / "out", "--target-bytes", "46kB", *FEW)
+    assert done.returncode == 130
+    assert ".out.plan keeps what is measured, and the same command goes on with it" in " ".join(done.stderr.split())
+
+
+def test_a_model_alone_has_its_plan_beside_it(source, tmp_path):
+    file = tmp_path / "plan.json"
+    assert (
+        program(
+            "quantize", source, "--out", tmp_path / "whole", "--target-bytes", "46kB", "--plan", file, *FEW
+        ).returncode
+        == 0
+    )
+    alone = tmp_path / "alone"
+    done = program("quantize", f"{source}/unet", "--out", alone, "--plan", file)
+    assert done.returncode == 0, done.stderr
+    assert BudgetPlan.read(alone / "budget.json") == BudgetPlan.read(file)
+
+
+def test_overwriting_takes_plans_alone(source, tmp_path):
+    notes = tmp_path / "notes.json"
+    notes.write_text("{}")
+    asked = ("quantize", source, "--out", tmp_path / "out", "--target-bytes", "46kB", "--plan", notes, "--overwrite")
+    done = program(*asked, *FEW)
+    assert done.returncode == 2
+    assert "replaces plans only" in " ".join(done.stderr.split())
+    assert notes.read_text() == "{}"

@@ -1,7 +1,9 @@
 """Recipes: stages in order, resumed stage by stage, and refused where they make no sense."""
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,6 +105,23 @@ def test_stages_of_other_settings_are_not_taken(source, tmp_path, monkeypatch):
         made = cli.quantize(source, tmp_path / name, scheme="w4a4", recipe="rounded", settings=two, **FAST)
         assert len(made.stages) == 3
     assert equal_state(*(DiffusionPipeline.from_pretrained(tmp_path / name).unet for name in ("out", "fresh")))
+
+
+def test_stages_of_another_source_are_not_taken(source, tmp_path, monkeypatch):
+    def killed(*_args, **_named):
+        raise KeyboardInterrupt
+
+    mine = Path(shutil.copytree(source, tmp_path / "mine"))
+    kinds, two = dict(METHODS), {name: SETTINGS[name] for name in ("temporal", "rounding")}
+    arguments = {"scheme": "w4a4", "recipe": "rounded", "settings": two, **FAST}
+    monkeypatch.setattr(recipes, "METHODS", kinds | {"rounding": replace(kinds["rounding"], run=killed)})
+    with pytest.raises(KeyboardInterrupt):
+        cli.quantize(mine, tmp_path / "out", **arguments)
+    config = mine / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace('"beta_end": 0.02', '"beta_end": 0.01'))
+    monkeypatch.setattr(recipes, "METHODS", kinds)
+    cli.quantize(mine, tmp_path / "out", **arguments)
+    assert DiffusionPipeline.from_pretrained(tmp_path / "out").scheduler.config.beta_end == 0.01
 
 
 def test_a_later_stage_with_other_settings_keeps_the_earlier_ones(source, tmp_path, monkeypatch):

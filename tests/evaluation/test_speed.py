@@ -90,6 +90,17 @@ def test_the_floor_is_that_of_the_model_without_adapters(packed_pipe, tiny_pipe,
     assert model.timestep_router.enabled is False
 
 
+def test_a_scheme_s_name_means_that_scheme(packed_pipe):
+    def bits(name: str) -> set[int]:
+        made = provide(name, packed_pipe.unet, lambda each: step_of(each, example_inputs(each, 1))())
+        return {layer.weight_format.bits for _, layer in quant_layers(made)}
+
+    assert 4 in bits("msfp")
+    assert bits("w8a8") == {8}
+    with pytest.raises(ConfigError, match="quantized already and is timed as it is"):
+        bits("msfp:fp32")
+
+
 def test_several_steps_are_timed_as_one():
     seen = []
 

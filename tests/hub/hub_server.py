@@ -351,6 +351,6 @@ def send(server: Hub, folder: Path, **changes) -> dict:
     return publish(folder, arguments.pop("repo", "user/tiny"), endpoint=server.url, **arguments)
 
 
-def rehearse(folder: Path, out: Path) -> dict:
+def rehearse(folder: Path, out: Path, **more) -> dict:
     """Write what would be published to a folder."""
-    return publish(folder, "user/tiny", dry_run=out, **ASKED)
+    return publish(folder, "user/tiny", dry_run=out, **ASKED, **more)

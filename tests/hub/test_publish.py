@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from diffusers_msfp import publish
+from diffusers_msfp import cli, publish, quantize_pipeline
 from diffusers_msfp.errors import CheckpointError, ConfigError, HubError, MSFPError
 
 hub, online = hub_server.hub, hub_server.online
@@ -117,6 +117,36 @@ def test_private(hub, folder):
     with pytest.raises(ConfigError, match="user/open exists and is public"):
         send(hub, folder, repo="user/open", private=True)
     assert list(hub.files("user/open")) == ["a.txt"]
+
+
+def test_figures_of_another_checkpoint_are_refused(folder, tiny_dir, tmp_path):
+    other = tmp_path / "other"
+    quantize_pipeline(DiffusionPipeline.from_pretrained(tiny_dir), "w8a8", num_samples=1).save_pretrained(other)
+    few = {"num_samples": 1, "num_inference_steps": 2}
+    for measured, message in ((other, "must be of the checkpoint"), (folder, "")):
+        found = cli.compare(tiny_dir, str(measured), **few).to_dict()
+        file = tmp_path / "comparison.json"
+        file.write_text(json.dumps(found))
+        if message:
+            with pytest.raises(ConfigError, match=message):
+                rehearse(folder, tmp_path / "dry", results=[file])
+        else:
+            rehearse(folder, tmp_path / "dry", results=[file])
+    assert {cli.bench(str(folder), ["msfp"], repeats=2).checkpoint} == {found["checkpoint"]}
+
+
+def test_a_dry_run_leaves_the_checkpoint_alone(folder, tmp_path, monkeypatch):
+    for name in ("README.md", "pipeline.py"):
+        (folder / name).touch()  # as in one that was downloaded
+    before = digests(folder)
+    monkeypatch.chdir(folder)
+    arguments = {"license": "mit", "base_model": "org/base", "num_samples": 1, "num_inference_steps": 1}
+    for out in (folder, folder / "dry", folder.parent):
+        with pytest.raises(ConfigError, match="must be (new|written beside)"):
+            publish(".", "user/tiny", dry_run=out, **arguments)
+    made = publish(".", "user/tiny", dry_run=True, **arguments)
+    assert made.out == str(folder.with_name(f"{folder.name}-publish"))
+    assert digests(folder) == before
 
 
 def test_a_dry_run_writes_what_would_be_uploaded_and_needs_no_hub(folder, tmp_path):

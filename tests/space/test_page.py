@@ -153,6 +153,21 @@ def test_the_embedded_model_is_the_default():
         open_page(reference="nothing-here")
 
 
+def test_a_space_holds_nothing_of_this_machine(packed_dir, tmp_path):
+    source = tmp_path / "mine"
+    shutil.copytree(packed_dir, source)
+    config = json.loads((source / "unet" / "config.json").read_text())
+    (source / "unet" / "config.json").write_text(json.dumps(config | {"_name_or_path": "/home/somebody/unet"}))
+    (source / ".git").mkdir()
+    (source / ".git" / "secret").touch()
+    (source / ".env").write_text("TOKEN=1")
+    made = cli.space_create(str(source), tmp_path / "space")
+    assert not [name for name in made.files if "/." in name]
+    assert b"somebody" not in b"".join((tmp_path / "space" / name).read_bytes() for name in made.files)
+    stored = json.loads((tmp_path / "space" / "model" / "unet" / "config.json").read_text())
+    assert stored["quantization_config"] == config["quantization_config"]
+
+
 def test_reference_from_the_model_card(packed_dir, tiny_dir, tmp_path, capsys):
     folder = tmp_path / "mine"
     folder.symlink_to(packed_dir)

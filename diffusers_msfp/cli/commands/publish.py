@@ -40,7 +40,7 @@ def publish(
         private=private,
         revision=revision,
         create_pr=create_pr,
-        dry_run=source.parent / f"{source.name}-publish" if dry_run else None,
+        dry_run=dry_run,
         results=results or (),
         num_samples=num_samples,
         num_inference_steps=num_inference_steps,

@@ -67,7 +67,7 @@ def quantize(
     target_psnr: Annotated[
         float | None, typer.Option(help="The same: pictures this near to the float ones, in decibels.")
     ] = None,
-    target_step: Annotated[str | None, typer.Option(help="The same: a step in this time here, like 90ms.")] = None,
+    target_step: Annotated[str | None, typer.Option(help="The same: a step of one picture here, like 90ms.")] = None,
     plan: Annotated[
         Path | None, typer.Option(help="File that keeps what was chosen; without a target, one to choose by.")
     ] = None,

@@ -9,17 +9,24 @@ from typing import Any
 
 import diffusers
 from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline
+from filelock import FileLock, Timeout
 from rich.table import Table
 from torch import nn
 
 from ...budget import PLAN_FILE, BudgetPlan, plan_budget
+from ...budget.record import is_plan
+from ...budget.sensitivity import state_digest
 from ...checkpoint.describe import read_config
+from ...checkpoint.journal import Journal
 from ...compat.diffusers import no_init_weights
 from ...errors import ConfigError
-from ...outputs import require_writable_file
+from ...outputs import require_writable_file, writing
 from ...recipes import DEFAULT_RECIPE
+from ...sampling.denoisers import denoiser_of
 from ...schemes import DEFAULT_SCHEME
 from .calls import call_settings
+from .interrupts import keeping
 from .load import fetch, load_pipeline
 from .terminal import megabytes, progress, stderr
 
@@ -95,6 +102,8 @@ class BudgetRequest:
                     f"{self.file} must not exist yet where a target is given, but it does. Leave the target out to "
                     f"use that plan, name another file, or pass `--overwrite`."
                 )
+            if self.file.exists() and not is_plan(self.file):
+                raise ConfigError(f"`--overwrite` replaces plans only, but {self.file} holds something else.")
 
     def plan(
         self,
@@ -120,12 +129,8 @@ class BudgetRequest:
         else:
             pipe = load_pipeline(source, config=config, variant=variant)
             arguments = call_settings(pipe, prompts, guidance_scale, samples=True)
-            work = _work(out)
-            work.mkdir(parents=True, exist_ok=True)
-            with progress("planning") as report:
-                made = plan_budget(
-                    pipe, prompts=prompts, work_dir=work, on_progress=report, **self.targets, **shown, **arguments
-                )
+            asked = {**self.targets, **shown, "prompts": prompts, **arguments}
+            made = _planned(pipe, _work(out), asked)
         show(made)
         return made
 
@@ -139,6 +144,27 @@ class BudgetRequest:
         if self.targets and self.file is not None:
             made.write(self.file)
         shutil.rmtree(_work(out), ignore_errors=True)
+
+
+def _planned(pipe: DiffusionPipeline, work: Path, asked: Mapping[str, Any]) -> BudgetPlan:
+    """A new plan, or the one that an interrupted run of the same arguments has made: measured times are never equal."""
+    with writing(work):
+        work.mkdir(parents=True, exist_ok=True)
+    kept = f"{work} keeps what is measured, and the same command goes on with it"
+    try:
+        with FileLock(work / "lock", timeout=0), keeping(kept), progress("planning") as report:
+            finished = Journal(
+                work / "plan.jsonl", {"asked": repr(sorted(asked.items())), "model": state_digest(denoiser_of(pipe))}
+            )
+            if finished.entries:
+                return BudgetPlan.from_dict(finished.entries[0], str(finished.file))
+            made = plan_budget(pipe, work_dir=work, on_progress=report, **asked)
+            finished.keep([made.to_dict()])
+            return made
+    except Timeout as error:
+        raise ConfigError(
+            f"One run at a time can plan in {work}, but another one is at it. Wait for it to end."
+        ) from error
 
 
 def show(plan: BudgetPlan) -> None:

@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,31 +21,55 @@ from .interrupts import Interrupted
 from .terminal import stderr
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is that of a pipeline or of a model."""
+    return any((folder / name).is_file() for name in ("model_index.json", "config.json"))
+
+
 def check_target(
     out: str | Path,
     overwrite: bool,
-    marks: Sequence[str] = ("model_index.json", "config.json"),
+    *,
+    read: Iterable[str | Path | None],
+    ours: Callable[[Path], bool] = is_checkpoint,
     what: str = "checkpoints",
 ) -> Path:
     """Refuse a place that holds something that was not asked to be replaced, or that cannot be written.
 
     Args:
-        marks (`Sequence[str]`): files of which a folder that may be replaced has one.
+        read (`Iterable[str | Path | None]`): what the result is made from, which must outlast it; or Hub ids.
+        ours (`Callable[[Path], bool]`): whether a folder is of the kind that may be replaced.
         what (`str`): the plural of such folders.
+
+    Returns:
+        `Path`: the folder to write; for a link what it leads to.
 
     Raises:
         ConfigError: it exists, is not such a folder where one is to be replaced, or cannot be written.
     """
     out = Path(out)
+    if out.is_symlink() or out.name in ("", ".."):
+        out = out.resolve()
     require_writable(out)
-    if out.exists() and not overwrite:
+    if not out.exists():
+        return out
+    if not overwrite:
         raise ConfigError(f"{out} must not exist yet, but it does. Choose another folder, or pass `--overwrite`.")
-    if (
-        out.exists()
-        and not any((out / mark).is_file() for mark in marks)
-        and any(out.iterdir() if out.is_dir() else [out])
-    ):
+    if not ours(out) and any(out.iterdir() if out.is_dir() else [out]):
         raise ConfigError(f"`--overwrite` replaces {what} only, but {out} holds something else.")
+    if (out / ".git").exists():
+        raise ConfigError(
+            f"`--overwrite` replaces the whole folder, but {out} is a git repository, whose history would go too. "
+            f"Write to another folder, and copy its files."
+        )
+    place = out.resolve()
+    for source in map(Path, filter(None, read)):
+        origin = source.resolve()
+        if source.exists() and (place == origin or place in origin.parents or origin in place.parents):
+            raise ConfigError(
+                f"What is read must outlast what is written, but `--overwrite` of {out} would replace "
+                f"{'a part of ' if origin in place.parents else ''}{source}. Choose another folder."
+            )
     return out
 
 
@@ -121,6 +145,17 @@ def work_folder(out: Path) -> Iterator[Path]:
         stderr.print(f"{work} keeps what is finished: the same command goes on with it.", soft_wrap=True)
         raise
     shutil.rmtree(work)
+
+
+def state_of_files(place: Path, out: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of the files of a folder, or of a file, but for hidden ones and those in `out`."""
+    files = [place] if place.is_file() else sorted(each for each in place.rglob("*") if each.is_file())
+    inside = [each.relative_to(place) for each in files]
+    return [
+        (str(name), file.stat().st_size, file.stat().st_mtime_ns)
+        for name, file in zip(inside, files, strict=True)
+        if not any(part.startswith(".") for part in name.parts) and out.absolute() not in file.absolute().parents
+    ]
 
 
 def _parent(out: Path) -> Path:

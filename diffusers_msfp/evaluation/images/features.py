@@ -166,9 +166,9 @@ class InceptionFeatures:
             FeatureExtractorInceptionV3 = None
         if FeatureExtractorInceptionV3 is None or not weights.is_file():
             raise UnsupportedError(
-                f"The features `inception` need the package torch-fidelity and its weights in {weights}, but they are "
-                f"not there: `pip install torch-fidelity`, and download {_INCEPTION_URL}. Or choose other features: "
-                f"`--features module:function`."
+                f"The features `inception` need the package torch-fidelity and its weights in the folder `checkpoints` "
+                f"of `torch.hub.get_dir()`, but they are not there: `pip install torch-fidelity`, and download "
+                f"{_INCEPTION_URL}. Or choose other features: `--features module:function`."
             )
         names = ["2048", "logits_unbiased"]
         self.network = FeatureExtractorInceptionV3("inception-v3-compat", names, str(weights)).eval()

@@ -85,8 +85,14 @@ def _float(model: nn.Module) -> nn.Module:
 def _msfp(kind: str, options: list[str], model: nn.Module, call: Callable[[nn.Module], object]) -> nn.Module:
     engines = {*ENGINES, "auto", openvino.NAME}
     _check(kind, options, {*MEMORY_MODES, "fp32", *engines})
-    made = copy.deepcopy(model)
-    if not any(True for _ in quant_layers(made)):
+    made = copy.deepcopy(model) if kind == "msfp" else _float(model)
+    if any(True for _ in quant_layers(made)):
+        if "fp32" in options:
+            raise ConfigError(
+                "`msfp:fp32` quantizes a float model, but this one is quantized already and is timed as it is. Leave "
+                "`fp32` out, or name a scheme."
+            )
+    else:
         made = made.to(torch.float32 if "fp32" in options else torch.bfloat16)
         convert(made, Conversion.plan(made, "w4a8" if kind == "msfp" else kind))
         track(made)  # finds the layers that read residual sums, which have formats of their own
