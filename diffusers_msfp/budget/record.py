@@ -144,6 +144,16 @@ class BudgetPlan(Result):
         return {layer.name: layer.scheme for layer in sorted(self.layers, key=lambda each: len(each.name))}
 
     @property
+    def aim(self) -> str:
+        """What was asked for, in words."""
+        value = self.target_value
+        return {
+            "bytes": f"a file of at most {value / 1e6:.4g} MB",
+            "psnr": f"pictures at {value:g} dB PSNR",
+            "step": f"a step of at most {1e3 * value:.4g} ms",
+        }[self.target]
+
+    @property
     def reasons(self) -> dict[str, str]:
         """Layer → why it gets what it gets."""
         return {layer.name: f"{layer.scheme}: {layer.reason}" for layer in self.layers}

@@ -57,7 +57,7 @@ class Report(Result):
         pictures (`Sequence`): see `picture_rows`.
         layers (`Sequence[Mapping[str, Any]]`): see `layer_rows`.
         adapters (`Mapping[str, Any]`, *optional*): see `ComponentDescription`.
-        budget (`Mapping[str, Any]`, *optional*): the plan by which bits and formats were chosen, with its `reasons`.
+        budget (`Mapping[str, Any]`, *optional*): the plan that chose bits and formats, with its `aim` and `reasons`.
         speed (`Mapping[str, Mapping[str, float]]`, *optional*): provider → `seconds`, `seconds_low`, `seconds_high`,
             `speedup`.
         missing (`Mapping[str, str]`): section → why it is not there.
@@ -170,7 +170,7 @@ def collect_report(
 
 def _budget(folder: Path | None) -> dict[str, Any] | None:
     plan = stored_plan(folder)
-    return None if plan is None else plan.to_dict() | {"reasons": plan.reasons}
+    return None if plan is None else plan.to_dict() | {"aim": plan.aim, "reasons": plan.reasons}
 
 
 def _require_calibrated(pipe: DiffusionPipeline) -> None:

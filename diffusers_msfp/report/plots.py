@@ -77,7 +77,7 @@ def front_chart(front: Sequence[Mapping], chosen_bytes: int, chosen_error: float
         front (`Sequence[Mapping]`): `bytes` and `error` of each point, see `FrontPoint`.
         chosen_bytes (`int`), chosen_error (`float`): of the plan.
     """
-    width, height, left, right, top, bottom = 520, 270, 58, 16, 14, 40
+    width, height, left, right, top, bottom = 520, 280, 58, 16, 32, 40
     points = [(point["bytes"], point["error"]) for point in front if point["error"] > 0]
     if not points or chosen_error <= 0:
         return Markup("")
@@ -91,7 +91,7 @@ def front_chart(front: Sequence[Mapping], chosen_bytes: int, chosen_error: float
 
     marks = []
     for decade in range(math.floor(floor), math.ceil(ceiling) + 1):
-        for value in (factor * 10.0**decade for factor in (1, 2, 5)):
+        for value in (factor * 10.0**decade for factor in (1, 2, 3, 5)):
             if floor <= math.log10(value) <= ceiling:
                 y = at(first, value)[1]
                 marks.append(tag("path", cls="grid", d=f"M{left} {y:.1f}H{width - right}"))
@@ -101,8 +101,8 @@ def front_chart(front: Sequence[Mapping], chosen_bytes: int, chosen_error: float
         anchor = ("start", "middle", "end")[int(2 * share)]
         place = {"x": f"{at(size, errors[0])[0]:.1f}", "y": height - bottom + 18, "text_anchor": anchor}
         marks.append(tag("text", f"{size / 1e6:.3g} MB", **place))
-    title = "size of the file → error of the output (traj_rel_l2)"
-    marks.append(tag("text", title, x=(left + width - right) / 2, y=height - 4, text_anchor="middle"))
+    marks.append(tag("text", "size of the file", x=(left + width - right) / 2, y=height - 4, text_anchor="middle"))
+    marks.append(tag("text", "error of the output (traj_rel_l2)", x=left - 50, y=14))
     line = tag("path", cls="line", d=_path([at(*point) for point in points]))
     x, y = at(chosen_bytes, chosen_error)
     words = tag("title", f"chosen: {chosen_bytes:,} bytes, {100 * chosen_error:.3g} %")

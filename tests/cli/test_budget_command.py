@@ -45,7 +45,7 @@ def test_a_target_is_kept_and_its_plan_serves_again(source, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
     shown = program("inspect", out)
-    assert "planned for a target of bytes" in shown.stdout
+    assert "planned for a file of at most 0.046 MB" in shown.stdout
     assert "× its error" in shown.stdout
     described = json.loads(program("inspect", out, "--json").stdout)
     assert set(described["unet"]["why"]) == {layer.name for layer in plan.layers}

@@ -156,8 +156,8 @@ def export(
 
 def _print_plan(plan: BudgetPlan) -> None:
     say(
-        f"planned for a target of {plan.target}, {plan.target_value:,g}: at most {plan.bytes:,} bytes, `traj_rel_l2` "
-        f"{plan.error:.4f} as predicted; of each layer, what else it could have had:"
+        f"planned for {plan.aim}: at most {plan.bytes:,} bytes, `traj_rel_l2` {plan.error:.4f} as predicted; "
+        f"of each layer, what else it could have had:"
     )
     for layer, reason in plan.reasons.items():
         say(f"  {layer}: {reason}")

@@ -169,17 +169,18 @@ def _planned(pipe: DiffusionPipeline, work: Path, asked: Mapping[str, Any]) -> B
 
 def show(plan: BudgetPlan) -> None:
     """The front of a plan, with the place of what was chosen, on standard error."""
-    table = Table("", "bytes", "traj_rel_l2", "PSNR", "step", "layers")
+    columns = {
+        "bytes": lambda point: megabytes(point.bytes),
+        "traj_rel_l2": lambda point: f"{point.error:.4f}",
+        "PSNR": lambda point: point.psnr_db and f"{point.psnr_db:.1f} dB",
+        "step": lambda point: point.step_seconds and f"{1e3 * point.step_seconds:.1f} ms",
+        "layers": lambda point: ", ".join(f"{count} × {scheme}" for scheme, count in point.bits.items()),
+    }
     nearest = min(plan.front, key=lambda point: abs(point.bytes - plan.bytes))
+    shown = {name: cell for name, cell in columns.items() if any(map(cell, plan.front))}
+    table = Table("", *shown)
     for point in plan.front:
-        table.add_row(
-            "→" if point is nearest else "",
-            megabytes(point.bytes),
-            f"{point.error:.4f}",
-            "–" if point.psnr_db is None else f"{point.psnr_db:.1f} dB",
-            "–" if point.step_seconds is None else f"{1e3 * point.step_seconds:.1f} ms",
-            ", ".join(f"{count} × {scheme}" for scheme, count in point.bits.items()),
-        )
+        table.add_row("→" if point is nearest else "", *(cell(point) or "–" for cell in shown.values()))
     stderr.print(table)
     stderr.print(
         f"plan: at most {plan.bytes:,} bytes, traj_rel_l2 {plan.error:.4f} as predicted, in {plan.seconds:.0f} s; why "
