@@ -18,6 +18,7 @@ from .errors import FormatError
 from .registry import Registry
 
 WIDTHS = (4, 6, 8)
+INT8_MAX, UINT8_MAX = 127, 255
 MAX_EXPONENT_BITS = 5
 
 ALIASES = {"float4_e2m1fn": "fp4_e2m1", "float6_e2m3fn": "fp6_e2m3", "float6_e3m2fn": "fp6_e3m2"}
@@ -128,6 +129,11 @@ class FPFormat:
         """The largest value at scale 1."""
         return self.lattice_max * self.step
 
+    @property
+    def fits_byte(self) -> bool:
+        """Whether all lattice integers fit one byte, signed or unsigned as the format is; 8-bit products want that."""
+        return self.lattice_max <= (INT8_MAX if self.signed else UINT8_MAX)
+
     @cached_property
     def code_values(self) -> tuple[int, ...]:
         """Lattice integer of every code `0 … 2**bits - 1`; the code of -0 is worth 0."""
@@ -138,12 +144,11 @@ class FPFormat:
 
 
 MULTIPLIER_BITS = 4
-LARGEST_PRODUCT = 127
 
 
 def largest_multiplier(fmt: FPFormat) -> int:
     """Up to which `lattice_max * multiplier` fits a signed byte, and the multiplier 4 bits; 0 where none does."""
-    return min(2**MULTIPLIER_BITS - 1, LARGEST_PRODUCT // fmt.lattice_max)
+    return min(2**MULTIPLIER_BITS - 1, INT8_MAX // fmt.lattice_max)
 
 
 def largest_integer(fmt: FPFormat, *, grouped: bool) -> int:

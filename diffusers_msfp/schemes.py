@@ -83,16 +83,6 @@ class QuantScheme:
         return QuantScheme(reduced(self.inner), reduced(self.edge), reduced(self.input))
 
 
-BYTE = 255
-"""The largest range of lattice integers that one byte holds, as 8-bit products want it."""
-
-
-def fits_byte(name: str) -> bool:
-    """Whether a format's lattice integers fit one byte, signed or unsigned."""
-    fmt = FORMATS[name]
-    return fmt.lattice_max * (2 if fmt.signed else 1) <= BYTE
-
-
 def _scheme(
     weight_bits: int,
     activation_bits: int | None,
@@ -112,7 +102,7 @@ def _scheme(
     """
 
     def narrow(names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(name for name in names if wide or FORMATS[name].bits < EDGE_BITS or fits_byte(name))
+        return tuple(name for name in names if wide or FORMATS[name].bits < EDGE_BITS or FORMATS[name].fits_byte)
 
     def layer(w: int, a: int | None) -> LayerScheme:
         def inputs(bits: int) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from torch import nn
 from diffusers_msfp import FORMATS, SCHEMES
 from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.layers.convert import Conversion
-from diffusers_msfp.schemes import LayerScheme, fits_byte, input_bits, matches, resolve, scheme_of, weights_only
+from diffusers_msfp.schemes import LayerScheme, input_bits, matches, resolve, scheme_of, weights_only
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -28,12 +28,15 @@ def test_widths_are_what_the_name_says(name):
     assert {FORMATS[f].bits for f in scheme.inner.residual} == ({8} if residual else set())
     assert scheme.edge.residual == scheme.input.residual == ()
     eight = [f for f in scheme.inner.activation + scheme.inner.residual + scheme.edge.activation if f[2] == "8"]
-    assert all(map(fits_byte, eight)) != ("-wide" in name)
+    assert all(FORMATS[name].fits_byte for name in eight) != ("-wide" in name)
 
 
-def test_a_byte_holds_what_fits_it():
-    assert {name for name in FORMATS if fits_byte(name) and FORMATS[name].bits == 8} == {"fp8_e1m6", "fp8_ue1m7"}
-    assert all(fits_byte(name) for name in ("fp4_e3m0", "fp4_ue3m1", "fp6_e2m3", "fp6_ue2m4"))
+def test_one_byte_holds_what_fits_it():
+    for fmt in FORMATS.values():
+        byte = range(-128, 128) if fmt.signed else range(256)
+        assert fmt.fits_byte == all(q in byte for q in fmt.lattice)
+    assert {name for name, fmt in FORMATS.items() if fmt.fits_byte and fmt.bits == 8} == {"fp8_e1m6", "fp8_ue1m7"}
+    assert all(FORMATS[name].fits_byte for name in ("fp4_e3m0", "fp4_ue3m1", "fp6_e2m3", "fp6_ue2m4"))
 
 
 def test_version_1_means_what_it_meant():

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..formats import FPFormat, largest_integer
+from ..formats import INT8_MAX, FPFormat, largest_integer
 from ..layers.skeleton import LayerGroup
-from ..numerics.sums import LARGEST
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class StoredLayer:
     def largest_weight(self) -> int:
         """See `QuantLayer.largest_weight`."""
         own = largest_integer(self.weight_format, grouped=self.group_size is not None)
-        return max(own, LARGEST) if self.has_sums else own
+        return max(own, INT8_MAX) if self.has_sums else own
 
     @classmethod
     def of(cls, shape: list[int], rows: int, group: LayerGroup, has_sums: bool = False) -> "StoredLayer":

@@ -11,6 +11,7 @@ their float32 sums are whole numbers below 2^24, and so exact; these are rounded
 from torch import nn
 
 from ..compat.torch import has_int8_operators
+from ..formats import INT8_MAX
 from ..layers import QuantLayer
 from .engine import Engine
 from .grid import low_bits
@@ -18,7 +19,7 @@ from .integers.conv import Int8Conv
 from .integers.linear import Int8Linear
 from .integers.products import largest_byte, products_are_exact
 
-_INT8_MAX, _MAX_LOW_BITS = 127, 8
+_MAX_LOW_BITS = 8
 
 
 class Int8Engine(Engine):
@@ -37,7 +38,7 @@ class Int8Engine(Engine):
             return "its input is not quantized"
         if low_bits(layer.input_format) > _MAX_LOW_BITS:
             return f"its input's format {layer.input_format} does not fit two bytes"
-        if layer.largest_weight > _INT8_MAX:
+        if layer.largest_weight > INT8_MAX:
             return f"its weight's format {layer.weight_format} does not fit 8 bits"
         largest = largest_byte(layer.input_format)
         if largest * layer.largest_weight * layer.matrix_shape[1] >= 2**31:

@@ -17,12 +17,12 @@ from ..compat.modules import bare_copy
 from ..engines.engine import weight_integers, weight_unit
 from ..engines.openvino.layers import LEFT_OUT, GraphConv1d, GraphConv2d, GraphLayer, GraphLinear, Inputs, Quantize
 from ..engines.openvino.rounding import Grid, lattice_integers
+from ..formats import INT8_MAX
 from ..layers import QuantLayer
 from ..numerics import packed_size, unpack
 
 PACKED_BITS = 4
 """Codes of so many bits stay packed; others take a byte each."""
-INT8_MAX = 127
 
 
 def centred(x: Tensor, grid: Grid) -> Tensor:

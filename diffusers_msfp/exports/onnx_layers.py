@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from ..compat.torch import ConvNd, padding_ends
 from ..engines.openvino.layers import Inputs
 from ..engines.openvino.rounding import Grid
+from ..formats import INT8_MAX
 from ..layers import QuantLayer
-from .layers import INT8_MAX, Kinds, PackedConv1d, PackedConv2d, PackedLayer, PackedLinear, centred, packed_layer
+from .layers import Kinds, PackedConv1d, PackedConv2d, PackedLayer, PackedLinear, centred, packed_layer
 
 PAIR_MAX = 2**15 - 1
 """Largest sum of two products that 16 bits hold."""
@@ -126,4 +127,4 @@ def in_integers(layer: QuantLayer) -> bool:
         return False
     grid = Grid(layer.input_format, 1.0, 1.0, 0)
     largest = layer.input_format.lattice_max + grid.offset
-    return grid.fits_a_byte and 2 * largest * layer.largest_weight <= PAIR_MAX
+    return layer.input_format.fits_byte and 2 * largest * layer.largest_weight <= PAIR_MAX

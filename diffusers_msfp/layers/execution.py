@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from ..calibration import observe
 from ..errors import UnsupportedError
+from ..formats import INT8_MAX
 from ..numerics import Codes, QParams, decode, fake_quantize, select, unpack
 from ..numerics.groups import by_weight
 from ..numerics.rounding import require_finite
 from ..numerics.route import Route
-from ..numerics.sums import LARGEST
 from .incoming import check_incoming
 from .logical import PackedLayer
 from .protocols import Engine, Prepared
@@ -139,7 +139,7 @@ class Execution(StoredTensors, PackedLayer):
     def largest_weight(self) -> int:
         """See `StoredTensors`; also with what adapters that read codes add."""
         own = super().largest_weight
-        return max(own, LARGEST) if self.adapters is not None and self.adapters.reads_codes else own
+        return max(own, INT8_MAX) if self.adapters is not None and self.adapters.reads_codes else own
 
     def decode_whole(self) -> Tensor:
         """See `PackedLayer`; of one bank, for several are no single weight."""

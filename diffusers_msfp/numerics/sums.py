@@ -8,8 +8,7 @@ added the weight stays what it is.
 import torch
 from torch import Tensor
 
-LARGEST = 127
-"""What no integer of a sum exceeds."""
+from ..formats import INT8_MAX
 
 
 def sum_unit(total: Tensor, unit: Tensor, largest: int) -> Tensor:
@@ -25,7 +24,7 @@ def sum_unit(total: Tensor, unit: Tensor, largest: int) -> Tensor:
     """
     if not total.numel():
         return unit
-    return torch.maximum(unit / max(1, LARGEST // largest), total.flatten(1).abs().amax(1) / LARGEST)
+    return torch.maximum(unit / max(1, INT8_MAX // largest), total.flatten(1).abs().amax(1) / INT8_MAX)
 
 
 def sum_integers(total: Tensor, unit: Tensor) -> Tensor:
@@ -35,7 +34,7 @@ def sum_integers(total: Tensor, unit: Tensor) -> Tensor:
         total (`Tensor`, `(C, …)`, float32).
         unit (`Tensor`, `(C,)`): see `sum_unit`.
     """
-    return (total * (1 / _by_channel(unit, total))).round().clamp(-LARGEST, LARGEST)
+    return (total * (1 / _by_channel(unit, total))).round().clamp(-INT8_MAX, INT8_MAX)
 
 
 def rounded_sum(total: Tensor, unit: Tensor, largest: int) -> Tensor:

@@ -62,7 +62,7 @@ def formats() -> Iterator[dict[str, str]]:
             "values": str(len(fmt.grid)),
             "max": f"{fmt.max:g}",
             "largest integer": str(fmt.lattice_max),
-            "fits 8-bit integers": "yes" if fmt.lattice_max <= (127 if fmt.signed else 255) else "no",
+            "fits 8-bit integers": "yes" if fmt.fits_byte else "no",
         }
 
 

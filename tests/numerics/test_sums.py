@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from diffusers_msfp import FORMATS
-from diffusers_msfp.formats import largest_integer
-from diffusers_msfp.numerics.sums import LARGEST, rounded_sum, sum_integers, sum_unit
+from diffusers_msfp.formats import INT8_MAX, largest_integer
+from diffusers_msfp.numerics.sums import rounded_sum, sum_integers, sum_unit
 
-FITTING = [fmt for fmt in FORMATS.values() if fmt.signed and fmt.lattice_max <= LARGEST]
+FITTING = [fmt for fmt in FORMATS.values() if fmt.signed and fmt.lattice_max <= INT8_MAX]
 
 
 @pytest.mark.parametrize("fmt", FITTING, ids=str)
@@ -21,7 +21,7 @@ def test_a_weight_to_which_nothing_is_added_is_exact(fmt, grouped):
     own = sum_unit(weight, unit, largest)
     integers = sum_integers(weight, own)
     assert torch.equal(integers, values.float() * round((unit / own).max().item()))
-    assert integers.abs().max() <= LARGEST
+    assert integers.abs().max() <= INT8_MAX
     torch.testing.assert_close(rounded_sum(weight, unit, largest), weight, rtol=1e-6, atol=0)
 
 
@@ -31,7 +31,7 @@ def test_no_sum_is_clipped_and_none_moves_further_than_half_a_step(largest):
     total = torch.randn(9, 3, 5, 5) * (unit * largest)[:, None, None, None]
     own = sum_unit(total, unit, largest)
     steps = total / own[:, None, None, None]
-    assert steps.abs().max() <= LARGEST * (1 + 1e-6)
+    assert steps.abs().max() <= INT8_MAX * (1 + 1e-6)
     integers = sum_integers(total, own)
     assert integers.shape == total.shape
     assert (integers - steps).abs().max() <= 0.5 + 1e-4

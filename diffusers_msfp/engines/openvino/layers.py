@@ -16,13 +16,12 @@ from torch.nn import functional as F
 from ...compat.modules import bare_copy
 from ...compat.torch import ConvNd, convolve, padding_ends
 from ...errors import UnsupportedError
-from ...formats import FPFormat
+from ...formats import INT8_MAX, FPFormat
 from ...layers import QuantLayer
 from ..engine import weight_integers, weight_unit
 from .choices import Choice, Reader
 from .rounding import Grid, lattice_integers, quantize_as_byte
 
-_INT8_MAX = 127
 LEFT_OUT = ("prepared", "engine", "routing", "observation", "forward")
 
 
@@ -190,7 +189,7 @@ def runs_in_bytes(layer: QuantLayer) -> bool:
 
 def are_bytes(weight: FPFormat, read: FPFormat | None) -> bool:
     """Whether 8-bit integers hold a layer's weight and what it reads."""
-    return read is not None and weight.lattice_max <= _INT8_MAX and Grid(read, 1.0, 1.0, 0).fits_a_byte
+    return read is not None and weight.lattice_max <= INT8_MAX and read.fits_byte
 
 
 def why_not(layer: QuantLayer, dtype: torch.dtype) -> str | None:

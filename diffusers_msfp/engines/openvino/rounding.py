@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...formats import FPFormat
+from ...formats import UINT8_MAX, FPFormat
 from ...numerics import QParams
 from ...numerics.rounding import lattice_range, zero_point_steps
+from ..grid import byte_offset
 
-BYTE_MAX = 255
 _ONES = 1.5 * 2.0**23  # floats around it have a last place of 1
 
 
@@ -44,12 +44,7 @@ class Grid(NamedTuple):
     @property
     def offset(self) -> int:
         """What makes lattice integers ≥ 0; bytes without a sign are what most processors multiply fastest."""
-        return self.format.lattice_max if self.format.signed else 0
-
-    @property
-    def fits_a_byte(self) -> bool:
-        """Whether all integers, made ≥ 0, are at most 255."""
-        return self.format.lattice_max + self.offset <= BYTE_MAX
+        return byte_offset(self.format)
 
 
 def round_in_graph(y: Tensor, fmt: FPFormat) -> Tensor:
@@ -96,4 +91,4 @@ def quantize_as_byte(x: Tensor, grid: Grid) -> Tensor:
         grid (`Grid`): whose integers fit a byte.
     """
     values = lattice_integers(x, grid.format, grid.inverse, float(grid.zero)) * grid.unit
-    return torch.fake_quantize_per_tensor_affine(values, grid.unit, grid.zero + grid.offset, 0, BYTE_MAX)
+    return torch.fake_quantize_per_tensor_affine(values, grid.unit, grid.zero + grid.offset, 0, UINT8_MAX)

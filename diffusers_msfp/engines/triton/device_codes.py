@@ -6,7 +6,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ...formats import FPFormat
+from ...formats import INT8_MAX, FPFormat
 from ...numerics import unpack
 
 MAX_TERMS = 2**16
@@ -15,13 +15,13 @@ MAX_TERMS = 2**16
 
 def code_offset(fmt: FPFormat, dtype: torch.dtype) -> int:
     """What is taken from lattice integers so that they fit `dtype`: 128 for large unsigned formats in int8."""
-    return 128 if dtype == torch.int8 and not fmt.signed and fmt.lattice_max > 127 else 0
+    return 128 if dtype == torch.int8 and not fmt.signed and fmt.lattice_max > INT8_MAX else 0
 
 
 def holds(dtype: torch.dtype, fmt: FPFormat) -> bool:
     """Whether every lattice integer, less `code_offset`, is exact in int8 or bfloat16."""
     if dtype == torch.int8:
-        return fmt.lattice_max - code_offset(fmt, dtype) <= 127
+        return fmt.fits_byte
     return fmt.mantissa_bits + 1 <= 8
 
 
