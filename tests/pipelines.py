@@ -1,5 +1,7 @@
 """Tiny pipelines of every kind, made from code: few channels, 8 × 8 latents, untrained."""
 
+from pathlib import Path
+
 import torch
 from conftest import make_condition_unet, make_vae
 from diffusers import (
@@ -30,6 +32,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.pipelines.stable_cascade.pipeline_stable_cascade import PaellaVQModel
+from PIL import ExifTags, Image
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
@@ -49,6 +52,14 @@ SMALL = {"block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_di
 
 def picture(channels: int = 3) -> torch.Tensor:
     return torch.rand(1, channels, 8, 8, generator=torch.Generator().manual_seed(2))
+
+
+def turned(upright: Image.Image, folder: Path) -> Path:
+    """A file in `folder` as of a camera that was held on its side: it says so in EXIF data."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(folder / "turned.png", exif=exif)
+    return folder / "turned.png"
 
 
 def make_tokenizer() -> CLIPTokenizer:

@@ -28,8 +28,12 @@ FLOWS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
 Images = str | Path | Iterable[Image.Image | np.ndarray | Tensor | str | Path]
 
 
-def picture_files(folder: str | Path) -> list[Path]:
+def picture_files(folder: str | Path, argument: str = "images") -> list[Path]:
     """The pictures of a folder and of those below it, sorted.
+
+    Args:
+        folder (`str` or `Path`): where they are.
+        argument (`str`): what the user calls it, for messages.
 
     Raises:
         ConfigError: it is no folder, or holds none.
@@ -37,7 +41,8 @@ def picture_files(folder: str | Path) -> list[Path]:
     found = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in SUFFIXES)
     if not found:
         what = "there are none" if Path(folder).is_dir() else "it is no folder"
-        raise ConfigError(f"`images` must be a folder with pictures ({', '.join(SUFFIXES)}), but {folder}: {what}.")
+        kinds = ", ".join(SUFFIXES)
+        raise ConfigError(f"`{argument}` must be a folder with pictures ({kinds}), but {folder}: {what}.")
     return found
 
 
@@ -60,7 +65,7 @@ def taken(images: Images | None, num_samples: int) -> list | None:
 
 
 def opened(image: Image.Image | np.ndarray | Tensor | str | Path) -> Image.Image:
-    """One picture, whatever it came as.
+    """One picture, whatever it came as, upright: as a camera's EXIF data say that it was held.
 
     Args:
         image: a PIL image, a file's path, an array `(H, W)` or `(H, W, channels)` or a tensor `(channels, H, W)`; these
@@ -70,12 +75,11 @@ def opened(image: Image.Image | np.ndarray | Tensor | str | Path) -> Image.Image
         ConfigError: it is something else, or cannot be read.
     """
     if isinstance(image, Image.Image):
-        return image
+        return ImageOps.exif_transpose(image)
     if isinstance(image, str | Path):
         try:
             with Image.open(image) as file:
-                file.load()
-                return file.copy()
+                return ImageOps.exif_transpose(file)
         except (UnidentifiedImageError, OSError) as error:
             raise ConfigError(f"{image} must be a picture, but it cannot be read ({error}).") from error
     if isinstance(image, Tensor) and image.ndim == 3:
@@ -100,17 +104,21 @@ def opened(image: Image.Image | np.ndarray | Tensor | str | Path) -> Image.Image
     return Image.fromarray(image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image)
 
 
-def fitted(image: Image.Image, shape: tuple[int, int, int]) -> Tensor:
-    """A picture scaled (Lanczos) so that it covers a size, and cropped in its middle; in [-1, 1].
+def fitted(image: Image.Image, shape: tuple[int, ...]) -> Tensor:
+    """A picture scaled (Lanczos) so that it covers a size, and cropped in its middle; `shape`, uint8.
 
     Args:
         image (`PIL.Image.Image`): of any size and mode.
         shape (`tuple`): channels (1 or 3), height, width.
     """
     channels, height, width = shape
-    image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-    image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).float().reshape(height, width, channels).permute(2, 0, 1) / 127.5 - 1
+    image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).reshape(height, width, channels).permute(2, 0, 1)
+
+
+def _as_inputs(images: list[Image.Image], shape: tuple[int, ...]) -> Tensor:
+    """`(N, *shape)`, float32 in [-1, 1]."""
+    return torch.stack([fitted(image, shape) for image in images]).float() / 127.5 - 1
 
 
 class NoisedPictures:
@@ -215,11 +223,11 @@ class NoisedPictures:
                     f"Pictures have 1 or 3 channels, but the `{self.name}` of {type(self.pipe).__name__}, which has no "
                     f"`vae` to encode them, reads {shape[0]}. Leave `images` out: its own samples set the ranges."
                 )
-            pictures = torch.stack([fitted(each, shape) for each in chosen])
+            pictures = _as_inputs(chosen, shape)
         else:
             scale = getattr(self.pipe, "vae_scale_factor", None) or 2 ** (len(self.vae.config.block_out_channels) - 1)
             shape = (self.vae.config.in_channels, scale * height, scale * width)
-            pictures = self._latents(torch.stack([fitted(each, shape) for each in chosen]))
+            pictures = self._latents(_as_inputs(chosen, shape))
             if pictures.shape[2:] != sample.shape[2:] or pictures.shape[1] > sample.shape[1]:
                 raise ConfigError(
                     f"Encoded pictures must have the shape that the denoiser reads, {tuple(sample.shape[1:])}, but "

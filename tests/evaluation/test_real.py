@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pipelines import turned
 
 from diffusers_msfp.errors import ConfigError, ShapeError
 from diffusers_msfp.evaluation.images.real import load_real
+from diffusers_msfp.sampling.pictures import fitted, opened
 
 
 def archive(folder, **arrays) -> str:
@@ -64,11 +66,22 @@ def test_folders(tmp_path):
         load_real(tmp_path, (3, 32, 32))
 
 
+def test_photographs_are_read_upright(tmp_path):
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 32, 3), dtype=np.uint8))
+    file = turned(upright, tmp_path)
+    with Image.open(file) as stored:
+        assert stored.size == (40, 32)
+        assert np.array_equal(np.asarray(opened(stored)), np.asarray(upright))
+    assert np.array_equal(np.asarray(opened(file)), np.asarray(upright))
+    (evaluated,), _ = load_real(tmp_path, (3, 40, 32))
+    assert torch.equal((evaluated * 255).round(), fitted(upright, (3, 40, 32)).float())
+
+
 def test_what_is_no_data(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.npz").write_bytes(b"nonsense")
     for name, message in (
-        ("empty", "must hold pictures"),
+        ("empty", "`--data` must be a folder with pictures .*: there are none"),
         ("none.npz", "is neither"),
         ("bad.npz", "must be a NumPy archive"),
     ):

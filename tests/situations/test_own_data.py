@@ -14,7 +14,7 @@ from diffusers import (
     EulerDiscreteScheduler,
 )
 from PIL import Image
-from pipelines import make_controlnet, make_flux, make_inpainting, make_sd3, make_small_pipe, make_wan, picture
+from pipelines import make_controlnet, make_flux, make_inpainting, make_sd3, make_small_pipe, make_wan, picture, turned
 from torch import nn
 
 import diffusers_msfp
@@ -90,6 +90,18 @@ def test_kinds_of_pictures(tmp_path):
     assert not same(found[0], own)
     calibrate(pipe, **RUN, images=pictures, seed=1)
     assert not same(found[0], ranges(pipe.unet))
+
+
+@pytest.mark.situation("calibrating from photographs that say how the camera was held: read upright", "right")
+def test_turned_photographs(tmp_path):
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8))
+    file, pipe = turned(upright, tmp_path), quietly(DDPMPipeline(make_unet(), DDIMScheduler()))
+    quantize_pipeline(pipe, "w4a4", images=[upright], **RUN)
+    found = ranges(pipe.unet)
+    with Image.open(file) as stored:
+        for images in (tmp_path, [file], [stored]):
+            calibrate(pipe, **RUN, images=images)
+            assert same(ranges(pipe.unet), found)
 
 
 @pytest.mark.situation("pictures of any size for a latent pipeline: cropped, encoded with its factor, noised", "right")

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import ConfigError, ShapeError
+from ...sampling.pictures import fitted, opened, picture_files
 
 KEYS = ("x_test", "images")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 _MAX_BORDER = 8  # a side may lack one part in so many
 
 
@@ -20,7 +19,8 @@ def load_real(source: str | Path, shape: tuple[int, ...]) -> tuple[Tensor, str]:
     """Real pictures in the shape of a pipeline's.
 
     Arrays get a black border where they lack at most an eighth of a side, as Fashion-MNIST's 28 pixels at 32; the
-    pictures of a folder, which must not be smaller, are cropped in their middle and scaled down (Lanczos).
+    pictures of a folder, which must not be smaller, are turned upright, cropped in their middle and scaled down
+    (Lanczos).
 
     Args:
         source (`str` or `Path`): an `.npz` with `x_test` or `images`, `(N, H, W)` or `(N, H, W, channels)`, 8-bit or
@@ -71,24 +71,17 @@ def load_real(source: str | Path, shape: tuple[int, ...]) -> tuple[Tensor, str]:
 
 
 def _from_folder(folder: Path, shape: tuple[int, ...]) -> tuple[Tensor, str]:
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
-    channels, height, width = shape
-    if not files:
-        raise ConfigError(f"{folder} must hold pictures ({', '.join(SUFFIXES)}), but there are none.")
+    _, height, width = shape
     pictures, adapted = [], 0
+    files = picture_files(folder, "--data")
     for file in files:
-        try:
-            with Image.open(file) as opened:
-                picture = opened.convert("L" if channels == 1 else "RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise ConfigError(f"{file} must be a picture, but it cannot be read ({error}).") from error
+        picture = opened(file)
         if picture.width < width or picture.height < height:
             raise ShapeError(
                 f"Pictures must be at least {height}×{width}, as the pipeline's, but {file} is "
                 f"{picture.height}×{picture.width}. Take it out, or give larger ones."
             )
         adapted += picture.size != (width, height)
-        pictures.append(np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)))
-    array = torch.from_numpy(np.stack(pictures)).float() / 255
+        pictures.append(fitted(picture, shape))
     done = f"{adapted} of {len(files)} cropped and scaled to {height}×{width}" if adapted else "as they are"
-    return (array[:, None] if channels == 1 else array.permute(0, 3, 1, 2)), done
+    return torch.stack(pictures).float() / 255, done
