@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..compat.modules import hooks_around
 from ..compat.wrappers import unwrap
 from ..engines.openvino import obstacles
-from ..engines.openvino.call import Call
+from ..engines.openvino.call import GraphCall
 from ..engines.openvino.choices import Choice, following
 from ..engines.openvino.forward import GraphForward
 from ..engines.openvino.record import Recorder, refuse_branches
@@ -127,7 +127,7 @@ def export(
     layers = [layer for _, layer in quant_layers(model)]
     hooks = _hooks_in_graph(model)
     _refuse_obstacles(model, layers)
-    call = Call.of(model, (), given)
+    call = GraphCall.of(model, (), given)
     if call.obstacle is not None:
         raise UnsupportedError(f"A graph's inputs are tensors on the CPU, but {call.obstacle}. Pass other `inputs`.")
     recorder = Recorder(model, call, Choice(), target.layer_in_graph, hooks)
@@ -241,7 +241,7 @@ def _refuse_obstacles(model: nn.Module, layers: Sequence[QuantLayer]) -> None:
 
 
 @torch.no_grad()
-def _ports(recorder: Recorder, call: Call) -> Ports:
+def _ports(recorder: Recorder, call: GraphCall) -> Ports:
     tensors = recorder.tensors()
     refuse_branches(recorder, tensors)
     fields = recorder.form.fields if recorder.form is not None else []

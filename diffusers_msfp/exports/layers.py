@@ -30,7 +30,7 @@ def centred(x: Tensor, grid: Grid) -> Tensor:
     return lattice_integers(x, grid.format, grid.inverse, float(grid.zero))
 
 
-class PackedLayer(GraphLayer, ABC):
+class PackedGraphLayer(GraphLayer, ABC):
     """Abstract base: a quantized layer with one bank, in float32.
 
     Attributes:
@@ -72,7 +72,7 @@ class PackedLayer(GraphLayer, ABC):
         return y if self.bias is None else y + self.bias.view(-1, *rest)
 
 
-class PackedLinear(PackedLayer, GraphLinear):  # type: ignore[misc]
+class PackedLinear(PackedGraphLayer, GraphLinear):  # type: ignore[misc]
     """Of a `QuantLinear`."""
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, quantize: Quantize) -> Tensor:
@@ -80,15 +80,15 @@ class PackedLinear(PackedLayer, GraphLinear):  # type: ignore[misc]
         return F.linear(quantize(x), weight, bias)
 
 
-class PackedConv2d(PackedLayer, GraphConv2d):  # type: ignore[misc]
+class PackedConv2d(PackedGraphLayer, GraphConv2d):  # type: ignore[misc]
     """Of a `QuantConv2d`."""
 
 
-class PackedConv1d(PackedLayer, GraphConv1d):  # type: ignore[misc]
+class PackedConv1d(PackedGraphLayer, GraphConv1d):  # type: ignore[misc]
     """Of a `QuantConv1d`."""
 
 
-Kinds = dict[type[nn.Module], type[PackedLayer]]
+Kinds = dict[type[nn.Module], type[PackedGraphLayer]]
 KINDS: Kinds = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d, nn.Conv1d: PackedConv1d}
 
 

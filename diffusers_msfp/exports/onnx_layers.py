@@ -17,7 +17,7 @@ from ..engines.openvino.layers import Inputs
 from ..engines.openvino.rounding import Grid
 from ..formats import INT8_MAX
 from ..layers import QuantLayer
-from .layers import Kinds, PackedConv1d, PackedConv2d, PackedLayer, PackedLinear, centred, packed_layer
+from .layers import Kinds, PackedConv1d, PackedConv2d, PackedGraphLayer, PackedLinear, centred, packed_layer
 
 PAIR_MAX = 2**15 - 1
 """Largest sum of two products that 16 bits hold."""
@@ -29,8 +29,8 @@ def as_bytes(x: Tensor, grid: Grid) -> Tensor:
     return (centred(x, grid) + float(grid.zero + grid.offset)).to(torch.uint8)
 
 
-class OnnxLayer(PackedLayer):
-    """Abstract base: as `PackedLayer`, with codes one by one, since ONNX has a 4-bit type to put them in.
+class OnnxLayer(PackedGraphLayer):
+    """Abstract base: as `PackedGraphLayer`, with codes one by one, since ONNX has a 4-bit type to put them in.
 
     Attributes:
         in_integers (`bool`): multiplied as bytes.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..engines.openvino.layers import Inputs
 from ..engines.openvino.record import Recorder
 from ..layers import QuantLayer
-from .layers import PackedLayer, stored_bytes
+from .layers import PackedGraphLayer, stored_bytes
 from .onnx_layers import in_integers, onnx_layer
 from .target import Ports, Target
 
@@ -71,7 +71,7 @@ def export_onnx(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequen
     layers = {
         f"{name}.stored".lstrip("."): layer
         for name, layer in module.named_modules(remove_duplicate=False)
-        if isinstance(layer, PackedLayer) and layer.four_bits
+        if isinstance(layer, PackedGraphLayer) and layer.four_bits
     }
     for name, value in model.graph.initializers.items():
         if name in layers:
@@ -83,12 +83,12 @@ def export_onnx(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequen
     onnx_ir.save(model, path, external_data=None if size < _SINGLE else f"{path.name}.data")
 
 
-def _pack_codes(value: Any, layer: PackedLayer) -> None:
+def _pack_codes(value: Any, layer: PackedGraphLayer) -> None:
     """Make an initializer of codes one of 4-bit numbers, two in a byte.
 
     Args:
         value (`onnx_ir.Value`): uint8.
-        layer (`PackedLayer`): whose codes they are.
+        layer (`PackedGraphLayer`): whose codes they are.
     """
     import ml_dtypes
     import onnx_ir

@@ -28,7 +28,7 @@ PICTURE_SIDE = 96
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedRepository:
     """What is to be published.
 
     Args:
@@ -65,7 +65,7 @@ def prepare(
     seed: int = 0,
     prompts: list[str] | None = None,
     on_progress: OnProgress | None = None,
-) -> Prepared:
+) -> PreparedRepository:
     """Check a checkpoint and write its card; the folder is not changed.
 
     Args:
@@ -111,7 +111,7 @@ def prepare(
     files[PREVIEW] = png_of(image_grid(checked.images, columns=min(num_samples, 8), scale=_scale(checked)))
     used = {path.resolve() for path in found.files.values()}
     left = [location for location in left if (folder / location).resolve() not in used]
-    return Prepared(files, left, found.missing(origin["base_model"] or "BASE"), facts["arguments"])
+    return PreparedRepository(files, left, found.missing(origin["base_model"] or "BASE"), facts["arguments"])
 
 
 def pages(facts: Mapping, results: Results) -> Files:

@@ -21,7 +21,7 @@ def _signature(cls: Any) -> inspect.Signature:
 
 
 @dataclass(frozen=True)
-class Call:
+class GraphCall:
     """The arguments of one call.
 
     Args:
@@ -45,7 +45,7 @@ class Call:
         return tree_unflatten([next(rest) if isinstance(each, Tensor) else each for each in self.leaves], self.spec)
 
     @classmethod
-    def of(cls, model: nn.Module, args: tuple, kwargs: dict) -> "Call":
+    def of(cls, model: nn.Module, args: tuple, kwargs: dict) -> "GraphCall":
         """Of the arguments as the model got them.
 
         Raises:

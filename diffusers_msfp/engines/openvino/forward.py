@@ -20,7 +20,7 @@ from ...layers.convert import quant_layers
 from ...sampling.timestep import timestep_argument
 from .. import tuning
 from . import obstacles, runtime
-from .call import Call
+from .call import GraphCall
 from .choices import Choice, choose, following
 from .measured import GRAPH, LAYERS, is_faster, question_of, structure_of
 from .record import UNSOUND, Recorder, Recording, UnsoundError, as_float32, record
@@ -112,13 +112,13 @@ class GraphForward:
         """As the model's forward."""
         if torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing():
             return self.__wrapped__(*args, **kwargs)
-        call: Any = Call.of(self.model, args, kwargs) if self.only_if_faster else None
+        call: Any = GraphCall.of(self.model, args, kwargs) if self.only_if_faster else None
         if call is not None and not is_faster(self.question(call)):
             self.latest = UNMEASURED
             return self.__wrapped__(*args, **kwargs)
         seen, obstacle = self._look()
         if seen is not None and obstacle is None:
-            call = call or Call.of(self.model, args, kwargs)
+            call = call or GraphCall.of(self.model, args, kwargs)
             dtype = cast(torch.dtype, self.model.dtype)
             obstacle = obstacles.of_call(self.model, call, dtype)
         if seen is not None and obstacle is None:
@@ -140,7 +140,7 @@ class GraphForward:
             return reason
         return self.latest if self.only_if_faster else self._look()[1]
 
-    def question(self, call: Call) -> str:
+    def question(self, call: GraphCall) -> str:
         """What a machine is asked about a call."""
         if not self._structure:
             self._structure = structure_of(self.model, [layer for _, layer in quant_layers(self.model)])
@@ -156,7 +156,7 @@ class GraphForward:
             return self._seen, self._seen.obstacle
 
     def _graph(
-        self, seen: Seen, call: Call, choice: Choice, dtype: torch.dtype
+        self, seen: Seen, call: GraphCall, choice: Choice, dtype: torch.dtype
     ) -> tuple[runtime.CompiledGraph | None, str | None]:
         """The graph of a call, or why there is none."""
         short = f"{seen.digest} {call.key} {choice.key} {dtype} {torch.get_num_threads()}"
@@ -177,14 +177,14 @@ class GraphForward:
                 _GRAPHS.popitem(last=False)
             return graph, None
 
-    def _make(self, seen: Seen, call: Call, choice: Choice, dtype: torch.dtype) -> runtime.CompiledGraph:
+    def _make(self, seen: Seen, call: GraphCall, choice: Choice, dtype: torch.dtype) -> runtime.CompiledGraph:
         precision = runtime.precision_of(dtype)
         key = runtime.key_of(seen.digest, call.key, choice.key, str(dtype), precision=precision)
         shape = "×".join(map(str, call.tensors[0].shape))
         describe = f"{type(self.model).__name__}, input {shape}"
         return runtime.obtain(key, precision, describe, lambda: self._record(seen, call, choice), _check)
 
-    def _record(self, seen: Seen, call: Call, choice: Choice) -> Recording:
+    def _record(self, seen: Seen, call: GraphCall, choice: Choice) -> Recording:
         recording = record(Recorder(self.model, call, choice))
         if not seen.snapshot.holds():
             raise UnsupportedError("it was changed while it was recorded")
@@ -203,7 +203,7 @@ class GraphForward:
         self.latest = obstacle
 
 
-def run(graph: runtime.CompiledGraph, call: Call, choice: Choice, dtype: torch.dtype) -> Any:
+def run(graph: runtime.CompiledGraph, call: GraphCall, choice: Choice, dtype: torch.dtype) -> Any:
     """A call by its graph; the output as the model's own, or None where the graph has none."""
     chosen = [] if choice.chosen is None else [choice.chosen]
     outputs = graph([*map(as_float32, call.tensors), *chosen])
@@ -254,7 +254,7 @@ def compare(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, float]:
         forward(**inputs)
         if forward.latest is not None:
             raise UnsupportedError(f"{type(model).__name__} cannot run as a graph here: {forward.latest}.")
-        question = forward.question(Call.of(model, (), inputs))
+        question = forward.question(GraphCall.of(model, (), inputs))
         tuning.fastest(question, {LAYERS: partial(forward.__wrapped__, **inputs), GRAPH: partial(forward, **inputs)})
     tuning.store()
     return tuning.measured(question).get(question, {})

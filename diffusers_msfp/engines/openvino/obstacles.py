@@ -7,7 +7,7 @@ from ...compat.modules import has_dispatch_modes, has_global_hooks
 from ...compat.torch import is_hooked
 from ...layers import QuantLayer
 from ...layers.convert import plain_name
-from .call import Call
+from .call import GraphCall
 from .layers import why_not
 
 _OWN = "diffusers_msfp."
@@ -67,7 +67,7 @@ def _of_layer(layer: QuantLayer, dtype: torch.dtype) -> str | None:
     return why_not(layer, dtype)
 
 
-def of_call(model: nn.Module, call: Call, dtype: torch.dtype) -> str | None:
+def of_call(model: nn.Module, call: GraphCall, dtype: torch.dtype) -> str | None:
     """Why a call cannot run in a graph that could hold the model; None if it can."""
     if call.obstacle is not None:
         return call.obstacle

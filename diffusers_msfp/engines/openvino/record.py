@@ -13,7 +13,7 @@ from ...errors import UnsupportedError, first_line
 from ...layers import QuantLayer
 from ..fusion.fuse import undo
 from ..fusion.processors import use_engine_attention
-from .call import Call, OutputForm
+from .call import GraphCall, OutputForm
 from .choices import Choice
 from .layers import Inputs, graph_layer
 
@@ -36,7 +36,7 @@ class Recorder(nn.Module):
 
     Args:
         model (`nn.Module`): not changed.
-        call (`Call`): whose arguments the tensors are.
+        call (`GraphCall`): whose arguments the tensors are.
         choice (`Choice`): of that call.
         layer_in_graph (`LayerInGraph`, *optional*): of each quantized layer; `graph_layer`, OpenVINO's, by default.
         hooks (`Sequence[Callable]`): forward hooks on the whole model that belong to the graph; others stay outside.
@@ -45,7 +45,7 @@ class Recorder(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        call: Call,
+        call: GraphCall,
         choice: Choice,
         layer_in_graph: LayerInGraph | None = None,
         hooks: Sequence[Callable] = (),

@@ -34,7 +34,7 @@ from ..runs import plain_config
 from . import annealed_exponent
 from .config import RoundingConfig
 from .folder import RoundingFolder
-from .parts import Examples, Part
+from .parts import Examples, RoundedPart
 
 EVALUATIONS = 10
 HELD_OUT = 8  # one of so many examples judges and does not teach
@@ -160,7 +160,7 @@ class Reconstructor:
         """The rounded weights of one part, and what became of it."""
         config, originals = self.config, {key: self.originals[key] for key in inner}
         # first: it is handed no codes
-        part = Part(self.model, name, originals, scale_aware=config.scale_aware, used=self.used)
+        part = RoundedPart(self.model, name, originals, scale_aware=config.scale_aware, used=self.used)
         try:
             memory = config.memory_mb * 2**20
             examples = Examples.collect(self.model, self.teacher, name, self.steps, memory, self.used)

@@ -50,7 +50,7 @@ class RoundedLayer(nn.Module):
         return self.layer.compute(self.layer.quantize_input(x), self.rounded(), bias).to(x.dtype)
 
 
-class Part:
+class RoundedPart:
     """A block or layer of a model with soft weights in it, until `close`.
 
     Args:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ...calibration.watch import watching_calls
 
-Call = Callable[[], object]
+ModelCall = Callable[[], object]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -86,13 +86,15 @@ class TemporalBlock:
         return outputs
 
 
-def find_block(layers: Mapping[str, nn.Module], calls: Sequence[Call], varied: Sequence[Call]) -> TemporalBlock:
+def find_block(
+    layers: Mapping[str, nn.Module], calls: Sequence[ModelCall], varied: Sequence[ModelCall]
+) -> TemporalBlock:
     """The temporal information block among the layers of a float model.
 
     Args:
         layers (`Mapping[str, nn.Module]`): the model's linears that may belong to it, by name.
-        calls (`Sequence[Call]`): call the model at two timesteps or more, each with one timestep for all samples.
-        varied (`Sequence[Call]`): the same timesteps with everything else changed, in equal shapes.
+        calls (`Sequence[ModelCall]`): call the model at two timesteps or more, each with one timestep for all samples.
+        varied (`Sequence[ModelCall]`): the same timesteps with everything else changed, in equal shapes.
 
     Returns:
         `TemporalBlock`: empty where nothing depends on the timestep alone.
@@ -125,7 +127,7 @@ def _block_layer(name: str, inputs: list[Tensor], earlier: list[str], runs: list
     return BlockLayer(name)
 
 
-def _record(layers: Mapping[str, nn.Module], call: Call) -> dict[str, list[tuple[Tensor, Tensor]]]:
+def _record(layers: Mapping[str, nn.Module], call: ModelCall) -> dict[str, list[tuple[Tensor, Tensor]]]:
     """Inputs and outputs of all calls of each layer, in the order of the layers' first calls."""
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
@@ -145,14 +147,14 @@ def _record(layers: Mapping[str, nn.Module], call: Call) -> dict[str, list[tuple
     return seen
 
 
-def root_inputs(roots: Mapping[str, nn.Module], calls: Sequence[Call]) -> dict[str, Tensor]:
+def root_inputs(roots: Mapping[str, nn.Module], calls: Sequence[ModelCall]) -> dict[str, Tensor]:
     """What the roots of a block read, `(S, in)` float32, in the first sample of each call.
 
     A call ends as soon as all roots have been called; for most models that is before their first convolution.
 
     Args:
         roots (`Mapping[str, nn.Module]`): by name.
-        calls (`Sequence[Call]`): call the float model, one timestep each.
+        calls (`Sequence[ModelCall]`): call the float model, one timestep each.
     """
     found: dict[str, list[Tensor]] = {name: [] for name in roots}
     done = 0
