@@ -122,13 +122,25 @@ def _scheme(
 
 
 EDGE_BITS = 8
-SCHEMES: Registry[QuantScheme] = Registry("scheme")
-"""Presets by name: `w{weight bits}a{activation bits}`; `a16` leaves activations float.
 
-Every 8-bit format fits one byte, so that 8-bit products serve. `…-wide` also tries those that need two bytes (E4M3 and
-the like): less error, slower. Below 8 bits, layers that read a residual sum get 8-bit inputs, at no byte; `…-pure`, for
-ablation, gives them no more bits than others. `w4g{group size}a{activation bits}`: weights with group scales.
-"""
+
+class _SchemeRegistry(Registry[QuantScheme]):
+    """Presets by name: `w{weight bits}a{activation bits}`; `a16` leaves activations float.
+
+    Every 8-bit format fits one byte, so that 8-bit products serve. `…-wide` also tries those that need two bytes (E4M3
+    and the like): less error, slower. Below 8 bits, layers that read a residual sum get 8-bit inputs, at no byte;
+    `…-pure`, for ablation, gives them no more bits than others. `w4g{group size}a{activation bits}`: weights with group
+    scales. To compare with: `…-signed` has signed formats alone, `int-…` uniform grids. `…-int8` are former names.
+
+    Example:
+        >>> from diffusers_msfp import SCHEMES
+        >>> SCHEMES["w4a4"].inner.weight
+        ('fp4_e1m2', 'fp4_e2m1', 'fp4_e3m0')
+    """
+
+
+SCHEMES: Registry[QuantScheme] = _SchemeRegistry("scheme")
+"""All schemes by name."""
 _VERSION_1: dict[str, QuantScheme] = {}
 _UNIFORM = tuple(name for name, fmt in FORMATS.items() if fmt.exponent_bits == 1)
 

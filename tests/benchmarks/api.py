@@ -6,6 +6,9 @@ python tests/benchmarks/api.py
 import inspect
 import re
 from collections.abc import Iterator
+from functools import cached_property
+from textwrap import dedent
+from types import FunctionType
 from typing import get_args
 
 from harness import ROOT
@@ -20,6 +23,7 @@ HEAD = """# Reference
 Every public name of `diffusers_msfp`, from signatures and docstrings (`python tests/benchmarks/api.py` writes it).
 Shapes stand in parentheses, `(B, C, H, W)`; errors are all `MSFPError`s.
 """
+MEMBERS = {"Properties": (property, cached_property), "Methods": (FunctionType, classmethod, staticmethod)}
 SECTIONS = "Args|Attributes|Returns|Raises|Example|Source"
 
 
@@ -66,7 +70,7 @@ def sections(text: str) -> Iterator[tuple[str | None, str]]:
     parts = re.split(rf"(?m)^({SECTIONS}):\n", text)
     yield None, parts[0].strip()
     for title, body in zip(parts[1::2], parts[2::2], strict=True):
-        yield title, inspect.cleandoc("    " + body.lstrip("\n").removeprefix("    ")).strip()
+        yield title, dedent(body).strip()
 
 
 def entries(body: str) -> str:
@@ -83,6 +87,14 @@ def results(name: str) -> list[type[Result]]:
     found = None if inspect.isclass(getattr(diffusers_msfp, name)) else signature(name)
     kinds = () if found is None else get_args(found.return_annotation) or (found.return_annotation,)
     return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Result)]
+
+
+def members(name: str, kinds: tuple[type, ...]) -> dict[str, str]:
+    """What a class has of these kinds, beside what it inherits, and the first line on each."""
+    member = getattr(diffusers_msfp, name)
+    own = vars(member) if inspect.isclass(member) else {}
+    found = {key: each for key, each in own.items() if isinstance(each, kinds) and not key.startswith("_")}
+    return {key: (inspect.getdoc(each) or "").partition("\n")[0] for key, each in found.items()}
 
 
 def described(name: str) -> str:
@@ -103,12 +115,9 @@ def described(name: str) -> str:
         out += [f"*`{kind.__name__}`*", (fields[None] or "").strip(), entries(fields["Args"])]
     if isinstance(member, Registry):
         out.append("Names: " + ", ".join(f"`{key}`" for key in member) + ".")
-    if inspect.isclass(member):
-        own = [
-            (key, each) for key, each in vars(member).items() if not key.startswith("_") and inspect.isfunction(each)
-        ]
-        rows = [f"- `{key}`: {(inspect.getdoc(each) or '').splitlines()[0]}" for key, each in own]
-        out += ["*Methods*", "\n".join(rows)] if rows else []
+    for title, kinds in MEMBERS.items():
+        rows = [f"- `{key}`: {text}" for key, text in members(name, kinds).items()]
+        out += [f"*{title}*", "\n".join(rows)] if rows else []
     return "\n\n".join(part for part in out if part)
 
 
