@@ -1,4 +1,4 @@
-"""Single adapters of the hub to and from PEFT's and diffusers' LoRA files.
+"""Single timestep-aware adapters to and from PEFT's and diffusers' LoRA files.
 
 What travels is the low-rank pair of every layer. The activation ranges that were trained with the adapters, and the
 router's table, do not: on another base an exported adapter is an ordinary LoRA, which reads floats there. Files say in
@@ -41,7 +41,7 @@ _READS = {
 def export_adapter(
     model: nn.Module, adapter: int, folder: str | Path, format: str = "peft", prefix: str = "unet"
 ) -> Path:
-    """Write one adapter of the hub as a LoRA.
+    """Write one timestep-aware adapter as a LoRA.
 
     Args:
         model (`ModelMixin`): with adapters beside its weights.
@@ -100,7 +100,7 @@ def export_adapter(
 
 @sees_through
 def import_adapter(model: nn.Module, adapter: int, folder: str | Path, prefix: str = "unet") -> None:
-    """Read a LoRA into one adapter of the hub; layers that it does not have get none there.
+    """Read a LoRA into one timestep-aware adapter; layers that it does not have get none there.
 
     Args:
         model (`ModelMixin`): with adapters beside its weights.
