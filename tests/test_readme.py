@@ -79,6 +79,17 @@ def test_ci_runs_the_readme_s_own_test_command():
     assert "\n    mypy " in script
 
 
+def test_every_script_and_every_result_is_listed():
+    benchmarks, results = ROOT / "tests" / "benchmarks", ROOT / "model_cards" / "results"
+    scripts = (benchmarks / "README.md").read_text(encoding="utf-8")
+    for file in sorted([*benchmarks.glob("*.py"), *benchmarks.glob("training/*.py")]):
+        is_run = "__main__" in file.read_text(encoding="utf-8")
+        assert not is_run or f"`{file.relative_to(benchmarks)}" in scripts, file
+    index = (ROOT / "model_cards" / "README.md").read_text(encoding="utf-8")
+    for file in sorted(results.glob("*.json")):
+        assert f"`{file.name}`" in index, file
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_linked_files_exist(page):
     for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", page.read_text(encoding="utf-8")):
