@@ -1,6 +1,7 @@
 """The architecture as the folder tree shows it: imports point downwards, files stay short."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,17 @@ def test_imports_point_downwards(file):
         base = own in BASE and other in BASE and BASE.index(other) < BASE.index(own)
         allowed = own == other or (own, other) in SIDEWAYS or layer_of(other) < layer_of(own) or base
         assert allowed, f"{own} must not import {other}"
+
+
+def test_the_page_of_rooms_says_what_may_import_what():
+    table = re.search(r"\| --- \| --- \|\n((?:\|.*\n)+)", (PACKAGE / "README.md").read_text(encoding="utf-8"))
+    rows = [re.findall(r"`(\w+)`", line.split("|")[1]) for line in table[1].splitlines()]
+    lowest = [room for row in rows for room in row if room in LAYERS[0]]
+    assert tuple(room for room in lowest if room in BASE) == BASE
+    above = [tuple(row) for row in rows if row[0] not in LAYERS[0]]
+    modules = ("__init__", "__main__")
+    assert above == [tuple(part for part in LAYERS[n] if part not in modules) for n in sorted(LAYERS) if n]
+    assert sorted(lowest) == sorted(LAYERS[0])
 
 
 def libraries(file: Path) -> set[str]:

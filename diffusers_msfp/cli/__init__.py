@@ -1,4 +1,4 @@
-"""The command line: one verb per file, each a plain Python function that returns what `--json` prints."""
+"""The command line: each verb is a plain Python function that returns what `--json` prints."""
 
 from ..doctor import diagnose as doctor
 from .bench import bench, warmup

@@ -3,9 +3,10 @@
 | engine | arithmetic | runs |
 |---|---|---|
 | `reference` | fake quantization in float32, differentiable; the definition of the result | everything |
+| `openvino` | a graph of the whole model, 8-bit products (`engines.openvino`) | CPUs, where it is asked for |
 | `cuda` | 8-bit integers or bfloat16, tensor cores | quantized inputs, and linears with 4-bit weights, on a GPU |
 | `int8` | 8-bit integers, int32 sums, oneDNN | weights of 8 and inputs of up to 16 bits as integers, on a CPU |
-| `bf16` | lattice integers as bfloat16, float32 sums | every layer on a CPU |
+| `bf16` | lattice integers as bfloat16, float32 sums | every layer, on any device |
 
 Adding one: a class in a file of its own, one line in `ENGINES`.
 """
