@@ -50,6 +50,16 @@ def spread(rows: list[dict], key: str) -> str:
     return f"{min(values):.4f} – {max(values):.4f}"
 
 
+BEFORE_RENAMING = frozenset({"889ce57", "2e8c6d6", "b8f5920", "b9c8ec2"})
+"""Commits of results from before plain names got 8-bit inputs of residual sums and formats that fit one byte."""
+NAMED_NOW = {"w4a4": "w4a4-pure", "w4a8": "w4a8-wide"}
+
+
+def scheme_now(name: str, results: str) -> str:
+    """What a scheme of a results file is called now."""
+    return NAMED_NOW.get(name, name) if read_results(results)["origin"]["git"] in BEFORE_RENAMING else name
+
+
 def formats() -> Iterator[dict[str, str]]:
     """All formats, from the registry."""
     for fmt in FORMATS.values():
@@ -177,7 +187,7 @@ def recipe() -> Iterator[dict[str, str]]:
         each = torch.cat([torch.tensor(row["psnr_db_by_picture"]) for row in rows])
         gain = mean_of(each - torch.cat([base[row["seed"]] for row in rows]))
         yield {
-            "recipe": name,
+            "recipe": name.replace("banks", "adapters"),
             "PSNR (dB)": "{:.1f} ({:.1f} – {:.1f})".format(*ends(mean_of(each))),
             "difference (dB)": "–" if name == "as it is" else "{:+.2f} ({:+.2f} – {:+.2f})".format(*ends(gain)),
             "`traj_rel_l2`": f"{average(rows, 'traj_rel_l2'):.4f}",
@@ -195,7 +205,7 @@ def banks() -> Iterator[dict[str, str]]:
             (group,) = row["intervals"]
             runs = reversed(group)  # as the sampler goes
             yield {
-                "recipe": row["cell"],
+                "recipe": row["cell"].replace("banks", "adapters"),
                 "seed": str(row["seed"]),
                 "timesteps of each adapter": ", ".join(f"{last} – {first}: {a + 1}" for first, last, a in runs),
                 "PSNR (dB)": "{:.1f} ({:.1f} – {:.1f})".format(*row["psnr_db"]),
@@ -337,7 +347,7 @@ def temporal() -> Iterator[dict[str, str]]:
     for row in read_results("temporal")["rows"]:
         done = "seconds" in row
         yield {
-            "": f"`{row['scheme']}`, {row['stage']}",
+            "": f"`{scheme_now(row['scheme'], 'temporal')}`, {row['stage']}",
             "features, largest": f"{100 * row['features_max_20']:.2f} %",
             "mean": f"{100 * row['features_mean_20']:.2f} %",
             "mean, 50 steps": f"{100 * row['features_mean_50']:.2f} %",
@@ -348,16 +358,15 @@ def temporal() -> Iterator[dict[str, str]]:
         }
 
 
-WAYS = {"bf16": "bfloat16", "fast": "`w4a4`, `fast`", "low": "`w4a4`, `low`"}
-
-
 def memory() -> Iterator[dict[str, str]]:
     """Loading and peak memory of packed checkpoints."""
+    scheme = scheme_now("w4a4", "memory")
+    ways = {"bf16": "bfloat16", "fast": f"`{scheme}`, `fast`", "low": f"`{scheme}`, `low`"}
     for shape, rows in grouped("memory", "shape").items():
         base = rows[0]
         for row in rows:
             yield {
-                "model": f"{shape}, batch {row['batch']}, {WAYS[row['way']]}",
+                "model": f"{shape}, batch {row['batch']}, {ways[row['way']]}",
                 "loading": f"{1e3 * row['load_seconds']:.0f} ms",
                 "until ready": f"{row['ready_seconds']:.2f} s",
                 "from disk": f"{row['cold_seconds']:.2f} s",
@@ -408,7 +417,7 @@ def rounding() -> Iterator[dict[str, str]]:
     for row in read_results("rounding")["rows"]:
         learned = "minutes" in row
         yield {
-            "scheme, rounding": f"`{row['scheme']}`, {row['rounding']}",
+            "scheme, rounding": f"`{scheme_now(row['scheme'], 'rounding')}`, {row['rounding']}",
             "`eps_rel_l2`": f"{row['eps_rel_l2']:.4f}",
             "PSNR (dB)": f"{row['image_psnr_db']:.1f}",
             "weights changed": f"{row['changed']:.1%}" if learned else "–",
@@ -437,14 +446,14 @@ def interval(row: dict, key: str, digits: int) -> str:
 
 
 SHOWN = {
-    "w4a4 + correction": "`w4a4`",
-    "w4a4 msfp + correction": "`w4a4`, recipe `msfp`",
-    "w4a8 + correction": "`w4a8`",
-    "w4a8 msfp": "`w4a8`, recipe `msfp`",
-    "w4g32a16 msfp": "`w4g32a16`, recipe `msfp`, float inputs",
+    "w4a4 + correction": "`w4a4`, output corrected (default)",
+    "w4a4 msfp + correction": "`w4a4`, recipe `msfp`, 10 000 updates",
+    "w4a8 + correction": "`w4a8`, `--correction`",
+    "w4a8 msfp": "`w4a8`, recipe `msfp`, 1 100 updates",
+    "w4g32a16 msfp": "`w4g32a16`, recipe `msfp`, 1 100 updates, float inputs",
     "w8a8-wide ptq": "`w8a8-wide`, inputs in two bytes",
-    "INT4 + correction": "uniform 4-bit grids throughout",
-    "Q-Diffusion style + correction": "uniform 4-bit grids after Q-Diffusion, as reconstructed",
+    "INT4 + correction": "`int-w4a4-pure`: uniform 4-bit grids throughout",
+    "Q-Diffusion style + correction": "the same after Q-Diffusion, as reconstructed, 200 updates",
     "SDNQ uint4 weights": "SDNQ `uint4`, float inputs",
 }
 """Cells of `baselines` in the short table."""
