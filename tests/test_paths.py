@@ -63,7 +63,7 @@ def pipe():
 
 
 def test_the_rooms_are_all_there():
-    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {"assets"}
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
     assert set(ROOMS) == folders | modules
 
