@@ -63,7 +63,7 @@ def check_target(
             f"Write to another folder, and copy its files."
         )
     place = out.resolve()
-    for source in map(Path, filter(None, read)):
+    for source in [Path(each) for each in read if each]:
         origin = source.resolve()
         if source.exists() and (place == origin or place in origin.parents or origin in place.parents):
             raise ConfigError(
