@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..compat.torch import remove_hooks
+from ..compat.torch import pre_hooks, remove_hooks
 from ..compat.wrappers import forget_compiled
 from ..errors import ConfigError
+from ..numerics.route import Timestep
 from ..sampling.timestep import TimestepArgument
 
 if TYPE_CHECKING:
@@ -38,7 +39,18 @@ class RouteHook:
                 f"{type(model).__name__} has layers that follow the timestep, so each call must have a `timestep`, but "
                 f"got none."
             )
+        self.enter(model, timestep)
+
+    def enter(self, model: nn.Module, timestep: Timestep) -> None:
+        """Choose by a timestep from now on."""
         getattr(model, self.module_name).enter(timestep)
+
+
+def enter_timestep(model: nn.Module, timestep: Timestep) -> None:
+    """Let a model's layers, which are called alone, choose by this timestep as in a call of the whole model."""
+    for hook in pre_hooks(model):
+        if isinstance(hook, RouteHook):
+            hook.enter(model, timestep)
 
 
 def remove_route_hooks(model: nn.Module, module_name: str) -> None:
