@@ -6,7 +6,7 @@ from torch import nn
 
 from ..compat.torch import pre_hooks, remove_hooks
 from ..compat.wrappers import forget_compiled
-from ..errors import ConfigError
+from ..errors import ConfigError, StateError
 from ..numerics.route import Timestep
 from ..sampling.timestep import TimestepArgument
 
@@ -62,6 +62,25 @@ def remove_route_hooks(model: nn.Module, module_name: str) -> None:
 def routing_of(model: nn.Module) -> "RoutingTable | None":
     """The model's `RoutingTable`; None without adapters."""
     return getattr(model, ROUTER, None)
+
+
+def require_full_strength(model: nn.Module, what: str) -> None:
+    """Refuse what would be wrong for a model whose adapters are disabled or scaled.
+
+    Args:
+        what (`str`): is not possible then, with its first letter in upper case.
+
+    Raises:
+        StateError: they are.
+    """
+    routing = routing_of(model)
+    if routing is None or routing.strength == 1:
+        return
+    state = f"scaled by {routing.scale:g}" if routing.enabled else "disabled"
+    raise StateError(
+        f"{what} needs adapters as they were trained, but those of this {type(model).__name__} are {state}. Call "
+        f"`pipe.enable_talora()` and `pipe.set_talora_scale(1)`, or take them off with `pipe.unload_talora()`."
+    )
 
 
 def finite_set_of(model: nn.Module) -> "FiniteSet | None":
