@@ -123,9 +123,9 @@ def check_calibration(
     Raises:
         ConfigError, StateError, NonFiniteError, UnsupportedError: see `calibrate`.
     """
-    for part in parts():
-        for model in models.values() if part.require_ranges is not None else ():
-            part.require_ranges(model)
+    for require in filter(None, (part.require_ranges for part in parts())):
+        for model in models.values():
+            require(model)
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
     refuse_upcast(pipe, models)
     make_arguments = call_arguments(pipe, prompts, num_inference_steps, arguments)

@@ -171,8 +171,9 @@ class MSFPPipelineMixin:
         found = {name: model for name, model in models.items() if routing_of(model) is not None}
         if not found:
             require_plan(next(iter(models.values())))
-        for model in found.values() if what is not None else ():
-            refuse_merged(model, what)
+        if what is not None:
+            for model in found.values():
+                refuse_merged(model, what)
         return found
 
     # ── what is saved ────────────────────────────────────────────────────────────────────────────────────────

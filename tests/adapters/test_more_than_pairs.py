@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, FluxPipeli
 from loras import write_lora
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from pipelines import make_flux, make_small_pipe
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffusers_msfp import (
@@ -177,6 +178,9 @@ def test_biases_of_pairs_for_layers_without_one(text, tmp_path):
 
 def test_a_pipeline_s_file_whose_config_means_more(text, tmp_path):
     file = text_lora(tmp_path, init_lora_weights="olora")
+    with safe_open(file, framework="pt") as handle:
+        said = json.loads(handle.metadata()["lora_adapter_metadata"]) | {"text_encoder.init_lora_weights": True}
+    save_file(load_file(file), file, {"lora_adapter_metadata": json.dumps(said)})
     refused(text, file, ConfigError, "`init_lora_weights`")
 
 

@@ -116,9 +116,8 @@ def _tensors_in_file(owner: Any, place: Path) -> Counter[str]:
     """
     if not hasattr(owner, "lora_state_dict"):
         return Counter(part for pair in _pairs(place).values() for part in pair if part != "alpha")
-    require_pairs_alone(
-        {key.rpartition(".")[2]: value for key, value in _metadata(place).items()}, allowed=_OF_PIPELINES
-    )
+    for key, value in _metadata(place).items():
+        require_pairs_alone({key.rpartition(".")[2]: value}, allowed=_OF_PIPELINES)
     with safe_open(place, framework="pt") as handle:
         dropped = [key for key in handle.keys() if _DROPPED in key]  # noqa: SIM118
     unet = getattr(owner, "unet", None)
