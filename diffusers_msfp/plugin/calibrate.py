@@ -14,7 +14,7 @@ from ..layers.convert import quant_layers
 from ..methods.method import parts
 from ..results import OnProgress
 from ..sampling.calls import batched_calls, call_arguments, counting_steps, quiet, require_positive
-from ..sampling.denoisers import denoisers_of
+from ..sampling.denoisers import denoisers_of, is_quantized
 from ..sampling.observation import RunTracker, freeze, quantized_models, track, tracker
 from ..sampling.pictures import Images, NoisedPictures, showing, taken
 from ..sampling.trial import describe, refuse_upcast, try_calls
@@ -123,8 +123,8 @@ def check_calibration(
     Raises:
         ConfigError, StateError, NonFiniteError, UnsupportedError: see `calibrate`.
     """
-    for require in filter(None, (part.require_ranges for part in parts())):
-        for model in models.values():
+    for model in filter(is_quantized, models.values()):
+        for require in filter(None, (part.require_ranges for part in parts())):
             require(model)
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
     refuse_upcast(pipe, models)
