@@ -14,8 +14,9 @@ from diffusers import DDPMScheduler
 from ..compat.accelerate import leave_process_group
 from ..errors import StateError
 from ..evaluation import compare_pipelines, image_grid
+from ..methods.correction.fit import CorrectionConfig, correct_output
+from ..methods.correction.table import correction_of
 from ..methods.routes import routing_of
-from ..methods.talora import RoutingTable
 from ..methods.talora.config import FinetuneConfig
 from ..methods.talora.finetuner import PREVIEWS, Finetuner
 from ..outputs import require_writable_folder
@@ -42,7 +43,9 @@ class FinetunedCheckpoint(Result):
         seconds, seconds_total (`float`): of training; of everything.
         loss_first, loss_last (`float`): means of a tenth of the updates.
         usage (`Sequence[Sequence[float]]`), collapsed (`bool`): see `Finetuned`.
-        intervals (`Sequence`): which adapter serves which timesteps, for each group of layers.
+        intervals (`Sequence`): which adapter serves which timesteps, for each group of layers; empty where inputs have
+            parameters for each timestep, and so one adapter for all.
+        corrected (`bool`): the output correction of the checkpoint was fitted again.
         bytes_before, bytes_after (`int`): of the quantized denoiser's weights.
         peak_rss_bytes (`int`): largest memory.
         training_dir (`str`): logs and previews.
@@ -60,6 +63,7 @@ class FinetunedCheckpoint(Result):
     usage: Sequence[Sequence[float]]
     collapsed: bool
     intervals: Sequence[Any]
+    corrected: bool
     bytes_before: int
     bytes_after: int
     peak_rss_bytes: int
@@ -82,7 +86,7 @@ def finetune(
     compare: bool = True,
     overwrite: bool = False,
 ) -> FinetunedCheckpoint | None:
-    """Fine-tune a quantized checkpoint and write the result.
+    """Fine-tune a quantized checkpoint and write the result, its output corrected anew if it was corrected.
 
     The run keeps its checkpoints, logs and preview pictures in `<out>-training` and goes on from there when it is
     started again with the same settings; Ctrl-C saves one more. At its end the checkpoints are removed. Under
@@ -150,27 +154,32 @@ def finetune(
         found = run.folder.checkpoints() if run is not None else []
         return f"{found[-1]} is kept, and the same command goes on from there" if found else NOTHING
 
-    run = None
-    with keeping(kept), progress("fine-tuning") as report:
+    run, corrected = None, any(correction_of(model) is not None for model in quantized_models(pipe))
+    with keeping(kept):
+        with progress("fine-tuning") as report:
 
-        def tell(done: int, total: int, /, *, loss: float, **info: object) -> None:
-            report(done, total, loss=loss, **info)
-            if main and not stderr.is_terminal and done % config.checkpoint_every == 0:
-                stderr.print(f"update {done} of {total or '?'}, loss {loss:.5f}")
+            def tell(done: int, total: int, /, *, loss: float, **info: object) -> None:
+                report(done, total, loss=loss, **info)
+                if main and not stderr.is_terminal and done % config.checkpoint_every == 0:
+                    stderr.print(f"update {done} of {total or '?'}, loss {loss:.5f}")
 
-        run = Finetuner(
-            pipe,
-            original,
-            config,
-            work_dir=training,
-            prompts=prompts,
-            on_progress=tell if main else None,
-            on_preview=keep_preview,
-            **arguments,
-        )
-        if run.progress.update and main:
-            stderr.print(f"going on after update {run.progress.update}, found in {training}")
-        result = run.run()
+            run = Finetuner(
+                pipe,
+                original,
+                config,
+                work_dir=training,
+                prompts=prompts,
+                on_progress=tell if main else None,
+                on_preview=keep_preview,
+                **arguments,
+            )
+            if run.progress.update and main:
+                stderr.print(f"going on after update {run.progress.update}, found in {training}")
+            result = run.run()
+        if main and corrected:
+            with progress("correcting the output") as report:
+                settings = CorrectionConfig(num_inference_steps=config.num_inference_steps)
+                correct_output(pipe, original, settings, prompts=prompts, on_progress=report, **arguments)
         if main:
             write_checkpoint(pipe, out)
             run.folder.clear()
@@ -179,7 +188,8 @@ def finetune(
     leave_process_group(run.accelerator)
     if not main:
         return None
-    denoiser, name = denoiser_of(pipe), denoiser_name(pipe)
+    denoiser, name = denoiser_of(run.pipe), denoiser_name(run.pipe)
+    routing = routing_of(denoiser)
     return FinetunedCheckpoint(
         updates=result.updates,
         seconds=result.seconds,
@@ -188,7 +198,8 @@ def finetune(
         seconds_total=time.perf_counter() - started,
         loss_first=float(np.mean(losses[:tenth])),
         loss_last=float(np.mean(losses[-tenth:])),
-        intervals=cast(RoutingTable, routing_of(denoiser)).intervals(),
+        intervals=[] if routing is None else routing.intervals(),
+        corrected=corrected,
         bytes_before=model_bytes(source, denoiser, name, variant),
         bytes_after=model_bytes(str(out), denoiser, name),
         peak_rss_bytes=peak_rss_bytes(),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..compat.wrappers import sees_through
 from ..errors import ConfigError
-from ..methods.talora import RoutingTable
+from ..methods.routes import enter_timestep
 from ..methods.talora.attach import plan_of
 from ..results import OnProgress, Result
 from ..sampling.calls import batched_calls, call_arguments, quiet, require_positive
@@ -99,9 +99,8 @@ def layer_snr(
             used[component] = used_channels(reference, module, args, kwargs)
             trying = False
         timestep = timestep_argument(module).of(args, kwargs)
-        router = getattr(student, "timestep_router", None)
-        if isinstance(router, RoutingTable) and timestep is not None:
-            router.enter(timestep)
+        if timestep is not None:
+            enter_timestep(student, timestep)
         running, done = first_timestep(timestep), done + 1
         if on_progress is not None:
             on_progress(done, max(done, len(calls) * num_inference_steps))

@@ -29,6 +29,8 @@ class Part:
         stored (`Mapping[type, tuple[str, ...]]`): kind of module → names of the tensors that a checkpoint keeps of it;
             the module checks them in `check(name)`.
         require_float (`Callable`, *optional*): `(model)` refuses a model that cannot become float again.
+        require_ranges (`Callable`, *optional*): `(model)` refuses one whose inputs' ranges cannot be observed anew.
+        require_whole (`Callable`, *optional*): `(model)` refuses one that would not be the same after loading.
         detach (`Callable`, *optional*): `(model)` takes it off.
         of_ranges (`bool`): whether it belongs to the inputs' ranges and goes when these are observed anew.
         since (`Callable`): `(record) -> int`, the format version that has a place for it; a model that was loaded from
@@ -46,6 +48,8 @@ class Part:
     reshape: Callable[[nn.Module, Any], None] | None = None
     stored: Mapping[type, tuple[str, ...]] = field(default_factory=dict)
     require_float: Callable[[nn.Module], None] | None = None
+    require_ranges: Callable[[nn.Module], None] | None = None
+    require_whole: Callable[[nn.Module], None] | None = None
     detach: Callable[[nn.Module], None] | None = None
     of_ranges: bool = False
     since: Callable[[Any], int] = lambda _: 1

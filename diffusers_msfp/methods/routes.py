@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..compat.torch import remove_hooks
+from ..compat.torch import pre_hooks, remove_hooks
 from ..compat.wrappers import forget_compiled
-from ..errors import ConfigError
+from ..errors import ConfigError, StateError
+from ..numerics.route import Timestep
 from ..sampling.timestep import TimestepArgument
 
 if TYPE_CHECKING:
@@ -38,7 +39,18 @@ class RouteHook:
                 f"{type(model).__name__} has layers that follow the timestep, so each call must have a `timestep`, but "
                 f"got none."
             )
+        self.enter(model, timestep)
+
+    def enter(self, model: nn.Module, timestep: Timestep) -> None:
+        """Choose by a timestep from now on."""
         getattr(model, self.module_name).enter(timestep)
+
+
+def enter_timestep(model: nn.Module, timestep: Timestep) -> None:
+    """Let a model's layers, which are called alone, choose by this timestep as in a call of the whole model."""
+    for hook in pre_hooks(model):
+        if isinstance(hook, RouteHook):
+            hook.enter(model, timestep)
 
 
 def remove_route_hooks(model: nn.Module, module_name: str) -> None:
@@ -50,6 +62,25 @@ def remove_route_hooks(model: nn.Module, module_name: str) -> None:
 def routing_of(model: nn.Module) -> "RoutingTable | None":
     """The model's `RoutingTable`; None without adapters."""
     return getattr(model, ROUTER, None)
+
+
+def require_full_strength(model: nn.Module, what: str) -> None:
+    """Refuse what would be wrong for a model whose adapters are disabled or scaled.
+
+    Args:
+        what (`str`): is not possible then, with its first letter in upper case.
+
+    Raises:
+        StateError: they are.
+    """
+    routing = routing_of(model)
+    if routing is None or routing.strength == 1:
+        return
+    state = f"scaled by {routing.scale:g}" if routing.enabled else "disabled"
+    raise StateError(
+        f"{what} needs adapters as they were trained, but those of this {type(model).__name__} are {state}. Call "
+        f"`pipe.enable_talora()` and `pipe.set_talora_scale(1)`, or take them off with `pipe.unload_talora()`."
+    )
 
 
 def finite_set_of(model: nn.Module) -> "FiniteSet | None":

@@ -14,7 +14,7 @@ from ..layers.convert import quant_layers
 from ..methods.method import parts
 from ..results import OnProgress
 from ..sampling.calls import batched_calls, call_arguments, counting_steps, quiet, require_positive
-from ..sampling.denoisers import denoisers_of
+from ..sampling.denoisers import denoisers_of, is_quantized
 from ..sampling.observation import RunTracker, freeze, quantized_models, track, tracker
 from ..sampling.pictures import Images, NoisedPictures, showing, taken
 from ..sampling.trial import describe, refuse_upcast, try_calls
@@ -64,7 +64,7 @@ def calibrate(
         ConfigError: a model alone, numbers below 1, pictures that cannot be read or shown to this pipeline, or
             arguments with which it does not run; nothing is changed then. If the run fails later on, the error says how
             to go on.
-        StateError: nothing to calibrate.
+        StateError: nothing to calibrate, or adapters beside the weights, which were trained for the ranges.
         NonFiniteError: samples become infinite or NaN.
         UnsupportedError: pictures for a scheduler that noises in a way of its own.
 
@@ -121,8 +121,11 @@ def check_calibration(
         num_samples, num_inference_steps, prompts, images, seed, **arguments: see `calibrate`; `images` are `taken`.
 
     Raises:
-        ConfigError, NonFiniteError, UnsupportedError: see `calibrate`.
+        ConfigError, StateError, NonFiniteError, UnsupportedError: see `calibrate`.
     """
+    for model in filter(is_quantized, models.values()):
+        for require in filter(None, (part.require_ranges for part in parts())):
+            require(model)
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
     refuse_upcast(pipe, models)
     make_arguments = call_arguments(pipe, prompts, num_inference_steps, arguments)

@@ -21,7 +21,7 @@ from ..layers.convert import quant_layers
 from ..methods.routes import finite_set_of, routing_of
 from ..methods.talora import RoutingTable
 from ..methods.talora.attach import refuse_merged
-from ..sampling.denoisers import is_quantized
+from ..sampling.denoisers import denoisers_of, is_quantized
 from ..sampling.observation import calibration_state, freeze, quantized_models, tracker
 from .adapters import talora_files
 from .adapters.talora_files import require_plan
@@ -64,34 +64,48 @@ class MSFPPipelineMixin:
     # ── adapters ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def load_talora(self, source: str | Path, **hub: Any) -> None:
-        """Load adapters beside the weights from a folder or Hub id; see `talora_files.load_talora`."""
-        talora_files.load_talora(self._quantized(), source, **hub)
+        """Load adapters beside the weights from a folder or Hub id; see `talora_files.load_talora`.
+
+        Where several denoisers are quantized, theirs lie in folders of their names.
+        """
+        talora_files.load_by_name(self._denoisers(), source, **hub)
 
     def save_talora(self, folder: str | Path) -> None:
-        """Write the adapters without the model; see `talora_files.save_talora`."""
-        talora_files.save_talora(self._quantized(), folder)
+        """Write the adapters without the model; see `talora_files.save_talora`.
+
+        Where several denoisers are quantized, each has a folder of its name in this one.
+        """
+        adapted, several = self._adapted(), len(self._denoisers()) > 1
+        for model in adapted.values():
+            talora_files.require_storable(model)
+        for name, model in adapted.items():
+            talora_files.save_talora(model, Path(folder) / name if several else folder)
 
     def unload_talora(self) -> None:
-        """Take the adapters off; the model is bit for bit what it was without them."""
-        talora_files.unload_talora(self._quantized())
+        """Take the adapters off all denoisers; each is bit for bit what it was without them."""
+        for model in self._adapted("Unloading").values():
+            talora_files.unload_talora(model)
 
     def enable_talora(self) -> None:
-        """Use the adapters (again)."""
-        self._adapted("Enabling adapters").enabled = True
+        """Use the adapters of all denoisers (again)."""
+        for model in self._adapted("Enabling adapters").values():
+            _routing(model).enabled = True
 
     def disable_talora(self) -> None:
         """Compute as without adapters, until `enable_talora`."""
-        self._adapted("Disabling adapters").enabled = False
+        for model in self._adapted("Disabling adapters").values():
+            _routing(model).enabled = False
 
     def set_talora_scale(self, scale: float) -> None:
-        """Weigh what the adapters add; 1 is as trained.
+        """Weigh what the adapters of all denoisers add; 1 is as trained.
 
         Raises:
             ConfigError: not a finite number.
         """
         if not isinstance(scale, (int, float)) or not abs(scale) < float("inf"):
             raise ConfigError(f"The adapters' scale must be a finite number, but got {scale!r}.")
-        self._adapted("Scaling adapters").scale = float(scale)
+        for model in self._adapted("Scaling adapters").values():
+            _routing(model).scale = float(scale)
 
     def talora_summary(self) -> dict:
         """Which adapter serves which timesteps.
@@ -100,9 +114,11 @@ class MSFPPipelineMixin:
             `dict`: `placement`, `reads` (see `FinetuneConfig`; None for merged ones), `num_adapters`, `num_timesteps`,
             `router_groups`, `ranks` (rank → number of layers), `enabled`, `scale`, `intervals`
             (`[group][(first timestep, last timestep, adapter), …]`), `usage` (`[group][adapter]`, share of the
-            timesteps), `collapsed` (groups in which one adapter serves all).
+            timesteps), `collapsed` (groups in which one adapter serves all). Where several denoisers are quantized,
+            name → this.
         """
-        return _summary(self._quantized())
+        found = {name: _summary(model) for name, model in self._adapted().items()}
+        return found if len(self._denoisers()) > 1 else next(iter(found.values()))
 
     def quantization_report(self) -> dict:
         """What is quantized, and how.
@@ -138,21 +154,27 @@ class MSFPPipelineMixin:
             }
         return report
 
-    def _quantized(self) -> nn.Module:
-        models = [m for m in quantized_models(self)]
-        adapted = [m for m in models if routing_of(m) is not None]
-        if not models:
+    def _denoisers(self) -> dict[str, nn.Module]:
+        """Quantized denoisers by name."""
+        models = denoisers_of(cast(DiffusionPipeline, self), required=False)
+        found = {name: model for name, model in models.items() if is_quantized(model)}
+        if not found:
             raise StateError(
-                f"A pipeline with a quantized component is needed, but this {type(self).__name__} has none. Load it "
+                f"A pipeline with a quantized denoiser is needed, but this {type(self).__name__} has none. Load it "
                 f"with `quantization_config=MSFPConfig()` or call `quantize_pipeline(pipe, scheme)`."
             )
-        return (adapted or models)[0]
+        return found
 
-    def _adapted(self, what: str) -> RoutingTable:
-        model = self._quantized()
-        require_plan(model)
-        refuse_merged(model, what)
-        return cast(RoutingTable, routing_of(model))
+    def _adapted(self, what: str | None = None) -> dict[str, nn.Module]:
+        """Those of them that have timestep-aware adapters; for what needs these beside the weights, if it is said."""
+        models = self._denoisers()
+        found = {name: model for name, model in models.items() if routing_of(model) is not None}
+        if not found:
+            require_plan(next(iter(models.values())))
+        if what is not None:
+            for model in found.values():
+                refuse_merged(model, what)
+        return found
 
     # ── what is saved ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -179,6 +201,10 @@ def _freezing(call: Callable) -> Callable:
     return wrapped
 
 
+def _routing(model: nn.Module) -> RoutingTable:
+    return cast(RoutingTable, routing_of(model))
+
+
 def _temporal_summary(model: nn.Module) -> dict | None:
     finite_set = finite_set_of(model)
     if finite_set is None:
@@ -188,7 +214,7 @@ def _temporal_summary(model: nn.Module) -> dict | None:
 
 
 def _summary(model: nn.Module) -> dict:
-    plan, routing = require_plan(model), cast(RoutingTable, routing_of(model))
+    plan, routing = require_plan(model), _routing(model)
     usage = routing.usage()
     return {
         "placement": plan.placement,

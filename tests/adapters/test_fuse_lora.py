@@ -11,7 +11,7 @@ from command_line import program
 from conftest import equal_state, make_unet
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, StableDiffusionPipeline
 from loras import ALPHA, RANK, write_lora
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pipelines import make_small_pipe
 from safetensors.torch import load_file, save_file
@@ -329,8 +329,15 @@ def test_what_is_no_safetensors_file(packed_pipe, tmp_path):
 
 def test_adapters_that_are_there_are_refused(pipe, file):
     pipe.load_lora_weights(str(file))
-    with pytest.raises(StateError, match=r"Unload them \(`pipe.unload_lora_weights\(\)`\) first"):
-        fuse_lora(pipe, file)
+    for owner, way in ((pipe, r"`pipe.unload_lora_weights\(\)`"), (pipe.unet, r"`model.unload_lora\(\)`")):
+        with pytest.raises(StateError, match=f"Call {way} first"):
+            fuse_lora(owner, file)
+
+
+def test_a_pipeline_that_cannot_unload_is_not_told_to(packed_pipe, embedded_lora):
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_k"]), packed_pipe.unet)
+    with pytest.raises(StateError, match="but this one has some. Load it anew first"):
+        fuse_lora(packed_pipe, embedded_lora)
 
 
 @pytest.fixture

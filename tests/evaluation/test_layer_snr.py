@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from conftest import make_dit_pipe, make_unet
+from conftest import make_dit_pipe, make_unet, run
 from diffusers import DDIMScheduler, DDPMPipeline
+from peft import LoraConfig, inject_adapter_in_model
 
-from diffusers_msfp import FinetuneConfig, finetune
+from diffusers_msfp import FinetuneConfig, TemporalConfig, finetune, maintain_temporal
 from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.evaluation import layer_snr
 from diffusers_msfp.evaluation.layers import snr_db
@@ -56,6 +57,24 @@ def test_adapters_follow_the_timestep(float_pipe, packed_pipe):
     assert {name for name, entry in layers.items() if entry.adapted} == set(router.plan.rank_of())
     found = layers["down_blocks.0.resnets.0.conv1"].by_timestep
     assert found["500"] < 0 < 8 < found["0"]
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+def test_stored_features_and_parameters_are_those_of_the_timestep(float_pipe, packed_pipe, called_before):
+    maintain_temporal(packed_pipe, float_pipe, TemporalConfig(num_inference_steps=2, cache_above=0.0, iterations=2))
+    cached = packed_pipe.unet.temporal_set.plan.cached_layers()
+    assert cached
+    if called_before:
+        run(packed_pipe.unet, torch.randn(1, 3, 8, 8), 500)
+    found = layer_snr(float_pipe, packed_pipe, **RUN)
+    assert all(min(found[name].by_timestep.values()) > 50 for name in cached), "each as exact as float16"
+
+
+def test_users_adapters_on_the_block_are_measured_not_its_stored_features(float_pipe, packed_pipe):
+    maintain_temporal(packed_pipe, float_pipe, TemporalConfig(num_inference_steps=2, cache_above=0.0, iterations=2))
+    name = next(iter(packed_pipe.unet.temporal_set.plan.cached_layers()))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=[name]), packed_pipe.unet)
+    assert max(layer_snr(float_pipe, packed_pipe, **RUN)[name].by_timestep.values()) < 50
 
 
 def test_limits(float_pipe):

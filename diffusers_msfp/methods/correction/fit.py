@@ -22,6 +22,7 @@ from ...sampling.solvers import with_ddim
 from ...sampling.timestep import first_timestep, require_timesteps
 from ...sampling.used_output import sample_of, used_part
 from ..checks import check_student, require_takes
+from ..routes import require_full_strength
 from .attach import attach_correction, without_correction
 from .table import CorrectionTable, channels_of, map_prediction
 
@@ -140,6 +141,7 @@ def correct_output(
 
     Raises:
         ConfigError: pipelines that do not fit. Nothing is changed then.
+        StateError: the model is observing, or its timestep-aware adapters are disabled or scaled.
         ShapeError: the teacher is another model.
         NonFiniteError: an output that is not finite.
 
@@ -158,6 +160,7 @@ def correct_output(
     views = each_quantized(pipe, teacher)
     for own, original in views.values():
         check_student(denoiser_of(own), denoiser_of(original), "correction", learns=False)
+        require_full_strength(denoiser_of(own), "A correction of the output")
         require_takes(denoiser_of(own), denoiser_of(original))
     fitted = {name: _fit(*view, config, prompts, arguments, on_progress) for name, view in views.items()}
     results = {}

@@ -6,9 +6,9 @@ from functools import partial
 from torch import nn
 
 from ..method import Method, Part, read_part
-from .attach import correction_of, correction_skeleton, detach_correction
+from .attach import correction_skeleton, detach_correction
 from .fit import CorrectionConfig, correct_output
-from .table import COEFFICIENTS, CORRECTION, CorrectionPlan, CorrectionTable
+from .table import COEFFICIENTS, CORRECTION, CorrectionPlan, CorrectionTable, correction_of
 
 
 def _record_of(model: nn.Module) -> CorrectionPlan | None:

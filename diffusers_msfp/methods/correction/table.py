@@ -11,6 +11,7 @@ from ...compat.torch import StatefulModule
 from ...errors import CheckpointError, ConfigError
 from ...sampling.timestep import Timestep, TimestepArgument
 from ...sampling.used_output import sample_of
+from ..routes import routing_of
 
 CORRECTION = "output_correction"
 """Where a model has its `CorrectionTable`."""
@@ -118,6 +119,26 @@ def channels_of(prediction: Tensor) -> int:
     return prediction.shape[-1 if prediction.ndim == 3 else 1]
 
 
+def correction_of(model: nn.Module) -> CorrectionTable | None:
+    """The table on a model, fitted with all that it has; None without one."""
+    return getattr(model, CORRECTION, None)
+
+
+def base_correction_of(model: nn.Module) -> CorrectionTable | None:
+    """The table of a model without the adapters beside its weights; None without one."""
+    routing = routing_of(model)
+    return None if routing is None else cast("CorrectionTable | None", routing.base_correction)
+
+
+def _in_force(model: nn.Module, sample: Tensor) -> CorrectionTable | None:
+    """The table that was fitted to the model as it computes now; None for adapters of another strength."""
+    routing = routing_of(model)
+    if routing is None or routing.strength == 1:
+        return correction_of(model)
+    base = None if routing.strength else base_correction_of(model)
+    return None if base is None else base.to(sample.device)
+
+
 class CorrectionHook:
     """Forward hook that corrects what a model predicts; a variance that stands beside it is left alone.
 
@@ -136,10 +157,11 @@ class CorrectionHook:
                 f"The output of {type(model).__name__} is corrected by timestep, so each call must have a `timestep`, "
                 f"but got none."
             )
-        table = cast(CorrectionTable, getattr(model, CORRECTION))
-        return map_prediction(
-            output, table.a.shape[-1], lambda each: table.correct(each, sample_of(args, kwargs), timestep)
-        )
+        sample = sample_of(args, kwargs)
+        table = _in_force(model, sample)
+        if table is None:
+            return output
+        return map_prediction(output, table.a.shape[-1], lambda each: table.correct(each, sample, timestep))
 
 
 def map_prediction(output: Any, channels: int, change: Callable[[Tensor], Tensor]) -> Any:

@@ -12,6 +12,7 @@ from ...errors import CheckpointError, UnsupportedError
 from ...layers import QuantLayer
 from ...layers.convert import layers_by_name, plain_name, prepare_layers
 from ...sampling.timestep import require_timesteps
+from ..correction.table import CORRECTION
 from ..routes import ROUTER, RouteHook, remove_route_hooks, routing_of
 from . import AdapterBank, AdapterPlan, RoutingTable
 
@@ -97,7 +98,11 @@ def refuse_merged(model: nn.Module, what: str) -> None:
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Adapters beside the weights, and the table, by the names they have in the model's state dict."""
-    wanted = {f"{ROUTER}.table"}
+    """Adapters beside the weights and what goes with them, by the names they have in the model's state dict."""
     own = {plain_name(key): value for key, value in model.state_dict().items()}
-    return {key: value for key, value in own.items() if key in wanted or ".adapters." in key}
+    return {key: value for key, value in own.items() if goes_with_adapters(key)}
+
+
+def goes_with_adapters(key: str) -> bool:
+    """Whether a tensor of a model is one of its adapters, the router's table, or a correction fitted with them."""
+    return key == f"{ROUTER}.table" or ".adapters." in key or key.startswith(f"{CORRECTION}.")

@@ -5,9 +5,9 @@ from functools import partial
 
 from torch import nn
 
-from ...errors import UnsupportedError
+from ...errors import StateError, UnsupportedError
 from ..method import Method, Part, read_part
-from ..routes import ROUTER, routing_of
+from ..routes import ROUTER, require_full_strength, routing_of
 from . import AdapterBank, AdapterPlan, RoutingTable
 from .adapters import ADAPTER_TENSORS
 from .attach import plan_of, prepare_skeleton
@@ -20,6 +20,15 @@ def _require_float(model: nn.Module) -> None:
         raise UnsupportedError(
             "A model with timestep-aware adapters has no single float weight per layer. Unload adapters that stand "
             "beside the weights (`unload_talora`) and call `dequantize` again; merged ones cannot be undone."
+        )
+
+
+def _require_ranges(model: nn.Module) -> None:
+    plan = plan_of(model)
+    if plan is not None and plan.placement == "side":
+        raise StateError(
+            "Ranges are set anew for a model without adapters beside its weights, but this one has some, which were "
+            "trained with the formats and ranges that it has. Unload them (`unload_talora`), calibrate, and fine-tune."
         )
 
 
@@ -42,6 +51,8 @@ TALORA = Method(
         attach=prepare_skeleton,
         stored={AdapterBank: ADAPTER_TENSORS, RoutingTable: ("table",)},
         require_float=_require_float,
+        require_ranges=_require_ranges,
+        require_whole=partial(require_full_strength, what="Saving"),
         describe=_describe,
         forbids_fusing="It has timestep-aware adapters, which were trained for the weights that it has. Unload those "
         "beside the weights (`unload_talora`); merged ones cannot be taken off: fuse the LoRA into the float model, "

@@ -27,6 +27,8 @@ class RoutingTable(ByTimestep, nn.Module):
     module_name = ROUTER
     table: Tensor
     plan: AdapterPlan
+    base_correction: nn.Module | None = None
+    """That of the output, fitted without these adapters: no part of the model while they are on it."""
 
     def __init__(self, table: Tensor, num_adapters: int) -> None:
         super().__init__()

@@ -20,6 +20,8 @@ from ...sampling.trajectory import DenoisingStep
 from ...schemes import check_patterns
 from ..blocks import block_outputs
 from ..checks import check_student, original_weight
+from ..correction.attach import attach_correction, detach_correction, set_aside
+from ..correction.table import correction_of
 from ..losses import squared_error
 from ..routes import finite_set_of
 from . import AdapterBank, AdapterPlan, FullUpdate, Gate, TimestepRouter, Trainee, adapter_rank
@@ -96,10 +98,12 @@ class Student(nn.Module):
             [(each, each.detach().clone()) for each in _affine_of_norms(model)] if placement == "merged" else []
         )
         self._checkpointing = False
+        self._correction = correction_of(model)
+        detach_correction(model)  # only now is the model changed
         model.requires_grad_(False)
         for parameter, _ in self.norms:
             parameter.requires_grad_(True)
-        for name, trainee in trainees.items():  # only now is the model changed
+        for name, trainee in trainees.items():
             replace_module(model, name, trainee)
         self.model = model
         self.router = TimestepRouter(num_timesteps, num_adapters, self.plan.groups, seed).to(device_of(model))
@@ -195,6 +199,8 @@ class Student(nn.Module):
         for parameter, before in self.norms:
             parameter.data.copy_(before)
         self._restore()
+        if self._correction is not None:
+            attach_correction(self.model, self._correction)
         return self.model
 
     def checkpoint_gradients(self) -> None:
@@ -226,10 +232,11 @@ class Student(nn.Module):
             known.plan = replace(known.plan, training={**known.plan.training, "finetuning": training or {}})
             forget_compiled()
             prepare_layers(self.model)
-            return self.model
-        base = base_fingerprint(self.model) if self.plan.placement == "side" else None
-        plan = AdapterPlan(**{**vars(self.plan), "training": training or {}, "base": base})
-        connect(self.model, plan, self.router.table(self.watched.tolist()))
+        else:
+            base = base_fingerprint(self.model) if self.plan.placement == "side" else None
+            plan = AdapterPlan(**{**vars(self.plan), "training": training or {}, "base": base})
+            connect(self.model, plan, self.router.table(self.watched.tolist()))
+        set_aside(self.model, self._correction)
         return self.model
 
 

@@ -15,6 +15,7 @@ from ...errors import CheckpointError
 from ...formats import FPFormat
 from ...layers import QuantLayer
 from ...layers.convert import layers_by_name, prepare_layers
+from ...numerics.route import Timestep
 from ...sampling.timestep import TimestepArgument, require_timesteps
 from ..routes import RouteHook, finite_set_of, remove_route_hooks
 from . import FeatureTable, FiniteSet, TemporalPlan
@@ -27,11 +28,11 @@ class SetHook(RouteHook):
         super().__init__(argument, FiniteSet.module_name)
         self.block = block
 
-    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Enter the call's timestep."""
+    def enter(self, model: nn.Module, timestep: Timestep) -> None:
+        """Choose by a timestep from now on."""
         finite_set = cast(FiniteSet, finite_set_of(model))
         finite_set.cached = all(isinstance(model.get_submodule(name), QuantLayer) for name in self.block)
-        super().__call__(model, args, kwargs)
+        super().enter(model, timestep)
 
 
 def attach_sets(model: nn.Module, plan: TemporalPlan, timesteps: Tensor, features: Mapping[str, Tensor]) -> None:

@@ -27,7 +27,7 @@ _CONTAINERS = (dict, OrderedDict, list, set)
 
 @contextmanager
 def all_or_nothing(model: nn.Module, changed_in_place: str | None = None, *, only_try: bool = False) -> Iterator[None]:
-    """Put the modules, flags and `requires_grad` of a model back as they were if the body raises.
+    """Put the modules, flags, `requires_grad` and config of a model back as they were if the body raises.
 
     Tensors are not copied: what is attached stands beside the model's own, which nobody can write.
 
@@ -37,6 +37,8 @@ def all_or_nothing(model: nn.Module, changed_in_place: str | None = None, *, onl
     """
     modules = [(module, dict(vars(module)), _contents(vars(module))) for module in model.modules()]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    config = vars(model.config) if hasattr(getattr(model, "config", None), "__dict__") else {}
+    said = dict(config)
     written = [
         (tensor, tensor.detach().clone())
         for name, tensor in model.named_parameters()
@@ -51,6 +53,7 @@ def all_or_nothing(model: nn.Module, changed_in_place: str | None = None, *, onl
                 _refill(attributes[key], content)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
+        _refill(config, said)
         with torch.no_grad():
             for tensor, value in written:
                 tensor.data = value

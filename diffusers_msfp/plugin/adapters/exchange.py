@@ -6,7 +6,7 @@ their metadata what it was trained to read (`READ`).
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -34,6 +34,18 @@ READ = "msfp_trained_to_read"
 _READS = {
     "codes": "codes: the layer's quantized input, with weight and update rounded to 8 bits together; PEFT reads floats",
     "float": "float: the layer's input before it is quantized, as PEFT does",
+}
+_SAYS_OF_PAIRS = {
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern", "lora_dropout", "fan_in_fan_out", "task_type", "auto_mapping"),
+    *("peft_version", "base_model_name_or_path", "revision", "inference_mode", "megatron_core", "qalora_group_size"),
+    *("runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+}
+"""Keys of PEFT's config that concern the pairs, or nothing that is left when they are trained."""
+_SAYS_NO_MORE = {
+    "peft_type": ("LORA", None),
+    "bias": ("none", None),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # others change the weight, too
 }
 
 
@@ -123,11 +135,9 @@ def import_adapter(model: nn.Module, adapter: int, folder: str | Path, prefix: s
     tensors, config = _read(Path(folder), prefix)
     layers, pairs = layers_by_name(model), {}
     foreign = sorted(key for key in tensors if not key.endswith((".lora_A.weight", ".lora_B.weight")))
-    if foreign or config.get("use_dora"):
-        raise ConfigError(
-            f"Only plain LoRA pairs can be imported, but got {foreign[0] if foreign else '`use_dora`'}: another kind "
-            f"of adapter."
-        )
+    if foreign:
+        raise ConfigError(f"Only plain LoRA pairs can be imported, but got {foreign[0]}: another kind of adapter.")
+    require_pairs_alone(config)
     unknown = sorted({key.rpartition(".lora_")[0] for key in tensors} - set(ranks))
     if unknown:
         raise ConfigError(
@@ -167,6 +177,29 @@ def _require(model: nn.Module, adapter: int, format: str) -> dict[str, int]:
     if format not in FORMATS:
         raise ConfigError(f"`format` must be one of {', '.join(FORMATS)}, but got {format!r}.")
     return plan.rank_of()
+
+
+def require_pairs_alone(said: Mapping, *, allowed: Collection[str] = ()) -> None:
+    """Refuse a LoRA of which its pairs of factors are a part only.
+
+    Args:
+        said (`Mapping`): PEFT's config of it.
+        allowed (`Collection[str]`): further keys that are taken care of.
+
+    Raises:
+        ConfigError: a value that means more, or a key that is not known here.
+    """
+    for key, value in said.items():
+        if (
+            key in _SAYS_OF_PAIRS
+            or key in allowed
+            or (value in _SAYS_NO_MORE[key] if key in _SAYS_NO_MORE else not value)
+        ):
+            continue
+        raise ConfigError(
+            f"A LoRA must be no more than pairs of factors, but its config says `{key}`: {value!r}. Merge it into the "
+            f"float model with PEFT, or convert it there to a plain one."
+        )
 
 
 def _for_layer(config: Mapping, what: str, name: str, default: float) -> float:

@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +19,11 @@ from ...compat.wrappers import sees_through
 from ...errors import (
     CheckpointError,
     ConfigError,
-    MSFPError,
     NonFiniteError,
     StateError,
     UnsupportedError,
-    first_line,
 )
 from ...layers import QUANT_LAYERS, QuantLayer, SplitLayer
-from ...layers.convert import plain_name
 from ...methods.method import parts
 from ...results import OnProgress, Result, in_stage
 from ...sampling.denoisers import is_quantized
@@ -34,7 +31,7 @@ from ...schemes import resolve
 from ..calibrate import calibrate, check_calibration, named_quantized
 from ..config import config_of
 from .attaching import all_or_nothing
-from .lora_files import attach_directly, pairs_in_file, place_of
+from .lora_files import attach_whole, place_of, tuned_layers
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +107,8 @@ def fuse_lora(
 
     Raises:
         CheckpointError: no such file, a pickle, or a damaged one.
-        ConfigError: a weight that is no finite number or 0; a LoRA that fits nothing, or of which a part fits nothing.
+        ConfigError: a weight that is no finite number or 0; a LoRA that fits nothing, of which a part fits nothing, or
+            that is more than what PEFT merges.
         StateError: adapters are attached already, or something is on the model that the fused weights would not fit.
         NonFiniteError: the fused weights hold NaN or infinity.
         UnsupportedError: a LoRA that widens layers. Nothing is changed after any of these.
@@ -128,8 +126,8 @@ def fuse_lora(
     for each in models.values():
         if any(isinstance(module, BaseTunerLayer) for module in each.modules()):
             raise StateError(
-                f"A LoRA is fused into a {type(each).__name__} without adapters, but this one has some. Unload them "
-                f"(`pipe.unload_lora_weights()`) first."
+                f"A LoRA is fused into a {type(each).__name__} without adapters, but this one has some. "
+                f"{_way_to_unload(model, each)} first."
             )
     quantized = named_quantized(model) if isinstance(model, DiffusionPipeline) else {}
     if calibration is not None:
@@ -139,13 +137,19 @@ def fuse_lora(
     with ExitStack() as stack:
         for each in models.values():
             stack.enter_context(all_or_nothing(each, only_try=True))
-        _attach(model, models, place)
-        fused = _fuse(models, float(weight), pairs_in_file(model, place), in_stage(on_progress, "fusing"))
+        attach_whole(model, models, place, NAME)
+        fused = _fuse(models, float(weight), in_stage(on_progress, "fusing"))
     taken_off = _put_in_place(models, fused)
     if calibration is not None:
         progress = in_stage(on_progress, "calibration")
         calibrate(cast(DiffusionPipeline, model), on_progress=progress, **calibration)
     return _result(str(lora), float(weight), fused, taken_off, calibrated=calibration is not None)
+
+
+def _way_to_unload(owner: object, model: nn.Module) -> str:
+    if hasattr(owner, "unload_lora_weights"):
+        return "Call `pipe.unload_lora_weights()`"
+    return "Call `model.unload_lora()`" if hasattr(model, "unload_lora") else "Load it anew"
 
 
 def _models(owner: nn.Module | DiffusionPipeline) -> dict[str, nn.Module]:
@@ -154,40 +158,9 @@ def _models(owner: nn.Module | DiffusionPipeline) -> dict[str, nn.Module]:
     return {name: part for name, part in owner.components.items() if isinstance(part, nn.Module)}
 
 
-def _attach(owner: Any, models: Mapping[str, nn.Module], place: Path) -> None:
-    """Put the LoRA beside the weights, as the pipeline does it."""
-    try:
-        if isinstance(owner, DiffusionPipeline) and hasattr(owner, "load_lora_weights"):
-            where = {"pretrained_model_name_or_path_or_dict": str(place.parent), "weight_name": place.name}
-            cast(Any, owner).load_lora_weights(**where, adapter_name=NAME, use_safetensors=True)
-        else:
-            attach_directly(models, place, NAME)
-    except MSFPError:
-        raise
-    except Exception as error:  # diffusers' converters fail in any way on a file that they do not know
-        raise ConfigError(
-            f"A LoRA must be of a kind that fits {type(owner).__name__}, but {place} cannot be put on it: "
-            f"{first_line(error)}"
-        ) from error
-
-
-def _tuned(models: Mapping[str, nn.Module]) -> Iterator[tuple[str, str, Any]]:
-    for component, model in models.items():
-        for name, module in model.named_modules():
-            if isinstance(module, BaseTunerLayer):
-                yield component, plain_name(name), module
-
-
-def _fuse(
-    models: Mapping[str, nn.Module], weight: float, expected: int, on_progress: OnProgress | None
-) -> list[_Fused]:
+def _fuse(models: Mapping[str, nn.Module], weight: float, on_progress: OnProgress | None) -> list[_Fused]:
     """All layers with the LoRA in their weights; the model's own are not written."""
-    tuned = list(_tuned(models))
-    if not tuned or len(tuned) < expected:
-        raise ConfigError(
-            f"A LoRA must fit the model as a whole, but {len(tuned)} of its {expected} layers fit one of "
-            f"{', '.join(type(each).__name__ for each in models.values())}: made for another model."
-        )
+    tuned = list(tuned_layers(models))
     for component in dict.fromkeys(component for component, _, _ in tuned):
         _require_fusible(models[component])
     found = []
@@ -209,6 +182,8 @@ def _fused_layer(model: nn.Module, component: str, name: str, wrapped: Any, weig
     layer = wrapped.get_base_layer()
     if isinstance(layer, SplitLayer):
         raise UnsupportedError(f"`{name}` is split into parts, which a LoRA cannot be fused into.")
+    if wrapped.lora_bias.get(NAME) and bias_of(layer) is None:
+        raise UnsupportedError(f"The LoRA has a bias for `{name}`, which must have one to take it, but has none.")
     if isinstance(layer, QuantLayer):
         plain, bias = layer.to_float(torch.float32), bias_of(layer)
         put_bias(plain, None if bias is None else nn.Parameter(bias.detach().clone()))

@@ -5,7 +5,8 @@ have the names that they have in the model.
 """
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,32 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...checkpoint.describe import read_config, weight_files
+from ...checkpoint.describe import WEIGHTS, read_config, weight_files
 from ...checkpoint.digest import Digest, checking
 from ...compat.torch import device_of
-from ...compat.wrappers import sees_through
+from ...compat.wrappers import seen_through, sees_through
 from ...errors import CheckpointError, ConfigError, ShapeError, StateError
 from ...layers import QuantLayer
 from ...layers.convert import base_fingerprint, layers_by_name
+from ...methods.correction.attach import attach_correction, detach_correction, set_aside
+from ...methods.correction.table import COEFFICIENTS, CORRECTION, CorrectionTable, base_correction_of, correction_of
 from ...methods.method import read_part
-from ...methods.routes import ROUTER, routing_of
+from ...methods.routes import ROUTER, require_full_strength, routing_of
 from ...methods.talora import AdapterBank, AdapterPlan, RoutingTable
 from ...methods.talora.adapters import CODES
-from ...methods.talora.attach import adapter_tensors, connect, disconnect, plan_of, refuse_merged
+from ...methods.talora.attach import (
+    adapter_tensors,
+    connect,
+    disconnect,
+    goes_with_adapters,
+    plan_of,
+    refuse_merged,
+)
 from ...sampling.observation import calibration_state
 from ...sampling.timestep import require_timesteps
 from ..config import MSFPConfig
+
+logger = logging.getLogger(__name__)
 
 CONFIG, TENSORS = "talora_config.json", "talora.safetensors"
 
@@ -49,17 +61,23 @@ def require_plan(model: nn.Module) -> AdapterPlan:
     return plan
 
 
-@sees_through
-def save_talora(model: nn.Module, folder: str | Path) -> None:
-    """Write a model's adapters without the model.
-
-    Raises:
-        StateError: it has none.
-        UnsupportedError: they are merged into the weights.
-    """
+def require_storable(model: nn.Module) -> AdapterPlan:
+    """The model's adapters, if they can be written without it; see `save_talora`."""
     plan = require_plan(model)
     refuse_merged(model, "Saving adapters without their model")
-    folder = Path(folder)
+    require_full_strength(model, "Saving")
+    return plan
+
+
+@sees_through
+def save_talora(model: nn.Module, folder: str | Path) -> None:
+    """Write a model's adapters without the model, with the correction of the output that was fitted with them.
+
+    Raises:
+        StateError: it has none, or they are disabled or scaled.
+        UnsupportedError: they are merged into the weights.
+    """
+    plan, folder = require_storable(model), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous() for name, tensor in adapter_tensors(model).items()}
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
@@ -71,6 +89,9 @@ def save_talora(model: nn.Module, folder: str | Path) -> None:
 def load_talora(model: nn.Module, source: str | Path, **hub: Any) -> None:
     """Put saved adapters beside the weights of the quantized model that they were trained for.
 
+    A correction of the output that the model has was fitted without them, and rests until they are unloaded; one that
+    was saved with them is put on the model.
+
     Args:
         model (`ModelMixin`): quantized and calibrated, without adapters.
         source (`str` or `Path`): folder or Hub id of saved adapters, or of a whole checkpoint that has some.
@@ -78,14 +99,55 @@ def load_talora(model: nn.Module, source: str | Path, **hub: Any) -> None:
 
     Raises:
         CheckpointError: damaged or incomplete files.
-        ConfigError: adapters for another base, or the model has adapters already; the model is unchanged.
+        ConfigError: adapters for another base.
+        StateError: the model is observing, or has adapters already. It is unchanged after any of these.
     """
+    _require_free(model)
+    _prepared(model, _folder(source, **hub), source)()
+
+
+def load_by_name(models: Mapping[str, nn.Module], source: str | Path, **hub: Any) -> None:
+    """`load_talora` for the quantized denoisers of a pipeline: onto all for which there are adapters, or onto none.
+
+    Args:
+        models (`Mapping[str, nn.Module]`): by name. Of several the adapters lie in folders of their names.
+        source (`str` or `Path`), **hub: see `load_talora`.
+
+    Raises:
+        CheckpointError: there are no folders of these names, and see `load_talora`.
+    """
+    for model in models.values():
+        _require_free(model)
+    folder = _folder(source, **hub)
+    places = {name: folder / name for name in models if _holds_adapters(folder / name)}
+    if not places and len(models) == 1:
+        places = dict.fromkeys(models, folder)
+    if not places:
+        raise CheckpointError(
+            f"Adapters for a pipeline with several quantized denoisers must lie in folders of their names "
+            f"({', '.join(models)}), but {source} has none of these with adapters. Put each into its folder."
+        )
+    with seen_through(*(models[name] for name in places)):
+        ready = [_prepared(models[name], place, source) for name, place in places.items()]
+        for put in ready:  # only now are models changed
+            put()
+
+
+def _require_free(model: nn.Module) -> None:
     if routing_of(model) is not None:
         raise StateError("This model has timestep-aware adapters already. Call `unload_talora` first.")
     require_timesteps(model)
     if calibration_state(model) == "observing":
         raise StateError("Adapters need a calibrated model, but this one observes: call `calibrate(pipe)` first.")
-    plan, tensors = _read(_folder(source, **hub))
+
+
+def _holds_adapters(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() or bool((read_config(folder).get("quantization_config") or {}).get("adapters"))
+
+
+def _prepared(model: nn.Module, folder: Path, source: str | Path) -> Callable[[], None]:
+    """All that is read and checked; the function that is returned changes the model."""
+    plan, tensors = _read(folder)
     if plan.placement != "side":
         raise ConfigError(
             f"{source} holds adapters that are merged into packed weights: there is nothing to load onto another "
@@ -114,21 +176,55 @@ def load_talora(model: nn.Module, source: str | Path, **hub: Any) -> None:
             f"The router's table must have shape {(plan.groups, plan.num_timesteps)}, but got {tuple(table.shape)}."
         )
     RoutingTable(table, plan.num_adapters)  # refuses a bad one before the model is touched
-    for name, bank in banks.items():
-        layers[name].adapters = bank
-    connect(model, plan, table.to(device_of(model)))
+    correction = _correction(tensors)
+
+    def put() -> None:
+        before = correction_of(model)
+        detach_correction(model)
+        for name, bank in banks.items():
+            layers[name].adapters = bank
+        connect(model, plan, table.to(device_of(model)))
+        set_aside(model, before)
+        if correction is not None:
+            attach_correction(model, correction.to(device_of(model)))
+
+    return put
 
 
 @sees_through
 def unload_talora(model: nn.Module) -> None:
     """Take adapters beside the weights off; the model is bit for bit what it was without them.
 
+    A correction of the output that was fitted with them goes too, and that of the model without them comes back.
+
     Raises:
-        ConfigError: there are none.
+        StateError: there are none.
         UnsupportedError: they are merged into the weights.
     """
     require_plan(model)
+    refuse_merged(model, "Unloading")
+    base = base_correction_of(model)
+    if correction_of(model) is not None:
+        detach_correction(model)
+        logger.warning(
+            "%s: the output correction was fitted to the model with its adapters, and is taken off with them.",
+            type(model).__name__,
+        )
     disconnect(model)
+    if base is not None:
+        attach_correction(model, base.to(device_of(model)))
+
+
+def _correction(tensors: Mapping[str, Tensor]) -> CorrectionTable | None:
+    """The correction of the output among the tensors of adapters."""
+    parts = {name: tensors.get(f"{CORRECTION}.{name}") for name in ("timesteps", *COEFFICIENTS)}
+    known = [part for part in parts.values() if part is not None]
+    if not known:
+        return None
+    if len(known) < len(parts):
+        missing = next(name for name, part in parts.items() if part is None)
+        raise CheckpointError(f"Adapters must hold `{CORRECTION}.{missing}`, but it is missing: incomplete file.")
+    return CorrectionTable(*known)
 
 
 def _bank(layer: QuantLayer, name: str, rank: int, plan: AdapterPlan, tensors: Mapping[str, Tensor]) -> AdapterBank:
@@ -161,7 +257,8 @@ def _folder(source: str | Path, **hub: Any) -> Path:
         return path
     if path.exists() or str(source).count("/") != 1:
         raise ConfigError(f"{source} must be a folder or a Hub id like `user/adapters`, but it is neither.")
-    patterns = [CONFIG, TENSORS, "model_index.json", "*/config.json", "*/diffusion_pytorch_model*.safetensors"]
+    names = (CONFIG, TENSORS, "config.json", f"{WEIGHTS}*.safetensors", f"{WEIGHTS}*.index.json")
+    patterns = ["model_index.json", *names, *(f"*/{name}" for name in names)]  # of a pipeline or of a model alone
     return Path(snapshot_download(str(source), allow_patterns=patterns, **hub))
 
 
@@ -188,8 +285,7 @@ def _read(folder: Path) -> tuple[AdapterPlan, dict[str, Tensor]]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as handle:
-                keys = [key for key in handle.keys() if ".adapters." in key or key == f"{ROUTER}.table"]  # noqa: SIM118
-                tensors |= {key: handle.get_tensor(key) for key in keys}
+                tensors |= {key: handle.get_tensor(key) for key in handle.keys() if goes_with_adapters(key)}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} must be a safetensors file, but it is not ({error}).") from error
     plan = read_part(AdapterPlan, "adapters", {key: value for key, value in record.items() if key != "digest"})

@@ -105,7 +105,11 @@ def save_pretrained(model: nn.Module, save_directory: str | Path, *args: Any, **
 
     Raises:
         UnsupportedError: other files than safetensors are asked for; nothing is written then.
+        StateError: something on the model would not be as it is after loading; nor then.
     """
+    for part in parts():
+        if part.require_whole is not None:
+            part.require_whole(model)
     own: Any = type(model)
     given = inspect.signature(own.save_pretrained).bind(model, save_directory, *args, **kwargs).arguments
     given |= given.get("kwargs", {})

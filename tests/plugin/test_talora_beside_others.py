@@ -1,0 +1,226 @@
+"""Adapters beside other things on a model: an output correction, calibration, saving at another strength."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from conftest import equal_state, make_unet, run
+from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline
+
+from diffusers_msfp import (
+    CorrectionConfig,
+    FinetuneConfig,
+    MSFPPipelineMixin,
+    StateError,
+    calibrate,
+    correct_output,
+    finetune,
+    uncorrect_output,
+)
+from diffusers_msfp.errors import CheckpointError
+from diffusers_msfp.methods.correction.attach import correction_of
+from diffusers_msfp.methods.talora.finetuner import Finetuner
+from diffusers_msfp.plugin.adapters.talora_files import load_talora, save_talora
+
+TUNING = {"train_steps": 1, "num_inference_steps": 2, "batch_size": 2, "rank": 2}
+SMALL = CorrectionConfig(num_samples=2, num_inference_steps=2)
+FEW = {"num_samples": 2, "num_inference_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def teacher() -> DDPMPipeline:
+    pipe = DDPMPipeline(make_unet(), DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def strong(unet) -> None:
+    torch.manual_seed(3)
+    for module in unet.modules():
+        if getattr(module, "adapters", None) is not None:
+            torch.nn.init.normal_(module.adapters.up, std=0.05)
+
+
+@pytest.fixture(scope="module")
+def made(_packed, teacher) -> dict[str, DDPMPipeline]:
+    """The base, corrected or not; with adapters, beside the weights or merged."""
+    pipes = {"base": _packed, "corrected": copy.deepcopy(_packed)}
+    correct_output(pipes["corrected"], teacher, SMALL)
+    for placement in ("side", "merged"):
+        pipes[placement] = copy.deepcopy(_packed)
+        finetune(pipes[placement], teacher, FinetuneConfig(**TUNING, placement=placement))
+        strong(pipes[placement].unet)
+    return pipes
+
+
+@pytest.fixture
+def pipes(made) -> dict[str, DDPMPipeline]:
+    return {name: MSFPPipelineMixin.attach(copy.deepcopy(pipe)) for name, pipe in made.items()}
+
+
+def says(caplog, words: str) -> bool:
+    return any(words in record.getMessage() for record in caplog.records)
+
+
+# ── a corrected output ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_corrected_base_rests_while_adapters_are_on_it(pipes, images, tmp_path, caplog):
+    save_talora(pipes["side"].unet, tmp_path)
+    pipe, expected = pipes["corrected"], run(pipes["corrected"].unet, images)
+    before = copy.deepcopy(pipe.unet)
+    with caplog.at_level(logging.WARNING, "diffusers_msfp"):
+        pipe.load_talora(tmp_path)
+    assert says(caplog, "rests until they are unloaded")
+    assert torch.equal(run(pipe.unet, images), run(pipes["side"].unet, images))
+    pipe.disable_talora()
+    assert torch.equal(run(pipe.unet, images), expected)
+    pipe.set_talora_scale(0.5)
+    pipe.enable_talora()
+    pipes["side"].set_talora_scale(0.5)
+    assert torch.equal(run(pipe.unet, images), run(pipes["side"].unet, images))
+    pipe.set_talora_scale(1)
+    copied = copy.deepcopy(pipe)
+    pipe.save_pretrained(tmp_path / "whole")
+    pipes["side"].set_talora_scale(1)
+    again = DiffusionPipeline.from_pretrained(tmp_path / "whole")
+    assert torch.equal(run(again.unet, images), run(pipes["side"].unet, images))
+    for each in (pipe, copied):
+        each.unload_talora()
+        assert equal_state(each.unet, before)
+        assert torch.equal(run(each.unet, images), expected)
+
+
+def test_a_correction_of_adapters_goes_with_them(pipes, teacher, images, tmp_path, caplog):
+    pipe, plain, base = pipes["side"], run(pipes["side"].unet, images), run(pipes["base"].unet, images)
+    correct_output(pipe, teacher, SMALL)
+    corrected = run(pipe.unet, images)
+    assert not torch.equal(corrected, plain)
+    pipe.disable_talora()
+    assert torch.equal(run(pipe.unet, images), base)
+    pipe.enable_talora()
+    pipe.set_talora_scale(0.5)
+    half = run(pipe.unet, images)
+    uncorrected = copy.deepcopy(pipe)
+    uncorrect_output(uncorrected)
+    assert torch.equal(run(uncorrected.unet, images), half)
+    pipe.set_talora_scale(1)
+    assert torch.equal(run(pipe.unet, images), corrected)
+
+    pipe.save_talora(tmp_path / "adapters")
+    pipe.save_pretrained(tmp_path / "whole")
+    for source in ("adapters", "whole"):
+        for kind in ("base", "corrected"):
+            other = copy.deepcopy(pipes[kind])
+            expected = run(other.unet, images)
+            other.load_talora(tmp_path / source)
+            assert torch.equal(run(other.unet, images), corrected)
+            other.unload_talora()
+            assert torch.equal(run(other.unet, images), expected)
+            assert equal_state(other.unet, pipes[kind].unet)
+    with caplog.at_level(logging.WARNING, "diffusers_msfp"):
+        pipe.unload_talora()
+    assert says(caplog, "fitted to the model with its adapters")
+    assert torch.equal(run(pipe.unet, images), base)
+    assert equal_state(pipe.unet, pipes["base"].unet)
+
+
+def test_nothing_corrects_a_model_after_uncorrect_output(pipes, images, tmp_path):
+    save_talora(pipes["side"].unet, tmp_path)
+    pipe = pipes["corrected"]
+    pipe.load_talora(tmp_path)
+    uncorrect_output(pipe)
+    pipe.unload_talora()
+    assert torch.equal(run(pipe.unet, images), run(pipes["base"].unet, images))
+
+
+@pytest.mark.parametrize("blockwise", [False, True])
+@pytest.mark.parametrize("placement", ["side", "merged"])
+def test_fine_tuning_neither_sees_a_correction_nor_leaves_it(pipes, teacher, images, caplog, placement, blockwise):
+    config = FinetuneConfig(**TUNING, placement=placement, blockwise=blockwise)
+    expected = run(pipes["corrected"].unet, images)
+    for kind in ("base", "corrected"):
+        with caplog.at_level(logging.WARNING, "diffusers_msfp"):
+            finetune(pipes[kind], teacher, config)
+    assert says(caplog, "rests until" if placement == "side" else "is taken off")
+    assert equal_state(pipes["base"].unet, pipes["corrected"].unet)
+    assert torch.equal(run(pipes["base"].unet, images), run(pipes["corrected"].unet, images))
+    if placement == "side":
+        pipes["corrected"].unload_talora()
+        assert torch.equal(run(pipes["corrected"].unet, images), expected)
+
+
+def test_fine_tuning_that_is_given_up_leaves_it(pipes, teacher, images):
+    pipe, expected = pipes["corrected"], run(pipes["corrected"].unet, images)
+    tuner = Finetuner(pipe, teacher, FinetuneConfig(**TUNING))
+    assert correction_of(pipe.unet) is None
+    tuner.student.abandon()
+    assert torch.equal(run(pipe.unet, images), expected)
+
+
+def test_damaged_corrections_of_adapters_change_nothing(pipes, teacher, tmp_path, monkeypatch):
+    monkeypatch.setenv("MSFP_CHECK_DIGEST", "0")
+    correct_output(pipes["side"], teacher, SMALL)
+    for change in (lambda table: table.a.fill_(float("nan")), lambda table: delattr(table, "c")):
+        damaged = copy.deepcopy(pipes["side"].unet)
+        change(damaged.output_correction)
+        save_talora(damaged, tmp_path)
+        before = copy.deepcopy(pipes["corrected"].unet)
+        with pytest.raises(CheckpointError, match="output_correction"):
+            load_talora(pipes["corrected"].unet, tmp_path)
+        assert equal_state(before, pipes["corrected"].unet)
+
+
+# ── another strength ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("change", [lambda p: p.disable_talora(), lambda p: p.set_talora_scale(0.5)])
+def test_what_would_be_lost_is_neither_saved_nor_corrected(pipes, teacher, tmp_path, change):
+    pipe = pipes["side"]
+    change(pipe)
+    verbs = {
+        "whole": lambda folder: pipe.save_pretrained(folder),
+        "model": lambda folder: pipe.unet.save_pretrained(folder),
+        "adapters": lambda folder: pipe.save_talora(folder),
+    }
+    for name, verb in verbs.items():
+        with pytest.raises(StateError, match=r"adapters as they were trained.*`pipe.enable_talora\(\)`"):
+            verb(tmp_path / name)
+        assert not list((tmp_path / name).rglob("*.safetensors"))
+    with pytest.raises(StateError, match="adapters as they were trained"):
+        correct_output(pipe, teacher, SMALL)
+    pipe.enable_talora()
+    pipe.set_talora_scale(1)
+    for name, verb in verbs.items():
+        verb(tmp_path / name)
+        assert list((tmp_path / name).rglob("*.safetensors"))
+
+
+# ── calibration ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_ranges_under_adapters_beside_the_weights_are_not_set_anew(pipes, images):
+    pipe = pipes["side"]
+    before, expected = copy.deepcopy(pipe.unet), run(pipe.unet, images)
+    with pytest.raises(StateError, match=r"`unload_talora`"):
+        calibrate(pipe, **FEW)
+    assert equal_state(before, pipe.unet)
+    assert torch.equal(run(pipe.unet, images), expected)
+    pipe.unload_talora()
+    calibrate(pipe, **FEW)
+
+
+def test_merged_ones_get_ranges_of_what_they_read(pipes, images, tmp_path):
+    pipe = pipes["merged"]
+    weights = {name: value.clone() for name, value in pipe.unet.state_dict().items() if "weight" in name}
+    calibrate(pipe, **FEW)
+    now = pipe.unet.state_dict()
+    assert all(torch.equal(now[name], value) for name, value in weights.items())
+    scales = [value for name, value in now.items() if name.endswith("input_scale")]
+    assert scales
+    assert all(value.shape == (2,) and value[0] == value[1] for value in scales)
+    pipe.save_pretrained(tmp_path)
+    again = DiffusionPipeline.from_pretrained(tmp_path)
+    for timestep in (10, 900):
+        assert torch.equal(run(again.unet, images, timestep), run(pipe.unet, images, timestep))
