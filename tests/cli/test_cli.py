@@ -63,6 +63,7 @@ def test_quantize_compare_inspect_sample(tiny_dir, tmp_path):
         "image_psnr_db_interval",
         "sampler",
         "traj_rel_l2",
+        "checkpoint",
         "bytes_reference",
         "bytes_quantized",
         "settings",
