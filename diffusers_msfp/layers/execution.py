@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from .quant_layer import QuantLayer
 
 
+GEOMETRY = frozenset({"stride", "padding", "padding_mode", "dilation", "groups", "_conv_forward"})
+"""Attributes of a convolution that engines read when they make a layer ready."""
+
+
 class Execution(StoredTensors, PackedLayer):
     """Abstract base of `QuantLayer`: the two quantizers and the forward pass."""
 
@@ -41,9 +45,18 @@ class Execution(StoredTensors, PackedLayer):
         """Drop what an engine made ready; the next call makes it anew."""
         self.__dict__.pop("prepared", None)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in GEOMETRY:  # as tiling does, on a model that has run
+            self.changed()
+
     def prepare(self) -> None:
-        """Let the engine make the layer ready now, where it can; a call does it otherwise, but not while compiling."""
-        if self.engine is not None and not self.observing and not self.packed_weight.is_meta:
+        """Let the engine make the layer ready now, where it can; a call does it otherwise, but not while compiling.
+
+        No engine knows what an exchanged `_conv_forward` does; the reference calls it.
+        """
+        exchanged = "_conv_forward" in vars(self)
+        if self.engine is not None and not (self.observing or self.packed_weight.is_meta or exchanged):
             self.__dict__["prepared"] = self.engine.prepare(cast("QuantLayer", self))
 
     def ready(self, x: Tensor) -> Prepared | None:

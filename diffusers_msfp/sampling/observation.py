@@ -23,6 +23,8 @@ from .timestep import timestep_argument
 
 logger = logging.getLogger(__name__)
 
+NEAR_THE_END, FALLEN = 0.1, 0.75
+"""Shares of its highest timestep: below the one any run ends, below the other one that was stopped may."""
 ONE_STEP_CALLS = 32
 """After so many calls in a row at one timestep it is said how to end the observation."""
 
@@ -88,6 +90,7 @@ class RunTracker:
         self.has_fallen = bool(has_fallen)
         self.first_timestep = last_timestep if first_timestep is None else first_timestep
         self.paused = False
+        self._highest = last_timestep
         self._repeated = 0
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -100,7 +103,7 @@ class RunTracker:
         now = float(torch.as_tensor(timestep).max())
         if self.last_timestep is None or self.first_timestep is None:
             self.first_timestep = now
-        elif now > self.last_timestep and self.has_fallen or self.has_risen and now <= self.first_timestep:
+        elif self._begins_anew(now) or self.has_risen and now <= self.first_timestep:
             freeze(model)
             return
         else:
@@ -115,6 +118,20 @@ class RunTracker:
                 now,
             )
         self.last_timestep = now
+        self._highest = now if self._highest is None else max(now, self._highest)
+
+    def _begins_anew(self, now: float) -> bool:
+        """Whether a run that falls is over: near its end it rises at all, or before that most of the way.
+
+        Samplers rise on the way, too: by less than one where they have midpoints, by a few steps in RePaint.
+        """
+        last, highest = self.last_timestep, self._highest
+        if last is None or highest is None or not self.has_fallen:
+            return False
+        rise = now - last
+        if last <= NEAR_THE_END * highest:
+            return rise > highest / 500
+        return last <= FALLEN * highest and rise > (highest - last) / 2
 
     @property
     def has_risen(self) -> bool:

@@ -116,6 +116,41 @@ def test_training_goes_by_the_reference(packed_pipe, images):
     assert x.grad.abs().sum() > 0
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["padding_mode", "_conv_forward"])
+def test_convolutions_that_are_changed_for_tiles_are_run_as_they_are_now(packed_pipe, images, change):
+    unet = packed_pipe.unet
+    before, x = unet(images, 10).sample, torch.randn(2, 32, 8, 8)
+    layer = next(each for each in unet.modules() if type(each) is FusedResnetBlock2D).conv1
+    plain = layer(x)
+    if change == "padding_mode":
+        layer.padding_mode = "circular"
+    else:
+        layer._conv_forward = lambda x, weight, bias: F.conv2d(
+            F.pad(x, (1, 1, 0, 0), "circular"), weight, bias, 1, (1, 0)
+        )
+    tiled = layer(x)
+    assert relative(tiled, plain) > 0.01
+    after = unet(images, 10).sample
+    assert relative(after, before) > 1e-4
+    set_engine(unet, "reference")
+    assert torch.allclose(tiled, layer(x), atol=1e-5)
+    layer.padding_mode = "zeros"
+    vars(layer).pop("_conv_forward", None)
+    set_engine(unet, "auto")
+    assert torch.equal(unet(images, 10).sample, before)
+
+
+@torch.no_grad()
+def test_what_a_hook_has_kept_is_not_changed(packed_pipe, images):
+    unet, kept = packed_pipe.unet, []
+    block = next(each for each in unet.modules() if type(each) is FusedResnetBlock2D)
+    expected = unet(images, 10).sample
+    block.conv2.register_forward_hook(lambda _module, _args, y: kept.extend((y, y.clone())))
+    assert torch.allclose(unet(images, 10).sample, expected)
+    assert torch.equal(*kept)
+
+
 def test_infinite_values_are_refused_behind_a_fused_norm(packed_pipe, images):
     set_engine(packed_pipe, "auto")
     images[0, 0, 0, 0] = float("nan")

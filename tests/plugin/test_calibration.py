@@ -55,6 +55,8 @@ def test_a_rising_trajectory_does_not_end_a_run(images):
     assert calibration_state(unet) == "observing"
     run(unet, images, 100)
     run(unet, images, 101)
+    assert calibration_state(unet) == "observing"
+    run(unet, images, 900)
     assert calibration_state(unet) == "frozen"
 
 

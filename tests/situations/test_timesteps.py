@@ -1,6 +1,7 @@
 """Models that call the timestep something else or count it upwards, outputs of other names, samplers of one step."""
 
 import copy
+from itertools import pairwise
 
 import pipelines
 import pytest
@@ -12,7 +13,9 @@ from diffusers import (
     DDPMPipeline,
     DiffusionPipeline,
     EulerDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
     LCMScheduler,
+    RePaintScheduler,
     UNet2DModel,
 )
 from torch import nn
@@ -57,6 +60,33 @@ def test_observation_of_a_cascade_ends():
     assert calibration_state(prior) == "observing"
     prior(timestep_ratio=torch.tensor([1.0]), **arguments)
     assert calibration_state(prior) == "frozen"
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # diffusers'
+@pytest.mark.parametrize("sampler", ["DPM2 a Karras", "RePaint", "img2img"])
+@pytest.mark.situation("samplers whose timestep rises on the way (midpoints, RePaint's jumps)", "right")
+def test_a_run_is_observed_to_its_end(images, sampler):
+    if sampler == "RePaint":
+        scheduler = RePaintScheduler()
+        scheduler.set_timesteps(50, jump_length=5, jump_n_sample=3)
+        falling = [float(after) for before, after in pairwise(scheduler.timesteps) if after < before]
+        steps = [float(scheduler.timesteps[0]), *falling]  # others undo steps, without the model
+        lowest = min(steps)
+    else:
+        scheduler = KDPM2AncestralDiscreteScheduler(use_karras_sigmas=True)
+        scheduler.set_timesteps(20)
+        steps = [float(t) for t in scheduler.timesteps]
+        lowest = steps[-1]
+    assert any(after > before for before, after in pairwise(steps))
+    tracked, model = [], observing(make_unet())
+    for timestep in steps:
+        model(images, timestep)
+        tracked.append(calibration_state(model))
+    seen = steps[: tracked.index("frozen")] if "frozen" in tracked else steps
+    assert min(seen) <= max(10 * lowest, 0.1 * steps[0])
+    model(images, 300 if sampler == "img2img" else 999)
+    assert calibration_state(model) == "frozen"
 
 
 class Rising(nn.Module):

@@ -8,6 +8,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
+from ...compat.torch import is_hooked
 from ...layers import QuantLayer
 from .norms import FusedGroupNorm, fuse_norm, unfuse
 
@@ -24,7 +25,9 @@ class FusedResnetBlock2D(ResnetBlock2D):
         temb = temb if self.skip_time_act else self.nonlinearity(temb)
         x = self.nonlinearity(second(x, self.time_emb_proj(temb)))
         x = self.conv2(self.dropout(x))
-        x += input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+        residual = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+        own = isinstance(self.conv2, QuantLayer) and not is_hooked(self.conv2)  # then nobody else has its output
+        x = x.add_(residual) if own else x + residual
         return x if self.output_scale_factor == 1 else x.div_(self.output_scale_factor)
 
 
