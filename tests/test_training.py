@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
@@ -157,6 +158,18 @@ def test_a_run_begins_with_published_weights(data, tmp_path, autoencoder):
     train.main("cifar10-latent-dit", data, stop_at=3, **settings)
     progress = json.loads((out / "progress.json").read_text())
     assert (progress["update"], progress["begun"], len(progress["window"])) == (3, 2, 1)
+
+
+def test_a_run_keeps_its_autoencoder(data, tmp_path, autoencoder, capsys):
+    train_two("cifar10-latent-dit", data, tmp_path, autoencoder=autoencoder)
+    make_card("cifar10-latent-dit", data, tmp_path, autoencoder=autoencoder)
+    config = autoencoder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.5}))
+    settings = {"updates": 100, "batch_size": 2, "autoencoder": autoencoder, "stop_at": 3}
+    for more in ({"out": tmp_path / "runs" / "cifar10-latent-dit"}, {"begin_with": tmp_path / "card"}):
+        with pytest.raises(typer.Exit):
+            train.main("cifar10-latent-dit", data, **({"out": tmp_path / "other"} | settings | more))
+        assert "'made_of'" in capsys.readouterr().err
 
 
 def test_cards_are_what_their_results_say():

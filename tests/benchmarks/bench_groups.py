@@ -77,10 +77,11 @@ def sixteen_values(weight: Tensor, size: int, largest: int) -> float:
 
 def between_ends(weight: Tensor, size: int) -> float:
     """Sixteen levels from a group's smallest to its largest weight."""
-    rows = grouped(weight, size)
-    low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
+    rows, inside = grouped(weight, size), grouped(torch.ones_like(weight), size) > 0
+    low = rows.where(inside, torch.inf).amin(-1, keepdim=True)
+    high = rows.where(inside, -torch.inf).amax(-1, keepdim=True)
     step = ((high - low) / 15).clamp_min(1e-30)
-    return (((rows - low) / step).round() * step + low - rows).square().sum().item()
+    return (((rows - low) / step).round() * step + low - rows).where(inside, 0).square().sum().item()
 
 
 def grouped(weight: Tensor, size: int) -> Tensor:

@@ -30,9 +30,12 @@ def origin() -> dict:
 
 
 def write_results(name: str, command: str, rows: list[dict]) -> None:
-    """Write `model_cards/results/<name>.json`."""
+    """Write `model_cards/results/<name>.json`; each row has the commit that it was made at, `git`."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    content = {"command": command, "origin": origin(), "rows": rows}
+    now = origin()
+    old = read_results(name) if (RESULTS / f"{name}.json").exists() else {"rows": []}
+    stamped = [{**row, "git": row.get("git") or (old["origin"] if row in old["rows"] else now)["git"]} for row in rows]
+    content = {"command": command, "origin": now, "rows": stamped}
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -7,8 +7,9 @@ Each table stands between `<!-- name -->` and `<!-- /name -->`; a test compares 
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from statistics import mean
+from types import MappingProxyType
 
 import torch
 from budget_tables import budget, budget_psnr, budget_steps, budget_sums
@@ -55,9 +56,10 @@ BEFORE_RENAMING = frozenset({"889ce57", "2e8c6d6", "b8f5920", "b9c8ec2"})
 NAMED_NOW = {"w4a4": "w4a4-pure", "w4a8": "w4a8-wide"}
 
 
-def scheme_now(name: str, results: str) -> str:
-    """What a scheme of a results file is called now."""
-    return NAMED_NOW.get(name, name) if read_results(results)["origin"]["git"] in BEFORE_RENAMING else name
+def scheme_now(name: str, results: str, row: Mapping = MappingProxyType({})) -> str:
+    """What a scheme of a results file, or of a row of it, is called now."""
+    made_at = row.get("git") or read_results(results)["origin"]["git"]
+    return NAMED_NOW.get(name, name) if made_at in BEFORE_RENAMING else name
 
 
 def formats() -> Iterator[dict[str, str]]:
@@ -347,7 +349,7 @@ def temporal() -> Iterator[dict[str, str]]:
     for row in read_results("temporal")["rows"]:
         done = "seconds" in row
         yield {
-            "": f"`{scheme_now(row['scheme'], 'temporal')}`, {row['stage']}",
+            "": f"`{scheme_now(row['scheme'], 'temporal', row)}`, {row['stage']}",
             "features, largest": f"{100 * row['features_max_20']:.2f} %",
             "mean": f"{100 * row['features_mean_20']:.2f} %",
             "mean, 50 steps": f"{100 * row['features_mean_50']:.2f} %",
@@ -417,7 +419,7 @@ def rounding() -> Iterator[dict[str, str]]:
     for row in read_results("rounding")["rows"]:
         learned = "minutes" in row
         yield {
-            "scheme, rounding": f"`{scheme_now(row['scheme'], 'rounding')}`, {row['rounding']}",
+            "scheme, rounding": f"`{scheme_now(row['scheme'], 'rounding', row)}`, {row['rounding']}",
             "`eps_rel_l2`": f"{row['eps_rel_l2']:.4f}",
             "PSNR (dB)": f"{row['image_psnr_db']:.1f}",
             "weights changed": f"{row['changed']:.1%}" if learned else "–",

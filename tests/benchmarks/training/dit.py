@@ -41,7 +41,7 @@ class DiTTask(Task):
     defaults = DiTSettings
 
     def __init__(self, vae: AutoencoderKL, latents: Latents, settings: DiTSettings) -> None:
-        super().__init__(settings)
+        super().__init__(settings, {"latents": latents.digest})
         self.latents, self.vae = latents, vae
         self.transformer = DiTTransformer2DModel(
             num_attention_heads=settings.heads,
@@ -57,6 +57,7 @@ class DiTTask(Task):
         with torch.no_grad():
             for block in self.transformer.transformer_blocks:
                 nn.init.zeros_(block.norm1.linear.weight)  # adaLN-Zero: each block begins as the identity
+                nn.init.zeros_(block.norm1.linear.bias)
                 labels = block.norm1.emb.class_embedder
                 labels.dropout_prob = 0.0  # it would drop for each block alone, and from no generator
                 nn.init.normal_(labels.embedding_table.weight, std=0.02)

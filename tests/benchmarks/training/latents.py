@@ -22,11 +22,13 @@ class Latents:
     Args:
         mean, std (`Tensor`, `(2, N, channels, H, W)` float16): of the pictures and of their mirror images.
         labels (`Tensor`, `(N,)` int64).
+        digest (`str`): of the autoencoder and the pictures.
     """
 
     mean: Tensor
     std: Tensor
     labels: Tensor
+    digest: str
 
     def draw(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Samples of the posteriors, half of them mirrored, and their labels."""
@@ -47,7 +49,8 @@ def make_latents(vae: AutoencoderKL, pictures: Pictures, folder: Path, say: Call
     digest = hashlib.sha256(repr(vae.config.scaling_factor).encode())
     for tensor in (*vae.state_dict().values(), pictures.images):
         digest.update(tensor.contiguous().numpy().tobytes())
-    file = folder / f"latents-{digest.hexdigest()[:16]}.safetensors"
+    name = digest.hexdigest()[:16]
+    file = folder / f"latents-{name}.safetensors"
     if not file.is_file():
         say(f"latents of {len(pictures.images)} pictures and their mirror images, for {file}")
         found = []
@@ -62,4 +65,4 @@ def make_latents(vae: AutoencoderKL, pictures: Pictures, folder: Path, say: Call
         save_file({"mean": mean, "std": std}, unfinished)
         unfinished.replace(file)
     stored = load_file(file)
-    return Latents(stored["mean"], stored["std"], pictures.labels)
+    return Latents(stored["mean"], stored["std"], pictures.labels, name)

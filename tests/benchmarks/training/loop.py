@@ -4,7 +4,7 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -96,14 +96,15 @@ class Task(nn.Module):
 
     Args:
         settings (`Settings`): of its training, and where a subclass has more, of its networks.
+        made_of (`Mapping[str, str]`, *optional*): what else a run depends on → its digest.
     """
 
     name: str
     defaults: type[Settings] = Settings
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, made_of: Mapping[str, str] | None = None) -> None:
         super().__init__()
-        self.settings = settings
+        self.settings, self.made_of = settings, dict(made_of or {})
 
     def draw(self, size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         """The data and noise of one update, on the CPU."""
@@ -167,11 +168,12 @@ def train(
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not torch.cuda.is_available())
     out.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
-        _keep_settings(settings, out / "settings.json")
+        _keep_settings(task, out / "settings.json")
     progress = Progress()
     if begin_with is not None and latest_checkpoint(out) is None:
-        task.begin_with(begin_with)
         before = json.loads((begin_with / RESULTS).read_text(encoding="utf-8"))["training"]
+        _require_equal(_identity(task), _identity_of(before), begin_with / RESULTS)
+        task.begin_with(begin_with)
         progress = Progress(before["updates"], before["updates"], 3600 * before["hours"])
         say(f"{task.name}: begins with the weights of update {progress.update}")
     task.to(memory_format=torch.channels_last)
@@ -184,6 +186,7 @@ def train(
     accelerator.register_for_checkpointing(ema, progress)
     if (latest := latest_checkpoint(out)) is not None:
         accelerator.load_state(str(latest))
+        ema.to(accelerator.device)  # accelerate loads it on the CPU
         say(f"{task.name}: goes on at update {progress.update}")
     stopping = _stop_on_signals()
     share, rank = settings.batch_size // accelerator.num_processes, accelerator.process_index
@@ -230,10 +233,26 @@ def train(
     return progress
 
 
-def _keep_settings(settings: Settings, file: Path) -> None:
+def _identity(task: Task) -> dict:
+    """What a run must have to be the same, as JSON knows it."""
+    return json.loads(json.dumps(asdict(task.settings) | ({"made_of": task.made_of} if task.made_of else {})))
+
+
+def _identity_of(training: Mapping) -> dict:
+    """The same of published weights."""
+    return training["settings"] | ({"made_of": training["made_of"]} if training.get("made_of") else {})
+
+
+def _keep_settings(task: Task, file: Path) -> None:
     """Write what a run is begun with; a run that goes on must have the same."""
-    asked = json.loads(json.dumps(asdict(settings)))
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else asked
+    asked = _identity(task)
+    if file.is_file():
+        _require_equal(asked, json.loads(file.read_text(encoding="utf-8")), file)
+    _write(file, json.dumps(asked, indent=1) + "\n")
+
+
+def _require_equal(asked: Mapping, before: Mapping, file: Path) -> None:
+    """Refuse to go on with other settings; only `updates` may change."""
     changed = [name for name in asked if asked[name] != before.get(name) and name != "updates"]
     if changed:
         then, now = ({name: values.get(name) for name in changed} for values in (before, asked))
@@ -241,7 +260,6 @@ def _keep_settings(settings: Settings, file: Path) -> None:
             f"A run must go on with the settings that it was begun with, {then} in {file}, but got {now}. Give these "
             f"again, or begin another run: `--out`."
         )
-    _write(file, json.dumps(asked, indent=1) + "\n")
 
 
 @contextmanager

@@ -61,6 +61,7 @@ def stored_settings(run: Path) -> dict:
     """What a run was begun with; nothing where it did not write it down, which means the defaults."""
     file = run / "settings.json"
     kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    kept.pop("made_of", None)  # of the task, not of its settings
     return {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
 
 
@@ -105,6 +106,8 @@ def describe(task: Task, progress: Progress, pipe: DiffusionPipeline) -> dict:
         "finished": progress.update == task.settings.updates,
         "last_loss": progress.curve[-1] if progress.curve else None,
         "settings": asdict(task.settings),
+        "made_of": task.made_of,
+        "begun": progress.begun,
         "pipeline": type(pipe).__name__,
         "denoiser": type(denoiser).__name__,
         "parameters": {
@@ -210,13 +213,17 @@ def card(name: str, results: Mapping) -> str:
 def _recipe(name: str, training: Mapping) -> str:
     settings = training["settings"]
     own = {key: value for key, value in settings.items() if key not in asdict(Settings())}
+    begun = training.get("begun", 0)
+    restarted = (
+        f"The first {begun:,} were an earlier run's, whose averaged weights this one began with. " if begun else ""
+    )
     return (
         f"{training['updates']:,} updates of {settings['batch_size']} in {training['hours']:.1f} hours, seed "
         f"{settings['seed']}. Mean squared error of the predicted noise, timesteps uniform. AdamW, "
         f"learning rate {settings['learning_rate']:g} after {settings['warmup']} updates, linear to zero over the last "
         f"{settings['cooldown']:.0%} of {settings['updates']:,}; weight decay {settings['weight_decay']:g}, gradients "
         f"clipped at {settings['clip']:g}, bfloat16 autocast, moving average {settings['ema_decay']}, which these "
-        f"weights are. " + (f"Further settings: `{json.dumps(own)}`. " if own else "") + f"Made by "
+        f"weights are. " + restarted + (f"Further settings: `{json.dumps(own)}`. " if own else "") + f"Made by "
         f"`tests/benchmarks/training/train.py {name}`."
     )
 

@@ -45,7 +45,7 @@ class TextTask(Task):
     defaults = TextSettings
 
     def __init__(self, vae: AutoencoderKL, latents: Latents, settings: TextSettings) -> None:
-        super().__init__(settings)
+        super().__init__(settings, {"latents": latents.digest})
         self.latents, self.vae = latents, vae
         self.tokenizer = make_tokenizer()
         self.text_encoder = CLIPTextModel(
