@@ -8,6 +8,7 @@ from pipelines import make_small_pipe
 
 from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.evaluation import Features, evaluate_pipelines
+from diffusers_msfp.evaluation.compare import in_place_of
 from diffusers_msfp.evaluation.images.agreement import asked_classes, class_agreement
 from diffusers_msfp.evaluation.images.samples import draw_pictures
 from diffusers_msfp.sampling.calls import labels_of
@@ -44,6 +45,15 @@ def asked(pipe, num_samples=6, seed=1, prompts=None, network=None, **arguments):
     return asked_classes(
         pipe, network or Classifier(), num_samples=num_samples, seed=seed, prompts=prompts, arguments=arguments
     )
+
+
+def test_a_candidate_that_lost_its_labels_is_asked_for_the_same(dit):
+    lost = make_dit_pipe()
+    assert labels_of(lost) != labels_of(dit)
+    assert labels_of(in_place_of(dit, lost)) == labels_of(dit)
+    assert labels_of(in_place_of(lost, dit)) == labels_of(lost)
+    assert dit.labels == {"dog": 7, "frog": 3}
+    assert in_place_of(dit, dit) is dit
 
 
 def test_labels_by_their_names(dit):

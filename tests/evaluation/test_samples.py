@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import make_dit_pipe, make_unet
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from diffusers_msfp import set_engine
 from diffusers_msfp.evaluation.images import samples
@@ -97,6 +99,20 @@ def test_a_killed_run_goes_on_and_more_pictures_are_added(pipe, tmp_path):
     more, steps = calls(pipe, folder=tmp_path, num_samples=8)
     assert steps == 6
     assert torch.equal(more[:4], whole[:4])
+
+
+def test_what_others_keep_in_attributes_counts(pipe, tmp_path):
+    unet = copy.deepcopy(pipe.unet)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q", "conv1"], init_lora_weights=False), unet)
+    other = DDPMPipeline(unet, pipe.scheduler)
+    calls(other, folder=tmp_path)
+    assert calls(other, folder=tmp_path)[1] == 0
+    for layer in (each for each in unet.modules() if isinstance(each, BaseTunerLayer)):
+        layer.scale_layer(0.5)
+    assert calls(other, folder=tmp_path)[1] > 0
+    for layer in (each for each in unet.modules() if isinstance(each, BaseTunerLayer)):
+        layer.enable_adapters(False)
+    assert calls(other, folder=tmp_path)[1] > 0
 
 
 def test_other_arguments_and_changed_checkpoints_begin_anew(pipe, tmp_path, packed_pipe):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...methods.runs import inputs_digest, plain_config
 from ...results import OnProgress
-from ...sampling.calls import batch_size_for, call_arguments, counting_steps, quiet, require_positive
+from ...sampling.calls import batch_size_for, call_arguments, counting_steps, labels_of, quiet, require_positive
 from ...sampling.denoisers import denoisers_of
 from ...sampling.observation import quantized_models
 from ...sampling.solvers import with_sampler
@@ -108,9 +108,25 @@ def _identity(
         for model in quantized_models(pipe)
         for module in model.modules()
     ]
+    set_by_others = [_set_by_others(model) for model in models.values()]
     scheduler = [type(pipe.scheduler).__name__, plain_config(pipe.scheduler)]
-    described = [type(pipe).__name__, parts, running, scheduler, num_inference_steps, seed, prompts, arguments]
+    asked = [num_inference_steps, seed, prompts, arguments, list(labels_of(pipe))]
+    described = [type(pipe).__name__, parts, running, set_by_others, scheduler, *asked]
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=repr).encode()).hexdigest()[:20]
+
+
+_OF_ADAPTERS = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters")
+_OF_FREEU = ("s1", "s2", "b1", "b2")
+
+
+def _set_by_others(model: nn.Module) -> list[str]:
+    """What PEFT, FreeU and IP-Adapters keep in attributes, beside all that a state and a config tell."""
+    found = []
+    for name, module in model.named_modules():
+        told = {key: vars(module)[key] for key in (*_OF_ADAPTERS, *_OF_FREEU) if vars(module).get(key) is not None}
+        scale = getattr(getattr(module, "processor", None), "scale", None)
+        found += [f"{name} {told} {scale}"] if told or scale is not None else []
+    return found
 
 
 def _file(folder: Path, group: tuple[int, int]) -> Path:
