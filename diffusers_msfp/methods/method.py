@@ -28,6 +28,7 @@ class Part:
         reshape (`Callable`, *optional*): `(model, record)` before they are.
         stored (`Mapping[type, tuple[str, ...]]`): kind of module → names of the tensors that a checkpoint keeps of it;
             the module checks them in `check(name)`.
+        loaded (`Callable`, *optional*): `(model)` after its weights have been loaded.
         require_float (`Callable`, *optional*): `(model)` refuses a model that cannot become float again.
         require_ranges (`Callable`, *optional*): `(model)` refuses one whose inputs' ranges cannot be observed anew.
         require_whole (`Callable`, *optional*): `(model)` refuses one that would not be the same after loading.
@@ -47,6 +48,7 @@ class Part:
     attach: Callable[[nn.Module, Any], None] | None = None
     reshape: Callable[[nn.Module, Any], None] | None = None
     stored: Mapping[type, tuple[str, ...]] = field(default_factory=dict)
+    loaded: Callable[[nn.Module], None] | None = None
     require_float: Callable[[nn.Module], None] | None = None
     require_ranges: Callable[[nn.Module], None] | None = None
     require_whole: Callable[[nn.Module], None] | None = None

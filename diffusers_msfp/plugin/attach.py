@@ -27,6 +27,9 @@ def attach(model: nn.Module, quantizer: Any, calibration: Calibration | None = N
     marked.hf_quantizer = quantizer
     marked.quantization_method = config.quant_method
     overrides.install(model)
+    for part in parts():
+        if part.loaded is not None:
+            part.loaded(model)
     watch_states(model)
     track(model, calibration)
     set_engine(model, engine_from_environment())

@@ -69,17 +69,17 @@ def opened(image: Image.Image | np.ndarray | Tensor | str | Path) -> Image.Image
 
     Args:
         image: a PIL image, a file's path, an array `(H, W)` or `(H, W, channels)` or a tensor `(channels, H, W)`; these
-            are 8-bit, or float in [0, 1].
+            are 8-bit, or float in [0, 1]. Pillow's images of 16-bit greys are scaled to 8 bits.
 
     Raises:
         ConfigError: it is something else, or cannot be read.
     """
     if isinstance(image, Image.Image):
-        return ImageOps.exif_transpose(image)
+        return _in_bytes(ImageOps.exif_transpose(image), "A picture")
     if isinstance(image, str | Path):
         try:
             with Image.open(image) as file:
-                return ImageOps.exif_transpose(file)
+                return _in_bytes(ImageOps.exif_transpose(file), str(image))
         except (UnidentifiedImageError, OSError) as error:
             raise ConfigError(f"{image} must be a picture, but it cannot be read ({error}).") from error
     if isinstance(image, Tensor) and image.ndim == 3:
@@ -102,6 +102,18 @@ def opened(image: Image.Image | np.ndarray | Tensor | str | Path) -> Image.Image
             f"of shape {image.shape}, or values beyond."
         )
     return Image.fromarray(image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image)
+
+
+def _in_bytes(image: Image.Image, name: str) -> Image.Image:
+    """An image whose channels are 8-bit; Pillow's own conversion would clip wider greys at 255."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ConfigError(
+            f"{name} must be 8-bit, or 16-bit grey, but got Pillow's mode {image.mode!r}, whose white is not known. "
+            f"Scale it to 8 bits first."
+        )
+    return image
 
 
 def fitted(image: Image.Image, shape: tuple[int, ...]) -> Tensor:

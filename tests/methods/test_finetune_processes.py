@@ -13,6 +13,7 @@ from conftest import make_unet
 from diffusers import DDIMScheduler, DDPMPipeline
 
 from diffusers_msfp.errors import ConfigError
+from diffusers_msfp.layers.convert import layers_by_name
 from diffusers_msfp.methods.talora.config import FinetuneConfig
 from diffusers_msfp.methods.talora.finetuner import Finetuner
 
@@ -93,3 +94,17 @@ def test_a_run_with_other_settings_is_not_continued(tmp_path, packed_pipe):
     with pytest.raises(ConfigError, match=r"other settings \(inputs\)"):
         Finetuner(packed_pipe, other, FinetuneConfig(**CONFIG), work_dir=tmp_path)
     assert equal(state, packed_pipe.unet.state_dict())
+
+
+@pytest.mark.parametrize("changed", ["input_scale", "input_zero_point", "bias", "norm"])
+def test_a_run_does_not_go_on_with_another_model(changed, tmp_path, packed_pipe):
+    teacher, model = DDPMPipeline(make_unet(), DDIMScheduler()), packed_pipe.unet
+    Finetuner(packed_pipe, teacher, FinetuneConfig(**CONFIG), work_dir=tmp_path).student.abandon()
+    layer = next(each for each in layers_by_name(model).values() if each.input_format and each.bias is not None)
+    tensor = model.conv_norm_out.weight if changed == "norm" else getattr(layer, changed)
+    before = tensor.detach().clone()
+    tensor.data.mul_(1.5).add_(0.5)
+    with pytest.raises(ConfigError, match=r"other settings \(model\)"):
+        Finetuner(packed_pipe, teacher, FinetuneConfig(**CONFIG), work_dir=tmp_path)
+    tensor.data.copy_(before)
+    Finetuner(packed_pipe, teacher, FinetuneConfig(**CONFIG), work_dir=tmp_path).student.abandon()

@@ -177,6 +177,11 @@ def test_equal_seeds_give_equal_codes_and_an_interrupted_run_goes_on(packed_pipe
 
     with pytest.raises(ConfigError, match=r"run with other settings \(seed\)"):
         learn_rounding(other, teacher, RoundingConfig(**SHORT, seed=1), work_dir=tmp_path)
+    layer = next(each for each in other.unet.modules() if isinstance(each, QuantLayer) and each.input_format)
+    layer.input_scale.mul_(1.5)
+    with pytest.raises(ConfigError, match=r"run with other settings \(model\)"):
+        learn_rounding(other, teacher, RoundingConfig(**SHORT), work_dir=tmp_path)
+    layer.input_scale.div_(1.5)
     learn_rounding(other, teacher, RoundingConfig(**SHORT, seed=1))
     assert not equal_state(other.unet, whole.unet)
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from diffusers_msfp import (
     FinetuneConfig,
+    MSFPConfig,
     MSFPPipelineMixin,
     TemporalConfig,
     calibrate,
@@ -190,6 +191,45 @@ def test_users_adapters_on_the_block_switch_the_cache_off(cached, images):
     assert not torch.allclose(run(unet, images, 800), expected, rtol=1e-3)
     assert not unet.temporal_set.route().certainly
     assert unseen.shape == expected.shape
+
+
+def test_changed_biases_switch_the_cache_off(cached, images, tmp_path):
+    unet, bias = cached.unet, cached.unet.time_embedding.linear_2.bias
+    before, expected = bias.detach().clone(), run(unet, images, 800)
+    bias.data.add_(1)
+    changed = run(unet, images, 800)
+    assert (changed - expected).norm() > 1e-2 * expected.norm()
+    assert not unet.temporal_set.route().certainly
+    with pytest.raises(StateError, match="features that are stored must be those of the model, but biases"):
+        cached.save_pretrained(tmp_path)
+    bias.data.copy_(before)
+    assert torch.equal(run(unet, images, 800), expected)
+    cached.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path).unet
+    loaded.time_embedding.linear_2.bias.data.add_(1)
+    torch.testing.assert_close(run(loaded, images, 800), changed)
+
+
+def test_biases_that_learn_are_not_bypassed(cached, images):
+    unet = cached.unet.requires_grad_(False)
+    bias = unet.time_embedding.linear_2.bias.requires_grad_(True)
+    unet(images, 800).sample.square().mean().backward()
+    assert bias.grad.norm() > 0
+
+
+def test_float_modules_before_the_block_count(teacher, images, tmp_path):
+    config = MSFPConfig("w4a4", modules_to_not_convert=["time_embedding"])
+    pipe = quantize_pipeline(copy.deepcopy(teacher), config, **STEPS)
+    maintain_temporal(pipe, teacher, TemporalConfig(**STEPS, **VARIANTS["cache"]))
+    pipe.save_pretrained(tmp_path)
+    for unet in (pipe.unet, DiffusionPipeline.from_pretrained(tmp_path).unet):
+        assert set(plan_of(unet).upstream) == {"time_embedding.linear_1", "time_embedding.linear_2"}
+        expected = run(unet, images, 800)
+        assert unet.temporal_set.route().certainly
+        settings = LoraConfig(r=2, target_modules=["time_embedding.linear_2"], init_lora_weights=False)
+        inject_adapter_in_model(settings, unet)
+        assert not torch.allclose(run(unet, images, 800), expected, rtol=1e-3)
+        assert not unet.temporal_set.route().certainly
 
 
 @pytest.mark.parametrize("name", ["cache", "all"])

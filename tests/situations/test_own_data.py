@@ -23,6 +23,7 @@ from diffusers_msfp.errors import ConfigError, NonFiniteError, UnsupportedError
 from diffusers_msfp.layers.convert import quant_layers
 from diffusers_msfp.sampling.calls import DEFAULT_PROMPTS
 from diffusers_msfp.sampling.denoisers import denoiser_of
+from diffusers_msfp.sampling.pictures import opened
 
 RUN = {"num_samples": 3, "num_inference_steps": 2}
 
@@ -90,6 +91,34 @@ def test_kinds_of_pictures(tmp_path):
     assert not same(found[0], own)
     calibrate(pipe, **RUN, images=pictures, seed=1)
     assert not same(found[0], ranges(pipe.unet))
+
+
+@pytest.mark.situation("calibrating from 16-bit grey pictures: as bright as in 8 bits", "right")
+@pytest.mark.parametrize("kind", ["<u2", ">u2"])
+def test_wide_greys(kind, tmp_path):
+    grey = np.random.default_rng(0).integers(0, 256, (30, 20), dtype=np.uint8)
+    wide = Image.fromarray(grey.astype(kind) * np.array(257, kind))
+    assert wide.mode.startswith("I;16")
+    wide.save(tmp_path / "wide.png")
+    assert np.array_equal(np.asarray(opened(wide)), grey)
+    pipe = quietly(DDPMPipeline(make_unet(), DDIMScheduler()))
+    quantize_pipeline(pipe, "w4a4", images=[Image.fromarray(grey)], **RUN)
+    found = ranges(pipe.unet)
+    for images in (tmp_path, [wide]):
+        calibrate(pipe, **RUN, images=images)
+        assert same(ranges(pipe.unet), found)
+
+
+@pytest.mark.situation("pictures of 32-bit integers or floats, whose white is not known", "refused")
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_greys_of_unknown_white(mode, tmp_path):
+    image = Image.fromarray(np.full((30, 20), 1000, np.int32)).convert(mode)
+    image.save(tmp_path / "wide.tiff")
+    for each in (image, tmp_path / "wide.tiff"):
+        with pytest.raises(
+            ConfigError, match=f"must be 8-bit, or 16-bit grey, but got Pillow's mode '{mode}'.*Scale it"
+        ):
+            opened(each)
 
 
 @pytest.mark.situation("calibrating from photographs that say how the camera was held: read upright", "right")

@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ...layers import QuantLayer
-from ...layers.convert import base_fingerprint
 from ..runs import check_settings, inputs_digest, write_settings
 from .config import RoundingConfig
 
@@ -33,8 +32,8 @@ class RoundingFolder:
     ) -> None:
         self.path = Path(path) if path else None
         if self.path is not None:
-            digest = inputs_digest(teacher, *inputs)
-            settings = config.to_dict() | {"inputs": digest, "model": base_fingerprint(model)}
+            digests = {"inputs": inputs_digest(teacher, *inputs), "model": inputs_digest(model)}
+            settings = config.to_dict() | digests
             write_settings(self.path, settings)
             check_settings(self.path, settings)
 

@@ -112,6 +112,9 @@ class Finetuner:
         timesteps = self.trajectories.timesteps()
         num_timesteps = max(int(scheduler.config.get("num_train_timesteps") or 1), 1 + math.ceil(max(timesteps)))
         check_timesteps(timesteps, num_timesteps)
+        inputs = prompts, arguments, plain_config(scheduler)
+        # of the model as it comes, before a student's layers stand in it
+        digests = {"inputs": inputs_digest(original, *inputs), "model": inputs_digest(model)} if work_dir else {}
         self.student = Student(
             model,
             original,
@@ -124,13 +127,12 @@ class Finetuner:
             seed=config.seed,
         )
         try:
-            inputs = inputs_digest(original, prompts, arguments, plain_config(scheduler)) if work_dir else ""
-            self._prepare(timesteps, work_dir, inputs, step_arguments(scheduler, arguments))
+            self._prepare(timesteps, work_dir, digests, step_arguments(scheduler, arguments))
         except BaseException:
             self.student.abandon()
             raise
 
-    def _prepare(self, timesteps: list[float], work_dir: Path | None, inputs: str, stepped: dict) -> None:
+    def _prepare(self, timesteps: list[float], work_dir: Path | None, digests: dict[str, str], stepped: dict) -> None:
         """Router, optimizer and checkpoints."""
         config, student = self.config, self.student
         student.watch_timesteps(timesteps)
@@ -155,7 +157,7 @@ class Finetuner:
         self.ema = EMAModel(self.trainable, decay=config.ema_decay) if config.ema_decay else None
         self.progress = Progress(student, self.ema)
         self.wrapped, self.optimizer = self.accelerator.prepare(student, optimizer_for(student, config))
-        self.folder = TrainingFolder(work_dir, self.accelerator, self.progress, config, inputs)
+        self.folder = TrainingFolder(work_dir, self.accelerator, self.progress, config, digests)
         self.folder.resume()
         if work_dir:
             self.accelerator.init_trackers("finetune")

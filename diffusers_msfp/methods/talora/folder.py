@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from ...layers.convert import base_fingerprint
 from ..runs import SETTINGS, Stop, check_settings, write_settings
 from .config import FinetuneConfig
 from .student import Student
@@ -66,26 +65,27 @@ class TrainingFolder:
         path (`Path`, *optional*): the folder.
         accelerator (`Accelerator`): whose state is kept.
         progress (`Progress`): registered with it.
-        config (`FinetuneConfig`), inputs (`str`): must be equal for a run to go on, as the quantized model and the
-            number of processes.
+        config (`FinetuneConfig`), digests (`dict[str, str]`): what must be equal for a run to go on, as the number of
+            processes must; of the quantized model as it came, whole, and of all else.
 
     Raises:
         ConfigError: the folder holds a training run with other settings.
     """
 
     def __init__(
-        self, path: Path | None, accelerator: Accelerator, progress: Progress, config: FinetuneConfig, inputs: str
+        self,
+        path: Path | None,
+        accelerator: Accelerator,
+        progress: Progress,
+        config: FinetuneConfig,
+        digests: dict[str, str],
     ) -> None:
         self.path, self.accelerator, self.progress, self.config = path, accelerator, progress, config
         self._saved = self._previewed = time.monotonic()
         self._preview_cost = 0.0
         if path is None:
             return
-        settings = config.to_dict() | {
-            "processes": accelerator.num_processes,
-            "inputs": inputs,
-            "model": base_fingerprint(progress.student.model),
-        }
+        settings = config.to_dict() | {"processes": accelerator.num_processes} | digests
         if accelerator.is_main_process:
             write_settings(path, settings)
         accelerator.wait_for_everyone()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...compat.wrappers import forget_compiled
-from ...errors import CheckpointError
+from ...errors import CheckpointError, StateError
 from ...formats import FPFormat
 from ...layers import QuantLayer
 from ...layers.convert import layers_by_name, prepare_layers
@@ -22,17 +22,75 @@ from . import FeatureTable, FiniteSet, TemporalPlan
 
 
 class SetHook(RouteHook):
-    """`RouteHook` that leaves out cached features where users' adapters on the block would change them."""
+    """`RouteHook` that leaves out cached features where what they were computed with has changed, or is to learn."""
 
-    def __init__(self, argument: TimestepArgument, block: tuple[str, ...]) -> None:
+    def __init__(self, argument: TimestepArgument) -> None:
         super().__init__(argument, FiniteSet.module_name)
-        self.block = block
 
     def enter(self, model: nn.Module, timestep: Timestep) -> None:
         """Choose by a timestep from now on."""
         finite_set = cast(FiniteSet, finite_set_of(model))
-        finite_set.cached = all(isinstance(model.get_submodule(name), QuantLayer) for name in self.block)
+        finite_set.cached = features_hold(model, finite_set)
         super().enter(model, timestep)
+
+
+def basis_of(model: nn.Module, plan: TemporalPlan) -> dict[str, Tensor]:
+    """Tensors that stored features were computed with and that others than methods change, by name."""
+    if not plan.cached:
+        return {}
+    biases = {f"{name}.bias": cast(QuantLayer, model.get_submodule(name)).bias for name in plan.block}
+    found = {name: bias for name, bias in biases.items() if bias is not None}
+    for name in plan.upstream:
+        module = model.get_submodule(name)
+        found |= {f"{name}.{own}": each for own, each in (*module.named_parameters(), *module.named_buffers())}
+    return found
+
+
+def keep_basis(model: nn.Module) -> None:
+    """From now on, stored features serve as long as what they were computed with stays as it is."""
+    finite_set = finite_set_of(model)
+    if finite_set is not None:
+        basis = basis_of(model, finite_set.plan)
+        known = not any(tensor.is_meta for tensor in basis.values())
+        finite_set.basis = {name: tensor.detach().clone() for name, tensor in basis.items()} if known else None
+
+
+def features_hold(model: nn.Module, finite_set: FiniteSet) -> bool | Tensor:
+    """Whether stored features are what the model would compute; a tensor `()` where that needs a look at values."""
+    plan = finite_set.plan
+    if plan.cached and not all(isinstance(model.get_submodule(name), QuantLayer) for name in plan.block):
+        return False  # users' adapters
+    basis = basis_of(model, plan)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in basis.values()):
+        return False
+    if finite_set.basis is None and not torch.compiler.is_compiling():
+        keep_basis(model)
+    before = finite_set.basis
+    if before is None:
+        return True
+    if before.keys() != basis.keys() or any(basis[name].shape != each.shape for name, each in before.items()):
+        return False
+    same = [
+        (basis[name] == each.to(basis[name].device)).all() for name, each in before.items() if not basis[name].is_meta
+    ]
+    return torch.stack([each.to(finite_set.timesteps.device) for each in same]).all() if same else True
+
+
+def require_features(model: nn.Module) -> None:
+    """Refuse to save features that are not those of the model, which would be taken for them after loading.
+
+    Raises:
+        StateError: what they were computed with has changed.
+    """
+    finite_set = finite_set_of(model)
+    with torch.no_grad():
+        holds = finite_set is None or bool(features_hold(model, finite_set))
+    if not holds:
+        raise StateError(
+            f"The temporal features that are stored must be those of the model, but biases of this "
+            f"{type(model).__name__}, or float modules before them, were changed since. Put these back, or take the "
+            f"features off with `calibrate(pipe)` and maintain them anew."
+        )
 
 
 def attach_sets(model: nn.Module, plan: TemporalPlan, timesteps: Tensor, features: Mapping[str, Tensor]) -> None:
@@ -50,7 +108,8 @@ def attach_sets(model: nn.Module, plan: TemporalPlan, timesteps: Tensor, feature
     for name in plan.layers:
         layers[name].route_by(finite_set)
     setattr(model, FiniteSet.module_name, finite_set)
-    model.register_forward_pre_hook(SetHook(argument, plan.block if plan.cached_layers() else ()), with_kwargs=True)
+    model.register_forward_pre_hook(SetHook(argument), with_kwargs=True)
+    keep_basis(model)
     forget_compiled()
     prepare_layers(model)
 

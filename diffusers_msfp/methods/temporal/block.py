@@ -110,6 +110,19 @@ def find_block(
     return TemporalBlock(tuple(found))
 
 
+def find_upstream(
+    modules: Mapping[str, nn.Module], calls: Sequence[ModelCall], varied: Sequence[ModelCall]
+) -> tuple[str, ...]:
+    """Names of the modules whose input depends on the timestep and on nothing else; see `find_block`."""
+    runs, others = [_record(modules, call) for call in calls], [_record(modules, call) for call in varied]
+    return tuple(
+        name
+        for name in runs[0]
+        if all(_same(run.get(name, []), other.get(name, [])) for run, other in zip(runs, others, strict=True))
+        and not torch.equal(runs[0][name][0][0], runs[-1][name][0][0])
+    )
+
+
 def _same(calls: list[tuple[Tensor, Tensor]], others: list[tuple[Tensor, Tensor]]) -> bool:
     """Whether a layer saw one and the same input, however often it was called."""
     return bool(calls) and len(calls) == len(others) and all(torch.equal(calls[0][0], x) for x, _ in calls + others)
@@ -132,8 +145,10 @@ def _record(layers: Mapping[str, nn.Module], call: ModelCall) -> dict[str, list[
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def keep(name: str) -> Callable:
-        def hook(_layer: nn.Module, args: tuple, output: Tensor) -> None:
-            if args[0].numel() <= _MANY_ROWS * args[0].shape[-1]:
+        def hook(_layer: nn.Module, args: tuple, output: object) -> None:
+            if not (args and isinstance(args[0], Tensor) and isinstance(output, Tensor)):
+                return
+            if args[0].numel() <= _MANY_ROWS * (args[0].shape[-1] if args[0].ndim else 1):
                 seen.setdefault(name, []).append((args[0].detach().clone(), output.detach().clone()))
 
         return hook

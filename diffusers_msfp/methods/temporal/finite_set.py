@@ -54,9 +54,18 @@ class FiniteSet(ByTimestep, StatefulModule):
     def __init__(self, timesteps: Tensor) -> None:
         super().__init__()
         self.register_buffer("timesteps", timesteps)
-        self.cached = True
+        self.cached: bool | Tensor = True
+        self.basis: dict[str, Tensor] | None = None  # what the features were computed with, see `attach.basis_of`
         self.forget()
         self.check()
+
+    def before_move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """What the features were computed with is moved and cast as the model is."""
+        self.basis = None if self.basis is None else {name: fn(tensor) for name, tensor in self.basis.items()}
+
+    def after_state(self) -> None:
+        """A state brings features together with what they were computed with."""
+        self.basis = None
 
     def check(self, name: str = FINITE_SET) -> None:  # noqa: ARG002
         """Refuse a set that no calibration could have written."""

@@ -213,7 +213,7 @@ def _maintain(
         cached: dict[str, list[str]] = {}
         for name, table in features.items():
             cached.setdefault(str(table.dtype).removeprefix("torch."), []).append(name)
-        plan = TemporalPlan(len(points), probe.block.names, tuple(sets), cached, asdict(config))
+        plan = TemporalPlan(len(points), probe.block.names, tuple(sets), cached, asdict(config), probe.upstream)
         attach_sets(model, plan, probe.timesteps.to(device_of(model)), features)
         channels = {name: layer.logical_shape[0] for name, layer in layers.items()}
         errors = {name: {"ptq": before[name], "reconstructed": reconstructed[name]} for name in targets}

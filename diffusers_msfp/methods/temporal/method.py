@@ -5,7 +5,7 @@ from functools import partial
 
 from ..method import CORRECTED, Method, Part, read_part
 from . import FeatureTable, FiniteSet, TemporalPlan
-from .attach import detach_sets, plan_of, temporal_skeleton
+from .attach import detach_sets, keep_basis, plan_of, require_features, temporal_skeleton
 from .maintain import TemporalConfig, maintain_temporal
 
 
@@ -25,6 +25,8 @@ TEMPORAL = Method(
         record_of=plan_of,
         attach=temporal_skeleton,
         stored={FiniteSet: ("timesteps",), FeatureTable: ("features",)},
+        loaded=keep_basis,
+        require_whole=require_features,
         detach=detach_sets,
         of_ranges=True,
         describe=_describe,

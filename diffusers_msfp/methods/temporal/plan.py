@@ -21,6 +21,7 @@ class TemporalPlan:
         sets (`tuple[str, ...]`): layers whose input has a scale and zero point for each timestep of the set.
         cached (`Mapping[str, list[str]]`): dtype → layers whose outputs are stored for the set.
         training (`Mapping`): how it was made; for people, not read.
+        upstream (`tuple[str, ...]`): float modules that depend on the timestep alone, such as those before the block.
 
     Raises:
         CheckpointError: anything that no calibration could have written.
@@ -31,6 +32,7 @@ class TemporalPlan:
     sets: tuple[str, ...] = ()
     cached: Mapping[str, list[str]] = field(default_factory=dict)
     training: Mapping = field(default_factory=dict)
+    upstream: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         problem = None
@@ -39,18 +41,19 @@ class TemporalPlan:
             problem = f"`num_timesteps` must lie in 1 … {MAX_TIMESTEPS}, but got {self.num_timesteps!r}"
         elif not (isinstance(self.cached, Mapping) and set(self.cached) <= CACHE_DTYPES.keys()):
             problem = f"`cached` must map {' or '.join(CACHE_DTYPES)} to names of layers, but got {self.cached!r}"
-        elif not all(map(_is_names, (self.block, self.sets, *self.cached.values()))):
-            problem = "`block`, `sets` and `cached` must hold different names of layers, but they do not"
+        elif not all(map(_is_names, (self.block, self.sets, self.upstream, *self.cached.values()))):
+            problem = "`block`, `sets`, `cached` and `upstream` must hold different names of layers, but they do not"
         elif not set(self.cached_layers()) <= set(self.block):
             problem = "`cached` must name layers of `block`, but it names others"
         if problem:
             raise CheckpointError(f"In `temporal` of config.json {problem}: damaged file.")
-        for name in ("block", "sets"):
+        for name in ("block", "sets", "upstream"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def to_dict(self) -> dict:
         """In types that JSON knows."""
-        return asdict(self) | {"block": list(self.block), "sets": list(self.sets)}
+        record = asdict(self) | {name: list(getattr(self, name)) for name in ("block", "sets", "upstream")}
+        return record if self.upstream else {key: value for key, value in record.items() if key != "upstream"}
 
     def cached_layers(self) -> dict[str, str]:
         """Layer → dtype of its features."""

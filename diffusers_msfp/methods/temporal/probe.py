@@ -8,11 +8,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...compat.torch import tree_map
+from ...compat.torch import tensors_of, tree_map
 from ...sampling.denoisers import denoiser_of
 from ...sampling.timestep import Timestep, timestep_argument
 from ...sampling.trajectory import DenoisingStep, rollout
-from . import BlockLayer, TemporalBlock, find_block, root_inputs
+from . import BlockLayer, TemporalBlock, find_block, find_upstream, root_inputs
 
 
 class TemporalProbe:
@@ -27,6 +27,7 @@ class TemporalProbe:
     Attributes:
         timesteps (`Tensor`, `(S,)`, float32): the sampler's finite set as its denoiser gets it, ascending.
         block (`TemporalBlock`): empty where no layer depends on the timestep alone.
+        upstream (`tuple[str, ...]`): other modules with tensors that depend on the timestep alone.
         weights (`dict[str, Tensor]`): of its layers, float32.
     """
 
@@ -48,6 +49,8 @@ class TemporalProbe:
         calls = [self._call(step.args, step.kwargs) for step in (first, last)]
         varied = [self._call(*self._vary(step, generator)) for step in (first, last)]
         self.block: TemporalBlock = find_block(linears, calls, varied)
+        others = {name: each for name, each in modules.items() if name not in names and tensors_of(each)}
+        self.upstream = find_upstream(others, calls, varied)
         self._layers = {name: linears[name] for name in self.block.names}
         self.weights = {name: layer.weight.detach().to(torch.float32) for name, layer in self._layers.items()}
 
