@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 
 SET_BY_HOOKS = ("_hf_hook", "_old_forward", "forward")
-"""Attributes that a hook sets on a module and binds to it: a copy of another class must not have them."""
+"""Attributes that accelerate's hooks set on a module and bind to it."""
 
 
 def leave_process_group(accelerator: Accelerator | None = None) -> None:

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import Observation, search_activation, search_groups, search_weight
+from ..compat.modules import share_hooks
 from ..compat.torch import tensors_of, weight_of
 from ..errors import ShapeError
 from ..formats import FPFormat
@@ -84,7 +85,7 @@ class QuantLayer(Execution, ABC):
         num_banks: int = 1,
         group_size: int | None = None,
     ) -> "QuantLayer":
-        """An empty quantized layer for a float one, with a float input.
+        """An empty quantized layer for a float one, with its hooks and a float input.
 
         Args:
             module (`nn.Module`): the float original; its weight is not read.
@@ -93,6 +94,7 @@ class QuantLayer(Execution, ABC):
             group_size (`int`, *optional*): weights that share a multiplier of their channel's scale; None for all.
         """
         layer = transplant(module, cls)
+        share_hooks(module, layer)
         layer.module_name, layer.weight_format, layer.weight_dtype = module_name, weight_format, weight_of(module).dtype
         layer.group_size, layer.input_format, layer.input_candidates, layer.observation = group_size, None, (), None
         layer.scheme, layer.input_is_sum = None, None
@@ -185,8 +187,9 @@ class QuantLayer(Execution, ABC):
         self.changed()
 
     def to_float(self, dtype: torch.dtype) -> nn.Module:
-        """A float layer with the decoded weight."""
+        """A float layer with the decoded weight, and the hooks that this one has."""
         module = transplant(self, self.float_class)
+        share_hooks(self, module)
         module.weight = nn.Parameter(self.dequantize_weight().to(dtype))
         return module
 

@@ -6,6 +6,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from ..compat.modules import share_hooks
 from ..compat.torch import bias_of, put_bias, weight_of
 from .logical import PackedLayer
 from .quant_layer import QuantLayer
@@ -85,11 +86,12 @@ class SplitLayer(PackedLayer):
         return x.split(self.sizes, self.axis)
 
     def merged(self) -> nn.Module:
-        """The whole layer; parts must be float."""
+        """The whole layer, with the hooks that this one has; parts must be float."""
         parts = list(self.children())
         whole = _resized(parts[0], sum(self.sizes))
         whole.weight = nn.Parameter(torch.cat([weight_of(part).detach() for part in parts], 1))
         put_bias(whole, bias_of(parts[0]))
+        share_hooks(self, whole)
         return whole
 
 
