@@ -42,7 +42,7 @@ from ..numerics.rounding import check_finite
 from ..schemes import LayerScheme
 from .execution import Execution
 from .protocols import CachedOutput, Engine, Routing
-from .stored import INPUT_TENSORS
+from .stored import INPUT_TENSORS, lasting
 from .transplant import transplant
 
 _CHUNK = 2**21  # weights encoded at once
@@ -76,6 +76,7 @@ class QuantLayer(Execution, ABC):
     # ── making one ───────────────────────────────────────────────────────────────────────────────────────────
 
     @classmethod
+    @lasting
     def skeleton(
         cls,
         module: nn.Module,
@@ -137,6 +138,7 @@ class QuantLayer(Execution, ABC):
             layer.start_observing(scheme.activation)
         return layer
 
+    @lasting
     def make_room(self, num_banks: int, device: torch.device | str = "meta") -> None:
         """Empty packed weights for this many banks."""
         self.changed()
@@ -186,6 +188,7 @@ class QuantLayer(Execution, ABC):
         self.weight_error.copy_(error)
         self.changed()
 
+    @lasting
     def to_float(self, dtype: torch.dtype) -> nn.Module:
         """A float layer with the decoded weight, and the hooks that this one has."""
         module = transplant(self, self.float_class)
@@ -219,6 +222,7 @@ class QuantLayer(Execution, ABC):
         """Whether the input stays float for now and is watched."""
         return bool(self.input_candidates)
 
+    @lasting
     def start_observing(self, candidates: Sequence[str], observation: Observation | None = None) -> None:
         """Leave the input float and watch it, until `freeze`."""
         self.changed()
@@ -246,6 +250,7 @@ class QuantLayer(Execution, ABC):
         self.changed()
         return bool(len(values))
 
+    @lasting
     def expect_input(self, fmt: FPFormat, device: torch.device | str = "meta", num_sets: int = 0) -> None:
         """Make room for the parameters of an input of this format: one for each bank, or sets for timesteps."""
         self.changed()

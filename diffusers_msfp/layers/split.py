@@ -10,6 +10,7 @@ from ..compat.modules import share_hooks
 from ..compat.torch import bias_of, put_bias, weight_of
 from .logical import PackedLayer
 from .quant_layer import QuantLayer
+from .stored import lasting
 from .transplant import float_layer, transplant
 
 
@@ -85,6 +86,7 @@ class SplitLayer(PackedLayer):
         """What each part reads of the input."""
         return x.split(self.sizes, self.axis)
 
+    @lasting
     def merged(self) -> nn.Module:
         """The whole layer, with the hooks that this one has; parts must be float."""
         parts = list(self.children())
