@@ -62,11 +62,12 @@ def share_hooks(source: nn.Module, module: nn.Module) -> None:
 
 
 def exchanged_methods(module: nn.Module) -> list[str]:
-    """Methods of a module's class in whose place the module itself has others: offloading, casting, patches."""
+    """Methods that compute, in whose place the module itself has others: offloading, casting, patches."""
+    own: Any = type(module)
     return [
         name
-        for name, value in vars(module).items()
-        if callable(own := getattr(type(module), name, None)) and getattr(value, "__func__", None) is not own
+        for name in ("forward", "_conv_forward")
+        if name in vars(module) and getattr(vars(module)[name], "__func__", None) is not getattr(own, name, None)
     ]
 
 
