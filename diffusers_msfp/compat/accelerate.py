@@ -1,12 +1,37 @@
 """Internals of accelerate (all since 1.0) and of `torch.distributed` beneath it."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 
 SET_BY_HOOKS = ("_hf_hook", "_old_forward", "forward")
-"""Attributes that a hook sets on a module and binds to it: a copy of another class must not have them."""
+"""Attributes that accelerate's hooks set on a module and bind to it."""
+
+
+@contextmanager
+def own_states(accelerator: Accelerator | None = None) -> Iterator[None]:
+    """What makes an `Accelerator`, or asks one to prepare something, and leaves those that others have as they are.
+
+    All accelerators of a process share a precision and the steps that they accumulate. One that is made in here keeps
+    its own; what it prepares must be prepared in here too.
+
+    Args:
+        accelerator (`Accelerator`, *optional*): one that was made in here; None to make one.
+    """
+    kinds = AcceleratorState, GradientState
+    own = ({}, {}) if accelerator is None else (vars(accelerator.state), vars(accelerator.gradient_state))
+    shared = [vars(kind)["_shared_state"] for kind in kinds]
+    try:
+        for kind, state in zip(kinds, own, strict=True):
+            kind._shared_state = state
+        yield
+    finally:
+        for kind, state in zip(kinds, shared, strict=True):
+            kind._shared_state = state
 
 
 def leave_process_group(accelerator: Accelerator | None = None) -> None:

@@ -9,22 +9,33 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from .accelerate import SET_BY_HOOKS
+
 __all__ = [
+    "BOUND",
     "TEMPLATE",
     "Snapshot",
     "bare_copy",
+    "exchanged_methods",
     "has_dispatch_modes",
     "has_global_hooks",
     "hooks_around",
     "run_without_values",
     "shadow_copy",
+    "share_hooks",
     "version_of",
 ]
 
 Module = TypeVar("Module", bound=nn.Module)
 TEMPLATE = vars(nn.Module())
 """Attributes that every module has."""
+BOUND = (*SET_BY_HOOKS, "_diffusers_hook", "_compiled_call_impl")
+"""Attributes that are bound to the one module they are on: a copy of another class must not have them."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_AROUND = (
+    *(*_HOOKS, *(f"{name}_with_kwargs" for name in _HOOKS), "_forward_hooks_always_called"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+)
 _START = 8192
 
 
@@ -43,6 +54,21 @@ def hooks_around(module: nn.Module) -> Iterator[Callable]:
     """The hooks that run before and after a module."""
     for name in _HOOKS:
         yield from getattr(module, name).values()
+
+
+def share_hooks(source: nn.Module, module: nn.Module) -> None:
+    """Let the hooks around a module run around another one; their handles take them off both."""
+    vars(module).update({name: vars(source)[name] for name in _AROUND})
+
+
+def exchanged_methods(module: nn.Module) -> list[str]:
+    """Methods that compute, in whose place the module itself has others: offloading, casting, patches."""
+    own: Any = type(module)
+    return [
+        name
+        for name in ("forward", "_conv_forward")
+        if name in vars(module) and getattr(vars(module)[name], "__func__", None) is not getattr(own, name, None)
+    ]
 
 
 def run_without_values(module: nn.Module, tensors: Sequence[Tensor]) -> None:

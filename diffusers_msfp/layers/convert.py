@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from ..compat.diffusers import kept_in_float32
+from ..compat.modules import exchanged_methods
 from ..compat.peft import is_wrapped, name_inside
-from ..compat.torch import replace_children, weight_of
+from ..compat.torch import is_hooked, replace_children, weight_of
 from ..compat.wrappers import own_name
 from ..errors import ConfigError, StateError
 from ..numerics.rounding import check_finite
@@ -55,6 +56,7 @@ class Conversion:
 
         Raises:
             ConfigError: unknown scheme, a pattern that matches nothing, or nothing to convert.
+            StateError: quantized already, with adapters, or with layers that run another `forward` than their own.
         """
         overrides = overrides or {}
         for name in (scheme, *overrides.values()):
@@ -83,6 +85,8 @@ class Conversion:
                 skipped[name] = f"matches {pattern!r} in modules_to_not_convert"
             elif type(module) not in QUANT_LAYERS:
                 skipped[name] = f"no quantized counterpart for {type(module).__name__}"
+            elif "weight" not in dict(module.named_parameters(recurse=False)):
+                skipped[name] = "its weight is computed anew in each call (weight norm, pruning)"
             elif shared[id(module.weight)] > 1:
                 skipped[name] = "shares its weight with another layer"
             elif not module.weight.is_floating_point():
@@ -92,6 +96,7 @@ class Conversion:
         if not layers:
             kinds = ", ".join(cls.__name__ for cls in QUANT_LAYERS)
             raise ConfigError(f"A model must have a layer to quantize ({kinds}), but {type(model).__name__} has none.")
+        require_own_methods({name: weighted[name] for name in layers}, "quantized")
         return cls(layers, skipped)
 
     def check(self, model: nn.Module) -> None:
@@ -170,6 +175,42 @@ def convert(model: nn.Module, plan: Conversion, on_layer: Callable[[int, int], N
         replace_module(model, name, QUANT_LAYERS[type(module)].from_float(module, name, scheme))
         if on_layer is not None:
             on_layer(done, len(plan.layers))
+
+
+def require_own_methods(layers: Mapping[str, nn.Module], done: str) -> None:
+    """Refuse to put others in place of layers that somebody has bound something to.
+
+    Args:
+        layers (`Mapping[str, nn.Module]`): by name.
+        done (`str`): what is to be done with them, for the message.
+
+    Raises:
+        StateError: a layer has another `forward`, or another method, than its class.
+    """
+    exchanged = {name: methods[0] for name, layer in layers.items() if (methods := exchanged_methods(layer))}
+    if exchanged:
+        name, method = next(iter(exchanged.items()))
+        raise StateError(
+            f"A layer must run its own `{method}` to be {done}, but `{name}` and {len(exchanged) - 1} others have "
+            f"another one: group or sequential offload, layerwise casting, an adapter of another library, or a patch. "
+            f"Nothing was changed. Take that off, or load the model anew; it can be put on afterwards."
+        )
+
+
+def require_revertible(model: nn.Module) -> None:
+    """Refuse to put float layers in place of quantized ones where that would lose something.
+
+    Raises:
+        StateError: a layer runs another `forward` than its own, or somebody's hook is on a part of a split layer.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer | SplitLayer)}
+    require_own_methods(layers, "made float")
+    for name, layer in layers.items():
+        if getattr(layer, "columns", None) is not None and is_hooked(layer):
+            raise StateError(
+                f"A split layer must have no hooks on its parts to be made float, but `{name}` has one, which the "
+                f"whole layer has no place for. Nothing was changed. Remove it (`handle.remove()`)."
+            )
 
 
 def revert(model: nn.Module, dtype: torch.dtype) -> None:

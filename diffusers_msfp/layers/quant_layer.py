@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import Observation, search_activation, search_groups, search_weight
+from ..compat.modules import share_hooks
 from ..compat.torch import tensors_of, weight_of
 from ..errors import ShapeError
 from ..formats import FPFormat
@@ -41,7 +42,7 @@ from ..numerics.rounding import check_finite
 from ..schemes import LayerScheme
 from .execution import Execution
 from .protocols import CachedOutput, Engine, Routing
-from .stored import INPUT_TENSORS
+from .stored import INPUT_TENSORS, lasting
 from .transplant import transplant
 
 _CHUNK = 2**21  # weights encoded at once
@@ -75,6 +76,7 @@ class QuantLayer(Execution, ABC):
     # ── making one ───────────────────────────────────────────────────────────────────────────────────────────
 
     @classmethod
+    @lasting
     def skeleton(
         cls,
         module: nn.Module,
@@ -84,7 +86,7 @@ class QuantLayer(Execution, ABC):
         num_banks: int = 1,
         group_size: int | None = None,
     ) -> "QuantLayer":
-        """An empty quantized layer for a float one, with a float input.
+        """An empty quantized layer for a float one, with its hooks and a float input.
 
         Args:
             module (`nn.Module`): the float original; its weight is not read.
@@ -93,6 +95,7 @@ class QuantLayer(Execution, ABC):
             group_size (`int`, *optional*): weights that share a multiplier of their channel's scale; None for all.
         """
         layer = transplant(module, cls)
+        share_hooks(module, layer)
         layer.module_name, layer.weight_format, layer.weight_dtype = module_name, weight_format, weight_of(module).dtype
         layer.group_size, layer.input_format, layer.input_candidates, layer.observation = group_size, None, (), None
         layer.scheme, layer.input_is_sum = None, None
@@ -135,6 +138,7 @@ class QuantLayer(Execution, ABC):
             layer.start_observing(scheme.activation)
         return layer
 
+    @lasting
     def make_room(self, num_banks: int, device: torch.device | str = "meta") -> None:
         """Empty packed weights for this many banks."""
         self.changed()
@@ -184,9 +188,11 @@ class QuantLayer(Execution, ABC):
         self.weight_error.copy_(error)
         self.changed()
 
+    @lasting
     def to_float(self, dtype: torch.dtype) -> nn.Module:
-        """A float layer with the decoded weight."""
+        """A float layer with the decoded weight, and the hooks that this one has."""
         module = transplant(self, self.float_class)
+        share_hooks(self, module)
         module.weight = nn.Parameter(self.dequantize_weight().to(dtype))
         return module
 
@@ -216,6 +222,7 @@ class QuantLayer(Execution, ABC):
         """Whether the input stays float for now and is watched."""
         return bool(self.input_candidates)
 
+    @lasting
     def start_observing(self, candidates: Sequence[str], observation: Observation | None = None) -> None:
         """Leave the input float and watch it, until `freeze`."""
         self.changed()
@@ -243,6 +250,7 @@ class QuantLayer(Execution, ABC):
         self.changed()
         return bool(len(values))
 
+    @lasting
     def expect_input(self, fmt: FPFormat, device: torch.device | str = "meta", num_sets: int = 0) -> None:
         """Make room for the parameters of an input of this format: one for each bank, or sets for timesteps."""
         self.changed()

@@ -6,9 +6,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from ..compat.modules import share_hooks
 from ..compat.torch import bias_of, put_bias, weight_of
 from .logical import PackedLayer
 from .quant_layer import QuantLayer
+from .stored import lasting
 from .transplant import float_layer, transplant
 
 
@@ -84,12 +86,14 @@ class SplitLayer(PackedLayer):
         """What each part reads of the input."""
         return x.split(self.sizes, self.axis)
 
+    @lasting
     def merged(self) -> nn.Module:
-        """The whole layer; parts must be float."""
+        """The whole layer, with the hooks that this one has; parts must be float."""
         parts = list(self.children())
         whole = _resized(parts[0], sum(self.sizes))
         whole.weight = nn.Parameter(torch.cat([weight_of(part).detach() for part in parts], 1))
         put_bias(whole, bias_of(parts[0]))
+        share_hooks(self, whole)
         return whole
 
 

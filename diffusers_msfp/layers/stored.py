@@ -1,6 +1,6 @@
 """The tensors that a quantized layer keeps: exact under casts, checked when they are loaded."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -91,6 +91,12 @@ def say_formats(tensor: Tensor) -> str:
 
 
 Own = TypeVar("Own", bound="StoredTensors")
+Function = TypeVar("Function", bound=Callable)
+
+
+def lasting(function: Function) -> Function:
+    """Let what a function makes be trained later, also where it is called in `torch.inference_mode`."""
+    return torch.inference_mode(False)(torch.no_grad()(function))
 
 
 class StoredTensors(StatefulModule):
@@ -136,6 +142,7 @@ class StoredTensors(StatefulModule):
         """Of the groups of some output channels, `(C, groups)` uint8."""
         return unpack(self.group_scale[part], MULTIPLIER_BITS, self.num_groups)
 
+    @lasting
     def put_multipliers(self, multipliers: Tensor) -> None:
         """Take a multiplier for each group, `(C, groups)` uint8."""
         self.register_buffer(GROUP_SCALE, pack(multipliers, MULTIPLIER_BITS))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..engines.choose import engine_from_environment, set_engine
-from ..layers.convert import revert
+from ..layers.convert import require_revertible, revert
 from ..layers.incoming import unwatch_states, watch_states
 from ..methods.method import parts
 from ..sampling.observation import Calibration, track, untrack
@@ -39,8 +39,10 @@ def detach(model: nn.Module, dtype: torch.dtype) -> None:
     """Put float layers in place of the quantized ones; the model answers like any other again.
 
     Raises:
-        UnsupportedError: a method has left something that no float model can have; nothing is changed then.
+        UnsupportedError: a method has left something that no float model can have.
+        StateError: a layer cannot be exchanged, see `require_revertible`. Nothing is changed after either.
     """
+    require_revertible(model)
     for part in parts():
         if part.require_float is not None:
             part.require_float(model)

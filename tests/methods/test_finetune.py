@@ -5,10 +5,12 @@ import copy
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from conftest import equal_state, make_condition_unet, make_dit_pipe, make_unet, run
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DModel
 
-from diffusers_msfp import FinetuneConfig, MSFPConfig, calibrate, finetune, quantize_pipeline
+from diffusers_msfp import FinetuneConfig, MSFPConfig, calibrate, finetune, freeze, quantize_pipeline
 from diffusers_msfp.checkpoint.record import ModelRecord
 from diffusers_msfp.errors import ConfigError, NonFiniteError, ShapeError, StateError, UnsupportedError
 from diffusers_msfp.evaluation import compare_pipelines
@@ -271,6 +273,54 @@ def test_a_fine_tuned_model_is_calibrated_anew_where_its_adapters_are_its_weight
     calibrate(packed_pipe, num_samples=4, num_inference_steps=3)
     after = compare_pipelines(teacher, packed_pipe, num_samples=4, num_inference_steps=3).eps_rel_l2
     assert after < 1.2 * before
+
+
+@pytest.fixture
+def _own_state():
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+
+
+@pytest.mark.usefixtures("_own_state")
+def test_the_user_s_own_accelerator_stays_as_it_is(packed_pipe, teacher):
+    own = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=3)
+    before = own.mixed_precision, own.gradient_accumulation_steps, own.sync_gradients
+    ours = finetune(copy.deepcopy(packed_pipe), teacher, FinetuneConfig(**SHORT, gradient_accumulation_steps=2))
+    assert (own.mixed_precision, own.gradient_accumulation_steps, own.sync_gradients) == before
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    alone = finetune(packed_pipe, teacher, FinetuneConfig(**SHORT, gradient_accumulation_steps=2))
+    assert ours.losses == alone.losses
+    assert Accelerator(cpu=True, mixed_precision="bf16").mixed_precision == "bf16"
+
+
+def test_a_model_that_was_quantized_and_run_in_inference_mode_is_trained(teacher):
+    pipe = DDPMPipeline(make_unet(), DDIMScheduler())
+    with torch.inference_mode():
+        quantize_pipeline(pipe, "w4a4", num_samples=2, num_inference_steps=2)
+        pipe(1, num_inference_steps=1)
+    assert not any(tensor.is_inference() for tensor in pipe.unet.state_dict().values())
+    assert len(finetune(pipe, teacher, FinetuneConfig(**SHORT)).losses) == 4
+
+
+def test_a_model_that_was_observed_and_frozen_in_inference_mode_is_trained(teacher):
+    pipe = DDPMPipeline(make_unet(), DDIMScheduler())
+    quantize_model(pipe.unet, MSFPConfig("w4a4"))
+    with torch.inference_mode():
+        pipe(1, num_inference_steps=2)
+        freeze(pipe.unet)
+    assert not any(tensor.is_inference() for tensor in pipe.unet.state_dict().values())
+    assert len(finetune(pipe, teacher, FinetuneConfig(**SHORT)).losses) == 4
+
+
+def test_a_model_that_was_made_float_in_inference_mode_is_trained(packed_pipe, images):
+    with torch.inference_mode():
+        packed_pipe.unet.dequantize()
+    packed_pipe.unet(images, 1).sample.sum().backward()
+    assert all(parameter.grad is not None for parameter in packed_pipe.unet.conv_in.parameters())
 
 
 def test_one_more_update_at_a_time(packed_pipe, teacher):

@@ -18,12 +18,13 @@ from torch.overrides import TorchFunctionMode
 
 from ...calibration import observe
 from ...calibration.watch import watching_calls
+from ...compat.modules import share_hooks
 from ...compat.peft import is_wrapped
 from ...compat.torch import put_bias
 from ...compat.wrappers import sees_through
 from ...errors import StateError
 from ...layers import QUANT_LAYERS, QuantLayer, SplitLayer
-from ...layers.convert import layers_by_name, prepare_layers, replace_modules
+from ...layers.convert import layers_by_name, prepare_layers, replace_modules, require_own_methods
 from ...layers.split import can_split, channel_axis, split_layer
 from ...numerics.rounding import check_finite
 from ...results import Result
@@ -139,6 +140,7 @@ def _split(
             "%s has no quantized layer, or none left, that reads a concatenation: nothing is split.",
             type(model).__name__,
         )
+    require_own_methods({name: layers[name] for name in found}, "split")
     for name in found:
         check_finite(original_weight(original, layers[name]), f"The weight of layer `{name}`")
     split = {}
@@ -214,6 +216,7 @@ def _quantized(original: nn.Module, layer: QuantLayer, sizes: Sequence[int]) -> 
     scheme = cast(LayerScheme, layer.scheme)
     scheme = scheme if layer.input_format is not None else replace(scheme, activation=(), residual=())
     split = split_layer(original, sizes, layer.module_name)
+    share_hooks(layer, split)
     for index, part in enumerate(list(split.children())):
         quantized = QUANT_LAYERS[type(part)].from_float(part, f"{layer.module_name}.{index}", scheme)
         put_bias(quantized, layer.bias if index == 0 else None)

@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+from ...compat.accelerate import own_states
 from ...compat.wrappers import seen_through, sees_through
 from ...errors import ConfigError, NonFiniteError
 from ...results import OnProgress
@@ -90,16 +91,16 @@ class Finetuner:
         self.pipe, self.teacher, self.config = pipe, teacher, config or FinetuneConfig()
         self.on_progress, self.on_preview, self._stop = on_progress, on_preview, Stop()
         config, model, original = self.config, denoiser_of(pipe), denoiser_of(teacher)
-        scheduler = scheduler_of(teacher)
-        work_dir = Path(work_dir) if work_dir else None
-        self.accelerator = Accelerator(
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            mixed_precision="no",  # autocast is entered by hand, whatever the launcher's own setting
-            cpu=model.device.type == "cpu",
-            log_with="tensorboard" if work_dir and is_tensorboard_available() else None,
-            project_dir=work_dir,
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
-        )
+        scheduler, work_dir = scheduler_of(teacher), Path(work_dir) if work_dir else None
+        with own_states():
+            self.accelerator = Accelerator(
+                gradient_accumulation_steps=config.gradient_accumulation_steps,
+                mixed_precision="no",  # autocast is entered by hand, whatever the launcher's own setting
+                cpu=model.device.type == "cpu",
+                log_with="tensorboard" if work_dir and is_tensorboard_available() else None,
+                project_dir=work_dir,
+                kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
+            )
         make_arguments = call_arguments(teacher, prompts, config.num_inference_steps, arguments)
         self._previewed = with_parts(pipe, scheduler=teacher.scheduler)
         self.preview_arguments = call_arguments(
@@ -156,7 +157,8 @@ class Finetuner:
         self.trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self.ema = EMAModel(self.trainable, decay=config.ema_decay) if config.ema_decay else None
         self.progress = Progress(student, self.ema)
-        self.wrapped, self.optimizer = self.accelerator.prepare(student, optimizer_for(student, config))
+        with own_states(self.accelerator):
+            self.wrapped, self.optimizer = self.accelerator.prepare(student, optimizer_for(student, config))
         self.folder = TrainingFolder(work_dir, self.accelerator, self.progress, config, digests)
         self.folder.resume()
         if work_dir:

@@ -24,6 +24,7 @@ from ...errors import (
     UnsupportedError,
 )
 from ...layers import QUANT_LAYERS, QuantLayer, SplitLayer
+from ...layers.convert import require_own_methods
 from ...methods.method import parts
 from ...results import OnProgress, Result, in_stage
 from ...sampling.denoisers import is_quantized
@@ -163,6 +164,8 @@ def _fuse(models: Mapping[str, nn.Module], weight: float, on_progress: OnProgres
     tuned = list(tuned_layers(models))
     for component in dict.fromkeys(component for component, _, _ in tuned):
         _require_fusible(models[component])
+    bases = {name: wrapped.get_base_layer() for _, name, wrapped in tuned}
+    require_own_methods({name: base for name, base in bases.items() if isinstance(base, QuantLayer)}, "fused")
     found = []
     for done, (component, name, wrapped) in enumerate(tuned, start=1):
         found.append(_fused_layer(models[component], component, name, wrapped, weight))
