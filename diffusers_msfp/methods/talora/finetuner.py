@@ -106,10 +106,8 @@ class Finetuner:
         self.preview_arguments = call_arguments(
             self._previewed, prompts, config.num_inference_steps, {"output_type": "np"} | arguments
         )
-        world = self.accelerator.num_processes
-        self.trajectories = Trajectories(
-            teacher, make_arguments, config.batch_size, config.seed, self.accelerator.process_index, world
-        )
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        self.trajectories = Trajectories(teacher, make_arguments, config.batch_size, config.seed, rank, world)
         timesteps = self.trajectories.timesteps()
         num_timesteps = max(int(scheduler.config.get("num_train_timesteps") or 1), 1 + math.ceil(max(timesteps)))
         check_timesteps(timesteps, num_timesteps)
