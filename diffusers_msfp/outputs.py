@@ -94,6 +94,28 @@ def write_whole(file: Path, content: str | bytes) -> None:
         part.unlink(missing_ok=True)
 
 
+def write_file(file: Path, content: str | bytes) -> None:
+    """A file, complete or not at all; folders above it are made if they are missing.
+
+    Raises:
+        ConfigError: it cannot be written; what was there stays.
+    """
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, content)
+
+
+def named(path: Path) -> Path:
+    """A path whose last part is a name, to which one beside it may be given: `.` and `..` are resolved."""
+    return path.resolve() if path.name in ("", "..") else path
+
+
+def overlap(one: Path, other: Path) -> bool:
+    """Whether two places are the same, or one lies in the other."""
+    one, other = one.resolve(), other.resolve()
+    return one == other or one in other.parents or other in one.parents
+
+
 def png_of(image: Image) -> bytes:
     """A picture as a file's content, for `write_whole`."""
     content = io.BytesIO()

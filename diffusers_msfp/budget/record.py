@@ -16,7 +16,7 @@ from torch import nn
 
 from ..compat.wrappers import unwrap
 from ..errors import CheckpointError, ConfigError
-from ..outputs import write_whole, writing
+from ..outputs import write_file
 from ..plugin.config import MSFPConfig
 from ..results import OPTIONAL, Result, plain
 from ..sampling.denoisers import denoiser_of
@@ -196,10 +196,7 @@ class BudgetPlan(Result):
         Raises:
             ConfigError: it cannot be written there.
         """
-        file = Path(file)
-        with writing(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, self.text())
+        write_file(Path(file), self.text())
 
     @classmethod
     def read(cls, file: str | Path) -> "BudgetPlan":

@@ -138,6 +138,14 @@ def read_config(folder: Path, name: str = "config.json") -> dict:
     return config if isinstance(config, dict) else {}
 
 
+def config_of_origin(file: Path, origin: str | None) -> bytes:
+    """A config's content as it is published: with this origin, or none, in place of where the model was loaded from."""
+    config = read_config(file.parent, file.name)
+    config.pop("_name_or_path", None)
+    config |= {} if origin is None else {"_name_or_path": origin}
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
 def weights_by_variant(folder: Path) -> dict[str | None, list[Path]]:
     """Variant → weight files in a model's folder, safetensors where there are some; None stands for the plain ones."""
     found: dict[str | None, list[Path]] = {}

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from ..checkpoint.digest import fingerprint
 from ..compat.accelerate import leave_process_group
 from ..evaluation import Evaluation, evaluate_pipelines
-from ..outputs import require_writable_folder
+from ..outputs import named, require_writable_folder
 from ..sampling.observation import quantized_models
 from .shared.calls import call_settings
 from .shared.interrupts import keeping
@@ -85,8 +85,7 @@ def evaluate(
     process = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     main = process.is_main_process
     if out is None:
-        place = Path(candidate)
-        place = place.resolve() if place.name in ("", "..") else place
+        place = named(Path(candidate))
         out = place.with_name(f"{place.name}-evaluation") if place.exists() else f"{place.name}-evaluation"
     out = Path(out)
     for folder in (out, out / "pictures"):

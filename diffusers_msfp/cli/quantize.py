@@ -41,6 +41,7 @@ from .shared.store import (
     check_target,
     peak_rss_bytes,
     publish,
+    state_of_file,
     state_of_files,
     work_folder,
     write_checkpoint,
@@ -145,7 +146,7 @@ def quantize(
     prompts = read_prompts(prompts)
     pictures = None if images is None else picture_files(images)[:num_samples]
     shared = {"num_inference_steps": num_inference_steps, "seed": seed}
-    plan_stages(recipe, settings or {}, correction=0, **shared)  # refuses wrong settings before anything takes long
+    plan_stages(recipe, settings or {}, **shared)  # refuses wrong settings before anything takes long
     require_variant(variant, source)
     with stderr.status(f"opening {source}"):
         path = fetch(source, variant)
@@ -226,7 +227,7 @@ def quantize(
             "source": [*state_of_files(path, out), *(state_of_files(Path(config), out) if config else ())],
         } | arguments
         if pictures is not None:
-            identity["images"] = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in pictures]
+            identity["images"] = [state_of_file(file) for file in pictures]
         run = RecipeRun(work, plan, identity)
         if "." in streams:
             models = {".": streams["."].model}

@@ -8,12 +8,11 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..errors import ConfigError
-from ..outputs import require_writable_file
+from ..outputs import require_writable_file, write_file
 from ..report import Report, collect_report, render_report
 from ..sampling.denoisers import denoiser_name, denoiser_of
 from .shared.calls import call_settings
 from .shared.load import fetch, load_any, load_pipeline, model_bytes, require_variant
-from .shared.store import write_text
 from .shared.terminal import progress
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -107,7 +106,7 @@ def report(
         bytes_reference=size,
         out=str(out),
     )
-    write_text(render_report(result), out)
+    write_file(out, render_report(result))
     return result
 
 

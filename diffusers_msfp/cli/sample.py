@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..evaluation import image_grid, sample_images
-from ..outputs import png_of, require_writable_file, write_whole, writing
+from ..outputs import png_of, require_writable_file, write_file
 from ..results import Result
 from .shared.calls import call_settings
 from .shared.load import load_pipeline, require_variant
@@ -66,7 +66,5 @@ def sample(
             **arguments,
         )
     grid = image_grid(images, columns=min(num_samples, 8), scale=max(1, 96 // images.shape[1]))
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out, png_of(grid))
+    write_file(out, png_of(grid))
     return Sampled(out=str(out), num_samples=num_samples, num_inference_steps=num_inference_steps, seed=seed)

@@ -54,7 +54,8 @@ def kind_of(device: torch.device) -> str:
 class PreparedLayer(ABC):
     """Abstract base of layers made ready: knows the layer and its input's grid for each adapter.
 
-    A compiled model calls it as one operator that the compiler does not look into, see `compiled`.
+    A compiled model calls it as one operator that the compiler does not look into, see `compiled`. `from_codes`,
+    `quantize` and `hand_over` are asked of layers that `reads_codes` alone; the others have none, and raise.
 
     Args:
         layer: a `nn.QuantLayer`.

@@ -49,7 +49,7 @@ def render_card(facts: Mapping, results: Results) -> str:
         ConfigError: metadata that the Hub would not accept.
     """
     tuned = [part["adapters"] for part in facts["components"].values() if part["adapters"]]
-    routed = is_routed(facts)
+    routed = any(map(is_routed, facts["components"].values()))
     data = ModelCardData(
         license=facts["license"],
         license_name=facts.get("license_name"),
@@ -86,9 +86,9 @@ def render_card(facts: Mapping, results: Results) -> str:
     return text
 
 
-def is_routed(facts: Mapping) -> bool:
-    """Whether different timesteps may have different adapters."""
-    return any(part["adapters"] and part["adapters"]["num_adapters"] > 1 for part in facts["components"].values())
+def is_routed(part: Mapping) -> bool:
+    """Whether different timesteps of a component may have different adapters."""
+    return bool(part["adapters"]) and part["adapters"]["num_adapters"] > 1
 
 
 def base_url(facts: Mapping) -> str | None:

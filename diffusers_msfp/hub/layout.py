@@ -5,7 +5,6 @@ components, and `pipeline.py`; nothing else. So tensors elsewhere are refused in
 checkpoint would miss them.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ import diffusers
 from diffusers import DiffusionPipeline
 
 from ..budget.record import PLAN_FILE
-from ..checkpoint.describe import WEIGHTS, read_config
+from ..checkpoint.describe import WEIGHTS, config_of_origin, read_config
 from ..errors import CheckpointError, ConfigError
 
 Files = dict[str, Path | bytes]
@@ -136,10 +135,6 @@ def _hidden(path: Path, folder: Path) -> bool:
 
 def _config(path: Path, base_model: str | None) -> Path | bytes:
     """A config without the path on this machine that the base was loaded from."""
-    config = read_config(path.parent, path.name)
-    if config.get("_name_or_path") in (None, base_model):
+    if read_config(path.parent, path.name).get("_name_or_path") in (None, base_model):
         return path
-    del config["_name_or_path"]
-    if base_model is not None:
-        config["_name_or_path"] = base_model
-    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    return config_of_origin(path, base_model)

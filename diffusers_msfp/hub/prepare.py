@@ -18,7 +18,7 @@ from ..plugin import MSFPPipelineMixin
 from ..results import OnProgress
 from ..sampling.observation import quantized_models
 from .base import require_base, require_license
-from .card import PREVIEW, ROUTER, TIMESTEPS, render_card
+from .card import PREVIEW, ROUTER, TIMESTEPS, is_routed, render_card
 from .checks import Checked, all_at_once, check_checkpoint
 from .layout import Files, read_layout
 from .plots import plot_router, plot_timesteps
@@ -121,7 +121,7 @@ def pages(facts: Mapping, results: Results) -> Files:
     if results.by_timestep:
         files[TIMESTEPS] = plot_timesteps(results.by_timestep)
     for part in facts["components"].values():
-        if part["adapters"] and part["adapters"]["num_adapters"] > 1:
+        if is_routed(part):
             files[ROUTER] = plot_router(part["adapters"]["intervals"], part["adapters"]["num_adapters"])
     return files
 

@@ -17,7 +17,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.hf_api import RepoFile
 
 from ..errors import ConfigError, HubError, MSFPError
-from ..outputs import require_writable, writing
+from ..outputs import named, overlap, require_writable, writing
 from ..results import OPTIONAL, OnProgress, Result
 from .base import base_of, card_of, check_repo_id, named_base, require_base, require_license
 from .checks import all_at_once
@@ -111,8 +111,7 @@ def publish(
         publish("model-w4a4", "user/model-w4a4", dry_run=True)  # writes model-w4a4-publish
         ```
     """
-    folder, named = Path(folder), [Path(path) for path in results]
-    folder = folder if folder.name not in ("", "..") else folder.resolve()
+    folder, more = named(Path(folder)), [Path(path) for path in results]
     api = HfApi(endpoint=endpoint, token=token)
     origin: dict[str, str | None] = {"license": license, "base_elsewhere": None}
 
@@ -141,7 +140,7 @@ def publish(
         lambda: pipeline_index(folder),
         find_origin,
         lambda: require_license(origin, folder),
-        lambda: read_results(folder, named),
+        lambda: read_results(folder, more),
     )
     index = pipeline_index(folder)
     prepared = prepare(
@@ -150,7 +149,7 @@ def publish(
         origin,
         revision=revision,
         variant=variant,
-        results=named,
+        results=more,
         num_samples=num_samples,
         num_inference_steps=num_inference_steps,
         seed=seed,
@@ -266,8 +265,7 @@ def _check_target(out: Path, folder: Path) -> None:
     """Refuse a dry run where something else lies, or nothing can be written."""
     if out.exists() and not all((out / name).is_file() for name in ("README.md", "pipeline.py")):
         raise ConfigError(f"{out} must be new or hold an earlier dry run, but it holds something else. Remove it.")
-    place, own = out.resolve(), folder.resolve()
-    if place == own or own in place.parents or place in own.parents:
+    if overlap(out, folder):
         raise ConfigError(f"A dry run must be written beside {folder}, but got {out}. Name another folder.")
     require_writable(out)
 

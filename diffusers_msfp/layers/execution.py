@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import observe
+from ..compat.modules import exchanged_methods
 from ..errors import UnsupportedError
 from ..formats import INT8_MAX
 from ..numerics import Codes, QParams, decode, fake_quantize, select, unpack
@@ -55,7 +56,7 @@ class Execution(StoredTensors, PackedLayer):
 
         No engine knows what an exchanged `_conv_forward` does; the reference calls it.
         """
-        exchanged = "_conv_forward" in vars(self)
+        exchanged = "_conv_forward" in exchanged_methods(self)
         if self.engine is not None and not (self.observing or self.packed_weight.is_meta or exchanged):
             self.__dict__["prepared"] = self.engine.prepare(cast("QuantLayer", self))
 

@@ -9,6 +9,7 @@ counts or saves parameters would have to go through it, while plain bytes pass t
 """
 
 import copy
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, SupportsIndex
@@ -118,7 +119,7 @@ class LogicalWeight(Tensor):
         return f"LogicalWeight of `{self._module_name}`: {self.decoded()}"
 
 
-class PackedLayer(nn.Module):
+class PackedLayer(nn.Module, ABC):
     """Abstract base of layers that have a float weight only to be read.
 
     PEFT trains copies of layers (`modules_to_save`, `LNTuningConfig`), and builds a convolution's LoRA as two layers of
@@ -157,9 +158,9 @@ class PackedLayer(nn.Module):
             )
         return cls.float_class(*sizes, **more)
 
+    @abstractmethod
     def decode_whole(self) -> Tensor:
         """The float weight, float32, `logical_shape`."""
-        raise NotImplementedError
 
     @property
     def weight(self) -> Tensor:
@@ -176,13 +177,13 @@ class PackedLayer(nn.Module):
         dtype = self.weight_dtype if bias is None else bias.dtype
         return LogicalWeight(self.decode_whole, self.logical_shape, dtype, self.packed_weight.device, self.module_name)
 
+    @abstractmethod
     def float_copy(self) -> nn.Module:
         """A float layer with the decoded weight, of the model's dtype, and a bias of its own.
 
         Raises:
             UnsupportedError: it has no single weight, or more than a weight.
         """
-        raise NotImplementedError
 
     def __getstate__(self) -> dict:
         return self.__dict__.copy()

@@ -1,12 +1,11 @@
 """The files of a Hugging Face Space that serves the page."""
 
-import json
 import shutil
 from pathlib import Path
 
 from huggingface_hub import SpaceCardData
 
-from ..checkpoint.describe import read_config
+from ..checkpoint.describe import config_of_origin, read_config
 
 GRADIO = "6.31.0"  # the page is tested with it
 PYTHON = "3.11"
@@ -113,8 +112,6 @@ def _copy(source: Path, target: Path) -> None:
     """A pipeline's folder without what is hidden, and without the paths of this machine that configs remember."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*", "__pycache__"))
     for file in [*target.rglob("config.json"), *target.rglob("model_index.json")]:
-        config = read_config(file.parent, file.name)
-        origin = config.get("_name_or_path")
+        origin = read_config(file.parent, file.name).get("_name_or_path")
         if isinstance(origin, str) and (Path(origin).is_absolute() or Path(origin).exists()):
-            del config["_name_or_path"]
-            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            file.write_bytes(config_of_origin(file, None))

@@ -10,7 +10,6 @@ from typing import Any
 import diffusers
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
-from filelock import FileLock, Timeout
 from rich.table import Table
 from torch import nn
 
@@ -28,6 +27,7 @@ from ...schemes import DEFAULT_SCHEME
 from .calls import call_settings
 from .interrupts import keeping
 from .load import fetch, load_pipeline
+from .store import only_run
 from .terminal import megabytes, progress, stderr
 
 BYTES = {"": 1, "B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -151,20 +151,15 @@ def _planned(pipe: DiffusionPipeline, work: Path, asked: Mapping[str, Any]) -> B
     with writing(work):
         work.mkdir(parents=True, exist_ok=True)
     kept = f"{work} keeps what is measured, and the same command goes on with it"
-    try:
-        with FileLock(work / "lock", timeout=0), keeping(kept), progress("planning") as report:
-            finished = Journal(
-                work / "plan.jsonl", {"asked": repr(sorted(asked.items())), "model": state_digest(denoiser_of(pipe))}
-            )
-            if finished.entries:
-                return BudgetPlan.from_dict(finished.entries[0], str(finished.file))
-            made = plan_budget(pipe, work_dir=work, on_progress=report, **asked)
-            finished.keep([made.to_dict()])
-            return made
-    except Timeout as error:
-        raise ConfigError(
-            f"One run at a time can plan in {work}, but another one is at it. Wait for it to end."
-        ) from error
+    with only_run(work, f"plan in {work}"), keeping(kept), progress("planning") as report:
+        finished = Journal(
+            work / "plan.jsonl", {"asked": repr(sorted(asked.items())), "model": state_digest(denoiser_of(pipe))}
+        )
+        if finished.entries:
+            return BudgetPlan.from_dict(finished.entries[0], str(finished.file))
+        made = plan_budget(pipe, work_dir=work, on_progress=report, **asked)
+        finished.keep([made.to_dict()])
+        return made
 
 
 def show(plan: BudgetPlan) -> None:

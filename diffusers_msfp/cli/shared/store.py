@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from ...checkpoint.tensor_files import MAX_SHARD_SIZE
 from ...errors import ConfigError, NonFiniteError
-from ...outputs import require_writable, write_whole, writing
+from ...outputs import named, overlap, require_writable, write_file, writing
 from ...sampling.calls import keep_labels
 from .interrupts import Interrupted
 from .terminal import stderr
@@ -48,8 +48,7 @@ def check_target(
         ConfigError: it exists, is not such a folder where one is to be replaced, or cannot be written.
     """
     out = Path(out)
-    if out.is_symlink() or out.name in ("", ".."):
-        out = out.resolve()
+    out = out.resolve() if out.is_symlink() else named(out)
     require_writable(out)
     if not out.exists():
         return out
@@ -62,13 +61,12 @@ def check_target(
             f"`--overwrite` replaces the whole folder, but {out} is a git repository, whose history would go too. "
             f"Write to another folder, and copy its files."
         )
-    place = out.resolve()
     for source in [Path(each) for each in read if each]:
-        origin = source.resolve()
-        if source.exists() and (place == origin or place in origin.parents or origin in place.parents):
+        if source.exists() and overlap(out, source):
+            part = "a part of " if source.resolve() in out.resolve().parents else ""
             raise ConfigError(
-                f"What is read must outlast what is written, but `--overwrite` of {out} would replace "
-                f"{'a part of ' if origin in place.parents else ''}{source}. Choose another folder."
+                f"What is read must outlast what is written, but `--overwrite` of {out} would replace {part}{source}. "
+                f"Choose another folder."
             )
     return out
 
@@ -98,14 +96,7 @@ def write_checkpoint(
 
 def write_json(content: dict, out: Path) -> None:
     """One JSON object, complete or not at all."""
-    write_text(json.dumps(content, indent=1) + "\n", out)
-
-
-def write_text(content: str, out: Path) -> None:
-    """A file, complete or not at all; folders above it are made if they are missing."""
-    with writing(out):
-        _parent(out)
-        write_whole(out, content)
+    write_file(out, json.dumps(content, indent=1) + "\n")
 
 
 def publish(made: Path, out: Path) -> None:
@@ -120,6 +111,20 @@ def publish(made: Path, out: Path) -> None:
 
 
 @contextmanager
+def only_run(work: Path, what: str) -> Iterator[None]:
+    """While this lasts, no other process is at work in a folder.
+
+    Raises:
+        ConfigError: one is; `what` says what only one at a time can do.
+    """
+    try:
+        with FileLock(work / "lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise ConfigError(f"One run at a time can {what}, but another one is at it. Wait for it to end.") from error
+
+
+@contextmanager
 def work_folder(out: Path) -> Iterator[Path]:
     """The hidden folder `.<out>.part` beside `out`, which a run that is interrupted leaves to the next one.
 
@@ -130,12 +135,8 @@ def work_folder(out: Path) -> Iterator[Path]:
         work = _parent(out) / f".{out.name}.part"
         work.mkdir(exist_ok=True)
     try:
-        with FileLock(work / "lock", timeout=0):
+        with only_run(work, f"write {out}"):
             yield work
-    except Timeout as error:
-        raise ConfigError(
-            f"One run at a time can write {out}, but another one is at it. Wait for it to end."
-        ) from error
     except NonFiniteError:  # no run from this source can do better
         shutil.rmtree(work)
         raise
@@ -147,15 +148,20 @@ def work_folder(out: Path) -> Iterator[Path]:
     shutil.rmtree(work)
 
 
-def state_of_files(place: Path, out: Path) -> list[tuple[str, int, int]]:
+def state_of_files(place: Path, out: Path) -> list[list]:
     """Name, size and time of the files of a folder, or of a file, but for hidden ones and those in `out`."""
     files = [place] if place.is_file() else sorted(each for each in place.rglob("*") if each.is_file())
-    inside = [each.relative_to(place) for each in files]
     return [
-        (str(name), file.stat().st_size, file.stat().st_mtime_ns)
-        for name, file in zip(inside, files, strict=True)
-        if not any(part.startswith(".") for part in name.parts) and out.absolute() not in file.absolute().parents
+        state_of_file(file, file.relative_to(place))
+        for file in files
+        if not any(part.startswith(".") for part in file.relative_to(place).parts)
+        and out.absolute() not in file.absolute().parents
     ]
+
+
+def state_of_file(file: Path, name: Path | None = None) -> list:
+    """Name, size and time, as JSON knows them."""
+    return [str(name or file), file.stat().st_size, file.stat().st_mtime_ns]
 
 
 def _parent(out: Path) -> Path:

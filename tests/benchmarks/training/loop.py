@@ -94,6 +94,8 @@ class Progress:
 class Task(nn.Module):
     """A model to be trained: its networks are children, its forward gives the loss.
 
+    A subclass has `draw` and `sample_grid`, and `pipeline`, unless it exports something else than a pipeline.
+
     Args:
         settings (`Settings`): of its training, and where a subclass has more, of its networks.
         made_of (`Mapping[str, str]`, *optional*): what else a run depends on → its digest.
