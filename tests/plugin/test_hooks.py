@@ -65,7 +65,7 @@ def test_a_model_whose_layers_run_something_else_is_not_made_float(packed_pipe, 
 
 def test_a_model_whose_layers_run_something_else_is_not_split(packed_pipe):
     teacher = DDPMPipeline(make_unet(), DDIMScheduler())
-    group_offload(packed_pipe.unet)
+    sequential_offload(packed_pipe.unet)
     with pytest.raises(StateError, match="must run its own `forward` to be split"):
         split_shortcuts(packed_pipe, teacher, SHORT)
 
