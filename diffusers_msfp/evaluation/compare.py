@@ -19,7 +19,7 @@ from ..compat.torch import tree_map
 from ..compat.wrappers import sees_through
 from ..errors import ConfigError
 from ..results import OPTIONAL, OnProgress, Result
-from ..sampling.calls import batched_calls, call_arguments, labels_of, quiet, require_positive
+from ..sampling.calls import batched_calls, call_arguments, labels_of, quiet, require_positive, unseen
 from ..sampling.denoisers import denoiser_name, denoiser_of, denoisers_of, is_quantized, model_output, scheduler_of
 from ..sampling.denoising_factor import at_timestep, known_factors
 from ..sampling.solvers import with_parts, with_sampler
@@ -109,7 +109,8 @@ def compare_pipelines(
         reference (`DiffusionPipeline`): full precision; not changed.
         candidate (`DiffusionPipeline` or `ModelMixin`): of the same architecture, not changed; a denoiser alone takes
             the place of the reference's.
-        num_samples, num_inference_steps, seed, eta: of both runs.
+        num_samples, num_inference_steps, eta: of both runs.
+        seed: of their noise, which is none that `calibrate` or a method draws with this or a near seed.
         sampler (`str`, *optional*): see `with_sampler`.
         prompts (`list[str]`, *optional*): taken in turn where the pipeline takes prompts.
         on_progress (`OnProgress`, *optional*): called with (done, total) after each step of the reference.
@@ -127,7 +128,7 @@ def compare_pipelines(
     originals, students = paired_denoisers(reference, quantized)
     make_arguments = call_arguments(reference, prompts, num_inference_steps, {"output_type": "pt"} | arguments)
     models = list(students.values())
-    calls, again = (batched_calls(make_arguments, models, num_samples, seed) for _ in range(2))  # generators advance
+    calls, again = (batched_calls(make_arguments, models, num_samples, unseen(seed)) for _ in range(2))  # generators advance
     factors = known_factors(scheduler_of(reference), num_inference_steps)
     figures = {name: _Figures(factors) for name in originals}
     done = 0

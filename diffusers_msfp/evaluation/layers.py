@@ -21,7 +21,7 @@ from ..errors import ConfigError
 from ..methods.routes import enter_timestep
 from ..methods.talora.attach import plan_of
 from ..results import OnProgress, Result
-from ..sampling.calls import batched_calls, call_arguments, quiet, require_positive
+from ..sampling.calls import batched_calls, call_arguments, quiet, require_positive, unseen
 from ..sampling.solvers import with_sampler
 from ..sampling.timestep import first_timestep, timestep_argument
 from ..sampling.used_output import counted, used_channels
@@ -82,7 +82,7 @@ def layer_snr(
     candidate, reference = in_place_of(reference, candidate), with_sampler(reference, sampler)
     originals, students = paired_denoisers(reference, candidate)
     make_arguments = call_arguments(reference, prompts, num_inference_steps, {"output_type": "pt"} | arguments)
-    calls = batched_calls(make_arguments, list(students.values()), num_samples, seed)
+    calls = batched_calls(make_arguments, list(students.values()), num_samples, unseen(seed))
     signal: dict[str, dict[float, float]] = defaultdict(lambda: defaultdict(float))
     noise: dict[str, dict[float, float]] = defaultdict(lambda: defaultdict(float))
     done, running = 0, math.nan

@@ -238,6 +238,17 @@ def keep_labels(pipe: DiffusionPipeline) -> None:
         pipe.register_to_config(id2label={label: ", ".join(found) for label, found in names.items()})
 
 
+def unseen(seed: int) -> int:
+    """The seed that an evaluation draws from, away from `seed` and those after it, which methods draw theirs from.
+
+    A checkpoint is so not measured on the noise that it was calibrated or trained on, with equal `seed`s as with
+    defaults.
+    """
+    if not isinstance(seed, Integral):
+        raise ConfigError(f"`seed` must be a whole number, but got {seed!r}.")
+    return int(np.random.SeedSequence(int(seed) % 2**64).generate_state(1)[0])
+
+
 def batched_calls(make: Callable, models: Sequence[nn.Module], num_samples: int, seed: int) -> list[Call]:
     """The calls that `num_samples` take; equal seeds give equal noise.
 

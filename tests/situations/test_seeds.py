@@ -190,3 +190,24 @@ def test_refused_arguments(packed_pipe, arguments, said):
     with pytest.raises(ConfigError, match=said):
         calibrate(packed_pipe, **arguments)
     assert all(torch.equal(before[name], tensor) for name, tensor in packed_pipe.unet.state_dict().items())
+
+
+@pytest.mark.situation("a checkpoint is measured with the seed that it was calibrated and fine-tuned with", "right")
+def test_a_checkpoint_is_not_measured_on_noise_that_it_was_made_with():
+    pipe = DDPMPipeline(make_unet(**SMALL), DDIMScheduler())
+    reference, measured, made = copy.deepcopy(pipe), [], []
+
+    def keep(into):
+        return lambda _module, args, kwargs: into.append((args or tuple(kwargs.values()))[0].clone())
+
+    pipe.unet.register_forward_pre_hook(keep(made), with_kwargs=True)
+    quantize_pipeline(pipe, "w4a4", num_samples=4, num_inference_steps=2, seed=1)
+    finetune(pipe, reference, FinetuneConfig(train_steps=2, batch_size=2, num_inference_steps=2, seed=1))
+    made = torch.cat(made)
+    reference.unet.register_forward_pre_hook(keep(measured), with_kwargs=True)
+    compare_pipelines(reference, pipe, num_samples=2, num_inference_steps=2, seed=1)
+    layer_snr(reference, pipe, num_samples=2, num_inference_steps=2, seed=1)
+    measured = torch.cat(measured)
+    assert len(made)
+    assert len(measured)
+    assert not (made[:, None] == measured).flatten(2).all(2).any()

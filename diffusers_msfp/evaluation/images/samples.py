@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...methods.runs import inputs_digest, plain_config
 from ...results import OnProgress
-from ...sampling.calls import batch_size_for, call_arguments, counting_steps, labels_of, quiet, require_positive
+from ...sampling.calls import batch_size_for, call_arguments, counting_steps, labels_of, quiet, require_positive, unseen
 from ...sampling.denoisers import denoisers_of
 from ...sampling.observation import quantized_models
 from ...sampling.solvers import with_sampler
@@ -26,8 +26,7 @@ from ...sampling.solvers import with_sampler
 
 def noise_generator(seed: int, index: int) -> torch.Generator:
     """The random numbers of one picture; no two pictures of a run share them."""
-    start = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    return torch.Generator().manual_seed((start + index) % 2**32)
+    return torch.Generator().manual_seed((unseen(seed) + index) % 2**32)
 
 
 def pictures_tensor(output: Any) -> Tensor:
