@@ -1,8 +1,9 @@
 """bf16: lattice integers through bfloat16 (or, for float32 models, float32) products.
 
 A product of two numbers of up to 8 significant bits is exact in float32, where the sums are kept, so this serves
-layers whose formats are too wide for 8-bit integers. It never decodes a weight twice; weights take 2 bytes each. A
-quantized input goes in as bfloat16 where `q - k` has 8 significant bits, else as float32.
+layers whose formats are too wide for 8-bit integers. It never decodes a weight twice. A quantized input goes in as
+bfloat16 where `q - k` has 8 significant bits, else as float32; on a CPU without instructions for bfloat16, where its
+products take six times as long, all go in as float32. A weight takes the bytes of what it is multiplied with.
 """
 
 from functools import lru_cache
@@ -10,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..compat.torch import has_bf16_instructions
 from ..formats import FPFormat
 from ..layers import QuantLayer
 from ..numerics.rounding import require_finite
@@ -39,6 +41,11 @@ def is_on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
+def multiplies_bfloat16(x: Tensor) -> bool:
+    """Whether products of bfloat16 are fast where a tensor is; on other devices than CPUs they are."""
+    return not is_on_cpu(x) or has_bf16_instructions()
+
+
 @lru_cache(maxsize=256)
 def _fits_bfloat16(fmt: FPFormat, zero: int) -> bool:
     values = torch.tensor(fmt.lattice, dtype=torch.float32) - zero
@@ -52,28 +59,27 @@ class BF16Layer(PreparedLayer):
         super().__init__(layer, keep)
         self._table = torch.tensor(layer.weight_format.code_values, dtype=torch.int32)
 
-    def expand(self, bank: int) -> tuple[Tensor, Tensor]:
-        """Integers as bfloat16, where all of them are exact, channels last for images; the unit of each channel."""
+    def expand(self, bank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Integers as floats, which are exact in either dtype, channels last for images; the unit of each channel."""
         integers, units = used_integers(self.layer, bank, self._table)
-        weight = integers.to(torch.bfloat16)
+        weight = integers.to(dtype)
         return weight.contiguous(memory_format=torch.channels_last) if weight.ndim == 4 else weight, units
 
     def run(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor) -> Tensor:
         """As the layer."""
-        layer, dtype, (weight, unit) = self.layer, x.dtype, self.weight(bank)
-        if layer.input_format is not None and x.numel():
-            grid = self.grid(adapter)
-            x, unit = self._centred(x, grid, dtype), unit * grid.unit
-        if x.dtype == torch.bfloat16:
-            y = layer.compute(x, weight, None).to(torch.float32)
-        else:
-            y = layer.compute(x.to(torch.float32), weight.to(torch.float32), None)
-        y = y * self._per_channel(unit)
+        layer, dtype = self.layer, x.dtype
+        grid = self.grid(adapter) if layer.input_format is not None and x.numel() else None
+        narrow = dtype == torch.bfloat16 and multiplies_bfloat16(x)
+        if grid is not None:
+            narrow = narrow and _fits_bfloat16(layer.input_format, grid.zero)
+            x = self._centred(x, grid, torch.bfloat16 if narrow else torch.float32)
+        operands = torch.bfloat16 if narrow else torch.float32
+        weight, unit = self.weight(bank, operands)
+        y = layer.compute(x.to(operands), weight, None).to(torch.float32)
+        y = y * self._per_channel(unit if grid is None else unit * grid.unit)
         return (y if layer.bias is None else y + self._per_channel(layer.bias.to(torch.float32))).to(dtype)
 
     def _centred(self, x: Tensor, grid: InputGrid, dtype: torch.dtype) -> Tensor:
-        narrow = dtype == torch.bfloat16 and _fits_bfloat16(self.layer.input_format, grid.zero)
-        dtype = torch.bfloat16 if narrow else torch.float32
         dense = x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
         if not is_on_cpu(x):
             dense = require_finite(dense, f"The input of layer `{self.layer.module_name}`")

@@ -128,13 +128,14 @@ def _require_use(name: str, chosen: AutoEngine, layers: list[QuantLayer]) -> Non
     """Refuse an engine that can run no layer, and say which can."""
     if name in (AutoEngine.name, "reference") or any(layer.observing for layer in layers):
         return
-    reasons = [chosen.engines[0].refusal(layer) for layer in layers]
+    reasons = Counter(chosen.engines[0].refusal(layer) for layer in layers)
     if None in reasons:
         return
     able = [other for other, cls in ENGINES.items() if any(cls().refusal(layer) is None for layer in layers)]
+    (usual, _), *_ = reasons.most_common(1)
     raise ConfigError(
-        f"Engine {name!r} must be able to run a layer of this model here, but none can be run: {reasons[0]}. Engines "
-        f"that can: {', '.join(able)}; `auto` takes the fastest of them. {SEE_DOCTOR}"
+        f"Engine {name!r} must be able to run a layer of this model here, but it can run none: of most, {usual}. "
+        f"Engines that can: {', '.join(able)}; `auto` takes the fastest of them. {SEE_DOCTOR}"
     )
 
 

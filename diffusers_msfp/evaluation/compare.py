@@ -128,7 +128,8 @@ def compare_pipelines(
     originals, students = paired_denoisers(reference, quantized)
     make_arguments = call_arguments(reference, prompts, num_inference_steps, {"output_type": "pt"} | arguments)
     models = list(students.values())
-    calls, again = (batched_calls(make_arguments, models, num_samples, unseen(seed)) for _ in range(2))  # generators advance
+    noise = unseen(seed)
+    calls, again = (batched_calls(make_arguments, models, num_samples, noise) for _ in range(2))  # generators advance
     factors = known_factors(scheduler_of(reference), num_inference_steps)
     figures = {name: _Figures(factors) for name in originals}
     done = 0

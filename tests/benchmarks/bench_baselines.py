@@ -1,13 +1,16 @@
 """Every method through one program: baselines after other papers, installed peers, and the package's own recipes.
 
-    python tests/benchmarks/bench_baselines.py --data fashion_mnist.npz [--only "w4a4 ptq,w4a4 full"]
+    python tests/benchmarks/bench_baselines.py --data fashion_mnist.npz [--only "w4a4 ptq,w4a4 full"] [--hours H]
+    python tests/benchmarks/bench_baselines.py --model model_cards/cifar10-pixel --data cifar10_jpeg60k.npz
 
-The embedded model, 20 DDIM steps, one seed. Baselines are a scheme and a recipe, as reconstructed, not their authors'
-code; layers that that code leaves float stay float here, and their output is corrected as ours is. Fine-tuning stages
-get 200 updates of 16 samples each, EfficientDM's 1100, temporal ones 1000; the recipe `msfp` is evaluated on the
-checkpoints that the package brings (`diffusers_msfp/assets/README.md` has the commands, which with other schemes make
-others for `--tuned DIR`, of 1100 updates). Rows are written as they come, each with the commit that it was made with,
-so several processes may share the work with `--only`. Fréchet distances are between features of the package's
+The embedded model or another UNet's folder, 20 DDIM steps, one seed. Rows that are there for these weights are not made
+again, so that a run that was stopped, as `--hours` stops it between two rows, goes on; `--only` makes its rows anew.
+Baselines are a scheme and a recipe, as reconstructed, not their authors' code; layers that that code leaves float stay
+float here, and their output is corrected as ours is. Fine-tuning stages get 200 updates of 16 samples each,
+EfficientDM's 1100, temporal ones 1000; the recipe `msfp` is evaluated on the checkpoints that the package brings
+(`diffusers_msfp/assets/README.md` has the commands, which with other schemes and models make others for `--tuned DIR`,
+of 1100 updates; without one such a row is left out). Rows are written as they come, each with the commit that it was
+made with, so several processes may share the work with `--only`. Fréchet distances are between features of a
 classifier, *not* FID. Writes `model_cards/results/baselines.json`.
 """
 
@@ -25,11 +28,12 @@ import torch
 import typer
 from diffusers import DiffusionPipeline
 from filelock import FileLock
-from harness import RESULTS, origin, read_results, write_results
+from harness import origin, read_results, write_results
 
 from diffusers_msfp import MSFPConfig, quantize_pipeline
 from diffusers_msfp.assets import EMBEDDED_MODEL, TUNED_MODELS
 from diffusers_msfp.calibration import search
+from diffusers_msfp.checkpoint.digest import fingerprint
 from diffusers_msfp.evaluation import evaluate_pipelines
 from diffusers_msfp.evaluation.timing.providers import provide
 from diffusers_msfp.methods import METHODS
@@ -108,20 +112,25 @@ CELLS |= {
 }
 
 
+def tuned_checkpoint(model: Path, cell: Cell, tuned: Path | None) -> Path | None:
+    """What the package brings, or another that was made with the same command."""
+    return TUNED_MODELS.get(cell.scheme, tuned) if model == EMBEDDED_MODEL else tuned
+
+
 def made(reference, cell: Cell, correction: bool, tuned: Path | None) -> tuple[DiffusionPipeline, dict]:
     """A quantized pipeline, and what making it took."""
     pipe, started, stages = copy.deepcopy(reference), time.perf_counter(), {}
-    if cell.recipe == "msfp":  # the checkpoint that the package brings, or another that was made with the same command
-        folder = TUNED_MODELS.get(cell.scheme, tuned)
-        if folder is None:
-            command = f"quantize --scheme {cell.scheme} --recipe msfp"
-            raise typer.BadParameter(f"`--tuned`: where `{command}` has put its result")
+    if cell.recipe == "msfp":
         stages = dict.fromkeys(MSFP if correction else MSFP[:1])
-        return DiffusionPipeline.from_pretrained(folder), {"minutes": None, "stages": stages}
+        pipe = DiffusionPipeline.from_pretrained(tuned)
+        if (found := pipe.unet.config.quantization_config.scheme) != cell.scheme:
+            raise typer.BadParameter(f"`--tuned` must hold {cell.scheme}, but holds {found}")
+        return pipe, {"minutes": None, "stages": stages}
     if cell.scheme == "nncf:int8":
         pipe.unet = nncf_unet.quantized(pipe, cell.keep)
     elif cell.recipe is None:
-        x = torch.randn(1, *[pipe.unet.config.in_channels, 32, 32], dtype=torch.bfloat16)
+        size = pipe.unet.config.sample_size
+        x = torch.randn(1, pipe.unet.config.in_channels, size, size, dtype=torch.bfloat16)
         pipe.unet = provide(cell.scheme, pipe.unet, lambda unet: unet(x, 0))
     else:
         with mock.patch.object(search, "is_skewed", return_value=True) if cell.zero_points else nullcontext():
@@ -141,20 +150,32 @@ def settings_for(cell: Cell) -> dict[str, dict]:
 
 
 def main(
-    data: Annotated[str, typer.Option(help="fashion_mnist.npz, for real test images")],
-    only: Annotated[str, typer.Option(help="names of cells separated by commas; all if left out")] = "",
+    data: Annotated[Path, typer.Option(help="fashion_mnist.npz or cifar10_jpeg60k.npz, for real test images")],
+    only: Annotated[str, typer.Option(help="names of cells separated by commas; what is missing if left out")] = "",
     num_samples: Annotated[int, typer.Option(help="pictures of a cell")] = 2000,
+    model: Annotated[Path, typer.Option(help="a float pipeline with a UNet")] = EMBEDDED_MODEL,
     tuned: Annotated[Path | None, typer.Option(help="made by `quantize --scheme w4a8 --recipe msfp`")] = None,
+    hours: Annotated[float | None, typer.Option(help="begin no cell later than that")] = None,
+    work: Annotated[Path | None, typer.Option(help="keeps pictures, so that a cell that was killed goes on")] = None,
 ) -> None:
     """Make, evaluate, write rows."""
-    reference = with_ddim(DiffusionPipeline.from_pretrained(EMBEDDED_MODEL))
+    started = time.monotonic()
+    reference = with_ddim(DiffusionPipeline.from_pretrained(model, dtype=torch.float32))
     reference.set_progress_bar_config(disable=True)
-    pictures = Path(tempfile.gettempdir()) / "baseline-pictures"
-    for name in only.split(",") if only else CELLS:
+    about = {"model": model.name, "weights": fingerprint([reference.unet])}
+    pictures = work or Path(tempfile.gettempdir()) / "baseline-pictures"
+    for name in only.split(",") if only else missing(about):
         cell = CELLS[name]
-        pipe, cost = made(reference, cell, name.endswith(CORRECTED), tuned)
+        own = tuned_checkpoint(model, cell, tuned)
+        if cell.recipe == "msfp" and own is None:
+            typer.echo(f"{name}: left out, `--tuned` says where `quantize --scheme {cell.scheme} --recipe msfp` put it")
+            continue
+        if hours is not None and time.monotonic() - started > 3600 * hours:
+            typer.echo(f"{name}: not begun, {hours:g} hours are over")
+            return
+        pipe, cost = made(reference, cell, name.endswith(CORRECTED), own)
         result = evaluate_pipelines(reference, pipe, data=data, num_samples=num_samples, folder=pictures)
-        row = {
+        row = about | {
             "cell": name,
             "scheme": cell.scheme,
             "recipe": cell.recipe,
@@ -174,6 +195,12 @@ def main(
         typer.echo(f"{name}: eps_rel_l2 {row['eps_rel_l2']:.4f}, {cost}", err=True)
 
 
+def missing(about: dict) -> list[str]:
+    """Cells without a row of these weights."""
+    there = {row["cell"] for row in read_results("baselines")["rows"] if about.items() <= row.items()}
+    return [name for name in CELLS if name not in there]
+
+
 def rounded(value: object) -> object:
     """Four digits."""
     if isinstance(value, dict):
@@ -184,11 +211,19 @@ def rounded(value: object) -> object:
 
 
 def keep(row: dict) -> None:
-    """Put a row into the results file, in the order of the cells."""
+    """Put a row into the results file, in the order of models and cells, in the place of other weights' too."""
     with FileLock(Path(tempfile.gettempdir()) / "baselines.lock"):
-        rows = read_results("baselines")["rows"] if (RESULTS / "baselines.json").exists() else []
-        rows = [each for each in rows if each["cell"] != row["cell"] and each["cell"] in CELLS] + [row]
-        write_results("baselines", COMMAND, sorted(rows, key=lambda each: list(CELLS).index(each["cell"])))
+        rows = [
+            each
+            for each in read_results("baselines")["rows"]
+            if each["cell"] in CELLS
+            and (each["model"], each["cell"]) != (row["model"], row["cell"])
+            and (each["model"] != row["model"] or each["weights"] == row["weights"])
+        ]
+        order = list(dict.fromkeys(each["model"] for each in [*rows, row]))
+        rows.append(row)
+        rows.sort(key=lambda each: (order.index(each["model"]), list(CELLS).index(each["cell"])))
+        write_results("baselines", COMMAND, rows)
 
 
 if __name__ == "__main__":

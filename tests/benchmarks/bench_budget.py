@@ -38,6 +38,7 @@ from diffusers_msfp.budget.runs import Pictures, quantized, step_seconds
 from diffusers_msfp.budget.sensitivity import Samples, measure, replaced
 from diffusers_msfp.budget.size import layer_bytes
 from diffusers_msfp.budget.table import Table
+from diffusers_msfp.checkpoint.digest import fingerprint
 from diffusers_msfp.evaluation.compare import psnr_db
 from diffusers_msfp.evaluation.images.distances import mean_of
 from diffusers_msfp.evaluation.images.samples import draw_pictures
@@ -266,14 +267,14 @@ def main(
     model: Annotated[Path, typer.Option(help="a float pipeline's folder")] = EMBEDDED_MODEL,
 ) -> None:
     """Measure, choose, sample, write rows."""
-    parts = part.split(",")
+    parts, pipe = part.split(","), float_pipe(model)
+    weights = fingerprint([denoiser_of(pipe)])
 
     def write(row: dict) -> None:
-        row = {"model": model.name} | row
+        row = {"model": model.name, "weights": weights} | row
         keep_rows("budget", COMMAND, [row], by=KEY, order=lambda each: (each["model"], PARTS.index(each["part"])))
         typer.echo(str({key: value for key, value in row.items() if key != "schemes"}), err=True)
 
-    pipe = float_pipe(model)
     with tempfile.TemporaryDirectory() as scratch:
         work = work or Path(scratch)
         work.mkdir(exist_ok=True)

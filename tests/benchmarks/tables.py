@@ -463,7 +463,7 @@ SHOWN = {
 
 def quality() -> Iterator[dict[str, str]]:
     """The short form of `baselines`."""
-    rows = {row["cell"]: row for row in read_results("baselines")["rows"]}
+    rows = {row["cell"]: row for row in grouped("baselines", "model")[EMBEDDED_MODEL.name]}
     for cell, label in SHOWN.items():
         yield {
             "": label,
@@ -499,7 +499,7 @@ def speed() -> Iterator[dict[str, str]]:
 
 def baselines() -> Iterator[dict[str, str]]:
     """Every method, against full precision and real pictures."""
-    rows = read_results("baselines")["rows"]
+    rows = grouped("baselines", "model")[EMBEDDED_MODEL.name]
     for row in rows:
         stages = [stage.name for stage in RECIPES[row["recipe"]]] if row["recipe"] else []
         stages += ["correction"] if row["cell"].endswith(" + correction") else []

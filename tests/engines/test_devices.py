@@ -75,7 +75,7 @@ def test_bf16_elsewhere_equals_the_reference_and_reads_nothing(name, scheme, mon
     layer, x = quantized(*LAYERS[name][:1], scheme, LAYERS[name][1], signed=name == "conv")
     expected = layer(x)
     prepared = ENGINES["bf16"]().prepare(layer)
-    prepared.weight(0), prepared.grid(0)
+    prepared.weight(0, x.dtype), prepared.grid(0)
     monkeypatch.setattr(bf16, "is_on_cpu", lambda _: False)
     monkeypatch.setattr(bf16, "require_finite", lambda x, _: x)
     with NoHostReads():

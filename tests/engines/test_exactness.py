@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from diffusers_msfp.engines import ENGINES
+from diffusers_msfp.engines import ENGINES, bf16
 from diffusers_msfp.engines.engine import weight_unit
 from diffusers_msfp.engines.int8 import Int8Engine, products_are_exact
 from diffusers_msfp.errors import NonFiniteError
@@ -137,6 +137,24 @@ def test_products_too_large_for_a_processor_are_found_by_asking_it(monkeypatch):
     layer, _ = quantized(nn.Linear(8, 4), "w4a4", (2, 8), signed=True)
     monkeypatch.setattr("diffusers_msfp.engines.int8.products_are_exact", lambda *_: False)
     assert "16 bits" in Int8Engine().refusal(layer)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16"])
+@pytest.mark.parametrize("able", [True, False], ids=["bf16", "no-bf16"])
+@torch.no_grad()
+def test_processors_without_bfloat16_are_given_none_to_multiply(scheme, able, monkeypatch):
+    layer, x = quantized(*LAYERS["conv"][:1], scheme, LAYERS["conv"][1], signed=True)
+    x, expected, multiplied = x.bfloat16(), layer(x.bfloat16()), []
+    monkeypatch.setattr(bf16, "has_bf16_instructions", lambda: able)
+    layer.use_engine(ENGINES["bf16"]())
+    compute = layer.compute
+    monkeypatch.setattr(
+        layer, "compute", lambda *call: multiplied.append([t.dtype for t in call[:2]]) or compute(*call)
+    )
+    y = layer(x)
+    assert multiplied == [[torch.bfloat16 if able else torch.float32] * 2]
+    assert y.dtype == torch.bfloat16
+    assert_close(y, expected, ROUNDED_TWICE)
 
 
 @torch.no_grad()

@@ -14,9 +14,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from diffusers_msfp import MSFPConfig, freeze, set_engine
+from diffusers_msfp.engines import ENGINES
 from diffusers_msfp.engines.fusion.norms import FusedGroupNorm
 from diffusers_msfp.engines.fusion.processors import BF16AttnProcessor
+from diffusers_msfp.engines.int8 import products_are_exact
 from diffusers_msfp.layers import QuantLayer
+from diffusers_msfp.layers.convert import quant_layers
 from diffusers_msfp.numerics import Codes
 from diffusers_msfp.plugin.quantize import quantize_model
 
@@ -142,6 +145,11 @@ def check_codes(norm: FusedGroupNorm, codes: torch.Tensor, plain: torch.Tensor) 
     assert relative(layer(codes), layer(plain)) <= (EXACT if not differ.any() else 1e-2)
 
 
+def runs_any(engine: str, model: torch.nn.Module) -> bool:
+    """Whether an engine can run one of the model's layers here."""
+    return any(ENGINES[engine]().refusal(layer) is None for _, layer in quant_layers(model))
+
+
 @torch.no_grad()
 def test_every_leaf_equals_the_reference(model_and_inputs):
     model, inputs = model_and_inputs
@@ -150,6 +158,8 @@ def test_every_leaf_equals_the_reference(model_and_inputs):
     quantized = {name for name, module in model.named_modules() if isinstance(module, QuantLayer)}
     assert quantized <= seen.keys()
     for engine in ("int8", "bf16", "auto"):
+        if engine == "int8" and not products_are_exact(255, 127) and not runs_any(engine, model):
+            continue  # `w8a8` on processors that add pairs of products in 16 bits
         set_engine(model, engine)
         for name, (args, kwargs, output) in seen.items():
             leaf = model.get_submodule(name)
