@@ -19,6 +19,17 @@ def low_bits(fmt: FPFormat) -> int:
     return max(0, (fmt.lattice_max + byte_offset(fmt)).bit_length() - 8)
 
 
+_PAIR_MAX = 2**15 - 1
+
+
+def pairs_fit_16_bits(fmt: FPFormat, largest_weight: int) -> bool:
+    """Whether 16 bits hold the sum of any two products of an input's byte and a weight.
+
+    Processors without 8-bit dot products (VNNI, AMX) add pairs in 16 bits, with saturation.
+    """
+    return 2 * (fmt.lattice_max + byte_offset(fmt)) * largest_weight <= _PAIR_MAX
+
+
 @dataclass(frozen=True)
 class InputGrid:
     """An input's quantizer as plain numbers; `x ≈ (integer - zero - offset) * unit`.

@@ -44,7 +44,7 @@ class Int8Engine(Engine):
         if largest * layer.largest_weight * layer.matrix_shape[1] >= 2**31:
             return "its sums may exceed 32 bits"
         if not products_are_exact(largest, layer.largest_weight):
-            return "this processor adds pairs of such products in 16 bits"
+            return "this CPU adds pairs of such products in 16 bits"
         return None
 
     def prepare(self, layer: QuantLayer) -> "Int8Linear | Int8Conv":

@@ -15,12 +15,18 @@ from torch.nn import functional as F
 from ..compat.torch import ConvNd, padding_ends
 from ..engines.openvino.layers import Inputs
 from ..engines.openvino.rounding import Grid
-from ..formats import INT8_MAX
 from ..layers import QuantLayer
-from .layers import Kinds, PackedConv1d, PackedConv2d, PackedGraphLayer, PackedLinear, centred, packed_layer
+from .layers import (
+    Kinds,
+    PackedConv1d,
+    PackedConv2d,
+    PackedGraphLayer,
+    PackedLinear,
+    centred,
+    in_integers,
+    packed_layer,
+)
 
-PAIR_MAX = 2**15 - 1
-"""Largest sum of two products that 16 bits hold."""
 _OPSET = 10  # in which both operators came
 
 
@@ -119,12 +125,3 @@ def onnx_layer(layer: QuantLayer, inputs: Inputs) -> OnnxLayer:
         grid = cast(Grid, made.grid)
         made.register_buffer("zero", torch.tensor(grid.zero + grid.offset, dtype=torch.uint8))
     return made
-
-
-def in_integers(layer: QuantLayer) -> bool:
-    """Whether a layer's products are those of bytes, with sums that fit on every processor."""
-    if layer.input_format is None or layer.largest_weight > INT8_MAX:
-        return False
-    grid = Grid(layer.input_format, 1.0, 1.0, 0)
-    largest = layer.input_format.lattice_max + grid.offset
-    return layer.input_format.fits_byte and 2 * largest * layer.largest_weight <= PAIR_MAX

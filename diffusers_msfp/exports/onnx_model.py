@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..engines.openvino.layers import Inputs
 from ..engines.openvino.record import Recorder
 from ..layers import QuantLayer
-from .layers import PackedGraphLayer, stored_bytes
-from .onnx_layers import in_integers, onnx_layer
+from .layers import PackedGraphLayer, in_integers, stored_bytes
+from .onnx_layers import onnx_layer
 from .target import Ports, Target
 
 OPSET = 21

@@ -6,9 +6,10 @@ from typing import Any
 from torch import nn
 
 from ..engines.openvino.choices import Choice
-from ..engines.openvino.layers import Inputs, graph_layer, runs_in_bytes
+from ..engines.openvino.layers import Inputs, graph_layer
 from ..engines.openvino.record import Recorder, record
 from ..layers import QuantLayer
+from .layers import in_integers
 from .target import Ports, Target
 
 
@@ -17,20 +18,23 @@ class OpenVINO(Target):
 
     name, suffix = "openvino", ".xml"
     packages, extra = ("openvino",), "openvino"
-    unpacked = "OpenVINO multiplies bytes where a weight is a constant of bytes; what bytes do not hold is float32"
+    unpacked = (
+        "OpenVINO multiplies bytes where a weight is a constant of bytes; what bytes do not hold, or some processors "
+        "would not add exactly, is float32"
+    )
 
     def layer_in_graph(self, layer: QuantLayer, inputs: Inputs) -> nn.Module:
         """See `Target`."""
-        return graph_layer(layer, Choice(), inputs)
+        return graph_layer(layer, Choice(), inputs, in_bytes=in_integers(layer))
 
     def weight_bytes(self, layer: QuantLayer) -> int:
         """See `Target`."""
         rows, length = layer.matrix_shape
-        return rows * length * (1 if runs_in_bytes(layer) else 4)
+        return rows * length * (1 if in_integers(layer) else 4)
 
     def in_integers(self, layer: QuantLayer) -> bool:
         """See `Target`."""
-        return runs_in_bytes(layer)
+        return in_integers(layer)
 
     def write(self, recorder: Recorder, ports: Ports, path: Path) -> None:
         """See `Target`."""

@@ -4,7 +4,11 @@ import pytest
 import torch
 from cases import LAYERS, assert_close, quantized
 
+from diffusers_msfp.engines.grid import pairs_fit_16_bits
+from diffusers_msfp.engines.integers.products import products_are_exact as int8_products_are_exact
+from diffusers_msfp.engines.openvino import layers as graph_layers
 from diffusers_msfp.engines.openvino.choices import Choice
+from diffusers_msfp.engines.openvino.installed import products_are_exact
 from diffusers_msfp.engines.openvino.layers import Inputs, graph_layer, runs_in_bytes, why_not
 from diffusers_msfp.engines.openvino.rounding import round_in_graph
 from diffusers_msfp.errors import UnsupportedError
@@ -46,7 +50,7 @@ def run_as_graph(layer, x: torch.Tensor, precision: str) -> tuple[torch.Tensor, 
     """A layer's output by OpenVINO, and the kernels that multiplied."""
     openvino = pytest.importorskip("openvino")
     from diffusers_msfp.compat.openvino import graph_of
-    from diffusers_msfp.engines.openvino.runtime import settings
+    from diffusers_msfp.engines.openvino.installed import settings
 
     inputs = Inputs()
     made = graph_layer(layer, Choice(), inputs).eval()
@@ -96,15 +100,34 @@ MULTIPLYING = ("Convolution", "FullyConnected", "FullyConnectedQuantizedLegacy",
 def test_layers_multiply_bytes_and_equal_the_reference(name, scheme, signed):
     module, shape = LAYERS[name]
     layer, x = quantized(module, scheme, shape, signed)
-    assert runs_in_bytes(layer)
+    fits = pairs_fit_16_bits(layer.input_format, layer.largest_weight)
+    assert fits == (scheme in ("w4a4", "w4a8"))
+    assert runs_in_bytes(layer) == (fits or products_are_exact(255, 127))
     y, kernels = run_as_graph(layer, x, "f32")
     assert_close(y, layer(x), 1e-5)
     assert kernels or getattr(module, "groups", 1) > 1, "of few channels in a group OpenVINO makes a kernel of its own"
-    assert all(kernel.lower().endswith("i8") for kernel in kernels)
+    assert all(kernel.lower().endswith("i8") for kernel in kernels) == runs_in_bytes(layer) or not kernels
     x = x.bfloat16().float()
     y, kernels = run_as_graph(layer, x, "bf16")
     assert_close(y, layer(x), ONCE)  # the codes are the same: only the output is rounded
-    assert all(kernel.lower().endswith("i8") for kernel in kernels)
+    assert all(kernel.lower().endswith("i8") for kernel in kernels) == runs_in_bytes(layer) or not kernels
+
+
+@TRACED
+@pytest.mark.parametrize("name", ["conv", "dilated-groups", "linear"])
+@torch.no_grad()
+def test_what_a_processor_would_not_add_exactly_runs_as_floats(name, monkeypatch):
+    monkeypatch.setattr(graph_layers, "products_are_exact", lambda *_: False)
+    for scheme, in_bytes in (("w8a8", False), ("w4a8", True)):
+        layer, x = quantized(*LAYERS[name][:1], scheme, LAYERS[name][1], signed=True)
+        assert runs_in_bytes(layer) == in_bytes
+        y, _ = run_as_graph(layer, x, "f32")
+        assert_close(y, layer(x), 1e-5)
+
+
+def test_openvino_is_asked_what_it_adds_exactly():
+    assert products_are_exact(255, 64), "pairs of these fit 16 bits"
+    assert products_are_exact(255, 127) == int8_products_are_exact(255, 127), "the same instructions serve torch"
 
 
 @TRACED

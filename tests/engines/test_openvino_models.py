@@ -32,7 +32,7 @@ from diffusers_msfp.assets import EMBEDDED_MODEL, TUNED_MODELS
 from diffusers_msfp.cli.shared.load import SourceError
 from diffusers_msfp.engines import tuning
 from diffusers_msfp.engines.choose import engine_from_environment, engines_of
-from diffusers_msfp.engines.openvino import forward, graph_forward_of, runtime
+from diffusers_msfp.engines.openvino import forward, graph_forward_of, installed, runtime
 from diffusers_msfp.engines.tuning import measure
 from diffusers_msfp.errors import ConfigError, UnsupportedError
 from diffusers_msfp.layers.convert import Conversion, convert, layers_by_name
@@ -361,7 +361,7 @@ def test_old_graphs_make_room_on_disk(tmp_path, monkeypatch):
 
 
 def test_without_the_package_the_engine_says_so(model, monkeypatch):
-    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda *_: None)
+    monkeypatch.setattr(installed.importlib.util, "find_spec", lambda *_: None)
     with pytest.raises(ConfigError, match=r"openvino.*not installed.*pip install"):
         set_engine(model, "openvino")
     monkeypatch.setenv("MSFP_ENGINE", "openvino")

@@ -16,6 +16,7 @@ from diffusers_msfp import set_engine
 from diffusers_msfp.checkpoint.describe import describe_checkpoint
 from diffusers_msfp.cli.app import app
 from diffusers_msfp.compat.processor import processor
+from diffusers_msfp.compat.torch import has_bf16_instructions
 from diffusers_msfp.engines import kernels, tuning
 from diffusers_msfp.engines.fusion import attention as attention_module
 from diffusers_msfp.engines.fusion.norms import norm
@@ -227,6 +228,9 @@ def test_every_way_gives_the_same_sums(name, scheme, monkeypatch):
 
     layer.use_engine(None)
     reference = layer(x)
+    if Int8Engine().refusal(layer) is not None:
+        assert scheme == "w8a8-wide"  # on processors that add pairs of products in 16 bits
+        return
     monkeypatch.setattr(Int8Layer, "by_fastest", all_ways)
     layer.use_engine(Int8Engine())
     for dtype in (torch.float32, torch.bfloat16):
@@ -239,7 +243,8 @@ def test_every_way_gives_the_same_sums(name, scheme, monkeypatch):
                 assert torch.equal(y, default), way
     assert (layer(x) - reference).norm() <= 1e-5 * reference.norm()
     names = {way for _, way in outputs}
-    assert len(names) > 1 or name == "groups" or scheme == "w8a8-wide"
+    few = name == "groups" or scheme == "w8a8-wide" or (name == "linear" and not has_bf16_instructions())
+    assert len(names) > 1 or few
 
 
 @torch.no_grad()
@@ -306,7 +311,8 @@ def test_inspection_and_benchmarks_show_the_times(tuned, packed_dir):
     assert question.startswith("fast kernel 3x3 stride 1x1 padding 1x1 dilation 1x1 groups 1 2x")
     assert set(shown[name][question]) == {"convolution", "columns"}
     result = CliRunner().invoke(app, ["inspect", f"{packed_dir}/unet"])
-    assert f"{name}, measured for {question}: columns " in result.stdout
+    times = next(line for line in result.stdout.splitlines() if line.startswith(f"{name}, measured for {question}: "))
+    assert {"columns", "convolution"} <= set(times.split())
     result = CliRunner().invoke(app, ["bench", "--model", packed_dir, "--repeats", "2"])
     assert result.exit_code == 0, result.output
     assert "convolution" in result.stdout

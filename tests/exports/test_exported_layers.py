@@ -7,8 +7,8 @@ import torch
 from cases import LAYERS, assert_close, quantized
 
 from diffusers_msfp.engines.openvino.layers import Inputs
-from diffusers_msfp.exports.layers import keeps_packed, packed_layer, stored_bytes
-from diffusers_msfp.exports.onnx_layers import in_integers, onnx_layer
+from diffusers_msfp.exports.layers import in_integers, keeps_packed, packed_layer, stored_bytes
+from diffusers_msfp.exports.onnx_layers import onnx_layer
 from diffusers_msfp.exports.onnx_model import export_onnx
 
 SCHEMES = ("w4a4", "w4a8", "w6a6", "w8a8", "w4g16a4", "w4g16a8", "w8a8-wide", "w4a16")

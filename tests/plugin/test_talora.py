@@ -197,7 +197,7 @@ def test_gradients_recomputed_in_another_thread_find_their_adapter(side, images)
 def test_sequential_offloading_finds_the_adapters(tuned, images):
     expected = run(tuned.unet, images, HIGH)
     cpu_offload(tuned.unet, execution_device=torch.device("cpu"))
-    assert torch.equal(run(tuned.unet, images, HIGH), expected)
+    assert near(run(tuned.unet, images, HIGH), expected)
 
 
 def test_casting_by_force_keeps_adapters_and_their_ranges_exact(side):

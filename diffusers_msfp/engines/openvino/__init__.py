@@ -6,9 +6,9 @@ calls run as graphs.
 """
 
 from .forward import GraphForward, compare, graph_forward_of, install, remove
+from .installed import require, why_missing
 from .layers import are_bytes
 from .measured import is_any
-from .runtime import require, why_missing
 
 NAME = "openvino"
 """Of the engine."""

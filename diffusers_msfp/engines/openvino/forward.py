@@ -19,7 +19,7 @@ from ...layers import QuantLayer
 from ...layers.convert import quant_layers
 from ...sampling.timestep import timestep_argument
 from .. import tuning
-from . import obstacles, runtime
+from . import installed, obstacles, runtime
 from .call import GraphCall
 from .choices import Choice, choose, following
 from .measured import GRAPH, LAYERS, is_faster, question_of, structure_of
@@ -136,7 +136,7 @@ class GraphForward:
 
     def why_in_torch(self) -> str | None:
         """Why calls run in torch now, whatever their arguments; None if they run as graphs."""
-        if (reason := runtime.why_missing()) is not None:
+        if (reason := installed.why_missing()) is not None:
             return reason
         return self.latest if self.only_if_faster else self._look()[1]
 
@@ -150,7 +150,7 @@ class GraphForward:
         """The model as it is now, looked at anew only where it has changed, and why it cannot be a graph."""
         with self._looking:
             if self._seen is None or not self._seen.snapshot.holds():
-                if (reason := runtime.why_missing()) is not None:
+                if (reason := installed.why_missing()) is not None:
                     return None, reason
                 self._seen = Seen.of(self.model)
             return self._seen, self._seen.obstacle
@@ -178,7 +178,7 @@ class GraphForward:
             return graph, None
 
     def _make(self, seen: Seen, call: GraphCall, choice: Choice, dtype: torch.dtype) -> runtime.CompiledGraph:
-        precision = runtime.precision_of(dtype)
+        precision = installed.precision_of(dtype)
         key = runtime.key_of(seen.digest, call.key, choice.key, str(dtype), precision=precision)
         shape = "×".join(map(str, call.tensors[0].shape))
         describe = f"{type(self.model).__name__}, input {shape}"
@@ -246,9 +246,9 @@ def compare(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, float]:
         ConfigError: OpenVINO is not installed.
         UnsupportedError: no graph can hold the model or the call.
     """
-    runtime.require()
-    installed = graph_forward_of(model)
-    before = vars(model).get("forward") if installed is None else installed._before
+    installed.require()
+    graphs = graph_forward_of(model)
+    before = vars(model).get("forward") if graphs is None else graphs._before
     forward = GraphForward(model, before)
     with torch.no_grad():
         forward(**inputs)

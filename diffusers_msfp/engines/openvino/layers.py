@@ -2,7 +2,8 @@
 
 OpenVINO recognises `FakeQuantize` before a convolution or product whose weight is a constant of bytes times a scale,
 and multiplies bytes there. What integers of 8 bits cannot hold runs as floats: an input that is not quantized, formats
-whose lattice is larger (`w4a8-wide`, `w8a8-wide`), and layers with a parameter set for each timestep.
+whose lattice is larger (`w4a8-wide`, `w8a8-wide`), and layers with a parameter set for each timestep; so does what the
+processor's kernels would add with saturation (8-bit weights without VNNI).
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +20,9 @@ from ...errors import UnsupportedError
 from ...formats import INT8_MAX, FPFormat
 from ...layers import QuantLayer
 from ..engine import weight_integers, weight_unit
+from ..grid import byte_offset, pairs_fit_16_bits
 from .choices import Choice, Reader
+from .installed import products_are_exact
 from .rounding import Grid, lattice_integers, quantize_as_byte
 
 LEFT_OUT = ("prepared", "engine", "routing", "observation", "forward")
@@ -153,13 +156,14 @@ _KINDS: dict[type[nn.Module], type[GraphLayer]] = {
 }  # fmt: skip
 
 
-def graph_layer(layer: QuantLayer, choice: Choice, inputs: Inputs) -> GraphLayer:
+def graph_layer(layer: QuantLayer, choice: Choice, inputs: Inputs, *, in_bytes: bool | None = None) -> GraphLayer:
     """A quantized layer for recording, with the bank that was chosen.
 
     Args:
         layer (`QuantLayer`): frozen; not changed.
         choice (`Choice`): of the call that is recorded.
         inputs (`Inputs`): of the recording.
+        in_bytes (`bool`, *optional*): whether 8-bit integers are multiplied; by default where that is exact here.
     """
     bank = choice.banks.get(layer.module_name, 0)
     made = bare_copy(layer, _KINDS[layer.float_class], LEFT_OUT)
@@ -168,7 +172,7 @@ def graph_layer(layer: QuantLayer, choice: Choice, inputs: Inputs) -> GraphLayer
         inputs=inputs,
         reader=choice.readers.get(layer.module_name),
         grid=None if layer.input_format is None or layer.num_sets else Grid.of(layer.input_qparams(bank)),
-        in_bytes=runs_in_bytes(layer),
+        in_bytes=runs_in_bytes(layer) if in_bytes is None else in_bytes,
     )
     bias = None if layer.bias is None else layer.bias.detach().to(torch.float32, copy=True)  # see `own_float32`
     made.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
@@ -183,13 +187,21 @@ def _integers(layer: QuantLayer, bank: int) -> Tensor:
 
 
 def runs_in_bytes(layer: QuantLayer) -> bool:
-    """Whether a graph computes a layer in 8-bit integers."""
-    return not layer.num_sets and are_bytes(layer.weight_format, layer.input_format)
+    """Whether a graph computes a layer in 8-bit integers on this processor."""
+    return not layer.num_sets and are_bytes(layer.weight_format, layer.input_format, layer.largest_weight)
 
 
-def are_bytes(weight: FPFormat, read: FPFormat | None) -> bool:
-    """Whether 8-bit integers hold a layer's weight and what it reads."""
-    return read is not None and weight.lattice_max <= INT8_MAX and read.fits_byte
+def are_bytes(weight: FPFormat, read: FPFormat | None, largest: int | None = None) -> bool:
+    """Whether 8-bit integers hold a layer's weight and what it reads, and their products are added exactly here.
+
+    Args:
+        weight (`FPFormat`), read (`FPFormat`, *optional*): None for floats.
+        largest (`int`, *optional*): of the weight's integers, with group scales; by default the format's.
+    """
+    largest = weight.lattice_max if largest is None else largest
+    if read is None or not read.fits_byte or largest > INT8_MAX:
+        return False
+    return pairs_fit_16_bits(read, largest) or products_are_exact(read.lattice_max + byte_offset(read), largest)
 
 
 def why_not(layer: QuantLayer, dtype: torch.dtype) -> str | None:

@@ -1,8 +1,7 @@
-"""OpenVINO itself: whether it is there, graphs compiled for this processor, and their store on disk."""
+"""Graphs compiled for this processor, and their store on disk."""
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
@@ -16,43 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...compat.torch import has_bf16_instructions
-from ...errors import SEE_DOCTOR, ConfigError, UnsupportedError, first_line
+from ...errors import UnsupportedError, first_line
 from ...outputs import write_whole
 from ..kernels.user_cache import folder
 from .call import OutputForm
+from .installed import settings
 from .record import Recording
 
 logger = logging.getLogger(__name__)
 
 MAX_STORED_BYTES = 16 * 2**30
-_VERSION = 2  # of what is recorded; another one finds nothing of this one's on disk
+_VERSION = 3  # of what is recorded; another one finds nothing of this one's on disk
 _PACKAGES = ("openvino", "torch", "diffusers")
-
-
-def why_missing() -> str | None:
-    """Why OpenVINO cannot be used here; None if it can."""
-    if importlib.util.find_spec("openvino") is None:
-        return "the package `openvino` is not installed"
-    return None
-
-
-def require() -> None:
-    """Refuse to go on without OpenVINO.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    if (reason := why_missing()) is not None:
-        raise ConfigError(
-            f"Engine 'openvino' needs OpenVINO, but {reason}. Install it (`pip install 'diffusers-msfp[openvino]'`), "
-            f"or take engine 'auto'. {SEE_DOCTOR}"
-        )
-
-
-def precision_of(dtype: torch.dtype) -> str:
-    """What is computed outside of 8-bit products."""
-    return "bf16" if dtype == torch.bfloat16 and has_bf16_instructions() else "f32"
 
 
 class CompiledGraph:
@@ -89,17 +63,6 @@ class CompiledGraph:
         return outputs if bool(torch.isfinite(sound)) else None
 
 
-def settings(precision: str) -> dict[str, Any]:
-    """Of compilation; as many threads as torch has."""
-    return {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": 1,
-        "INFERENCE_PRECISION_HINT": precision,
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # else products of floats may be made with rounded ones
-    }
-
-
 def key_of(*parts: str, precision: str) -> str:
     """A name for what is compiled from these parts, by this version of everything, for this processor."""
     import openvino
@@ -122,7 +85,7 @@ def obtain(
 
     Args:
         key (`str`): see `key_of`.
-        precision (`str`): see `precision_of`.
+        precision (`str`): see `installed.precision_of`.
         describe (`str`): what is compiled, for the line that says so.
         make (`Callable`): records the graph.
         check (`Callable`): refuses a graph that was compiled just now, which is not stored then.
