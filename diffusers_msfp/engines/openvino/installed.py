@@ -51,7 +51,10 @@ def settings(precision: str) -> dict[str, Any]:
     }
 
 
-_KINDS = {F.conv2d: ((2, 64, 5, 5), (16, 64, 3, 3)), F.linear: ((2, 4, 64), (16, 64))}
+_KINDS: dict[Callable[..., Tensor], tuple[tuple[int, ...], tuple[int, ...]]] = {
+    F.conv2d: ((2, 64, 5, 5), (16, 64, 3, 3)),
+    F.linear: ((2, 4, 64), (16, 64)),
+}
 """Operation → shapes of its input and weight."""
 
 
@@ -60,7 +63,7 @@ class _Product(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, operation: Callable[[Tensor, Tensor], Tensor], value: int) -> None:
+    def __init__(self, operation: Callable[..., Tensor], value: int) -> None:
         super().__init__()
         self.operation = operation
         self.register_buffer("weight", torch.full(_KINDS[operation][1], value, dtype=torch.int8))
