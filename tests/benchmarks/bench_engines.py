@@ -65,7 +65,6 @@ CASES = {
     "ddpm-avx2": Case("ddpm-cifar10", 8, ("fp32", "fp32:cl", *OURS, "openvino:int8"), isa="AVX2", repeats=5),
     **{f"ddpm-avx2-batch{n}": Case("ddpm-cifar10", n, ("fp32", "w4a4", "w4a8"), isa="AVX2") for n in (1, 16)},
     "embedded-avx2": Case(str(EMBEDDED_MODEL), 8, ("fp32", "fp32:cl", "w4a4", "w4a8"), isa="AVX2"),
-    "sd15-avx2": Case("sd15", 2, ("fp32", "w4a4"), isa="AVX2", repeats=2),
     "embedded": Case(str(EMBEDDED_MODEL), 8, (*FLOATS, *OURS)),
     "sd15": Case("sd15", 2, ("fp32", "w4a4", "w4a8"), repeats=3),
     "sd15-runtimes": Case("sd15", 2, ("w4a4", *RUNTIMES[:2]), repeats=3),

@@ -18,7 +18,7 @@ from harness import keep_rows
 from steps import float_model, timed_on, times_of
 
 from diffusers_msfp import export, set_engine
-from diffusers_msfp.engines.openvino import runtime
+from diffusers_msfp.engines.openvino import installed
 from diffusers_msfp.evaluation.timing.providers import provide
 from diffusers_msfp.evaluation.timing.speed import example_inputs, step_of, take_turns
 from diffusers_msfp.exports import TARGETS
@@ -48,7 +48,7 @@ def runner(to: str, file: Path, inputs: dict[str, torch.Tensor]) -> Callable[[],
         return lambda: session.run(None, arrays)
     import openvino
 
-    request = openvino.Core().compile_model(file, "CPU", runtime.settings("f32")).create_infer_request()
+    request = openvino.Core().compile_model(file, "CPU", installed.settings("f32")).create_infer_request()
     return lambda: request.infer(arrays)
 
 

@@ -30,7 +30,7 @@ from torch import nn
 from diffusers_msfp import set_engine
 from diffusers_msfp.assets import EMBEDDED_MODEL, TUNED_MODELS
 from diffusers_msfp.compat.openvino import graph_of
-from diffusers_msfp.engines.openvino import forward, runtime
+from diffusers_msfp.engines.openvino import forward, installed
 from diffusers_msfp.evaluation.compare import psnr_db
 from diffusers_msfp.evaluation.timing.providers import provide
 from diffusers_msfp.evaluation.timing.speed import example_inputs, step_of, take_turns
@@ -56,7 +56,7 @@ def rival(model: nn.Module, inputs: dict, eight_bits: bool) -> Callable[[], obje
         import nncf
 
         graph = nncf.quantize(graph, nncf.Dataset([feeds] * 2), subset_size=2)
-    compiled = openvino.Core().compile_model(graph, "CPU", runtime.settings("bf16"))
+    compiled = openvino.Core().compile_model(graph, "CPU", installed.settings("bf16"))
     request = compiled.create_infer_request()
     return lambda: request.infer(feeds)
 
