@@ -88,7 +88,10 @@ def test_killed_it_goes_on_and_two_processes_give_the_same(asked, killed, tmp_pa
         "left out: candidate",
     ):
         assert line in table, line
-    assert notes.split("\n")[:2] == ["pictures of the reference", "pictures of the candidate"]
+    drawn = [
+        line for line in notes.split("\n") if line.startswith("pictures of")
+    ]  # between them slow machines say more
+    assert drawn == ["pictures of the reference", "pictures of the candidate"]
     assert {"bytes_reference", "bytes_quantized", "seconds", "peak_rss_bytes", "origin", "settings"} <= set(result)
     assert result["bytes_quantized"] < 0.35 * result["bytes_reference"]
 
