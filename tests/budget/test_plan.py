@@ -2,6 +2,8 @@
 
 import copy
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -11,6 +13,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DMode
 
 from diffusers_msfp import quantize_pipeline
 from diffusers_msfp.budget import BudgetPlan, plan_budget
+from diffusers_msfp.budget.plan import CLOSE_DB, MAX_RUNS, for_psnr
 from diffusers_msfp.budget.table import Table
 from diffusers_msfp.checkpoint.describe import file_bytes
 from diffusers_msfp.errors import CheckpointError, ConfigError
@@ -105,6 +108,23 @@ def test_a_target_for_psnr_is_met_with_few_bytes_or_refused_with_the_nearest(wor
     assert found.psnr_db >= best - 4.1
     assert found.bytes < max(point.bytes for point in found.front)
     assert len(found.runs) >= 3
+
+
+def test_a_target_for_psnr_is_looked_for_until_a_run_is_near_it():
+    """Pictures are chaotic: what has less error may look worse."""
+    layers = [f"layer{i}" for i in range(40)]
+    errors = {name: {"w4a8": 1e-4 * (1 + i), "w8a8": 1e-6} for i, name in enumerate(layers)}
+    table = Table(errors, {name: {"w4a8": 50, "w8a8": 100} for name in layers}, 0)
+    runs: list[tuple[float, float]] = []
+
+    def psnr(choice: Mapping[str, str]) -> float:
+        worse = {2: 4.0, 3: 6.0, 4: 8.0}.get(len(runs), 0.0)
+        return -10 * math.log10(table.sums(choice)[1]) - worse
+
+    found = table.choice(for_psnr(table, 20.0, psnr, runs).options)
+    assert all(psnr < 20 - CLOSE_DB for _, psnr in runs[2:MAX_RUNS]), "none of the usual number of runs meets it"
+    assert MAX_RUNS < len(runs) <= 2 * MAX_RUNS
+    assert table.sums(found)[0] < 100 * len(layers), "not the largest"
 
 
 def test_a_target_for_a_step_is_kept_or_refused_with_the_nearest():
