@@ -62,7 +62,8 @@ CASES = {
         "ddpm-cifar10", 8, ("bf16:cl:compile", "w4a4", "w4a4:compile", "sdnq:int8:compile"), repeats=5
     ),
     "ddpm-vnni": Case("ddpm-cifar10", 8, ("fp32", "fp32:cl", "w4a4", "w4a8"), isa="AVX512_CORE_VNNI", repeats=5),
-    "ddpm-avx2": Case("ddpm-cifar10", 8, ("fp32", "fp32:cl", *OURS, "openvino:int8"), isa="AVX2", repeats=5),
+    "ddpm-avx2": Case("ddpm-cifar10", 8, ("fp32", "fp32:cl", "w4a4", "w4a8", "w8a8"), isa="AVX2", repeats=5),
+    "ddpm-avx2-runtimes": Case("ddpm-cifar10", 8, ("w4a4", "openvino:int8"), isa="AVX2", repeats=5),
     **{f"ddpm-avx2-batch{n}": Case("ddpm-cifar10", n, ("fp32", "w4a4", "w4a8"), isa="AVX2") for n in (1, 16)},
     "embedded-avx2": Case(str(EMBEDDED_MODEL), 8, ("fp32", "fp32:cl", "w4a4", "w4a8"), isa="AVX2"),
     "embedded": Case(str(EMBEDDED_MODEL), 8, (*FLOATS, *OURS)),
