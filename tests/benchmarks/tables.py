@@ -240,7 +240,7 @@ CASES = {
     "sd15": "SD-1.5 shape, 64×64, batch 2",
     "embedded": "embedded model, batch 8",
     "ddpm-vnni": "DDPM-CIFAR-10 shape, without bfloat16 instructions",
-    "ddpm-avx2": "DDPM-CIFAR-10 shape, AVX2",
+    "ddpm-avx2": "DDPM-CIFAR-10 shape, AVX2 only",
 }
 
 
