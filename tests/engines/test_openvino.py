@@ -126,6 +126,7 @@ def test_what_a_processor_would_not_add_exactly_runs_as_floats(name, monkeypatch
 
 
 def test_openvino_is_asked_what_it_adds_exactly():
+    pytest.importorskip("openvino")
     assert products_are_exact(255, 64), "pairs of these fit 16 bits"
     assert products_are_exact(255, 127) == int8_products_are_exact(255, 127), "the same instructions serve torch"
 
