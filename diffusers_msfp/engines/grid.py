@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..formats import FPFormat
+from ..formats import INT8_MAX, FPFormat
 from ..numerics import QParams
 from ..numerics.rounding import zero_point_steps
 
@@ -19,6 +19,17 @@ def low_bits(fmt: FPFormat) -> int:
     return max(0, (fmt.lattice_max + byte_offset(fmt)).bit_length() - 8)
 
 
+def largest_byte(fmt: FPFormat) -> int:
+    """The largest byte that an input's integers take."""
+    bits = low_bits(fmt)
+    return max((fmt.lattice_max + byte_offset(fmt)) >> bits, 2**bits - 1)
+
+
+def are_bytes(read: FPFormat | None, largest_weight: int) -> bool:
+    """Whether one byte each holds what a layer reads (None: floats) and its weight."""
+    return read is not None and read.fits_byte and largest_weight <= INT8_MAX
+
+
 _PAIR_MAX = 2**15 - 1
 
 
@@ -27,7 +38,7 @@ def pairs_fit_16_bits(fmt: FPFormat, largest_weight: int) -> bool:
 
     Processors without 8-bit dot products (VNNI, AMX) add pairs in 16 bits, with saturation.
     """
-    return 2 * (fmt.lattice_max + byte_offset(fmt)) * largest_weight <= _PAIR_MAX
+    return 2 * largest_byte(fmt) * largest_weight <= _PAIR_MAX
 
 
 @dataclass(frozen=True)

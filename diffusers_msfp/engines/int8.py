@@ -14,10 +14,10 @@ from ..compat.torch import has_int8_operators
 from ..formats import INT8_MAX
 from ..layers import QuantLayer
 from .engine import Engine
-from .grid import low_bits
+from .grid import largest_byte, low_bits
 from .integers.conv import Int8Conv
 from .integers.linear import Int8Linear
-from .integers.products import largest_byte, products_are_exact
+from .integers.products import products_are_exact
 
 _MAX_LOW_BITS = 8
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..compat.modules import bare_copy
 from ..engines.engine import weight_integers, weight_unit
-from ..engines.grid import pairs_fit_16_bits
+from ..engines.grid import are_bytes, pairs_fit_16_bits
 from ..engines.openvino.layers import LEFT_OUT, GraphConv1d, GraphConv2d, GraphLayer, GraphLinear, Inputs, Quantize
 from ..engines.openvino.rounding import Grid, lattice_integers
 from ..formats import INT8_MAX
@@ -143,7 +143,5 @@ def packed_layer(layer: QuantLayer, inputs: Inputs, kinds: Kinds = KINDS) -> Any
 
 def in_integers(layer: QuantLayer) -> bool:
     """Whether a layer's products are those of bytes, with sums that are exact on every processor."""
-    read = layer.input_format
-    if read is None or not read.fits_byte or layer.largest_weight > INT8_MAX:
-        return False
-    return pairs_fit_16_bits(read, layer.largest_weight)
+    read, largest = layer.input_format, layer.largest_weight
+    return read is not None and are_bytes(read, largest) and pairs_fit_16_bits(read, largest)

@@ -88,9 +88,7 @@ def test_killed_it_goes_on_and_two_processes_give_the_same(asked, killed, tmp_pa
         "left out: candidate",
     ):
         assert line in table, line
-    drawn = [
-        line for line in notes.split("\n") if line.startswith("pictures of")
-    ]  # between them slow machines say more
+    drawn = [line for line in notes.split("\n") if line.startswith("pictures of")]  # slow machines say more between
     assert drawn == ["pictures of the reference", "pictures of the candidate"]
     assert {"bytes_reference", "bytes_quantized", "seconds", "peak_rss_bytes", "origin", "settings"} <= set(result)
     assert result["bytes_quantized"] < 0.35 * result["bytes_reference"]

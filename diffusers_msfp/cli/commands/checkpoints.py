@@ -13,7 +13,7 @@ from ...checkpoint.describe import LayerDescription
 from ...doctor.machine import measured
 from ...engines import openvino
 from ...exports import TARGETS
-from ...formats import FORMATS, INT8_MAX
+from ...formats import FORMATS, largest_integer
 from ..shared.options import Guidance, Json, Prompts, Seed, Variant, print_json, print_router
 from ..shared.terminal import megabytes, say, stdout
 
@@ -200,7 +200,8 @@ def _layer_row(layer: LayerDescription) -> tuple[str, ...]:
 
 def _in_bytes(layer: LayerDescription) -> bool:
     read = FORMATS[cast(str, layer.input_format)] if layer.input_format in FORMATS else None
-    return openvino.are_bytes(FORMATS[layer.weight_format], read, INT8_MAX if layer.group_size else None)
+    largest = largest_integer(FORMATS[layer.weight_format], grouped=layer.group_size is not None)
+    return openvino.multiplies_bytes(read, largest)
 
 
 def _numbers(value: Any) -> str:

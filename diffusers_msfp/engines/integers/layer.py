@@ -14,8 +14,8 @@ from ...layers import QuantLayer
 from ...numerics import Codes
 from .. import kernels, tuning
 from ..engine import PreparedLayer, used_integers
-from ..grid import low_bits
-from .products import largest_byte, writes
+from ..grid import largest_byte, low_bits
+from .products import writes
 
 Planes = Callable[[Tensor, int | Tensor], list[Tensor]]
 """Values and an adapter → the bytes that hold their integers."""

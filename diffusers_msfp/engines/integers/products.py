@@ -8,20 +8,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...compat.torch import has_bf16_instructions, int8_conv, int8_linear, pack_int8_conv, pack_int8_linear
-from ...formats import FPFormat
-from ..grid import byte_offset, low_bits
 
 
 @lru_cache
 def writes(dtype: torch.dtype) -> bool:
     """Whether fast kernels write this dtype; AVX2's write bfloat16 a thousand times more slowly than float32."""
     return dtype == torch.float32 or (dtype == torch.bfloat16 and has_bf16_instructions())
-
-
-def largest_byte(fmt: FPFormat) -> int:
-    """The largest byte that an input's integers take."""
-    bits = low_bits(fmt)
-    return max((fmt.lattice_max + byte_offset(fmt)) >> bits, 2**bits - 1)
 
 
 @lru_cache(maxsize=64)

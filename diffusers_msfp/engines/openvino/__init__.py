@@ -7,7 +7,7 @@ calls run as graphs.
 
 from .forward import GraphForward, compare, graph_forward_of, install, remove
 from .installed import require, why_missing
-from .layers import are_bytes
+from .layers import multiplies_bytes
 from .measured import is_any
 
 NAME = "openvino"
@@ -16,11 +16,11 @@ NAME = "openvino"
 __all__ = [
     "NAME",
     "GraphForward",
-    "are_bytes",
     "compare",
     "graph_forward_of",
     "install",
     "is_any",
+    "multiplies_bytes",
     "remove",
     "require",
     "why_missing",

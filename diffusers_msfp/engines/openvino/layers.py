@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from ...compat.modules import bare_copy
 from ...compat.torch import ConvNd, convolve, padding_ends
 from ...errors import UnsupportedError
-from ...formats import INT8_MAX, FPFormat
+from ...formats import FPFormat
 from ...layers import QuantLayer
 from ..engine import weight_integers, weight_unit
-from ..grid import byte_offset, pairs_fit_16_bits
+from ..grid import are_bytes, largest_byte, pairs_fit_16_bits
 from .choices import Choice, Reader
 from .installed import products_are_exact
 from .rounding import Grid, lattice_integers, quantize_as_byte
@@ -188,20 +188,14 @@ def _integers(layer: QuantLayer, bank: int) -> Tensor:
 
 def runs_in_bytes(layer: QuantLayer) -> bool:
     """Whether a graph computes a layer in 8-bit integers on this processor."""
-    return not layer.num_sets and are_bytes(layer.weight_format, layer.input_format, layer.largest_weight)
+    return not layer.num_sets and multiplies_bytes(layer.input_format, layer.largest_weight)
 
 
-def are_bytes(weight: FPFormat, read: FPFormat | None, largest: int | None = None) -> bool:
-    """Whether 8-bit integers hold a layer's weight and what it reads, and their products are added exactly here.
-
-    Args:
-        weight (`FPFormat`), read (`FPFormat`, *optional*): None for floats.
-        largest (`int`, *optional*): of the weight's integers, with group scales; by default the format's.
-    """
-    largest = weight.lattice_max if largest is None else largest
-    if read is None or not read.fits_byte or largest > INT8_MAX:
+def multiplies_bytes(read: FPFormat | None, largest_weight: int) -> bool:
+    """Whether bytes hold what a layer reads (None: floats) and its weight, and this processor adds products exactly."""
+    if read is None or not are_bytes(read, largest_weight):
         return False
-    return pairs_fit_16_bits(read, largest) or products_are_exact(read.lattice_max + byte_offset(read), largest)
+    return pairs_fit_16_bits(read, largest_weight) or products_are_exact(largest_byte(read), largest_weight)
 
 
 def why_not(layer: QuantLayer, dtype: torch.dtype) -> str | None:
