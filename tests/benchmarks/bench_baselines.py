@@ -28,7 +28,7 @@ import torch
 import typer
 from diffusers import DiffusionPipeline
 from filelock import FileLock
-from harness import origin, read_results, write_results
+from harness import origin, read_results, real_pictures, write_results
 
 from diffusers_msfp import MSFPConfig, quantize_pipeline
 from diffusers_msfp.assets import EMBEDDED_MODEL, TUNED_MODELS
@@ -164,6 +164,7 @@ def main(
     reference.set_progress_bar_config(disable=True)
     about = {"model": model.name, "weights": fingerprint([reference.unet])}
     pictures = work or Path(tempfile.gettempdir()) / "baseline-pictures"
+    real = real_pictures(data, pictures)
     for name in only.split(",") if only else missing(about):
         cell = CELLS[name]
         own = tuned_checkpoint(model, cell, tuned)
@@ -174,7 +175,7 @@ def main(
             typer.echo(f"{name}: not begun, {hours:g} hours are over")
             return
         pipe, cost = made(reference, cell, name.endswith(CORRECTED), own)
-        result = evaluate_pipelines(reference, pipe, data=data, num_samples=num_samples, folder=pictures)
+        result = evaluate_pipelines(reference, pipe, data=real, num_samples=num_samples, folder=pictures)
         row = about | {
             "cell": name,
             "scheme": cell.scheme,

@@ -69,10 +69,10 @@ CASES = {
     "embedded": Case(str(EMBEDDED_MODEL), 8, (*FLOATS, *OURS)),
     "sd15": Case("sd15", 2, ("fp32", "w4a4", "w4a8"), repeats=3),
     "sd15-runtimes": Case("sd15", 2, ("w4a4", *RUNTIMES[:2]), repeats=3),
-    "sd15-vnni": Case("sd15", 2, ("fp32", "w4a4"), isa="AVX512_CORE_VNNI", repeats=2),
-    **{f"ddpm-batch{n}": Case("ddpm-cifar10", n, ("fp32", "w4a4"), repeats=7) for n in (1, 2, 4, 16)},
+    "sd15-vnni": Case("sd15", 2, ("fp32", "w4a4", "w4a8"), isa="AVX512_CORE_VNNI", repeats=2),
+    **{f"ddpm-batch{n}": Case("ddpm-cifar10", n, ("fp32", "w4a4", "w4a8"), repeats=7) for n in (1, 2, 4, 16)},
     **{f"ddpm-steps{n}": Case("ddpm-cifar10", 1, ("fp32", "w4a4"), num_inference_steps=n, repeats=5) for n in (10, 50)},
-    **{f"ddpm-size{n}": Case("ddpm-cifar10", 1, ("fp32", "w4a4"), size=n, repeats=5) for n in (64, 128)},
+    **{f"ddpm-size{n}": Case("ddpm-cifar10", 1, ("fp32", "w4a4", "w4a8"), size=n, repeats=5) for n in (64, 128)},
 }
 
 
