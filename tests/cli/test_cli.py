@@ -304,7 +304,7 @@ def test_overwrite_replaces_only_on_success(tiny_dir, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["packed"]
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("sign", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
 def test_an_interrupted_run_leaves_nothing_that_looks_like_a_checkpoint(tmp_path, sign):
     out = tmp_path / "packed"
     command = [sys.executable, "-m", "diffusers_msfp", "quantize", EMBEDDED_MODEL, "--out", out]

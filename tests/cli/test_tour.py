@@ -17,6 +17,8 @@ from diffusers_msfp.recipes import RECIPES
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "diffusers_msfp").rglob("README.md"))]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+TRAINED = sorted(file.parent for file in (ROOT / "model_cards").glob("*/model_index.json"))
+"""The real models beside the embedded one."""
 LITTLE = {
     "quantize": "--num-samples 2 --num-inference-steps 2",
     "compare": "--num-samples 2 --num-inference-steps 2",
@@ -32,8 +34,8 @@ LITTLE = {
 RECIPE = "temporal.iterations=2 rounding.iterations=2 rounding.num_samples=16 talora.train_steps=2"
 
 
-def tour() -> list[str]:
-    blocks = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
+def tour(text: str = TEXT) -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     lines = [line.partition("  #")[0].partition(" #")[0] for block in blocks for line in block.splitlines()]
     commands = [line.strip() for line in lines if line.startswith("diffusers-msfp ") and "demo" not in line]
     return [line.removeprefix("diffusers-msfp ") for line in dict.fromkeys(commands)]
@@ -45,18 +47,13 @@ def test_the_tour_goes_from_quantizing_to_the_page():
     assert [verb for verb in dict.fromkeys(verbs) if verb in order] == order
 
 
-@pytest.mark.slow
-def test_every_command_line_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    images = np.random.default_rng(0).integers(0, 255, (200, 28, 28)).astype(np.uint8)
-    embedded = UNet2DModel.from_pretrained(EMBEDDED_MODEL, subfolder="unet")
-    write_lora(embedded, ["to_k", "conv2"], tmp_path / "lora.safetensors", std=0.01)
-    np.savez("fashion_mnist.npz", x_test=images, y_test=np.zeros(200))
-    for line in tour():
+def run(lines: list[str], source: Path) -> None:
+    """Each command line with a model in place of SRC, in the working directory."""
+    for line in lines:
         verb = line.split()[0]
         if line.startswith("space run") or (verb == "publish" and "--dry-run" not in line):
             continue  # a server, and the Hub: see tests/space and tests/hub
-        words = shlex.split(line.replace("SRC", str(EMBEDDED_MODEL)).replace("--minutes 10", "--train-steps 2"))
+        words = shlex.split(line.replace("SRC", str(source)).replace("--minutes 10", "--train-steps 2"))
         words += shlex.split(LITTLE.get(verb, ""))
         stages = {stage.name for stage in RECIPES[words[words.index("--recipe") + 1]]} if "--recipe" in words else set()
         for setting in RECIPE.split():
@@ -65,5 +62,30 @@ def test_every_command_line_runs(tmp_path, monkeypatch):
             continue
         result = CliRunner().invoke(app, words)
         assert result.exit_code == 0, (line, result.output, result.exception)
+
+
+def write_pictures(*shape: int) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (200, *shape)).astype(np.uint8)
+    np.savez("fashion_mnist.npz", x_test=images, y_test=np.zeros(200))
+
+
+@pytest.mark.slow
+def test_every_command_line_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    embedded = UNet2DModel.from_pretrained(EMBEDDED_MODEL, subfolder="unet")
+    write_lora(embedded, ["to_k", "conv2"], tmp_path / "lora.safetensors", std=0.01)
+    write_pictures(28, 28)
+    run(tour(), EMBEDDED_MODEL)
     for made in ("DIR", "FULL", "TUNED", "FUSED", "SPACE", "DIR-publish", "report.html", "grid.png", "denoiser.pt2"):
+        assert Path(made).exists(), made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", TRAINED, ids=lambda folder: folder.name)
+def test_the_readmes_command_lines_run_on_every_trained_model(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_pictures(32, 32, 3)
+    readme = PAGES[0].read_text(encoding="utf-8")
+    run([*tour(readme), "space create DIR --reference SRC --out SPACE"], model)
+    for made in ("DIR", "FULL", "TUNED", "SPACE", "DIR-publish", "report.html", "grid.png"):
         assert Path(made).exists(), made

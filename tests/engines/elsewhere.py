@@ -35,7 +35,7 @@ def elsewhere(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
 
 @torch.no_grad()
 def main() -> None:
-    for scheme in ("w4a4", "w4g16a8", "w6a6", "w8a8-wide"):
+    for scheme in ("w4g16a8", "w8a8-wide"):
         for make, conditions in ((make_unet, ()), (make_condition_unet, (torch.randn(2, 5, 16),))):
             model = make()
             convert(model, Conversion.plan(model, scheme))

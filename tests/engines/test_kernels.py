@@ -177,7 +177,10 @@ def printed_by(code: str, package: Path, **environment: str) -> str:
     return run.stdout.strip()
 
 
-@pytest.mark.parametrize("place", ["default", "chosen", "unwritable"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("place", ["default", *(pytest.param(each, marks=SLOW) for each in ("chosen", "unwritable"))])
 def test_compiled_kernels_are_never_kept_beside_the_package(tmp_path, place):
     """What lies there outlives an uninstallation, and hides the installation after it as a namespace package."""
     package = tmp_path / "site" / "diffusers_msfp"

@@ -49,7 +49,7 @@ def coarse(embedded) -> DDPMPipeline:
     return quantize_pipeline(pipe, "w4a4", num_samples=8, num_inference_steps=5)
 
 
-@pytest.mark.parametrize("placement", ["merged", "side"])
+@pytest.mark.parametrize("placement", ["merged", pytest.param("side", marks=pytest.mark.slow)])
 def test_it_lowers_the_error_of_a_trained_model(coarse, embedded, placement, tmp_path):
     teacher, pipe = with_ddim(embedded), copy.deepcopy(coarse)
     before = compare_pipelines(teacher, pipe, num_samples=4, num_inference_steps=10).traj_rel_l2
