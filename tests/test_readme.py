@@ -1,7 +1,9 @@
 """The pages' examples run, their tables are generated, the README's commands are those of CI."""
 
+import io
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,16 @@ SHORTENED = (
 
 def test_readme_is_short():
     assert len(README.splitlines()) <= 200
+
+
+def test_the_wheel_has_the_size_that_the_readme_says():
+    said = float(re.search(r"The wheel has ([\d.]+) MB", README)[1])
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as wheel:
+        for file in (ROOT / "diffusers_msfp").rglob("*"):
+            if file.is_file() and "__pycache__" not in file.parts and file.name not in ("README.md", "API.md"):
+                wheel.write(file)
+    assert said == pytest.approx(packed.tell() / 1e6, rel=0.03)
 
 
 def test_every_folder_has_a_page():

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..assets import EMBEDDED_MODEL, TUNED_MODELS
 from ..evaluation import image_grid, sample_images
-from ..outputs import require_writable_file, require_writable_folder, writing
+from ..outputs import png_of, require_writable_file, require_writable_folder, write_file
 from ..results import Result
 from .compare import CheckpointComparison, compare
 from .quantize import QuantizedCheckpoint, quantize
@@ -97,6 +97,5 @@ def demo(out: str | Path = "msfp-demo", *, num_inference_steps: int = 50, seed: 
         figures[name] = DemoScheme(quantized=None, compared=compared)
         draw(prepared, f"{name}, {compared.bytes_quantized / 1e6:.2f} MB")
     picture = out / "demo.png"
-    with writing(picture):
-        image_grid(np.concatenate(rows), columns=PICTURES, scale=2, labels=labels).save(picture)
+    write_file(picture, png_of(image_grid(np.concatenate(rows), columns=PICTURES, scale=2, labels=labels)))
     return Demo(picture=str(picture), schemes=figures)

@@ -19,7 +19,7 @@ from ..methods.correction.table import correction_of
 from ..methods.routes import routing_of
 from ..methods.talora.config import FinetuneConfig
 from ..methods.talora.finetuner import PREVIEWS, Finetuner
-from ..outputs import require_writable_folder
+from ..outputs import png_of, require_writable_folder, write_whole
 from ..results import Result
 from ..sampling.denoisers import denoiser_name, denoiser_of
 from ..sampling.observation import quantized_models
@@ -148,7 +148,7 @@ def finetune(
             scale=max(1, 64 // pictures.shape[1]),
             labels=["full precision", f"after {update} updates"],
         )
-        grid.save(training / f"preview-{update:06}.png")
+        write_whole(training / f"preview-{update:06}.png", png_of(grid))
 
     def kept() -> str:
         found = run.folder.checkpoints() if run is not None else []
