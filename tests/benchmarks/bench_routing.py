@@ -43,15 +43,21 @@ def embedded() -> UNet2DModel:
 SHAPES = {"embedded": embedded, "ddpm-cifar10": ddpm_cifar10}
 
 
+def quantized(teacher: UNet2DModel) -> UNet2DModel:
+    """A copy in `w4a4`, calibrated on noise."""
+    model = copy.deepcopy(teacher)
+    quantize_model(model, MSFPConfig(scheme="w4a4"))
+    with torch.no_grad():
+        model(torch.randn(1, model.config.in_channels, 32, 32, dtype=teacher.dtype), 500)
+    freeze(model)
+    return model
+
+
 def variants(build) -> dict[str, UNet2DModel]:
-    """The same quantized model without and with untrained adapters."""
+    """The same quantized model without and with untrained adapters; both models with a LoRA are in bfloat16."""
     torch.manual_seed(0)
     teacher = build().eval()
-    base = copy.deepcopy(teacher)
-    quantize_model(base, MSFPConfig(scheme="w4a4"))
-    with torch.no_grad():
-        base(torch.randn(1, base.config.in_channels, 32, 32), 500)
-    freeze(base)
+    base = quantized(teacher)
     made = {"without": base}
     for name, (rank, placement, reads) in KINDS.items():
         settings = {"num_timesteps": 1000, "num_adapters": 2, "rank": rank, "placement": placement, "reads": reads}
@@ -60,8 +66,9 @@ def variants(build) -> dict[str, UNet2DModel]:
         made[name] = student.finish()
         made[name].timestep_router.table[:, 500:] = 1
         made[name].timestep_router.table[:, :500] = 0
-    made["lora"] = copy.deepcopy(base)
-    made["bf16 with lora"] = copy.deepcopy(teacher).to(torch.bfloat16, memory_format=torch.channels_last)
+    half = copy.deepcopy(teacher).to(torch.bfloat16)
+    made["lora"] = quantized(half)
+    made["bf16 with lora"] = half.to(memory_format=torch.channels_last)
     for name in ("lora", "bf16 with lora"):
         inject_adapter_in_model(LoraConfig(**LORA, init_lora_weights=False), made[name])
     return made

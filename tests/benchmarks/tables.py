@@ -253,6 +253,7 @@ def engines() -> Iterator[dict[str, str]]:
     for case, label in CASES.items():
         rows = {row["provider"]: row for row in groups[case]}
         ours = min((rows[name] for name in ("w4a4", "w4a4:fp32") if name in rows), key=lambda row: row["seconds"])
+        rivals = [row for name in ("runtimes", "int8") for row in groups.get(f"{case}-{name}", ())]
         yield {
             "model": label,
             "bf16 channels last": f"{1e3 * rows['bf16:cl']['seconds']:.0f} ms",
@@ -260,9 +261,7 @@ def engines() -> Iterator[dict[str, str]]:
             "quartiles": f"{1e3 * ours['seconds_low']:.0f} – {1e3 * ours['seconds_high']:.0f}",
             "× bf16 channels last": f"{ours['speedup']:.2f}",
             "`w4a8`, ×": f"{rows['w4a8']['speedup']:.2f}" if "w4a8" in rows else "–",
-            "OpenVINO int8, ×": next(
-                (f"{row['speedup']:.2f}" for row in groups.get(f"{case}-runtimes", ()) if row["provider"] == RIVAL), "–"
-            ),
+            "OpenVINO int8, ×": next((f"{row['speedup']:.2f}" for row in rivals if row["provider"] == RIVAL), "–"),
             "× fp32": f"{rows['fp32']['seconds'] / ours['seconds']:.2f}",
             "step / floor": f"{ours['seconds'] / ours['floor_seconds']:.2f}",
         }

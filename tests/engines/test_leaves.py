@@ -10,8 +10,10 @@ import pytest
 import torch
 from conftest import make_condition_unet, make_dit, make_unet, make_vae
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_msfp import MSFPConfig, freeze, set_engine
 from diffusers_msfp.engines import ENGINES
@@ -55,6 +57,34 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple]]] = {
     ),
     "autoencoder": (lambda: make_vae(block_out_channels=(16,)), lambda: (torch.randn(1, 3, 16, 16),)),
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@torch.no_grad()
+def test_norms_before_a_peft_adapter_are_as_exact_as_torchs(dtype):
+    """Such an adapter reads floats: the norm gives them, by the same kernel where it is as precise."""
+    model = make_unet(**SMALL)
+    quantize_model(model, MSFPConfig(scheme="w4a8"))
+    model(torch.randn(2, 3, 8, 8), 10)
+    freeze(model)
+    set_engine(model, "auto")
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["conv1", "conv2"], init_lora_weights=False), model)
+    norms = [m for m in model.modules() if type(m) is FusedGroupNorm and hasattr(m.feeds.layer(), "base_layer")]
+    assert norms
+    by_torch = TorchCalls("aten.native_group_norm")
+    for norm in norms:
+        x, added = torch.randn(2, norm.num_channels, 8, 8) * 3 + 1, torch.randn(2, norm.num_channels)
+        exact = copy.deepcopy(norm).double()
+        for more in (None, added):
+            whole = x.to(dtype).double() if more is None else x.to(dtype).double() + more.to(dtype)[:, :, None, None]
+            expected = F.group_norm(whole, norm.num_groups, exact.weight, exact.bias, norm.eps)
+            with by_torch:
+                y = norm.to(dtype)(x.to(dtype), None if more is None else more.to(dtype))
+            assert y.dtype == dtype
+            assert relative(y, expected) <= max(OUTSIDE, 2 * torch.finfo(dtype).eps)
+        bad = torch.full_like(x, float("nan")).to(dtype)
+        assert norm(bad).isnan().all()
+    assert by_torch.count == (0 if dtype != torch.float64 else 2 * len(norms))
 
 
 LEFT = {  # norms that work on rows, or are followed by something else than a layer
@@ -102,6 +132,18 @@ def relative(y: torch.Tensor, expected: torch.Tensor) -> float:
     """Relative L2; 0 for two tensors of zeros."""
     norm = expected.double().norm().item()
     return (y - expected).double().norm().item() / (norm or 1.0)
+
+
+class TorchCalls(TorchDispatchMode):
+    """Counts an operator of torch's."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.count = name, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += str(func).startswith(self.name)
+        return func(*args, **kwargs or {})
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...compat.torch import is_hooked
 from ...layers import QuantLayer
+from ...layers.execution import result_dtype
 from ...numerics import Codes
 from .. import kernels, tuning
 from ..engine import PreparedLayer
@@ -27,7 +28,8 @@ class FusedGroupNorm(nn.GroupNorm):
     """Group norm, the SiLU that follows where there is one, and the next layer's quantization.
 
     In: `(B, C, …)` float. Out: `Codes`, channels last; float where the next layer takes none. Statistics and
-    values are computed in float32 whatever the dtype of the input; they agree with torch's to relative 1e-6.
+    values are computed in float32 whatever the dtype of the input; they agree with torch's to relative 1e-6. So do
+    floats for an adapter of PEFT's around the next layer, which come from the same kernel.
     """
 
     feeds: "Feeds"
@@ -45,14 +47,21 @@ class FusedGroupNorm(nn.GroupNorm):
         takes = images and isinstance(layer, QuantLayer) and self.feeds.undisturbed(self)
         adapter = cast(QuantLayer, layer).takes_codes(x) if takes else None
         if adapter is None:
+            if images and _has_adapter(layer, x):
+                y, finite = norm(*self._arguments(x), False, None, added)
+                if finite:
+                    return y.to(x.dtype)
             return super().forward(x if added is None else x + added[:, :, None, None])
-        x = x.contiguous(memory_format=torch.channels_last)
         prepared = cast(PreparedLayer, layer.prepared)
-        arguments = x, self.num_groups, *_affine(self), self.eps, self.silu
-        codes, finite = norm(*arguments, prepared.grid(adapter), added)
+        arguments = self._arguments(x)
+        codes, finite = norm(*arguments, self.silu, prepared.grid(adapter), added)
         if not finite:
-            prepared.refuse_infinite(norm(*arguments, None, added)[0])
+            prepared.refuse_infinite(norm(*arguments, self.silu, None, added)[0])
         return prepared.hand_over(codes, adapter, x.dtype)
+
+    def _arguments(self, x: Tensor) -> tuple[Tensor, int, Tensor, Tensor, float]:
+        """The first of `norm`."""
+        return x.contiguous(memory_format=torch.channels_last), self.num_groups, *_affine(self), self.eps
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,14 @@ class Feeds:
         hooked = any(map(is_hooked, between))
         replaced = any("forward" in vars(module) for module in (*between, self.parent))
         return not hooked and not replaced and type(self.parent).forward.__module__.startswith(_KNOWN)
+
+
+def _has_adapter(layer: nn.Module, x: Tensor) -> bool:
+    """Whether PEFT stands around a quantized layer that its engine would run for this input."""
+    base = getattr(layer, "base_layer", None)
+    apart = torch.is_grad_enabled() or torch.compiler.is_compiling() or result_dtype(x) != x.dtype
+    apart = apart or x.device.type != "cpu" or x.dtype == torch.float64
+    return not apart and isinstance(base, QuantLayer) and base.ready(x) is not None
 
 
 def _affine(norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:

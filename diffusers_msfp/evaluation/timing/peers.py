@@ -134,6 +134,7 @@ class OnnxRuntime(GraphPeer):
                 quantization.quantize_static(plain, made, Reader(), per_channel=True)
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = torch.get_num_threads()
+            options.add_session_config_entry("session.force_spinning_stop", "1")  # after a call: others take turns
             file = made if self.dtype_name == "int8" else plain
             session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         return lambda given: session.run(None, {name: x.numpy() for name, x in given.items()})[0]
