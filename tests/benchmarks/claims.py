@@ -123,9 +123,9 @@ def claims_shares() -> Iterator[dict[str, str]]:
         by_name = {row["variant"]: row for row in rows}
         row = {"model": MODELS[model]}
         pair = [by_name.get(name, {}) for name in ("temporal features of full precision", "mixed sign")]
-        if all("traj_rel_l2" in each for each in pair):
-            without, plain = (each["traj_rel_l2"] for each in pair)
-            row["share of temporal features in the squared error"] = f"{100 * (1 - (without / plain) ** 2):.0f} %"
+        if all("psnr_db_by_picture" in each for each in pair):
+            without, plain = (sum(10 ** (-db / 10) for db in each["psnr_db_by_picture"]) for each in pair)
+            row["share of temporal features in the squared error of pictures"] = f"{100 * (1 - without / plain):.0f} %"
         rounded = [each for each in rows if "zeros" in each]
         if rounded:
             before, after = (sum(each[key] for each in rounded) / len(rounded) for key in ("zeros_before", "zeros"))
