@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -83,12 +84,17 @@ def _try_to_write(out: Path, folder: Path) -> None:
 def write_whole(file: Path, content: str | bytes) -> None:
     """Write a file completely or not at all; several processes and threads may write the same one.
 
+    Where it is a link, what it leads to; a file that is there keeps its permissions.
+
     Raises:
         OSError: it cannot be written; what was there stays.
     """
+    file = file.resolve() if file.is_symlink() else file
     part = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
+        if file.exists():
+            shutil.copymode(file, part)
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)

@@ -206,9 +206,9 @@ def for_psnr(
             f"`target_psnr` can be at most {high:.1f} dB with these choices, but got {target:g}. Take that, or allow "
             f"other `choices`."
         )
+    if low >= target - CLOSE_DB:
+        return table.least_bytes(table.sums(smallest)[1])
     least = table.sums(best)[1]
-    if low >= target:
-        return table.least_bytes(max(error_for(target, runs), least))
     met = [table.least_bytes(least)]
     while len(runs) < MAX_RUNS or (len(runs) < 2 * MAX_RUNS and not _is_near(target, runs)):
         solution = table.least_bytes(max(error_for(target, runs), least))

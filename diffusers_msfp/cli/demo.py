@@ -11,6 +11,7 @@ from ..assets import EMBEDDED_MODEL, TUNED_MODELS
 from ..evaluation import image_grid, sample_images
 from ..outputs import png_of, require_writable_file, require_writable_folder, write_file
 from ..results import Result
+from ..sampling.calls import unseen
 from .compare import CheckpointComparison, compare
 from .quantize import QuantizedCheckpoint, quantize
 from .shared.load import load_pipeline
@@ -78,7 +79,7 @@ def demo(out: str | Path = "msfp-demo", *, num_inference_steps: int = 50, seed: 
                     load_pipeline(str(source)),
                     num_samples=PICTURES,
                     num_inference_steps=num_inference_steps,
-                    seed=seed,
+                    seed=unseen(seed),  # calibration has seen the other
                     on_progress=report,
                 )
             )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from .accelerate import SET_BY_HOOKS
+from .torch import is_hooked
 
 __all__ = [
     "BOUND",
@@ -20,6 +21,7 @@ __all__ = [
     "has_dispatch_modes",
     "has_global_hooks",
     "hooks_around",
+    "is_watched",
     "run_without_values",
     "shadow_copy",
     "share_hooks",
@@ -43,6 +45,14 @@ def has_global_hooks() -> bool:
     """Whether somebody watches all modules there are."""
     module: Any = nn.modules.module
     return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether anybody looks at what a module reads or gives, or runs something else in its place.
+
+    Then it must be called as torch calls it, with what its class reads: a hook may exchange that.
+    """
+    return is_hooked(module) or "forward" in vars(module) or has_global_hooks()
 
 
 def has_dispatch_modes() -> bool:

@@ -127,6 +127,17 @@ def test_a_target_for_psnr_is_looked_for_until_a_run_is_near_it():
     assert table.sums(found)[0] < 100 * len(layers), "not the largest"
 
 
+@pytest.mark.parametrize("low", [40.1, 38.24])
+def test_the_smallest_choice_is_taken_where_it_was_sampled_and_meets_the_target(low):
+    """Also where more bytes looked worse, or it is below the target by less than counts."""
+    table = Table({n: {"w4a8": 1e-4, "w8a8": 1e-6} for n in "ab"}, {n: {"w4a8": 50, "w8a8": 100} for n in "ab"}, 0)
+    runs: list[tuple[float, float]] = []
+    smallest = {"a": "w4a8", "b": "w4a8"}
+    found = for_psnr(table, low + 0.5 * CLOSE_DB, lambda choice: low if choice == smallest else 40.0, runs)
+    assert table.choice(found.options) == smallest
+    assert len(runs) == 2
+
+
 def test_a_target_for_a_step_is_kept_or_refused_with_the_nearest():
     few = FEW | {"choices": ("w4a4", "w4a8", "w8a16")}
     found = plan_budget(make_pipe(), target_step=10.0, **few)

@@ -9,13 +9,16 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import make_condition_unet, make_dit, make_unet, make_vae
+from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_msfp import MSFPConfig, freeze, set_engine
+from diffusers_msfp.assets import TUNED_MODELS
 from diffusers_msfp.engines import ENGINES
 from diffusers_msfp.engines.fusion.norms import FusedGroupNorm
 from diffusers_msfp.engines.fusion.processors import BF16AttnProcessor
@@ -57,6 +60,73 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple]]] = {
     ),
     "autoencoder": (lambda: make_vae(block_out_channels=(16,)), lambda: (torch.randn(1, 3, 16, 16),)),
 }
+
+
+def norms_of(model: nn.Module, name: str) -> list[nn.Module]:
+    return [child for module in model.modules() if isinstance(child := getattr(module, name, None), nn.GroupNorm)]
+
+
+def on_each(name: str, hook: Callable, kind: str) -> Callable:
+    """Puts a hook on all norms of this name, or with no name on all modules there are."""
+
+    def attach(model: nn.Module) -> list:
+        if not name:
+            whole = {"pre": register_module_forward_pre_hook, "post": register_module_forward_hook}[kind]
+            return [whole(lambda m, *rest: hook(m, *rest) if isinstance(m, nn.GroupNorm) else None)]
+        attach_to = {"pre": nn.Module.register_forward_pre_hook, "post": nn.Module.register_forward_hook}[kind]
+        return [attach_to(norm, hook) for norm in norms_of(model, name)]
+
+    return attach
+
+
+def same_input(_norm, args):
+    return (args[0] * 1.0,)
+
+
+def same_output(_norm, _args, output):
+    return output * 1.0
+
+
+def zeros(_norm, args, *output):
+    return torch.zeros_like(output[0]) if output else (torch.zeros_like(args[0]),)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["norm1", "norm2", "group_norm", "conv_norm_out", ""])
+@pytest.mark.parametrize("kind", ["pre", "post"])
+@torch.no_grad()
+def test_hooks_on_norms_work_as_without_fusion(name, kind, dtype):
+    """One that changes nothing leaves the result; one that gives zeros has the effect that it has on the reference."""
+    model = UNet2DModel.from_pretrained(TUNED_MODELS["w4a8"], subfolder="unet", torch_dtype=dtype).eval()
+    x = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def run(hook: Callable | None, engine: str = "auto") -> torch.Tensor:
+        set_engine(model, engine)
+        handles = on_each(name, hook, kind)(model) if hook else []
+        y = model(x, 500).sample.float()
+        for handle in handles:
+            handle.remove()
+        return y
+
+    level = 3 * relative(run(None), run(None, "reference"))  # what engines differ by
+    assert relative(run(same_input if kind == "pre" else same_output), run(None)) <= level
+    expected = run(zeros, "reference")
+    assert relative(expected, run(None)) > level
+    assert relative(run(zeros), expected) <= level
+
+
+@torch.no_grad()
+def test_a_time_embedding_of_another_batch_is_added_to_every_sample():
+    """Blocks that somebody calls with one embedding for all samples; what cannot be broadcast is refused as ever."""
+    model = UNet2DModel.from_pretrained(TUNED_MODELS["w4a8"], subfolder="unet").eval()
+    model(torch.randn(1, 1, 32, 32), 500)
+    block = model.mid_block.resnets[0]
+    x, embedding = torch.randn(3, block.in_channels, 8, 8), torch.randn(1, block.time_emb_proj.in_features)
+    assert torch.equal(block(x, embedding), block(x, embedding.expand(3, -1)))
+    with pytest.raises(RuntimeError, match="size"):
+        block(x, embedding.expand(2, -1))
+    with pytest.raises(RuntimeError, match="size"):
+        model(torch.randn(1, 1, 32, 32), torch.tensor([10, 500, 900]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -18,7 +18,7 @@ from diffusers_msfp.cli import app
 from diffusers_msfp.errors import ConfigError, MSFPError
 from diffusers_msfp.hub import publish
 from diffusers_msfp.methods.talora.finetuner import Finetuner
-from diffusers_msfp.outputs import writing
+from diffusers_msfp.outputs import write_whole, writing
 
 WEIGHTS = "diffusion_pytorch_model"
 
@@ -251,6 +251,18 @@ def test_a_disk_that_fills_up(tiny_dir, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"out cannot be written: no space is left on the disk\.$"):
         cli.quantize(tiny_dir, tmp_path / "out", **SHORT)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_written_over_keeps_its_link_and_its_permissions(tmp_path):
+    kept, link = tmp_path / "kept.json", tmp_path / "link.json"
+    kept.write_text("before")
+    kept.chmod(0o600)
+    link.symlink_to(kept)
+    write_whole(link, "after")
+    assert link.is_symlink()
+    assert kept.read_text() == "after"
+    assert kept.stat().st_mode & 0o777 == 0o600
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["kept.json", "link.json"]
 
 
 def test_what_safetensors_says_of_a_full_disk(tmp_path):

@@ -8,7 +8,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from ...compat.torch import is_hooked
+from ...compat.modules import is_watched
 from ...layers import QuantLayer
 from .norms import FusedGroupNorm, fuse_norm, unfuse
 
@@ -19,14 +19,15 @@ class FusedResnetBlock2D(ResnetBlock2D):
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """As the original."""
         second = self.norm2
-        if type(second) is not FusedGroupNorm or self.time_emb_proj is None or torch.is_grad_enabled():
+        apart = type(second) is not FusedGroupNorm or is_watched(second)
+        if apart or self.time_emb_proj is None or torch.is_grad_enabled():
             return super().forward(input_tensor, cast(Tensor, temb), *args, **kwargs)
         x = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
         temb = temb if self.skip_time_act else self.nonlinearity(temb)
         x = self.nonlinearity(second(x, self.time_emb_proj(temb)))
         x = self.conv2(self.dropout(x))
         residual = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
-        own = isinstance(self.conv2, QuantLayer) and not is_hooked(self.conv2)  # then nobody else has its output
+        own = isinstance(self.conv2, QuantLayer) and not is_watched(self.conv2)  # then nobody else has its output
         x = x.add_(residual) if own else x + residual
         return x if self.output_scale_factor == 1 else x.div_(self.output_scale_factor)
 

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ...compat.torch import is_hooked
+from ...compat.modules import is_watched
 from ...layers import QuantLayer
 from ...layers.execution import result_dtype
 from ...numerics import Codes
@@ -42,6 +42,8 @@ class FusedGroupNorm(nn.GroupNorm):
             x (`Tensor`, `(B, C, …)`).
             added (`Tensor`, `(B, C)`, *optional*): added to `x` first.
         """
+        if added is not None and added.shape != x.shape[:2]:
+            x, added = x + added[:, :, None, None], None
         layer = self.feeds.layer()
         images = x.ndim == 4 and x.numel() and x.is_floating_point()
         takes = images and isinstance(layer, QuantLayer) and self.feeds.undisturbed(self)
@@ -89,9 +91,8 @@ class Feeds:
             between.append(getattr(self.parent, self.activation))
             if type(between[-1]) is not PassingSiLU:
                 return False
-        hooked = any(map(is_hooked, between))
-        replaced = any("forward" in vars(module) for module in (*between, self.parent))
-        return not hooked and not replaced and type(self.parent).forward.__module__.startswith(_KNOWN)
+        watched = any(map(is_watched, between)) or "forward" in vars(self.parent)
+        return not watched and type(self.parent).forward.__module__.startswith(_KNOWN)
 
 
 def _has_adapter(layer: nn.Module, x: Tensor) -> bool:
@@ -132,6 +133,8 @@ def norm(
 def norm_rows(module: nn.GroupNorm, x: Tensor) -> Tensor:
     """A group norm of `(B, N, C)`, the shape that attention works on: no copy to channels first and back."""
     x = x.contiguous().transpose(1, 2)
+    if type(module) is not nn.GroupNorm or is_watched(module):
+        return module(x).transpose(1, 2)
     y, finite = norm(x, module.num_groups, *_affine(module), module.eps, False, None)
     return (y if finite else module(x)).transpose(1, 2)
 

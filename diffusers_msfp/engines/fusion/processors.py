@@ -6,7 +6,7 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
-from ...compat.torch import is_hooked
+from ...compat.modules import is_watched
 from ...layers import QuantLayer
 from ..engine import PreparedLayer
 from .attention import attention
@@ -66,7 +66,7 @@ def read_together(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     apart = not x.numel() or not x.is_floating_point()
     found: list[tuple[PreparedLayer, int]] = []
     for layer in layers:
-        adapter = layer.takes_codes(x) if isinstance(layer, QuantLayer) and not is_hooked(layer) else None
+        adapter = layer.takes_codes(x) if isinstance(layer, QuantLayer) and not is_watched(layer) else None
         if apart or adapter is None:
             return [each(x) for each in layers]
         found.append((cast(PreparedLayer, layer.prepared), adapter))

@@ -210,7 +210,8 @@ def norm(
     def rows(tensor: Tensor):  # (B, C, …) channels last → (B, N, C)
         return _array(tensor.movedim(1, -1).reshape(batch, -1, channels))
 
-    added = torch.zeros(batch, channels) if added is None else added.to(torch.float32).contiguous()
+    added = torch.zeros(batch, channels) if added is None else added.to(torch.float32)
+    added = added.expand(batch, channels).contiguous()
     numbers = (*_numbers(grid), np.int32(grid.offset)) if grid else (*[np.float32(0)] * 4, *[np.int32(0)] * 3)
     affine = _array(weight), _array(bias), float(eps), bool(silu)
     arguments = rows(x), added.numpy(), groups, *affine, numbers, rows(out)

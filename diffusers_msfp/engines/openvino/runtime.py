@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...compat.processor import instruction_sets, processor
+from ...compat.processor import instruction_limit, instruction_sets, processor
 from ...errors import UnsupportedError, first_line
 from ...outputs import write_whole
 from ..kernels.user_cache import folder
@@ -71,7 +71,7 @@ def key_of(*parts: str, precision: str) -> str:
     versions = [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
     device = openvino.Core().get_property("CPU", "FULL_DEVICE_NAME")
     abilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    machine = [str(device), str(abilities), processor(), *instruction_sets()]
+    machine = [str(device), str(abilities), processor(), *instruction_sets(), instruction_limit()]
     all_parts = [str(_VERSION), *versions, *machine, str(settings(precision)), *parts]
     return hashlib.sha256("\n".join(all_parts).encode()).hexdigest()
 
