@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ...compat.modules import is_watched
 from ...layers import QuantLayer
-from ...layers.execution import result_dtype
 from ...numerics import Codes
 from .. import kernels, tuning
 from ..engine import PreparedLayer
@@ -96,11 +95,10 @@ class Feeds:
 
 
 def _has_adapter(layer: nn.Module, x: Tensor) -> bool:
-    """Whether PEFT stands around a quantized layer that its engine would run for this input."""
+    """Whether PEFT stands around a quantized layer that would take codes without it."""
     base = getattr(layer, "base_layer", None)
-    apart = torch.is_grad_enabled() or torch.compiler.is_compiling() or result_dtype(x) != x.dtype
-    apart = apart or x.device.type != "cpu" or x.dtype == torch.float64
-    return not apart and isinstance(base, QuantLayer) and base.ready(x) is not None
+    apart = torch.is_grad_enabled() or x.dtype == torch.float64
+    return not apart and isinstance(base, QuantLayer) and base.takes_codes(x) is not None
 
 
 def _affine(norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
