@@ -22,7 +22,7 @@ import typer
 from claims import CLAIMS, FULL_PRECISION, seeds_of
 from diffusers import DiffusionPipeline
 from diffusers.models.activations import GEGLU, GELU, ApproximateGELU
-from harness import RESULTS, keep_rows, read_results, real_pictures
+from harness import RESULTS, asked_of, keep_rows, read_results, real_pictures
 from torch import Tensor, nn
 
 from diffusers_msfp import (
@@ -110,15 +110,15 @@ VARIANTS = {
 }
 
 
-def rounded(pipe: DiffusionPipeline, reference: DiffusionPipeline, seed: int) -> dict:
+def rounded(pipe: DiffusionPipeline, reference: DiffusionPipeline, seed: int, asked: dict) -> dict:
     """Learned rounding; the share of weights that are exactly 0, before and after."""
-    result = learn_rounding(pipe, reference, RoundingConfig(seed=seed))
+    result = learn_rounding(pipe, reference, RoundingConfig(seed=seed), **asked)
     return {"zeros_before": result.sparsity_before, "zeros": result.sparsity}
 
 
-def kept_temporal(pipe: DiffusionPipeline, reference: DiffusionPipeline, seed: int) -> dict:
+def kept_temporal(pipe: DiffusionPipeline, reference: DiffusionPipeline, seed: int, asked: dict) -> dict:
     """All outputs of the temporal block stored as full precision has them."""
-    made = maintain_temporal(pipe, reference, TemporalConfig(iterations=0, cache_above=0.0, seed=seed))
+    made = maintain_temporal(pipe, reference, TemporalConfig(iterations=0, cache_above=0.0, seed=seed), **asked)
     return {"stored_layers": len(made.cached)}
 
 
@@ -157,7 +157,7 @@ def places_of(pipe: DiffusionPipeline) -> dict[str, str]:
 Made = tuple[DiffusionPipeline, dict]
 
 
-def made(reference: DiffusionPipeline, variant: Variant, updates: int, seed: int) -> Made | None:
+def made(reference: DiffusionPipeline, variant: Variant, updates: int, seed: int, asked: dict) -> Made | None:
     """A variant's pipeline and what its stages say; None where the model has no such place."""
     config = MSFPConfig(variant.scheme)
     if variant.place:
@@ -170,18 +170,18 @@ def made(reference: DiffusionPipeline, variant: Variant, updates: int, seed: int
             if not there:
                 return None
     pipe = copy.deepcopy(reference)
-    quantize_pipeline(pipe, config, seed=seed)
+    quantize_pipeline(pipe, config, seed=seed, **asked)
     said = {}
     for stage in variant.stages:
         if stage == "rounding":
-            said |= rounded(pipe, reference, seed)
+            said |= rounded(pipe, reference, seed, asked)
         elif stage == "temporal":
-            said |= kept_temporal(pipe, reference, seed)
+            said |= kept_temporal(pipe, reference, seed, asked)
         elif stage == "talora":
             own = {"train_steps": updates, "preview_every": 0, "seed": seed}
-            finetune(pipe, reference, FinetuneConfig(**own | dict(variant.settings)))
+            finetune(pipe, reference, FinetuneConfig(**own | dict(variant.settings)), **asked)
         else:
-            correct_output(pipe, reference)
+            correct_output(pipe, reference, **asked)
     return pipe, said
 
 
@@ -212,6 +212,7 @@ def main(
     started = time.monotonic()
     reference = with_ddim(DiffusionPipeline.from_pretrained(model, dtype=torch.float32))
     reference.set_progress_bar_config(disable=True)
+    asked = asked_of(model, reference)
     about = {"model": model.name, "weights": fingerprint(list(denoisers_of(reference).values())), "updates": updates}
     rows = read_results("claims")["rows"] if (RESULTS / "claims.json").exists() else []
     there = {(row["variant"], row["seed"]) for row in rows if about.items() <= row.items()}
@@ -223,14 +224,14 @@ def main(
             typer.echo(f"{name}, seed {seed}: not begun, {hours:g} hours are over")
             return
         began = time.perf_counter()
-        found = made(reference, VARIANTS[name], updates, seed)
+        found = made(reference, VARIANTS[name], updates, seed, asked)
         row = about | {"variant": name, "seed": seed}
         if found is not None:
             pipe, said = found
             row |= said | {"seconds": round(time.perf_counter() - began, 1)}
-            draw = DRAW | {"num_samples": num_samples, "seed": 1000 + seed, "folder": work}
+            draw = DRAW | asked | {"num_samples": num_samples, "seed": 1000 + seed, "folder": work}
             values = psnr_db(*(draw_pictures(each, **draw).float() for each in (reference, pipe)))
-            compared = compare_pipelines(reference, pipe, num_samples=32, seed=2000 + seed)
+            compared = compare_pipelines(reference, pipe, num_samples=32, seed=2000 + seed, **asked)
             row |= {"num_samples": num_samples, "traj_rel_l2": float(f"{compared.traj_rel_l2:.5g}")}
             row["psnr_db_by_picture"] = [round(each, 2) for each in values.tolist()]
             if any(claim.better == name and claim.than == FULL_PRECISION for claim in CLAIMS):

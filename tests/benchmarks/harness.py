@@ -1,5 +1,6 @@
 """What every benchmark shares: result rows with their origin, and where they are kept."""
 
+import inspect
 import json
 import platform
 import subprocess
@@ -16,7 +17,17 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "model_cards" / "results"
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks" / "training"))
 
-from data import load_cifar10  # noqa: E402
+from captions import captions  # noqa: E402
+from data import CIFAR10_CLASSES, load_cifar10  # noqa: E402
+
+
+def asked_of(model: Path, pipe: diffusers.DiffusionPipeline) -> dict:
+    """What a real model is called with: prompts of its captions, where it takes some, and the guidance of its card."""
+    card = model / "results" / "training.json"
+    settings = json.loads(card.read_text(encoding="utf-8"))["training"]["settings"] if card.is_file() else {}
+    asked = {"guidance_scale": settings["guidance"]} if "guidance" in settings else {}
+    takes_prompts = "prompt" in inspect.signature(type(pipe).__call__).parameters
+    return asked | ({"prompts": [captions(name)[0] for name in CIFAR10_CLASSES]} if takes_prompts else {})
 
 
 def real_pictures(data: Path, folder: Path) -> Path:
