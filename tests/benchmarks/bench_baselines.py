@@ -107,7 +107,7 @@ CELLS |= {
     "SDNQ FP4 weights": Cell("sdnq:fp4", None),
     "SDNQ int8": Cell("sdnq:int8:matmul", None),
     "NNCF int8": Cell("nncf:int8", None),
-    "NNCF int8, time embedding float": Cell("nncf:int8", None, ("time",)),
+    "NNCF int8 (time embedding float)": Cell("nncf:int8", None, ("time",)),
     "torchao int8": Cell("torchao", None),
 }
 
