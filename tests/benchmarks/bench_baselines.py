@@ -28,7 +28,8 @@ import torch
 import typer
 from diffusers import DiffusionPipeline
 from filelock import FileLock
-from harness import origin, read_results, real_pictures, write_results
+from harness import origin, read_results, write_results
+from real_models import real_pictures
 
 from diffusers_msfp import MSFPConfig, quantize_pipeline
 from diffusers_msfp.assets import EMBEDDED_MODEL, TUNED_MODELS

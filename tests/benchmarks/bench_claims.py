@@ -7,7 +7,7 @@ Any pipeline with one denoiser, 20 steps of DDIM. A claim says that one variant 
 precision's pictures of equal noise, or that a variant is as good as full precision, by the Fréchet distance of its
 pictures to real ones. Variants of which a claim trains something are made with three seeds of calibration, training and
 noise, the others with one. What is there for these weights is not made again; `--hours` stops between two variants,
-`--only` makes its variants anew. `claims_tables.py` turns rows into verdicts. Writes `model_cards/results/claims.json`.
+`--only` makes its variants anew. `claims.py` turns rows into verdicts. Writes `model_cards/results/claims.json`.
 """
 
 import copy
@@ -22,7 +22,8 @@ import typer
 from claims import CLAIMS, FULL_PRECISION, seeds_of
 from diffusers import DiffusionPipeline
 from diffusers.models.activations import GEGLU, GELU, ApproximateGELU
-from harness import RESULTS, asked_of, keep_rows, read_results, real_pictures
+from harness import RESULTS, keep_rows, read_results
+from real_models import asked_of, real_pictures
 from torch import Tensor, nn
 
 from diffusers_msfp import (
@@ -74,7 +75,7 @@ class Variant:
         scheme (`str`): of the model.
         place (`str`): where `formats` apply: a name in `PLACES`, or `"elsewhere"`.
         formats (`str`): scheme whose formats inputs have there.
-        stages (`tuple`): what follows, see `STAGES`.
+        stages (`tuple`): what follows: `"rounding"`, `"temporal"`, `"talora"`, `"correction"`.
         settings (`Mapping`): of fine-tuning.
     """
 

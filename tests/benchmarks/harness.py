@@ -1,47 +1,17 @@
 """What every benchmark shares: result rows with their origin, and where they are kept."""
 
-import inspect
 import json
 import platform
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "model_cards" / "results"
-sys.path.insert(0, str(ROOT / "tests" / "benchmarks" / "training"))
-
-from captions import captions  # noqa: E402
-from data import CIFAR10_CLASSES, load_cifar10  # noqa: E402
-
-
-def asked_of(model: Path, pipe: diffusers.DiffusionPipeline) -> dict:
-    """What a real model is called with: prompts of its captions, where it takes some, and the guidance of its card."""
-    card = model / "results" / "training.json"
-    settings = json.loads(card.read_text(encoding="utf-8"))["training"]["settings"] if card.is_file() else {}
-    asked = {"guidance_scale": settings["guidance"]} if "guidance" in settings else {}
-    takes_prompts = "prompt" in inspect.signature(type(pipe).__call__).parameters
-    return asked | ({"prompts": [captions(name)[0] for name in CIFAR10_CLASSES]} if takes_prompts else {})
-
-
-def real_pictures(data: Path, folder: Path) -> Path:
-    """An archive that evaluations read: Fashion-MNIST's own; JPEG CIFAR-10's test pictures, decoded into a folder."""
-    with np.load(data) as archive:
-        if "offsets" not in archive:
-            return data
-    decoded = folder / f"{data.stem}-test.npz"
-    if not decoded.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        images = load_cifar10(data, train=False).images
-        np.savez(part := folder / f"{data.stem}-test.part.npz", x_test=images.permute(0, 2, 3, 1).numpy())
-        part.replace(decoded)
-    return decoded
 
 
 def origin() -> dict:

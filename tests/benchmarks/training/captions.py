@@ -6,6 +6,7 @@ writes the tokenizer: CLIP's 256 bytes, each also as a word's end, and as many m
 one token. Other words fall into smaller pieces, which a model trained on these captions has not seen.
 """
 
+import inspect
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Annotated
 
 import typer
 from data import CIFAR10_CLASSES
+from diffusers import DiffusionPipeline
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -30,6 +32,12 @@ TEMPLATES = (
 )
 TOKENS = 16
 """Longest caption, with start and end."""
+
+
+def prompts_for(pipe: DiffusionPipeline) -> list[str] | None:
+    """A caption of each class, for a pipeline that takes prompts."""
+    takes_prompts = "prompt" in inspect.signature(pipe.__call__).parameters
+    return [captions(name)[0] for name in CIFAR10_CLASSES] if takes_prompts else None
 
 
 def captions(name: str) -> list[str]:

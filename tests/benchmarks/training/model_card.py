@@ -7,7 +7,6 @@ there. Models on latents need `--autoencoder AUTOENCODER`, as in their training.
 `results/training.json` alone; `--card-only` does no more than that.
 """
 
-import inspect
 import json
 import sys
 import textwrap
@@ -19,8 +18,8 @@ from typing import Annotated
 import torch
 import typer
 from autoencoder import FIGURES
-from captions import captions
-from data import CIFAR10_CLASSES, load_cifar10
+from captions import prompts_for
+from data import load_cifar10
 from diffusers import DiffusionPipeline
 from loop import RESULTS, Progress, Settings, Task, latest_checkpoint, save_grid, train
 from train import make_task
@@ -74,8 +73,7 @@ def yardsticks() -> dict:
 
 def measure(pipe: DiffusionPipeline, guidance: float | None, data: Path, num: int, steps: int, kept: Path) -> tuple:
     """Figures of a pipeline's pictures, and the first of them."""
-    takes_prompts = "prompt" in inspect.signature(pipe.__call__).parameters
-    prompts = [captions(name)[0] for name in CIFAR10_CLASSES] if takes_prompts else None
+    prompts = prompts_for(pipe)
     arguments = {} if guidance is None else {"guidance_scale": guidance}
     images = draw_pictures(
         pipe, num_samples=num, num_inference_steps=steps, prompts=prompts, folder=kept, on_progress=_tell, **arguments
