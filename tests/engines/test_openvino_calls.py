@@ -13,6 +13,7 @@ from conftest import make_condition_unet, make_unet, run
 from diffusers_msfp import set_engine
 from diffusers_msfp.engines.choose import engines_of
 from diffusers_msfp.engines.openvino import forward, graph_forward_of, obstacles
+from diffusers_msfp.engines.openvino.record import UNSOUND
 from diffusers_msfp.errors import MSFPError, NonFiniteError, UnsupportedError
 from diffusers_msfp.formats import FORMATS
 from diffusers_msfp.layers.convert import Conversion, convert
@@ -178,6 +179,36 @@ def test_graphs_find_what_is_not_finite_anywhere(value, dtype, monkeypatch):
         text[1, 2, 3] = value
         with pytest.raises(NonFiniteError):
             model(x, 10, text)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@torch.no_grad()
+def test_graphs_find_one_number_wherever_it_enters(value, dtype, monkeypatch):
+    """In the sample, and in each of what a ControlNet adds to: half of it is read by norms, of which one value tells."""
+    monkeypatch.setattr(obstacles, "of_call", lambda *_: None)
+    model = make_condition_unet().to(dtype)
+    convert(model, Conversion.plan(model, "w4a8"))
+    x, text = torch.randn(2, 4, 8, 8).to(dtype), torch.randn(2, 5, model.config.cross_attention_dim).to(dtype)
+    skips, hooks = [], []
+    for part in (model.conv_in, *model.down_blocks, model.mid_block):
+        hooks.append(part.register_forward_hook(lambda _, __, y: skips.extend(y[1] if isinstance(y, tuple) else [y])))
+    model(x, 10, text)
+    for hook in hooks:
+        hook.remove()
+    freeze(model)
+    set_engine(model, "openvino")
+    *down, middle = [torch.zeros_like(each) for each in skips]
+    added = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+    y = model(x, 10, text, **added).sample
+    for each in (x, *down, middle):
+        before, each[1, 2, 3, -1] = each[1, 2, 3, -1].item(), value
+        with pytest.raises(NonFiniteError):
+            model(x, 10, text, **added)
+        assert graph_forward_of(model).latest == UNSOUND
+        each[1, 2, 3, -1] = before
+    assert torch.equal(model(x, 10, text, **added).sample, y)
+    assert graph_forward_of(model).latest is None
 
 
 TIMES = {

@@ -17,13 +17,14 @@ from torch.nn import functional as F
 from ...compat.modules import bare_copy
 from ...compat.torch import ConvNd, convolve, padding_ends
 from ...errors import UnsupportedError
-from ...formats import FPFormat
+from ...formats import INT8_MAX, UINT8_MAX, FPFormat
 from ...layers import QuantLayer
 from ..engine import weight_integers, weight_unit
 from ..grid import are_bytes, largest_byte, pairs_fit_16_bits
 from .choices import Choice, Reader
 from .installed import products_are_exact
 from .rounding import Grid, lattice_integers, quantize_as_byte
+from .soundness import LARGE, Soundness
 
 LEFT_OUT = ("prepared", "engine", "routing", "observation", "forward")
 
@@ -31,35 +32,16 @@ LEFT_OUT = ("prepared", "engine", "routing", "observation", "forward")
 class Inputs:
     """What one recording of a model shares: the tensor of what the timestep chooses, and inputs quantized already.
 
-    Layers that read the same tensor with equal grids share one rounding. What a graph's result would hide is watched:
-    rounding makes numbers of NaN and infinity, and OpenVINO finds rows of a table where there are none.
+    Layers that read the same tensor with equal grids share one rounding. What that would hide is watched.
     """
 
     def __init__(self) -> None:
-        self.chosen: Tensor | None = None
-        self._rounded: dict[tuple, tuple[Tensor, Tensor]] = {}
-        self._watched: dict[Any, tuple[Tensor, Tensor]] = {}
+        self.begin(None)
 
     def begin(self, chosen: Tensor | None) -> None:
         """A new recording."""
-        self.chosen, self._rounded, self._watched = chosen, {}, {}
-
-    def watch(self, x: Tensor) -> None:
-        """Remember what a layer rounds."""
-        if id(x) not in self._watched:
-            self._watched[id(x)] = x, x.sum()  # `x` is kept, so that its id stays its own
-
-    def watch_rows(self, table: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        """Remember the rows of an `nn.Embedding` that a call asks for; a hook."""
-        (rows,) = arguments
-        outside = (rows < 0) | (rows >= cast(nn.Embedding, table).num_embeddings)
-        self._watched[id(rows), id(table)] = rows, torch.where(outside, torch.inf, 0.0).sum()
-
-    def soundness(self) -> Tensor:
-        """`(1, 1)`: finite only if all that was watched is. A product, for what leads to an output without one would be
-        kept in float32."""
-        sums = [total for _, total in self._watched.values()]
-        return torch.stack(sums)[None] @ torch.ones(len(sums), 1) if sums else torch.zeros(1, 1)
+        self.chosen, self.soundness = chosen, Soundness()
+        self._rounded: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def quantize(self, x: Tensor, grid: Grid, function: Callable[[Tensor, Grid], Tensor] = quantize_as_byte) -> Tensor:
         """`function(x, grid)`, once for each tensor and grid."""
@@ -79,6 +61,7 @@ class GraphLayer(nn.Module, ABC):
     reader: Reader | None
     grid: Grid | None
     in_bytes: bool
+    is_bounded: bool
     input_format: FPFormat | None
     weights: Tensor
     units: Tensor
@@ -86,9 +69,16 @@ class GraphLayer(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """As the quantized layer."""
-        weight = self.weights
+        sound = self.inputs.soundness
         if self.grid is not None or (self.reader is not None and not self.reader.known):
-            self.inputs.watch(x)
+            sound.watch(x)
+        y = self._output(x)
+        if self.is_bounded:
+            sound.trust(y)
+        return y
+
+    def _output(self, x: Tensor) -> Tensor:
+        weight = self.weights
         if weight.dtype == torch.int8:  # an integer constant times a scale, as OpenVINO looks for
             weight = weight.to(torch.float32) * self.units.view(-1, *[1] * (weight.ndim - 1))
         if self.reader is not None:
@@ -178,7 +168,16 @@ def graph_layer(layer: QuantLayer, choice: Choice, inputs: Inputs, *, in_bytes: 
     made.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
     made.register_buffer("weights", _integers(layer, bank) if made.in_bytes else layer.dequantize_weight(bank))
     made.register_buffer("units", weight_unit(layer))
+    made.is_bounded = _is_bounded(made)
     return made
+
+
+def _is_bounded(layer: GraphLayer) -> bool:
+    """Whether no input can make a layer's output large: 8-bit integers cannot, unless bias or scales are."""
+    if not layer.in_bytes or layer.grid is None:
+        return False
+    largest = layer.weights[0].numel() * UINT8_MAX * INT8_MAX * layer.grid.unit * float(layer.units.max())
+    return largest < LARGE and (layer.bias is None or float(layer.bias.abs().max()) < LARGE)
 
 
 def _integers(layer: QuantLayer, bank: int) -> Tensor:

@@ -16,6 +16,7 @@ from ..fusion.processors import use_engine_attention
 from .call import GraphCall, OutputForm
 from .choices import Choice
 from .layers import Inputs, graph_layer
+from .soundness import install_checks
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +66,8 @@ class Recorder(nn.Module):
         use_engine_attention(self.model, wanted=False)
         for hook in hooks:
             self.model.register_forward_hook(hook, with_kwargs=True)
-        for module in self.model.modules() if self._is_watched else ():
-            if isinstance(module, nn.Embedding):
-                module.register_forward_pre_hook(self._inputs.watch_rows)
+        if self._is_watched:
+            install_checks(self.model, lambda: self._inputs.soundness)
         self.eval()
 
     def tensors(self) -> list[Tensor]:
@@ -76,11 +76,11 @@ class Recorder(nn.Module):
         return [*(as_float32(each.detach()).contiguous() for each in self._call.tensors), *chosen]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The tensors of the model's output, float32; in the engine's own graphs `Inputs.soundness` behind them."""
+        """The tensors of the model's output, float32; in the engine's own graphs their soundness behind them."""
         number = len(self._call.tensors)
         self._inputs.begin(tensors[number] if len(tensors) > number else None)
         output = self.model(**self._call.arguments(tensors[:number]))
-        sound = [self._inputs.soundness()] if self._is_watched else []
+        sound = [self._inputs.soundness.total()] if self._is_watched else []
         self._inputs.begin(None)
         self.form = OutputForm.of(output)
         return *self.form.tensors(output), *sound

@@ -26,7 +26,7 @@ from .record import Recording
 logger = logging.getLogger(__name__)
 
 MAX_STORED_BYTES = 16 * 2**30
-_VERSION = 3  # of what is recorded; another one finds nothing of this one's on disk
+_VERSION = 4  # of what is recorded; another one finds nothing of this one's on disk
 _PACKAGES = ("openvino", "torch", "diffusers")
 
 
@@ -35,7 +35,7 @@ class CompiledGraph:
 
     Args:
         compiled (`openvino.CompiledModel`).
-        form (`OutputForm`): of its output, behind which `Inputs.soundness` stands.
+        form (`OutputForm`): of its output, behind which `Soundness.total` stands.
     """
 
     def __init__(self, compiled: Any, form: OutputForm) -> None:
