@@ -90,7 +90,8 @@ def int8_linear(
         bias (`Tensor`, `(N,)` float32, *optional*).
         dtype (`torch.dtype`): of the result.
     """
-    return torch.ops.onednn.qlinear_pointwise(x, unit, zero, packed, units, zeros, bias, 1.0, 0, dtype, "none", [], "")
+    multiply = torch.ops.onednn.qlinear_pointwise.default
+    return multiply(x, unit, zero, packed, units, zeros, bias, 1.0, 0, dtype, "none", [], "")
 
 
 def pack_int8_conv(
@@ -111,7 +112,7 @@ def int8_conv(
     stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """The convolution's counterpart of `int8_linear`; `x` `(B, C, H, W)` uint8, channels last."""
-    return torch.ops.onednn.qconv_pointwise(
+    return torch.ops.onednn.qconv_pointwise.default(
         x,
         unit,
         zero,

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from ..formats import INT8_MAX, FPFormat
 from ..numerics import QParams
 from ..numerics.rounding import zero_point_steps
@@ -41,6 +43,12 @@ def pairs_fit_16_bits(fmt: FPFormat, largest_weight: int) -> bool:
     return 2 * largest_byte(fmt) * largest_weight <= _PAIR_MAX
 
 
+def lattice_numbers(low: int, high: int, mantissa_bits: int) -> tuple[np.number, ...]:
+    """A lattice as compiled kernels take it: its range, and what makes a step of an exponent; see `numba_rows`."""
+    shifts = np.int32((127 + mantissa_bits) << 23), np.int32((23 - mantissa_bits) << 23)
+    return np.float32(low), np.float32(high), *shifts
+
+
 @dataclass(frozen=True)
 class InputGrid:
     """An input's quantizer as plain numbers; `x ≈ (integer - zero - offset) * unit`.
@@ -71,6 +79,12 @@ class InputGrid:
         zero = int(zero_point_steps(qparams).item())
         bounds = fmt.lattice[0], fmt.lattice_max
         return cls(unit.item(), (1 / unit).item(), zero, *bounds, fmt.mantissa_bits, byte_offset(fmt), low_bits(fmt))
+
+    @cached_property
+    def numbers(self) -> tuple[np.number, ...]:
+        """The grid as compiled kernels take it: inverse, zero, `lattice_numbers`, offset."""
+        lattice = lattice_numbers(self.low, self.high, self.mantissa_bits)
+        return np.float32(self.inverse), np.float32(self.zero), *lattice, np.int32(self.offset)
 
     @cached_property
     def planes(self) -> list[tuple[float, int]]:

@@ -44,6 +44,11 @@ def read_results(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def has_amx(row: dict) -> bool:
+    """Whether a row with times is of a processor with AMX; older rows, which do not say, are not."""
+    return "amx_int8" in row.get("instruction_sets", ())
+
+
 def grouped(results: str, key: str) -> dict[str, list[dict]]:
     """The rows of a results file by their value under `key`."""
     groups = {}

@@ -15,6 +15,7 @@ import torch
 from budget_tables import budget, budget_psnr, budget_steps, budget_sums
 from harness import ROOT, grouped, read_results
 from safetensors.torch import load_file
+from speed_tables import engines, engines_amx, openvino, openvino_quality, openvino_start, speed
 
 from diffusers_msfp import FORMATS
 from diffusers_msfp.assets import EMBEDDED_MODEL
@@ -232,87 +233,6 @@ def routing() -> Iterator[dict[str, str]]:
         }
 
 
-CASES = {
-    "ddpm": "DDPM-CIFAR-10 shape, batch 8",
-    "ddpm-batch1": "the same, batch 1",
-    "ddpm-batch16": "batch 16",
-    "ddpm-size128": "128×128, batch 1",
-    "sd15": "SD-1.5 shape, 64×64, batch 2",
-    "embedded": "embedded model, batch 8",
-    "ddpm-vnni": "DDPM-CIFAR-10 shape, without bfloat16 instructions",
-    "ddpm-avx2": "DDPM-CIFAR-10 shape, AVX2 only",
-}
-
-
-RIVAL = "openvino:int8"
-
-
-def engines() -> Iterator[dict[str, str]]:
-    """A step in `w4a4`, against floats; a float32 model's where that is faster."""
-    groups = grouped("engines", "case")
-    for case, label in CASES.items():
-        rows = {row["provider"]: row for row in groups[case]}
-        ours = min((rows[name] for name in ("w4a4", "w4a4:fp32") if name in rows), key=lambda row: row["seconds"])
-        rivals = [row for name in ("runtimes", "int8") for row in groups.get(f"{case}-{name}", ())]
-        yield {
-            "model": label,
-            "bf16 channels last": f"{1e3 * rows['bf16:cl']['seconds']:.0f} ms",
-            "`w4a4`": f"{1e3 * ours['seconds']:.0f} ms",
-            "quartiles": f"{1e3 * ours['seconds_low']:.0f} – {1e3 * ours['seconds_high']:.0f}",
-            "× bf16 channels last": f"{ours['speedup']:.2f}",
-            "`w4a8`, ×": f"{rows['w4a8']['speedup']:.2f}" if "w4a8" in rows else "–",
-            "OpenVINO int8, ×": next((f"{row['speedup']:.2f}" for row in rivals if row["provider"] == RIVAL), "–"),
-            "× fp32": f"{rows['fp32']['seconds'] / ours['seconds']:.2f}",
-            "step / floor": f"{ours['seconds'] / ours['floor_seconds']:.2f}",
-        }
-
-
-RUNS = {"ddpm": "ddpm-cifar10", "sd15": "sd15", "embedded": "embedded"}
-"""Case of `engines` → what it is called in `openvino`."""
-RUNTIMES = {
-    "w4a8": "`w4a8`, `auto`",
-    "w4a8:openvino": "`openvino`",
-    "w4a4": "`w4a4`, `auto`",
-    "w4a4:openvino": "`w4a4`, `openvino`",
-    "int-w4a8:openvino": "`int-w4a8`, `openvino`",
-    "openvino:bf16": "OpenVINO bf16",
-    RIVAL: "NNCF int8",
-}
-
-
-def openvino() -> Iterator[dict[str, str]]:
-    """A step in OpenVINO beside our engines and its own 8 bits."""
-    groups = grouped("openvino", "case")
-    for case, name in RUNS.items():
-        rows = {row["provider"]: row for row in groups[f"step {name}"]}
-        base = {"model": CASES[case], "bf16 channels last": f"{1e3 * rows['bf16:cl']['seconds']:.0f} ms"}
-        yield base | {
-            f"{title}, ×": f"{rows[provider]['speedup']:.2f}" if provider in rows else "–"
-            for provider, title in RUNTIMES.items()
-        }
-
-
-def openvino_start() -> Iterator[dict[str, str]]:
-    """Until the first step, and memory."""
-    for row in grouped("openvino", "case")["start embedded"]:
-        yield {
-            "engine": row["provider"],
-            "until the first step": f"{row['seconds']:.1f} s",
-            "peak memory": f"{row['peak_bytes'] / 1e6:.0f} MB",
-            "graph on disk": f"{row['stored_bytes'] / 1e6:.1f} MB" if "openvino" in row["provider"] else "–",
-        }
-
-
-def openvino_quality() -> Iterator[dict[str, str]]:
-    """The fine-tuned checkpoint's pictures, by engine."""
-    for row in grouped("openvino", "case")["quality"]:
-        yield {
-            "engine": row["provider"],
-            "PSNR (dB)": f"{row['psnr']:.2f} ± {row['psnr_half_width']:.2f}",
-            "pictures": str(row["images"]),
-        }
-
-
 def startup() -> Iterator[dict[str, str]]:
     """From `from_pretrained` to the first picture."""
     for row in read_results("startup")["rows"]:
@@ -487,15 +407,6 @@ def sizes() -> Iterator[dict[str, str]]:
         yield {"": label} | {key: row[key] for key in ("bf16", "packed", "search and packing", "peak memory")}
 
 
-def speed() -> Iterator[dict[str, str]]:
-    """The short form of `engines`."""
-    graphs = {row["model"]: row["`openvino`, ×"] for row in openvino()}
-    for row in list(engines())[:6]:
-        columns = ("model", "bf16 channels last", "`w4a4`", "× bf16 channels last", "`w4a8`, ×")
-        graph = {"as a graph, ×": graphs.get(row["model"], "–"), "OpenVINO int8, ×": row["OpenVINO int8, ×"]}
-        yield {key: row[key] for key in columns} | graph
-
-
 def baselines() -> Iterator[dict[str, str]]:
     """Every method, against full precision and real pictures."""
     rows = grouped("baselines", "model")[EMBEDDED_MODEL.name]
@@ -528,6 +439,7 @@ MAKERS = (
     speed,
     baselines,
     engines,
+    engines_amx,
     openvino,
     openvino_start,
     openvino_quality,

@@ -185,7 +185,7 @@ def test_graphs_find_what_is_not_finite_anywhere(value, dtype, monkeypatch):
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 @torch.no_grad()
 def test_graphs_find_one_number_wherever_it_enters(value, dtype, monkeypatch):
-    """In the sample, and in each of what a ControlNet adds to: half of it is read by norms, of which one value tells."""
+    """In the sample, and in each of what a ControlNet adds to: norms read it, of which one value tells."""
     monkeypatch.setattr(obstacles, "of_call", lambda *_: None)
     model = make_condition_unet().to(dtype)
     convert(model, Conversion.plan(model, "w4a8"))

@@ -237,10 +237,9 @@ def test_every_way_gives_the_same_sums(name, scheme, monkeypatch):
         default = layer(x.to(dtype))
         for way in [way for of, way in outputs if of == dtype]:
             y = outputs[dtype, way].view(default.shape)
-            if way == "bfloat16":  # its sums are the same, but rounded once more
-                assert (y - default).float().norm() <= 4e-3 * default.float().norm()
-            else:
-                assert torch.equal(y, default), way
+            apart = ((y - default).float().norm() / default.float().norm()).item()
+            # sums are the same, but those in bfloat16 rounded once more, and some kernels add the bias unrounded
+            assert apart <= (4e-3 if way == "bfloat16" else 1e-3 if dtype == torch.bfloat16 else 2**-22), way
     assert (layer(x) - reference).norm() <= 1e-5 * reference.norm()
     names = {way for _, way in outputs}
     few = name == "groups" or scheme == "w8a8-wide" or (name == "linear" and not has_bf16_instructions())

@@ -32,7 +32,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     names = (default, *(name for name in ways if name != default))
     way = default
     if tuning.allowed():
-        asked = f"attention {tuning.text_of(query, query.dtype)} tokens {key.shape[2]}"
+        asked = f"attention {tuning.text_of(query.shape, query.dtype)} tokens {key.shape[2]}"
         way = tuning.fastest(asked, {name: partial(ways[name], query, key, value) for name in names})
     return ways[way](query, key, value)
 

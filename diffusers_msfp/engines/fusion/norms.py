@@ -6,7 +6,7 @@ adapters that read floats, or PEFT stands between), the leaf does what its origi
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import cast
 
 import torch
@@ -102,10 +102,10 @@ def _has_adapter(layer: nn.Module, x: Tensor) -> bool:
 
 
 def _affine(norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
-    """Weight and bias, `(C,)` float32."""
+    """Weight and bias, `(C,)`."""
     if norm.weight is None:
         return torch.ones(norm.num_channels), torch.zeros(norm.num_channels)
-    return norm.weight.detach().to(torch.float32), norm.bias.detach().to(torch.float32)
+    return norm.weight, norm.bias
 
 
 def norm(
@@ -123,9 +123,15 @@ def norm(
     arguments = x, groups, weight, bias, eps, silu, grid, added
     if not tuning.allowed():
         return kernels.norm(*arguments)
-    places = (("silu", silu), ("added", added is not None), ("codes", grid is not None))
-    asked = f"norm {tuning.text_of(x, x.dtype)} groups {groups} {' '.join(name for name, given in places if given)}"
+    asked = _question(x.shape, x.dtype, groups, silu, added is not None, grid is not None)
     return ways[tuning.fastest(asked, {name: partial(way, *arguments) for name, way in ways.items()})](*arguments)
+
+
+@lru_cache(maxsize=1024)
+def _question(shape: torch.Size, dtype: torch.dtype, groups: int, silu: bool, added: bool, codes: bool) -> str:
+    """How `norm` asks for the fastest way."""
+    parts = [name for name, given in (("silu", silu), ("added", added), ("codes", codes)) if given]
+    return f"norm {tuning.text_of(shape, dtype)} groups {groups} {' '.join(parts)}"
 
 
 def norm_rows(module: nn.GroupNorm, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import cast
 
 import torch
@@ -14,8 +14,10 @@ from ...layers import QuantLayer
 from ...numerics import Codes
 from .. import kernels, tuning
 from ..engine import PreparedLayer, used_integers
-from ..grid import largest_byte, low_bits
+from ..grid import InputGrid, largest_byte, low_bits
 from .products import writes
+
+_FEW = 2**16  # values that one thread quantizes before another is awake
 
 Planes = Callable[[Tensor, int | Tensor], list[Tensor]]
 """Values and an adapter → the bytes that hold their integers."""
@@ -25,6 +27,19 @@ Weight = tuple[Tensor, Tensor]
 
 def _as_they_are(codes: Tensor, adapter: int | Tensor) -> list[Tensor]:  # noqa: ARG001
     return [codes]
+
+
+def _several_threads(x: Tensor, grid: InputGrid) -> bool | None:
+    """Whether several threads quantize faster than one, which they have to be woken for; None where it is not asked."""
+    if x.numel() < _FEW or torch.get_num_threads() == 1 or not tuning.allowed():
+        return None
+    ways = {name: partial(kernels.quantize, x, grid, name == "threads") for name in ("one thread", "threads")}
+    return tuning.fastest(_question(x.numel(), x.dtype, len(grid.planes)), ways) == "threads"
+
+
+@lru_cache(maxsize=1024)
+def _question(size: int, dtype: torch.dtype, bytes_each: int) -> str:
+    return f"quantize {tuning.text_of([size], dtype)} to {bytes_each}"
 
 
 class Int8Layer(PreparedLayer):
@@ -42,7 +57,9 @@ class Int8Layer(PreparedLayer):
     def bias(self) -> Tensor | None:
         """The layer's own as it is now, `(C,)` float32: it may be trained."""
         bias = self.layer.bias
-        return None if bias is None else bias.detach().to(torch.float32)
+        if bias is None:
+            return None
+        return (bias.detach() if torch.is_grad_enabled() else bias).to(torch.float32)
 
     def integers(self, bank: int) -> tuple[Tensor, Tensor]:
         """Integers of the weight that a call uses, `(C, …)` int8, and their unit, `(C,)` float32."""
@@ -88,7 +105,8 @@ class Int8Layer(PreparedLayer):
 
     def codes(self, x: Tensor, adapter: int | Tensor) -> list[Tensor]:
         """Bytes of a float input, one tensor for each of the grid's planes."""
-        planes, finite = kernels.quantize(x, self.grid(adapter))
+        grid = self.grid(adapter)
+        planes, finite = kernels.quantize(x, grid, _several_threads(x, grid))
         if not finite:
             self.refuse_infinite(x)
         return planes
@@ -110,7 +128,7 @@ class Int8Layer(PreparedLayer):
         key = (codes[0].shape, dtype, tuning.threads_and_limit() if tuned else None)
         if key not in self._chosen:
             ways = self.ways(codes, dtype)
-            asked = f"{self._about} {tuning.text_of(codes[0], dtype)}"
+            asked = f"{self._about} {tuning.text_of(codes[0].shape, dtype)}"
             self._chosen[key] = tuning.fastest(asked, {way: partial(compute, way) for way in ways})
             used = set(self._chosen.values())
             self._weights = {key: weight for key, weight in self._weights.items() if key[1] in used}

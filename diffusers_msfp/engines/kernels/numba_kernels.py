@@ -13,51 +13,65 @@ from torch import Tensor
 
 from ..grid import InputGrid, output_size
 from . import torch_kernels
-from .numba_rows import EXPONENT, centre_row, jit, norm_image, quantize_row, softmax_row, split_row
+from .numba_rows import EXPONENT, array_at, centre_row, jit, norm_image, quantize_row, split_row
+from .numba_softmax import softmax_row
 
 _CHUNK = 16384  # values that one thread takes at a time
 # Waking a second thread takes 0.03 to 0.15 ms, in which one thread quantizes two million values or normalises and
 # activates 64 thousand: below these numbers of values it works alone.
-_SERIAL_QUANTIZE, _SERIAL_NORM = 2**21, 2**17
+SEVERAL_QUANTIZE, _SEVERAL_NORM = 2**21, 2**17
+_BYTE = np.dtype(np.uint8)
+_KINDS = {torch.uint8: _BYTE, torch.bfloat16: np.dtype(np.uint16), torch.float32: np.dtype(np.float32)}
+_NO_GRID = (*[np.float32(0)] * 4, *[np.int32(0)] * 3)
 _LOOPS = dict.fromkeys(("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"), False)
 _LOOPS["prange"] = True  # each parallel region costs 30 µs: only the loops that say so
 
 
 @jit(parallel=_LOOPS)
-def _quantize(x, out, inverse, zero, low, high, least, shift, offset):
-    chunks = (x.size + _CHUNK - 1) // _CHUNK
+def _quantize(x, kind, size, out, grid):
+    x, out = array_at(x, (size,), kind), array_at(out, (size,), _BYTE)
+    inverse, zero, low, high, least, shift, offset = grid
+    chunks = max(1, (size + _CHUNK - 1) // _CHUNK)
     largest = np.zeros(chunks, np.int32)
     for chunk in numba.prange(chunks):
-        part = slice(chunk * _CHUNK, min(x.size, (chunk + 1) * _CHUNK))
+        part = slice(chunk * _CHUNK, min(size, (chunk + 1) * _CHUNK))
         largest[chunk] = quantize_row(x[part], out[part], inverse, zero, low, high, least, shift, offset)
     return largest.max()
 
 
 @jit(parallel=_LOOPS)
-def _split(x, out, rest, bits, inverse, zero, low, high, least, shift, offset):
-    chunks = (x.size + _CHUNK - 1) // _CHUNK
+def _split(x, kind, size, out, rest, bits, grid):
+    x, out, rest = array_at(x, (size,), kind), array_at(out, (size,), _BYTE), array_at(rest, (size,), _BYTE)
+    inverse, zero, low, high, least, shift, offset = grid
+    chunks = max(1, (size + _CHUNK - 1) // _CHUNK)
     largest = np.zeros(chunks, np.int32)
     for chunk in numba.prange(chunks):
-        part = slice(chunk * _CHUNK, min(x.size, (chunk + 1) * _CHUNK))
+        part = slice(chunk * _CHUNK, min(size, (chunk + 1) * _CHUNK))
         largest[chunk] = split_row(x[part], out[part], rest[part], bits, inverse, zero, low, high, least, shift, offset)
     return largest.max()
 
 
 @jit(parallel=_LOOPS)
-def _centre(x, out, inverse, zero, low, high, least, shift):
-    chunks = (x.size + _CHUNK - 1) // _CHUNK
+def _centre(x, kind, size, out, out_kind, grid):
+    x, out = array_at(x, (size,), kind), array_at(out, (size,), out_kind)
+    inverse, zero, low, high, least, shift, _ = grid
+    chunks = max(1, (size + _CHUNK - 1) // _CHUNK)
     largest = np.zeros(chunks, np.int32)
     for chunk in numba.prange(chunks):
-        part = slice(chunk * _CHUNK, min(x.size, (chunk + 1) * _CHUNK))
+        part = slice(chunk * _CHUNK, min(size, (chunk + 1) * _CHUNK))
         largest[chunk] = centre_row(x[part], out[part], inverse, zero, low, high, least, shift)
     return largest.max()
 
 
 @jit(parallel=_LOOPS)
-def _norm(x, added, groups, weight, bias, eps, silu, grid, out):
+def _norm(x, kind, shape, added, weight, bias, parameter_kind, groups, eps, silu, grid, out, out_kind):
     """Group norm of `(B, N, C)`; each image is one thread's, so that its second pass finds it in the cache."""
-    finite = np.ones(x.shape[0], np.bool_)
-    for b in numba.prange(x.shape[0]):
+    batch, _, channels = shape
+    x, out = array_at(x, shape, kind), array_at(out, shape, out_kind)
+    added = array_at(added, (batch, channels), parameter_kind)
+    weight, bias = array_at(weight, (channels,), parameter_kind), array_at(bias, (channels,), parameter_kind)
+    finite = np.ones(batch, np.bool_)
+    for b in numba.prange(batch):
         finite[b] = norm_image(x[b], added[b], groups, weight, bias, eps, silu, grid, out[b])
     return finite.all()
 
@@ -76,12 +90,13 @@ def _expand_pairs(packed, table, out):
 
 
 @jit()
-def _columns(x, size, stride, padding, dilation, zero, out):
+def _columns(x, shape, size, stride, padding, dilation, zero, out, out_shape):
     """Patches of `(B, H, W, C)` as rows `(B, rows, columns, size * C)`."""
-    batch, height, width, channels = x.shape
+    batch, height, width, channels = shape
+    x, out = array_at(x, shape, _BYTE), array_at(out, out_shape, _BYTE)
     for b in range(batch):
-        for row in range(out.shape[1]):
-            for column in range(out.shape[2]):
+        for row in range(out_shape[1]):
+            for column in range(out_shape[2]):
                 target = out[b, row, column]
                 at = 0
                 for i in range(size[0]):
@@ -143,18 +158,23 @@ def _flat(x: Tensor):
 
 
 def _readable(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.bfloat16) else x.to(torch.float32)
+    return x if x.dtype in _KINDS else x.to(torch.float32)
 
 
-def _lattice(low: int, high: int, mantissa_bits: int) -> tuple:
-    """A lattice as the kernels' arguments, from `low` to `shift`."""
-    shifts = np.int32((127 + mantissa_bits) << 23), np.int32((23 - mantissa_bits) << 23)
-    return np.float32(low), np.float32(high), *shifts
+def _address(x: Tensor) -> int:
+    """Of a tensor's first value, for kernels that write nothing to be differentiated."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("Compiled kernels have no gradient. Call them under `torch.no_grad()`.")
+    return x.data_ptr()
 
 
-def _numbers(grid: InputGrid) -> tuple:
-    """A grid as the kernels' arguments, from `inverse` to `shift`."""
-    return np.float32(grid.inverse), np.float32(grid.zero), *_lattice(grid.low, grid.high, grid.mantissa_bits)
+@functools.lru_cache(maxsize=64)
+def _zeros(size: int, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(size, dtype=dtype)
+
+
+def _call_alone(kernel, *arguments):
+    return _alone(kernel)(*arguments)
 
 
 def _run(kernel, *arguments):
@@ -171,25 +191,25 @@ def _run(kernel, *arguments):
         return result
 
 
-def quantize(x: Tensor, grid: InputGrid) -> tuple[list[Tensor], bool]:
+def quantize(x: Tensor, grid: InputGrid, several: bool | None = None) -> tuple[list[Tensor], bool]:
     """See `kernels.quantize`."""
-    few, numbers = x.numel() < _SERIAL_QUANTIZE, (*_numbers(grid), np.int32(grid.offset))
     planes = [torch.empty_like(x, dtype=torch.uint8) for _ in grid.planes]
-    arguments = _flat(_readable(x)), *map(_flat, planes)
+    x, size = _readable(x), x.numel()
+    several = size >= SEVERAL_QUANTIZE if several is None else several
+    call = _run if several else _call_alone
+    arguments = _address(x), _KINDS[x.dtype], size, *(plane.data_ptr() for plane in planes)
     if grid.low_bits:
-        arguments = *arguments, np.int32(grid.low_bits), *numbers
-        largest = split_row(*arguments) if few else _run(_split, *arguments)
-    else:
-        largest = quantize_row(*arguments, *numbers) if few else _run(_quantize, *arguments, *numbers)
-    return planes, largest < EXPONENT
+        return planes, bool(call(_split, *arguments, np.int32(grid.low_bits), grid.numbers) < EXPONENT)
+    return planes, bool(call(_quantize, *arguments, grid.numbers) < EXPONENT)
 
 
 def centre(x: Tensor, grid: InputGrid, dtype: torch.dtype) -> tuple[Tensor, bool]:
     """See `kernels.centre`."""
     out = torch.empty_like(x, dtype=dtype)
-    arguments = _flat(_readable(x)), _flat(out), *_numbers(grid)
-    largest = centre_row(*arguments) if x.numel() < _SERIAL_QUANTIZE else _run(_centre, *arguments)
-    return out, largest < EXPONENT
+    x, size = _readable(x), x.numel()
+    call = _run if size >= SEVERAL_QUANTIZE else _call_alone
+    arguments = _address(x), _KINDS[x.dtype], size, out.data_ptr(), _KINDS[dtype], grid.numbers
+    return out, bool(call(_centre, *arguments) < EXPONENT)
 
 
 def norm(
@@ -203,19 +223,26 @@ def norm(
     added: Tensor | None = None,
 ) -> tuple[Tensor, bool]:
     """See `kernels.norm`."""
-    x = _readable(x)
+    x, (batch, channels) = _channels_last(_readable(x)), x.shape[:2]
     out = torch.empty_like(x, dtype=x.dtype if grid is None else torch.uint8)
-    batch, channels = x.shape[:2]
+    shape = batch, x.numel() // max(1, batch * channels), channels
+    given = [weight, bias] if added is None else [weight, bias, added.expand(batch, channels)]
+    dtype = x.dtype if all(each.dtype == x.dtype for each in given) else torch.float32
+    weight, bias, *rest = (each.to(dtype).contiguous() for each in given)  # mostly as they are
+    (added,) = rest or [_zeros(batch * channels, dtype)]
+    parameters = _address(added), _address(weight), _address(bias), _KINDS[dtype]
+    numbers = _NO_GRID if grid is None else grid.numbers
+    arguments = _address(x), _KINDS[x.dtype], shape, *parameters, groups, float(eps), bool(silu), numbers
+    call = _run if x.numel() >= _SEVERAL_NORM else _call_alone
+    return out, bool(call(_norm, *arguments, out.data_ptr(), _KINDS[out.dtype]))
 
-    def rows(tensor: Tensor):  # (B, C, …) channels last → (B, N, C)
-        return _array(tensor.movedim(1, -1).reshape(batch, -1, channels))
 
-    added = torch.zeros(batch, channels) if added is None else added.to(torch.float32)
-    added = added.expand(batch, channels).contiguous()
-    numbers = (*_numbers(grid), np.int32(grid.offset)) if grid else (*[np.float32(0)] * 4, *[np.int32(0)] * 3)
-    affine = _array(weight), _array(bias), float(eps), bool(silu)
-    arguments = rows(x), added.numpy(), groups, *affine, numbers, rows(out)
-    return out, bool(_alone(_norm)(*arguments) if x.numel() < _SERIAL_NORM else _run(_norm, *arguments))
+def _channels_last(x: Tensor) -> Tensor:
+    """A tensor `(B, C, …)` whose channels lie next to each other, one dense piece of memory."""
+    if x.ndim == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    rows = x.movedim(1, -1)
+    return x if rows.is_contiguous() else rows.contiguous().movedim(-1, 1)
 
 
 def expand(packed: Tensor, bits: int, length: int, table: Tensor) -> Tensor:
@@ -237,10 +264,11 @@ def columns(
     zero: int,
 ) -> Tensor:
     """See `kernels.columns`."""
-    shape = output_size(codes.shape[2:], size, stride, padding, dilation)
-    out = torch.empty(codes.shape[0], *shape, size[0] * size[1] * codes.shape[1], dtype=torch.uint8)
+    codes, (batch, channels, height, width) = _channels_last(codes), codes.shape
+    shape = batch, *output_size((height, width), size, stride, padding, dilation), size[0] * size[1] * channels
+    out = torch.empty(shape, dtype=torch.uint8)
     geometry = (tuple(pair) for pair in (size, stride, padding, dilation))
-    _columns(codes.permute(0, 2, 3, 1).numpy(), *geometry, np.uint8(zero), out.numpy())
+    _columns(_address(codes), (batch, height, width, channels), *geometry, np.uint8(zero), out.data_ptr(), shape)
     return out
 
 

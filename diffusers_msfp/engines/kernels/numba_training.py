@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ...formats import FPFormat
-from .numba_kernels import _CHUNK, _LOOPS, _alone, _flat, _lattice, _run
+from ..grid import lattice_numbers
+from .numba_kernels import _CHUNK, _LOOPS, _alone, _flat, _run
 from .numba_rows import _round, jit
 
 _SERIAL = 2**16  # below so many values one thread works alone
@@ -74,7 +75,7 @@ def forward(x: Tensor, inverse: Tensor, unit: Tensor, zero: Tensor, fmt: FPForma
     """
     out = torch.empty_like(x)
     parameters = (each.numpy() for each in (inverse, unit, zero))
-    lattice = _lattice(fmt.lattice[0], fmt.lattice_max, fmt.mantissa_bits)
+    lattice = lattice_numbers(fmt.lattice[0], fmt.lattice_max, fmt.mantissa_bits)
     _call(_forward, x.numel(), _flat(x), _flat(out), *parameters, *lattice)
     return out
 
@@ -93,6 +94,6 @@ def backward(
     sums = torch.zeros(rows, -(-(x.numel() // rows) // _CHUNK), 2)
     parameters = (each.numpy() for each in (inverse, zero, border))
     flat = (_flat(each) for each in (grad, x, values, out))
-    low, high, *_ = _lattice(fmt.lattice[0], fmt.lattice_max, fmt.mantissa_bits)
+    low, high, *_ = lattice_numbers(fmt.lattice[0], fmt.lattice_max, fmt.mantissa_bits)
     _call(_backward, x.numel(), *flat, *parameters, low, high, sums.numpy())
     return out, sums.double().sum(1).float()

@@ -27,7 +27,7 @@ def _dense(x: Tensor) -> Tensor:
     return x.as_strided((x.numel(),), (1,))
 
 
-def quantize(x: Tensor, grid: InputGrid) -> tuple[list[Tensor], bool]:
+def quantize(x: Tensor, grid: InputGrid, several: bool | None = None) -> tuple[list[Tensor], bool]:  # noqa: ARG001
     """See `kernels.quantize`."""
     planes = [torch.empty_like(x, dtype=torch.uint8) for _ in grid.planes]
     flat, outs = _dense(x), [_dense(plane) for plane in planes]
@@ -62,7 +62,7 @@ def norm(
     y = x.to(torch.float32)
     if added is not None:
         y = y + added.to(torch.float32).view(*added.shape, *[1] * (x.ndim - 2))
-    y = F.group_norm(y, groups, weight, bias, eps)
+    y = F.group_norm(y, groups, weight.detach().to(torch.float32), bias.detach().to(torch.float32), eps)
     y = F.silu(y) if silu else y
     if grid is None:
         return y.to(x.dtype), _is_finite(y)

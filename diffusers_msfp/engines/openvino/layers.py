@@ -8,7 +8,7 @@ processor's kernels would add with saturation (8-bit weights without VNNI).
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn

@@ -28,7 +28,7 @@ def structure_of(model: nn.Module, layers: Iterable[QuantLayer]) -> str:
 
 def question_of(model: nn.Module, structure: str, tensors: Sequence[Tensor]) -> str:
     """What is asked of a machine; timesteps and labels do not count."""
-    read = " ".join(tuning.text_of(each, cast(torch.dtype, model.dtype)) for each in tensors if each.ndim > 1)
+    read = " ".join(tuning.text_of(each.shape, cast(torch.dtype, model.dtype)) for each in tensors if each.ndim > 1)
     return f"{PREFIX}{type(model).__name__} {structure} {read}"
 
 

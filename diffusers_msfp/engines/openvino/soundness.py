@@ -1,8 +1,8 @@
 """Whether NaN or infinity came up within a graph, whose rounding makes numbers of them, or a row that a table lacks.
 
-What is rounded would have to be read once more for that. Most of it need not be: one NaN or infinity makes all of a norm's
-group NaN, so one value of each group tells of all that the norm read and gave; layers of 8-bit integers give nothing
-large, whatever they read; activations give nothing unsound but for what is.
+What is rounded would have to be read once more for that. Most of it need not be: one NaN or infinity makes all of a
+norm's group NaN, so one value of each group tells of all that the norm read and gave; layers of 8-bit integers give
+nothing large, whatever they read; activations give nothing unsound but for what is.
 """
 
 from collections.abc import Callable

@@ -3,11 +3,10 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 import torch
-from torch import Tensor
 
 from ...compat.processor import instruction_limit
 from ...errors import ConfigError
@@ -78,9 +77,9 @@ def chosen(question: str, default: str) -> str:
         return choose(default, known) if default in known else default
 
 
-def text_of(x: Tensor, dtype: torch.dtype) -> str:
+def text_of(shape: Sequence[int], dtype: torch.dtype) -> str:
     """Shape of an input and dtype of the result, as they stand in questions: `8x128x32x32 bfloat16`."""
-    return f"{'x'.join(map(str, x.shape))} {str(dtype).removeprefix('torch.')}"
+    return f"{'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
 
 
 def choose(default: str, seconds: Mapping[str, float]) -> str:
