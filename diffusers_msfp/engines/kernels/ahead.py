@@ -29,11 +29,12 @@ def _calls() -> dict[str, Callable[[], object]]:
             calls[f"quantize to two bytes, {some}"] = partial(kernels.quantize, x, two)
             for out in {dtype, torch.float32}:
                 calls[f"centre to {str(out).removeprefix('torch.')}, {some}"] = partial(kernels.centre, x, one, out)
-            images = x.view(1, 16, -1, 1).contiguous(memory_format=torch.channels_last)
-            affine = torch.ones(16), torch.zeros(16)
-            for grid in (one, None):
-                name = f"norm{' and quantize' if grid else ''}, {some}"
-                calls[name] = partial(kernels.norm, images, 4, *affine, 1e-5, True, grid)
+            affine = torch.ones(16, dtype=dtype), torch.zeros(16, dtype=dtype)
+            for batch in (1, 16) if size == _MANY else (1,):  # several threads share one image, or the images
+                images = x.view(batch, 16, -1, 1).contiguous(memory_format=torch.channels_last)
+                for grid in (one, None):
+                    name = f"norm{' and quantize' if grid else ''}, batch {batch}, {some}"
+                    calls[name] = partial(kernels.norm, images, 4, *affine, 1e-5, True, grid)
     for dtype in (torch.int8, torch.int32):
         packed, table = torch.zeros(2, 2, dtype=torch.uint8), torch.zeros(16, dtype=dtype)
         calls[f"expand to {str(dtype).removeprefix('torch.')}"] = partial(kernels.expand, packed, 4, 4, table)

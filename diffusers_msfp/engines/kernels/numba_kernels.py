@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..grid import InputGrid, output_size
 from . import torch_kernels
-from .numba_rows import EXPONENT, array_at, centre_row, jit, norm_image, quantize_row, split_row
+from .numba_norm import norm_images, norm_parts
+from .numba_rows import EXPONENT, LOOPS, array_at, centre_row, jit, quantize_row, split_row
 from .numba_softmax import softmax_row
 
 _CHUNK = 16384  # values that one thread takes at a time
@@ -23,11 +24,9 @@ SEVERAL_QUANTIZE, _SEVERAL_NORM = 2**21, 2**17
 _BYTE = np.dtype(np.uint8)
 _KINDS = {torch.uint8: _BYTE, torch.bfloat16: np.dtype(np.uint16), torch.float32: np.dtype(np.float32)}
 _NO_GRID = (*[np.float32(0)] * 4, *[np.int32(0)] * 3)
-_LOOPS = dict.fromkeys(("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"), False)
-_LOOPS["prange"] = True  # each parallel region costs 30 µs: only the loops that say so
 
 
-@jit(parallel=_LOOPS)
+@jit(parallel=LOOPS)
 def _quantize(x, kind, size, out, grid):
     x, out = array_at(x, (size,), kind), array_at(out, (size,), _BYTE)
     inverse, zero, low, high, least, shift, offset = grid
@@ -39,7 +38,7 @@ def _quantize(x, kind, size, out, grid):
     return largest.max()
 
 
-@jit(parallel=_LOOPS)
+@jit(parallel=LOOPS)
 def _split(x, kind, size, out, rest, bits, grid):
     x, out, rest = array_at(x, (size,), kind), array_at(out, (size,), _BYTE), array_at(rest, (size,), _BYTE)
     inverse, zero, low, high, least, shift, offset = grid
@@ -51,7 +50,7 @@ def _split(x, kind, size, out, rest, bits, grid):
     return largest.max()
 
 
-@jit(parallel=_LOOPS)
+@jit(parallel=LOOPS)
 def _centre(x, kind, size, out, out_kind, grid):
     x, out = array_at(x, (size,), kind), array_at(out, (size,), out_kind)
     inverse, zero, low, high, least, shift, _ = grid
@@ -63,20 +62,7 @@ def _centre(x, kind, size, out, out_kind, grid):
     return largest.max()
 
 
-@jit(parallel=_LOOPS)
-def _norm(x, kind, shape, added, weight, bias, parameter_kind, groups, eps, silu, grid, out, out_kind):
-    """Group norm of `(B, N, C)`; each image is one thread's, so that its second pass finds it in the cache."""
-    batch, _, channels = shape
-    x, out = array_at(x, shape, kind), array_at(out, shape, out_kind)
-    added = array_at(added, (batch, channels), parameter_kind)
-    weight, bias = array_at(weight, (channels,), parameter_kind), array_at(bias, (channels,), parameter_kind)
-    finite = np.ones(batch, np.bool_)
-    for b in numba.prange(batch):
-        finite[b] = norm_image(x[b], added[b], groups, weight, bias, eps, silu, grid, out[b])
-    return finite.all()
-
-
-@jit(parallel=_LOOPS)
+@jit(parallel=LOOPS)
 def _expand_pairs(packed, table, out):
     """4-bit codes, two to a byte: `table` holds both integers of each byte."""
     length = out.shape[1]
@@ -110,7 +96,7 @@ def _columns(x, shape, size, stride, padding, dilation, zero, out, out_shape):
                         at += channels
 
 
-@jit(parallel=_LOOPS)
+@jit(parallel=LOOPS)
 def _softmax(scores, sums):
     for row in numba.prange(scores.shape[0]):
         sums[row] = softmax_row(scores[row])
@@ -234,7 +220,8 @@ def norm(
     numbers = _NO_GRID if grid is None else grid.numbers
     arguments = _address(x), _KINDS[x.dtype], shape, *parameters, groups, float(eps), bool(silu), numbers
     call = _run if x.numel() >= _SEVERAL_NORM else _call_alone
-    return out, bool(call(_norm, *arguments, out.data_ptr(), _KINDS[out.dtype]))
+    kernel = norm_parts if call is _run and batch < torch.get_num_threads() else norm_images
+    return out, bool(call(kernel, *arguments, out.data_ptr(), _KINDS[out.dtype]))
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ _HALF = np.int32(0x400000)
 _ONE, _LOG2E = np.float32(1.0), np.float32(1.44269504)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 _MAGIC = np.float32(12582912.0)  # 1.5 * 2^23
+LOOPS = dict.fromkeys(("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"), False)
+LOOPS["prange"] = True  # each parallel region costs 30 µs: only the loops that say so
 _SOURCES = (file.read_bytes() for file in sorted(Path(__file__).parent.glob("numba_*.py")))
 _VERSION = hashlib.sha256(b"".join(_SOURCES)).hexdigest()[:12]
 
@@ -201,68 +203,3 @@ def _store_overload(out, i, value, grid):
             _narrow(out, i, value)
 
     return store
-
-
-@jit()
-def _channel_sums(x, sums, squares, totals, total_squares):
-    """Sums of the columns of `(N, C)` and of their squares: float32 within a block of rows, float64 over blocks."""
-    block = 64
-    for first in range(0, x.shape[0], block):
-        sums[:] = np.float32(0.0)
-        squares[:] = np.float32(0.0)
-        last = min(x.shape[0], first + block)
-        for row in range(first, last - 3, 4):  # four rows for each time that the sums are read and written
-            one, two, three, four = x[row], x[row + 1], x[row + 2], x[row + 3]
-            for c in range(sums.size):
-                p, q, r, s = _widen(one[c]), _widen(two[c]), _widen(three[c]), _widen(four[c])
-                sums[c] += (p + q) + (r + s)
-                squares[c] += (p * p + q * q) + (r * r + s * s)
-        for row in range(last - (last - first) % 4, last):
-            rest = x[row]
-            for c in range(sums.size):
-                value = _widen(rest[c])
-                sums[c] += value
-                squares[c] += value * value
-        for c in range(sums.size):
-            totals[c] += sums[c]
-            total_squares[c] += squares[c]
-
-
-@jit(fastmath={"contract"})
-def _affine(x, factor, shift):
-    return x * factor + shift
-
-
-@jit()
-def norm_image(x, added, groups, weight, bias, eps, silu, grid, out):
-    """Group norm of `x + added`, `(N, C)` and `(C,)`, stored in `out`; False where a statistic or parameter is not."""
-    length, channels = x.shape
-    size = channels // groups
-    totals, squares = np.zeros(channels), np.zeros(channels)
-    factor, shift = np.empty(channels, np.float32), np.empty(channels, np.float32)
-    _channel_sums(x, factor, shift, totals, squares)
-    finite = True
-    for group in range(groups):
-        members = range(group * size, (group + 1) * size)
-        total = square = 0.0
-        for c in members:
-            more = _widen(added[c])
-            total += totals[c] + length * more
-            square += squares[c] + 2.0 * more * totals[c] + length * more * more
-        mean = total / (length * size)
-        scale = 1.0 / np.sqrt(max(square / (length * size) - mean * mean, 0.0) + eps)
-        finite = finite and np.isfinite(mean) and np.isfinite(scale)
-        for c in members:
-            factor[c] = scale * _widen(weight[c])
-            shift[c] = _widen(bias[c]) + (_widen(added[c]) - mean) * scale * _widen(weight[c])
-            finite = finite and np.isfinite(factor[c]) and np.isfinite(shift[c])
-    for row in range(length):
-        values, result = x[row], out[row]
-        if silu:
-            for c in range(channels):
-                y = _affine(_widen(values[c]), factor[c], shift[c])
-                _store(result, c, y / (_ONE + _exp(-y)), grid)
-        else:
-            for c in range(channels):
-                _store(result, c, _affine(_widen(values[c]), factor[c], shift[c]), grid)
-    return finite

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ...formats import FPFormat
 from ..grid import lattice_numbers
-from .numba_kernels import _CHUNK, _LOOPS, _alone, _flat, _run
-from .numba_rows import _round, jit
+from .numba_kernels import _CHUNK, _alone, _flat, _run
+from .numba_rows import LOOPS, _round, jit
 
 _SERIAL = 2**16  # below so many values one thread works alone
 _REORDER = {"reassoc"}  # sums may be vectorised; a product and a sum are never joined
@@ -20,7 +20,7 @@ def _forward_row(x, out, inverse, unit, zero, low, high, least, shift):
         out[i] = (_round(x[i] * inverse + zero, low, high, least, shift) - zero) * unit
 
 
-@jit(parallel=_LOOPS)
+@jit(parallel=LOOPS)
 def _forward(x, out, inverse, unit, zero, low, high, least, shift):
     rows = inverse.size
     length = x.size // rows
@@ -46,7 +46,7 @@ def _backward_row(grad, x, values, out, inverse, zero, border, low, high):
     return for_scale, outside
 
 
-@jit(parallel=_LOOPS)
+@jit(parallel=LOOPS)
 def _backward(grad, x, values, out, inverse, zero, border, low, high, sums):
     rows = inverse.size
     length = x.size // rows
