@@ -17,7 +17,7 @@ from ..results import Result
 from ..sampling.calls import require_positive
 from ..sampling.observation import quantized_models
 from ..sampling.timestep import timestep_argument
-from .shared.load import SourceError, load_any, require_variant
+from .shared.load import SourceError, load_any, loading_in, require_variant
 from .shared.terminal import progress, stderr
 
 DEFAULT_PROVIDERS = ("fp32", "bf16", "w4a4", "w4a8")
@@ -112,25 +112,27 @@ class Warmup(Result):
     refused: Mapping[str, str]
 
 
-def warmup(model: str | None = None, *, batch: int = 1, size: int | None = None) -> Warmup:
+def warmup(model: str | None = None, *, batch: int = 1, size: int | None = None, dtype: str = "float32") -> Warmup:
     """Compile the CPU kernels now, for this user on this machine, so that no first picture waits for it.
 
     With a quantized model, what its steps are computed by is measured too; if OpenVINO is installed, also whether they
-    are faster as a graph of it, which is compiled. From then on loading such a model takes the faster way.
+    are faster as a graph of it, which is compiled. Such models take the faster way when they are loaded in this dtype.
 
     Args:
         model (`str`, *optional*): folder or Hub id of a quantized pipeline or model.
         batch (`int`): samples of a step; with guidance, two for each picture.
         size (`int`, *optional*): of the samples, height and width as the denoiser sees them; by default its own.
+        dtype (`str`): that the model will run in.
 
     Raises:
         MSFPError: no such model, or none that is quantized.
     """
     require_positive(batch=batch)
+    in_dtype = loading_in(dtype)
     with progress("compiling kernels") as report:
         seconds = compile_kernels(report)
     steps, refused = {}, {}
-    for denoiser in denoisers_in(model) if model else ():
+    for denoiser in denoisers_in(model, **in_dtype) if model else ():
         name, inputs = type(denoiser).__name__, example_inputs(denoiser, batch, size)
         if isinstance(denoiser, UNet2DModel | UNet2DConditionModel):  # whose pipelines give one for all samples
             inputs["timestep"] = inputs["timestep"][0]
@@ -149,9 +151,9 @@ def warmup(model: str | None = None, *, batch: int = 1, size: int | None = None)
     )
 
 
-def denoisers_in(model: str) -> list[Any]:
+def denoisers_in(model: str, **loading: Any) -> list[Any]:
     """Quantized models that take a timestep."""
-    found = [each for each in quantized_models(load_any(model)) if timestep_argument(each).name is not None]
+    found = [each for each in quantized_models(load_any(model, **loading)) if timestep_argument(each).name is not None]
     if not found:
         raise SourceError(f"`warmup` times quantized denoisers, but {model} has none. Quantize it, or leave it out.")
     return found

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-import torch
 from diffusers import DiffusionPipeline
 
 from ..errors import ConfigError
@@ -12,10 +11,8 @@ from ..outputs import require_writable_file, write_file
 from ..report import Report, collect_report, render_report
 from ..sampling.denoisers import denoiser_name, denoiser_of
 from .shared.calls import call_settings
-from .shared.load import fetch, load_any, load_pipeline, model_bytes, require_variant
+from .shared.load import fetch, load_any, load_pipeline, loading_in, model_bytes, require_variant
 from .shared.terminal import progress
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +69,12 @@ def report(
         raise ConfigError(f"`out` must end in .html, but got {out}.")
     if out.exists() and not out.is_dir() and not overwrite:
         raise ConfigError(f"{out} must not exist yet, but it does. Choose another file, or pass `--overwrite`.")
-    if dtype not in DTYPES:
-        raise ConfigError(f"`dtype` must be one of {', '.join(DTYPES)}, but got {dtype!r}.")
+    in_dtype = loading_in(dtype)
     require_writable_file(out)
     require_variant(variant, candidate, reference)
     original = load_pipeline(reference, variant=variant) if reference is not None else None
     folder = fetch(candidate, variant)
-    loaded = load_any(str(folder), variant=variant, **({} if dtype == "float32" else {"dtype": getattr(torch, dtype)}))
+    loaded = load_any(str(folder), variant=variant, **in_dtype)
     drawn = loaded if isinstance(loaded, DiffusionPipeline) else original
     arguments = call_settings(drawn, prompts, guidance_scale)
     with progress("measuring") as told:

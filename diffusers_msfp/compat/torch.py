@@ -112,25 +112,8 @@ def int8_conv(
     stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """The convolution's counterpart of `int8_linear`; `x` `(B, C, H, W)` uint8, channels last."""
-    return torch.ops.onednn.qconv_pointwise.default(
-        x,
-        unit,
-        zero,
-        packed,
-        units,
-        zeros,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        1.0,
-        0,
-        dtype,
-        "none",
-        [],
-        "",
-    )
+    given = x, unit, zero, packed, units, zeros, bias, stride, padding, dilation, groups
+    return torch.ops.onednn.qconv_pointwise.default(*given, 1.0, 0, dtype, "none", [], "")
 
 
 def int8_matmul(x: Tensor, weight: Tensor) -> Tensor:

@@ -128,12 +128,13 @@ def speed() -> Iterator[dict[str, str]]:
         if (model := row["model"]) in short:
             yield {
                 "model": model,
-                "bf16 channels last": row["bf16 channels last"],
+                "bf16": row["bf16 channels last"],
                 "`w4a4`, ×": row["× bf16 channels last"],
                 "`w4a8`, ×": row["`w4a8`, ×"],
-                "as a graph, ×": graphs.get(model, "–"),
-                "NNCF int8, ×": row["OpenVINO int8, ×"],
-                "AMX: `w4a8`, ×": with_amx[model]["`w4a8`, layers, ×"],
-                "AMX: as a graph, ×": with_amx[model]["`w4a8`, graph, ×"],
-                "AMX: NNCF int8, ×": with_amx[model]["NNCF int8, ×"],
+                "graph, ×": graphs.get(model, "–"),
+                "NNCF, ×": row["OpenVINO int8, ×"],
+                "AMX: bf16": with_amx[model]["bf16 channels last"],
+                "`w4a8`, × ": with_amx[model]["`w4a8`, layers, ×"],
+                "graph, × ": with_amx[model]["`w4a8`, graph, ×"],
+                "NNCF, × ": with_amx[model]["NNCF int8, ×"],
             }

@@ -436,6 +436,14 @@ def test_warmup_compares_a_models_step(made, measuring, tmp_path):
     loaded = UNet2DModel.from_pretrained(tmp_path / "unet")
     run(loaded, torch.randn(2, 3, 8, 8))
     assert set(engines_of(loaded)) == {"openvino"}
+    for _ in range(2):  # a dtype that nothing was measured for, and then was
+        half = UNet2DModel.from_pretrained(tmp_path / "unet", dtype=torch.bfloat16)
+        run(half, torch.randn(2, 3, 8, 8).bfloat16())
+        in_graphs = set(engines_of(half)) == {"openvino"}
+        cli.warmup(str(tmp_path / "unet"), batch=2, dtype="bfloat16")
+    assert in_graphs
+    with pytest.raises(ConfigError, match="`dtype` must be one of float32, bfloat16, float16, but got 'int8'"):
+        cli.warmup(str(tmp_path / "unet"), dtype="int8")
     with pytest.raises(SourceError, match="`warmup` times quantized denoisers, but"):
         cli.warmup(str(EMBEDDED_MODEL))
 

@@ -6,6 +6,7 @@ import typer
 from rich.table import Table
 
 from ... import cli
+from ..shared.load import DTYPES
 from ..shared.options import Json, Variant, print_json
 from ..shared.terminal import say, stdout
 
@@ -58,17 +59,18 @@ def warmup(
     model: Annotated[str | None, typer.Argument(help="Folder or Hub id of a quantized model to time.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples of its step; with guidance, two a picture.")] = 1,
     size: Annotated[int | None, typer.Option(min=8, help="Height and width of a sample, for the denoiser.")] = None,
+    dtype: Annotated[str, typer.Option(help=f"That the model will run in: {', '.join(DTYPES)}.")] = DTYPES[0],
     as_json: Json = False,
 ) -> None:
     """Compile the CPU kernels once on this machine, which the first picture would otherwise wait for.
 
     With a model, its step is timed layer by layer and, if OpenVINO is installed, as a graph; later the faster is taken.
     """
-    result = cli.warmup(model, batch=batch, size=size)
+    result = cli.warmup(model, batch=batch, size=size, dtype=dtype)
     if as_json:
         return print_json(result)
     say(f"{len(result.seconds_by_kernel)} kernels of {result.kernels} are ready, after {result.seconds:.1f} s")
     for name, ways in result.steps.items():
-        say(f"{name}, batch {batch}: {', '.join(f'{way} {1e3 * each:.3g} ms' for way, each in ways.items())}")
+        say(f"{name}, {dtype}, batch {batch}: {', '.join(f'{way} {1e3 * each:.3g} ms' for way, each in ways.items())}")
     for reason in result.refused.values():
         say(f"layers are warm; {reason}")

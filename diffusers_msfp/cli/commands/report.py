@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ... import cli
-from ..report import DTYPES
+from ..shared.load import DTYPES
 from ..shared.options import Guidance, Json, Prompts, Seed, Variant, print_json
 from ..shared.terminal import megabytes, stdout
 

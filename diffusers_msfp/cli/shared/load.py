@@ -14,7 +14,7 @@ from torch import nn
 
 from ...checkpoint.describe import file_bytes, read_config, weights_by_variant
 from ...compat.diffusers import single_file_origin, single_file_part
-from ...errors import SEE_DOCTOR, MSFPError, first_line
+from ...errors import SEE_DOCTOR, ConfigError, MSFPError, first_line
 from ...plugin.config import MSFPConfig
 from ...plugin.files.streaming import StreamedModel
 from ...sampling.denoisers import denoisers_of
@@ -279,3 +279,17 @@ def refuse_quantized(folder: Path) -> None:
         method = (read_config(part).get("quantization_config") or {}).get("quant_method")
         if method:
             raise SourceError(f"A float checkpoint is needed, but {part} is already quantized ({method}).")
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def loading_in(dtype: str) -> dict[str, torch.dtype]:
+    """Arguments for `load_any` by which a checkpoint runs in a dtype.
+
+    Raises:
+        ConfigError: it is none of `DTYPES`.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"`dtype` must be one of {', '.join(DTYPES)}, but got {dtype!r}.")
+    return {} if dtype == DTYPES[0] else {"dtype": getattr(torch, dtype)}
