@@ -116,6 +116,19 @@ def test_training_goes_by_the_reference(packed_pipe, images):
     assert x.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("trained", ["all", "first", "last"])
+def test_norms_that_are_trained_alone_get_gradients(packed_pipe, images, trained):
+    """Also where nothing before them needs one, on channels last, where torch 2.13 by itself crashes."""
+    unet = packed_pipe.unet.requires_grad_(False)
+    parts = [each for each in unet.modules() if isinstance(each, torch.nn.GroupNorm)]
+    parts = {"all": parts, "first": [unet.down_blocks[0].resnets[0].norm1], "last": [unet.conv_norm_out]}[trained]
+    for each in parts:
+        each.requires_grad_(True)
+    set_engine(unet, "auto")
+    unet(images, 10).sample.square().sum().backward()
+    assert all(each.weight.grad.abs().sum() > 0 for each in parts)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("change", ["padding_mode", "_conv_forward"])
 def test_convolutions_that_are_changed_for_tiles_are_run_as_they_are_now(packed_pipe, images, change):

@@ -44,6 +44,9 @@ class FusedGroupNorm(nn.GroupNorm):
         if added is not None and added.shape != x.shape[:2]:
             x, added = x + added[:, :, None, None], None
         layer = self.feeds.layer()
+        if torch.is_grad_enabled() and any(each.requires_grad for each in self.parameters()):
+            x = x if added is None else x + added[:, :, None, None]
+            return super().forward(x.contiguous())  # torch 2.13 crashes on channels last that need no gradient
         images = x.ndim == 4 and x.numel() and x.is_floating_point()
         takes = images and isinstance(layer, QuantLayer) and self.feeds.undisturbed(self)
         adapter = cast(QuantLayer, layer).takes_codes(x) if takes else None
