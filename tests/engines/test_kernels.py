@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from diffusers_msfp.engines.grid import InputGrid, low_bits
@@ -125,6 +126,24 @@ def test_norm_does_not_depend_on_threads(shape, batch):
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+def test_tensors_whose_address_does_not_say_all():
+    """Negated views, those of `functionalize`, other devices, other types: right, or an error, and never a crash."""
+    grid = InputGrid.of(qparams_of("fp4_e2m1"))
+    x = torch.randn(4, 16)
+    (expected,), _ = numba_kernels.quantize(-x, grid)
+    assert torch.equal(numba_kernels.quantize(torch._neg_view(x), grid)[0][0], expected)
+    functional = torch.func.functionalize(lambda each: numba_kernels.quantize(each, grid)[0][0])
+    assert torch.equal(functional(-x), expected)
+    images, affine = torch.randn(1, 4, 2, 2), (torch.ones(4), torch.zeros(4))
+    codes = torch.zeros(1, 4, 2, 2, dtype=torch.uint8)
+    for broken in (torch.empty(4, 16, device="meta"), FakeTensorMode().from_tensor(x)):
+        with pytest.raises(Exception, match=r"meta|data-dependent|DataDependent|aten"):
+            numba_kernels.quantize(broken, grid)
+    with torch.device("meta"):
+        assert numba_kernels.norm(images, 2, *affine, 1e-5, True, grid)[0].device.type == "cpu"
+        assert numba_kernels.columns(codes, *[(1, 1)] * 2, (0, 0), (1, 1), 0).device.type == "cpu"
 
 
 def test_norm_of_a_sum(kernels):

@@ -13,7 +13,9 @@ from conftest import make_condition_unet, make_unet, run
 from diffusers_msfp import set_engine
 from diffusers_msfp.engines.choose import engines_of
 from diffusers_msfp.engines.openvino import forward, graph_forward_of, obstacles
+from diffusers_msfp.engines.openvino.layers import Inputs
 from diffusers_msfp.engines.openvino.record import UNSOUND
+from diffusers_msfp.engines.openvino.rounding import Grid
 from diffusers_msfp.errors import MSFPError, NonFiniteError, UnsupportedError
 from diffusers_msfp.formats import FORMATS
 from diffusers_msfp.layers.convert import Conversion, convert
@@ -209,6 +211,40 @@ def test_graphs_find_one_number_wherever_it_enters(value, dtype, monkeypatch):
         each[1, 2, 3, -1] = before
     assert torch.equal(model(x, 10, text, **added).sample, y)
     assert graph_forward_of(model).latest is None
+
+
+@pytest.mark.parametrize("part", ["down_blocks.0.resnets.0.norm1", "conv_norm_out"])
+def test_norms_that_make_infinity_are_noticed(part):
+    model, x = packed(), torch.randn(2, 3, 8, 8)
+    model.get_submodule(part).weight.data.fill_(3e38)
+    with pytest.raises(NonFiniteError), torch.no_grad():
+        model(x, 10)
+
+
+def test_norms_without_parameters(monkeypatch):
+    model, x = packed(torch.bfloat16), torch.randn(2, 3, 8, 8).bfloat16()
+    for norm in (each for each in model.modules() if isinstance(each, torch.nn.GroupNorm)):
+        norm.bias = None
+    y = run(model, x)
+    assert graph_forward_of(model).latest is None
+    assert difference(y, by_layers(model)(x, 10).sample) < 0.3
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_write_in_place_makes_another_tensor(mode):
+    with mode():
+        inputs, x = Inputs(), torch.ones(2, 3)
+        inputs.begin(None)
+        grid = Grid(FORMATS["fp8_e1m6"], 0.5, 2.0, 0)
+        inputs.soundness.trust(x)
+        inputs.soundness.watch(x)
+        before = inputs.quantize(x, grid)
+        assert torch.isfinite(inputs.soundness.total())
+        x += torch.nan
+        inputs.soundness.watch(x)
+        assert not torch.isfinite(inputs.soundness.total())
+        x.fill_(2)
+        assert not torch.equal(inputs.quantize(x, grid), before)
 
 
 TIMES = {

@@ -106,9 +106,9 @@ def _has_adapter(layer: nn.Module, x: Tensor) -> bool:
 
 def _affine(norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
     """Weight and bias, `(C,)`."""
-    if norm.weight is None:
-        return torch.ones(norm.num_channels), torch.zeros(norm.num_channels)
-    return norm.weight, norm.bias
+    weight, bias = norm.weight, norm.bias
+    weight = torch.ones(norm.num_channels, device="cpu") if weight is None else weight
+    return weight, torch.zeros(norm.num_channels, device="cpu") if bias is None else bias
 
 
 def norm(

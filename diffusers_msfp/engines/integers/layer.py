@@ -33,7 +33,8 @@ def _several_threads(x: Tensor, grid: InputGrid) -> bool | None:
     """Whether several threads quantize faster than one, which they have to be woken for; None where it is not asked."""
     if x.numel() < _FEW or torch.get_num_threads() == 1 or not tuning.allowed():
         return None
-    ways = {name: partial(kernels.quantize, x, grid, name == "threads") for name in ("one thread", "threads")}
+    names = ("one thread", "threads") if x.numel() < kernels.SEVERAL_QUANTIZE else ("threads", "one thread")
+    ways = {name: partial(kernels.quantize, x, grid, name == "threads") for name in names}
     return tuning.fastest(_question(x.numel(), x.dtype, len(grid.planes)), ways) == "threads"
 
 

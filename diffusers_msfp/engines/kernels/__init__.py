@@ -30,6 +30,8 @@ else:
 
     best = numba_kernels
 
+SEVERAL_QUANTIZE: int = getattr(best, "SEVERAL_QUANTIZE", 0)
+"""Values from which several threads quantize by default."""
 NAME = best.__name__.rpartition(".")[2].removesuffix("_kernels")
 
 quantize, centre, norm, expand = best.quantize, best.centre, best.norm, best.expand

@@ -9,7 +9,7 @@ from types import FunctionType
 import numba
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..grid import InputGrid, output_size
 from . import torch_kernels
@@ -147,6 +147,16 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.dtype in _KINDS else x.to(torch.float32)
 
 
+def _are_plain(*tensors: Tensor) -> bool:
+    """Whether an address says all of tensors: torch's kernels take those on other devices, of other types, negated."""
+    return all(
+        type(x) in (Tensor, nn.Parameter)
+        and x.device.type == "cpu"
+        and not (x.is_neg() or torch._is_functional_tensor(x))
+        for x in tensors
+    )
+
+
 def _address(x: Tensor) -> int:
     """Of a tensor's first value, for kernels that write nothing to be differentiated."""
     if x.requires_grad and torch.is_grad_enabled():
@@ -156,7 +166,7 @@ def _address(x: Tensor) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _zeros(size: int, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(size, dtype=dtype)
+    return torch.zeros(size, dtype=dtype, device="cpu")
 
 
 def _call_alone(kernel, *arguments):
@@ -179,6 +189,8 @@ def _run(kernel, *arguments):
 
 def quantize(x: Tensor, grid: InputGrid, several: bool | None = None) -> tuple[list[Tensor], bool]:
     """See `kernels.quantize`."""
+    if not _are_plain(x):
+        return torch_kernels.quantize(x, grid)
     planes = [torch.empty_like(x, dtype=torch.uint8) for _ in grid.planes]
     x, size = _readable(x), x.numel()
     several = size >= SEVERAL_QUANTIZE if several is None else several
@@ -191,6 +203,8 @@ def quantize(x: Tensor, grid: InputGrid, several: bool | None = None) -> tuple[l
 
 def centre(x: Tensor, grid: InputGrid, dtype: torch.dtype) -> tuple[Tensor, bool]:
     """See `kernels.centre`."""
+    if not _are_plain(x):
+        return torch_kernels.centre(x, grid, dtype)
     out = torch.empty_like(x, dtype=dtype)
     x, size = _readable(x), x.numel()
     call = _run if size >= SEVERAL_QUANTIZE else _call_alone
@@ -209,6 +223,8 @@ def norm(
     added: Tensor | None = None,
 ) -> tuple[Tensor, bool]:
     """See `kernels.norm`."""
+    if not _are_plain(x, weight, bias, *([] if added is None else [added])):
+        return torch_kernels.norm(x, groups, weight, bias, eps, silu, grid, added)
     x, (batch, channels) = _channels_last(_readable(x)), x.shape[:2]
     out = torch.empty_like(x, dtype=x.dtype if grid is None else torch.uint8)
     shape = batch, x.numel() // max(1, batch * channels), channels
@@ -251,9 +267,11 @@ def columns(
     zero: int,
 ) -> Tensor:
     """See `kernels.columns`."""
+    if not _are_plain(codes):
+        return torch_kernels.columns(codes, size, stride, padding, dilation, zero)
     codes, (batch, channels, height, width) = _channels_last(codes), codes.shape
     shape = batch, *output_size((height, width), size, stride, padding, dilation), size[0] * size[1] * channels
-    out = torch.empty(shape, dtype=torch.uint8)
+    out = torch.empty(shape, dtype=torch.uint8, device="cpu")
     geometry = (tuple(pair) for pair in (size, stride, padding, dilation))
     _columns(_address(codes), (batch, height, width, channels), *geometry, np.uint8(zero), out.data_ptr(), shape)
     return out

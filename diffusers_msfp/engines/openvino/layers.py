@@ -24,7 +24,7 @@ from ..grid import are_bytes, largest_byte, pairs_fit_16_bits
 from .choices import Choice, Reader
 from .installed import products_are_exact
 from .rounding import Grid, lattice_integers, quantize_as_byte
-from .soundness import LARGE, Soundness
+from .soundness import LARGE, Soundness, state_of
 
 LEFT_OUT = ("prepared", "engine", "routing", "observation", "forward")
 
@@ -45,7 +45,7 @@ class Inputs:
 
     def quantize(self, x: Tensor, grid: Grid, function: Callable[[Tensor, Grid], Tensor] = quantize_as_byte) -> Tensor:
         """`function(x, grid)`, once for each tensor and grid."""
-        key = id(x), grid, function
+        key = state_of(x), grid, function
         if key not in self._rounded:
             self._rounded[key] = x, function(x, grid)  # `x` is kept, so that its id stays its own
         return self._rounded[key][1]
@@ -73,7 +73,7 @@ class GraphLayer(nn.Module, ABC):
         if self.grid is not None or (self.reader is not None and not self.reader.known):
             sound.watch(x)
         y = self._output(x)
-        if self.is_bounded:
+        if self.is_bounded and self.reader is None:
             sound.trust(y)
         return y
 

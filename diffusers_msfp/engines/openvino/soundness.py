@@ -21,21 +21,28 @@ _GATED = (activations.GELU, activations.GEGLU, activations.SwiGLU, activations.A
 """Activations behind a layer of their own, `proj`."""
 
 
+def state_of(x: Tensor) -> tuple:
+    """A tensor as it is now: another one after a write in place. No two are equal where torch does not count those."""
+    return id(x), object() if x.is_inference() else x._version
+
+
 class Soundness:
     """What one recording's soundness depends on."""
 
     def __init__(self) -> None:
-        self._watched: dict[int, Tensor] = {}
-        self._trusted: dict[int, Tensor] = {}  # tensors are kept, so that their ids stay their own
+        self._watched: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._trusted: dict[tuple, Tensor] = {}  # tensors are kept, so that their ids stay their own
         self._signs: list[Tensor] = []
 
     def watch(self, x: Tensor) -> None:
         """A tensor is about to be rounded."""
-        self._watched[id(x)] = x
+        state = state_of(x)
+        if state not in self._trusted and state not in self._watched:
+            self._watched[state] = x, x.sum()[None]
 
     def trust(self, x: Tensor) -> None:
         """A tensor is sound, or what is unsound in it is seen elsewhere."""
-        self._trusted[id(x)] = x
+        self._trusted[state_of(x)] = x
 
     def sign(self, x: Tensor) -> None:
         """A few values that are NaN or infinite where something is wrong."""
@@ -44,7 +51,7 @@ class Soundness:
     def total(self) -> Tensor:
         """`(1, 1)`: finite only if all that was watched is. A product, for what leads to an output without one would be
         kept in float32."""
-        sums = [x.sum()[None] for key, x in self._watched.items() if key not in self._trusted]
+        sums = [total for state, (_, total) in self._watched.items() if state not in self._trusted]
         if not (signs := [*self._signs, *sums]):
             return torch.zeros(1, 1)
         together = torch.cat(signs)[None]
@@ -61,48 +68,66 @@ class Soundness:
     def on_activation(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         """An activation has run."""
         proj = getattr(module, "proj", None)
-        if getattr(proj, "is_bounded", False) if proj is not None else id(arguments[0]) in self._trusted:
+        if getattr(proj, "is_bounded", False) if proj is not None else state_of(arguments[0]) in self._trusted:
             self.trust(output)
 
 
-class GraphGroupNorm(nn.GroupNorm):
+class _GraphNorm(nn.Module):
+    """What both share."""
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    soundness: Callable[[], Soundness]
+    largest: tuple[float, float]
+
+    def remember(self, soundness: Callable[[], Soundness]) -> None:
+        """Whose checks it makes, and how large its parameters are."""
+        parameters = self.weight, getattr(self, "bias", None)
+        sizes = [float(each.detach().abs().max()) if each is not None and each.numel() else 0.0 for each in parameters]
+        vars(self).update(soundness=soundness, largest=(sizes[0] if self.weight is not None else 1.0, sizes[1]))
+
+    def finish(self, x: Tensor, normal: Tensor, number: int, shape: tuple[int, ...]) -> Tensor:
+        """The output; it and the norm's input need not be watched.
+
+        Args:
+            x (`Tensor`): the input.
+            normal (`Tensor`): of zero mean and variance 1 over `number` values, of which none is above `sqrt(number)`.
+            shape (`tuple[int, ...]`): of the parameters.
+        """
+        y = normal if self.weight is None else normal * self.weight.view(shape)
+        y = y if self.bias is None else y + self.bias.view(shape)
+        self.soundness().trust(x)
+        weight, bias = self.largest
+        if weight * number**0.5 + bias < LARGE:
+            self.soundness().trust(y)
+        return y
+
+
+class GraphGroupNorm(_GraphNorm, nn.GroupNorm):  # type: ignore[misc]  # torch infers that there is a weight
     """Of an `nn.GroupNorm`; one value of each group is a sign."""
 
-    soundness: Callable[[], Soundness]
-
     def forward(self, x: Tensor) -> Tensor:
         """As the original."""
-        groups = x.reshape(len(x), self.num_groups, -1)
-        y = F.layer_norm(groups, groups.shape[2:], eps=self.eps)
+        number = x.numel() // max(1, len(x) * self.num_groups)
+        parameters = [each.shape for each in (self.weight, self.bias) if each is not None]
+        if x.shape[1] != self.num_channels or number < 2 or any(each != x.shape[1:2] for each in parameters):
+            return super().forward(x)  # which may refuse it
+        y = F.layer_norm(x.reshape(len(x), self.num_groups, -1), (number,), eps=self.eps)
         self.soundness().sign(y[:, :, 0])
-        y = y.view_as(x)
-        if self.weight is not None:
-            shape = (-1, *[1] * (x.ndim - 2))
-            y = y * self.weight.view(shape) + self.bias.view(shape)
-        return _seen(self.soundness(), x, y)
+        return self.finish(x, y.view_as(x), number, (-1, *[1] * (x.ndim - 2)))
 
 
-class GraphLayerNorm(nn.LayerNorm):
+class GraphLayerNorm(_GraphNorm, nn.LayerNorm):  # type: ignore[misc]
     """Of an `nn.LayerNorm`; one value of each row is a sign."""
 
-    soundness: Callable[[], Soundness]
-
     def forward(self, x: Tensor) -> Tensor:
         """As the original."""
+        if not x.numel():
+            return super().forward(x)
         y = F.layer_norm(x, self.normalized_shape, eps=self.eps)
-        self.soundness().sign(y.flatten(-len(self.normalized_shape))[..., 0].sum()[None])
-        if self.weight is not None:
-            y = y * self.weight
-        if self.bias is not None:
-            y = y + self.bias
-        return _seen(self.soundness(), x, y)
-
-
-def _seen(soundness: Soundness, x: Tensor, y: Tensor) -> Tensor:
-    """A norm's output; it and the norm's input need not be watched."""
-    soundness.trust(x)
-    soundness.trust(y)
-    return y
+        rows = y.flatten(-len(self.normalized_shape))
+        self.soundness().sign(rows[..., 0].sum()[None])
+        return self.finish(x, y, rows.shape[-1], tuple(self.normalized_shape))
 
 
 _NORMS: dict[type, type] = {nn.GroupNorm: GraphGroupNorm, nn.LayerNorm: GraphLayerNorm}
@@ -118,7 +143,7 @@ def install_checks(model: nn.Module, soundness: Callable[[], Soundness]) -> None
     for module in model.modules():
         if type(module) in _NORMS:
             module.__class__ = _NORMS[type(module)]
-            vars(module)["soundness"] = soundness
+            cast(_GraphNorm, module).remember(soundness)
         elif isinstance(module, nn.Embedding):
             module.register_forward_pre_hook(lambda *call: soundness().on_table(*call))
         elif isinstance(module, (*_KEEPING, *_GATED)):
