@@ -188,6 +188,12 @@ def replace_children(parent: nn.Module, instead: Mapping[int, nn.Module]) -> Non
         parent._modules[name] = instead.get(id(child), child)
 
 
+def address_says_all(x: Tensor) -> bool:
+    """Whether a tensor's values lie at its address, on the CPU: not so elsewhere, of other types, or negated."""
+    plain = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu"
+    return plain and not (x.is_neg() or torch._is_functional_tensor(x))
+
+
 def weight_of(layer: nn.Module) -> Tensor:
     """The weight of a layer of any kind; torch declares it kind by kind."""
     return cast(Tensor, layer.weight)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from harness import grouped, has_amx, read_results
+from harness import grouped, has_amx
 
 CASES = {
     "ddpm": "DDPM-CIFAR-10 shape, batch 8",
@@ -23,12 +23,9 @@ RIVAL = "openvino:int8"
 
 def steps(amx: bool) -> Iterator[tuple[str, dict[str, dict], list[dict]]]:
     """Of one kind of processor: what a case is called, its rows by provider, and those of other runtimes."""
-    groups: dict[str, list[dict]] = {}
-    for row in read_results("engines")["rows"]:
-        if has_amx(row) == amx:
-            groups.setdefault(row["case"], []).append(row)
+    groups = {case: [row for row in rows if has_amx(row) == amx] for case, rows in grouped("engines", "case").items()}
     for case, label in CASES.items():
-        if case in groups:
+        if groups[case]:
             more = [row for name in ("graph", "runtimes", "int8", "bf16") for row in groups.get(f"{case}-{name}", ())]
             yield label, {row["provider"]: row for row in groups[case]}, more
 

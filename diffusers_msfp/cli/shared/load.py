@@ -20,6 +20,8 @@ from ...plugin.files.streaming import StreamedModel
 from ...sampling.denoisers import denoisers_of
 from .terminal import stderr
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 OTHER_QUANTIZERS = {"sdnq": "sdnq"}
 """Methods that diffusers knows only after an import: `quant_method` → package."""
 
@@ -279,9 +281,6 @@ def refuse_quantized(folder: Path) -> None:
         method = (read_config(part).get("quantization_config") or {}).get("quant_method")
         if method:
             raise SourceError(f"A float checkpoint is needed, but {part} is already quantized ({method}).")
-
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def loading_in(dtype: str) -> dict[str, torch.dtype]:

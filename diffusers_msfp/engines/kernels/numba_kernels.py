@@ -9,8 +9,9 @@ from types import FunctionType
 import numba
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ...compat.torch import address_says_all
 from ..grid import InputGrid, output_size
 from . import torch_kernels
 from .numba_norm import norm_images, norm_parts
@@ -147,16 +148,6 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.dtype in _KINDS else x.to(torch.float32)
 
 
-def _are_plain(*tensors: Tensor) -> bool:
-    """Whether an address says all of tensors: torch's kernels take those on other devices, of other types, negated."""
-    return all(
-        type(x) in (Tensor, nn.Parameter)
-        and x.device.type == "cpu"
-        and not (x.is_neg() or torch._is_functional_tensor(x))
-        for x in tensors
-    )
-
-
 def _address(x: Tensor) -> int:
     """Of a tensor's first value, for kernels that write nothing to be differentiated."""
     if x.requires_grad and torch.is_grad_enabled():
@@ -189,7 +180,7 @@ def _run(kernel, *arguments):
 
 def quantize(x: Tensor, grid: InputGrid, several: bool | None = None) -> tuple[list[Tensor], bool]:
     """See `kernels.quantize`."""
-    if not _are_plain(x):
+    if not address_says_all(x):
         return torch_kernels.quantize(x, grid)
     planes = [torch.empty_like(x, dtype=torch.uint8) for _ in grid.planes]
     x, size = _readable(x), x.numel()
@@ -203,7 +194,7 @@ def quantize(x: Tensor, grid: InputGrid, several: bool | None = None) -> tuple[l
 
 def centre(x: Tensor, grid: InputGrid, dtype: torch.dtype) -> tuple[Tensor, bool]:
     """See `kernels.centre`."""
-    if not _are_plain(x):
+    if not address_says_all(x):
         return torch_kernels.centre(x, grid, dtype)
     out = torch.empty_like(x, dtype=dtype)
     x, size = _readable(x), x.numel()
@@ -223,12 +214,13 @@ def norm(
     added: Tensor | None = None,
 ) -> tuple[Tensor, bool]:
     """See `kernels.norm`."""
-    if not _are_plain(x, weight, bias, *([] if added is None else [added])):
+    more = [] if added is None else [added]
+    if not all(map(address_says_all, (x, weight, bias, *more))):
         return torch_kernels.norm(x, groups, weight, bias, eps, silu, grid, added)
     x, (batch, channels) = _channels_last(_readable(x)), x.shape[:2]
     out = torch.empty_like(x, dtype=x.dtype if grid is None else torch.uint8)
     shape = batch, x.numel() // max(1, batch * channels), channels
-    given = [weight, bias] if added is None else [weight, bias, added.expand(batch, channels)]
+    given = [weight, bias, *(each.expand(batch, channels) for each in more)]
     dtype = x.dtype if all(each.dtype == x.dtype for each in given) else torch.float32
     weight, bias, *rest = (each.to(dtype).contiguous() for each in given)  # mostly as they are
     (added,) = rest or [_zeros(batch * channels, dtype)]
@@ -267,7 +259,7 @@ def columns(
     zero: int,
 ) -> Tensor:
     """See `kernels.columns`."""
-    if not _are_plain(codes):
+    if not address_says_all(codes):
         return torch_kernels.columns(codes, size, stride, padding, dilation, zero)
     codes, (batch, channels, height, width) = _channels_last(codes), codes.shape
     shape = batch, *output_size((height, width), size, stride, padding, dilation), size[0] * size[1] * channels

@@ -90,13 +90,24 @@ def _apply(x, factor, shift, silu, grid, out):
                 _store(result, c, _affine(_widen(given[c]), factor[c], shift[c]), grid)
 
 
+@jit()
+def _arrays(x, kind, shape, added, weight, bias, parameter_kind, out, out_kind):
+    """What kernels are given addresses of: `(B, N, C)`, `(B, C)`, `(C,)` twice, `(B, N, C)`."""
+    batch, _, channels = shape
+    return (
+        array_at(x, shape, kind),
+        array_at(added, (batch, channels), parameter_kind),
+        array_at(weight, (channels,), parameter_kind),
+        array_at(bias, (channels,), parameter_kind),
+        array_at(out, shape, out_kind),
+    )
+
+
 @jit(parallel=LOOPS)
 def norm_images(x, kind, shape, added, weight, bias, parameter_kind, groups, eps, silu, grid, out, out_kind):
     """Group norm of `(B, N, C)` at an address, image by image; whether statistics and parameters are finite."""
     batch, length, channels = shape
-    x, out = array_at(x, shape, kind), array_at(out, shape, out_kind)
-    added = array_at(added, (batch, channels), parameter_kind)
-    weight, bias = array_at(weight, (channels,), parameter_kind), array_at(bias, (channels,), parameter_kind)
+    x, added, weight, bias, out = _arrays(x, kind, shape, added, weight, bias, parameter_kind, out, out_kind)
     finite = np.ones(batch, np.bool_)
     for b in numba.prange(batch):
         parts = np.zeros(((length + _PART - 1) // _PART, 2, channels))
@@ -112,9 +123,7 @@ def norm_images(x, kind, shape, added, weight, bias, parameter_kind, groups, eps
 def norm_parts(x, kind, shape, added, weight, bias, parameter_kind, groups, eps, silu, grid, out, out_kind):
     """As `norm_images`, the parts of each image by several threads."""
     batch, length, channels = shape
-    x, out = array_at(x, shape, kind), array_at(out, shape, out_kind)
-    added = array_at(added, (batch, channels), parameter_kind)
-    weight, bias = array_at(weight, (channels,), parameter_kind), array_at(bias, (channels,), parameter_kind)
+    x, added, weight, bias, out = _arrays(x, kind, shape, added, weight, bias, parameter_kind, out, out_kind)
     number = (length + _PART - 1) // _PART
     parts = np.zeros((batch, number, 2, channels))
     for job in numba.prange(batch * number):

@@ -24,7 +24,7 @@ from ..grid import are_bytes, largest_byte, pairs_fit_16_bits
 from .choices import Choice, Reader
 from .installed import products_are_exact
 from .rounding import Grid, lattice_integers, quantize_as_byte
-from .soundness import LARGE, Soundness, state_of
+from .soundness import LARGE, Soundness, key_of_content
 
 LEFT_OUT = ("prepared", "engine", "routing", "observation", "forward")
 
@@ -45,7 +45,7 @@ class Inputs:
 
     def quantize(self, x: Tensor, grid: Grid, function: Callable[[Tensor, Grid], Tensor] = quantize_as_byte) -> Tensor:
         """`function(x, grid)`, once for each tensor and grid."""
-        key = state_of(x), grid, function
+        key = key_of_content(x), grid, function
         if key not in self._rounded:
             self._rounded[key] = x, function(x, grid)  # `x` is kept, so that its id stays its own
         return self._rounded[key][1]

@@ -13,6 +13,8 @@ from diffusers.models import activations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...compat.modules import version_of
+
 LARGE = 2.0**40
 """Below which the products of two values, and their sums, are far from infinity, in bfloat16 too."""
 
@@ -21,9 +23,9 @@ _GATED = (activations.GELU, activations.GEGLU, activations.SwiGLU, activations.A
 """Activations behind a layer of their own, `proj`."""
 
 
-def state_of(x: Tensor) -> tuple:
+def key_of_content(x: Tensor) -> tuple:
     """A tensor as it is now: another one after a write in place. No two are equal where torch does not count those."""
-    return id(x), object() if x.is_inference() else x._version
+    return id(x), object() if x.is_inference() else version_of(x)
 
 
 class Soundness:
@@ -36,13 +38,13 @@ class Soundness:
 
     def watch(self, x: Tensor) -> None:
         """A tensor is about to be rounded."""
-        state = state_of(x)
+        state = key_of_content(x)
         if state not in self._trusted and state not in self._watched:
             self._watched[state] = x, x.sum()[None]
 
     def trust(self, x: Tensor) -> None:
         """A tensor is sound, or what is unsound in it is seen elsewhere."""
-        self._trusted[state_of(x)] = x
+        self._trusted[key_of_content(x)] = x
 
     def sign(self, x: Tensor) -> None:
         """A few values that are NaN or infinite where something is wrong."""
@@ -68,7 +70,7 @@ class Soundness:
     def on_activation(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         """An activation has run."""
         proj = getattr(module, "proj", None)
-        if getattr(proj, "is_bounded", False) if proj is not None else state_of(arguments[0]) in self._trusted:
+        if getattr(proj, "is_bounded", False) if proj is not None else key_of_content(arguments[0]) in self._trusted:
             self.trust(output)
 
 
@@ -82,9 +84,9 @@ class _GraphNorm(nn.Module):
 
     def remember(self, soundness: Callable[[], Soundness]) -> None:
         """Whose checks it makes, and how large its parameters are."""
-        parameters = self.weight, getattr(self, "bias", None)
-        sizes = [float(each.detach().abs().max()) if each is not None and each.numel() else 0.0 for each in parameters]
-        vars(self).update(soundness=soundness, largest=(sizes[0] if self.weight is not None else 1.0, sizes[1]))
+        weight = 1.0 if self.weight is None else float(self.weight.detach().abs().max())
+        bias = 0.0 if self.bias is None else float(self.bias.detach().abs().max())
+        vars(self).update(soundness=soundness, largest=(weight, bias))
 
     def finish(self, x: Tensor, normal: Tensor, number: int, shape: tuple[int, ...]) -> Tensor:
         """The output; it and the norm's input need not be watched.
