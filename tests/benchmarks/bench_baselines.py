@@ -3,20 +3,22 @@
     python tests/benchmarks/bench_baselines.py --data fashion_mnist.npz [--only "w4a4 ptq,w4a4 full"] [--hours H]
     python tests/benchmarks/bench_baselines.py --model model_cards/cifar10-pixel --data cifar10_jpeg60k.npz
 
-The embedded model or another UNet's folder, 20 DDIM steps, one seed. Rows that are there for these weights are not made
-again, so that a run that was stopped, as `--hours` stops it between two rows, goes on; `--only` makes its rows anew.
-Baselines are a scheme and a recipe, as reconstructed, not their authors' code; layers that that code leaves float stay
-float here, and their output is corrected as ours is. Fine-tuning stages get 200 updates of 16 samples each,
-EfficientDM's 1100, temporal ones 1000; the recipe `msfp` is evaluated on the checkpoints that the package brings
-(`diffusers_msfp/assets/README.md` has the commands, which with other schemes and models make others for `--tuned DIR`,
-of 1100 updates; without one such a row is left out). Rows are written as they come, each with the commit that it was
-made with, so several processes may share the work with `--only`. Fréchet distances are between features of a
-classifier, *not* FID. Writes `model_cards/results/baselines.json`.
+The embedded model or another pipeline's folder, 20 DDIM steps, one seed; of conditional models the rows of
+`CONDITIONAL` alone. Rows that are there for these weights are not made again, so that a run that was stopped, as
+`--hours` stops it between two rows, goes on; `--only` makes its rows anew. Baselines are a scheme and a recipe, as
+reconstructed, not their authors' code; layers that that code leaves float stay float here, and their output is
+corrected as ours is. Fine-tuning stages get 200 updates of 16 samples each, EfficientDM's 1100, temporal ones 1000; the
+recipe `msfp` is evaluated on the checkpoints that the package brings (`diffusers_msfp/assets/README.md` has the
+commands, which with other schemes and models make others of 1100 updates, one `--tuned DIR` for each; without one such
+a row is left out). Rows are written as they come, each with the commit that it was made with, so several processes may
+share the work with `--only`. Fréchet distances are between features of a classifier, *not* FID. Writes
+`model_cards/results/baselines.json`.
 """
 
 import copy
 import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +31,7 @@ import typer
 from diffusers import DiffusionPipeline
 from filelock import FileLock
 from harness import origin, read_results, write_results
-from real_models import real_pictures
+from real_models import asked_of, real_pictures
 
 from diffusers_msfp import MSFPConfig, quantize_pipeline
 from diffusers_msfp.assets import EMBEDDED_MODEL, TUNED_MODELS
@@ -40,6 +42,8 @@ from diffusers_msfp.evaluation.timing.providers import provide
 from diffusers_msfp.methods import METHODS
 from diffusers_msfp.plugin.recipe import plan_stages
 from diffusers_msfp.recipes import RECIPES
+from diffusers_msfp.sampling.calls import labels_of
+from diffusers_msfp.sampling.denoisers import denoiser_name, denoiser_of
 from diffusers_msfp.sampling.solvers import with_ddim
 
 COMMAND = "python tests/benchmarks/bench_baselines.py --data fashion_mnist.npz"
@@ -111,35 +115,41 @@ CELLS |= {
     "NNCF int8 (time embedding float)": Cell("nncf:int8", None, ("time",)),
     "torchao int8": Cell("torchao", None),
 }
+CONDITIONAL = (
+    f"w4a4{CORRECTED}",
+    "w4a4-pure rounded",
+    f"w4a4 msfp{CORRECTED}",
+    f"w4a8{CORRECTED}",
+    f"EfficientDM style{CORRECTED}",
+    "SDNQ uint4 weights",
+)
+"""Cells of models with classes or prompts."""
 
 
-def tuned_checkpoint(model: Path, cell: Cell, tuned: Path | None) -> Path | None:
-    """What the package brings, or another that was made with the same command."""
-    return TUNED_MODELS.get(cell.scheme, tuned) if model == EMBEDDED_MODEL else tuned
+def by_scheme(tuned: list[Path]) -> dict[str, Path]:
+    """Fine-tuned checkpoints by what they are quantized with."""
+    denoisers = {each: denoiser_of(DiffusionPipeline.from_pretrained(each)) for each in tuned}
+    return {denoiser.config.quantization_config.scheme: each for each, denoiser in denoisers.items()}
 
 
-def made(reference, cell: Cell, correction: bool, tuned: Path | None) -> tuple[DiffusionPipeline, dict]:
+def made(reference, cell: Cell, correction: bool, tuned: Path | None, asked: dict) -> tuple[DiffusionPipeline, dict]:
     """A quantized pipeline, and what making it took."""
     pipe, started, stages = copy.deepcopy(reference), time.perf_counter(), {}
     if cell.recipe == "msfp":
         stages = dict.fromkeys(MSFP if correction else MSFP[:1])
-        pipe = DiffusionPipeline.from_pretrained(tuned)
-        if (found := pipe.unet.config.quantization_config.scheme) != cell.scheme:
-            raise typer.BadParameter(f"`--tuned` must hold {cell.scheme}, but holds {found}")
-        return pipe, {"minutes": None, "stages": stages}
+        return DiffusionPipeline.from_pretrained(tuned), {"minutes": None, "stages": stages}
+    name = denoiser_name(pipe)
     if cell.scheme == "nncf:int8":
-        pipe.unet = nncf_unet.quantized(pipe, cell.keep)
+        setattr(pipe, name, nncf_unet.quantized(pipe, cell.keep))
     elif cell.recipe is None:
-        size = pipe.unet.config.sample_size
-        x = torch.randn(1, pipe.unet.config.in_channels, size, size, dtype=torch.bfloat16)
-        pipe.unet = provide(cell.scheme, pipe.unet, lambda unet: unet(x, 0))
+        setattr(pipe, name, provide(cell.scheme, denoiser_of(pipe), lambda _model: None))  # peers need no ranges
     else:
         with mock.patch.object(search, "is_skewed", return_value=True) if cell.zero_points else nullcontext():
-            quantize_pipeline(pipe, MSFPConfig(cell.scheme, modules_to_not_convert=cell.keep))
-        for name, config in plan_stages(cell.recipe, settings_for(cell), correction=64 if correction else 0):
+            quantize_pipeline(pipe, MSFPConfig(cell.scheme, modules_to_not_convert=cell.keep), **asked)
+        for stage, config in plan_stages(cell.recipe, settings_for(cell), correction=64 if correction else 0):
             began = time.perf_counter()
-            METHODS[name].run(pipe, reference, config)
-            stages[name] = round(time.perf_counter() - began, 1)
+            METHODS[stage].run(pipe, reference, config, **asked)
+            stages[stage] = round(time.perf_counter() - began, 1)
     return pipe, {"minutes": round((time.perf_counter() - started) / 60, 2), "stages": stages}
 
 
@@ -154,8 +164,8 @@ def main(
     data: Annotated[Path, typer.Option(help="fashion_mnist.npz or cifar10_jpeg60k.npz, for real test images")],
     only: Annotated[str, typer.Option(help="names of cells separated by commas; what is missing if left out")] = "",
     num_samples: Annotated[int, typer.Option(help="pictures of a cell")] = 2000,
-    model: Annotated[Path, typer.Option(help="a float pipeline with a UNet")] = EMBEDDED_MODEL,
-    tuned: Annotated[Path | None, typer.Option(help="made by `quantize --scheme w4a8 --recipe msfp`")] = None,
+    model: Annotated[Path, typer.Option(help="a float pipeline")] = EMBEDDED_MODEL,
+    tuned: Annotated[list[Path], typer.Option(help="made by `quantize --scheme w4a8 --recipe msfp`; repeat")] = (),
     hours: Annotated[float | None, typer.Option(help="begin no cell later than that")] = None,
     work: Annotated[Path | None, typer.Option(help="keeps pictures, so that a cell that was killed goes on")] = None,
 ) -> None:
@@ -163,20 +173,23 @@ def main(
     started = time.monotonic()
     reference = with_ddim(DiffusionPipeline.from_pretrained(model, dtype=torch.float32))
     reference.set_progress_bar_config(disable=True)
-    about = {"model": model.name, "weights": fingerprint([reference.unet])}
+    about = {"model": model.name, "weights": fingerprint([denoiser_of(reference)])}
+    asked = asked_of(model, reference)
+    tuned_for = by_scheme(tuned) | (TUNED_MODELS if model == EMBEDDED_MODEL else {})
     pictures = work or Path(tempfile.gettempdir()) / "baseline-pictures"
     real = real_pictures(data, pictures)
-    for name in only.split(",") if only else missing(about):
+    everything = CONDITIONAL if asked or labels_of(reference) else CELLS
+    for name in only.split(",") if only else missing(about, everything):
         cell = CELLS[name]
-        own = tuned_checkpoint(model, cell, tuned)
+        own = tuned_for.get(cell.scheme)
         if cell.recipe == "msfp" and own is None:
             typer.echo(f"{name}: left out, `--tuned` says where `quantize --scheme {cell.scheme} --recipe msfp` put it")
             continue
         if hours is not None and time.monotonic() - started > 3600 * hours:
             typer.echo(f"{name}: not begun, {hours:g} hours are over")
             return
-        pipe, cost = made(reference, cell, name.endswith(CORRECTED), own)
-        result = evaluate_pipelines(reference, pipe, data=real, num_samples=num_samples, folder=pictures)
+        pipe, cost = made(reference, cell, name.endswith(CORRECTED), own, asked)
+        result = evaluate_pipelines(reference, pipe, data=real, num_samples=num_samples, folder=pictures, **asked)
         row = about | {
             "cell": name,
             "scheme": cell.scheme,
@@ -187,7 +200,7 @@ def main(
             "traj_rel_l2": result.traj_rel_l2,
             "eps_rel_l2": result.eps_rel_l2,
         }
-        row |= cost | {"bytes": pipe.unet.get_memory_footprint()}
+        row |= cost | {"bytes": denoiser_of(pipe).get_memory_footprint()}
         row |= {
             f"{pair}.{figure}": [getattr(value, end) for end in ("value", "low", "high")]
             for pair, figures in result.figures.items()
@@ -197,10 +210,10 @@ def main(
         typer.echo(f"{name}: eps_rel_l2 {row['eps_rel_l2']:.4f}, {cost}", err=True)
 
 
-def missing(about: dict) -> list[str]:
-    """Cells without a row of these weights."""
+def missing(about: dict, cells: Iterable[str]) -> list[str]:
+    """Those of some cells without a row of these weights."""
     there = {row["cell"] for row in read_results("baselines")["rows"] if about.items() <= row.items()}
-    return [name for name in CELLS if name not in there]
+    return [name for name in cells if name not in there]
 
 
 def rounded(value: object) -> object:

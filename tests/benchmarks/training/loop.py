@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from data import batch_generator
 from diffusers import DiffusionPipeline
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor, nn
@@ -179,6 +180,8 @@ def train(
         progress = Progress(before["updates"], before["updates"], 3600 * before["hours"])
         say(f"{task.name}: begins with the weights of update {progress.update}")
     task.to(memory_format=torch.channels_last)
+    if not torch.cuda.is_available():
+        _plain_attention(task)
     trained = [p for p in task.parameters() if p.requires_grad]
     rate, decay = settings.learning_rate, settings.weight_decay
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=decay, betas=(0.9, 0.99), fused=True)
@@ -233,6 +236,13 @@ def train(
         say(f"{task.name}: stopped at update {progress.update}")
     ema.copy_to(trained)
     return progress
+
+
+def _plain_attention(task: Task) -> None:
+    """Attention as two products and a softmax, which on a CPU takes half as long as the fused one, at 256 tokens."""
+    for module in task.modules():
+        if isinstance(module, Attention):
+            module.set_processor(AttnProcessor())
 
 
 def _identity(task: Task) -> dict:
