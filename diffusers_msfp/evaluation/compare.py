@@ -98,7 +98,7 @@ def compare_pipelines(
     sampler: str | None = None,
     prompts: list[str] | None = None,
     on_progress: OnProgress | None = None,
-    on_pictures: Callable[[Tensor, Tensor], None] | None = None,
+    on_pictures: Callable[[Tensor, Tensor, Mapping[str, Any]], None] | None = None,
     **arguments: Any,
 ) -> Comparison:
     """Error of the denoiser and of the pictures for equal noise, on DDIM where it can take the scheduler's place.
@@ -114,8 +114,8 @@ def compare_pipelines(
         sampler (`str`, *optional*): see `with_sampler`.
         prompts (`list[str]`, *optional*): taken in turn where the pipeline takes prompts.
         on_progress (`OnProgress`, *optional*): called with (done, total) after each step of the reference.
-        on_pictures (`Callable[[Tensor, Tensor], None]`, *optional*): called with each batch of the reference's and the
-            candidate's pictures, `(N, channels, H, W)` in [0, 1].
+        on_pictures (`Callable[[Tensor, Tensor, Mapping[str, Any]], None]`, *optional*): called with each batch of the
+            reference's and the candidate's pictures, `(N, channels, H, W)` in [0, 1], and the arguments of the call.
         **arguments: passed on to both pipelines.
 
     Raises:
@@ -184,7 +184,7 @@ def compare_pipelines(
             actual = pictures_tensor(same.run(quantized))
             ratios.append(psnr_db(expected, actual))
             if on_pictures is not None:
-                on_pictures(expected, actual)
+                on_pictures(expected, actual, call.arguments)
     own = {
         name: ComparedDenoiser(**figures[name].result(), quantized=is_quantized(model))
         for name, model in students.items()

@@ -25,15 +25,16 @@ from ..errors import StateError, UnsupportedError
 from ..evaluation import Comparison, compare_pipelines, layer_snr
 from ..evaluation.compare import in_place_of
 from ..evaluation.evaluate import origin
-from ..evaluation.images.samples import draw_pictures
+from ..evaluation.images.samples import draw_pictures, noise_generator
 from ..evaluation.timing.providers import BASELINE, provide
 from ..evaluation.timing.speed import example_inputs, step_of, take_turns
 from ..results import OnProgress, Result, in_stage, plain
+from ..sampling.calls import call_arguments
 from ..sampling.denoisers import denoiser_name, denoiser_of, denoisers_of
 from ..sampling.observation import calibration_state, quantized_models
 from ..sampling.solvers import with_ddim
 from .layers import layer_rows, watching_inputs
-from .pictures import QUANTIZED, REFERENCE, picture_rows
+from .pictures import QUANTIZED, REFERENCE, asked_for, picture_rows
 
 SPEED_REPEATS = 9
 OTHER_DENOISERS = "Layers and speed on this page are those of `{component}`; the pipeline also has {others}."
@@ -55,6 +56,7 @@ class Report(Result):
         settings (`Mapping[str, Any]`): of the runs.
         comparison (`Comparison`, *optional*): where there is a reference.
         pictures (`Sequence`): see `picture_rows`.
+        asked (`Sequence[str]`): their prompts, or the names of their classes; empty where nothing was asked.
         layers (`Sequence[Mapping[str, Any]]`): see `layer_rows`.
         adapters (`Mapping[str, Any]`, *optional*): see `ComponentDescription`.
         budget (`Mapping[str, Any]`, *optional*): the plan that chose bits and formats, with its `aim` and `reasons`.
@@ -74,6 +76,7 @@ class Report(Result):
     settings: Mapping[str, Any]
     comparison: Comparison | None
     pictures: Sequence[Any]
+    asked: Sequence[str]
     layers: Sequence[Mapping[str, Any]]
     adapters: Mapping[str, Any] | None
     budget: Mapping[str, Any] | None
@@ -124,16 +127,17 @@ def collect_report(
         missing["denoisers"] = OTHER_DENOISERS.format(component=component, others=" and ".join(others))
     comparison: Comparison | None = None
     pictures: list = []
+    asked: list[str] = []
     errors, inputs = {}, {}
     if reference is not None:
-        comparison, pictures = _compare(reference, pipe, num_samples, run, on_progress)
+        comparison, pictures, asked = _compare(reference, pipe, num_samples, run, on_progress)
         with watching_inputs(denoiser_of(reference)) as inputs:
             told = in_stage(on_progress, "layers")
             measured = layer_snr(reference, pipe, num_samples=max(1, num_samples // 2), on_progress=told, **run)
         errors = {name.removeprefix(f"{denoiser_name(pipe)}:"): plain(value) for name, value in measured.items()}
     elif pipe is not None:
         missing |= dict.fromkeys(("comparison", "snr"), NEEDS_REFERENCE)
-        pictures, inputs = _draw(pipe, num_samples, run, on_progress)
+        pictures, asked, inputs = _draw(pipe, num_samples, run, on_progress)
     else:
         missing |= dict.fromkeys(("comparison", "snr", "pictures", "inputs"), NEEDS_PIPELINE)
     config = _quantization_config(model)
@@ -160,6 +164,7 @@ def collect_report(
         },
         comparison=comparison,
         pictures=pictures,
+        asked=asked[: len(pictures)],
         layers=layer_rows(model, errors, inputs, described.get("layers", [])),
         adapters=described.get("adapters"),
         budget=_budget(folder) if described else None,
@@ -200,24 +205,33 @@ def _processor() -> str:
 
 def _compare(
     reference: DiffusionPipeline, pipe: DiffusionPipeline, num_samples: int, run: dict, on_progress: OnProgress | None
-) -> tuple[Comparison, list]:
+) -> tuple[Comparison, list, list[str]]:
     kept: list[tuple[Tensor, Tensor]] = []
+    asked: list[str] = []
+
+    def keep(expected: Tensor, actual: Tensor, arguments: Mapping[str, Any]) -> None:
+        kept.append((expected, actual))
+        asked.extend(asked_for(reference, arguments, len(expected)))
+
     comparison = compare_pipelines(
         reference,
         pipe,
         num_samples=num_samples,
         on_progress=in_stage(on_progress, "comparing"),
-        on_pictures=lambda *pair: kept.append(pair),
+        on_pictures=keep,
         **run,
     )
     expected, actual = (torch.cat(images) for images in zip(*kept, strict=True))
-    return comparison, picture_rows({REFERENCE: expected, QUANTIZED: actual})
+    return comparison, picture_rows({REFERENCE: expected, QUANTIZED: actual}), asked
 
 
 def _draw(
     pipe: DiffusionPipeline, num_samples: int, run: dict, on_progress: OnProgress | None
-) -> tuple[list, dict[str, Observation]]:
+) -> tuple[list, list[str], dict[str, Observation]]:
     run = dict(run)
+    one_each = [noise_generator(run["seed"], index) for index in range(num_samples)]  # as `draw_pictures` draws
+    given = {name: value for name, value in run.items() if name not in ("num_inference_steps", "seed", "prompts")}
+    call = call_arguments(pipe, run["prompts"], run["num_inference_steps"], given)(0, num_samples, one_each)
     num_inference_steps = run.pop("num_inference_steps")
     models = list(quantized_models(pipe))
     for model in models:
@@ -231,7 +245,7 @@ def _draw(
     finally:
         for model in models:
             set_engine(model, engine_from_environment())
-    return picture_rows({QUANTIZED: images}), inputs
+    return picture_rows({QUANTIZED: images}), asked_for(pipe, call.arguments, num_samples), inputs
 
 
 def _speed(model: ModelMixin, reference: DiffusionPipeline | None, missing: dict[str, str]) -> dict | None:

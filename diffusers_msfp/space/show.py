@@ -4,6 +4,7 @@ import importlib
 import os
 from collections.abc import Iterator, Sequence
 from statistics import median
+from textwrap import shorten
 from time import perf_counter
 from typing import NamedTuple, cast
 
@@ -23,6 +24,7 @@ zero_gpu = importlib.import_module("spaces") if os.environ.get("SPACES_ZERO_GPU"
 
 DEFAULT_STEPS = 25
 KEPT_RESULTS = 12
+CAPTION = 60
 SECONDS_BETWEEN_PICTURES = 0.1
 
 
@@ -98,14 +100,20 @@ class Show:
                 own.append(step.seconds)
             if now.finished:
                 results = [cast(np.ndarray, step.picture) for step in turn]
-                caption = f"seed {int(wishes['seed'])} · {scheduler}, {steps} steps"
-                history = [(beside(results), caption), *history][:KEPT_RESULTS]
+                history = [(beside(results), self._caption(scheduler, steps, wishes)), *history][:KEPT_RESULTS]
                 progress = progress_line(now, closeness=_closeness(results))
                 yield Frame(self.pictures(turn), progress, self.strip(), self.figures(seconds), history)
             elif perf_counter() - shown_at > SECONDS_BETWEEN_PICTURES:
                 shown_at = perf_counter()
                 adapters = [adapter_at(intervals, now.timestep) for intervals in self.quantized.intervals]
                 yield Frame(self.pictures(turn), progress_line(now, adapters), self.strip(visited), None, history)
+
+    def _caption(self, scheduler: str, steps: int, wishes: dict) -> str:
+        """What a result was asked to be, where it was, and how it was drawn."""
+        name = next((name for name, label in self.quantized.classes if label == wishes.get("class_label")), "")
+        asked = wishes.get("prompt") or (f"class {name}" if name.isdigit() else name)
+        drawn = f"seed {int(wishes['seed'])} · {scheduler}, {steps} steps"
+        return f"{shorten(asked, CAPTION, placeholder=' …')} · {drawn}" if asked else drawn
 
     def pictures(self, turn: tuple[Step, ...]) -> tuple[Image.Image, ...] | Image.Image | None:
         """For the slider, or for one picture; None where there is no news."""

@@ -76,6 +76,7 @@ class Cell:
 
 CELLS = {
     f"w4a4{CORRECTED}": Cell("w4a4"),
+    f"w4a4 rounded{CORRECTED}": Cell("w4a4", "rounded"),
     f"w4a4 msfp{CORRECTED}": Cell("w4a4", "msfp"),
     f"w4a8{CORRECTED}": Cell("w4a8"),
     "w4a8 msfp": Cell("w4a8", "msfp"),
@@ -117,7 +118,7 @@ CELLS |= {
 }
 CONDITIONAL = (
     f"w4a4{CORRECTED}",
-    "w4a4-pure rounded",
+    f"w4a4 rounded{CORRECTED}",
     f"w4a4 msfp{CORRECTED}",
     f"w4a8{CORRECTED}",
     f"EfficientDM style{CORRECTED}",

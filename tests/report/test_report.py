@@ -1,6 +1,7 @@
 """The quality report: its data are what was measured, its page says the same, loads nothing and escapes every name."""
 
 import copy
+import inspect
 import json
 import re
 import shutil
@@ -12,8 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_condition_unet, make_dit_pipe, make_unet
-from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+from conftest import make_condition_unet, make_dit, make_dit_pipe, make_unet, make_vae
+from diffusers import DDIMScheduler, DDPMPipeline, DiTPipeline, UNet2DModel
+from pipelines import make_small_pipe
 
 from diffusers_msfp import SplitConfig, cli, quantize_pipeline, split_shortcuts
 from diffusers_msfp.cli.app import main
@@ -292,6 +294,53 @@ def test_a_transformer_with_labels_and_guidance():
     assert {layer["block"] for layer in data.layers} >= {"transformer_blocks.0", EDGE_BLOCK}
     assert set(data.speed) == {"quantized", "bf16:cl"}
     assert "attn1.to_q" in page_of(data).text
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[dict]:
+    """What the transformer's pipelines were called with."""
+    seen, original = [], DiTPipeline.__call__
+
+    def call(self, **arguments):
+        seen.append(arguments)
+        return original(self, **arguments)
+
+    call.__signature__ = inspect.signature(original)
+    monkeypatch.setattr(DiTPipeline, "__call__", call)
+    return seen
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_names_of_classes_stand_below_pictures(alone, calls):
+    pipe = DiTPipeline(make_dit(), make_vae(), DDIMScheduler(), {"0": "ship, vessel", "1": "dog", "2": "frog"})
+    quantized = quantize_pipeline(copy.deepcopy(pipe), "w4a4", num_samples=2, num_inference_steps=2)
+    calls.clear()
+    data = collect_report(quantized, None if alone else pipe, **RUN)
+    drawn = [label for arguments in calls for label in arguments["class_labels"]][: RUN["num_samples"]]
+    assert data.asked == [{0: "ship", 1: "dog", 2: "frog"}[label] for label in drawn]
+    assert len(set(data.asked)) > 1
+    assert data.asked[0] in page_of(data).text
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_prompts_stand_below_pictures(alone):
+    pipe = make_small_pipe()
+    quantized = quantize_pipeline(copy.deepcopy(pipe), "w4a4", num_samples=2, num_inference_steps=2)
+    prompts = ["a <b>ship</b>", "a dog", "a frog"]
+    data = collect_report(quantized, None if alone else pipe, prompts=prompts, **RUN)
+    assert data.asked == [*prompts, prompts[0]]
+    assert "a <b>ship</b> a dog" not in rendered(data.to_dict())
+    assert "a <b>ship</b>" in page_of(data).text
+    if alone:
+        with pytest.raises(ConfigError, match="`num_images_per_prompt` must be 1, but got 2. Leave it out and raise"):
+            collect_report(quantized, num_images_per_prompt=2, **RUN)
+    else:
+        several = collect_report(quantized, pipe, num_images_per_prompt=2, **RUN)
+        assert several.asked == [], "it is not said which is whose"
+
+
+def test_nothing_was_asked(measured):
+    assert measured.asked == []
 
 
 def test_an_observing_model_is_refused(reference):

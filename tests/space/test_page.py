@@ -13,10 +13,12 @@ import gradio as gr
 import numpy as np
 import pytest
 import yaml
-from conftest import make_dit_pipe
+from conftest import make_dit, make_dit_pipe, make_vae
+from diffusers import DDIMScheduler, DiTPipeline
 from gradio_client import Client
 from huggingface_hub import ModelCard
 from PIL import Image
+from pipelines import make_small_pipe
 
 from diffusers_msfp import FinetuneConfig, cli, finetune
 from diffusers_msfp.cli.app import main
@@ -60,6 +62,20 @@ def test_a_run_is_shown_until_its_result(adapted, tiny_pipe, monkeypatch):
     *_, again = show.frames(end.history, "UniPC", 2, {"seed": 8})
     assert [caption for _, caption in again.history] == ["seed 8 · UniPC, 2 steps", "seed 7 · DDIM, 4 steps"]
     assert len(end.history) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "wishes", "asked"),
+    [
+        ({"3": "dog, hound"}, {"class_label": 3}, "dog"),
+        (None, {"class_label": 7}, "class 7"),
+        ("text", {"prompt": "a fox " * 30}, " ".join(["a fox"] * 9) + " a …"),
+    ],
+)
+def test_results_say_what_was_asked(names, wishes, asked):
+    pipe = make_small_pipe() if names == "text" else DiTPipeline(make_dit(), make_vae(), DDIMScheduler(), names)
+    *_, end = Show([Candidate(pipe)]).frames([], "DDIM", 1, {"seed": 0} | wishes)
+    assert [caption for _, caption in end.history] == [f"{asked} · seed 0 · DDIM, 1 steps"]
 
 
 def test_one_alone_has_one_picture(packed_pipe):

@@ -16,6 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from ...errors import ConfigError
 from ...methods.runs import inputs_digest, plain_config
 from ...results import OnProgress
 from ...sampling.calls import batch_size_for, call_arguments, counting_steps, labels_of, quiet, require_positive, unseen
@@ -74,8 +75,16 @@ def draw_pictures(
 
     Returns:
         `Tensor`, `(n, channels, H, W)`, float16, in [0, 1] but for NaN: this share's groups in order.
+
+    Raises:
+        ConfigError: numbers below 1, several pictures of a prompt at once, or see `call_arguments`.
     """
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
+    for name in (name for name in arguments if name.endswith("_per_prompt") and arguments[name] not in (None, 1)):
+        raise ConfigError(
+            f"Each picture must have noise of its own, so `{name}` must be 1, but got {arguments[name]}. Leave it out "
+            f"and raise `num_samples`: prompts are taken in turn."
+        )
     pipe = with_sampler(pipe, sampler)
     denoisers = list(denoisers_of(pipe).values())
     make = call_arguments(pipe, prompts, num_inference_steps, {"output_type": "pt"} | arguments)
