@@ -37,7 +37,9 @@ from diffusers_msfp import MSFPConfig, quantize_pipeline
 from diffusers_msfp.assets import EMBEDDED_MODEL, TUNED_MODELS
 from diffusers_msfp.calibration import search
 from diffusers_msfp.checkpoint.digest import fingerprint
+from diffusers_msfp.errors import UnsupportedError
 from diffusers_msfp.evaluation import evaluate_pipelines
+from diffusers_msfp.evaluation.timing.peers import require_packages
 from diffusers_msfp.evaluation.timing.providers import provide
 from diffusers_msfp.methods import METHODS
 from diffusers_msfp.plugin.recipe import plan_stages
@@ -141,9 +143,11 @@ def made(reference, cell: Cell, correction: bool, tuned: Path | None, asked: dic
         return DiffusionPipeline.from_pretrained(tuned), {"minutes": None, "stages": stages}
     name = denoiser_name(pipe)
     if cell.scheme == "nncf:int8":
+        require_packages(cell.scheme, "nncf", "openvino")
         setattr(pipe, name, nncf_unet.quantized(pipe, cell.keep))
     elif cell.recipe is None:
         setattr(pipe, name, provide(cell.scheme, denoiser_of(pipe), lambda _model: None))  # peers need no ranges
+        pipe.to(torch.bfloat16)  # what reads and decodes, too: peers are used so
     else:
         with mock.patch.object(search, "is_skewed", return_value=True) if cell.zero_points else nullcontext():
             quantize_pipeline(pipe, MSFPConfig(cell.scheme, modules_to_not_convert=cell.keep), **asked)
@@ -189,7 +193,13 @@ def main(
         if hours is not None and time.monotonic() - started > 3600 * hours:
             typer.echo(f"{name}: not begun, {hours:g} hours are over")
             return
-        pipe, cost = made(reference, cell, name.endswith(CORRECTED), own, asked)
+        try:
+            pipe, cost = made(reference, cell, name.endswith(CORRECTED), own, asked)
+        except UnsupportedError as error:
+            if cell.recipe is not None:
+                raise
+            typer.echo(f"{name}: left out. {error}")
+            continue
         result = evaluate_pipelines(reference, pipe, data=real, num_samples=num_samples, folder=pictures, **asked)
         row = about | {
             "cell": name,
