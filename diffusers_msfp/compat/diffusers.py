@@ -19,6 +19,7 @@ __all__ = [
     "execution_device",
     "forget_widened_weights",
     "in_single_file_pipeline",
+    "keep_labels",
     "kept_in_float32",
     "no_init_weights",
     "progress_bar_config",
@@ -54,6 +55,15 @@ def components_being_loaded() -> dict | None:
         frame = frame.f_back
     components = frame.f_locals.get("init_dict") if frame is not None else None
     return dict(components) if isinstance(components, Mapping) else None
+
+
+def keep_labels(pipe: DiffusionPipeline) -> None:
+    """Have `save_pretrained` write the names of a pipeline's labels, which diffusers reads but does not keep."""
+    if getattr(pipe, "labels", None) and not pipe.config.get("id2label"):
+        names: dict[str, list[str]] = {}
+        for name, label in pipe.labels.items():
+            names.setdefault(str(label), []).append(name)
+        pipe.register_to_config(id2label={label: ", ".join(found) for label, found in names.items()})
 
 
 def progress_bar_config(pipe: DiffusionPipeline) -> dict:

@@ -19,8 +19,16 @@ from ..compat.torch import tree_map
 from ..compat.wrappers import sees_through
 from ..errors import ConfigError
 from ..results import OPTIONAL, OnProgress, Result
-from ..sampling.calls import batched_calls, call_arguments, labels_of, quiet, require_positive, unseen
-from ..sampling.denoisers import denoiser_name, denoiser_of, denoisers_of, is_quantized, model_output, scheduler_of
+from ..sampling.calls import batched_calls, call_arguments, quiet, require_positive, unseen
+from ..sampling.denoisers import (
+    denoiser_name,
+    denoiser_of,
+    denoisers_of,
+    is_quantized,
+    labelled,
+    model_output,
+    scheduler_of,
+)
 from ..sampling.denoising_factor import at_timestep, known_factors
 from ..sampling.solvers import with_parts, with_sampler
 from ..sampling.timestep import first_timestep, timestep_argument
@@ -215,11 +223,7 @@ def in_place_of(reference: DiffusionPipeline, candidate: DiffusionPipeline | Mod
             f"pipeline that it belongs to; the candidate may be a model alone."
         )
     if not isinstance(candidate, nn.Module):
-        if labels_of(candidate) == labels_of(reference):
-            return candidate
-        alike = with_parts(candidate)  # its checkpoint may have lost the names, and both are asked for the same classes
-        vars(alike)["labels"] = dict(getattr(reference, "labels", None) or {})
-        return alike
+        return labelled(candidate, getattr(reference, "labels", None) or {})  # both are asked for the same classes
     original = denoiser_of(reference)
     if type(candidate) is not type(original):
         raise ConfigError(

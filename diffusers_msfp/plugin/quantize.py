@@ -12,7 +12,6 @@ from ..errors import ConfigError, StateError
 from ..layers.convert import Conversion, convert
 from ..methods.method import parts
 from ..results import OnProgress, in_stage
-from ..sampling.calls import keep_labels
 from ..sampling.denoisers import DENOISERS
 from ..sampling.observation import calibration_state, quantized_models
 from ..sampling.pictures import taken
@@ -109,7 +108,6 @@ def quantize_pipeline(
     config = scheme if isinstance(scheme, MSFPConfig) else MSFPConfig(scheme=scheme)
     with seen_through(pipe) as (bare,):
         _quantize_components(bare, config, calibration, on_progress)
-    keep_labels(pipe)
     return pipe
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from ..compat.diffusers import execution_device, progress_bar_config, set_progress_bar_config, source_of
 from ..errors import ConfigError
 from ..results import OnProgress
+from .denoisers import labels_of, say_unnamed
 from .finite_steps import require_finite_steps
 from .observation import quantized_models
 
@@ -151,6 +152,8 @@ def call_arguments(
         raise ConfigError(f"`{name}` cannot be passed on to the pipeline, since {SET_BY_VERBS[name]}. Leave it out.")
     given = known_arguments(pipe, given)
     labels = labels_of(pipe)
+    if labels and not getattr(pipe, "labels", None) and "class_labels" in parameters and "class_labels" not in given:
+        say_unnamed(type(pipe).__name__, len(labels))
     known = {"prompt", "class_labels", "batch_size", "generator", "num_inference_steps", "output_type"}
     needed = [
         name
@@ -211,31 +214,6 @@ def known_arguments(pipe: DiffusionPipeline, given: dict) -> dict:
     for name in given.keys() - parameters.keys() - more:
         raise ConfigError(f"Arguments passed on must be among those of {type(pipe).__name__}, but got `{name}`.")
     return {name: value for name, value in given.items() if name in parameters or name in more - {"output_type"}}
-
-
-def num_classes_of(pipe: DiffusionPipeline) -> int | None:
-    """How many class labels a pipeline's models know; None where they take none."""
-    models = [m for m in pipe.components.values() if isinstance(m, nn.Module) and hasattr(m, "config")]
-    numbers = [getattr(m.config, name, None) for m in models for name in ("num_embeds_ada_norm", "num_class_embeds")]
-    return next((number for number in numbers if number), None)
-
-
-def labels_of(pipe: DiffusionPipeline) -> Sequence[int]:
-    """The class labels that a pipeline names (`id2label`), else all that its models know; empty where there are none.
-
-    A model may have embeddings for more labels than it was trained on.
-    """
-    named = getattr(pipe, "labels", None)
-    return sorted(set(named.values())) if named else range(num_classes_of(pipe) or 0)
-
-
-def keep_labels(pipe: DiffusionPipeline) -> None:
-    """Have `save_pretrained` write the names of a pipeline's labels, which diffusers reads but does not keep."""
-    if getattr(pipe, "labels", None) and not pipe.config.get("id2label"):
-        names: dict[str, list[str]] = {}
-        for name, label in pipe.labels.items():
-            names.setdefault(str(label), []).append(name)
-        pipe.register_to_config(id2label={label: ", ".join(found) for label, found in names.items()})
 
 
 def unseen(seed: int) -> int:

@@ -4,6 +4,7 @@ import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,12 +83,15 @@ def each_quantized(
 ) -> dict[str, tuple[DiffusionPipeline, DiffusionPipeline]]:
     """A quantized pipeline and its float original for each quantized denoiser, looking at this one only.
 
-    Where there are several, those that stay float are named in a warning.
+    Where there are several, those that stay float are named in a warning. Both are asked for the same classes: where
+    one has lost their names, as checkpoints of diffusers may, it has the other's.
 
     Returns:
         `dict`: name → the two pipelines; the first denoiser where none is quantized.
     """
     models = denoisers_of(pipe)
+    named = next((each.labels for each in (teacher, pipe) if getattr(each, "labels", None)), {})
+    pipe, teacher = (labelled(each, named) for each in (pipe, teacher))
     if len(models) == len(denoisers_of(teacher)) == 1:
         return {next(iter(models)): (pipe, teacher)}
     found = [name for name, model in models.items() if is_quantized(model)] or list(models)[:1]
@@ -99,6 +103,42 @@ def each_quantized(
             f"`{missing[0]}`."
         )
     return {name: (focus(pipe, name), focus(teacher, name)) for name in found}
+
+
+def num_classes_of(pipe: DiffusionPipeline) -> int | None:
+    """How many class labels a pipeline's models know; None where they take none."""
+    models = [m for m in pipe.components.values() if isinstance(m, nn.Module) and hasattr(m, "config")]
+    numbers = [getattr(m.config, name, None) for m in models for name in ("num_embeds_ada_norm", "num_class_embeds")]
+    return next((number for number in numbers if number), None)
+
+
+def labels_of(pipe: DiffusionPipeline) -> Sequence[int]:
+    """The class labels that a pipeline names (`id2label`), else all that its models know; empty where there are none.
+
+    A model may have embeddings for more labels than it was trained on.
+    """
+    named = getattr(pipe, "labels", None)
+    return sorted(set(named.values())) if named else range(num_classes_of(pipe) or 0)
+
+
+@cache
+def say_unnamed(kind: str, number: int) -> None:
+    """Say, once, that all classes are taken which a pipeline's models know."""
+    logger.warning(
+        "%s names no classes (`id2label`), so labels are drawn from all %d that its model knows. Where it was trained "
+        'on fewer, name these: `pipe.labels = {"ship": 8, …}`.',
+        kind,
+        number,
+    )
+
+
+def labelled(pipe: DiffusionPipeline, labels: Mapping[str, int]) -> DiffusionPipeline:
+    """A pipeline with these names of its classes: itself if it has them, else a shallow copy."""
+    if (getattr(pipe, "labels", None) or {}) == labels:
+        return pipe
+    copied = copy.copy(pipe)
+    vars(copied)["labels"] = dict(labels)
+    return copied
 
 
 def warn_of_float(owner: str, names: Sequence[str]) -> None:

@@ -20,8 +20,8 @@ from ..engines.choose import resident_bytes
 from ..errors import ConfigError
 from ..methods.routes import routing_of
 from ..plugin.config import config_of
-from ..sampling.calls import call_arguments, num_classes_of, require_positive
-from ..sampling.denoisers import denoiser_of
+from ..sampling.calls import call_arguments, require_positive
+from ..sampling.denoisers import denoiser_of, num_classes_of
 from ..sampling.observation import quantized_models
 from ..sampling.solvers import takes_ddim
 from .denoise import decoder_of

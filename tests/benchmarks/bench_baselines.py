@@ -44,8 +44,7 @@ from diffusers_msfp.evaluation.timing.providers import provide
 from diffusers_msfp.methods import METHODS
 from diffusers_msfp.plugin.recipe import plan_stages
 from diffusers_msfp.recipes import RECIPES
-from diffusers_msfp.sampling.calls import labels_of
-from diffusers_msfp.sampling.denoisers import denoiser_name, denoiser_of
+from diffusers_msfp.sampling.denoisers import denoiser_name, denoiser_of, labels_of
 from diffusers_msfp.sampling.solvers import with_ddim
 
 COMMAND = "python tests/benchmarks/bench_baselines.py --data fashion_mnist.npz"

@@ -374,7 +374,7 @@ SHOWN = {
     "w4g32a16 msfp": "`w4g32a16`, recipe `msfp`, 1 100 updates, float inputs",
     "w8a8-wide ptq": "`w8a8-wide`, inputs in two bytes",
     "INT4 + correction": "`int-w4a4-pure`: uniform 4-bit grids throughout",
-    "Q-Diffusion style + correction": "the same after Q-Diffusion, as reconstructed, 200 updates",
+    "EfficientDM style + correction": "the same after EfficientDM, as reconstructed, 1 100 updates, some layers float",
     "SDNQ uint4 weights": "SDNQ `uint4`, float inputs",
 }
 """Cells of `baselines` in the short table."""

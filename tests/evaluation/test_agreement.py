@@ -11,7 +11,7 @@ from diffusers_msfp.evaluation import Features, evaluate_pipelines
 from diffusers_msfp.evaluation.compare import in_place_of
 from diffusers_msfp.evaluation.images.agreement import asked_classes, class_agreement
 from diffusers_msfp.evaluation.images.samples import draw_pictures
-from diffusers_msfp.sampling.calls import labels_of
+from diffusers_msfp.sampling.denoisers import labels_of
 from diffusers_msfp.sampling.solvers import with_ddim
 
 NAMES = ("ship", "dog", "frog")

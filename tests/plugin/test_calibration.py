@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -226,6 +227,11 @@ def test_only_named_labels_are_drawn_and_their_names_stay(tmp_path):
     for folder in ("packed", "again"):
         assert DiffusionPipeline.from_pretrained(tmp_path / folder).labels == pipe.labels
     assert DiffusionPipeline.from_pretrained(tmp_path / "float").labels == {}, "what plain diffusers does"
+    for verb in (partial(calibrate, num_samples=2, num_inference_steps=1), partial(set_engine, engine="reference")):
+        loaded = DiffusionPipeline.from_pretrained(tmp_path / "packed")
+        verb(loaded)
+        loaded.save_pretrained(tmp_path / "once more")
+        assert DiffusionPipeline.from_pretrained(tmp_path / "once more").labels == pipe.labels
 
 
 def test_a_refused_or_failed_calibration_does_not_stick(packed_pipe, monkeypatch):

@@ -16,7 +16,14 @@ from diffusers import (
 )
 from pipelines import make_small_pipe, picture
 
-from diffusers_msfp import calibrate, quantize_pipeline
+from diffusers_msfp import (
+    CorrectionConfig,
+    RoundingConfig,
+    calibrate,
+    correct_output,
+    learn_rounding,
+    quantize_pipeline,
+)
 from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.evaluation import compare_pipelines, sample_images
 from diffusers_msfp.evaluation.images.samples import draw_pictures
@@ -25,6 +32,7 @@ from diffusers_msfp.methods.talora.config import FinetuneConfig
 from diffusers_msfp.methods.talora.finetune import finetune
 from diffusers_msfp.methods.talora.finetuner import Finetuner
 from diffusers_msfp.sampling.calls import Call, call_arguments
+from diffusers_msfp.sampling.denoisers import say_unnamed
 from diffusers_msfp.sampling.trajectory import rollout
 
 
@@ -124,6 +132,42 @@ def test_class_labels():
     dit = call_arguments(make_dit_pipe(), None, 2, {})(0, 2, torch.Generator().manual_seed(0))
     assert len(dit.arguments["class_labels"]) == 2
     assert "batch_size" not in dit.arguments
+
+
+LITTLE = {"num_samples": 4, "num_inference_steps": 2}
+IMPROVED = {
+    "correct_output": lambda *pair: correct_output(*pair, CorrectionConfig(**LITTLE)),
+    "learn_rounding": lambda *pair: learn_rounding(*pair, RoundingConfig(iterations=1, **LITTLE)),
+    "finetune": lambda *pair: finetune(
+        *pair, FinetuneConfig(train_steps=1, rank=2, num_inference_steps=2, preview_every=1)
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", IMPROVED)
+@pytest.mark.parametrize("keeps", ["teacher", "student"])
+@pytest.mark.situation("student or teacher has lost the names of its classes: only named ones are asked for", "right")
+def test_only_named_classes_are_asked_for(verb, keeps, caplog):
+    teacher = make_dit_pipe()
+    teacher.labels = {"dog": 7, "frog": 3}
+    pipe = quantize_pipeline(copy.deepcopy(teacher), "w4a4", num_samples=1, num_inference_steps=1)
+    (pipe if keeps == "teacher" else teacher).labels = {}
+    heard = []
+    for each in (pipe, teacher):
+        each.transformer.register_forward_pre_hook(
+            lambda _, _args, kwargs: heard.extend(kwargs["class_labels"].tolist()), with_kwargs=True
+        )
+    IMPROVED[verb](pipe, teacher)
+    assert 0 < len(set(heard) & {3, 7}) == len(set(heard) - {1000})
+    assert "names no classes" not in caplog.text
+
+
+def test_that_no_class_has_a_name_is_said_once(caplog):
+    say_unnamed.cache_clear()
+    for _ in range(2):
+        call_arguments(make_dit_pipe(), None, 2, {})
+    call_arguments(make_dit_pipe(), None, 2, {"class_labels": [3]})
+    assert caplog.text.count("DiTPipeline names no classes (`id2label`), so labels are drawn from all 1000 that") == 1
 
 
 @pytest.mark.situation("img2img encodes its image with a posterior's noise: compared with itself", "right")

@@ -14,9 +14,9 @@ import psutil
 from filelock import FileLock, Timeout
 
 from ...checkpoint.tensor_files import MAX_SHARD_SIZE
+from ...compat.diffusers import keep_labels
 from ...errors import ConfigError, NonFiniteError
 from ...outputs import named, overlap, require_writable, write_file, writing
-from ...sampling.calls import keep_labels
 from .interrupts import Interrupted
 from .terminal import stderr
 

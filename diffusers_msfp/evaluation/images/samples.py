@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ...methods.runs import inputs_digest, plain_config
 from ...results import OnProgress
-from ...sampling.calls import batch_size_for, call_arguments, counting_steps, labels_of, quiet, require_positive, unseen
-from ...sampling.denoisers import denoisers_of
+from ...sampling.calls import batch_size_for, call_arguments, counting_steps, quiet, require_positive, unseen
+from ...sampling.denoisers import denoisers_of, labels_of
 from ...sampling.observation import quantized_models
 from ...sampling.solvers import with_sampler
 
