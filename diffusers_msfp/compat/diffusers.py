@@ -21,6 +21,7 @@ __all__ = [
     "in_single_file_pipeline",
     "keep_labels",
     "kept_in_float32",
+    "labels_by_name",
     "no_init_weights",
     "progress_bar_config",
     "quantization_tables",
@@ -57,11 +58,17 @@ def components_being_loaded() -> dict | None:
     return dict(components) if isinstance(components, Mapping) else None
 
 
+def labels_by_name(pipe: object) -> dict[str, int]:
+    """Class labels by name, as `DiTPipeline` has them of its `id2label`; empty where a pipeline has none."""
+    named = getattr(pipe, "labels", None)
+    return dict(named) if isinstance(named, Mapping) else {}
+
+
 def keep_labels(pipe: DiffusionPipeline) -> None:
     """Have `save_pretrained` write the names of a pipeline's labels, which diffusers reads but does not keep."""
-    if getattr(pipe, "labels", None) and not pipe.config.get("id2label"):
+    if (named := labels_by_name(pipe)) and not pipe.config.get("id2label"):
         names: dict[str, list[str]] = {}
-        for name, label in pipe.labels.items():
+        for name, label in named.items():
             names.setdefault(str(label), []).append(name)
         pipe.register_to_config(id2label={label: ", ".join(found) for label, found in names.items()})
 

@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
+from ..compat.diffusers import labels_by_name
 from ..compat.torch import tree_map
 from ..compat.wrappers import sees_through
 from ..errors import ConfigError
@@ -223,7 +224,7 @@ def in_place_of(reference: DiffusionPipeline, candidate: DiffusionPipeline | Mod
             f"pipeline that it belongs to; the candidate may be a model alone."
         )
     if not isinstance(candidate, nn.Module):
-        return labelled(candidate, getattr(reference, "labels", None) or {})  # both are asked for the same classes
+        return labelled(candidate, labels_by_name(reference))  # both are asked for the same classes
     original = denoiser_of(reference)
     if type(candidate) is not type(original):
         raise ConfigError(

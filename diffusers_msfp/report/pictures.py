@@ -10,6 +10,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from ..compat.diffusers import labels_by_name
+
 SHOWN = 6
 MAX_SIDE = 256
 GAINS = (16, 8, 4, 2)
@@ -43,7 +45,7 @@ def asked_for(pipe: DiffusionPipeline, arguments: Mapping[str, Any], size: int) 
         size (`int`): pictures that it made.
     """
     names: dict[int, str] = {}
-    for name, label in (getattr(pipe, "labels", None) or {}).items():
+    for name, label in labels_by_name(pipe).items():
         names.setdefault(label, name)
     given = next((arguments[name] for name in ("prompt", "class_labels") if arguments.get(name) is not None), ())
     each = [given] * size if isinstance(given, (str, int)) else list(given)

@@ -15,7 +15,13 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..compat.diffusers import execution_device, progress_bar_config, set_progress_bar_config, source_of
+from ..compat.diffusers import (
+    execution_device,
+    labels_by_name,
+    progress_bar_config,
+    set_progress_bar_config,
+    source_of,
+)
 from ..errors import ConfigError
 from ..results import OnProgress
 from .denoisers import labels_of, say_unnamed
@@ -152,7 +158,7 @@ def call_arguments(
         raise ConfigError(f"`{name}` cannot be passed on to the pipeline, since {SET_BY_VERBS[name]}. Leave it out.")
     given = known_arguments(pipe, given)
     labels = labels_of(pipe)
-    if labels and not getattr(pipe, "labels", None) and "class_labels" in parameters and "class_labels" not in given:
+    if labels and not labels_by_name(pipe) and "class_labels" in parameters and "class_labels" not in given:
         say_unnamed(type(pipe).__name__, len(labels))
     known = {"prompt", "class_labels", "batch_size", "generator", "num_inference_steps", "output_type"}
     needed = [

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from ..compat.diffusers import Scheduler
+from ..compat.diffusers import Scheduler, labels_by_name
 from ..compat.wrappers import unwrap
 from ..errors import ConfigError
 from ..layers import QuantLayer
@@ -90,7 +90,7 @@ def each_quantized(
         `dict`: name → the two pipelines; the first denoiser where none is quantized.
     """
     models = denoisers_of(pipe)
-    named = next((each.labels for each in (teacher, pipe) if getattr(each, "labels", None)), {})
+    named = labels_by_name(teacher) or labels_by_name(pipe)
     pipe, teacher = (labelled(each, named) for each in (pipe, teacher))
     if len(models) == len(denoisers_of(teacher)) == 1:
         return {next(iter(models)): (pipe, teacher)}
@@ -117,7 +117,7 @@ def labels_of(pipe: DiffusionPipeline) -> Sequence[int]:
 
     A model may have embeddings for more labels than it was trained on.
     """
-    named = getattr(pipe, "labels", None)
+    named = labels_by_name(pipe)
     return sorted(set(named.values())) if named else range(num_classes_of(pipe) or 0)
 
 
@@ -134,7 +134,7 @@ def say_unnamed(kind: str, number: int) -> None:
 
 def labelled(pipe: DiffusionPipeline, labels: Mapping[str, int]) -> DiffusionPipeline:
     """A pipeline with these names of its classes: itself if it has them, else a shallow copy."""
-    if (getattr(pipe, "labels", None) or {}) == labels:
+    if labels_by_name(pipe) == labels:
         return pipe
     copied = copy.copy(pipe)
     vars(copied)["labels"] = dict(labels)

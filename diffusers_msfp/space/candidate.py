@@ -16,6 +16,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from ..compat.diffusers import labels_by_name
 from ..engines.choose import resident_bytes
 from ..errors import ConfigError
 from ..methods.routes import routing_of
@@ -80,7 +81,7 @@ class Candidate:
         """Name and number of each class label, in alphabetical order; empty where there are none."""
         if "class_labels" not in self.parameters or "prompt" in self.parameters:
             return []
-        named = getattr(self.pipe, "labels", None)
+        named = labels_by_name(self.pipe)
         return sorted(named.items()) if named else [(str(i), i) for i in range(num_classes_of(self.pipe) or 0)]
 
     @cached_property

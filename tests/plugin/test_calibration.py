@@ -234,6 +234,15 @@ def test_only_named_labels_are_drawn_and_their_names_stay(tmp_path):
         assert DiffusionPipeline.from_pretrained(tmp_path / "once more").labels == pipe.labels
 
 
+def test_what_else_is_called_labels_stays():
+    """Some pipeline of someone's may have a list of this name."""
+    pipe = DDPMPipeline(make_unet(), DDIMScheduler())
+    pipe.labels = ["a", "b"]
+    quantize_pipeline(pipe, "w4a4", num_samples=1, num_inference_steps=1)
+    assert pipe.labels == ["a", "b"]
+    assert "id2label" not in pipe.config
+
+
 def test_a_refused_or_failed_calibration_does_not_stick(packed_pipe, monkeypatch):
     before = copy.deepcopy(packed_pipe.unet)
     with pytest.raises(ConfigError, match="non-empty list of strings"):

@@ -7,6 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from ...compat.diffusers import labels_by_name
 from ...sampling.calls import call_arguments
 from .distances import Estimate, mean_of
 from .features import FeatureNetwork, Features
@@ -48,7 +49,7 @@ def asked_classes(
     if kind == "prompt":
         named = {text: _named_in(text, classes) for text in set(asked[kind])}
     else:
-        names = getattr(pipe, "labels", None) or {}
+        names = labels_by_name(pipe)
         named = {label: [] for label in set(asked[kind])}
         for name, label in names.items():
             if label in named and name.lower() in classes:
