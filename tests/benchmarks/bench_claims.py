@@ -7,7 +7,8 @@ Any pipeline with one denoiser, 20 steps of DDIM. A claim says that one variant 
 precision's pictures of equal noise, or that a variant is as good as full precision, by the Fréchet distance of its
 pictures to real ones. Variants of which a claim trains something are made with three seeds of calibration, training and
 noise, the others with one. What is there for these weights is not made again; `--hours` stops between two variants,
-`--only` makes its variants anew. `claims.py` turns rows into verdicts. Writes `model_cards/results/claims.json`.
+`--only` makes its variants anew, so that several processes may share the work. `claims.py` turns rows into verdicts.
+Writes `model_cards/results/claims.json`.
 """
 
 import copy

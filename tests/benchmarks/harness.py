@@ -3,12 +3,14 @@
 import json
 import platform
 import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "model_cards" / "results"
@@ -60,8 +62,12 @@ def grouped(results: str, key: str) -> dict[str, list[dict]]:
 def keep_rows(
     name: str, command: str, rows: Sequence[dict], by: Sequence[str], order: Callable[[dict], Any] | None = None
 ) -> None:
-    """Put rows into a results file in the place of those that are equal to one of them under the keys `by`."""
-    old = read_results(name)["rows"] if (RESULTS / f"{name}.json").exists() else []
-    made = [[row.get(key) for key in by] for row in rows]
-    kept = [row for row in old if [row.get(key) for key in by] not in made] + [*rows]
-    write_results(name, command, kept if order is None else sorted(kept, key=order))
+    """Put rows into a results file in the place of those that are equal to one of them under the keys `by`.
+
+    Several processes may share the work.
+    """
+    with FileLock(Path(tempfile.gettempdir()) / f"{name}.lock"):
+        old = read_results(name)["rows"] if (RESULTS / f"{name}.json").exists() else []
+        made = [[row.get(key) for key in by] for row in rows]
+        kept = [row for row in old if [row.get(key) for key in by] not in made] + [*rows]
+        write_results(name, command, kept if order is None else sorted(kept, key=order))

@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 import torch
 from budget_tables import budget, budget_psnr, budget_steps, budget_sums
+from claims import claims, claims_shares
 from harness import ROOT, grouped, read_results
 from safetensors.torch import load_file
 from speed_tables import engines, engines_amx, openvino, openvino_quality, openvino_start, speed
@@ -465,6 +466,8 @@ MAKERS = (
     budget_steps,
     budget_psnr,
     budget_sums,
+    claims,
+    claims_shares,
 )
 TABLES = {make.__name__: make for make in MAKERS}
 
