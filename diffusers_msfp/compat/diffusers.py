@@ -23,6 +23,7 @@ __all__ = [
     "kept_in_float32",
     "labels_by_name",
     "no_init_weights",
+    "pipeline_being_saved",
     "progress_bar_config",
     "quantization_tables",
     "rename_old_keys",
@@ -58,15 +59,27 @@ def components_being_loaded() -> dict | None:
     return dict(components) if isinstance(components, Mapping) else None
 
 
+def pipeline_being_saved() -> DiffusionPipeline | None:
+    """The pipeline that is saving its components right now, which are not told; its config it writes after them."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self") if frame.f_code.co_name == "save_pretrained" else None
+        if isinstance(owner, DiffusionPipeline):
+            return owner
+        frame = frame.f_back
+    return None
+
+
 def labels_by_name(pipe: object) -> dict[str, int]:
     """Class labels by name, as `DiTPipeline` has them of its `id2label`; empty where a pipeline has none."""
     named = getattr(pipe, "labels", None)
     return dict(named) if isinstance(named, Mapping) else {}
 
 
-def keep_labels(pipe: DiffusionPipeline) -> None:
+def keep_labels(pipe: DiffusionPipeline | None) -> None:
     """Have `save_pretrained` write the names of a pipeline's labels, which diffusers reads but does not keep."""
-    if (named := labels_by_name(pipe)) and not pipe.config.get("id2label"):
+    named = labels_by_name(pipe)
+    if pipe is not None and named and not pipe.config.get("id2label"):
         names: dict[str, list[str]] = {}
         for name, label in named.items():
             names.setdefault(str(label), []).append(name)

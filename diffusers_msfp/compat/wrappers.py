@@ -7,16 +7,14 @@ components have none, and nothing that is compiled runs compiled while hooks wat
 import copy
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..errors import UnsupportedError
-from .diffusers import keep_labels
 
 LEVELS = {"torch": ("_orig_mod", "module"), "deepspeed": ("module",), "peft": ("base_model", "model")}
 """Package → names under which its wrappers, modules without anything else, keep the wrapped module."""
@@ -116,8 +114,7 @@ def seen_through(*owners: object, changes: bool = True) -> Iterator[tuple]:
 
     Args:
         *owners: models, pipelines and anything else, which is handed on.
-        changes (`bool`): whether the block changes a model, so that compiled code must go, and what is saved afterwards
-            has the names of its classes.
+        changes (`bool`): whether the block changes a model, so that compiled code must go.
 
     Yields:
         `tuple`: them, see `without_wrappers`.
@@ -125,22 +122,14 @@ def seen_through(*owners: object, changes: bool = True) -> Iterator[tuple]:
     bare = tuple(without_wrappers(owner) for owner in owners)
     if not any(_is_compiled(owner) for owner in owners):
         yield bare
-        _keep_names(owners if changes else ())
         return
     try:
         models = [model for owner in bare for model in _models(owner)]
         with _parts_without_wrappers(models), torch.compiler.set_stance("force_eager"):
             yield bare
-        _keep_names(owners if changes else ())
     finally:
         if changes:
             forget_compiled()
-
-
-def _keep_names(owners: Iterable[object]) -> None:
-    for owner in owners:
-        if isinstance(owner, DiffusionPipeline):
-            keep_labels(owner)
 
 
 def sees_through(verb: Callable | None = None, *, changes: bool = True) -> Callable:

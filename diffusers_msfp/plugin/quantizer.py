@@ -16,7 +16,7 @@ from torch import nn
 
 from ..checkpoint.file_checks import check_floats, check_formats, check_places, formats_of, without_formats
 from ..checkpoint.record import ModelRecord
-from ..compat.diffusers import set_config
+from ..compat.diffusers import keep_labels, pipeline_being_saved, set_config
 from ..compat.torch import put_tensor, tensors_of
 from ..errors import CheckpointError, UnsupportedError
 from ..layers import QUANT_LAYERS, QuantLayer
@@ -263,7 +263,8 @@ class MSFPQuantizer(DiffusersQuantizer):
         state_dict: dict[str, Any],
         safe_serialization: bool = False,  # noqa: ARG002
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The model alone, under its own names, also while adapters are attached."""
+        """The model alone, under its own names, also while adapters are attached; its pipeline keeps `id2label`."""
+        keep_labels(pipeline_being_saved())
         config = self.quantization_config
         return tensors_to_save(state_dict, config), file_metadata(config)
 

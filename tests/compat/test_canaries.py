@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 from pathlib import Path
 
 import diffusers.loaders.single_file as single_file
@@ -13,6 +14,7 @@ from conftest import make_unet
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -157,6 +159,25 @@ def test_components_that_are_being_loaded(tiny_dir, monkeypatch):
     DiffusionPipeline.from_pretrained(tiny_dir, quantization_config=MSFPConfig("w4a16"))
     assert seen, "diffusers asks a pipeline's config for its components by another method"
     assert {"unet", "scheduler"} <= seen[0].keys(), "diffusers' loader calls its table of components otherwise"
+
+
+def test_pipeline_that_is_being_saved(packed_pipe, tmp_path, monkeypatch):
+    seen = []
+    assert diffusers.pipeline_being_saved() is None
+    kind = type(packed_pipe.unet.hf_quantizer)
+    assert issubclass(kind, DiffusersQuantizer)
+    write = kind.get_state_dict_and_metadata
+
+    def watch(self, *args, **kwargs):
+        seen.append(diffusers.pipeline_being_saved())
+        packed_pipe.register_to_config(told="now")
+        return write(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "get_state_dict_and_metadata", watch)
+    packed_pipe.save_pretrained(tmp_path)
+    assert seen == [packed_pipe], "diffusers saves the components of pipelines otherwise"
+    config = json.loads((tmp_path / "model_index.json").read_text())
+    assert config["told"] == "now", "diffusers writes a pipeline's config before its components"
 
 
 def test_progress_bars(tiny_pipe):
