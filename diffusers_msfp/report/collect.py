@@ -229,10 +229,10 @@ def _draw(
     pipe: DiffusionPipeline, num_samples: int, run: dict, on_progress: OnProgress | None
 ) -> tuple[list, list[str], dict[str, Observation]]:
     run = dict(run)
-    one_each = [noise_generator(run["seed"], index) for index in range(num_samples)]  # as `draw_pictures` draws
-    given = {name: value for name, value in run.items() if name not in ("num_inference_steps", "seed", "prompts")}
-    call = call_arguments(pipe, run["prompts"], run["num_inference_steps"], given)(0, num_samples, one_each)
     num_inference_steps = run.pop("num_inference_steps")
+    one_each = [noise_generator(run["seed"], index) for index in range(num_samples)]  # as `draw_pictures` draws
+    given = {name: value for name, value in run.items() if name not in ("seed", "prompts", "sampler")}
+    call = call_arguments(pipe, run["prompts"], num_inference_steps, given)(0, num_samples, one_each)
     models = list(quantized_models(pipe))
     for model in models:
         set_engine(model, "reference")

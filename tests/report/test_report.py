@@ -339,8 +339,9 @@ def test_prompts_stand_below_pictures(alone):
         assert several.asked == [], "it is not said which is whose"
 
 
-def test_nothing_was_asked(measured):
+def test_nothing_was_asked(measured, packed_pipe):
     assert measured.asked == []
+    assert collect_report(packed_pipe, sampler="euler", **RUN).asked == []
 
 
 def test_an_observing_model_is_refused(reference):
