@@ -25,16 +25,16 @@ from ..errors import StateError, UnsupportedError
 from ..evaluation import Comparison, compare_pipelines, layer_snr
 from ..evaluation.compare import in_place_of
 from ..evaluation.evaluate import origin
-from ..evaluation.images.samples import draw_pictures, noise_generator
+from ..evaluation.images.samples import arguments_of, draw_pictures
 from ..evaluation.timing.providers import BASELINE, provide
 from ..evaluation.timing.speed import example_inputs, step_of, take_turns
 from ..results import OnProgress, Result, in_stage, plain
-from ..sampling.calls import call_arguments
+from ..sampling.calls import asked_for
 from ..sampling.denoisers import denoiser_name, denoiser_of, denoisers_of
 from ..sampling.observation import calibration_state, quantized_models
 from ..sampling.solvers import with_ddim
 from .layers import layer_rows, watching_inputs
-from .pictures import QUANTIZED, REFERENCE, asked_for, picture_rows
+from .pictures import QUANTIZED, REFERENCE, picture_rows
 
 SPEED_REPEATS = 9
 OTHER_DENOISERS = "Layers and speed on this page are those of `{component}`; the pipeline also has {others}."
@@ -230,9 +230,8 @@ def _draw(
 ) -> tuple[list, list[str], dict[str, Observation]]:
     run = dict(run)
     num_inference_steps = run.pop("num_inference_steps")
-    one_each = [noise_generator(run["seed"], index) for index in range(num_samples)]  # as `draw_pictures` draws
     given = {name: value for name, value in run.items() if name not in ("seed", "prompts", "sampler")}
-    call = call_arguments(pipe, run["prompts"], num_inference_steps, given)(0, num_samples, one_each)
+    arguments = arguments_of(pipe, num_samples, run["seed"], run["prompts"], given)
     models = list(quantized_models(pipe))
     for model in models:
         set_engine(model, "reference")
@@ -245,7 +244,7 @@ def _draw(
     finally:
         for model in models:
             set_engine(model, engine_from_environment())
-    return picture_rows({QUANTIZED: images}), asked_for(pipe, call.arguments, num_samples), inputs
+    return picture_rows({QUANTIZED: images}), asked_for(pipe, arguments, num_samples), inputs
 
 
 def _speed(model: ModelMixin, reference: DiffusionPipeline | None, missing: dict[str, str]) -> dict | None:

@@ -3,14 +3,10 @@
 import base64
 import io
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
-
-from ..compat.diffusers import labels_by_name
 
 SHOWN = 6
 MAX_SIDE = 256
@@ -34,23 +30,6 @@ def picture_rows(images: Mapping[str, Tensor]) -> list[dict[str, str]]:
         gain = next((gain for gain in GAINS if gain * difference.abs().max() <= 1), 1)
         kinds[f"difference × {gain}" if gain > 1 else "difference"] = 0.5 + gain * difference / 2
     return [dict(zip(kinds, map(data_uri, sample), strict=True)) for sample in zip(*kinds.values(), strict=True)]
-
-
-def asked_for(pipe: DiffusionPipeline, arguments: Mapping[str, Any], size: int) -> list[str]:
-    """What each picture of a call was asked to be, by its prompt or the name of its class; empty where nothing was.
-
-    Args:
-        pipe (`DiffusionPipeline`): that was called.
-        arguments (`Mapping[str, Any]`): with these.
-        size (`int`): pictures that it made.
-    """
-    names: dict[int, str] = {}
-    for name, label in labels_by_name(pipe).items():
-        names.setdefault(label, name)
-    given = next((arguments[name] for name in ("prompt", "class_labels") if arguments.get(name) is not None), ())
-    each = [given] * size if isinstance(given, (str, int)) else list(given)
-    asked = [names.get(one, f"class {one}") if isinstance(one, int) else str(one) for one in each]
-    return asked if len(asked) == size else []
 
 
 def data_uri(picture: Tensor) -> str:

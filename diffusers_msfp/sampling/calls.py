@@ -3,7 +3,7 @@
 import inspect
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -220,6 +220,23 @@ def known_arguments(pipe: DiffusionPipeline, given: dict) -> dict:
     for name in given.keys() - parameters.keys() - more:
         raise ConfigError(f"Arguments passed on must be among those of {type(pipe).__name__}, but got `{name}`.")
     return {name: value for name, value in given.items() if name in parameters or name in more - {"output_type"}}
+
+
+def asked_for(pipe: DiffusionPipeline, arguments: Mapping[str, Any], size: int) -> list[str]:
+    """What each picture of a call was asked to be, by its prompt or the name of its class; empty where nothing was.
+
+    Args:
+        pipe (`DiffusionPipeline`): that was called.
+        arguments (`Mapping[str, Any]`): with these.
+        size (`int`): pictures that it made.
+    """
+    names: dict[int, str] = {}
+    for name, label in labels_by_name(pipe).items():
+        names.setdefault(label, name)
+    given = next((arguments[name] for name in ("prompt", "class_labels") if arguments.get(name) is not None), ())
+    each = [given] * size if isinstance(given, (str, int)) else list(given)
+    asked = [names.get(one, f"class {one}") if isinstance(one, int) else str(one) for one in each]
+    return asked if len(asked) == size else []
 
 
 def unseen(seed: int) -> int:

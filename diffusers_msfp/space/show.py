@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..errors import ConfigError
 from ..evaluation.compare import psnr_db
-from ..sampling.calls import DEFAULT_PROMPTS
+from ..sampling.calls import DEFAULT_PROMPTS, asked_for
 from .candidate import Candidate
 from .denoise import Step, side_by_side
 from .markup import adapter_at, adapter_strip, beside, enlarge, figures_table, progress_line
@@ -110,8 +110,8 @@ class Show:
 
     def _caption(self, scheduler: str, steps: int, wishes: dict) -> str:
         """What a result was asked to be, where it was, and how it was drawn."""
-        name = next((name for name, label in self.quantized.classes if label == wishes.get("class_label")), "")
-        asked = wishes.get("prompt") or (f"class {name}" if name.isdigit() else name)
+        arguments = {"prompt": wishes.get("prompt"), "class_labels": wishes.get("class_label")}
+        asked = "".join(asked_for(self.quantized.pipe, arguments, 1))
         drawn = f"seed {int(wishes['seed'])} · {scheduler}, {steps} steps"
         return f"{shorten(asked, CAPTION, placeholder=' …')} · {drawn}" if asked else drawn
 

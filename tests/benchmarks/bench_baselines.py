@@ -29,8 +29,7 @@ import nncf_unet
 import torch
 import typer
 from diffusers import DiffusionPipeline
-from filelock import FileLock
-from harness import origin, read_results, write_results
+from harness import locked, origin, read_results, write_results
 from real_models import asked_of, real_pictures
 
 from diffusers_msfp import MSFPConfig, quantize_pipeline
@@ -237,7 +236,7 @@ def rounded(value: object) -> object:
 
 def keep(row: dict) -> None:
     """Put a row into the results file, in the order of models and cells, in the place of other weights' too."""
-    with FileLock(Path(tempfile.gettempdir()) / "baselines.lock"):
+    with locked("baselines"):
         rows = [
             each
             for each in read_results("baselines")["rows"]

@@ -59,6 +59,11 @@ def grouped(results: str, key: str) -> dict[str, list[dict]]:
     return groups
 
 
+def locked(name: str) -> FileLock:
+    """Holds a results file for one of several processes."""
+    return FileLock(Path(tempfile.gettempdir()) / f"{name}.lock")
+
+
 def keep_rows(
     name: str, command: str, rows: Sequence[dict], by: Sequence[str], order: Callable[[dict], Any] | None = None
 ) -> None:
@@ -66,7 +71,7 @@ def keep_rows(
 
     Several processes may share the work.
     """
-    with FileLock(Path(tempfile.gettempdir()) / f"{name}.lock"):
+    with locked(name):
         old = read_results(name)["rows"] if (RESULTS / f"{name}.json").exists() else []
         made = [[row.get(key) for key in by] for row in rows]
         kept = [row for row in old if [row.get(key) for key in by] not in made] + [*rows]

@@ -8,10 +8,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ...compat.diffusers import labels_by_name
-from ...sampling.calls import call_arguments
 from .distances import Estimate, mean_of
 from .features import FeatureNetwork, Features
-from .samples import noise_generator
+from .samples import arguments_of
 
 
 def asked_classes(
@@ -37,8 +36,7 @@ def asked_classes(
         `Tensor`, `(num_samples,)`, int64, or None; and why there is none, unless nothing was asked.
     """
     classes = [name.lower() for name in getattr(network, "classes", ())]
-    make = call_arguments(pipe, prompts, 1, arguments)
-    asked = make(0, num_samples, [noise_generator(seed, index) for index in range(num_samples)]).arguments
+    asked = arguments_of(pipe, num_samples, seed, prompts, arguments)
     if "prompt" not in asked and "class_labels" not in asked:
         return None, None
     if not classes:

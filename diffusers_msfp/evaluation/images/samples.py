@@ -30,6 +30,14 @@ def noise_generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed((unseen(seed) + index) % 2**32)
 
 
+def arguments_of(
+    pipe: DiffusionPipeline, num_samples: int, seed: int, prompts: list[str] | None, arguments: dict
+) -> dict[str, Any]:
+    """Those of a single call for all that `draw_pictures` makes in groups, whose prompts and labels are the same."""
+    noise = [noise_generator(seed, index) for index in range(num_samples)]
+    return call_arguments(pipe, prompts, 1, arguments)(0, num_samples, noise).arguments
+
+
 def pictures_tensor(output: Any) -> Tensor:
     """The pictures, or a video's, that a pipeline puts out for `pt`, or for `np` where it knows no other.
 
