@@ -58,10 +58,10 @@ def test_it_lowers_the_error_of_a_trained_model(embedded, tmp_path):
     nearest = copy.deepcopy(pipe.unet)
     before = compare_pipelines(teacher, pipe, num_samples=4, num_inference_steps=10).eps_mse
     result = learn_rounding(
-        pipe, teacher, RoundingConfig(iterations=15, num_samples=32, num_inference_steps=10, batch_size=8)
+        pipe, teacher, RoundingConfig(iterations=25, num_samples=32, num_inference_steps=10, batch_size=8)
     )
     after = compare_pipelines(teacher, pipe, num_samples=4, num_inference_steps=10).eps_mse
-    assert after < 0.9 * before
+    assert after < 0.85 * before
     assert all(part["after"] <= part["before"] for part in result.parts)
     assert sum(part["layers"] for part in result.parts) == len(layers_of(pipe.unet))
     assert 0.005 < result.changed < 0.5
