@@ -14,6 +14,7 @@ value.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import cast
 
 import numpy as np
@@ -251,16 +252,15 @@ def _tensor_candidates(fmt: FPFormat, low: float, high: float, ratios: Tensor) -
     if fmt.signed:
         return scale, torch.zeros_like(scale, dtype=torch.float64), index
     magnitudes = torch.tensor(fmt.magnitudes, dtype=torch.float64, device=ratios.device)
-    scales, steps, indices = [], [], []
-    for value, i in zip(scale, index, strict=True):
-        reach = int((magnitudes * (value.item() * fmt.step) < -low).sum()) + 1  # up to the first that covers `low`
-        picks = _zero_point_picks(min(reach, len(magnitudes)))
-        scales.append(value.expand(len(picks)))
-        steps.append(magnitudes[picks.to(ratios.device)])
-        indices.append(i.expand(len(picks)))
-    return torch.cat(scales), torch.cat(steps), torch.cat(indices)
+    units = (scale.to(torch.float64) * fmt.step)[:, None]
+    reach = (magnitudes * units < -low).sum(1) + 1  # up to the first that covers `low`
+    picks = [_zero_point_picks(min(each, len(magnitudes))) for each in reach.tolist()]
+    counts = torch.tensor([len(each) for each in picks], device=ratios.device)
+    steps = magnitudes[torch.cat(picks).to(ratios.device)]
+    return scale.repeat_interleave(counts), steps, index.repeat_interleave(counts)
 
 
+@cache
 def _zero_point_picks(reach: int) -> Tensor:
     """Indices of the magnitudes to try as zero points, out of `reach`."""
     if reach <= MAX_ZERO_POINTS:

@@ -1,6 +1,9 @@
-"""Quantized models in processes that were forked after the parent had used several threads."""
+"""Quantized models in forked processes, and in threads of a process that has to end."""
 
 import multiprocessing
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -76,3 +79,23 @@ def test_worker_of_a_data_loader(model):
     expected = torch.stack([data[i] for i in range(len(data))])
     loader = DataLoader(data, batch_size=3, num_workers=1, multiprocessing_context="fork", timeout=SECONDS)
     assert torch.equal(next(iter(loader)), expected)
+
+
+THREADED = """
+import os
+from concurrent.futures import ThreadPoolExecutor
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import openvino, torch
+openvino.Core()
+from diffusers_msfp.engines.kernels import softmax_numerators
+with ThreadPoolExecutor(1) as pool:
+    pool.submit(softmax_numerators, torch.zeros(64, 64, dtype=torch.bfloat16)).result()
+"""
+"""A kernel in another thread than the main one, as in a Space, on one core, with the pool at hand that OpenVINO has."""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system gives a process no cores of its own")
+@pytest.mark.situation("kernels run in a thread, on one core, beside OpenVINO: the process ends", "right")
+def test_a_process_ends():
+    pytest.importorskip("openvino")
+    assert subprocess.run([sys.executable, "-c", THREADED], timeout=SECONDS, check=False).returncode == 0
