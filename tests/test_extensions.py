@@ -15,6 +15,17 @@ PACKAGE = Path(__file__).parents[1] / "diffusers_msfp"
 SECTIONS = {"numerics": "Add a format", "engines": "Add an engine", "methods": "Add a method"}
 """Room → title of the section in its page."""
 
+OPTIONAL = ("gradio", "numba", "onnx", "openvino", "triton")
+
+WITHOUT = f"""
+import sys
+sys.modules |= dict.fromkeys({OPTIONAL})
+import diffusers_msfp.cli.app
+from diffusers_msfp.engines.kernels import NAME
+from diffusers_msfp.engines.triton import capability, device_codes, gemm
+print(NAME)
+"""
+
 USE = """
 import json, sys
 import torch
@@ -40,6 +51,12 @@ biases = [
 bits = sorted({layer.weight_format.bits for layer in layers.values()})
 print(json.dumps({"engines": engines, "error": max(errors), "halved": biases, "bits": bits}))
 """
+
+
+def test_what_is_optional_is_not_needed():
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "torch\n"
 
 
 def blocks(room: str) -> list[tuple[str, str]]:

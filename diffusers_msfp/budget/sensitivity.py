@@ -23,7 +23,7 @@ from ..layers.convert import replace_modules
 from ..results import OnProgress
 from ..sampling.calls import call_arguments
 from ..sampling.denoisers import denoiser_of, model_output, scheduler_of
-from ..sampling.denoising_factor import at_timestep, known_factors
+from ..sampling.denoising_factor import RunFactors
 from ..sampling.trajectory import DenoisingStep, rollout
 from ..sampling.used_output import used_part
 from .palette import Palette, scheme_for
@@ -58,9 +58,11 @@ class Samples:
     ) -> "Samples":
         """Draw trajectories of a float pipeline."""
         make = call_arguments(pipe, prompts, num_inference_steps, arguments)
-        steps = rollout(pipe, make, 0, num_samples, seed)
-        known = known_factors(scheduler_of(pipe), num_inference_steps)
-        factors = [at_timestep(known, float(step.timesteps[0])) if known else 1.0 for step in steps]
+        sampler = RunFactors(scheduler_of(pipe), num_inference_steps)
+        steps = rollout(pipe, make, 0, num_samples, seed, sampler)
+        timesteps = [float(step.timesteps[0]) for step in steps]
+        known = sampler.of(timesteps) or dict.fromkeys(timesteps, 1.0)
+        factors = [known[timestep] for timestep in timesteps]
         energy = sum(f * f * step.output.double().square().sum().item() for f, step in zip(factors, steps, strict=True))
         return cls(pipe, steps, factors, energy)
 

@@ -5,6 +5,7 @@ sampling, Vitter 1985, algorithm R), drawn by a generator that is seeded from th
 seen so far. So the result depends on the data alone, memory does not grow, and a stored observation can go on.
 """
 
+import threading
 import zlib
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ from ..numerics.rounding import check_finite
 
 CAPACITY = 2**17
 DRAWN_PER_CALL = 2**13
+_LOCK = threading.Lock()  # threads may run one model at once
 
 
 @dataclass
@@ -59,6 +61,11 @@ def _observe(x: Tensor, sample: Tensor, count: Tensor, seen_range: Tensor, modul
     if x.numel() == 0:
         return
     check_finite(x, f"The input of layer `{module_name}`")
+    with _LOCK:
+        _take(x, sample, count, seen_range, module_name)
+
+
+def _take(x: Tensor, sample: Tensor, count: Tensor, seen_range: Tensor, module_name: str) -> None:
     low, high = (end.float().cpu() for end in torch.aminmax(x))
     seen_range[0] = torch.minimum(seen_range[0], low)
     seen_range[1] = torch.maximum(seen_range[1], high)

@@ -22,7 +22,8 @@ class Journal:
     def __init__(self, file: Path, identity: dict) -> None:
         self.file, self._identity = file, identity
         found, *entries = self._read() or [identity]
-        self.differs = [key for key in identity if json.dumps(found.get(key)) != json.dumps(identity[key])]
+        keys = dict.fromkeys([*identity, *found])
+        self.differs = [key for key in keys if json.dumps(found.get(key)) != json.dumps(identity.get(key))]
         self.entries = [] if self.differs else entries
 
     def _read(self) -> list[dict]:

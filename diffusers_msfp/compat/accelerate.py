@@ -1,15 +1,25 @@
 """Internals of accelerate (all since 1.0) and of `torch.distributed` beneath it."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from torch import nn
 
 SET_BY_HOOKS = ("_hf_hook", "_old_forward", "forward")
 """Attributes that accelerate's hooks set on a module and bind to it."""
+
+
+def only_moves(forward: Callable, module: nn.Module) -> bool:
+    """Whether a module's `forward` is its class's with one of accelerate's own hooks around, which move tensors."""
+    if not isinstance(forward, partial):
+        return False
+    below, hook = getattr(vars(module).get("_old_forward"), "__func__", None), type(vars(module).get("_hf_hook"))
+    return forward.func.__module__ == hook.__module__ == "accelerate.hooks" and below is type(module).forward
 
 
 @contextmanager

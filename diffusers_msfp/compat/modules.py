@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from .accelerate import SET_BY_HOOKS
 from .torch import is_hooked
@@ -22,6 +23,7 @@ __all__ = [
     "has_global_hooks",
     "hooks_around",
     "is_watched",
+    "leave_function_mode",
     "run_without_values",
     "shadow_copy",
     "share_hooks",
@@ -230,3 +232,13 @@ def state_of(tensor: Tensor) -> tuple:
 def version_of(tensor: Tensor) -> int:
     """How often a tensor was changed in place; 0 for those made under `inference_mode`, which do not count."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def leave_function_mode(mode: TorchFunctionMode) -> None:
+    """Take a mode off this thread's stack, wherever it is; those that were entered after it stay."""
+    later = []
+    while mode in _get_current_function_mode_stack():
+        if (last := _pop_mode()) is not mode:
+            later.append(last)
+    for each in reversed(later):
+        _push_mode(each)

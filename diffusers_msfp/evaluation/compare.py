@@ -4,8 +4,6 @@ Both see the same noise. The denoiser's error is taken on the *reference's* traj
 is called with, the candidate is called with too, in every stock pipeline. Pictures come from each pipeline's own run.
 """
 
-import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,24 +17,26 @@ from ..compat.diffusers import labels_by_name
 from ..compat.torch import tree_map
 from ..compat.wrappers import sees_through
 from ..errors import ConfigError
-from ..results import OPTIONAL, OnProgress, Result
+from ..results import OPTIONAL, OnProgress
 from ..sampling.calls import batched_calls, call_arguments, quiet, require_positive, unseen
 from ..sampling.denoisers import (
     denoiser_name,
     denoiser_of,
     denoisers_of,
+    focus,
     is_quantized,
     labelled,
     model_output,
     scheduler_of,
 )
-from ..sampling.denoising_factor import at_timestep, known_factors
+from ..sampling.denoising_factor import RunFactors
 from ..sampling.solvers import with_parts, with_sampler
 from ..sampling.timestep import first_timestep, timestep_argument
 from ..sampling.trial import describe
 from ..sampling.used_output import used_part
 from .images.distances import mean_of
 from .images.samples import pictures_tensor
+from .output_errors import ComparedDenoiser, DenoiserError, OutputErrors
 
 MAX_PSNR_DB = 100.0
 
@@ -45,36 +45,6 @@ def psnr_db(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each image in decibels, at most 100; images `(N, …)` in [0, 1] → `(N,)`."""
     error = (a.double() - b.double()).flatten(1).square().mean(1)
     return (-10 * torch.log10(error)).clamp_max(MAX_PSNR_DB)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DenoiserError(Result):
-    """How far a denoiser's outputs are from the reference's, pooled over samples and timesteps.
-
-    Args:
-        traj_rel_l2 (`float`, *optional*): `sqrt(Σ γ_t²‖Δ‖² / Σ γ_t²‖reference‖²)`: what the sampler makes of the error,
-            whose coefficient γ_t is the smallest where most of `eps_rel_l2` lies; see `denoising_factors`. None where
-            the scheduler has no such coefficients, and for a denoiser that was never called.
-        eps_mse (`float`, *optional*): mean squared difference; None for a denoiser that was never called.
-        eps_rel_l2 (`float`, *optional*): `sqrt(Σ‖Δ‖² / Σ‖reference‖²)`; None likewise.
-        eps_rel_l2_by_timestep (`Mapping[str, float]`): timestep → the same.
-    """
-
-    traj_rel_l2: float | None
-    eps_mse: float | None
-    eps_rel_l2: float | None
-    eps_rel_l2_by_timestep: Mapping[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComparedDenoiser(DenoiserError):
-    """One denoiser of several.
-
-    Args:
-        quantized (`bool`): whether the candidate's is.
-    """
-
-    quantized: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +109,8 @@ def compare_pipelines(
     models = list(students.values())
     noise = unseen(seed)
     calls, again = (batched_calls(make_arguments, models, num_samples, noise) for _ in range(2))  # generators advance
-    factors = known_factors(scheduler_of(reference), num_inference_steps)
-    figures = {name: _Figures(factors) for name in originals}
+    schedulers = {name: scheduler_of(focus(reference, name)) for name in originals}
+    errors = {name: OutputErrors(RunFactors(each, num_inference_steps)) for name, each in schedulers.items()}
     done = 0
     asking = False  # the candidate may be the reference itself
     total = len(calls) * num_inference_steps
@@ -156,6 +126,7 @@ def compare_pipelines(
             return value.to(student.dtype) if is_data else value
 
         asking = True
+        errors[name].sampler.look()
         timestep = timestep_argument(module).of(args, kwargs)
         args, kwargs = tree_map(as_candidate, (args, kwargs))
         try:
@@ -173,7 +144,7 @@ def compare_pipelines(
                 f"the candidate is not a quantized version of the reference."
             )
         expected, actual = (used_part(reference, each, args, kwargs) for each in (expected, actual))
-        figures[name].add(first_timestep(timestep), expected, actual)
+        errors[name].add(first_timestep(timestep), expected, actual)
         done += 1
         if on_progress is not None:
             on_progress(done, max(done, total))
@@ -195,12 +166,12 @@ def compare_pipelines(
             if on_pictures is not None:
                 on_pictures(expected, actual, call.arguments)
     own = {
-        name: ComparedDenoiser(**figures[name].result(), quantized=is_quantized(model))
+        name: ComparedDenoiser(**errors[name].result(), quantized=is_quantized(model))
         for name, model in students.items()
     }
     psnr = mean_of(torch.cat(ratios))
     return Comparison(
-        **sum(figures.values(), _Figures(factors)).result(),
+        **OutputErrors.pooled(errors.values()),
         denoisers=own if len(own) > 1 else None,
         image_psnr_db=psnr.value,
         image_psnr_db_interval=(psnr.low, psnr.high) if num_samples > 1 else None,
@@ -251,50 +222,3 @@ def paired_denoisers(
             f"the candidate is not a quantized version of the reference."
         )
     return originals, students
-
-
-class _Figures:
-    """Error of a denoiser's outputs by timestep."""
-
-    def __init__(self, factors: Mapping[float, float] | None) -> None:
-        self.factors = factors
-        self.error: dict[float, float] = defaultdict(float)
-        self.energy: dict[float, float] = defaultdict(float)
-        self.count = 0
-
-    def add(self, timestep: float, expected: Tensor, actual: Tensor) -> None:
-        """Take the outputs of one call into account, float64."""
-        self.error[timestep] += (actual - expected).square().sum().item()
-        self.energy[timestep] += expected.square().sum().item()
-        self.count += expected.numel()
-
-    def __add__(self, other: "_Figures") -> "_Figures":
-        both = _Figures(self.factors)
-        for part in (self, other):
-            both.count += part.count
-            for timestep in part.error:
-                both.error[timestep] += part.error[timestep]
-                both.energy[timestep] += part.energy[timestep]
-        return both
-
-    def _of_trajectory(self) -> float | None:
-        if not self.factors:
-            return None
-        squares = {t: at_timestep(self.factors, t) ** 2 for t in self.error}
-        error, energy = (sum(squares[t] * part[t] for t in squares) for part in (self.error, self.energy))
-        return _relative(error, energy)
-
-    def result(self) -> dict[str, Any]:
-        """The fields of a `DenoiserError`."""
-        error, energy = sum(self.error.values()), sum(self.energy.values())
-        by_timestep = {f"{t:g}": _relative(self.error[t], self.energy[t]) for t in sorted(self.error, reverse=True)}
-        return {
-            "traj_rel_l2": self._of_trajectory() if self.count else None,
-            "eps_mse": error / self.count if self.count else None,
-            "eps_rel_l2": _relative(error, energy) if self.count else None,
-            "eps_rel_l2_by_timestep": by_timestep,
-        }
-
-
-def _relative(error: float, energy: float) -> float:
-    return math.sqrt(error / energy) if energy else math.inf if error else 0.0

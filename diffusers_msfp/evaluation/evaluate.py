@@ -21,7 +21,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from ..errors import ConfigError, StateError, UnsupportedError
 from ..results import OPTIONAL, OnProgress, in_stage
 from ..sampling.observation import calibration_state, quantized_models
-from .compare import ComparedDenoiser, DenoiserError, compare_pipelines, in_place_of
+from .compare import compare_pipelines, in_place_of
 from .images.agreement import class_agreement
 from .images.distances import Estimate
 from .images.features import FeatureNetwork, default_features, extract, feature_network
@@ -29,6 +29,7 @@ from .images.real import load_real
 from .images.samples import draw_pictures
 from .images.sets import compare_pictures, compare_sets, require_finite_pictures, require_ssim, without_features
 from .layers import LayerError, layer_snr
+from .output_errors import ComparedDenoiser, DenoiserError
 
 COMPARED = 16
 """Samples for the denoiser's error; its layers take a quarter of them."""

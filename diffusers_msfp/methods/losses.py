@@ -12,9 +12,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ..compat.diffusers import Scheduler
 from ..errors import ConfigError, NonFiniteError
-from ..sampling.denoising_factor import clipped_factors, clips
+from ..sampling.denoising_factor import RunFactors, clipped_factors, clips
 from ..sampling.finite_steps import learns_variance
 from ..sampling.trajectory import Trajectories
 from ..sampling.used_output import sample_of
@@ -75,15 +74,12 @@ def squared_error(output: Tensor, target: Tensor, *, relative: bool = False) -> 
 
 @torch.no_grad()
 def real_factors(
-    scheduler: Scheduler,
-    num_inference_steps: int,
-    trajectories: Trajectories,
-    answers: Iterable[Tensor],
+    sampler: RunFactors, trajectories: Trajectories, answers: Iterable[Tensor]
 ) -> dict[float, float] | None:
     """Denoising factors of a sampler that clips, for a model's errors as they are, see `clipped_factors`.
 
     Args:
-        scheduler (`SchedulerMixin`), num_inference_steps (`int`): of the sampler.
+        sampler (`RunFactors`): says what steps it makes.
         trajectories (`Trajectories`): of the teacher on it.
         answers (`Iterable[Tensor]`): the model's to the calls of the rollout; not asked for without need.
 
@@ -91,7 +87,7 @@ def real_factors(
         `dict[float, float]`: timestep → factor; None where the linear ones hold: nothing is clipped, or the sampler
         does not step from what the model reads and gives, as with guidance, scaled inputs or learned variances.
     """
-    steps = trajectories.steps()
+    scheduler, steps = sampler.scheduler, trajectories.steps()
     samples = [sample_of(step.args, step.kwargs) for step in steps]
     as_it_is = not hasattr(scheduler, "sigmas") and all(
         len(step.output) == trajectories.share and step.output.shape == sample.shape
@@ -103,7 +99,7 @@ def real_factors(
         (float(step.timesteps[0]), sample, step.output, answer - step.output)
         for step, sample, answer in zip(steps, samples, answers, strict=True)
     ]
-    found = clipped_factors(scheduler, num_inference_steps, calls)
+    found = clipped_factors(scheduler, sampler.num_inference_steps, calls, **sampler.step_arguments)
     if not all(math.isfinite(factor) for factor in found.values()):
         raise NonFiniteError("The teacher's and the student's outputs must be finite, but got NaN or infinity.")
     return found

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import ConfigError
@@ -25,7 +27,10 @@ def plain_config(part: object) -> dict:
 
 
 def inputs_digest(model: nn.Module, *others: object) -> str:
-    """SHA-256 of a model's state and of other things; tensors count by their values, objects by their kind."""
+    """SHA-256 of a model's state and of other things.
+
+    Tensors, arrays and pictures count by their values, other objects by their kind.
+    """
     digest = hashlib.sha256()
 
     def describe(value: object) -> str:
@@ -33,7 +38,12 @@ def inputs_digest(model: nn.Module, *others: object) -> str:
             return " ".join(describe(getattr(value, name)) for name in value.__tensor_flatten__()[0])
         if isinstance(value, Tensor):
             plain = value.detach().cpu().contiguous().reshape(-1)
-            return hashlib.sha256(plain.view(torch.uint8).numpy().data).hexdigest()
+            return f"{tuple(value.shape)} {hashlib.sha256(plain.view(torch.uint8).numpy().data).hexdigest()}"
+        if isinstance(value, Image.Image):
+            stored = value.tobytes() + bytes(value.getpalette() or ())
+            return f"{value.mode} {value.size} {hashlib.sha256(stored).hexdigest()}"
+        if isinstance(value, np.ndarray | np.generic):
+            return f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
         return type(value).__name__
 
     for name, tensor in sorted(model.state_dict().items()):

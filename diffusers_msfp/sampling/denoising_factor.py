@@ -2,8 +2,8 @@
 
 import copy
 import inspect
-from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
@@ -47,20 +47,27 @@ def denoising_factors(scheduler: SchedulerMixin, num_inference_steps: int, **ste
         >>> list(denoising_factors(DDIMScheduler(), 4))
         [750.0, 500.0, 250.0, 0.0]
     """
-    changes: dict[str, Any] = {key: False for key in NONLINEAR if key in cast(Scheduler, scheduler).config}
-    changes |= {"variance_type": "fixed_small"} if learns_variance(scheduler) else {}
     try:
-        probe = probe_of(scheduler, num_inference_steps, **changes)
+        probe = probe_of(scheduler, num_inference_steps, **_made_linear(scheduler))
     except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise ConfigError(
             f"{type(scheduler).__name__} must offer {num_inference_steps} steps, but it fails: {error}. Take another "
             f"number of steps."
         ) from error
-    if "generator" in inspect.signature(probe.step).parameters:
-        step_arguments = {"generator": 0} | step_arguments
+    return _factors(probe, step_arguments)
+
+
+def _made_linear(scheduler: Scheduler) -> dict[str, Any]:
+    """Settings with which a scheduler's steps are linear in the model's output."""
+    changes: dict[str, Any] = {key: False for key in NONLINEAR if key in scheduler.config}
+    return changes | ({"variance_type": "fixed_small"} if learns_variance(scheduler) else {})
+
+
+def _factors(probe: Scheduler, step_arguments: dict[str, Any]) -> dict[float, float]:
+    """`denoising_factors` of a scheduler that is ready to step, which is used up."""
     sample = torch.zeros(SHAPE)
     found: dict[float, list[float]] = {}
-    timesteps = list(probe.timesteps)
+    timesteps = list(probe.timesteps)[vars(probe).get("_begin_index") or 0 :]
     for timestep, following in zip(timesteps, [*timesteps[1:], None], strict=True):
         try:
             _as_input(probe, sample, timestep)
@@ -72,26 +79,96 @@ def denoising_factors(scheduler: SchedulerMixin, num_inference_steps: int, **ste
                 difference = _as_input(copy.deepcopy(probe), difference, following)
         except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
             raise ConfigError(
-                f"{type(scheduler).__name__} must make a step from a sample, a timestep and an output, but it fails: "
+                f"{type(probe).__name__} must make a step from a sample, a timestep and an output, but it fails: "
                 f"{error}. Turn the denoising factor off (exponent 0)."
             ) from error
         if not difference.isfinite().all():
-            raise NonFiniteError(no_finite_step(scheduler, float(timestep)))
+            raise NonFiniteError(no_finite_step(probe, float(timestep)))
         found.setdefault(float(timestep), []).append(difference.double().mean().abs().item())
     return {timestep: sum(values) / len(values) for timestep, values in found.items()}
 
 
-def known_factors(scheduler: SchedulerMixin, num_inference_steps: int) -> dict[float, float] | None:
-    """`denoising_factors`; None of a scheduler that has none."""
-    try:
-        return denoising_factors(scheduler, num_inference_steps)
-    except (ConfigError, NonFiniteError):
+class RunFactors:
+    """`denoising_factors` of a run: with the sigmas that a pipeline sets, by the timesteps that its denoiser is given.
+
+    Args:
+        scheduler (`SchedulerMixin`): of the run; not changed.
+        num_inference_steps (`int`): steps of the sampler, where the pipeline does not set them before its first call.
+        **step_arguments: as in `denoising_factors`.
+
+    Attributes:
+        scheduler, num_inference_steps, step_arguments: as given.
+    """
+
+    def __init__(self, scheduler: Scheduler, num_inference_steps: int, **step_arguments: Any) -> None:
+        self.scheduler, self.num_inference_steps, self.step_arguments = scheduler, num_inference_steps, step_arguments
+        self._found: dict[float, float] | None = None
+        self._error: ConfigError | NonFiniteError | None = None
+
+    def look(self) -> None:
+        """To be called in a denoiser's call, before the sampler's first step; only the first time counts."""
+        if self._found is not None or self._error is not None:
+            return
+        try:
+            if getattr(self.scheduler, "num_inference_steps", None) is None:
+                self._found = denoising_factors(self.scheduler, self.num_inference_steps, **self.step_arguments)
+            else:
+                self._found = _factors(_as_set(self.scheduler), self.step_arguments)
+        except (ConfigError, NonFiniteError) as error:
+            self._error = error
+
+    def required(self, timesteps: Sequence[float]) -> dict[float, float]:
+        """`of`, where nothing else will do.
+
+        Raises:
+            ConfigError: the scheduler has no factors, or the model was given other timesteps.
+            NonFiniteError: a step has no finite coefficient.
+        """
+        if self._error is not None:
+            raise self._error
+        if (found := self.of(timesteps)) is None:
+            raise ConfigError(
+                f"The denoiser must be called with timesteps of its sampler, but {type(self.scheduler).__name__} has "
+                f"{[round(t, 3) for t in self._found or ()][:4]} …, and the denoiser was given "
+                f"{[round(t, 3) for t in timesteps][:4]} …. Turn the denoising factor off (exponent 0)."
+            )
+        return found
+
+    def of(self, timesteps: Sequence[float]) -> dict[float, float] | None:
+        """Timestep that the model was given → factor.
+
+        The scheduler's own timesteps, or their share of the training's, in which Flux is told them, or what is missing
+        to the whole, as Z-Image is. None where the model was given others, or the scheduler has no factors.
+        """
+        trained, found = float(self.scheduler.config.get("num_train_timesteps") or 0), self._found or {}
+        for scale, start in ((1.0, 0.0), (trained, 0.0), (-trained, trained)) if found else ():
+            told = {t: start + scale * t for t in timesteps}
+            meant = {t: _nearest(found, told[t]) for t in timesteps}
+            lost = 1.0 if scale == 1 else 2**-8 * trained  # where an integer is made of it, or bfloat16
+            near = all(abs(meant[t] - told[t]) <= lost + 0.01 * abs(meant[t]) for t in timesteps)
+            if near and len(set(meant.values())) == len(meant):
+                return {t: found[known] for t, known in meant.items()}
         return None
+
+
+def _nearest(known: Iterable[float], wanted: float) -> float:
+    return min(known, key=lambda each: abs(each - wanted))
+
+
+def _as_set(scheduler: Scheduler) -> Scheduler:
+    """A copy of a scheduler with the timesteps and sigmas that a pipeline has set, linear, on the CPU."""
+    probe, changes = copy.deepcopy(scheduler), _made_linear(scheduler)
+    probe.register_to_config(**changes)
+    state = vars(probe)
+    state.update({name: value for name, value in changes.items() if name in state})
+    state.update({"_step_index": None} if "_step_index" in state else {})
+    state.update({name: value.cpu() for name, value in state.items() if isinstance(value, Tensor)})
+    return probe
 
 
 def at_timestep(values: Mapping[float, float], timestep: float) -> float:
     """What a table of a sampler's timesteps says of the nearest one."""
-    return values[min(values, key=lambda known: abs(known - timestep))]
+    return values[_nearest(values, timestep)]
 
 
 def clips(scheduler: Scheduler) -> bool:
@@ -101,19 +178,23 @@ def clips(scheduler: Scheduler) -> bool:
 
 @torch.no_grad()
 def clipped_factors(
-    scheduler: Scheduler, num_inference_steps: int, calls: Iterable[tuple[float, Tensor, Tensor, Tensor]]
+    scheduler: Scheduler,
+    num_inference_steps: int,
+    calls: Iterable[tuple[float, Tensor, Tensor, Tensor]],
+    **step_arguments: Any,
 ) -> dict[float, float]:
     """`gamma_t` of a sampler that clips: how far an error of the model's output moves the next sample, where it goes.
 
     Clipping of the predicted sample takes a part of an error away, and with it what would have cancelled the rest: then
     the next sample moves further than the linear coefficient says. Here the real step is made twice, from real samples
-    of a trajectory, with and without a small share of a model's real error.
+    of a trajectory, with equal noise, with and without a small share of a model's real error.
 
     Args:
-        scheduler (`SchedulerMixin`): not changed; deterministic, and not scaling the model's input.
+        scheduler (`SchedulerMixin`): not changed; not scaling the model's input.
         num_inference_steps (`int`): steps of the sampler.
         calls (`Iterable[tuple[float, Tensor, Tensor, Tensor]]`): timestep, sample, output and its error, all of one
             shape, in the sampler's order.
+        **step_arguments: for its `step`, e.g. `eta=1.0`.
 
     Returns:
         `dict[float, float]`: timestep → root mean square over samples of the derivative of the step along the error.
@@ -128,8 +209,8 @@ def clipped_factors(
         beside = copy.deepcopy(probe)
         size = error.flatten(1).norm(dim=1).clamp_min(1e-30)
         share = SMALL * output.norm() / error.norm().clamp_min(1e-30)
-        moved = beside.step(output + share * error, timestep, sample).prev_sample
-        moved = (moved - probe.step(output, timestep, sample).prev_sample) / share
+        moved = _step(beside, output + share * error, timestep, sample, step_arguments)
+        moved = (moved - _step(probe, output, timestep, sample, step_arguments)) / share
         found[at] = (moved.flatten(1).norm(dim=1) / size).square().mean().sqrt().item()
     return found
 
@@ -143,10 +224,10 @@ def _as_input(scheduler: Scheduler, sample: torch.Tensor, timestep: torch.Tensor
 def _step(
     scheduler: Scheduler, output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, given: dict
 ) -> torch.Tensor:
-    arguments = dict(given)
-    if arguments.get("generator") == 0:
-        arguments["generator"] = torch.Generator().manual_seed(0)
-    return scheduler.step(output, timestep, sample, **arguments).prev_sample
+    """The next sample; noise is always the same."""
+    draws = "generator" in inspect.signature(scheduler.step).parameters
+    noise = {"generator": torch.Generator().manual_seed(0)} if draws else {}
+    return scheduler.step(output, timestep, sample, **given | noise).prev_sample
 
 
 def step_arguments(scheduler: Scheduler, arguments: dict) -> dict:

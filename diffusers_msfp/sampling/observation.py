@@ -6,6 +6,7 @@ knows the timestep is `RunTracker`, a forward pre-hook on the model.
 """
 
 import logging
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
@@ -27,6 +28,7 @@ NEAR_THE_END, FALLEN = 0.1, 0.75
 """Shares of its highest timestep: below the one any run ends, below the other one that was stopped may."""
 ONE_STEP_CALLS = 32
 """After so many calls in a row at one timestep it is said how to end the observation."""
+_FREEZING = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,56 @@ class Calibration:
         return {key: value for key, value in asdict(self).items() if key != "first_timestep" or value is not None}
 
 
+@dataclass
+class _Run:
+    """A denoising run as far as it has come, see `Calibration`."""
+
+    last: float | None = None
+    has_fallen: bool = False
+    first: float | None = None
+    highest: float | None = None
+    repeated: int = 0
+
+    def go_on(self, now: float) -> None:
+        """Take the timestep of its next call."""
+        if self.last is None or self.first is None:
+            self.first = now
+        else:
+            self.has_fallen |= now < self.last
+            self.repeated = self.repeated + 1 if now == self.last else 0
+        self.last, self.highest = now, max(now, now if self.highest is None else self.highest)
+
+    def is_over(self, now: float, *, stopped: bool = True) -> bool:
+        """Whether a call at this timestep begins another run: it rises near the end, or before that most of the way.
+
+        Samplers rise on the way, too: by less than one where they have midpoints, by a few steps in RePaint.
+
+        Args:
+            stopped (`bool`): whether it may also have been stopped before its end.
+        """
+        last, first, highest = self.last, self.first, self.highest
+        if last is None or first is None or highest is None:
+            return False
+        if self.has_risen and now <= first:
+            return stopped
+        if not self.has_fallen:
+            return False
+        rise = now - last
+        if last <= NEAR_THE_END * highest:
+            return rise > highest / 500
+        return stopped and last <= FALLEN * highest and rise > (highest - last) / 2
+
+    @property
+    def has_risen(self) -> bool:
+        """Whether it counts upwards."""
+        return self.first is not None and self.last is not None and not self.has_fallen and self.last > self.first
+
+
 class RunTracker:
     """Forward pre-hook that freezes a model when its first denoising run is over.
 
     Some models count the timestep upwards, from the noise to the image; their run ends when it comes back to where it
-    began.
+    began. Threads that use one model at once have a run each.
 
     Args:
         last_timestep (`float`, *optional*): of the previous call; None before the first.
@@ -86,12 +133,18 @@ class RunTracker:
     def __init__(
         self, last_timestep: float | None = None, has_fallen: bool = False, first_timestep: float | None = None
     ) -> None:
-        self.last_timestep = last_timestep
-        self.has_fallen = bool(has_fallen)
-        self.first_timestep = last_timestep if first_timestep is None else first_timestep
+        first = last_timestep if first_timestep is None else first_timestep
+        self._latest = _Run(last_timestep, bool(has_fallen), first, last_timestep)
+        self._runs: dict[int | None, _Run] = {None: self._latest}  # by thread; None: whichever calls first goes on
         self.paused = False
-        self._highest = last_timestep
-        self._repeated = 0
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"_runs": {None: self._latest}}  # threads are this process's
+
+    @property
+    def last_timestep(self) -> float | None:
+        """Of the previous call."""
+        return self._latest.last
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Look at the timestep of the coming call; a compiled model cannot change itself and is left alone."""
@@ -100,16 +153,15 @@ class RunTracker:
         timestep = timestep_argument(model).of(args, kwargs)
         if self.paused or timestep is None:
             return
-        now = float(torch.as_tensor(timestep).max())
-        if self.last_timestep is None or self.first_timestep is None:
-            self.first_timestep = now
-        elif self._begins_anew(now) or self.has_risen and now <= self.first_timestep:
+        now, thread = float(torch.as_tensor(timestep).max()), threading.get_ident()
+        run = self._runs.pop(None, None) or self._runs.get(thread) or _Run()
+        others = [] if run.last is not None else list(self._runs.values())
+        if run.is_over(now) or any(other.is_over(now, stopped=False) for other in others):
             freeze(model)
             return
-        else:
-            self.has_fallen |= now < self.last_timestep
-            self._repeated = self._repeated + 1 if now == self.last_timestep else 0
-        if self._repeated == ONE_STEP_CALLS:
+        run.go_on(now)
+        self._runs[thread] = self._latest = run
+        if run.repeated == ONE_STEP_CALLS:
             logger.warning(
                 "%s has been called %d times at timestep %g and at no other: where a sampler makes one step, the end "
                 "of a run cannot be seen. Activations stay float until `freeze(pipe)` or `calibrate(pipe)`.",
@@ -117,33 +169,11 @@ class RunTracker:
                 ONE_STEP_CALLS + 1,
                 now,
             )
-        self.last_timestep = now
-        self._highest = now if self._highest is None else max(now, self._highest)
-
-    def _begins_anew(self, now: float) -> bool:
-        """Whether a run that falls is over: near its end it rises at all, or before that most of the way.
-
-        Samplers rise on the way, too: by less than one where they have midpoints, by a few steps in RePaint.
-        """
-        last, highest = self.last_timestep, self._highest
-        if last is None or highest is None or not self.has_fallen:
-            return False
-        rise = now - last
-        if last <= NEAR_THE_END * highest:
-            return rise > highest / 500
-        return last <= FALLEN * highest and rise > (highest - last) / 2
-
-    @property
-    def has_risen(self) -> bool:
-        """Whether this run counts upwards."""
-        first, last = self.first_timestep, self.last_timestep
-        return first is not None and last is not None and not self.has_fallen and last > first
 
     def record(self) -> Calibration:
         """What a checkpoint keeps of it, to go on after loading."""
-        return Calibration(
-            "observing", self.last_timestep, self.has_fallen, self.first_timestep if self.has_risen else None
-        )
+        run = self._latest
+        return Calibration("observing", run.last, run.has_fallen, run.first if run.has_risen else None)
 
 
 def tracker(model: nn.Module) -> RunTracker | None:
@@ -233,6 +263,11 @@ def freeze(model: nn.Module) -> None:
         freeze(pipe.unet)
         ```
     """
+    with _FREEZING:
+        _freeze(model)
+
+
+def _freeze(model: nn.Module | DiffusionPipeline) -> None:
     for m in _require_quantized(model):
         observing = [(name, layer) for name, layer in quant_layers(m) if layer.observing]
         if not observing:

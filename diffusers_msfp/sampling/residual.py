@@ -7,6 +7,7 @@ products with weights and attention, which end it. What a layer gives begins a s
 is, only moved or joined with others: as a shortcut behind a downsampling convolution does.
 """
 
+import threading
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..calibration.watch import watching_calls
+from ..compat.modules import leave_function_mode
 from ..compat.torch import remove_hooks, tree_leaves
 from ..layers.convert import layers_by_name
 
@@ -78,22 +80,30 @@ class _Following(TorchFunctionMode):
 class ResidualTrace:
     """Tells a model's layers whether they read residual sums, in its next call; `before` and `after` are its hooks.
 
-    Layers keep what they are told (`QuantLayer.input_is_sum`), so nothing is left to do after one call.
+    Layers keep what they are told (`QuantLayer.input_is_sum`), so nothing is left to do after one call. It follows one
+    call at a time: what other threads do meanwhile is no part of it.
     """
 
     def __init__(self) -> None:
         self._seen: set[str] = set()
         self._running: ExitStack | None = None
+        self._thread: int | None = None
 
     def __deepcopy__(self, memo: dict) -> "ResidualTrace":
         return type(self)()
 
+    def __getstate__(self) -> dict:
+        return {"_seen": set(), "_running": None, "_thread": None}
+
     def before(self, model: nn.Module, _args: tuple) -> None:
         """Begin to follow; a compiled model cannot be followed."""
-        if self._running is not None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.is_elsewhere:
             return
-        self._seen, self._running = set(), ExitStack()
-        following = self._running.enter_context(_Following())
+        self.close()  # of a call that was interrupted, after which torch runs no hook
+        self._seen, self._running, self._thread = set(), ExitStack(), threading.get_ident()
+        following = _Following()
+        self._running.callback(leave_function_mode, following)
+        following.__enter__()
 
         def look(name: str, args: tuple) -> None:
             if args and following.in_stream(args[0]):
@@ -106,14 +116,25 @@ class ResidualTrace:
 
     def after(self, model: nn.Module, _args: tuple, output: object) -> None:
         """The call is over; where it has failed `output` is None, and the next one is followed."""
-        if self._running is None:
+        if self._running is None or self.is_elsewhere:
             return
-        self._running.close()
-        self._running = None
+        self.close()
         if output is not None:
             for name, layer in layers_by_name(model).items():
                 layer.expect_sum(name in self._seen)
             stop_following(model)
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether it follows a call of another thread, whose mode that thread alone can leave."""
+        others = (thread.ident for thread in threading.enumerate() if thread is not threading.current_thread())
+        return self._running is not None and self._thread in others
+
+    def close(self) -> None:
+        """Follow no longer."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.close()
 
 
 def follow_next_call(model: nn.Module) -> None:
@@ -125,5 +146,13 @@ def follow_next_call(model: nn.Module) -> None:
 
 
 def stop_following(model: nn.Module) -> None:
-    """Follow no call any more."""
-    remove_hooks(model, lambda hook: isinstance(getattr(hook, "__self__", None), ResidualTrace))
+    """Follow no call any more; one that another thread makes is followed to its end."""
+
+    def is_done(hook: object) -> bool:
+        trace = getattr(hook, "__self__", None)
+        if not isinstance(trace, ResidualTrace) or trace.is_elsewhere:
+            return False
+        trace.close()
+        return True
+
+    remove_hooks(model, is_done)

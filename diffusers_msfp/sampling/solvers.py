@@ -69,11 +69,13 @@ def solver_from(cls: type[SchedulerMixin], scheduler: Scheduler) -> Scheduler:
 def ddim_for(scheduler: Scheduler) -> DDIMScheduler | None:
     """DDIM with a scheduler's settings; None where it would not solve the same equation.
 
-    That is so for a flow's schedulers, for those of consistency models, for other noise schedules than DDIM has, and
+    That is so for a flow's schedulers, for those of consistency models, for other noise schedules than DDIM has, for
+    models that are told the noise instead of a timestep (`timestep_type="continuous"`: Stable Video Diffusion's), and
     for models that learn variances, whose steps need them.
     """
     config = scheduler.config
     same = "beta_schedule" in config and config.get("prediction_type") in ("epsilon", "v_prediction", "sample")
+    same &= config.get("timestep_type", "discrete") == "discrete"
     if not same or learns_variance(scheduler) or isinstance(scheduler, OTHER_EQUATIONS):
         return None
     try:

@@ -20,6 +20,7 @@ from ..compat.torch import tree_flatten, tree_map, tree_unflatten
 from ..errors import ConfigError
 from .calls import quiet
 from .denoisers import denoiser_name, denoiser_of, model_output
+from .denoising_factor import RunFactors
 from .timestep import TimestepArgument, require_timesteps, timestep_argument
 from .used_output import used_part
 
@@ -58,7 +59,14 @@ def _equal(a: Any, b: Any) -> bool:
     return type(a) is type(b) and (not isinstance(a, int | float | str) or a == b)
 
 
-def rollout(pipe: DiffusionPipeline, make_arguments: Callable, first: int, size: int, seed: int) -> list[DenoisingStep]:
+def rollout(
+    pipe: DiffusionPipeline,
+    make_arguments: Callable,
+    first: int,
+    size: int,
+    seed: int,
+    factors: RunFactors | None = None,
+) -> list[DenoisingStep]:
     """Sample `size` trajectories and keep every call of the denoiser.
 
     Args:
@@ -67,6 +75,7 @@ def rollout(pipe: DiffusionPipeline, make_arguments: Callable, first: int, size:
         first (`int`): number of the first sample.
         size (`int`): samples at once.
         seed (`int`): sample i is drawn with seed + i.
+        factors (`RunFactors`, *optional*): of the sampler, taken on the way.
 
     Raises:
         UnsupportedError: the denoiser takes no timestep.
@@ -77,6 +86,8 @@ def rollout(pipe: DiffusionPipeline, make_arguments: Callable, first: int, size:
     steps: list[DenoisingStep] = []
 
     def keep(_module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if factors is not None:
+            factors.look()
         predicted = used_part(pipe, model_output(output), args, kwargs)
         timesteps = torch.as_tensor(argument.of(args, kwargs), device=predicted.device).flatten()
         steps.append(DenoisingStep(timesteps.expand(len(predicted)), args, kwargs, predicted))
@@ -140,6 +151,7 @@ class Trajectories:
         batch_size (`int`): samples of a batch, over all processes.
         seed (`int`): of noise and order.
         rank, world (`int`): this process, and how many there are.
+        factors (`RunFactors`, *optional*): of the sampler, taken in the first rollout.
 
     Raises:
         ConfigError: the batch cannot be shared out evenly, or the pipeline cannot be a teacher.
@@ -153,11 +165,13 @@ class Trajectories:
         seed: int,
         rank: int = 0,
         world: int = 1,
+        factors: RunFactors | None = None,
     ):
         if batch_size % world:
             raise ConfigError(f"`batch_size` must be a multiple of the {world} processes, but got {batch_size}.")
         self.pipe, self.make_arguments = pipe, make_arguments
         self.batch_size, self.seed, self.rank, self.share = batch_size, seed, rank, batch_size // world
+        self._factors = factors
         self._roll(0)
 
     def __getitem__(self, number: int) -> DenoisingStep:
@@ -176,7 +190,7 @@ class Trajectories:
 
     def _roll(self, number: int) -> None:
         self._number, self._first = number, number * self.batch_size + self.rank * self.share
-        self._steps = rollout(self.pipe, self.make_arguments, self._first, self.share, self.seed)
+        self._steps = rollout(self.pipe, self.make_arguments, self._first, self.share, self.seed, self._factors)
         rows = {len(step.output) for step in self._steps}
         if len(rows) != 1 or rows.pop() % self.share:
             raise ConfigError(

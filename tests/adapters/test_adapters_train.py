@@ -210,6 +210,7 @@ def test_gradient_checkpointing(pair, reentrant):
     assert train(net) == pytest.approx(train(twin), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_adapter(tmp_path, pair):
     """Each with half of the batch; gradients are the mean."""
     port = str(29100 + os.getpid() % 2000)

@@ -251,6 +251,7 @@ def test_bad_input_gives_one_line_and_exit_code_2(
         assert len(shown.err.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_bad_input_in_a_process_of_its_own(tmp_path):
     done = process("quantize", tmp_path / "nothing", "--out", tmp_path / "out", "--json")
     assert done.returncode == 2
@@ -331,6 +332,7 @@ def test_version_and_help():
         assert verb in shown
 
 
+@pytest.mark.slow
 def test_demo(tmp_path, monkeypatch):
     demo = sys.modules["diffusers_msfp.cli.demo"]
     monkeypatch.setattr(demo, "quantize", partial(cli.quantize, num_samples=8, num_inference_steps=10))

@@ -67,18 +67,23 @@ def killed(asked, tmp_path_factory) -> Path:
     return out
 
 
-def test_killed_it_goes_on_and_two_processes_give_the_same(asked, killed, tmp_path):
+@pytest.fixture(scope="module")
+def whole(asked, tmp_path_factory) -> dict:
+    """What an uninterrupted run in one process finds."""
+    out = tmp_path_factory.mktemp("whole")
+    done = program("evaluate", *asked, "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((out / "results.json").read_text()) == json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_killed_it_goes_on(asked, killed, whole):
     kept = {file: file.stat().st_mtime_ns for file in killed.rglob("*.npy")}
     assert 2 <= len(kept) < 2 * BATCHES
-    shared = tmp_path / "shared"
-    port = ["--main_process_port", str(31000 + os.getpid() % 2000)]
-    two = start(*asked, "--out", shared, "--json", launch=["-m", *LAUNCH.split(), *port])
-    result = json.loads(finished(two)[0])
     table, notes = finished(start(*asked, "--out", killed))
     assert all(file.stat().st_mtime_ns == then for file, then in kept.items())
     again = json.loads((killed / "results.json").read_text())
-    assert again["figures"] == result["figures"]
-    assert json.loads((shared / "results.json").read_text()) == result
+    assert again["figures"] == whole["figures"]
     for line in (
         "Fréchet distance",
         "precision",
@@ -90,8 +95,15 @@ def test_killed_it_goes_on_and_two_processes_give_the_same(asked, killed, tmp_pa
         assert line in table, line
     drawn = [line for line in notes.split("\n") if line.startswith("pictures of")]  # slow machines say more between
     assert drawn == ["pictures of the reference", "pictures of the candidate"]
-    assert {"bytes_reference", "bytes_quantized", "seconds", "peak_rss_bytes", "origin", "settings"} <= set(result)
-    assert result["bytes_quantized"] < 0.35 * result["bytes_reference"]
+    assert {"bytes_reference", "bytes_quantized", "seconds", "peak_rss_bytes", "origin", "settings"} <= set(again)
+    assert again["bytes_quantized"] < 0.35 * again["bytes_reference"]
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_same(asked, whole, tmp_path):
+    port = ["--main_process_port", str(31000 + os.getpid() % 2000)]
+    two = start(*asked, "--out", tmp_path, "--json", launch=["-m", *LAUNCH.split(), *port])
+    assert json.loads(finished(two)[0])["figures"] == whole["figures"]
 
 
 def test_the_table_names_what_needs_features(packed_dir, tiny_dir, tmp_path):

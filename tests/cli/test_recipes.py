@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline
 from typer.testing import CliRunner
 
 from diffusers_msfp import cli
+from diffusers_msfp.checkpoint.journal import Journal
 from diffusers_msfp.checkpoint.record import ModelRecord
 from diffusers_msfp.cli.app import app
 from diffusers_msfp.errors import ConfigError, NonFiniteError
@@ -122,6 +123,16 @@ def test_stages_of_another_source_are_not_taken(source, tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "METHODS", kinds)
     cli.quantize(mine, tmp_path / "out", **arguments)
     assert DiffusionPipeline.from_pretrained(tmp_path / "out").scheduler.config.beta_end == 0.01
+
+
+def test_an_option_left_out_is_another_run(tmp_path):
+    """`--images`, say, of which the line of a run without them has no word."""
+    begun = Journal(tmp_path / "stages.jsonl", {"source": 1, "images": ["a.png"], "prompts": None})
+    begun.keep([])
+    begun.add({"stage": "temporal"})
+    assert Journal(begun.file, {"source": 1, "images": ["a.png"]}).entries == [{"stage": "temporal"}]
+    again = Journal(begun.file, {"source": 1})
+    assert (again.differs, again.entries) == (["images"], [])
 
 
 def test_a_later_stage_with_other_settings_keeps_the_earlier_ones(source, tmp_path, monkeypatch):

@@ -35,24 +35,23 @@ def elsewhere(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
 
 @torch.no_grad()
 def main() -> None:
-    for scheme in ("w4g16a8", "w8a8-wide"):
-        for make, conditions in ((make_unet, ()), (make_condition_unet, (torch.randn(2, 5, 16),))):
-            model = make()
-            convert(model, Conversion.plan(model, scheme))
-            x = torch.randn(2, model.config.in_channels, 8, 8)
-            model(x, 10, *conditions)
-            freeze(model)
-            set_engine(model, "reference")
-            mode = FakeTensorMode()
-            for module in model.modules():
-                for held in (module._parameters, module._buffers):
-                    for name, tensor in held.items():
-                        held[name] = None if tensor is None else elsewhere(tensor, mode)
-            given = [elsewhere(each, mode) for each in (x, torch.tensor(10), *conditions)]
-            with mode, NoHostReads():
-                y = model(*given).sample
-            if (y.device.type, y.shape) != (DEVICE, x.shape):
-                raise AssertionError(f"{y.device}, {y.shape}")
+    with_text = make_condition_unet(), (torch.randn(2, 5, 16),)
+    for scheme, (model, conditions) in (("w4g16a8", (make_unet(), ())), ("w8a8-wide", with_text)):
+        convert(model, Conversion.plan(model, scheme))
+        x = torch.randn(2, model.config.in_channels, 8, 8)
+        model(x, 10, *conditions)
+        freeze(model)
+        set_engine(model, "reference")
+        mode = FakeTensorMode()
+        for module in model.modules():
+            for held in (module._parameters, module._buffers):
+                for name, tensor in held.items():
+                    held[name] = None if tensor is None else elsewhere(tensor, mode)
+        given = [elsewhere(each, mode) for each in (x, torch.tensor(10), *conditions)]
+        with mode, NoHostReads():
+            y = model(*given).sample
+        if (y.device.type, y.shape) != (DEVICE, x.shape):
+            raise AssertionError(f"{y.device}, {y.shape}")
 
 
 if __name__ == "__main__":

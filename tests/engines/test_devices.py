@@ -34,7 +34,7 @@ def denoiser(scheme: str):
 
 
 def test_the_reference_reads_nothing_of_a_device():
-    """UNets with and without text, in two schemes."""
+    """UNets with and without text, each in a scheme of its own."""
     here = Path(__file__)
     path = os.pathsep.join([str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(here.with_name("elsewhere.py"))]

@@ -1,6 +1,5 @@
 """The CPU kernels, both sets, against the definition of the codes."""
 
-import importlib
 import os
 import shutil
 import subprocess
@@ -180,13 +179,6 @@ def test_patches_multiply_like_a_convolution(kernels):
     patches = kernels.columns(codes, (3, 2), *geometry, 7)
     y = (patches.double() - 7) @ weight.permute(0, 2, 3, 1).flatten(1).T
     assert torch.allclose(y.permute(0, 3, 1, 2), F.conv2d(codes.double() - 7, weight, None, *geometry))
-
-
-def test_without_numba_the_torch_kernels_serve():
-    program = "import sys; sys.modules['numba'] = None\nfrom diffusers_msfp.engines import kernels\nprint(kernels.NAME)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "torch"
-    assert importlib.import_module("diffusers_msfp.engines.kernels").NAME == "numba"
 
 
 def test_torch_keeps_its_number_of_threads():

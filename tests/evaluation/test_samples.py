@@ -9,6 +9,7 @@ from conftest import make_dit_pipe, make_unet
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image
 
 from diffusers_msfp import set_engine
 from diffusers_msfp.evaluation.images import samples
@@ -148,3 +149,16 @@ def test_a_full_disk_leaves_nothing_half_written(pipe, tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(samples, "batch_size_for", lambda *_: 1)
     assert calls(pipe, folder=tmp_path)[1] == 6
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.from_numpy, np.array, lambda mask: Image.fromarray((255 * mask).astype(np.uint8))]
+)
+def test_pictures_of_another_mask_are_others(pipe, kind):
+    """What the text of a large tensor, or the address of a picture, does not tell."""
+    mask = np.zeros((64, 64))
+    other = mask.copy()
+    other[20:40, 20:40] = 1
+    one, same, another = (samples._identity(pipe, 2, 0, None, {"mask": kind(m)}) for m in (mask, mask.copy(), other))
+    assert one == same
+    assert one != another

@@ -42,8 +42,6 @@ def imported(repo: str) -> dict:
     import diffusers_msfp  # noqa: F401
 
     load = diffusers.DiffusionPipeline.from_pretrained
-    if Path(repo).is_dir():  # the original
-        return {"pipeline": used(load(repo))}
     facts = {"dropped": error_of(lambda: load(repo))}
     half = Path(os.environ["HF_HOME"]).rglob("snapshots/*/unet/*.safetensors")
     facts["half"] = [str(path) for path in half]

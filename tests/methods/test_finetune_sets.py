@@ -82,6 +82,7 @@ def test_scales_of_all_timesteps_learn_and_are_kept(pipe, teacher, tmp_path):
     assert torch.equal(run(again.unet, x, 500), run(pipe.unet, x, 500))
 
 
+@pytest.mark.slow
 def test_they_lower_the_error(embedded):
     pipe = quantize_pipeline(copy.deepcopy(embedded), "w4a4", num_samples=4, num_inference_steps=5)
     config = TemporalConfig(num_inference_steps=5, iterations=0, cache_above=None, fsc="all", num_samples=4)

@@ -1,5 +1,7 @@
 """The denoising factor: closed forms, and what every scheduler says of itself."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import (
@@ -17,7 +19,7 @@ from diffusers import (
 from diffusers_msfp import denoising_factors
 from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.methods.losses import ddim_factor, ddpm_factor, loss_weights, squared_error
-from diffusers_msfp.sampling.denoising_factor import clipped_factors, clips
+from diffusers_msfp.sampling.denoising_factor import RunFactors, clipped_factors, clips
 
 STEPS = 10
 
@@ -134,8 +136,8 @@ def test_factors_of_a_sampler_that_clips_are_the_real_steps():
     generator = torch.Generator().manual_seed(0)
     shape = (2, 1, 4, 4)
 
-    def calls(least: float) -> list[tuple]:
-        scheduler = DDIMScheduler()
+    def calls(least: float, scheduler=None) -> list[tuple]:
+        scheduler = scheduler or DDIMScheduler()
         scheduler.set_timesteps(STEPS)
         noise = torch.randn(shape, generator=generator)
         found = []
@@ -160,3 +162,41 @@ def test_factors_of_a_sampler_that_clips_are_the_real_steps():
     )
     assert clips(DDIMScheduler())
     assert not clips(DDIMScheduler(clip_sample=False))
+    for ancestral, given in ((DDPMScheduler(), {}), (DDIMScheduler(), {"eta": 1.0})):  # equal noise in both steps
+        before, made = torch.get_rng_state(), calls(0.0, ancestral)
+        found, again = (clipped_factors(ancestral, STEPS, made, **given) for _ in range(2))
+        assert found == again
+        assert list(found.values()) == pytest.approx(
+            list(denoising_factors(ancestral, STEPS, **given).values()), rel=1e-3, abs=1e-6
+        )
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("spell", [lambda t: t, lambda t: t / 1000, lambda t: (1000 - t) / 1000, round])
+def test_a_run_has_the_factors_of_what_the_pipeline_sets(spell):
+    """Whatever way it tells its denoiser the timesteps."""
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=[1.0, 0.8, 0.3])
+    run = RunFactors(scheduler, STEPS)
+    before = copy.deepcopy(vars(scheduler))
+    run.look()
+    assert all(torch.equal(vars(scheduler)[name], before[name]) for name in ("timesteps", "sigmas"))
+    told = [spell(float(t)) for t in scheduler.timesteps]
+    scheduler.set_timesteps(5)
+    run.look()  # only the first time counts
+    assert run.of(told) == run.required(told)
+    assert list(run.of(told).values()) == pytest.approx([0.2, 0.5, 0.3], abs=1e-5)
+    assert list(run.of(told[1:]).values()) == pytest.approx([0.5, 0.3], abs=1e-5)
+    with pytest.raises(ConfigError, match=r"must be called with timesteps of its sampler, .*given \[7, 5\]"):
+        run.required([7, 5])
+
+
+def test_a_run_of_image_to_image_begins_where_it_begins():
+    scheduler = EulerDiscreteScheduler()
+    scheduler.set_timesteps(STEPS)
+    whole = denoising_factors(scheduler, STEPS)
+    scheduler.set_begin_index(6)
+    scheduler.scale_model_input(torch.zeros(1), scheduler.timesteps[6])
+    run, timesteps = RunFactors(scheduler, STEPS), scheduler.timesteps[6:].tolist()
+    run.look()
+    assert run.of(timesteps) == pytest.approx({t: whole[t] for t in timesteps})

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from conftest import equal_state, make_dit_pipe, make_unet, run
+from conftest import ONE_BLOCK, equal_state, make_dit_pipe, make_unet, run
 from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
@@ -29,8 +29,8 @@ from diffusers_msfp.layers import QuantLayer
 from diffusers_msfp.plugin.quantize import quantize_model
 
 
-def observing_unet(scheme: str = "w4a4") -> UNet2DModel:
-    unet = make_unet()
+def observing_unet(scheme: str = "w4a4", **changes) -> UNet2DModel:
+    unet = make_unet(**changes)
     quantize_model(unet, MSFPConfig(scheme=scheme))
     return unet
 
@@ -187,10 +187,10 @@ class NoisePipeline(DDIMPipeline):
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda s: s.__name__)
 def test_any_scheduler(scheduler):
-    pipe = NoisePipeline(make_unet(), scheduler())
+    pipe = NoisePipeline(make_unet(**ONE_BLOCK), scheduler())
     assert quantize_pipeline(pipe, "w4a4", num_samples=2, num_inference_steps=5) is pipe
     assert calibration_state(pipe) == "frozen"
-    on_the_fly = NoisePipeline(observing_unet(), scheduler())
+    on_the_fly = NoisePipeline(observing_unet(**ONE_BLOCK), scheduler())
     with torch.no_grad():
         on_the_fly()
         assert calibration_state(on_the_fly) == "observing"

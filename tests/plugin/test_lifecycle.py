@@ -360,6 +360,7 @@ def test_compiles_without_graph_breaks(images):
         compiled(unet, "aot_eager", torch.full_like(images, float("inf")))
 
 
+@pytest.mark.slow
 def test_an_observing_model_compiles_too_and_observes(images):
     unet = small()
     quantize_model(unet, MSFPConfig(scheme="w4a4"))

@@ -154,7 +154,9 @@ def test_threads_do_not_mix_up_their_timesteps(tuned, images):
         assert all(pool.map(work, range(40)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["side", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("merged", "codes"))]
+)
 def test_compiled_models_route_without_recompiling(kind):
     one_block = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "add_attention": False}
     pipe, teacher = (

@@ -232,7 +232,7 @@ def test_float_modules_before_the_block_count(teacher, images, tmp_path):
         assert not unet.temporal_set.route().certainly
 
 
-@pytest.mark.parametrize("name", ["cache", "all"])
+@pytest.mark.parametrize("name", [pytest.param("cache", marks=pytest.mark.slow), "all"])
 def test_compiles_without_breaks(made, images, name):
     unet = copy.deepcopy(made[name][0].unet)
     torch._dynamo.reset()  # it counts compilations of the class, not of the model

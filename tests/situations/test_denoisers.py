@@ -29,11 +29,14 @@ from diffusers_msfp import (
 )
 from diffusers_msfp.cli import compare, quantize
 from diffusers_msfp.errors import ConfigError
+from diffusers_msfp.evaluation import compare as comparison
 from diffusers_msfp.evaluation import compare_pipelines, layer_snr
 from diffusers_msfp.layers import QuantLayer
 from diffusers_msfp.methods.talora.finetuner import Finetuner
 from diffusers_msfp.report import collect_report
-from diffusers_msfp.sampling.denoisers import denoisers_of, is_quantized
+from diffusers_msfp.sampling.denoisers import denoisers_of, focus, is_quantized, scheduler_of
+from diffusers_msfp.sampling.denoising_factor import RunFactors
+from diffusers_msfp.sampling.solvers import with_sampler
 
 RUN = {"num_samples": 1, "num_inference_steps": 4}
 KINDS = {
@@ -86,9 +89,14 @@ def test_all_are_quantized_and_reported(made):
 
 
 @pytest.mark.situation("comparing pipelines with two denoisers", "right")
-def test_all_are_compared(made):
+def test_all_are_compared(made, monkeypatch):
     kind, pipe, quantized, arguments = made
+    samplers = []
+    monkeypatch.setattr(comparison, "RunFactors", lambda *run: samplers.append(RunFactors(*run)) or samplers[-1])
     result = compare_pipelines(pipe, quantized, **RUN, **arguments)
+    own = [type(scheduler_of(focus(with_sampler(pipe), name))) for name in NAMES[kind]]
+    assert [type(each.scheduler) for each in samplers] == own
+    monkeypatch.undo()
     assert list(result.denoisers) == NAMES[kind]
     for figures in result.denoisers.values():
         assert 0 < figures.eps_rel_l2 < 0.3

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_dit_pipe, make_unet, make_vae
+from conftest import ONE_BLOCK, make_dit_pipe, make_unet, make_vae
 from diffusers import (
     CMStochasticIterativeScheduler,
     ConsistencyModelPipeline,
@@ -69,7 +69,7 @@ def inputs_of(pipe, **arguments) -> list[tuple]:
     "calibrating from pictures: a folder, a list, a generator, arrays, tensors; equal ranges", "right"
 )
 def test_kinds_of_pictures(tmp_path):
-    pipe = quantize_pipeline(quietly(DDPMPipeline(make_unet(), DDIMScheduler())), "w4a4", **RUN)
+    pipe = quantize_pipeline(quietly(DDPMPipeline(make_unet(**ONE_BLOCK), DDIMScheduler())), "w4a4", **RUN)
     own = ranges(pipe.unet)
     pictures = [each.convert("L" if pipe.unet.config.in_channels == 1 else "RGB") for each in photographs()]
     for number, each in enumerate(pictures):
@@ -101,7 +101,7 @@ def test_wide_greys(kind, tmp_path):
     assert wide.mode.startswith("I;16")
     wide.save(tmp_path / "wide.png")
     assert np.array_equal(np.asarray(opened(wide)), grey)
-    pipe = quietly(DDPMPipeline(make_unet(), DDIMScheduler()))
+    pipe = quietly(DDPMPipeline(make_unet(**ONE_BLOCK), DDIMScheduler()))
     quantize_pipeline(pipe, "w4a4", images=[Image.fromarray(grey)], **RUN)
     found = ranges(pipe.unet)
     for images in (tmp_path, [wide]):
@@ -124,7 +124,7 @@ def test_greys_of_unknown_white(mode, tmp_path):
 @pytest.mark.situation("calibrating from photographs that say how the camera was held: read upright", "right")
 def test_turned_photographs(tmp_path):
     upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8))
-    file, pipe = turned(upright, tmp_path), quietly(DDPMPipeline(make_unet(), DDIMScheduler()))
+    file, pipe = turned(upright, tmp_path), quietly(DDPMPipeline(make_unet(**ONE_BLOCK), DDIMScheduler()))
     quantize_pipeline(pipe, "w4a4", images=[upright], **RUN)
     found = ranges(pipe.unet)
     with Image.open(file) as stored:

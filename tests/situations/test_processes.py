@@ -1,17 +1,25 @@
-"""Quantized models in forked processes, and in threads of a process that has to end."""
+"""Quantized models in forked processes, in several threads, interrupted, and in a process that has to end."""
 
 import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import run
+from conftest import make_unet, run
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils.data import DataLoader, Dataset
 
-from diffusers_msfp import set_engine
+from diffusers_msfp import MSFPConfig, calibration_state, freeze, set_engine
+from diffusers_msfp.calibration import observe
+from diffusers_msfp.calibration.observer import Observation
 from diffusers_msfp.engines.kernels import NAME
+from diffusers_msfp.layers.convert import layers_by_name
+from diffusers_msfp.plugin.quantize import quantize_model
 
 SECONDS = 120  # of a child that hangs
 
@@ -99,3 +107,92 @@ with ThreadPoolExecutor(1) as pool:
 def test_a_process_ends():
     pytest.importorskip("openvino")
     assert subprocess.run([sys.executable, "-c", THREADED], timeout=SECONDS, check=False).returncode == 0
+
+
+def observing():
+    unet = make_unet()
+    quantize_model(unet, MSFPConfig("w4a4"))
+    return unet
+
+
+def sums(unet) -> set[str]:
+    """Layers that know to read a residual sum."""
+    return {name for name, layer in layers_by_name(unet).items() if layer.input_is_sum}
+
+
+@pytest.fixture(scope="module")
+def known() -> set[str]:
+    unet = observing()
+    run(unet, torch.randn(2, 3, 8, 8), 999)
+    return sums(unet)
+
+
+@pytest.mark.situation("two visitors at once while a model observes its first run", "right")
+def test_the_first_call_in_two_threads(images, known):
+    unet, inside, over = observing(), threading.Event(), threading.Event()
+
+    def wait(*_):
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            over.wait(SECONDS)
+
+    unet.mid_block.register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(run, unet, images, 999)
+        assert inside.wait(SECONDS)
+        run(unet, images, 999)
+        over.set()
+        first.result()
+        assert not pool.submit(_get_current_function_mode_stack).result()
+    assert not _get_current_function_mode_stack()
+    assert sums(unet) == known
+    assert not unet.conv_in._forward_pre_hooks
+
+
+@pytest.mark.situation("the first call of an observing model is interrupted by Ctrl-C", "right")
+@pytest.mark.parametrize("then", [lambda unet, x: run(unet, x, 999), lambda unet, _: freeze(unet)])
+def test_an_interrupted_first_call(images, known, then):
+    unet = observing()
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    interrupted = unet.mid_block.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(unet, images, 999)
+    interrupted.remove()
+    with torch.device("cpu"):
+        device = _get_current_function_mode_stack()[-1]
+        then(unet, images)
+        assert _get_current_function_mode_stack() == [device]
+    assert not unet.conv_in._forward_pre_hooks
+    assert sums(unet) == (known if calibration_state(unet) == "observing" else set())
+    pickle.loads(pickle.dumps(unet))
+
+
+@pytest.mark.situation("a second visitor comes while the first run is observed: it is observed to its end", "right")
+def test_a_second_visitor_ends_no_run(images):
+    unet, states = observing(), []
+    with ThreadPoolExecutor(1) as other:
+        for timestep in (999, 700, 500):
+            run(unet, images, timestep)
+        for timestep in (999, 600):
+            other.submit(run, unet, images, timestep).result()
+            states.append(calibration_state(unet))
+        run(unet, images, 0)
+        states.append(calibration_state(unet))
+        other.submit(run, unet, images, 300).result()
+        states.append(calibration_state(unet))
+    assert states == ["observing"] * 4
+    with ThreadPoolExecutor(1) as third:  # the first run is over, and a new one begins
+        third.submit(run, unet, images, 999).result()
+    assert calibration_state(unet) == "frozen"
+
+
+@pytest.mark.situation("many threads show a layer values at once: all are counted", "right")
+def test_values_of_many_threads_are_counted():
+    observation, x = Observation(), torch.rand(1000)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: observe(observation, x, "layer"), range(100)))
+    assert int(observation.count) == 100_000
+    assert (observation.drawn() > 0).float().mean() > 0.99

@@ -143,6 +143,7 @@ def test_ddim_clips_only_if_the_original_does():
         DDPMScheduler(beta_schedule="sigmoid"),
         EulerDiscreteScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing"),
         DDPMScheduler(variance_type="learned"),
+        EulerDiscreteScheduler(prediction_type="v_prediction", timestep_type="continuous", use_karras_sigmas=True),
     ],
     ids=lambda s: type(s).__name__,
 )

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pipelines
 import pytest
 import torch
-from conftest import make_unet
+from conftest import ONE_BLOCK, make_unet
 from diffusers import (
     CMStochasticIterativeScheduler,
     ConsistencyModelPipeline,
@@ -79,7 +79,7 @@ def test_a_run_is_observed_to_its_end(images, sampler):
         steps = [float(t) for t in scheduler.timesteps]
         lowest = steps[-1]
     assert any(after > before for before, after in pairwise(steps))
-    tracked, model = [], observing(make_unet())
+    tracked, model = [], observing(make_unet(**ONE_BLOCK))
     for timestep in steps:
         model(images, timestep)
         tracked.append(calibration_state(model))
@@ -104,7 +104,7 @@ class Rising(nn.Module):
 @torch.no_grad()
 @pytest.mark.situation("a model whose timestep is called `t` and rises", "right")
 def test_observation_of_a_rising_timestep_ends(images, tmp_path):
-    model = make_unet()
+    model = make_unet(**ONE_BLOCK)
     observing(model)
     for timestep in (0, 400, 800):
         model(images, timestep)
@@ -121,7 +121,7 @@ def test_observation_of_a_rising_timestep_ends(images, tmp_path):
 @torch.no_grad()
 @pytest.mark.situation("a few calls by hand before the first run", "right")
 def test_calls_before_a_run_do_not_end_it(images):
-    model = observing(make_unet())
+    model = observing(make_unet(**ONE_BLOCK))
     for timestep in (10, 500, 999, 600, 300):
         model(images, timestep)
     assert calibration_state(model) == "observing"
@@ -195,7 +195,7 @@ def test_full_recipe_of_one_step(kind, tmp_path):
 @torch.no_grad()
 @pytest.mark.situation("a one-step sampler without `calibrate`: no end of a run can be seen", "right")
 def test_endless_observation_is_told(images, caplog):
-    model = observing(make_unet())
+    model = observing(make_unet(**ONE_BLOCK))
     for _ in range(40):
         model(images[:1], 999)
     assert caplog.text.count("where a sampler makes one step, the end of a run cannot be seen") == 1

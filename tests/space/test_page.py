@@ -282,9 +282,7 @@ def test_without_gradio(monkeypatch, packed_dir):
         cli.space_run(packed_dir)
 
 
-def test_run_says_where_and_other_verbs_do_without_gradio(packed_dir, tmp_path):
-    light = "import sys, diffusers_msfp.cli.app; sys.exit('gradio' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", light], check=False).returncode == 0
+def test_run_says_where(packed_dir):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

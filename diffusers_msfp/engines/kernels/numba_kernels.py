@@ -109,7 +109,7 @@ _LOCK = threading.Lock()  # one of Numba's thread pools ends the process when tw
 if "NUMBA_THREADING_LAYER_PRIORITY" not in os.environ:
     # Numba's own first choice is TBB, which it finds wherever OpenVINO has brought it: on one core a process whose
     # kernels have run in another thread than the main one would never end.
-    numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+    vars(numba.config)["THREADING_LAYER_PRIORITY"] = ["omp", "tbb", "workqueue"]
 
 
 class _Pool:

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ...compat.accelerate import SET_BY_HOOKS
+from ...compat.accelerate import SET_BY_HOOKS, only_moves
 from ...compat.digest import digest_of
 from ...compat.modules import Snapshot
 from ...compat.wrappers import forget_compiled
@@ -41,6 +42,7 @@ _BESIDE = ("engine", "routing", "quantization_config", "hf_quantizer", "observat
 """What a model has that its result does not depend on, or that its layers' own attributes and tensors say."""
 _GRAPHS: "OrderedDict[str, runtime.CompiledGraph]" = OrderedDict()
 _LOCK = threading.RLock()
+_LATEST: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[GraphForward]]" = weakref.WeakKeyDictionary()
 
 
 class Seen(NamedTuple):
@@ -85,6 +87,7 @@ class GraphForward:
 
     Attributes:
         latest (`str`, *optional*): why the latest call ran in torch; None if it ran as a graph.
+        is_retired (`bool`): another engine was chosen, but somebody's forward still calls this one.
     """
 
     def __init__(self, model: nn.Module, before: Callable | None = None, only_if_faster: bool = False) -> None:
@@ -93,6 +96,7 @@ class GraphForward:
         self._seen: Seen | None = None
         self._looking = threading.Lock()
         self.latest: str | None = UNMEASURED if only_if_faster else None
+        self.is_retired = False
         self._failed: dict[str, str] = {}
 
     def __deepcopy__(self, memo: dict) -> "GraphForward":
@@ -110,7 +114,8 @@ class GraphForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's forward."""
-        if torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing():
+        traced = torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
+        if traced or self.is_retired:
             return self.__wrapped__(*args, **kwargs)
         call: Any = GraphCall.of(self.model, args, kwargs) if self.only_if_faster else None
         if call is not None and not is_faster(self.question(call)):
@@ -153,6 +158,8 @@ class GraphForward:
                 if (reason := installed.why_missing()) is not None:
                     return None, reason
                 self._seen = Seen.of(self.model)
+            if self._before is not None and not only_moves(self._before, self.model):
+                return None, "somebody has put another forward on it"
             return self._seen, self._seen.obstacle
 
     def _graph(
@@ -228,7 +235,8 @@ def install(model: nn.Module, only_if_faster: bool = False) -> None:
     remove(model)
     if timestep_argument(model).name is None:
         return
-    vars(model)["forward"] = GraphForward(model, vars(model).get("forward"), only_if_faster)
+    vars(model)["forward"] = forward = GraphForward(model, vars(model).get("forward"), only_if_faster)
+    _LATEST[model] = weakref.ref(forward)
     forget_compiled()
 
 
@@ -263,17 +271,23 @@ def compare(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, float]:
 def remove(model: nn.Module) -> None:
     """Let a model's calls run in torch."""
     if (name := _place(model)) is None:
+        if (forward := graph_forward_of(model)) is not None:
+            forward.is_retired = True
+            forget_compiled()
         return
     forward = vars(model).pop(name)
+    _LATEST.pop(model, None)
     if forward._before is not None or name != "forward":  # below a hook there must be one
         vars(model)[name] = forward.__wrapped__
     forget_compiled()
 
 
 def graph_forward_of(model: nn.Module) -> GraphForward | None:
-    """What runs a model's calls as graphs; None where nothing does."""
-    name = _place(model)
-    return None if name is None else vars(model)[name]
+    """What runs a model's calls as graphs, also below somebody's own forward; None where nothing does."""
+    if (name := _place(model)) is not None:
+        return vars(model)[name]
+    latest = _LATEST[model]() if model in _LATEST and "forward" in vars(model) else None
+    return None if latest is None or latest.is_retired else latest
 
 
 def _place(model: nn.Module) -> str | None:

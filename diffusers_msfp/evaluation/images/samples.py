@@ -126,7 +126,7 @@ def _identity(
     ]
     set_by_others = [_set_by_others(model) for model in models.values()]
     scheduler = [type(pipe.scheduler).__name__, plain_config(pipe.scheduler)]
-    asked = [num_inference_steps, seed, prompts, arguments, list(labels_of(pipe))]
+    asked = [num_inference_steps, seed, prompts, inputs_digest(nn.Identity(), arguments), list(labels_of(pipe))]
     described = [type(pipe).__name__, parts, running, set_by_others, scheduler, *asked]
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=repr).encode()).hexdigest()[:20]
 

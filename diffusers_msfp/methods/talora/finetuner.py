@@ -24,7 +24,7 @@ from ...errors import ConfigError, NonFiniteError
 from ...results import OnProgress
 from ...sampling.calls import call_arguments, quiet
 from ...sampling.denoisers import denoiser_of, denoisers_of, each_quantized, scheduler_of
-from ...sampling.denoising_factor import at_timestep, denoising_factors, step_arguments
+from ...sampling.denoising_factor import RunFactors, at_timestep, step_arguments
 from ...sampling.solvers import with_parts
 from ...sampling.trajectory import DenoisingStep, Trajectories, check_timesteps
 from ...sampling.used_output import counted, used_channels
@@ -106,8 +106,9 @@ class Finetuner:
         self.preview_arguments = call_arguments(
             self._previewed, prompts, config.num_inference_steps, {"output_type": "np"} | arguments
         )
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        self.trajectories = Trajectories(teacher, make_arguments, config.batch_size, config.seed, rank, world)
+        self.sampler = RunFactors(scheduler, config.num_inference_steps, **step_arguments(scheduler, arguments))
+        batches = config.batch_size, config.seed, self.accelerator.process_index, self.accelerator.num_processes
+        self.trajectories = Trajectories(teacher, make_arguments, *batches, self.sampler)
         timesteps = self.trajectories.timesteps()
         num_timesteps = max(int(scheduler.config.get("num_train_timesteps") or 1), 1 + math.ceil(max(timesteps)))
         check_timesteps(timesteps, num_timesteps)
@@ -126,20 +127,19 @@ class Finetuner:
             seed=config.seed,
         )
         try:
-            self._prepare(timesteps, work_dir, digests, step_arguments(scheduler, arguments))
+            self._prepare(timesteps, work_dir, digests)
         except BaseException:
             self.student.abandon()
             raise
 
-    def _prepare(self, timesteps: list[float], work_dir: Path | None, digests: dict[str, str], stepped: dict) -> None:
+    def _prepare(self, timesteps: list[float], work_dir: Path | None, digests: dict[str, str]) -> None:
         """Router, optimizer and checkpoints."""
         config, student = self.config, self.student
         student.watch_timesteps(timesteps)
         factors = dict.fromkeys(timesteps, 1.0)
         if config.denoising_factor_exponent:
-            sampler = scheduler_of(self.teacher), config.num_inference_steps
             answers = (student(step)[0][0] for step in self.trajectories.steps())
-            factors = real_factors(*sampler, self.trajectories, answers) or denoising_factors(*sampler, **stepped)
+            factors = real_factors(self.sampler, self.trajectories, answers) or self.sampler.required(timesteps)
             squares = torch.tensor([*factors.values()], device=self.accelerator.device).square()
             squares = self.accelerator.reduce(squares, "mean").sqrt()
             factors = dict(zip(factors, squares.tolist(), strict=True))
