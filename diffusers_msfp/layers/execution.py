@@ -56,6 +56,7 @@ class Execution(StoredTensors, PackedLayer):
 
         No engine knows what an exchanged `_conv_forward` does; the reference calls it.
         """
+        self.changed()
         exchanged = "_conv_forward" in exchanged_methods(self)
         if self.engine is not None and not (self.observing or self.packed_weight.is_meta or exchanged):
             self.__dict__["prepared"] = self.engine.prepare(cast("QuantLayer", self))
@@ -69,8 +70,8 @@ class Execution(StoredTensors, PackedLayer):
             return None
         if torch.is_grad_enabled() and self._wants_gradients(x):
             return None
-        if self.prepared is None and not torch.compiler.is_compiling():
-            self.prepare()
+        if not torch.compiler.is_compiling() and getattr(self.prepared, "device", None) != self.packed_weight.device:
+            self.prepare()  # also where offloading has exchanged its tensors one by one
         return self.prepared
 
     def _wants_gradients(self, x: Tensor) -> bool:

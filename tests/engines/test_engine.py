@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from accelerate.utils import set_module_tensor_to_device
+from cases import LAYERS, quantized
 from conftest import equal_state, make_condition_unet, make_dit, make_unet, make_vae, run
 from diffusers import AutoencoderKL, DDPMPipeline
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 
 from diffusers_msfp import MSFPConfig, MSFPPipelineMixin, freeze, quantize_pipeline, set_engine
 from diffusers_msfp.engines import kernels
-from diffusers_msfp.engines.choose import engines_of
+from diffusers_msfp.engines.choose import engine_named, engines_of
 from diffusers_msfp.engines.engine import PreparedLayer
 from diffusers_msfp.engines.fusion.attention import attention
 from diffusers_msfp.engines.fusion.fuse import FusedResnetBlock2D
@@ -283,3 +285,17 @@ def test_memory_of_weights_in_several_tensors_is_counted_whole(packed_pipe, keep
     prepared = Pairs(layer, keep)
     prepared.weight(0)
     assert prepared.kept_bytes == (2 * 3 * 4 + 2 * 4 if keep else 0)
+
+
+@torch.no_grad()
+def test_what_was_made_ready_stays_behind_when_tensors_are_exchanged():
+    """As accelerate's offloading does, layer by layer."""
+    layer, x = quantized(*LAYERS["conv"][:1], "w4a4", LAYERS["conv"][1])
+    layer.use_engine(engine_named("int8"))
+    y, made, weight = layer(x), layer.prepared, layer.packed_weight
+    assert layer.ready(x) is made
+    set_module_tensor_to_device(layer, "packed_weight", "meta")
+    assert layer.ready(x) is None
+    set_module_tensor_to_device(layer, "packed_weight", "cpu", value=weight)
+    assert torch.equal(layer(x), y)
+    assert layer.prepared not in (None, made)
