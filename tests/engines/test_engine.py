@@ -290,7 +290,8 @@ def test_memory_of_weights_in_several_tensors_is_counted_whole(packed_pipe, keep
 @torch.no_grad()
 def test_what_was_made_ready_stays_behind_when_tensors_are_exchanged():
     """As accelerate's offloading does, layer by layer."""
-    layer, x = quantized(*LAYERS["conv"][:1], "w4a4", LAYERS["conv"][1])
+    module, shape = LAYERS["conv"]
+    layer, x = quantized(module, "w4a4", shape, signed=True)
     layer.use_engine(engine_named("int8"))
     y, made, weight = layer(x), layer.prepared, layer.packed_weight
     assert layer.ready(x) is made
