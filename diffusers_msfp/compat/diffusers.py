@@ -1,5 +1,6 @@
 """Internals of diffusers (all in 0.40 to 0.42)."""
 
+import copy
 import inspect
 import re
 import sys
@@ -28,6 +29,7 @@ __all__ = [
     "quantization_tables",
     "rename_old_keys",
     "saves_averages",
+    "scheduler_as_set",
     "set_config",
     "set_progress_bar_config",
     "single_file_origin",
@@ -198,3 +200,19 @@ def in_single_file_pipeline() -> bool:
     while frame is not None and frame.f_code.co_name != "load_single_file_sub_model":
         frame = frame.f_back
     return frame is not None
+
+
+def scheduler_as_set(scheduler: Scheduler, **changes: Any) -> Scheduler:
+    """A copy of a scheduler on the CPU, with the timesteps and sigmas that a pipeline has set, before its first step.
+
+    Args:
+        scheduler (`SchedulerMixin`): not changed.
+        **changes: of its settings.
+    """
+    copied = copy.deepcopy(scheduler)
+    copied.register_to_config(**changes)
+    state = vars(copied)
+    state.update({name: value for name, value in changes.items() if name in state})
+    state.update({"_step_index": None} if "_step_index" in state else {})
+    state.update({name: value.cpu() for name, value in state.items() if isinstance(value, torch.Tensor)})
+    return copied

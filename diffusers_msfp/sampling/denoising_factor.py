@@ -9,7 +9,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from ..compat.diffusers import Scheduler
+from ..compat.diffusers import Scheduler, scheduler_as_set
 from ..errors import ConfigError, NonFiniteError
 from .finite_steps import SHAPE, learns_variance, no_finite_step, probe_of
 
@@ -67,7 +67,7 @@ def _factors(probe: Scheduler, step_arguments: dict[str, Any]) -> dict[float, fl
     """`denoising_factors` of a scheduler that is ready to step, which is used up."""
     sample = torch.zeros(SHAPE)
     found: dict[float, list[float]] = {}
-    timesteps = list(probe.timesteps)[vars(probe).get("_begin_index") or 0 :]
+    timesteps = list(probe.timesteps)[getattr(probe, "begin_index", None) or 0 :]
     for timestep, following in zip(timesteps, [*timesteps[1:], None], strict=True):
         try:
             _as_input(probe, sample, timestep)
@@ -113,7 +113,8 @@ class RunFactors:
             if getattr(self.scheduler, "num_inference_steps", None) is None:
                 self._found = denoising_factors(self.scheduler, self.num_inference_steps, **self.step_arguments)
             else:
-                self._found = _factors(_as_set(self.scheduler), self.step_arguments)
+                probe = scheduler_as_set(self.scheduler, **_made_linear(self.scheduler))
+                self._found = _factors(probe, self.step_arguments)
         except (ConfigError, NonFiniteError) as error:
             self._error = error
 
@@ -153,17 +154,6 @@ class RunFactors:
 
 def _nearest(known: Iterable[float], wanted: float) -> float:
     return min(known, key=lambda each: abs(each - wanted))
-
-
-def _as_set(scheduler: Scheduler) -> Scheduler:
-    """A copy of a scheduler with the timesteps and sigmas that a pipeline has set, linear, on the CPU."""
-    probe, changes = copy.deepcopy(scheduler), _made_linear(scheduler)
-    probe.register_to_config(**changes)
-    state = vars(probe)
-    state.update({name: value for name, value in changes.items() if name in state})
-    state.update({"_step_index": None} if "_step_index" in state else {})
-    state.update({name: value.cpu() for name, value in state.items() if isinstance(value, Tensor)})
-    return probe
 
 
 def at_timestep(values: Mapping[float, float], timestep: float) -> float:

@@ -89,11 +89,8 @@ class ResidualTrace:
         self._running: ExitStack | None = None
         self._thread: int | None = None
 
-    def __deepcopy__(self, memo: dict) -> "ResidualTrace":
-        return type(self)()
-
     def __getstate__(self) -> dict:
-        return {"_seen": set(), "_running": None, "_thread": None}
+        return vars(type(self)())  # copies follow a call of their own
 
     def before(self, model: nn.Module, _args: tuple) -> None:
         """Begin to follow; a compiled model cannot be followed."""
