@@ -91,7 +91,7 @@ def step_seconds(
     for done, form in enumerate(palette.choices, start=1):
         choice = {name: scheme_for(name, form) for name in palette.layers}
         with quantized(model, palette, choice):
-            whole, own = _timed(model, list(choice), lambda: model(*first.args, **first.kwargs))
+            whole, own = _timed(model, list(choice), lambda: first.run(model))
         around.append(whole - sum(own.values()))
         for name, seconds in own.items():
             layers[name][choice[name]] = seconds

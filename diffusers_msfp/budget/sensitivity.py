@@ -85,7 +85,7 @@ class Samples:
         """
         found = 0.0
         for step, factor in zip(self.steps, self.factors, strict=True):
-            output = used_part(self.pipe, model_output(model(*step.args, **step.kwargs)), step.args, step.kwargs)
+            output = used_part(self.pipe, model_output(step.run(model)), step.args, step.kwargs)
             found += factor * factor * (output.double() - step.output.double()).square().sum().item()
         if not math.isfinite(found):
             raise NonFiniteError(

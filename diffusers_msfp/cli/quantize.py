@@ -15,7 +15,7 @@ from ..checkpoint.tensor_files import MAX_SHARD_SIZE
 from ..errors import ConfigError
 from ..layers.convert import quant_layers
 from ..outputs import writing
-from ..plugin.calibrate import calibrate, check_calibration
+from ..plugin.calibrate import calibrate, check_calibration, refuse_images
 from ..plugin.config import MSFPConfig
 from ..plugin.quantize import quantize_model
 from ..plugin.recipe import RecipeRun, plan_stages
@@ -146,7 +146,7 @@ def quantize(
     prompts = read_prompts(prompts)
     pictures = None if images is None else picture_files(images)[:num_samples]
     shared = {"num_inference_steps": num_inference_steps, "seed": seed}
-    plan_stages(recipe, settings or {}, **shared)  # refuses wrong settings before anything takes long
+    plan_stages(recipe, settings or {}, correction=num_samples * (correction is not False), **shared)  # refuses early
     require_variant(variant, source)
     with stderr.status(f"opening {source}"):
         path = fetch(source, variant)
@@ -199,12 +199,12 @@ def quantize(
                 loaded = load_pipeline(source, config=config, **empty)
                 bytes_reference += sum(getattr(loaded, name).get_memory_footprint() for name in encoders)
             else:
-                wanted = (
-                    PipelineQuantizationConfig(quant_mapping=dict.fromkeys(encoders, request)) if encoders else None
-                )
+                mapping: dict[str, Any] = dict.fromkeys(encoders, request)
+                wanted = PipelineQuantizationConfig(quant_mapping=mapping) if mapping else None
                 loaded = load_pipeline(source, **empty, variant=variant, quantization_config=wanted)
             calibrates = any(calibration_state(stream.model) == "observing" for stream in streams.values())
             arguments = call_settings(loaded, prompts, guidance_scale, samples=calibrates or bool(plan))
+            refuse_images(None if calibrates else images, scheme)
             if calibrates:
                 chosen = {name: getattr(loaded, name) for name in streams}
                 counts = {"num_samples": num_samples, "num_inference_steps": num_inference_steps, "seed": seed}

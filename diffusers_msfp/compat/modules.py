@@ -27,6 +27,7 @@ __all__ = [
     "run_without_values",
     "shadow_copy",
     "share_hooks",
+    "tensors_state",
     "version_of",
 ]
 
@@ -232,6 +233,12 @@ def state_of(tensor: Tensor) -> tuple:
 def version_of(tensor: Tensor) -> int:
     """How often a tensor was changed in place; 0 for those made under `inference_mode`, which do not count."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def tensors_state(module: nn.Module) -> list[tuple[int, int]]:
+    """Unequal where one of its own tensors was exchanged, as offloading does, or written to, but through `.data`."""
+    own = (*module._parameters.values(), *module._buffers.values())
+    return [(version_of(each), each.data_ptr()) for each in own if each is not None]
 
 
 def leave_function_mode(mode: TorchFunctionMode) -> None:

@@ -278,13 +278,21 @@ def put_tensor(module: nn.Module, name: str, value: Tensor) -> None:
         module._buffers[name] = value
 
 
-def empty_shell(cls: type[Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def empty_shell(
+    cls: type[Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device, strides: Sequence[int] | None
+) -> Tensor:
     """A tensor of a subclass that has no memory, only a shape, for `__torch_dispatch__` to fill with meaning."""
-    return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=False)
+    return Tensor._make_wrapper_subclass(cls, shape, strides, dtype=dtype, device=device, requires_grad=False)
 
 
-def written_arguments(func: Any, args: tuple) -> Iterator:
-    """Those of an operator's positional arguments that it writes into."""
-    for argument, value in zip(func._schema.arguments, args, strict=False):
+def written_arguments(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Iterator:
+    """What an operator writes into, of its arguments and of lists among them."""
+    for index, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            yield value
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            yield from value if isinstance(value, (list, tuple)) else (value,)
+
+
+def shares_memory(func: Any) -> bool:
+    """Whether an operator's result shows (a part of) its first argument's memory."""
+    return func.is_view

@@ -63,7 +63,7 @@ class PreparedLayer(ABC):
     """
 
     def __init__(self, layer: QuantLayer, keep: bool) -> None:
-        self.layer, self._keep, self.device = layer, keep, layer.packed_weight.device
+        self.layer, self._keep = layer, keep
         self._reference = LayerReference(self)
         self._grids: dict[tuple[int, bool], Any] = {}
         self._weights: dict[tuple, Any] = {}

@@ -5,6 +5,7 @@ is called with, the candidate is called with too, in every stock pipeline. Pictu
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -32,6 +33,7 @@ from ..sampling.denoisers import (
 from ..sampling.denoising_factor import RunFactors
 from ..sampling.solvers import with_parts, with_sampler
 from ..sampling.timestep import first_timestep, timestep_argument
+from ..sampling.trajectory import after_calls
 from ..sampling.trial import describe
 from ..sampling.used_output import used_part
 from .images.distances import mean_of
@@ -152,15 +154,10 @@ def compare_pipelines(
     ratios = []
     with quiet(reference), quiet(quantized), torch.no_grad():
         for call, same in zip(calls, again, strict=True):
-            handles = [
-                model.register_forward_hook(partial(watch, name=name), with_kwargs=True)
-                for name, model in originals.items()
-            ]
-            try:
+            with ExitStack() as watching:
+                for name, model in originals.items():
+                    watching.enter_context(after_calls(model, partial(watch, name=name)))
                 expected = pictures_tensor(call.run(reference))
-            finally:
-                for handle in handles:
-                    handle.remove()
             actual = pictures_tensor(same.run(quantized))
             ratios.append(psnr_db(expected, actual))
             if on_pictures is not None:

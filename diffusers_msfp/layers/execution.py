@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import observe
-from ..compat.modules import exchanged_methods
+from ..compat.modules import exchanged_methods, tensors_state
 from ..errors import UnsupportedError
 from ..formats import INT8_MAX
 from ..numerics import Codes, QParams, decode, fake_quantize, select, unpack
@@ -23,7 +23,6 @@ from .transplant import float_layer
 if TYPE_CHECKING:
     from .quant_layer import QuantLayer
 
-
 GEOMETRY = frozenset({"stride", "padding", "padding_mode", "dilation", "groups", "_conv_forward"})
 """Attributes of a convolution that engines read when they make a layer ready."""
 
@@ -32,6 +31,7 @@ class Execution(StoredTensors, PackedLayer):
     """Abstract base of `QuantLayer`: the two quantizers and the forward pass."""
 
     prepared: Prepared | None = None
+    prepared_of: list[tuple[int, int]]
     weight_dtype: torch.dtype
     input_is_sum: bool | None
 
@@ -59,7 +59,9 @@ class Execution(StoredTensors, PackedLayer):
         self.changed()
         exchanged = "_conv_forward" in exchanged_methods(self)
         if self.engine is not None and not (self.observing or self.packed_weight.is_meta or exchanged):
-            self.__dict__["prepared"] = self.engine.prepare(cast("QuantLayer", self))
+            self.__dict__.update(
+                prepared=self.engine.prepare(cast("QuantLayer", self)), prepared_of=tensors_state(self)
+            )
 
     def ready(self, x: Tensor) -> Prepared | None:
         """The layer as its engine made it ready; None where the reference must run.
@@ -70,8 +72,8 @@ class Execution(StoredTensors, PackedLayer):
             return None
         if torch.is_grad_enabled() and self._wants_gradients(x):
             return None
-        if not torch.compiler.is_compiling() and getattr(self.prepared, "device", None) != self.packed_weight.device:
-            self.prepare()  # also where offloading has exchanged its tensors one by one
+        if not torch.compiler.is_compiling() and (self.prepared is None or self.prepared_of != tensors_state(self)):
+            self.prepare()
         return self.prepared
 
     def _wants_gradients(self, x: Tensor) -> bool:

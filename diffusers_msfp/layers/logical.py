@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compat.peft import asked_by_peft
-from ..compat.torch import bias_of, empty_shell, tree_map, written_arguments
+from ..compat.torch import bias_of, empty_shell, shares_memory, tree_map, written_arguments
 from ..errors import UnsupportedError
 
 _ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
@@ -29,6 +29,7 @@ class LogicalWeight(Tensor):
     """The float weight that a quantized layer stands for; read-only.
 
     Shape, dtype and device cost nothing; every operation decodes it anew. Made by the layer at each access of `weight`.
+    What shows a part of it (`weight[0]`, `weight.view(-1)`) is as little to be written.
 
     Args:
         decode (`Callable[[], Tensor]`): the float32 weight of this shape.
@@ -36,6 +37,7 @@ class LogicalWeight(Tensor):
         dtype (`torch.dtype`): that the layer computes in.
         device (`torch.device`): of the codes.
         module_name (`str`): the layer's name, for messages.
+        strides (`tuple[int, ...]`, *optional*): contiguous if not given.
     """
 
     _is_hf_initialized = True  # transformers fills other weights with noise after it has loaded them
@@ -48,9 +50,10 @@ class LogicalWeight(Tensor):
         dtype: torch.dtype,
         device: torch.device,
         module_name: str,
+        strides: Sequence[int] | None = None,
     ) -> Any:
         """An empty shell; nothing is decoded."""
-        return empty_shell(cls, shape, dtype, device)
+        return empty_shell(cls, shape, dtype, device, strides)
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class LogicalWeight(Tensor):
         dtype: torch.dtype,  # noqa: ARG002
         device: torch.device,  # noqa: ARG002
         module_name: str,
+        strides: Sequence[int] | None = None,  # noqa: ARG002
     ) -> None:
         self._decode, self._module_name = decode, module_name
 
@@ -80,10 +84,18 @@ class LogicalWeight(Tensor):
         if func in _ALIASES:
             weight = args[0]
             return cls(weight._decode, weight.shape, weight.dtype, weight.device, weight._module_name)
-        for written in written_arguments(func, args):
+        for written in written_arguments(func, args, kwargs):
             if isinstance(written, cls):
                 written.refuse()
-        return func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
+        result = func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
+        if isinstance(args[0], cls) and shares_memory(func):
+            return tree_map(args[0]._part, result)
+        return result
+
+    def _part(self, part: Any) -> Any:
+        """What shows a part of it."""
+        name = self._module_name
+        return type(self)(lambda: part, part.shape, part.dtype, part.device, name, part.stride())
 
     def refuse(self) -> None:
         """Say that it cannot be written."""

@@ -6,7 +6,6 @@ Such things are `engines.Engine` and `PreparedLayer`; `talora.RoutingTable`, `te
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor
 
 from ..numerics import Codes
@@ -18,9 +17,6 @@ if TYPE_CHECKING:
 
 class Prepared(Protocol):
     """One layer, made ready by an engine. The layer drops it when anything it was made from changes."""
-
-    device: torch.device
-    """For which it was made."""
 
     @property
     def reads_codes(self) -> bool:

@@ -242,7 +242,7 @@ class QuantLayer(Execution, ABC):
         values = observation.drawn()
         if len(values):
             result = search_activation(values, self.input_candidates, observation.bounds())
-            self.expect_input(result.qparams.format, self.packed_weight.device)
+            self.expect_input(result.qparams.format, self.weight_scale.device)
             stored = (result.qparams.scale, result.qparams.zero_point, result.error)
             for name, value in zip(INPUT_TENSORS, stored, strict=True):
                 getattr(self, name).copy_(value)

@@ -18,14 +18,19 @@ from ..layers.split import whole_name
 from ..sampling.trajectory import DenoisingStep
 
 
-def trainable_blocks(model: nn.Module, kind: type[nn.Module]) -> dict[str, int]:
-    """Names of the blocks in the model's order, with the number of trainable layers, of a kind, in each."""
-    found = {}
-    for name, block in _children(model):
-        trainees = sum(isinstance(module, kind) for module in block.modules())
-        if trainees:
-            found[name] = trainees
-    return found
+def trainable_blocks(
+    model: nn.Module, kind: type[nn.Module], original: nn.Module, step: DenoisingStep
+) -> dict[str, int]:
+    """Names of a model's blocks with the number of trainable layers, of a kind, in each.
+
+    In the order in which the full-precision model runs them in a call (UNets have their middle registered last); what
+    does not run then is left out.
+    """
+    found = {name: sum(isinstance(module, kind) for module in block.modules()) for name, block in _children(model)}
+    blocks, order = {name: original.get_submodule(name) for name in found if found[name]}, dict[str, None]()
+    with torch.no_grad(), watching_calls(blocks, lambda name, _: order.setdefault(name)):
+        step.run(original)
+    return {name: found[name] for name in order}
 
 
 def _children(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -60,7 +65,7 @@ def block_call(model: nn.Module, block: str, step: DenoisingStep) -> tuple[tuple
     handle = model.get_submodule(block).register_forward_pre_hook(stop, with_kwargs=True)
     try:
         with torch.no_grad():
-            model(*step.args, **step.kwargs)
+            step.run(model)
     except _Reached:
         pass
     finally:
@@ -108,7 +113,7 @@ def reconstruction_units(model: nn.Module, step: DenoisingStep, *, layerwise: bo
     candidates = {name: model.get_submodule(name) for name in (layers if layerwise else _smallest(model, ""))}
     order: dict[str, None] = {}
     with torch.no_grad(), watching_calls(candidates, lambda name, _: order.setdefault(name)):
-        model(*step.args, **step.kwargs)
+        step.run(model)
     found = {}
     for name in order:
         inner = quant_layers(model.get_submodule(name))

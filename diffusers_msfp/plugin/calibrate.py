@@ -15,7 +15,7 @@ from ..methods.method import parts
 from ..results import OnProgress
 from ..sampling.calls import batched_calls, call_arguments, counting_steps, quiet, require_positive
 from ..sampling.denoisers import denoisers_of, is_quantized
-from ..sampling.observation import RunTracker, freeze, quantized_models, track, tracker
+from ..sampling.observation import RunTracker, freeze, quantized_models, require_in_memory, track, tracker
 from ..sampling.pictures import Images, NoisedPictures, showing, taken
 from ..sampling.trial import describe, refuse_upcast, try_calls
 from ..schemes import LayerScheme
@@ -86,6 +86,8 @@ def calibrate(
             f"Calibration needs a pipeline with quantized components, but {type(pipe).__name__} has none. Load it with "
             f"`quantization_config=MSFPConfig()` or call `quantize_pipeline(pipe, scheme)`."
         )
+    for model in models.values():
+        require_in_memory(model)
     given: dict[str, Any] = {"prompts": prompts, "images": taken(images, num_samples)} | arguments
     counts: dict[str, Any] = {
         "num_samples": num_samples,
@@ -100,6 +102,22 @@ def named_quantized(pipe: object) -> dict[str, nn.Module]:
     """The components of a pipeline that have quantized layers, by name."""
     found, parts = list(quantized_models(pipe)), getattr(pipe, "components", None)
     return {name: part for name, part in parts.items() if part in found} if isinstance(parts, dict) else {}
+
+
+OF_CALIBRATION = ("num_samples", "num_inference_steps", "prompts", "images", "seed")
+"""Arguments of `calibrate` that are not passed on."""
+
+
+def refuse_images(images: object, scheme: str) -> None:
+    """Of a model that observes nothing.
+
+    Raises:
+        ConfigError: pictures are given all the same.
+    """
+    if images is not None:
+        raise ConfigError(
+            f"`images` set the ranges of quantized inputs, but `{scheme}` leaves all inputs float. Leave them out."
+        )
 
 
 def check_calibration(

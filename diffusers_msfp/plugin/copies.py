@@ -3,17 +3,20 @@
 `Model.from_config(quantized.config)` gives a float model, whose config must not say that it is quantized: its
 checkpoint could not be loaded again. Constructors like `ControlNetModel.from_unet(unet)` copy tensors from module to
 module; packed ones fit nowhere, so the first that is read is refused, with the way out. Both are additions to
-`ModelMixin`, since diffusers asks no quantizer there.
+`ModelMixin`, since diffusers asks no quantizer there. `from_pipe` and `pipe.to` cast the parts of a pipeline one after
+the other: what one of them would refuse is asked before the first.
 """
 
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
-from diffusers import ModelMixin
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..compat.diffusers import saves_averages
 from ..errors import UnsupportedError
@@ -25,16 +28,46 @@ _ABOUT_QUANTIZATION = ("quantization_config", "_pre_quantization_dtype")
 
 
 def install() -> None:
-    """Add to `ModelMixin`, once, what makes copies right or refused; classes that are there and later ones get it."""
+    """Add to diffusers' bases, once, what makes copies right or refused; classes that come later get it too."""
     if getattr(vars(ModelMixin).get("from_config"), "__func__", None) is _from_config:
         return
     base: Any = ModelMixin
     base.from_config = classmethod(_from_config)
     base.__init_subclass__ = classmethod(_init_subclass)
+    cast(Any, DiffusionPipeline).to = _all_or_nothing(DiffusionPipeline.to)
     known = [ModelMixin]
     for cls in known:
         _guard_constructors(cls)
         known += cls.__subclasses__()
+
+
+def _all_or_nothing(to: Callable) -> Callable:
+    @functools.wraps(to)
+    def cast_all(pipe: DiffusionPipeline, *args: Any, **kwargs: Any) -> DiffusionPipeline:
+        for part in pipe.components.values():
+            if isinstance(part, ModelMixin | PreTrainedModel) and next(iter(quant_layers(part)), None) is not None:
+                require_dtype(part, dtype_among(args, kwargs))
+        return to(pipe, *args, **kwargs)
+
+    return cast_all
+
+
+def dtype_among(args: tuple, kwargs: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype among the arguments of a `to`."""
+    return kwargs.get("dtype") or next((arg for arg in args if isinstance(arg, torch.dtype)), None)
+
+
+def require_dtype(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Refuse to cast a quantized model.
+
+    Raises:
+        UnsupportedError: it has another dtype.
+    """
+    if dtype is not None and dtype != model.dtype:
+        raise UnsupportedError(
+            f"A quantized {type(model).__name__} cannot be cast: it was loaded as {model.dtype}, but got {dtype}. "
+            f"Load it with `dtype={dtype}`; for `from_pipe` pass `dtype={model.dtype}`."
+        )
 
 
 def _from_config(cls: Any, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

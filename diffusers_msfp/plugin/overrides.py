@@ -19,6 +19,7 @@ from ..layers.convert import quant_layers
 from ..layers.logical import ReadableState
 from .adapters.attaching import all_or_nothing, leave_out_parts, refuse_widened
 from .adapters.versions import require_peft
+from .copies import dtype_among, require_dtype
 from .files import saving
 
 _REFUSED = {
@@ -56,12 +57,8 @@ def _num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embe
 
 def _to(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
     """As `ModelMixin.to`; the dtype that the model has is for what was added to it, another one is refused."""
-    dtype = kwargs.get("dtype") or next((arg for arg in args if isinstance(arg, torch.dtype)), None)
-    if dtype is not None and dtype != model.dtype:
-        raise UnsupportedError(
-            f"A quantized {type(model).__name__} cannot be cast: it was loaded as {model.dtype}, but got {dtype}. "
-            f"Load it with `dtype={dtype}`; for `from_pipe` pass `dtype={model.dtype}`."
-        )
+    dtype = dtype_among(args, kwargs)
+    require_dtype(model, dtype)
     if dtype is not None and not kept_in_float32(model):
         nn.Module.to(model, dtype)  # what came after loading, such as an IP-Adapter's layers
     kwargs.pop("dtype", None)
@@ -84,8 +81,14 @@ def _attach(
     require_peft("transformers" if isinstance(model, PreTrainedModel) else "diffusers")
     state, pipeline = args[0] if args else None, kwargs.get("_pipeline")
     parts = {key.partition(".")[0] for key in state} if isinstance(state, Mapping) else ()
-    if any(isinstance(getattr(pipeline, part, None), PreTrainedModel) for part in parts):
-        require_peft("transformers")  # the pipeline goes on with its text encoders when this model has its adapter
+    texts = sorted(part for part in parts if isinstance(getattr(pipeline, part, None), PreTrainedModel))
+    if texts:  # the pipeline goes on with its text encoders when this model has its adapter
+        require_peft("transformers")
+    if texts and hotswap:
+        raise UnsupportedError(
+            f"`hotswap` is possible for denoisers alone, but this LoRA has a part for `{texts[0]}` too, at which "
+            f"diffusers would stop half-way. Load it without `hotswap`, under another `adapter_name`."
+        )
     if hotswap:
         kwargs["hotswap"] = hotswap
     if adapter_name is not None:

@@ -12,12 +12,13 @@ from ..errors import ConfigError, StateError
 from ..layers.convert import Conversion, convert
 from ..methods.method import parts
 from ..results import OnProgress, in_stage
+from ..sampling.calls import known_arguments
 from ..sampling.denoisers import DENOISERS
 from ..sampling.observation import calibration_state, quantized_models
 from ..sampling.pictures import taken
 from ..sampling.trial import refuse_upcast
 from ..schemes import DEFAULT_SCHEME
-from .calibrate import DEFAULT_SAMPLES, check_calibration, observe_ranges
+from .calibrate import DEFAULT_SAMPLES, OF_CALIBRATION, check_calibration, observe_ranges, refuse_images
 from .config import MSFPConfig, config_of
 from .quantizer import MSFPQuantizer
 from .transformers_quantizer import MSFPTransformersQuantizer
@@ -123,6 +124,9 @@ def _quantize_components(
     observing = [model for name, model in models.items() if name not in plans]
     if observing or any(scheme.activation for _, plan in plans.values() for scheme in plan.layers.values()):
         check_calibration(pipe, models, **calibration)
+    else:
+        refuse_images(calibration.get("images"), config.scheme)
+        known_arguments(pipe, {name: value for name, value in calibration.items() if name not in OF_CALIBRATION})
     for name, (quantizer, plan) in plans.items():
         _quantize(models[name], quantizer, plan, in_stage(on_progress, f"weights of {name}"))
     if any(calibration_state(model) == "observing" for model in models.values()):

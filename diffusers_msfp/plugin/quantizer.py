@@ -83,9 +83,11 @@ class MSFPQuantizer(DiffusersQuantizer):
         """Refuse what diffusers would do behind our back: tensors on disk are cast and never shown to us.
 
         Raises:
-            UnsupportedError: disk offload in another dtype than float32.
+            UnsupportedError: disk offload in another dtype than float32, or of weights that are still to be quantized.
         """
         devices = device_map.values() if isinstance(device_map, dict) else ()
+        if "disk" in devices and not self.pre_quantized:
+            raise UnsupportedError("Quantize without offloading to disk, which leaves layers float; offload it later.")
         if "disk" in devices and self._dtype != torch.float32:
             raise UnsupportedError(
                 f"Disk offload keeps scales exact only in float32, but got `dtype={self._dtype}`. Leave "

@@ -24,7 +24,7 @@ from ..compat.diffusers import (
 )
 from ..errors import ConfigError
 from ..results import OnProgress
-from .denoisers import labels_of, say_unnamed
+from .denoisers import attention_kept, labels_of, say_unnamed
 from .finite_steps import require_finite_steps
 from .observation import quantized_models
 
@@ -132,7 +132,7 @@ class Call:
 
     def run(self, pipe: DiffusionPipeline) -> Any:
         """What the pipeline returns; the user's random states stay as they are."""
-        with drawing_from(self.seed, pipe):
+        with drawing_from(self.seed, pipe), attention_kept(pipe):
             return cast(Any, pipe)(**self.arguments)
 
 

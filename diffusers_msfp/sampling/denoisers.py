@@ -2,7 +2,8 @@
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -208,3 +209,25 @@ def model_output(output: Any) -> Tensor:
     if not isinstance(first, Tensor):
         raise ConfigError(f"A denoiser's first output must be a tensor, but got {type(first).__name__}.")
     return first
+
+
+@contextmanager
+def attention_kept(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Where an error ends the block, models get the attention processors back that a pipeline had exchanged.
+
+    Pipelines with perturbed-attention guidance exchange them for the time of a call, and give them back at its end.
+    """
+    models = [part for part in pipe.components.values() if hasattr(part, "set_attn_processor")]
+    before = [(model, attention_of(model)) for model in models]
+    try:
+        yield
+    except BaseException:
+        for model, own in before:
+            if own != attention_of(model):
+                model.set_attn_processor(dict(own or {}))
+        raise
+
+
+def attention_of(model: object) -> dict[str, Any] | None:
+    """A model's attention processors by name; None where it does not say."""
+    return getattr(model, "attn_processors", None)

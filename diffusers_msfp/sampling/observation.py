@@ -267,8 +267,16 @@ def freeze(model: nn.Module) -> None:
         _freeze(model)
 
 
+def require_in_memory(model: nn.Module) -> None:
+    """Refuse to set the ranges of layers that are offloaded: they would be lost."""
+    away = next((name for name, layer in quant_layers(model) if layer.weight_scale.is_meta), None)
+    if away is not None:
+        raise StateError(f"Ranges are set in memory, but `{away}` is offloaded. Calibrate first, and offload then.")
+
+
 def _freeze(model: nn.Module | DiffusionPipeline) -> None:
     for m in _require_quantized(model):
+        require_in_memory(m)
         observing = [(name, layer) for name, layer in quant_layers(m) if layer.observing]
         if not observing:
             continue

@@ -8,7 +8,8 @@ A training batch holds all samples of a rollout, each at another step of its tra
 lowers the error clearly more per update than one timestep for the whole batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from ..compat.torch import tree_flatten, tree_map, tree_unflatten
 from ..errors import ConfigError
 from .calls import quiet
-from .denoisers import denoiser_name, denoiser_of, model_output
+from .denoisers import attention_of, denoiser_name, denoiser_of, model_output
 from .denoising_factor import RunFactors
 from .timestep import TimestepArgument, require_timesteps, timestep_argument
 from .used_output import used_part
@@ -47,6 +48,55 @@ class DenoisingStep:
             return leaf[order] if _has_rows(leaf, len(order)) else leaf
 
         return DenoisingStep(*tree_map(arrange, (self.timesteps, self.args, self.kwargs, self.output)))
+
+    def run(self, model: nn.Module) -> Any:
+        """What a model gives in this call; it may take the lists among its arguments apart."""
+        args, kwargs = _fresh((self.args, self.kwargs))
+        return model(*args, **kwargs)
+
+
+@contextmanager
+def after_calls(model: nn.Module, look: Callable) -> Iterator[None]:
+    """Within the block, `look(model, args, kwargs, output)` follows each call of a denoiser by its pipeline.
+
+    The arguments are those that were given: what takes its lists apart (`UNet2DConditionModel` those of a T2I-Adapter)
+    leaves a forward hook empty ones.
+
+    Raises:
+        ConfigError: in the first call, where the pipeline has exchanged attention processors, which a repeated call
+            outside of it would lack.
+    """
+    given: list[tuple] = []
+    outside = attention_of(model)
+
+    def before(_model: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal outside
+        if outside is not None and outside != attention_of(model):
+            raise ConfigError(
+                f"A pipeline must call its {type(model).__name__} with the attention processors that it has outside of "
+                f"the call, but this one exchanges them while it runs, as perturbed-attention guidance does. Give "
+                f"`pag_scale=0`, or another pipeline."
+            )
+        outside = None
+        given.append(_fresh((args, kwargs)))
+
+    def after(_model: nn.Module, _args: tuple, _kwargs: dict, output: Any) -> Any:
+        return look(model, *given.pop(), output)
+
+    handles = [
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(after, with_kwargs=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _fresh(arguments: Any) -> Any:
+    """The same leaves in containers of their own."""
+    return tree_map(lambda leaf: leaf, arguments)
 
 
 def _has_rows(leaf: Any, number: int) -> bool:
@@ -93,12 +143,8 @@ def rollout(
         steps.append(DenoisingStep(timesteps.expand(len(predicted)), args, kwargs, predicted))
 
     generators = [torch.Generator().manual_seed(seed + first + i) for i in range(size)]
-    handle = denoiser.register_forward_hook(keep, with_kwargs=True)
-    try:
-        with quiet(pipe), torch.no_grad():
-            make_arguments(first, size, generators if size > 1 else generators[0]).run(pipe)
-    finally:
-        handle.remove()
+    with after_calls(denoiser, keep), quiet(pipe), torch.no_grad():
+        make_arguments(first, size, generators if size > 1 else generators[0]).run(pipe)
     if not steps:
         raise ConfigError(
             f"{type(pipe).__name__} must call its `{denoiser_name(pipe)}` to show how it works, but never does with "

@@ -21,7 +21,7 @@ from ..engines.choose import resident_bytes
 from ..errors import ConfigError
 from ..methods.routes import routing_of
 from ..plugin.config import config_of
-from ..sampling.calls import call_arguments, require_positive
+from ..sampling.calls import call_arguments, require_positive, unseen
 from ..sampling.denoisers import denoiser_of, num_classes_of
 from ..sampling.observation import quantized_models
 from ..sampling.solvers import takes_ddim
@@ -144,7 +144,7 @@ class Candidate:
         if self.guidance_scale is not None and guidance_scale is not None:
             given["guidance_scale"] = guidance_scale
         make = call_arguments(self.pipe, [prompt] if prompt else None, num_inference_steps, given)
-        return lambda: make(0, 1, torch.Generator().manual_seed(int(seed))).arguments
+        return lambda: make(0, 1, torch.Generator().manual_seed(unseen(int(seed)))).arguments
 
 
 def require_comparable(quantized: Candidate, reference: Candidate) -> None:

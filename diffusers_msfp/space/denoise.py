@@ -125,11 +125,16 @@ def _watched(scheduler: Scheduler, hand_over: Callable[[tuple], None]) -> Schedu
 
 
 def _estimate(scheduler: Scheduler, result: Any) -> Tensor:
-    """The denoised sample as the step predicts it; where a scheduler keeps that to itself, the sample as it is."""
+    """The denoised sample as the step predicts it; where a scheduler keeps that to itself, the sample as it is.
+
+    Multistep solvers keep their predictions: of the sample in the forms that solve for it, of the noise in others.
+    """
     predicted = getattr(result, "pred_original_sample", None)
     if predicted is not None:
         return predicted
-    history = getattr(scheduler, "model_outputs", None)  # multistep solvers keep their predictions
+    config, history = scheduler.config, getattr(scheduler, "model_outputs", None)
+    if not (config.get("predict_x0") or "dpmsolver++" in str(config.get("algorithm_type"))):
+        history = None
     return result.prev_sample if not history or history[-1] is None else history[-1]
 
 

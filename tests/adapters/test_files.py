@@ -96,6 +96,16 @@ def unchanged(pipe, case: Case, before: list[dict]) -> bool:
     return all(kinds.same(now, then, trained=False) for now, then in zip(states(pipe, case), before, strict=True))
 
 
+def test_what_diffusers_would_swap_half_is_refused():
+    case = CASES["Stable Diffusion"]
+    pipe, _ = make(case)
+    pipe.load_lora_weights(lora_file(case, 2), adapter_name="a")
+    before = states(pipe, case)
+    with pytest.raises(UnsupportedError, match="`hotswap` is possible for denoisers alone.* `text_encoder` too"):
+        pipe.load_lora_weights(lora_file(case, 4), adapter_name="a", hotswap=True)
+    assert unchanged(pipe, case, before)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_loads_acts_swaps_and_unloads(name):
     case = CASES[name]

@@ -176,7 +176,7 @@ def main(
     started = time.monotonic()
     reference = with_ddim(DiffusionPipeline.from_pretrained(model, dtype=torch.float32))
     reference.set_progress_bar_config(disable=True)
-    about = {"model": model.name, "weights": fingerprint([denoiser_of(reference)])}
+    about = {"model": model.name, "weights": fingerprint([denoiser_of(reference)]), "num_samples": num_samples}
     asked = asked_of(model, reference)
     tuned_for = by_scheme(tuned) | (TUNED_MODELS if model == EMBEDDED_MODEL else {})
     pictures = work or Path(tempfile.gettempdir()) / "baseline-pictures"
@@ -204,7 +204,6 @@ def main(
             "scheme": cell.scheme,
             "recipe": cell.recipe,
             "float": list(cell.keep),
-            "num_samples": num_samples,
             "git": origin()["git"],
             "traj_rel_l2": result.traj_rel_l2,
             "eps_rel_l2": result.eps_rel_l2,
@@ -242,7 +241,7 @@ def keep(row: dict) -> None:
             for each in read_results("baselines")["rows"]
             if each["cell"] in CELLS
             and (each["model"], each["cell"]) != (row["model"], row["cell"])
-            and (each["model"] != row["model"] or each["weights"] == row["weights"])
+            and (each["model"] != row["model"] or all(each[key] == row[key] for key in ("weights", "num_samples")))
         ]
         order = list(dict.fromkeys(each["model"] for each in [*rows, row]))
         rows.append(row)

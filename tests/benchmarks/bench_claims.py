@@ -6,8 +6,9 @@
 Any pipeline with one denoiser, 20 steps of DDIM. A claim says that one variant is better than another, in PSNR to full
 precision's pictures of equal noise, or that a variant is as good as full precision, by the Fréchet distance of its
 pictures to real ones. Variants of which a claim trains something are made with three seeds of calibration, training and
-noise, the others with one. What is there for these weights is not made again; `--hours` stops between two variants,
-`--only` makes its variants anew, so that several processes may share the work. `claims.py` turns rows into verdicts.
+noise, the others with one. What is there for these weights and lengths is not made again, and takes the place of what
+is there for others; `--hours` stops between two variants, `--only` makes its variants anew, so that several processes
+may share the work. `claims.py` turns rows into verdicts.
 Writes `model_cards/results/claims.json`.
 """
 
@@ -50,7 +51,7 @@ from diffusers_msfp.recipes import RECIPES
 from diffusers_msfp.sampling.calls import call_arguments
 from diffusers_msfp.sampling.denoisers import denoisers_of
 from diffusers_msfp.sampling.solvers import with_ddim
-from diffusers_msfp.schemes import SCHEMES
+from diffusers_msfp.schemes import SCHEMES, resolve
 
 COMMAND = "python tests/benchmarks/bench_claims.py --data fashion_mnist.npz"
 DRAW = {"num_inference_steps": 20, "sampler": "own"}
@@ -156,21 +157,31 @@ def places_of(pipe: DiffusionPipeline) -> dict[str, str]:
     return found
 
 
+def inner_places_of(pipe: DiffusionPipeline) -> dict[str, str]:
+    """Those of them that the scheme gives 4 bits; an override would give its formats to the 8-bit ones, too."""
+    inner = SCHEMES[PURE].inner
+    return {name: place for name, place in places_of(pipe).items() if resolve(name, PURE, {}) is inner}
+
+
+def config_of(reference: DiffusionPipeline, variant: Variant) -> MSFPConfig | None:
+    """What a variant quantizes with; None where the model has no such place."""
+    if not variant.place:
+        return MSFPConfig(variant.scheme)
+    read, other = inner_places_of(reference), with_inputs_of(variant.formats)
+    if variant.place == "elsewhere":
+        return MSFPConfig(other, scheme_overrides=dict.fromkeys(read, variant.scheme))
+    there = [name for name, place in read.items() if place == variant.place]
+    return MSFPConfig(variant.scheme, scheme_overrides=dict.fromkeys(there, other)) if there else None
+
+
 Made = tuple[DiffusionPipeline, dict]
 
 
 def made(reference: DiffusionPipeline, variant: Variant, updates: int, seed: int, asked: dict) -> Made | None:
     """A variant's pipeline and what its stages say; None where the model has no such place."""
-    config = MSFPConfig(variant.scheme)
-    if variant.place:
-        read, other = places_of(reference), with_inputs_of(variant.formats)
-        if variant.place == "elsewhere":
-            config = MSFPConfig(other, scheme_overrides=dict.fromkeys(read, variant.scheme))
-        else:
-            there = [name for name, place in read.items() if place == variant.place]
-            config = MSFPConfig(variant.scheme, scheme_overrides=dict.fromkeys(there, other))
-            if not there:
-                return None
+    config = config_of(reference, variant)
+    if config is None:
+        return None
     pipe = copy.deepcopy(reference)
     quantize_pipeline(pipe, config, seed=seed, **asked)
     said = {}
@@ -216,7 +227,9 @@ def main(
     reference.set_progress_bar_config(disable=True)
     asked = asked_of(model, reference)
     about = {"model": model.name, "weights": fingerprint(list(denoisers_of(reference).values())), "updates": updates}
+    about |= {"num_samples": num_samples}
     rows = read_results("claims")["rows"] if (RESULTS / "claims.json").exists() else []
+    rows = [row for row in rows if row.get("num_pictures", num_pictures) == num_pictures]
     there = {(row["variant"], row["seed"]) for row in rows if about.items() <= row.items()}
     wanted = only.split(";") if only else VARIANTS
     for name, seed in ((variant, seed) for variant in wanted for seed in seeds_of(variant)):
@@ -234,14 +247,14 @@ def main(
             draw = DRAW | asked | {"num_samples": num_samples, "seed": 1000 + seed, "folder": work}
             values = psnr_db(*(draw_pictures(each, **draw).float() for each in (reference, pipe)))
             compared = compare_pipelines(reference, pipe, num_samples=32, seed=2000 + seed, **asked)
-            row |= {"num_samples": num_samples, "traj_rel_l2": float(f"{compared.traj_rel_l2:.5g}")}
+            row |= {"traj_rel_l2": float(f"{compared.traj_rel_l2:.5g}")}
             row["psnr_db_by_picture"] = [round(each, 2) for each in values.tolist()]
             if any(claim.better == name and claim.than == FULL_PRECISION for claim in CLAIMS):
                 draw |= {"num_samples": num_pictures}
                 sets = [draw_pictures(each, **draw).float() for each in (reference, pipe)]
                 real, _ = load_real(real_pictures(data, work), tuple(sets[0].shape[1:]))
                 row |= {"num_pictures": num_pictures, "excess": [round(end, 4) for end in excess(*sets, real)]}
-        keep_rows("claims", COMMAND, [row], by=("model", "variant", "seed", "updates"), order=place)
+        keep_rows("claims", COMMAND, [row], by=("model", "variant", "seed"), order=place, beside=about.items())
         typer.echo(f"{name}, seed {seed}: {time.perf_counter() - began:.0f} s", err=True)
 
 

@@ -54,7 +54,7 @@ class Case:
         return own | ({"ONEDNN_MAX_CPU_ISA": self.isa} if self.isa else {})
 
 
-SHORT = ("fp32", "w4a4", "w4a8", *GRAPHS)
+SHORT = ("fp32", "bf16", "w4a4", "w4a8", *GRAPHS)
 FLOATS = ("fp32", "fp32:cl", "bf16")
 CASES = {
     "ddpm": Case("ddpm-cifar10", 8, (*FLOATS, *OURS, *GRAPHS, "w4a4:reference")),
@@ -69,7 +69,7 @@ CASES = {
     **{f"ddpm-avx2-batch{n}": Case("ddpm-cifar10", n, ("fp32", "w4a4", "w4a8"), isa="AVX2") for n in (1, 16)},
     "embedded-avx2": Case(str(EMBEDDED_MODEL), 8, ("fp32", "fp32:cl", "w4a4", "w4a8"), isa="AVX2"),
     "embedded": Case(str(EMBEDDED_MODEL), 8, (*FLOATS, *OURS, *GRAPHS)),
-    "sd15": Case("sd15", 2, ("fp32", "w4a4", "w4a8"), repeats=3),
+    "sd15": Case("sd15", 2, ("fp32", "bf16", "w4a4", "w4a8"), repeats=3),
     **{f"sd15-{name}": Case("sd15", 2, (f"openvino:{name}",), repeats=3) for name in ("bf16", "int8")},
     "sd15-vnni": Case("sd15", 2, ("fp32", "w4a4", "w4a8"), isa="AVX512_CORE_VNNI", repeats=2),
     "sd15-graph": Case("sd15", 2, ("w4a8:openvino",), repeats=3),

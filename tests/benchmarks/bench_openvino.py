@@ -32,8 +32,10 @@ from diffusers_msfp.assets import EMBEDDED_MODEL, TUNED_MODELS
 from diffusers_msfp.compat.openvino import graph_of
 from diffusers_msfp.engines.openvino import forward, installed
 from diffusers_msfp.evaluation.compare import psnr_db
+from diffusers_msfp.evaluation.images.samples import draw_pictures
 from diffusers_msfp.evaluation.timing.providers import provide
 from diffusers_msfp.evaluation.timing.speed import example_inputs, step_of, take_turns
+from diffusers_msfp.sampling.solvers import with_ddim
 
 COMMAND = "python tests/benchmarks/bench_openvino.py"
 STEPS = {"ddpm-cifar10": (8, 9), "embedded": (8, 15), "sd15": (2, 3)}
@@ -87,22 +89,13 @@ def time_steps(name: str) -> list[dict]:
 
 
 def pictures(engine: str) -> torch.Tensor:
-    """`(N, 1, 32, 32)` in 0 … 1, of the fine-tuned checkpoint."""
-    pipe = DiffusionPipeline.from_pretrained(EMBEDDED_MODEL if engine == "float" else TUNED_MODELS["w4a8"])
+    """`(N, 1, 32, 32)` in 0 … 1, of the fine-tuned checkpoint, from noise that it was not trained on."""
+    pipe = with_ddim(DiffusionPipeline.from_pretrained(EMBEDDED_MODEL if engine == "float" else TUNED_MODELS["w4a8"]))
     pipe.set_progress_bar_config(disable=True)
     if engine != "float":
         set_engine(pipe, engine)
-    parts = []
-    for start in range(0, QUALITY["images"], QUALITY["batch"]):
-        generators = [torch.Generator().manual_seed(start + index) for index in range(QUALITY["batch"])]
-        images = pipe(
-            batch_size=QUALITY["batch"],
-            generator=generators,
-            num_inference_steps=QUALITY["num_inference_steps"],
-            output_type="np",
-        ).images
-        parts.append(torch.from_numpy(images).permute(0, 3, 1, 2))
-    return torch.cat(parts)
+    draw = {"num_samples": QUALITY["images"], "num_inference_steps": QUALITY["num_inference_steps"], "sampler": "own"}
+    return draw_pictures(pipe, **draw).float()
 
 
 def quality(_: str) -> list[dict]:

@@ -94,10 +94,11 @@ def found(claim: Claim, rows: Sequence[dict]) -> tuple[str, str] | None:
         than = better
     if not better or len(better) != len(than) or (claim.trained and len(better) < len(SEEDS)):
         return None
-    if any("num_samples" not in row for row in (*better, *than)):
+    if any("psnr_db_by_picture" not in row for row in (*better, *than)):
         return "–", "no such inputs"
     if claim.than == FULL_PRECISION:
-        value, low, high = (sum(row["excess"][end] for row in better) / len(better) for end in range(3))
+        values, lows, highs = zip(*(row["excess"] for row in better), strict=True)
+        value, low, high = sum(values) / len(values), min(lows), max(highs)  # of all seeds
         verdict = "confirmed" if high < claim.margin else "refuted" if low > claim.margin else "undecided"
         return verdict, f"{100 * value:+.1f} % ({100 * low:+.1f} – {100 * high:+.1f})"
     value, low, high = paired(better, than)

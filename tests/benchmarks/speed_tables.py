@@ -19,52 +19,59 @@ CASES = {
 
 
 RIVAL = "openvino:int8"
+TIMES = {
+    "`w4a4`": "w4a4",
+    "`w4a8`": "w4a8",
+    "`w4a4`, graph": "w4a4:openvino",
+    "`w4a8`, graph": "w4a8:openvino",
+    "OpenVINO bf16": "openvino:bf16",
+    "NNCF int8": RIVAL,
+}
 
 
-def steps(amx: bool) -> Iterator[tuple[str, dict[str, dict], list[dict]]]:
-    """Of one kind of processor: what a case is called, its rows by provider, and those of other runtimes."""
+def steps(amx: bool) -> Iterator[tuple[str, dict[str, dict], dict[str, str]]]:
+    """Of one kind of processor: what a case is called, its rows by provider, and how many times as fast as bfloat16.
+
+    That is in the faster of its two memory layouts. Other runtimes, and a graph of a large model, have a process of
+    their own, with bfloat16 in it.
+    """
     groups = {case: [row for row in rows if has_amx(row) == amx] for case, rows in grouped("engines", "case").items()}
     for case, label in CASES.items():
         if groups[case]:
+            rows = {row["provider"]: row for row in groups[case]}
             more = [row for name in ("graph", "runtimes", "int8", "bf16") for row in groups.get(f"{case}-{name}", ())]
-            yield label, {row["provider"]: row for row in groups[case]}, more
+            every, best = {row["provider"]: row for row in more} | rows, _best(rows)["speedup"]
+            times = {name: f"{every[name]['speedup'] / best:.2f}" if name in every else "–" for name in TIMES.values()}
+            yield label, rows, times
+
+
+def _best(rows: dict[str, dict]) -> dict:
+    """Bfloat16 in the faster of its layouts."""
+    return max((rows[name] for name in ("bf16:cl", "bf16") if name in rows), key=lambda row: row["speedup"])
+
+
+def _engines(amx: bool) -> Iterator[dict[str, str]]:
+    for label, rows, times in steps(amx):
+        ours = rows["w4a4"]
+        yield {
+            "model": label,
+            "bf16": f"{1e3 * _best(rows)['seconds']:.0f} ms",
+            "`w4a4`": f"{1e3 * ours['seconds']:.0f} ms",
+            "quartiles": f"{1e3 * ours['seconds_low']:.0f} – {1e3 * ours['seconds_high']:.0f}",
+            **{f"{title}, ×": times[name] for title, name in TIMES.items()},
+            "`w4a4`, × fp32": f"{rows['fp32']['seconds'] / ours['seconds']:.2f}",
+            "`w4a4` / floor": f"{ours['seconds'] / ours['floor_seconds']:.2f}",
+        }
 
 
 def engines() -> Iterator[dict[str, str]]:
-    """A step in `w4a4`, against floats; a float32 model's where that is faster."""
-    for label, rows, rivals in steps(amx=False):
-        ours = min((rows[name] for name in ("w4a4", "w4a4:fp32") if name in rows), key=lambda row: row["seconds"])
-        yield {
-            "model": label,
-            "bf16 channels last": f"{1e3 * rows['bf16:cl']['seconds']:.0f} ms",
-            "`w4a4`": f"{1e3 * ours['seconds']:.0f} ms",
-            "quartiles": f"{1e3 * ours['seconds_low']:.0f} – {1e3 * ours['seconds_high']:.0f}",
-            "× bf16 channels last": f"{ours['speedup']:.2f}",
-            "`w4a8`, ×": f"{rows['w4a8']['speedup']:.2f}" if "w4a8" in rows else "–",
-            "OpenVINO int8, ×": next((f"{row['speedup']:.2f}" for row in rivals if row["provider"] == RIVAL), "–"),
-            "× fp32": f"{rows['fp32']['seconds'] / ours['seconds']:.2f}",
-            "step / floor": f"{ours['seconds'] / ours['floor_seconds']:.2f}",
-        }
+    """A step on a processor without AMX: layer by layer, as a graph, and in other runtimes."""
+    yield from _engines(amx=False)
 
 
 def engines_amx() -> Iterator[dict[str, str]]:
-    """A step on a processor with AMX: layer by layer, as a graph, and in other runtimes."""
-    for label, rows, others in steps(amx=True):
-        every = {row["provider"]: row for row in others} | rows
-        times = {
-            "`w4a4`, layers": "w4a4",
-            "`w4a8`, layers": "w4a8",
-            "`w4a4`, graph": "w4a4:openvino",
-            "`w4a8`, graph": "w4a8:openvino",
-            "OpenVINO bf16": "openvino:bf16",
-            "NNCF int8": RIVAL,
-        }
-        yield {
-            "model": label,
-            "bf16 channels last": f"{1e3 * rows['bf16:cl']['seconds']:.0f} ms",
-            **{f"{t}, ×": f"{every[name]['speedup']:.2f}" if name in every else "–" for t, name in times.items()},
-            "layers / floor": f"{rows['w4a4']['seconds'] / rows['w4a4']['floor_seconds']:.2f}",
-        }
+    """The same with AMX."""
+    yield from _engines(amx=True)
 
 
 RUNS = {"ddpm": "ddpm-cifar10", "sd15": "sd15", "embedded": "embedded"}
@@ -117,21 +124,19 @@ SHORT = ("ddpm", "ddpm-batch1", "ddpm-batch16", "ddpm-size128", "sd15", "embedde
 
 
 def speed() -> Iterator[dict[str, str]]:
-    """The short form of `engines`, `openvino` and `engines_amx`."""
-    graphs = {row["model"]: row["`openvino`, ×"] for row in openvino()}
-    with_amx = {row["model"]: row for row in engines_amx()}
-    short = [CASES[name] for name in SHORT]
+    """The short form of `engines` and `engines_amx`."""
+    with_amx, short = {row["model"]: row for row in engines_amx()}, [CASES[name] for name in SHORT]
     for row in engines():
-        if (model := row["model"]) in short:
+        if row["model"] in short:
+            amx = with_amx[row["model"]]
             yield {
-                "model": model,
-                "bf16": row["bf16 channels last"],
-                "`w4a4`, ×": row["× bf16 channels last"],
-                "`w4a8`, ×": row["`w4a8`, ×"],
-                "graph, ×": graphs.get(model, "–"),
-                "NNCF, ×": row["OpenVINO int8, ×"],
-                "AMX: bf16": with_amx[model]["bf16 channels last"],
-                "`w4a8`, × ": with_amx[model]["`w4a8`, layers, ×"],
-                "graph, × ": with_amx[model]["`w4a8`, graph, ×"],
-                "NNCF, × ": with_amx[model]["NNCF int8, ×"],
+                "model": row["model"],
+                "bf16": row["bf16"],
+                "`w4a4`, ×": row["`w4a4`, ×"],
+                **{title: row[name] for title, name in _SHORT_TIMES.items()},
+                "AMX: bf16": amx["bf16"],
+                **{f"{title} ": amx[name] for title, name in _SHORT_TIMES.items()},
             }
+
+
+_SHORT_TIMES = {"`w4a8`, ×": "`w4a8`, ×", "graph, ×": "`w4a8`, graph, ×", "NNCF, ×": "NNCF int8, ×"}

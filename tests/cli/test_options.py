@@ -6,12 +6,14 @@ from dataclasses import dataclass, fields
 import pytest
 import typer
 from command_line import program
+from PIL import Image
 from typer.testing import CliRunner
 
 from diffusers_msfp import cli
 from diffusers_msfp.cli.app import app
 from diffusers_msfp.cli.shared.options import with_config
 from diffusers_msfp.cli.shared.settings import settings_of
+from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.methods import METHODS
 from diffusers_msfp.methods.talora.config import FinetuneConfig
 
@@ -110,6 +112,17 @@ def test_set_help_lists_every_setting(monkeypatch):
     one = program("quantize", "somewhere", "--set", "split.help").stdout
     assert "split.num_samples" in one
     assert "talora" not in one.replace("talora.minutes=5", "")
+
+
+def test_settings_of_the_correction(tiny_dir, tmp_path):
+    run = {"num_samples": 2, "num_inference_steps": 2, "scheme": "w4a4"}
+    result = cli.quantize(tiny_dir, tmp_path / "a", settings={"correction": {"num_samples": 1}}, **run)
+    assert result is not None
+    with pytest.raises(ConfigError, match="but got 'correction'"):
+        cli.quantize(tiny_dir, tmp_path / "b", settings={"correction": {"num_samples": 1}}, correction=False, **run)
+    Image.new("L", (8, 8)).save(tmp_path / "picture.png")
+    with pytest.raises(ConfigError, match="`images` set the ranges of quantized inputs, but `w4a16`"):
+        cli.quantize(tiny_dir, tmp_path / "c", scheme="w4a16", images=tmp_path)
 
 
 def test_set_help_of_what_is_no_stage():

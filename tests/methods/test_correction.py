@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import make_dit_pipe, make_unet
-from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+from diffusers import DanceDiffusionPipeline, DDIMScheduler, DDPMPipeline, UNet1DModel, UNet2DModel
 
 from diffusers_msfp import (
     CorrectionConfig,
@@ -17,7 +17,7 @@ from diffusers_msfp import (
     uncorrect_output,
 )
 from diffusers_msfp.checkpoint.describe import read_config
-from diffusers_msfp.errors import CheckpointError, StateError
+from diffusers_msfp.errors import CheckpointError, StateError, UnsupportedError
 from diffusers_msfp.evaluation import compare_pipelines
 from diffusers_msfp.methods.correction import CorrectionHook, CorrectionTable
 from diffusers_msfp.methods.correction.attach import attach_correction, correction_of
@@ -171,3 +171,16 @@ def test_version_1_becomes_version_2_and_cannot_claim_one(tmp_path):
 def test_damaged_tables_are_refused(table):
     with pytest.raises(CheckpointError, match="damaged file"):
         table(torch.tensor([1.0, 2.0]))
+
+
+def test_channels_elsewhere_are_refused():
+    config = {"sample_size": 64, "sample_rate": 64, "extra_in_channels": 64, "use_timestep_embedding": False}
+    config |= {"block_out_channels": (32, 32, 64), "time_embedding_type": "fourier", "flip_sin_to_cos": True}
+    down = ("DownBlock1DNoSkip", "DownBlock1D", "AttnDownBlock1D")
+    blocks = {"down_block_types": down, "up_block_types": ("AttnUpBlock1D", "UpBlock1D", "UpBlock1DNoSkip")}
+    teacher = DanceDiffusionPipeline(UNet1DModel(**config, **blocks), DDIMScheduler())
+    pipe = copy.deepcopy(teacher)
+    quantize_pipeline(pipe, "w4a16")
+    with pytest.raises(UnsupportedError, match=r"has its channels \(2 or 2\) in the last axis"):
+        correct_output(pipe, teacher, CorrectionConfig(num_samples=1, num_inference_steps=2))
+    assert correction_of(pipe.unet) is None

@@ -15,7 +15,7 @@ from diffusers_msfp.checkpoint.record import ModelRecord
 from diffusers_msfp.errors import ConfigError, NonFiniteError, ShapeError, StateError, UnsupportedError
 from diffusers_msfp.evaluation import compare_pipelines
 from diffusers_msfp.methods.talora import Trainee
-from diffusers_msfp.methods.talora.config import block_at, exploration_factor, learning_rate_factor
+from diffusers_msfp.methods.talora.config import exploration_factor, learning_rate_factor, turn_at
 from diffusers_msfp.methods.talora.finetuner import Finetuner
 from diffusers_msfp.plugin.quantize import quantize_model
 from diffusers_msfp.sampling.calls import call_arguments
@@ -259,8 +259,23 @@ def test_schedules():
     assert learning_rate_factor(100, 100) == 0
     assert exploration_factor(0, 100) == 1
     assert exploration_factor(50, 100) == 0
-    assert [block_at({"a": 1, "b": 3}, update, 8) for update in range(8)] == ["a"] * 2 + ["b"] * 6
-    assert block_at({"a": 1, "b": 3}, 9, 8) == "b"
+    assert turn_at({}, 3, 8) == (None, 3, 8)
+    turns = [turn_at({"a": 1, "b": 3}, update, 8) for update in range(10)]
+    assert turns == [("a", i, 2) for i in range(2)] + [("b", i, 6) for i in range(8)]
+
+
+def test_every_block_is_trained_at_the_full_rate_in_the_order_of_running(packed_pipe, teacher, monkeypatch):
+    monkeypatch.setattr(Finetuner, "_backward", lambda _self, _number, turn: seen.append(turn) or torch.zeros(()))
+    seen = []
+    finetune(packed_pipe, teacher, FinetuneConfig(**SHORT | {"train_steps": 200}, blockwise=True, preview_every=0))
+    order = list(dict.fromkeys(turn.block for turn in seen))
+    assert (
+        order.index("down_blocks.0") < order.index("mid_block") < order.index("up_blocks.0") < order.index("conv_out")
+    )
+    for block in order:
+        mine = [turn for turn in seen if turn.block == block]
+        assert [turn.update for turn in mine] == list(range(mine[0].total))
+        assert max(learning_rate_factor(turn.update, turn.total) for turn in mine) > 0.7
 
 
 def test_a_fine_tuned_model_is_calibrated_anew_where_its_adapters_are_its_weights(packed_pipe, teacher):

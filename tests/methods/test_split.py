@@ -97,6 +97,8 @@ def test_only_the_shortcuts_change_and_get_better(teacher, engine):
     before, error = pipe.unet.state_dict(), (predicted(pipe) - predicted(teacher)).norm()
     result = split_shortcuts(pipe, teacher, SHORT)
     assert result.split == split_of(pipe.unet) == SHORTCUTS
+    shortcuts = [pipe.unet.get_submodule(name) for name in SHORTCUTS]
+    assert {part.input_format.bits for each in shortcuts for part in each.children()} == {8}  # they read residual sums
     after = pipe.unet.state_dict()
     kept = [key for key in before if not any(key.startswith(name) for name in SHORTCUTS)]
     assert all(torch.equal(before[key], after[key]) for key in kept)

@@ -10,7 +10,15 @@ from conftest import equal_state, make_unet, run
 from diffusers import DDIMScheduler, DDPMPipeline
 from torch import nn
 
-from diffusers_msfp import MSFPConfig, SplitConfig, quantize_pipeline, split_shortcuts
+from diffusers_msfp import (
+    MSFPConfig,
+    SplitConfig,
+    calibrate,
+    calibration_state,
+    freeze,
+    quantize_pipeline,
+    split_shortcuts,
+)
 from diffusers_msfp.errors import StateError
 from diffusers_msfp.layers import QUANT_LAYERS, QuantLayer
 from diffusers_msfp.layers.convert import quant_layers
@@ -68,6 +76,26 @@ def test_a_model_whose_layers_run_something_else_is_not_split(packed_pipe):
     sequential_offload(packed_pipe.unet)
     with pytest.raises(StateError, match="must run its own `forward` to be split"):
         split_shortcuts(packed_pipe, teacher, SHORT)
+
+
+def test_ranges_are_not_set_while_weights_are_elsewhere(images):
+    pipe = DDPMPipeline(make_unet(), DDIMScheduler())
+    quantize_model(pipe.unet, MSFPConfig("w4a4"))
+    sequential_offload(pipe.unet)
+    with torch.no_grad():
+        for timestep in (900, 500):
+            pipe.unet(images, timestep)
+    freeze(pipe.unet)  # buffers are in memory
+    assert not any(layer.input_scale.is_meta for _, layer in quant_layers(pipe.unet) if layer.input_format is not None)
+    assert pipe.unet.mid_block.resnets[0].conv1.input_format.bits == 4
+    assert torch.isfinite(run(pipe.unet, images)).all()
+    pipe = quantize_pipeline(DDPMPipeline(make_unet(), DDIMScheduler()), "w4a4", num_samples=2, num_inference_steps=2)
+    expected = run(pipe.unet, images)
+    cpu_offload(pipe.unet, execution_device=CPU, offload_buffers=True)
+    with pytest.raises(StateError, match="is offloaded. Calibrate first"):
+        calibrate(pipe, num_samples=1, num_inference_steps=2)
+    assert calibration_state(pipe.unet) == "frozen"
+    assert torch.equal(run(pipe.unet, images), expected)
 
 
 def test_what_was_taken_off_is_no_obstacle(unet, images):

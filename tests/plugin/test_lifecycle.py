@@ -315,12 +315,23 @@ def test_group_offload(packed_pipe, images):
 
 
 def test_disk_offload_that_would_cast_scales_is_refused(condition_unet, tmp_path):
+    quantize_model(condition_unet, MSFPConfig("w4a16"))
     condition_unet.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedError, match="Disk offload keeps scales exact only in float32"):
         UNet2DConditionModel.from_pretrained(
             tmp_path,
-            quantization_config=MSFPConfig(scheme="w4a16"),
             dtype=torch.bfloat16,
+            device_map={"": "cpu", "mid_block": "disk"},
+            offload_folder=str(tmp_path / "disk"),
+        )
+
+
+def test_disk_offload_while_quantizing_is_refused(condition_unet, tmp_path):
+    condition_unet.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match="Quantize without offloading to disk"):
+        UNet2DConditionModel.from_pretrained(
+            tmp_path,
+            quantization_config=MSFPConfig("w4a16"),
             device_map={"": "cpu", "mid_block": "disk"},
             offload_folder=str(tmp_path / "disk"),
         )

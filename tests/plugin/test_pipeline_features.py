@@ -245,6 +245,14 @@ def test_from_pipe(pipe, before):
     assert (sample(pipe) == before).all()
 
 
+def test_nothing_is_cast_where_one_part_refuses(pipe):
+    dtypes = {name: part.dtype for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    for cast in (lambda: pipe.to(torch.float16), lambda: StableDiffusionImg2ImgPipeline.from_pipe(pipe)):
+        with pytest.raises(UnsupportedError, match="cannot be cast"):
+            cast()
+        assert dtypes == {name: getattr(pipe, name).dtype for name in dtypes}
+
+
 @pytest.mark.feature("`torch.compile` of denoiser and text encoder")
 def test_compile(pipe, before):
     for name in ("unet", "text_encoder"):

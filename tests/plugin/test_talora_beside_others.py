@@ -81,6 +81,9 @@ def test_a_corrected_base_rests_while_adapters_are_on_it(pipes, images, tmp_path
     pipes["side"].set_talora_scale(0.5)
     assert torch.equal(run(pipe.unet, images), run(pipes["side"].unet, images))
     pipe.set_talora_scale(1)
+    with caplog.at_level(logging.WARNING, "diffusers_msfp"):
+        pipe.unet.save_pretrained(tmp_path / "whole")
+    assert says(caplog, "rests, and is not saved")
     copied = copy.deepcopy(pipe)
     pipe.save_pretrained(tmp_path / "whole")
     pipes["side"].set_talora_scale(1)

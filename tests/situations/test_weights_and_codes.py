@@ -7,12 +7,14 @@ import torch
 from conftest import make_condition_unet, make_unet, run
 from diffusers import DDIMScheduler, DDPMPipeline
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor
+from diffusers.models.resnet import ResnetBlock2D
 from pipelines import make_small_pipe
 from torch import nn
 
 from diffusers_msfp import MSFPConfig, quantize_pipeline, set_engine
 from diffusers_msfp.errors import UnsupportedError
 from diffusers_msfp.layers import QuantLayer
+from diffusers_msfp.layers.convert import quant_layers
 from diffusers_msfp.numerics import Codes
 from diffusers_msfp.plugin.quantize import quantize_model
 
@@ -67,6 +69,11 @@ def test_weight_is_the_float_weight(dtype):
         norms = torch.linalg.norm(weight.flatten(1).float(), dim=1)
         assert torch.equal(norms, module.weight.flatten(1).float().norm(dim=1))
         assert weight.tolist() == module.weight.tolist()
+        parts = (lambda w: w[0], lambda w: w[:, 1:], lambda w: w.transpose(0, 1), lambda w: w.view(-1).chunk(2)[1])
+        for part in parts:
+            assert part(weight).stride() == part(module.weight).stride()
+            assert torch.equal(part(weight), part(module.weight))
+            assert torch.equal(part(weight) * 2, part(module.weight) * 2)
         assert type(copy.deepcopy(weight)) is torch.Tensor
         assert not weight.requires_grad
     scale = torch.ones((), requires_grad=True)
@@ -74,7 +81,9 @@ def test_weight_is_the_float_weight(dtype):
     assert scale.grad == module.weight.float().sum()
 
 
-@pytest.mark.situation("foreign code writes into `layer.weight`, assigns to it or to its `.data`", "refused")
+@pytest.mark.situation(
+    "foreign code writes into (a part of) `layer.weight`, assigns to it or to its `.data`", "refused"
+)
 def test_weight_cannot_be_written(packed_pipe):
     layer = first_layer(packed_pipe.unet, nn.Conv2d)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
@@ -92,8 +101,17 @@ def test_weight_cannot_be_written(packed_pipe):
     def initialise():
         nn.init.zeros_(layer.weight)
 
+    def assign_to_a_part():
+        layer.weight[:, 0] = 0
+
+    def scale_a_part():
+        layer.weight.data[0] *= 2
+
     writes = (lambda: layer.weight.add_(delta), lambda: layer.weight.copy_(delta), initialise, assign, assign_data)
-    for write in (*writes, add_to_data):
+    parts = (lambda: layer.weight[0].zero_(), lambda: layer.weight.view(-1).mul_(2), assign_to_a_part, scale_a_part)
+    parts += (lambda: layer.weight[:, 1:].transpose(0, 1).copy_(delta[:, 1:].transpose(0, 1)),)
+    others = (lambda: torch.mul(delta, 2, out=layer.weight), lambda: torch._foreach_mul_([layer.weight], 2))
+    for write in (*writes, *parts, *others, add_to_data):
         with pytest.raises(UnsupportedError, match="is packed and cannot be written.*dequantize"):
             write()
     assert all(torch.equal(layer.state_dict()[name], tensor) for name, tensor in before.items())
@@ -151,8 +169,11 @@ def test_codes_of_another_layer(packed_pipe):
     set_engine(packed_pipe, "int8")
     block = packed_pipe.unet.mid_block.resnets[0]
     x = torch.randn(2, 64, 4, 4)
+    seen = []
+    block.conv1.register_forward_pre_hook(lambda _layer, args: seen.append(args[0]))
     with torch.no_grad():
-        codes = block.norm1(x)
+        block(x, torch.randn(2, block.time_emb_proj.in_features))
+        codes = seen[0]
         assert isinstance(codes, Codes)
         assert codes.dtype == torch.float32
         torch.testing.assert_close(block.conv2(codes), block.conv2(codes.decoded()))
@@ -201,3 +222,54 @@ def test_text_pipeline_keeps_its_dtype():
     pipe = make_small_pipe().to(torch.bfloat16)
     quantize_pipeline(pipe, "w4a8", num_samples=1, num_inference_steps=2)
     assert {layer.weight.dtype for layer in pipe.unet.modules() if isinstance(layer, QuantLayer)} == {torch.bfloat16}
+
+
+@pytest.mark.situation("tensors of a quantized model that has run are written to, or exchanged, one by one", "right")
+@pytest.mark.parametrize("way", ["in place", "data", "module"])
+def test_tensors_that_are_written_to_reach_the_engine(packed_pipe, images, way):
+    def change(unet):
+        with torch.no_grad():
+            for _, layer in quant_layers(unet):
+                larger = 1.5 * layer.weight_scale
+                if way == "in place":
+                    layer.weight_scale.copy_(larger)
+                elif way == "data":
+                    layer.weight_scale.data = larger
+                else:
+                    layer._buffers["weight_scale"] = larger
+
+    fresh = copy.deepcopy(packed_pipe.unet)  # without what an engine made ready
+    before = run(packed_pipe.unet, images)
+    for unet in (fresh, packed_pipe.unet):
+        change(unet)
+    found = run(packed_pipe.unet, images)
+    assert torch.equal(found, run(fresh, images))
+    assert not torch.equal(found, before)
+
+
+@pytest.mark.situation("somebody's own block around the norms and layers of a residual block", "right")
+@pytest.mark.parametrize("way", ["module", "class"])
+def test_blocks_of_ones_own(images, way, monkeypatch):
+    pipe = quantize_pipeline(DDPMPipeline(make_unet(), DDIMScheduler()), "w4a8", num_samples=2, num_inference_steps=3)
+
+    def forward(block, x, temb, *_, **__):
+        y = block.conv1(nn.functional.relu(block.norm1(x)))
+        y = y + block.time_emb_proj(nn.functional.silu(temb))[:, :, None, None]
+        y = block.conv2(nn.functional.relu(block.norm2(y)))
+        return y + (x if block.conv_shortcut is None else block.conv_shortcut(x))
+
+    class Own(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.__dict__.update(vars(block))
+
+    Own.forward = forward
+    run(pipe.unet, images)
+    if way == "module":
+        pipe.unet.mid_block.resnets[0] = Own(pipe.unet.mid_block.resnets[0])
+    else:
+        monkeypatch.setattr(ResnetBlock2D, "forward", forward)
+    found = run(pipe.unet, images)
+    set_engine(pipe, "reference")
+    expected = run(pipe.unet, images)
+    assert (found - expected).norm() < 0.02 * expected.norm()

@@ -12,6 +12,8 @@ from ...compat.modules import is_watched
 from ...layers import QuantLayer
 from .norms import FusedGroupNorm, fuse_norm, unfuse
 
+_END = ("conv_norm_out", "conv_act", "conv_out")
+
 
 class FusedResnetBlock2D(ResnetBlock2D):
     """`ResnetBlock2D` whose second norm adds the time embedding itself; the residual is added in place."""
@@ -20,6 +22,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
         """As the original."""
         second = self.norm2
         apart = type(second) is not FusedGroupNorm or is_watched(second)
+        apart = apart or not ResnetBlock2D.forward.__module__.startswith("diffusers.")  # somebody's own for all blocks
         if apart or self.time_emb_proj is None or torch.is_grad_enabled():
             return super().forward(input_tensor, cast(Tensor, temb), *args, **kwargs)
         x = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
@@ -62,8 +65,11 @@ def _places(module: nn.Module) -> Iterator[tuple[str, str | None, str]]:
             yield "norm2", "nonlinearity", "conv2"
     elif isinstance(module, Transformer2DModel) and not getattr(module, "use_linear_projection", True):
         yield "norm", None, "proj_in"
-    elif hasattr(module, "conv_norm_out"):  # the end of UNets, encoders and decoders
-        yield "conv_norm_out", "conv_act", "conv_out"
+    else:  # the end of UNets, encoders and decoders; in a few, more stands between
+        names = [*module._modules]
+        begin = names.index(_END[0]) if _END[0] in names else len(names)
+        if names[begin : begin + 3] == [*_END]:
+            yield _END
 
 
 def _resamples(block: ResnetBlock2D) -> bool:

@@ -5,8 +5,10 @@ nothing of it is saved. Where the layer behind it cannot take codes just then (i
 adapters that read floats, or PEFT stands between), the leaf does what its original does.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from types import FrameType
 from typing import cast
 
 import torch
@@ -21,6 +23,7 @@ from ..grid import InputGrid
 
 _KNOWN = ("diffusers.", "diffusers_msfp.")
 """Packages whose blocks run norm, activation and layer in this order."""
+_CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
 
 
 class FusedGroupNorm(nn.GroupNorm):
@@ -50,6 +53,8 @@ class FusedGroupNorm(nn.GroupNorm):
         images = x.ndim == 4 and x.numel() and x.is_floating_point()
         takes = images and isinstance(layer, QuantLayer) and self.feeds.undisturbed(self)
         adapter = cast(QuantLayer, layer).takes_codes(x) if takes else None
+        if adapter is not None and not self.feeds.asked_by_parent():
+            adapter = None
         if adapter is None:
             if images and _has_adapter(layer, x):
                 y, finite = norm(*self._arguments(x), False, None, added)
@@ -87,14 +92,21 @@ class Feeds:
         return getattr(self.parent, self.name)
 
     def undisturbed(self, norm: nn.Module) -> bool:
-        """Whether nobody has put a hook, another module or another forward in between."""
+        """Whether nobody has put a hook or another module in between."""
         between = [norm]
         if self.activation is not None:
             between.append(getattr(self.parent, self.activation))
             if type(between[-1]) is not PassingSiLU:
                 return False
-        watched = any(map(is_watched, between)) or "forward" in vars(self.parent)
-        return not watched and type(self.parent).forward.__module__.startswith(_KNOWN)
+        return not any(map(is_watched, between))
+
+    def asked_by_parent(self) -> bool:
+        """Whether the parent itself calls the norm, in code of diffusers' or ours: nobody else knows codes."""
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None and frame.f_code in _CALLS:
+            frame = frame.f_back
+        ours = frame is not None and frame.f_globals.get("__name__", "").startswith(_KNOWN)
+        return ours and cast(FrameType, frame).f_locals.get("self") is self.parent
 
 
 def _has_adapter(layer: nn.Module, x: Tensor) -> bool:

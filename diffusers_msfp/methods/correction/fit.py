@@ -14,12 +14,13 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ...compat.wrappers import sees_through
-from ...errors import ConfigError, NonFiniteError
+from ...errors import ConfigError, NonFiniteError, UnsupportedError
 from ...results import OnProgress, Result
 from ...sampling.calls import batched_calls, call_arguments, quiet, require_positive
 from ...sampling.denoisers import ByDenoiser, by_denoiser, denoiser_of, each_quantized, model_output
 from ...sampling.solvers import with_ddim
 from ...sampling.timestep import first_timestep, require_timesteps
+from ...sampling.trajectory import after_calls
 from ...sampling.used_output import sample_of, used_part
 from ..checks import check_student, require_takes
 from ..routes import require_full_strength
@@ -190,6 +191,7 @@ def _fit(
     def look(_model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         nonlocal done
         prediction = used_part(pipe, model_output(output), args, kwargs)
+        _require_channels(model, prediction)
         target = used_part(pipe, model_output(original(*args, **kwargs)), args, kwargs)
         sample, timestep = sample_of(args, kwargs), first_timestep(argument.of(args, kwargs))
         beside = config.with_sample and sample.shape == prediction.shape
@@ -204,13 +206,9 @@ def _fit(
             on_progress(done, max(done, total), note=f"error × {(after / before) ** 0.5 if before else 1:.3f}")
         return map_prediction(output, channels_of(prediction), lambda each: table.correct(each, sample, timestep))
 
-    with without_correction(model), quiet(runner):
-        handle = model.register_forward_hook(look, with_kwargs=True)
-        try:
-            for call in calls:
-                call.run(runner)
-        finally:
-            handle.remove()
+    with without_correction(model), quiet(runner), after_calls(model, look):
+        for call in calls:
+            call.run(runner)
     if not sums:
         raise ConfigError(f"{type(pipe).__name__} must call its denoiser, but never does with these arguments.")
     order = sorted(sums)
@@ -228,6 +226,18 @@ def _fit(
         error_before=before,
         error_after=after,
     )
+
+
+def _require_channels(model: nn.Module, prediction: Tensor) -> None:
+    """Refuse an output whose channels are not where tables take them to be: frames or places would be corrected."""
+    sizes = [getattr(getattr(model, "config", None), name, None) for name in ("out_channels", "in_channels")]
+    known = [size for size in sizes if isinstance(size, int)]
+    if known and channels_of(prediction) not in (*known, *(size / 2 for size in known)):
+        where = "the last axis" if prediction.ndim == 3 else "axis 1"
+        raise UnsupportedError(
+            f"An output can be corrected that has its channels ({' or '.join(map(str, known))}) in {where}, but "
+            f"that of this {type(model).__name__} is {tuple(prediction.shape)}. Leave the correction out."
+        )
 
 
 def _by_channel(x: Tensor) -> Tensor:

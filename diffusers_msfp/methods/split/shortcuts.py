@@ -177,7 +177,7 @@ def concatenated_inputs(model: nn.Module, step: DenoisingStep) -> dict[str, tupl
             found[name] = sizes
 
     with made, torch.no_grad(), watching_calls(layers, look):
-        model(*step.args, **step.kwargs)
+        step.run(model)
     return found
 
 
@@ -220,6 +220,7 @@ def _quantized(original: nn.Module, layer: QuantLayer, sizes: Sequence[int]) -> 
     for index, part in enumerate(list(split.children())):
         quantized = QUANT_LAYERS[type(part)].from_float(part, f"{layer.module_name}.{index}", scheme)
         put_bias(quantized, layer.bias if index == 0 else None)
+        quantized.expect_sum(layer.input_format is not None and layer.input_format.name in scheme.residual)
         quantized.use_engine(layer.engine)
         split.add_module(str(index), quantized.to(layer.packed_weight.device))
     return split

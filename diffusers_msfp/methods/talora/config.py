@@ -1,8 +1,10 @@
 """Settings of a fine-tuning run, and what changes over its course."""
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from ...errors import ConfigError
 from ...results import Result
@@ -146,8 +148,9 @@ class FinetuneConfig:
 
 
 def learning_rate_factor(update: int, total: int) -> float:
-    """Linear warm-up, then linear decay to 0 at `total`."""
-    return min(1.0, (update + 1) / WARM_UP) * max(0.0, 1 - update / max(1, total))
+    """Linear warm-up, of at most a quarter of all updates, then linear decay to 0 at `total`."""
+    warm_up = min(WARM_UP, max(1, total // 4))
+    return min(1.0, (update + 1) / warm_up) * max(0.0, 1 - update / max(1, total))
 
 
 def exploration_factor(update: int, total: int) -> float:
@@ -155,14 +158,24 @@ def exploration_factor(update: int, total: int) -> float:
     return max(0.0, 1 - 2 * update / max(1, total))
 
 
-def block_at(blocks: dict[str, int], update: int, total: int) -> str:
-    """The block whose turn it is; each has a share of the updates by its number of layers."""
-    reached = update / max(1, total) * sum(blocks.values())
-    for name, layers in blocks.items():
-        reached -= layers
-        if reached < 0:
-            return name
-    return next(reversed(blocks))
+class Turn(NamedTuple):
+    """Whose turn it is: a block's, or the whole model's, with the updates of it that are over and all of them."""
+
+    block: str | None
+    update: int
+    total: int
+
+
+def turn_at(blocks: dict[str, int], update: int, total: int) -> Turn:
+    """Blocks have their turns in order, each with a share of the updates by its number of layers."""
+    turn, begin, layers = Turn(None, update, total), 0, 0
+    for name, number in blocks.items():
+        layers += number
+        end = math.ceil(layers * total / sum(blocks.values()))
+        if update < end or layers == sum(blocks.values()):
+            return Turn(name, update - begin, max(1, end - begin))
+        begin = end
+    return turn
 
 
 def example_seed(seed: int, example: int) -> int:

@@ -37,10 +37,11 @@ from .config import (
     DEFAULT_UPDATES,
     FinetuneConfig,
     Finetuned,
-    block_at,
+    Turn,
     example_seed,
     exploration_factor,
     learning_rate_factor,
+    turn_at,
 )
 from .folder import Progress, TrainingFolder, optimizer_for
 from .student import Student
@@ -141,8 +142,7 @@ class Finetuner:
             answers = (student(step)[0][0] for step in self.trajectories.steps())
             factors = real_factors(self.sampler, self.trajectories, answers) or self.sampler.required(timesteps)
             squares = torch.tensor([*factors.values()], device=self.accelerator.device).square()
-            squares = self.accelerator.reduce(squares, "mean").sqrt()
-            factors = dict(zip(factors, squares.tolist(), strict=True))
+            factors = dict(zip(factors, self.accelerator.reduce(squares, "mean").sqrt().tolist(), strict=True))
         self.weights = loss_weights(factors, config.denoising_factor_exponent, config.denoising_factor_floor)
         if config.num_adapters > 1:
             student.router.warm_start(self._loads(len(timesteps)))
@@ -150,8 +150,9 @@ class Finetuner:
             student.checkpoint_gradients()
         self.blocks, self.used = {}, None
         if config.blockwise:
-            self.blocks, step = trainable_blocks(student.model, Trainee), self.trajectories[0]
-            self.used = used_channels(self.teacher, denoiser_of(self.teacher), step.args, step.kwargs)
+            original, step = denoiser_of(self.teacher), self.trajectories[0]
+            self.blocks = trainable_blocks(student.model, Trainee, original, step)
+            self.used = used_channels(self.teacher, original, step.args, step.kwargs)
         self.trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self.ema = EMAModel(self.trainable, decay=config.ema_decay) if config.ema_decay else None
         self.progress = Progress(student, self.ema)
@@ -206,15 +207,15 @@ class Finetuner:
         progress, config, started = self.progress, self.config, time.perf_counter()
         if not progress.total and config.minutes is None:
             progress.total = config.train_steps or DEFAULT_UPDATES
-        expected = progress.total or DEFAULT_UPDATES
-        factor = learning_rate_factor(progress.update, expected)
+        turn = turn_at(self.blocks, progress.update, progress.total or DEFAULT_UPDATES)
+        factor = learning_rate_factor(turn.update, turn.total)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         number = config.gradient_accumulation_steps
         losses = []
         for micro in range(number):
             with self.accelerator.accumulate(self.wrapped):
-                losses.append(self._backward(progress.update * number + micro, expected))
+                losses.append(self._backward(progress.update * number + micro, turn))
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         if self.ema is not None:
@@ -231,12 +232,11 @@ class Finetuner:
         self._set_length()
         self._report(loss, factor)
 
-    def _backward(self, number: int, expected: int) -> Tensor:
+    def _backward(self, number: int, turn: Turn) -> Tensor:
         """Forward and backward of one batch; returns its loss."""
-        config, step = self.config, self.trajectories[number]
-        block = block_at(self.blocks, self.progress.update, expected) if self.blocks else None
+        config, step, block = self.config, self.trajectories[number], turn.block
         with torch.autocast(step.output.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
-            outputs, balance = self.wrapped(step, self._exploration(number, step, expected), block)
+            outputs, balance = self.wrapped(step, self._exploration(number, step, turn), block)
         if block is None:
             targets = [step.output]
         else:
@@ -253,9 +253,9 @@ class Finetuner:
         self.accelerator.backward(loss + config.balance * balance)
         return loss.detach()
 
-    def _exploration(self, number: int, step: DenoisingStep, expected: int) -> Tensor | None:
+    def _exploration(self, number: int, step: DenoisingStep, turn: Turn) -> Tensor | None:
         """Noise on the router's choice, equal for equal samples whatever the number of processes."""
-        scale = self.config.exploration * exploration_factor(self.progress.update, expected)
+        scale = self.config.exploration * exploration_factor(turn.update, turn.total)
         if not scale or self.config.num_adapters == 1:
             return None
         generator = torch.Generator().manual_seed(example_seed(self.config.seed, number))

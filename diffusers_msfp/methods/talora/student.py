@@ -138,7 +138,7 @@ class Student(nn.Module):
         self.gate.set(self.gate.value[order], None if self.gate.entries is None else self.gate.entries[order])
         step = step.rows(order)
         if block is None:
-            outputs = [model_output(self.model(*step.args, **step.kwargs))[:, : step.output.shape[1]]]
+            outputs = [model_output(step.run(self.model))[:, : step.output.shape[1]]]
         else:
             outputs = block_outputs(self.model, block, step, gradients=True)
         back = order.argsort()

@@ -57,7 +57,7 @@ def observe_sets(
             for name, layer in layers.items():
                 layer.start_observing((cast(FPFormat, kept[name][0]).name,))
             for step in steps:
-                model(*step.args, **step.kwargs)
+                step.run(model)
             for name, layer in layers.items():
                 found[name].append(_search(layer, defaults[name]))
     finally:

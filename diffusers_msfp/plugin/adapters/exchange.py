@@ -6,6 +6,7 @@ their metadata what it was trained to read (`READ`).
 """
 
 import json
+import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import cast
@@ -21,9 +22,13 @@ from ...compat.wrappers import sees_through
 from ...errors import CheckpointError, ConfigError, NonFiniteError, ShapeError, UnsupportedError
 from ...layers.convert import layers_by_name
 from ...layers.split import whole_name
+from ...methods.correction.attach import detach_correction
+from ...methods.correction.table import correction_of
 from ...methods.talora import AdapterBank
 from ...methods.talora.attach import refuse_merged
 from .talora_files import require_plan
+
+logger = logging.getLogger(__name__)
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DIFFUSERS_FILE, METADATA = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
@@ -120,6 +125,8 @@ def import_adapter(model: nn.Module, adapter: int, folder: str | Path, prefix: s
         folder (`str` or `Path`): in PEFT's or diffusers' format.
         prefix (`str`): the component's name in diffusers' format.
 
+    A correction of the output that was fitted to the adapters is taken off, with a warning.
+
     Raises:
         CheckpointError: no such files, or damaged ones.
         ConfigError: layers that have no adapters here.
@@ -166,6 +173,13 @@ def import_adapter(model: nn.Module, adapter: int, folder: str | Path, prefix: s
             bank = cast(AdapterBank, layers[name].adapters)
             bank.down[adapter].copy_(down)
             bank.up[adapter].copy_(up)
+    if correction_of(model) is not None:
+        detach_correction(model)
+        logger.warning(
+            "%s: the output correction was fitted to the model with its adapters as they were, and is taken off. "
+            "`correct_output` fits one to the model as it is.",
+            type(model).__name__,
+        )
 
 
 def _require(model: nn.Module, adapter: int, format: str) -> dict[str, int]:

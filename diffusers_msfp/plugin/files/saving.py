@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,9 +19,12 @@ from ...compat.peft import has_adapters
 from ...errors import ConfigError, UnsupportedError
 from ...layers.convert import plain_name, quant_layers
 from ...layers.stored import FORMATS_TENSOR, name_in_files
+from ...methods.correction.table import base_correction_of
 from ...methods.method import parts
 from ...outputs import write_whole
 from ..config import MSFPConfig, config_of
+
+logger = logging.getLogger(__name__)
 
 _WRAPPED = ("base_layer", "original_module")
 """What PEFT's wrappers call the layer that was there before."""
@@ -118,6 +122,12 @@ def save_pretrained(model: nn.Module, save_directory: str | Path, *args: Any, **
             f"Packed weights are stored as safetensors, which can be checked when they are loaded, but the quantized "
             f"{type(model).__name__} was to be saved as something else. Leave `safe_serialization` and `use_flashpack` "
             f"out."
+        )
+    if base_correction_of(model) is not None:
+        logger.warning(
+            "%s: the output correction of the model without its adapters rests, and is not saved. Once they are "
+            "unloaded from what is saved, `correct_output` fits it again.",
+            type(model).__name__,
         )
     save = own.save_pretrained if hasattr(own, "save_config") else _save_transformer
     save(model, save_directory, *args, **kwargs)  # diffusers' own calls `save_config`

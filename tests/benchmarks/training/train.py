@@ -66,7 +66,6 @@ def main(
     save_every: Annotated[float, typer.Option(help="seconds between checkpoints")] = 240,
     sample_every: Annotated[int, typer.Option(help="updates between sample grids")] = 2000,
     begin_with: Annotated[Path | None, typer.Option(help="published weights to go on from, without checkpoint")] = None,
-    compile_it: Annotated[bool, typer.Option("--compile", help="by `torch.compile`: 1.1× as fast")] = False,
     export: Annotated[Path | None, typer.Option(help="write the averaged weights here")] = None,
 ) -> None:
     """Train to the end, or to `--stop-at`."""
@@ -80,8 +79,6 @@ def main(
     out = out or Path(".training") / name
     changes = {key: value for key, value in given.items() if value is not None}
     task = make_task(name, data, autoencoder, out.parent, **changes)
-    if compile_it:
-        task.compile()  # the loss alone: samples are drawn by the networks as they are
     try:
         progress = train(
             task,
@@ -95,7 +92,7 @@ def main(
     except OtherSettingsError as error:
         _say(str(error))
         raise typer.Exit(1) from error
-    asked = task.settings.updates if stop_at is None else stop_at
+    asked = min(task.settings.updates, task.settings.updates if stop_at is None else stop_at)
     if export is not None and progress.update >= asked:  # not where a signal ended it
         task.export(export)
 

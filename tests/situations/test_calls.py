@@ -1,0 +1,73 @@
+"""What pipelines do with their denoiser's arguments, and to the denoiser itself, while they run."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import StableDiffusionAdapterPipeline, StableDiffusionPAGPipeline, T2IAdapter
+from pipelines import make_small_pipe
+
+from diffusers_msfp import (
+    CorrectionConfig,
+    FinetuneConfig,
+    correct_output,
+    finetune,
+    quantize_pipeline,
+)
+from diffusers_msfp.errors import ConfigError
+from diffusers_msfp.evaluation import compare_pipelines
+from diffusers_msfp.sampling.calls import call_arguments
+from diffusers_msfp.sampling.denoisers import model_output
+from diffusers_msfp.sampling.trajectory import rollout
+
+FAST = {"num_samples": 1, "num_inference_steps": 2}
+SIZE = {"height": 16, "width": 16}
+
+
+def make_t2i() -> StableDiffusionAdapterPipeline:
+    """Its adapter's features are large, so that whoever loses them cannot overlook it."""
+    parts = {key: part for key, part in make_small_pipe().components.items() if key != "image_encoder"}
+    torch.manual_seed(2)
+    channels = list(parts["unet"].config.block_out_channels)
+    adapter = T2IAdapter(3, channels, num_res_blocks=1, downscale_factor=1, adapter_type="full_adapter")
+    return StableDiffusionAdapterPipeline(**parts, adapter=adapter.eval(), requires_safety_checker=False)
+
+
+@pytest.mark.situation(
+    "a T2I-Adapter's features, which the denoiser takes off their list, while it is trained", "right"
+)
+def test_lists_that_a_denoiser_takes_apart():
+    teacher = make_t2i()
+    teacher.set_progress_bar_config(disable=True)
+    arguments = {"image": torch.rand(1, 3, 16, 16), **SIZE}
+    step = rollout(teacher, call_arguments(teacher, ["a hat"], 2, arguments), 0, 1, 0)[0]
+    with torch.no_grad():
+        for _ in range(2):  # a step may be run many times
+            torch.testing.assert_close(model_output(step.run(teacher.unet)), step.output)
+    pipe = quantize_pipeline(copy.deepcopy(teacher), "w8a8-wide", prompts=["a hat"], **FAST, **arguments)
+    result = compare_pipelines(teacher, pipe, prompts=["a hat"], **FAST, **arguments)
+    assert result.eps_rel_l2 < 0.1
+    config = CorrectionConfig(num_samples=1, num_inference_steps=2)
+    assert max(correct_output(pipe, teacher, config, prompts=["a hat"], **arguments).error_before) < 0.1
+
+
+@pytest.mark.situation("perturbed-attention guidance, which exchanges attention while the pipeline runs", "refused")
+def test_attention_that_is_exchanged_during_a_call():
+    components = make_small_pipe().components
+    teacher = StableDiffusionPAGPipeline(**components, requires_safety_checker=False, pag_applied_layers=["mid"])
+    pipe = quantize_pipeline(copy.deepcopy(teacher), "w4a8", prompts=["a hat"], **FAST, **SIZE)
+    before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    verbs = (
+        lambda **more: finetune(
+            pipe, teacher, FinetuneConfig(train_steps=1, batch_size=1, num_inference_steps=2), **more
+        ),
+        lambda **more: correct_output(pipe, teacher, CorrectionConfig(num_samples=1, num_inference_steps=2), **more),
+        lambda **more: compare_pipelines(teacher, pipe, **FAST, **more),
+    )
+    processors = [dict(each.unet.attn_processors) for each in (teacher, pipe)]
+    for verb in verbs:
+        with pytest.raises(ConfigError, match="exchanges them while it runs.*pag_scale=0"):
+            verb(prompts=["a hat"], **SIZE)
+        assert processors == [each.unet.attn_processors for each in (teacher, pipe)]  # diffusers leaves its own there
+        assert all(torch.equal(before[name], tensor) for name, tensor in pipe.unet.state_dict().items())
+    compare_pipelines(teacher, pipe, prompts=["a hat"], pag_scale=0.0, **FAST, **SIZE)
