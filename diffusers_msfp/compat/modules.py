@@ -1,7 +1,9 @@
 """Modules as torch keeps them: copies without tensors of their own, and whether anything about them has changed."""
 
+import sys
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
+from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,6 +20,7 @@ __all__ = [
     "TEMPLATE",
     "Snapshot",
     "bare_copy",
+    "caller_of_module",
     "exchanged_methods",
     "has_dispatch_modes",
     "has_global_hooks",
@@ -42,6 +45,7 @@ _AROUND = (
     *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
 )
 _START = 8192
+_CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
 
 
 def has_global_hooks() -> bool:
@@ -239,6 +243,14 @@ def tensors_state(module: nn.Module) -> list[tuple[int, int]]:
     """Unequal where one of its own tensors was exchanged, as offloading does, or written to, but through `.data`."""
     own = (*module._parameters.values(), *module._buffers.values())
     return [(version_of(each), each.data_ptr()) for each in own if each is not None]
+
+
+def caller_of_module() -> tuple[object, str]:
+    """`self` and package of whoever called the module whose `forward` asks for it, two calls from here."""
+    frame: FrameType | None = sys._getframe(3)
+    while frame is not None and frame.f_code in _CALLS:
+        frame = frame.f_back
+    return (None, "") if frame is None else (frame.f_locals.get("self"), frame.f_globals.get("__name__") or "")
 
 
 def leave_function_mode(mode: TorchFunctionMode) -> None:

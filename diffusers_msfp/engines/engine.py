@@ -6,6 +6,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
+from ..compat.modules import tensors_state
 from ..compat.torch import tree_leaves
 from ..errors import NonFiniteError
 from ..layers import QuantLayer
@@ -63,7 +64,7 @@ class PreparedLayer(ABC):
     """
 
     def __init__(self, layer: QuantLayer, keep: bool) -> None:
-        self.layer, self._keep = layer, keep
+        self.layer, self._keep, self.made_of = layer, keep, tensors_state(layer)
         self._reference = LayerReference(self)
         self._grids: dict[tuple[int, bool], Any] = {}
         self._weights: dict[tuple, Any] = {}

@@ -31,7 +31,6 @@ class Execution(StoredTensors, PackedLayer):
     """Abstract base of `QuantLayer`: the two quantizers and the forward pass."""
 
     prepared: Prepared | None = None
-    prepared_of: list[tuple[int, int]]
     weight_dtype: torch.dtype
     input_is_sum: bool | None
 
@@ -59,9 +58,7 @@ class Execution(StoredTensors, PackedLayer):
         self.changed()
         exchanged = "_conv_forward" in exchanged_methods(self)
         if self.engine is not None and not (self.observing or self.packed_weight.is_meta or exchanged):
-            self.__dict__.update(
-                prepared=self.engine.prepare(cast("QuantLayer", self)), prepared_of=tensors_state(self)
-            )
+            self.__dict__["prepared"] = self.engine.prepare(cast("QuantLayer", self))
 
     def ready(self, x: Tensor) -> Prepared | None:
         """The layer as its engine made it ready; None where the reference must run.
@@ -72,7 +69,7 @@ class Execution(StoredTensors, PackedLayer):
             return None
         if torch.is_grad_enabled() and self._wants_gradients(x):
             return None
-        if not torch.compiler.is_compiling() and (self.prepared is None or self.prepared_of != tensors_state(self)):
+        if not torch.compiler.is_compiling() and getattr(self.prepared, "made_of", None) != tensors_state(self):
             self.prepare()
         return self.prepared
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 class Prepared(Protocol):
     """One layer, made ready by an engine. The layer drops it when anything it was made from changes."""
 
+    made_of: list[tuple[int, int]]
+    """`tensors_state` of the layer then."""
+
     @property
     def reads_codes(self) -> bool:
         """Whether another module may quantize the layer's input."""

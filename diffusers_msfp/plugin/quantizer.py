@@ -279,8 +279,6 @@ class MSFPQuantizer(DiffusersQuantizer):
         del model.quantization_method
         return model
 
-    # ── what it can do ───────────────────────────────────────────────────────────────────────────────────────
-
     @property
     def supports_parallel_loading(self) -> bool:
         """Every tensor loads alone."""

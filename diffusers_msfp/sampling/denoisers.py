@@ -217,7 +217,8 @@ def attention_kept(pipe: DiffusionPipeline) -> Iterator[None]:
 
     Pipelines with perturbed-attention guidance exchange them for the time of a call, and give them back at its end.
     """
-    models = [part for part in pipe.components.values() if hasattr(part, "set_attn_processor")]
+    parts = getattr(pipe, "components", None) or {}
+    models = [part for part in parts.values() if hasattr(part, "set_attn_processor")]
     before = [(model, attention_of(model)) for model in models]
     try:
         yield

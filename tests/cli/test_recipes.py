@@ -189,7 +189,7 @@ def test_baselines_are_checkpoints_like_any_other(source, tmp_path, recipe):
         (
             "tfmq",
             {"talora": {"rank": 4}},
-            r"must belong to a stage of recipe `tfmq` \(temporal\), but got 'talora'",
+            r"must belong to a stage of recipe `tfmq` \(temporal, correction\), but got 'talora'",
         ),
         ("full", {"talora": {"ranks": 4}}, "A setting of `talora` must be one of num_adapters, .*, but got 'ranks'"),
         (

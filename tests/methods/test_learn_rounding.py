@@ -28,7 +28,7 @@ from diffusers_msfp.numerics.rounding import local_step
 from diffusers_msfp.plugin.quantize import quantize_model
 from diffusers_msfp.sampling.calls import call_arguments
 from diffusers_msfp.sampling.solvers import with_ddim
-from diffusers_msfp.sampling.trajectory import Trajectories
+from diffusers_msfp.sampling.trajectory import DenoisingStep, Trajectories
 
 SHORT = {"iterations": 10, "num_samples": 8, "num_inference_steps": 4, "batch_size": 4, "learning_rate": 0.1}
 
@@ -90,7 +90,7 @@ def test_it_lowers_the_error_of_a_trained_model(embedded, tmp_path):
 def test_parts_are_residual_blocks_in_the_order_of_running():
     def units(model, *inputs, layerwise=False, **kwargs) -> dict:
         quantize_model(model, MSFPConfig(scheme="w4a16"))
-        pipe_step = type("Step", (), {"args": inputs, "kwargs": kwargs})
+        pipe_step = DenoisingStep(torch.zeros(1), inputs, kwargs, torch.zeros(1))
         return reconstruction_units(model, pipe_step, layerwise=layerwise)
 
     x, t = torch.randn(1, 3, 8, 8), torch.tensor([3])

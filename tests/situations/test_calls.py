@@ -33,6 +33,7 @@ def make_t2i() -> StableDiffusionAdapterPipeline:
     return StableDiffusionAdapterPipeline(**parts, adapter=adapter.eval(), requires_safety_checker=False)
 
 
+@pytest.mark.filterwarnings("ignore:The decode_latents method:FutureWarning")
 @pytest.mark.situation(
     "a T2I-Adapter's features, which the denoiser takes off their list, while it is trained", "right"
 )

@@ -66,7 +66,7 @@ def _places(module: nn.Module) -> Iterator[tuple[str, str | None, str]]:
     elif isinstance(module, Transformer2DModel) and not getattr(module, "use_linear_projection", True):
         yield "norm", None, "proj_in"
     else:  # the end of UNets, encoders and decoders; in a few, more stands between
-        names = [*module._modules]
+        names = [name for name, _ in module.named_children()]
         begin = names.index(_END[0]) if _END[0] in names else len(names)
         if names[begin : begin + 3] == [*_END]:
             yield _END

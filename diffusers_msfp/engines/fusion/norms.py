@@ -5,16 +5,14 @@ nothing of it is saved. Where the layer behind it cannot take codes just then (i
 adapters that read floats, or PEFT stands between), the leaf does what its original does.
 """
 
-import sys
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from types import FrameType
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ...compat.modules import is_watched
+from ...compat.modules import caller_of_module, is_watched
 from ...layers import QuantLayer
 from ...numerics import Codes
 from .. import kernels, tuning
@@ -23,7 +21,6 @@ from ..grid import InputGrid
 
 _KNOWN = ("diffusers.", "diffusers_msfp.")
 """Packages whose blocks run norm, activation and layer in this order."""
-_CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
 
 
 class FusedGroupNorm(nn.GroupNorm):
@@ -102,11 +99,8 @@ class Feeds:
 
     def asked_by_parent(self) -> bool:
         """Whether the parent itself calls the norm, in code of diffusers' or ours: nobody else knows codes."""
-        frame: FrameType | None = sys._getframe(2)
-        while frame is not None and frame.f_code in _CALLS:
-            frame = frame.f_back
-        ours = frame is not None and frame.f_globals.get("__name__", "").startswith(_KNOWN)
-        return ours and cast(FrameType, frame).f_locals.get("self") is self.parent
+        owner, package = caller_of_module()
+        return owner is self.parent and package.startswith(_KNOWN)
 
 
 def _has_adapter(layer: nn.Module, x: Tensor) -> bool:
