@@ -16,14 +16,14 @@ from ..errors import ConfigError
 from ..evaluation import Comparison, compare_pipelines
 from ..exports import ExportedGraph, check_export
 from ..exports import export as export_graph
-from ..methods.correction.fit import CorrectionConfig, correct_output
+from ..methods.correction.fit import CorrectionConfig
 from ..outputs import writing
 from ..plugin.adapters.fusing import FusedLoRA, fuse_lora
 from ..plugin.config import FORMAT_VERSION
 from ..plugin.files.migrate import migrate, outdated_components
 from ..results import OPTIONAL, Result
 from ..sampling.calls import require_positive
-from .shared.calls import call_settings, read_prompts
+from .shared.calls import call_settings, correct, read_prompts
 from .shared.interrupts import NOTHING, keeping
 from .shared.load import load_any, load_pipeline, require_variant, variant_of
 from .shared.store import check_target, publish, write_checkpoint
@@ -172,8 +172,7 @@ def fuse(
                     settings = CorrectionConfig(
                         num_samples=num_samples, num_inference_steps=num_inference_steps, seed=seed
                     )
-                    correct_output(pipe, original, settings, prompts=prompts, on_progress=report, **arguments)
-                corrected = True
+                    corrected = correct(pipe, original, settings, prompts=prompts, on_progress=report, **arguments)
             with progress("comparing") as report:
                 error = compare_pipelines(original, loaded, on_progress=report, **run, **arguments)
         with writing(out):

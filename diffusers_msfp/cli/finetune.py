@@ -14,7 +14,7 @@ from diffusers import DDPMScheduler
 from ..compat.accelerate import leave_process_group
 from ..errors import StateError
 from ..evaluation import compare_pipelines, image_grid
-from ..methods.correction.fit import CorrectionConfig, correct_output
+from ..methods.correction.fit import CorrectionConfig
 from ..methods.correction.table import correction_of
 from ..methods.routes import routing_of
 from ..methods.talora.config import FinetuneConfig
@@ -24,7 +24,7 @@ from ..results import Result
 from ..sampling.denoisers import denoiser_name, denoiser_of
 from ..sampling.observation import quantized_models
 from ..sampling.solvers import with_ddim
-from .shared.calls import call_settings
+from .shared.calls import call_settings, correct
 from .shared.interrupts import NOTHING, keeping
 from .shared.load import SourceError, load_pipeline, model_bytes, require_variant
 from .shared.store import check_target, peak_rss_bytes, write_checkpoint
@@ -179,7 +179,7 @@ def finetune(
         if main and corrected:
             with progress("correcting the output") as report:
                 settings = CorrectionConfig(num_inference_steps=config.num_inference_steps)
-                correct_output(pipe, original, settings, prompts=prompts, on_progress=report, **arguments)
+                correct(pipe, original, settings, prompts=prompts, on_progress=report, **arguments)
         if main:
             write_checkpoint(pipe, out)
             run.folder.clear()

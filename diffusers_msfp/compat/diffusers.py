@@ -6,7 +6,6 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -20,7 +19,6 @@ __all__ = [
     "components_being_loaded",
     "execution_device",
     "forget_widened_weights",
-    "gives_one_config_to_all",
     "in_single_file_pipeline",
     "keep_labels",
     "kept_in_float32",
@@ -198,22 +196,10 @@ def single_file_part(error: Exception) -> str | None:
 
 def in_single_file_pipeline() -> bool:
     """Whether a pipeline's `from_single_file` is loading a model right now, which no model is told."""
-    return _caller("load_single_file_sub_model") is not None
-
-
-def gives_one_config_to_all() -> bool:
-    """Whether a modular pipeline is loading all of its components with one `quantization_config` right now."""
-    frame = _caller("load_components")
-    given = None if frame is None else frame.f_locals.get("kwargs", {}).get("quantization_config")
-    return given is not None and not isinstance(given, dict)
-
-
-def _caller(name: str) -> FrameType | None:
-    """The innermost running function of diffusers' of this name."""
     frame = inspect.currentframe()
-    while frame is not None and frame.f_code.co_name != name:
+    while frame is not None and frame.f_code.co_name != "load_single_file_sub_model":
         frame = frame.f_back
-    return frame
+    return frame is not None
 
 
 def scheduler_as_set(scheduler: Scheduler, **changes: Any) -> Scheduler:

@@ -3,6 +3,7 @@
 import sys
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
+from inspect import CO_OPTIMIZED
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -239,10 +240,15 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def tensors_state(module: nn.Module) -> list[tuple[int, int]]:
+def tensors_state(module: nn.Module) -> list[tuple[int, int | str]]:
     """Unequal where one of its own tensors was exchanged, as offloading does, or written to, but through `.data`."""
     own = (*module._parameters.values(), *module._buffers.values())
-    return [(version_of(each), each.data_ptr()) for each in own if each is not None]
+    return [(version_of(each), _place(each)) for each in own if each is not None]
+
+
+def _place(tensor: Tensor) -> int | str:
+    """Where a tensor is; of accelerators the device alone, since offloading has another address there each time."""
+    return tensor.data_ptr() if tensor.device.type == "cpu" else str(tensor.device)
 
 
 def caller_of_module() -> tuple[object, str]:
@@ -250,7 +256,13 @@ def caller_of_module() -> tuple[object, str]:
     frame: FrameType | None = sys._getframe(3)
     while frame is not None and frame.f_code in _CALLS:
         frame = frame.f_back
-    return (None, "") if frame is None else (frame.f_locals.get("self"), frame.f_globals.get("__name__") or "")
+    if frame is None:
+        return None, ""
+    known = frame.f_locals
+    owner = known.get("self")
+    if sys.version_info < (3, 13) and frame.f_code.co_flags & CO_OPTIMIZED:
+        known.clear()  # a copy, which would hold the caller's tensors until it returns
+    return owner, frame.f_globals.get("__name__") or ""
 
 
 def leave_function_mode(mode: TorchFunctionMode) -> None:

@@ -293,6 +293,6 @@ def written_arguments(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Iter
             yield from value if isinstance(value, (list, tuple)) else (value,)
 
 
-def shares_memory(func: Any) -> bool:
-    """Whether an operator's result shows (a part of) its first argument's memory."""
-    return func.is_view
+def shares_memory(part: object, whole: Tensor) -> bool:
+    """Whether something is a tensor in another's memory."""
+    return isinstance(part, Tensor) and part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() != 0

@@ -83,16 +83,18 @@ class LogicalWeight(Tensor):
         kwargs = kwargs or {}
         if func in _ALIASES:
             weight = args[0]
-            return cls(weight._decode, weight.shape, weight.dtype, weight.device, weight._module_name)
+            kind = weight.shape, weight.dtype, weight.device
+            return cls(weight._decode, *kind, weight._module_name, weight.stride())
         for written in written_arguments(func, args, kwargs):
             if isinstance(written, cls):
                 written.refuse()
-        result = func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
-        if isinstance(args[0], cls) and shares_memory(func):
-            return tree_map(args[0]._part, result)
+        plain = tree_map(_plain, args)
+        result = func(*plain, **tree_map(_plain, kwargs))
+        if args and isinstance(args[0], cls):
+            return tree_map(lambda part: args[0]._part(part) if shares_memory(part, plain[0]) else part, result)
         return result
 
-    def _part(self, part: Any) -> Any:
+    def _part(self, part: Tensor) -> Tensor:
         """What shows a part of it."""
         name = self._module_name
         return type(self)(lambda: part, part.shape, part.dtype, part.device, name, part.stride())

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Prepared(Protocol):
     """One layer, made ready by an engine. The layer drops it when anything it was made from changes."""
 
-    made_of: list[tuple[int, int]]
+    made_of: list[tuple[int, int | str]]
     """`tensors_state` of the layer then."""
 
     @property

@@ -14,8 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin as Tr
 
 from ..checkpoint.record import REQUEST, ModelRecord
 from ..checkpoint.version2 import FORMAT_VERSION, check_version
-from ..compat.diffusers import gives_one_config_to_all
-from ..errors import CheckpointError, ConfigError, UnsupportedError
+from ..errors import CheckpointError, ConfigError
 from ..layers.convert import Conversion
 from ..sampling.denoisers import DENOISERS, is_denoiser, warn_of_float
 from ..schemes import DEFAULT_SCHEME, SCHEMES, weights_only
@@ -139,16 +138,7 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
         return config
 
     def plan(self, model: nn.Module) -> Conversion:
-        """What to do with each layer of a model.
-
-        Raises:
-            UnsupportedError: a modular pipeline gives this config to all of its models.
-        """
-        if gives_one_config_to_all():
-            raise UnsupportedError(
-                "`load_components` gives a single config to all models, the VAE too. Say which it is for: "
-                '`load_components(quantization_config={"unet": MSFPConfig(…)})`.'
-            )
+        """What to do with each layer of a model."""
         return Conversion.plan(
             model, self.scheme, self.modules_to_not_convert, self.scheme_overrides, self.format_version
         )

@@ -4,7 +4,8 @@
 checkpoint could not be loaded again. Constructors like `ControlNetModel.from_unet(unet)` copy tensors from module to
 module; packed ones fit nowhere, so the first that is read is refused, with the way out. Both are additions to
 `ModelMixin`, since diffusers asks no quantizer there. `from_pipe` and `pipe.to` cast the parts of a pipeline one after
-the other: what one of them would refuse is asked before the first.
+the other: what one of them would refuse is asked before the first. So is what the models of a modular pipeline would,
+whose `load_components` takes errors for warnings.
 """
 
 import functools
@@ -14,14 +15,14 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..compat.diffusers import saves_averages
 from ..errors import UnsupportedError
 from ..layers.convert import quant_layers
-from .config import MSFPMethod
+from .config import MSFPConfig, MSFPMethod
 
 _OWN = ("from_pretrained", "from_config", "from_single_file")
 _ABOUT_QUANTIZATION = ("quantization_config", "_pre_quantization_dtype")
@@ -35,6 +36,7 @@ def install() -> None:
     base.from_config = classmethod(_from_config)
     base.__init_subclass__ = classmethod(_init_subclass)
     cast(Any, DiffusionPipeline).to = _all_or_nothing(DiffusionPipeline.to)
+    cast(Any, ModularPipeline).load_components = _for_one_model(ModularPipeline.load_components)
     known = [ModelMixin]
     for cls in known:
         _guard_constructors(cls)
@@ -50,6 +52,20 @@ def _all_or_nothing(to: Callable) -> Callable:
         return to(pipe, *args, **kwargs)
 
     return cast_all
+
+
+def _for_one_model(load_components: Callable) -> Callable:
+    @functools.wraps(load_components)
+    def load(pipe: ModularPipeline, names: Any = None, *args: Any, **kwargs: Any) -> None:
+        one = isinstance(names, str) or isinstance(names, list | tuple) and len(names) == 1
+        if not one and isinstance(kwargs.get("quantization_config"), MSFPConfig):
+            raise UnsupportedError(
+                "`load_components` gives one config to all models that it loads, the VAE too. Say which one it is for: "
+                '`load_components(quantization_config={"unet": MSFPConfig(…)})`.'
+            )
+        load_components(pipe, names, *args, **kwargs)
+
+    return load
 
 
 def dtype_among(args: tuple, kwargs: Mapping[str, Any]) -> torch.dtype | None:

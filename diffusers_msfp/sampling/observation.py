@@ -269,17 +269,18 @@ def freeze(model: nn.Module) -> None:
 
 def require_in_memory(model: nn.Module) -> None:
     """Refuse to set the ranges of layers that are offloaded: they would be lost."""
-    away = next((name for name, layer in quant_layers(model) if layer.weight_scale.is_meta), None)
+    observed = [(name, layer) for name, layer in quant_layers(model) if layer.scheme and layer.scheme.activation]
+    away = next((name for name, layer in observed if layer.weight_scale.is_meta), None)
     if away is not None:
         raise StateError(f"Ranges are set in memory, but `{away}` is offloaded. Calibrate first, and offload then.")
 
 
 def _freeze(model: nn.Module | DiffusionPipeline) -> None:
     for m in _require_quantized(model):
-        require_in_memory(m)
         observing = [(name, layer) for name, layer in quant_layers(m) if layer.observing]
         if not observing:
             continue
+        require_in_memory(m)
         if not any(int(layer.observation.count) for _, layer in observing if layer.observation is not None):
             raise StateError(
                 f"Ranges need data, but no input of {type(m).__name__} has been seen. Run the pipeline once, or call "

@@ -8,7 +8,7 @@ A training batch holds all samples of a rollout, each at another step of its tra
 lowers the error clearly more per update than one timestep for the whole batch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..compat.torch import tree_flatten, tree_map, tree_unflatten
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from .calls import quiet
 from .denoisers import attention_of, denoiser_name, denoiser_of, model_output
 from .denoising_factor import RunFactors
@@ -63,19 +63,17 @@ def after_calls(model: nn.Module, look: Callable) -> Iterator[None]:
     leaves a forward hook empty ones.
 
     Raises:
-        ConfigError: in the first call, where the pipeline has exchanged attention processors, which a repeated call
-            outside of it would lack.
+        UnsupportedError: in the first call, where the pipeline perturbs attention: a call outside of it would not.
     """
     given: list[tuple] = []
     outside = attention_of(model)
 
     def before(_model: nn.Module, args: tuple, kwargs: dict) -> None:
         nonlocal outside
-        if outside is not None and outside != attention_of(model):
-            raise ConfigError(
-                f"A pipeline must call its {type(model).__name__} with the attention processors that it has outside of "
-                f"the call, but this one exchanges them while it runs, as perturbed-attention guidance does. Give "
-                f"`pag_scale=0`, or another pipeline."
+        if outside is not None and _perturbs(outside, attention_of(model) or {}):
+            raise UnsupportedError(
+                f"A pipeline must call its {type(model).__name__} with the attention that it has outside of the call, "
+                f"but perturbed-attention guidance exchanges it while the pipeline runs. Give `pag_scale=0`."
             )
         outside = None
         given.append(_fresh((args, kwargs)))
@@ -92,6 +90,11 @@ def after_calls(model: nn.Module, look: Callable) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _perturbs(outside: Mapping[str, Any], inside: Mapping[str, Any]) -> bool:
+    """Whether processors are others than outside of the call, and compute something else: some only store attention."""
+    return any("PAG" in type(each).__name__ and outside.get(name) is not each for name, each in inside.items())
 
 
 def _fresh(arguments: Any) -> Any:

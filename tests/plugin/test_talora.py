@@ -33,8 +33,6 @@ from diffusers_msfp import (
 )
 from diffusers_msfp.errors import CheckpointError, ConfigError, MSFPError, NonFiniteError, ShapeError, UnsupportedError
 from diffusers_msfp.layers.convert import layers_by_name
-from diffusers_msfp.methods.correction.attach import attach_correction
-from diffusers_msfp.methods.correction.table import CorrectionTable, correction_of
 from diffusers_msfp.methods.talora import AdapterBank, AdapterPlan, adapter_rank
 from diffusers_msfp.methods.talora.attach import connect, plan_of
 from diffusers_msfp.plugin.adapters import talora_files
@@ -447,16 +445,6 @@ def test_as_a_custom_pipeline(side, tmp_path):
 
 
 # ── PEFT and diffusers' LoRA files ───────────────────────────────────────────────────────────────────────────
-
-
-def test_an_imported_adapter_takes_the_correction_of_another_off(side, tmp_path, caplog):
-    export_adapter(side.unet, 1, tmp_path)
-    other = copy.deepcopy(side.unet)
-    table = CorrectionTable(torch.tensor([5.0]), *(torch.ones(1, 3) for _ in range(3)))
-    attach_correction(other, table)
-    import_adapter(other, 0, tmp_path)
-    assert correction_of(other) is None
-    assert "as they were, and is taken off" in caplog.text
 
 
 @pytest.mark.parametrize("format", ["peft", "diffusers"])

@@ -15,11 +15,14 @@ from diffusers_msfp import (
     StateError,
     calibrate,
     correct_output,
+    export_adapter,
     finetune,
+    import_adapter,
     uncorrect_output,
 )
 from diffusers_msfp.errors import CheckpointError
-from diffusers_msfp.methods.correction.attach import correction_of
+from diffusers_msfp.methods.correction.attach import attach_correction, correction_of
+from diffusers_msfp.methods.correction.table import CorrectionTable
 from diffusers_msfp.methods.talora.finetuner import Finetuner
 from diffusers_msfp.plugin.adapters.talora_files import load_talora, save_talora
 
@@ -64,6 +67,16 @@ def says(caplog, words: str) -> bool:
 
 
 # ── a corrected output ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_imported_adapter_takes_the_correction_of_another_off(pipes, tmp_path, caplog):
+    export_adapter(pipes["side"].unet, 1, tmp_path)
+    other = copy.deepcopy(pipes["side"].unet)
+    table = CorrectionTable(torch.tensor([5.0]), *(torch.ones(1, 3) for _ in range(3)))
+    attach_correction(other, table)
+    import_adapter(other, 0, tmp_path)
+    assert correction_of(other) is None
+    assert "as they were, and is taken off" in caplog.text
 
 
 def test_a_corrected_base_rests_while_adapters_are_on_it(pipes, images, tmp_path, caplog):

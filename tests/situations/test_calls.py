@@ -4,17 +4,24 @@ import copy
 
 import pytest
 import torch
-from diffusers import StableDiffusionAdapterPipeline, StableDiffusionPAGPipeline, T2IAdapter
+from diffusers import (
+    ModularPipeline,
+    StableDiffusionAdapterPipeline,
+    StableDiffusionPAGPipeline,
+    StableDiffusionSAGPipeline,
+    T2IAdapter,
+)
 from pipelines import make_small_pipe
 
 from diffusers_msfp import (
     CorrectionConfig,
     FinetuneConfig,
+    MSFPConfig,
     correct_output,
     finetune,
     quantize_pipeline,
 )
-from diffusers_msfp.errors import ConfigError
+from diffusers_msfp.errors import NothingToDoError, UnsupportedError
 from diffusers_msfp.evaluation import compare_pipelines
 from diffusers_msfp.sampling.calls import call_arguments
 from diffusers_msfp.sampling.denoisers import model_output
@@ -67,8 +74,30 @@ def test_attention_that_is_exchanged_during_a_call():
     )
     processors = [dict(each.unet.attn_processors) for each in (teacher, pipe)]
     for verb in verbs:
-        with pytest.raises(ConfigError, match="exchanges them while it runs.*pag_scale=0"):
+        with pytest.raises(
+            (UnsupportedError, NothingToDoError), match="exchanges it while the pipeline runs.*pag_scale=0"
+        ):
             verb(prompts=["a hat"], **SIZE)
         assert processors == [each.unet.attn_processors for each in (teacher, pipe)]  # diffusers leaves its own there
         assert all(torch.equal(before[name], tensor) for name, tensor in pipe.unet.state_dict().items())
     compare_pipelines(teacher, pipe, prompts=["a hat"], pag_scale=0.0, **FAST, **SIZE)
+
+
+@pytest.mark.situation("self-attention guidance, whose exchanged attention computes the same", "right")
+def test_attention_that_is_stored_during_a_call():
+    teacher = StableDiffusionSAGPipeline(**make_small_pipe().components, requires_safety_checker=False)
+    arguments = {"prompts": ["a hat"], "sag_scale": 0.0, **FAST, **SIZE}
+    pipe = quantize_pipeline(copy.deepcopy(teacher), "w8a8-wide", **arguments)
+    assert compare_pipelines(teacher, pipe, **arguments).eps_rel_l2 < 0.1
+
+
+@pytest.mark.situation("one `MSFPConfig` for all models that a modular pipeline loads", "refused")
+def test_modular_pipelines(monkeypatch):
+    pipe = ModularPipeline.__new__(ModularPipeline)
+    config = MSFPConfig("w4a4")
+    with pytest.raises(UnsupportedError, match="Say which one it is for"):
+        pipe.load_components(quantization_config=config)
+    monkeypatch.setattr(ModularPipeline, "_component_specs", {}, raising=False)
+    for names in ("unet", ["unet"]):
+        pipe.load_components(names=names, quantization_config=config)
+    pipe.load_components(names=["vae"], quantization_config={"unet": config})

@@ -74,6 +74,9 @@ def test_weight_is_the_float_weight(dtype):
             assert part(weight).stride() == part(module.weight).stride()
             assert torch.equal(part(weight), part(module.weight))
             assert torch.equal(part(weight) * 2, part(module.weight) * 2)
+            assert torch.equal(part(weight).detach().reshape(-1), part(module.weight).detach().reshape(-1))
+        with torch.inference_mode():
+            assert torch.equal(weight.to(torch.float64).mul_(2), module.weight.to(torch.float64).mul_(2))
         assert type(copy.deepcopy(weight)) is torch.Tensor
         assert not weight.requires_grad
     scale = torch.ones((), requires_grad=True)

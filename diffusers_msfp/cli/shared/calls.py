@@ -1,4 +1,4 @@
-"""What a user says on how a pipeline is called: prompts and guidance."""
+"""What a user says on how a pipeline is called, prompts and guidance; and a last stage that calls it."""
 
 import inspect
 from collections.abc import Sequence
@@ -7,7 +7,8 @@ from typing import Any, cast
 
 from diffusers import DiffusionPipeline
 
-from ...errors import ConfigError
+from ...errors import ConfigError, NothingToDoError
+from ...methods.correction.fit import CorrectionConfig, correct_output
 from ...sampling.calls import DEFAULT_PROMPTS
 from .terminal import stderr
 
@@ -62,3 +63,13 @@ def call_settings(
             markup=False,
         )
     return {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+
+
+def correct(pipe: DiffusionPipeline, original: DiffusionPipeline, config: CorrectionConfig, **more: Any) -> bool:
+    """`correct_output`, where a model can be corrected; a line says why another is not."""
+    try:
+        correct_output(pipe, original, config, **more)
+    except NothingToDoError as error:
+        stderr.print(f"The output is left uncorrected: {error}", soft_wrap=True, highlight=False)
+        return False
+    return True

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ...compat.wrappers import sees_through
-from ...errors import ConfigError, NonFiniteError, UnsupportedError
+from ...errors import ConfigError, NonFiniteError, NothingToDoError, UnsupportedError
 from ...results import OnProgress, Result
 from ...sampling.calls import batched_calls, call_arguments, quiet, require_positive
 from ...sampling.denoisers import ByDenoiser, by_denoiser, denoiser_of, each_quantized, model_output
@@ -142,6 +142,7 @@ def correct_output(
 
     Raises:
         ConfigError: pipelines that do not fit. Nothing is changed then.
+        NothingToDoError: outputs whose channels are not where tables have them; perturbed-attention guidance. Nor then.
         StateError: the model is observing, or its timestep-aware adapters are disabled or scaled.
         ShapeError: the teacher is another model.
         NonFiniteError: an output that is not finite.
@@ -207,8 +208,11 @@ def _fit(
         return map_prediction(output, channels_of(prediction), lambda each: table.correct(each, sample, timestep))
 
     with without_correction(model), quiet(runner), after_calls(model, look):
-        for call in calls:
-            call.run(runner)
+        try:
+            for call in calls:
+                call.run(runner)
+        except UnsupportedError as error:
+            raise NothingToDoError(f"{error} Leave the correction out.") from error
     if not sums:
         raise ConfigError(f"{type(pipe).__name__} must call its denoiser, but never does with these arguments.")
     order = sorted(sums)
@@ -230,13 +234,15 @@ def _fit(
 
 def _require_channels(model: nn.Module, prediction: Tensor) -> None:
     """Refuse an output whose channels are not where tables take them to be: frames or places would be corrected."""
-    sizes = [getattr(getattr(model, "config", None), name, None) for name in ("out_channels", "in_channels")]
-    known = [size for size in sizes if isinstance(size, int)]
-    if known and channels_of(prediction) not in (*known, *(size / 2 for size in known)):
-        where = "the last axis" if prediction.ndim == 3 else "axis 1"
+    own, given = (getattr(getattr(model, "config", None), f"{name}_channels", None) for name in ("out", "in"))
+    known = [size for size in (own, given) if isinstance(size, int)]
+    halves = [own / 2] if isinstance(own, int) and prediction.ndim == 4 else []  # variances stand beside it
+    axis = prediction.ndim - 1 if prediction.ndim == 3 else 1
+    elsewhere = [size for index, size in enumerate(prediction.shape) if index not in (0, axis)]
+    if prediction.shape[axis] not in (*known, *halves) and not set(known).isdisjoint(elsewhere):
         raise UnsupportedError(
-            f"An output can be corrected that has its channels ({' or '.join(map(str, known))}) in {where}, but "
-            f"that of this {type(model).__name__} is {tuple(prediction.shape)}. Leave the correction out."
+            f"An output can be corrected that has its channels ({' or '.join(map(str, known))}) in axis {axis}, but "
+            f"that of this {type(model).__name__} is {tuple(prediction.shape)}."
         )
 
 

@@ -119,13 +119,13 @@ def export_adapter(
 def import_adapter(model: nn.Module, adapter: int, folder: str | Path, prefix: str = "unet") -> None:
     """Read a LoRA into one timestep-aware adapter; layers that it does not have get none there.
 
+    A correction of the output that was fitted to the adapters is taken off, with a warning.
+
     Args:
         model (`ModelMixin`): with adapters beside its weights.
         adapter (`int`): which to replace, from 0.
         folder (`str` or `Path`): in PEFT's or diffusers' format.
         prefix (`str`): the component's name in diffusers' format.
-
-    A correction of the output that was fitted to the adapters is taken off, with a warning.
 
     Raises:
         CheckpointError: no such files, or damaged ones.

@@ -31,7 +31,7 @@ class AutoencoderSettings(Settings):
         kl (`float`): weight of the divergence from a normal distribution, a mean over the latents' values.
     """
 
-    updates: int = 10_000
+    updates: int = 4_000
     learning_rate: float = 1e-3
     ema_decay: float = 0.999
     weight_decay: float = 1e-4
