@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from .accelerate import SET_BY_HOOKS
-from .torch import is_hooked
+from .torch import ConvNd, is_hooked
 
 __all__ = [
     "BOUND",
@@ -28,6 +28,7 @@ __all__ = [
     "hooks_around",
     "is_watched",
     "leave_function_mode",
+    "padding_ends",
     "run_without_values",
     "shadow_copy",
     "share_hooks",
@@ -273,3 +274,17 @@ def leave_function_mode(mode: TorchFunctionMode) -> None:
             later.append(last)
     for each in reversed(later):
         _push_mode(each)
+
+
+def padding_ends(layer: ConvNd) -> list[int]:
+    """A convolution's padding as `F.pad` takes it: `(left, right, top, bottom)`.
+
+    Zeros follow what `padding` and `dilation` are now; other modes what they were when the layer was made, as in torch.
+    """
+    if layer.padding_mode != "zeros":
+        return list(layer._reversed_padding_repeated_twice)
+    if not isinstance(layer.padding, str):
+        return [end for end in reversed(layer.padding) for _ in range(2)]
+    sizes = zip(reversed(layer.dilation), reversed(layer.kernel_size), strict=True)
+    whole = [dilation * (size - 1) if layer.padding == "same" else 0 for dilation, size in sizes]
+    return [end for size in whole for end in (size // 2, size - size // 2)]

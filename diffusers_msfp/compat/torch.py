@@ -33,7 +33,6 @@ __all__ = [
     "is_hooked",
     "pack_int8_conv",
     "pack_int8_linear",
-    "padding_ends",
     "pre_hooks",
     "put_bias",
     "put_tensor",
@@ -129,11 +128,6 @@ def assert_later(condition: Tensor, message: str) -> None:
 def convolve(layer: ConvNd, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A convolution layer's operation with another weight, in its padding mode."""
     return layer._conv_forward(x, weight, bias)
-
-
-def padding_ends(layer: ConvNd) -> list[int]:
-    """A convolution's padding as `F.pad` takes it: `(left, right, top, bottom)`."""
-    return list(layer._reversed_padding_repeated_twice)
 
 
 def without_functions() -> AbstractContextManager[None]:

@@ -75,6 +75,10 @@ class PreparedLayer(ABC):
         """The layer's output for a float input, in its dtype, with one bank and the input's grid of one adapter."""
         if torch.compiler.is_compiling():
             return call_layer(x, self._reference, bank, adapter)
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):  # whole numbers stay whole
+                return self.run(x, bank, adapter)
         return self.run(x, bank, adapter)
 
     def __getstate__(self) -> dict:

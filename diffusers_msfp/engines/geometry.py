@@ -6,7 +6,8 @@ from typing import cast
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..compat.torch import ConvNd, padding_ends
+from ..compat.modules import padding_ends
+from ..compat.torch import ConvNd
 from ..layers import QuantLayer
 from .grid import output_size
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..compat.torch import ConvNd, padding_ends
+from ..compat.modules import padding_ends
+from ..compat.torch import ConvNd
 from ..engines.openvino.layers import Inputs
 from ..engines.openvino.rounding import Grid
 from ..layers import QuantLayer

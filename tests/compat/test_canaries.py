@@ -100,7 +100,7 @@ def test_late_assertions():
 def test_convolution_layers(mode):
     layer = nn.Conv2d(2, 3, (3, 5), padding=(1, 2), padding_mode=mode)
     x, weight = torch.randn(1, 2, 6, 6), torch.randn(3, 2, 3, 5)
-    ends = torch_compat.padding_ends(layer)
+    ends = modules.padding_ends(layer)
     assert ends == [2, 2, 1, 1], "convolutions keep their padding otherwise"
     padded = F.pad(x, ends, mode="constant" if mode == "zeros" else mode)
     expected = F.conv2d(padded, weight, layer.bias)

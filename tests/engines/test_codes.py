@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import call_in_its_block
+from conftest import call_in_its_block, inputs_of_layers
 from torch import nn
 
 from diffusers_msfp import set_engine
@@ -12,7 +12,7 @@ from diffusers_msfp.engines import ENGINES
 from diffusers_msfp.engines.fusion.norms import FusedGroupNorm
 from diffusers_msfp.errors import UnsupportedError
 from diffusers_msfp.layers import QUANT_LAYERS, QuantLayer
-from diffusers_msfp.layers.convert import layers_by_name, quant_layers
+from diffusers_msfp.layers.convert import layers_by_name
 from diffusers_msfp.layers.split import split_layer
 from diffusers_msfp.numerics import Codes
 from diffusers_msfp.schemes import SCHEMES
@@ -136,15 +136,15 @@ def test_copies_of_a_model_do_not_take_each_other_s_codes(block):
 
 
 @torch.no_grad()
-def test_only_the_layer_behind_the_norm_sees_codes(packed_pipe, images):
+def test_only_the_layer_behind_the_norm_sees_codes(packed_pipe, images, monkeypatch):
     unet = packed_pipe.unet
     set_engine(unet, "int8")
     behind = {m.feeds.layer() for m in unet.modules() if type(m) is FusedGroupNorm}
-    seen = {}
-    for name, layer in quant_layers(unet):
-        layer.register_forward_pre_hook(lambda _m, args, name=name: seen.__setitem__(name, type(args[0])))
+    read = inputs_of_layers(monkeypatch)
     unet(images, 10)
     layers = layers_by_name(unet)
+    names = {layer: name for name, layer in layers.items()}
+    seen = {names[layer]: type(x) for layer, x in read}
     assert {name for name, kind in seen.items() if kind is Codes} <= {
         n for n, layer in layers.items() if layer in behind
     }

@@ -9,10 +9,11 @@ from cases import LAYERS, quantized
 from conftest import equal_state, make_condition_unet, make_dit, make_unet, make_vae, run
 from diffusers import AutoencoderKL, DDPMPipeline
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import nn
 from torch.nn import functional as F
 
 from diffusers_msfp import MSFPConfig, MSFPPipelineMixin, freeze, quantize_pipeline, set_engine
-from diffusers_msfp.engines import kernels
+from diffusers_msfp.engines import ENGINES, kernels
 from diffusers_msfp.engines.choose import engine_named, engines_of
 from diffusers_msfp.engines.engine import PreparedLayer
 from diffusers_msfp.engines.fusion.attention import attention
@@ -21,8 +22,10 @@ from diffusers_msfp.engines.fusion.norms import FusedGroupNorm, PassingSiLU
 from diffusers_msfp.engines.fusion.processors import BF16AttnProcessor, read_together
 from diffusers_msfp.errors import ConfigError, NonFiniteError, StateError
 from diffusers_msfp.evaluation.compare import compare_pipelines
+from diffusers_msfp.layers import QUANT_LAYERS
 from diffusers_msfp.layers.convert import quant_layers
 from diffusers_msfp.plugin.quantize import quantize_model
+from diffusers_msfp.schemes import SCHEMES
 
 
 def frozen(model, *arguments, scheme: str = "w4a4"):
@@ -157,11 +160,18 @@ def test_convolutions_that_are_changed_for_tiles_are_run_as_they_are_now(packed_
 
 
 @torch.no_grad()
-def test_what_a_hook_has_kept_is_not_changed(packed_pipe, images):
+@pytest.mark.parametrize("once", [False, True])
+def test_what_a_hook_has_kept_is_not_changed(packed_pipe, images, once):
     unet, kept = packed_pipe.unet, []
     block = next(each for each in unet.modules() if type(each) is FusedResnetBlock2D)
     expected = unet(images, 10).sample
-    block.conv2.register_forward_hook(lambda _module, _args, y: kept.extend((y, y.clone())))
+
+    def keep(_module, _args, y):
+        kept.extend((y, y.clone()))
+        if once:
+            handle.remove()
+
+    handle = block.conv2.register_forward_hook(keep)
     assert torch.allclose(unet(images, 10).sample, expected)
     assert torch.equal(*kept)
 
@@ -300,3 +310,38 @@ def test_what_was_made_ready_stays_behind_when_tensors_are_exchanged():
     set_module_tensor_to_device(layer, "packed_weight", "cpu", value=weight)
     assert torch.equal(layer(x), y)
     assert layer.prepared not in (None, made)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16", "w4a4"])
+@torch.no_grad()
+def test_whole_numbers_stay_whole_under_autocast(scheme):
+    layer = QUANT_LAYERS[nn.Conv2d].from_float(nn.Conv2d(320, 8, 3, padding=1), "place", SCHEMES[scheme].inner)
+    x = torch.randn(1, 320, 8, 8)
+    layer(x)
+    if layer.observing:
+        layer.freeze()
+    expected = layer(x)
+    layer.use_engine(ENGINES["bf16"]())
+    with torch.autocast("cpu", torch.float16):
+        found = layer(x)
+    assert found.dtype == torch.float16
+    assert (found - expected).norm() < 2e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("changes", [{"padding": (2, 2), "dilation": (2, 2)}, {"padding": (0, 0)}, {"stride": (2, 1)}])
+@pytest.mark.parametrize("padding", [1, "same", (0, 1)])
+@torch.no_grad()
+def test_a_geometry_that_changes_is_followed(changes, padding):
+    if padding == "same" and "padding" not in changes:
+        changes = {"dilation": (2, 2)}
+    layer = QUANT_LAYERS[nn.Conv2d].from_float(nn.Conv2d(8, 8, 3, padding=padding), "place", SCHEMES["w4a4"].inner)
+    x = torch.randn(2, 8, 12, 12)
+    layer(x)
+    layer.freeze()
+    layer.use_engine(ENGINES["int8"]())
+    layer(x)
+    for name, value in changes.items():
+        setattr(layer, name, value)
+    found = layer(x)
+    layer.use_engine(None)
+    torch.testing.assert_close(found, layer(x), rtol=1e-4, atol=1e-4)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import make_condition_unet, make_unet, run
+from conftest import call_in_its_block, make_condition_unet, make_unet, run
 from diffusers import DDIMScheduler, DDPMPipeline
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
@@ -172,11 +172,8 @@ def test_codes_of_another_layer(packed_pipe):
     set_engine(packed_pipe, "int8")
     block = packed_pipe.unet.mid_block.resnets[0]
     x = torch.randn(2, 64, 4, 4)
-    seen = []
-    block.conv1.register_forward_pre_hook(lambda _layer, args: seen.append(args[0]))
     with torch.no_grad():
-        block(x, torch.randn(2, block.time_emb_proj.in_features))
-        codes = seen[0]
+        codes = call_in_its_block(block.norm1, x)
         assert isinstance(codes, Codes)
         assert codes.dtype == torch.float32
         torch.testing.assert_close(block.conv2(codes), block.conv2(codes.decoded()))
@@ -276,3 +273,21 @@ def test_blocks_of_ones_own(images, way, monkeypatch):
     set_engine(pipe, "reference")
     expected = run(pipe.unet, images)
     assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.situation("a hook writes into what a quantized layer reads, in place", "right")
+@pytest.mark.parametrize("name", ["conv1", "conv2", "dropout"])
+def test_hooks_that_write_in_place(images, name):
+    def write(_module, args):
+        args[0].data[0] *= 0.5
+        args[0][:, 1] = 0
+
+    pipe = quantize_pipeline(DDPMPipeline(make_unet(), DDIMScheduler()), "w4a8", num_samples=2, num_inference_steps=3)
+    before, found = run(pipe.unet, images), {}
+    for engine in ("auto", "reference"):
+        set_engine(pipe, engine)
+        handle = getattr(pipe.unet.mid_block.resnets[0], name).register_forward_pre_hook(write)
+        found[engine] = run(pipe.unet, images)
+        handle.remove()
+    assert (found["auto"] - found["reference"]).norm() < 0.02 * found["reference"].norm()
+    assert (found["auto"] - before).norm() > 0.02 * before.norm()

@@ -28,9 +28,9 @@ class FusedResnetBlock2D(ResnetBlock2D):
         x = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
         temb = temb if self.skip_time_act else self.nonlinearity(temb)
         x = self.nonlinearity(second(x, self.time_emb_proj(temb)))
+        own = isinstance(self.conv2, QuantLayer) and not is_watched(self.conv2)  # then nobody else has its output
         x = self.conv2(self.dropout(x))
         residual = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
-        own = isinstance(self.conv2, QuantLayer) and not is_watched(self.conv2)  # then nobody else has its output
         x = x.add_(residual) if own else x + residual
         return x if self.output_scale_factor == 1 else x.div_(self.output_scale_factor)
 
@@ -43,7 +43,8 @@ def fuse(model: nn.Module) -> None:
             found = [getattr(module, name, None) for name in names]
             kinds = (type(found[0]) is nn.GroupNorm, isinstance(found[1], QuantLayer), isinstance(found[-1], nn.SiLU))
             if all(kinds[: len(found)]) and "forward" not in vars(found[0]):  # that would run as its old class has it
-                fuse_norm(cast(nn.GroupNorm, found[0]), module, layer, activation)
+                dropout = "dropout" if norm == "norm2" else None  # of residual blocks
+                fuse_norm(cast(nn.GroupNorm, found[0]), module, layer, activation, dropout)
         if type(module) is ResnetBlock2D and module.time_embedding_norm == "default" and not _resamples(module):
             module.__class__ = FusedResnetBlock2D
 

@@ -77,23 +77,26 @@ class Feeds:
     Args:
         parent (`nn.Module`): runs the norm, the activation and the layer one right after the other.
         name (`str`): of the layer in it.
-        activation (`str`, *optional*): of the SiLU in it.
+        activation, dropout (`str`, *optional*): of the SiLU in it, and of a dropout before the layer.
     """
 
     parent: nn.Module
     name: str
     activation: str | None
+    dropout: str | None
 
     def layer(self) -> nn.Module:
         """The layer that reads the norm's result."""
         return getattr(self.parent, self.name)
 
     def undisturbed(self, norm: nn.Module) -> bool:
-        """Whether nobody has put a hook or another module in between."""
-        between = [norm]
+        """Whether nobody has put a hook or another module in between; hooks on the layer would see codes."""
+        between = [norm, self.layer()]
+        if self.dropout is not None:
+            between.append(getattr(self.parent, self.dropout))
         if self.activation is not None:
-            between.append(getattr(self.parent, self.activation))
-            if type(between[-1]) is not PassingSiLU:
+            between.append(activation := getattr(self.parent, self.activation))
+            if type(activation) is not PassingSiLU:
                 return False
         return not any(map(is_watched, between))
 
@@ -163,15 +166,18 @@ class PassingSiLU(nn.SiLU):
 _FUSED = {FusedGroupNorm: nn.GroupNorm, PassingSiLU: nn.SiLU}
 
 
-def fuse_norm(norm: nn.GroupNorm, parent: nn.Module, name: str, activation: str | None) -> None:
+def fuse_norm(
+    norm: nn.GroupNorm, parent: nn.Module, name: str, activation: str | None, dropout: str | None = None
+) -> None:
     """Let a norm quantize for the layer that `parent` calls `name`.
 
     Args:
         norm (`nn.GroupNorm`): runs before the layer, with nothing but the activation and dropout between.
         activation (`str`, *optional*): name of a SiLU in `parent`; it may be shared with other places.
+        dropout (`str`, *optional*): name of a dropout in `parent`.
     """
     norm.__class__ = FusedGroupNorm
-    norm.__dict__.update(feeds=Feeds(parent, name, activation), silu=activation is not None)
+    norm.__dict__.update(feeds=Feeds(parent, name, activation, dropout), silu=activation is not None)
     if activation is not None:
         getattr(parent, activation).__class__ = PassingSiLU
 

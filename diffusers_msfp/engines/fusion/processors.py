@@ -30,6 +30,7 @@ class BF16AttnProcessor(AttnProcessor2_0):
             attention_mask is None
             and hidden_states.dtype == torch.bfloat16
             and hidden_states.device.type == "cpu"
+            and not attn.upcast_attention  # scores so large that bfloat16 is too coarse for them
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
             and all(module is None for module in (attn.spatial_norm, attn.norm_q, attn.norm_k))

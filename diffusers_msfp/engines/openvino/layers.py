@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...compat.modules import bare_copy
-from ...compat.torch import ConvNd, convolve, padding_ends
+from ...compat.modules import bare_copy, padding_ends
+from ...compat.torch import ConvNd, convolve
 from ...errors import UnsupportedError
 from ...formats import INT8_MAX, UINT8_MAX, FPFormat
 from ...layers import QuantLayer
