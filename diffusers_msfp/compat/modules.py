@@ -242,14 +242,17 @@ def version_of(tensor: Tensor) -> int:
 
 
 def tensors_state(module: nn.Module) -> list[tuple[int, int | str]]:
-    """Unequal where one of its own tensors was exchanged, as offloading does, or written to, but through `.data`."""
-    own = (*module._parameters.values(), *module._buffers.values())
-    return [(version_of(each), _place(each)) for each in own if each is not None]
+    """Unequal where one of its own tensors was exchanged, as offloading does, or written to, but through `.data`.
 
-
-def _place(tensor: Tensor) -> int | str:
-    """Where a tensor is; of accelerators the device alone, since offloading has another address there each time."""
-    return tensor.data_ptr() if tensor.device.type == "cpu" else str(tensor.device)
+    Of accelerators the device alone counts, since what is offloaded has another address there each time.
+    """
+    state: list[tuple[int, int | str]] = []
+    for own in (module._parameters, module._buffers):  # asked in every call of every layer
+        for each in own.values():
+            if each is not None:
+                place = each.data_ptr() if each.is_cpu else str(each.device)
+                state.append((0 if each.is_inference() else each._version, place))
+    return state
 
 
 def caller_of_module() -> tuple[object, str]:

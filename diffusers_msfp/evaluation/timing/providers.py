@@ -53,7 +53,7 @@ def provide(name: str, model: nn.Module, call: Callable[[nn.Module], object]) ->
         made = _msfp(kind, options, model, call)
     elif kind in ("fp32", "bf16"):
         _check(name, options, {"cl"})
-        made = _float(model).to(torch.float32 if kind == "fp32" else torch.bfloat16)
+        made = nn.Module.to(_float(model), torch.float32 if kind == "fp32" else torch.bfloat16)
         made = _channels_last(made) if options else made
     elif kind in PEERS:
         made = _peer(kind, options, model)
@@ -74,7 +74,10 @@ def _channels_last(model: nn.Module) -> nn.Module:
 
 
 def _float(model: nn.Module) -> nn.Module:
-    """A copy with float weights; of a quantized model with random ones, since only their shapes matter here."""
+    """A copy with float weights; of a quantized model with random ones, since only their shapes matter here.
+
+    It is cast by `nn.Module.to`: diffusers' own warns of parts that should stay float32 where there are none.
+    """
     if not any(True for _ in quant_layers(model)):
         return copy.deepcopy(model)
     own: Any = model
@@ -93,7 +96,7 @@ def _msfp(kind: str, options: list[str], model: nn.Module, call: Callable[[nn.Mo
                 "`fp32` out, or name a scheme."
             )
     else:
-        made = made.to(torch.float32 if "fp32" in options else torch.bfloat16)
+        made = nn.Module.to(made, torch.float32 if "fp32" in options else torch.bfloat16)
         convert(made, Conversion.plan(made, "w4a8" if kind == "msfp" else kind))
         track(made)  # finds the layers that read residual sums, which have formats of their own
         call(made)
@@ -108,7 +111,7 @@ def _peer(kind: str, options: list[str], model: nn.Module) -> nn.Module:
     if kind in GRAPH_DTYPES:
         _check(kind, options, GRAPH_DTYPES[kind])
         return graph_peer(kind, (*options, *GRAPH_DTYPES[kind])[0], _float(model))
-    made = _channels_last(_float(model).to(torch.bfloat16))
+    made = _channels_last(nn.Module.to(_float(model), torch.bfloat16))
     if kind == "sdnq":
         import sdnq
 
