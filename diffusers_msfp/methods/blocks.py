@@ -4,7 +4,7 @@ A block's inputs are those of the quantized model up to it, its targets the full
 2102.05426). Only the block's own activations are kept for the backward pass.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -27,10 +27,16 @@ def trainable_blocks(
     does not run then is left out.
     """
     found = {name: sum(isinstance(module, kind) for module in block.modules()) for name, block in _children(model)}
-    blocks, order = {name: original.get_submodule(name) for name in found if found[name]}, dict[str, None]()
-    with torch.no_grad(), watching_calls(blocks, lambda name, _: order.setdefault(name)):
-        step.run(original)
-    return {name: found[name] for name in order}
+    return {name: found[name] for name in _order_of_running(original, [name for name in found if found[name]], step)}
+
+
+def _order_of_running(model: nn.Module, parts: Iterable[str], step: DenoisingStep) -> list[str]:
+    """Those of a model's parts that run in a call, in the order in which they do."""
+    order: dict[str, None] = {}
+    watched = {name: model.get_submodule(name) for name in parts}
+    with torch.no_grad(), watching_calls(watched, lambda name, _: order.setdefault(name)):
+        step.run(model)
+    return list(order)
 
 
 def _children(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -110,12 +116,8 @@ def reconstruction_units(model: nn.Module, step: DenoisingStep, *, layerwise: bo
         `dict[str, list[str]]`: name of the part → names of its quantized layers; parts that do not run are missing.
     """
     layers = dict.fromkeys(whole_name(name, layer) for name, layer in quant_layers(model))
-    candidates = {name: model.get_submodule(name) for name in (layers if layerwise else _smallest(model, ""))}
-    order: dict[str, None] = {}
-    with torch.no_grad(), watching_calls(candidates, lambda name, _: order.setdefault(name)):
-        step.run(model)
     found = {}
-    for name in order:
+    for name in _order_of_running(model, layers if layerwise else _smallest(model, ""), step):
         inner = quant_layers(model.get_submodule(name))
         found[name] = [f"{name}.{layer}" if layer else name for layer, _ in inner]
     return found

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from ..compat.diffusers import saves_averages
 from ..errors import UnsupportedError
 from ..layers.convert import quant_layers
+from ..sampling.denoisers import is_quantized
 from .config import MSFPConfig, MSFPMethod
 
 _OWN = ("from_pretrained", "from_config", "from_single_file")
@@ -46,9 +47,10 @@ def install() -> None:
 def _all_or_nothing(to: Callable) -> Callable:
     @functools.wraps(to)
     def cast_all(pipe: DiffusionPipeline, *args: Any, **kwargs: Any) -> DiffusionPipeline:
-        for part in pipe.components.values():
-            if isinstance(part, ModelMixin | PreTrainedModel) and next(iter(quant_layers(part)), None) is not None:
-                require_dtype(part, dtype_among(args, kwargs))
+        if (dtype := dtype_among(args, kwargs)) is not None:
+            for part in pipe.components.values():
+                if isinstance(part, ModelMixin | PreTrainedModel) and is_quantized(part):
+                    require_dtype(part, dtype)
         return to(pipe, *args, **kwargs)
 
     return cast_all

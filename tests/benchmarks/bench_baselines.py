@@ -29,7 +29,7 @@ import nncf_unet
 import torch
 import typer
 from diffusers import DiffusionPipeline
-from harness import locked, origin, read_results, write_results
+from harness import keep_rows, origin, read_results
 from real_models import asked_of, real_pictures
 
 from diffusers_msfp import MSFPConfig, quantize_pipeline
@@ -181,6 +181,10 @@ def main(
     tuned_for = by_scheme(tuned) | (TUNED_MODELS if model == EMBEDDED_MODEL else {})
     pictures = work or Path(tempfile.gettempdir()) / "baseline-pictures"
     real = real_pictures(data, pictures)
+
+    def stays(row: dict) -> bool:
+        return row["cell"] in CELLS and (row["model"] != model.name or about.items() <= row.items())
+
     everything = CONDITIONAL if asked or labels_of(reference) else CELLS
     for name in only.split(",") if only else missing(about, everything):
         cell = CELLS[name]
@@ -214,7 +218,7 @@ def main(
             for pair, figures in result.figures.items()
             for figure, value in figures.items()
         }
-        keep(rounded(row))
+        keep_rows("baselines", COMMAND, [rounded(row)], by=("model", "cell"), order=place, stays=stays)
         typer.echo(f"{name}: eps_rel_l2 {row['eps_rel_l2']:.4f}, {cost}", err=True)
 
 
@@ -233,20 +237,9 @@ def rounded(value: object) -> object:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def keep(row: dict) -> None:
-    """Put a row into the results file, in the order of models and cells, in the place of other weights' too."""
-    with locked("baselines"):
-        rows = [
-            each
-            for each in read_results("baselines")["rows"]
-            if each["cell"] in CELLS
-            and (each["model"], each["cell"]) != (row["model"], row["cell"])
-            and (each["model"] != row["model"] or all(each[key] == row[key] for key in ("weights", "num_samples")))
-        ]
-        order = list(dict.fromkeys(each["model"] for each in [*rows, row]))
-        rows.append(row)
-        rows.sort(key=lambda each: (order.index(each["model"]), list(CELLS).index(each["cell"])))
-        write_results("baselines", COMMAND, rows)
+def place(row: dict) -> tuple:
+    """Of a row in the file: the embedded model comes first."""
+    return row["model"] != EMBEDDED_MODEL.name, row["model"], list(CELLS).index(row["cell"])
 
 
 if __name__ == "__main__":

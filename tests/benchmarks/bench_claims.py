@@ -231,6 +231,10 @@ def main(
     rows = read_results("claims")["rows"] if (RESULTS / "claims.json").exists() else []
     rows = [row for row in rows if row.get("num_pictures", num_pictures) == num_pictures]
     there = {(row["variant"], row["seed"]) for row in rows if about.items() <= row.items()}
+
+    def stays(row: dict) -> bool:
+        return row["model"] != model.name or about.items() <= row.items()
+
     wanted = only.split(";") if only else VARIANTS
     for name, seed in ((variant, seed) for variant in wanted for seed in seeds_of(variant)):
         if not only and (name, seed) in there:
@@ -254,7 +258,7 @@ def main(
                 sets = [draw_pictures(each, **draw).float() for each in (reference, pipe)]
                 real, _ = load_real(real_pictures(data, work), tuple(sets[0].shape[1:]))
                 row |= {"num_pictures": num_pictures, "excess": [round(end, 4) for end in excess(*sets, real)]}
-        keep_rows("claims", COMMAND, [row], by=("model", "variant", "seed"), order=place, beside=about.items())
+        keep_rows("claims", COMMAND, [row], by=("model", "variant", "seed"), order=place, stays=stays)
         typer.echo(f"{name}, seed {seed}: {time.perf_counter() - began:.0f} s", err=True)
 
 

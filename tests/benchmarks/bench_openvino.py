@@ -44,7 +44,7 @@ OURS = ("w4a8", "w4a4", "int-w4a8")
 """The last has uniform formats alone, which cost a graph one rounding instead of several."""
 LARGE = ("sd15",)
 """Of which 24 GB do not hold all variants: the first of ours beside bfloat16 alone."""
-QUALITY = {"images": 256, "batch": 32, "num_inference_steps": 20}
+QUALITY = {"images": 256, "num_inference_steps": 20}
 
 
 def rival(model: nn.Module, inputs: dict, eight_bits: bool) -> Callable[[], object]:

@@ -4,7 +4,7 @@ import json
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +70,16 @@ def keep_rows(
     rows: Sequence[dict],
     by: Sequence[str],
     order: Callable[[dict], Any] | None = None,
-    beside: Iterable[tuple[str, Any]] = (),
+    stays: Callable[[dict], bool] = lambda _row: True,
 ) -> None:
     """Put rows into a results file in the place of those that are equal to one of them under the keys `by`.
 
-    Of the model that they are of, only rows stay that have all of `beside`: what compares may not be mixed.
+    Of the others those stay for which `stays` is true: what is compared may not be mixed.
 
     Several processes may share the work.
     """
     with locked(name):
         old = read_results(name)["rows"] if (RESULTS / f"{name}.json").exists() else []
         made = [[row.get(key) for key in by] for row in rows]
-        kept = [row for row in old if [row.get(key) for key in by] not in made]
-        models, shared = {row.get("model") for row in rows}, dict(beside).items()
-        kept = [row for row in kept if row.get("model") not in models or shared <= row.items()] + [*rows]
+        kept = [row for row in old if [row.get(key) for key in by] not in made and stays(row)] + [*rows]
         write_results(name, command, kept if order is None else sorted(kept, key=order))

@@ -120,6 +120,7 @@ def openvino_quality() -> Iterator[dict[str, str]]:
         }
 
 
+SHORT_TIMES = {"`w4a8`, ×": "`w4a8`, ×", "graph, ×": "`w4a8`, graph, ×", "NNCF, ×": "NNCF int8, ×"}
 SHORT = ("ddpm", "ddpm-batch1", "ddpm-batch16", "ddpm-size128", "sd15", "embedded")
 
 
@@ -133,10 +134,7 @@ def speed() -> Iterator[dict[str, str]]:
                 "model": row["model"],
                 "bf16": row["bf16"],
                 "`w4a4`, ×": row["`w4a4`, ×"],
-                **{title: row[name] for title, name in _SHORT_TIMES.items()},
+                **{title: row[name] for title, name in SHORT_TIMES.items()},
                 "AMX: bf16": amx["bf16"],
-                **{f"{title} ": amx[name] for title, name in _SHORT_TIMES.items()},
+                **{f"{title} ": amx[name] for title, name in SHORT_TIMES.items()},
             }
-
-
-_SHORT_TIMES = {"`w4a8`, ×": "`w4a8`, ×", "graph, ×": "`w4a8`, graph, ×", "NNCF, ×": "NNCF int8, ×"}

@@ -25,7 +25,7 @@ from ...sampling.used_output import sample_of, used_part
 from ..checks import check_student, require_takes
 from ..routes import require_full_strength
 from .attach import attach_correction, without_correction
-from .table import CorrectionTable, channels_of, map_prediction
+from .table import CorrectionTable, axis_of_channels, channels_of, map_prediction
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def _require_channels(model: nn.Module, prediction: Tensor) -> None:
     own, given = (getattr(getattr(model, "config", None), f"{name}_channels", None) for name in ("out", "in"))
     known = [size for size in (own, given) if isinstance(size, int)]
     halves = [own / 2] if isinstance(own, int) and prediction.ndim == 4 else []  # variances stand beside it
-    axis = prediction.ndim - 1 if prediction.ndim == 3 else 1
+    axis = axis_of_channels(prediction)
     elsewhere = [size for index, size in enumerate(prediction.shape) if index not in (0, axis)]
     if prediction.shape[axis] not in (*known, *halves) and not set(known).isdisjoint(elsewhere):
         raise UnsupportedError(
@@ -248,7 +248,7 @@ def _require_channels(model: nn.Module, prediction: Tensor) -> None:
 
 def _by_channel(x: Tensor) -> Tensor:
     """`(B, C, …)`, or `(B, N, C)`, as `(C, n)`."""
-    return x.transpose(0, -1 if x.ndim == 3 else 1).flatten(1)
+    return x.transpose(0, axis_of_channels(x)).flatten(1)
 
 
 def _table(solved: dict[float, tuple[Tensor, Tensor]], device: torch.device) -> tuple[Tensor, ...]:

@@ -116,7 +116,12 @@ class CorrectionTable(StatefulModule):
 
 def channels_of(prediction: Tensor) -> int:
     """Channels of a denoiser's output: of images axis 1, of sequences the last."""
-    return prediction.shape[-1 if prediction.ndim == 3 else 1]
+    return prediction.shape[axis_of_channels(prediction)]
+
+
+def axis_of_channels(prediction: Tensor) -> int:
+    """1 of images, 2 of sequences."""
+    return 2 if prediction.ndim == 3 else 1
 
 
 def correction_of(model: nn.Module) -> CorrectionTable | None:

@@ -168,14 +168,14 @@ class Turn(NamedTuple):
 
 def turn_at(blocks: dict[str, int], update: int, total: int) -> Turn:
     """Blocks have their turns in order, each with a share of the updates by its number of layers."""
-    turn, begin, layers = Turn(None, update, total), 0, 0
+    begin, layers, whole = 0, 0, sum(blocks.values())
     for name, number in blocks.items():
         layers += number
-        end = math.ceil(layers * total / sum(blocks.values()))
-        if update < end or layers == sum(blocks.values()):
+        end = math.ceil(layers * total / whole)
+        if update < end or layers == whole:
             return Turn(name, update - begin, max(1, end - begin))
         begin = end
-    return turn
+    return Turn(None, update, total)
 
 
 def example_seed(seed: int, example: int) -> int:

@@ -47,6 +47,10 @@ class Settings:
     clip: float = 1.0
     seed: int = 0
 
+    def end(self, stop_at: int | None = None) -> int:
+        """Updates after which a run ends, which may be asked to stop early."""
+        return self.updates if stop_at is None else min(self.updates, stop_at)
+
     def rate(self, update: int, begun: int = 0) -> float:
         """Learning rate of an update: linear warm-up from `begun` on, constant, linear to zero."""
         remaining = (self.updates - update) / max(1.0, self.cooldown * self.updates)
@@ -197,7 +201,7 @@ def train(
     share, rank = settings.batch_size // accelerator.num_processes, accelerator.process_index
     begun, saved, first = time.monotonic() - progress.seconds, time.monotonic(), progress.update
     started = time.monotonic()
-    end = settings.updates if stop_at is None else min(settings.updates, stop_at)
+    end = settings.end(stop_at)
 
     def save() -> None:
         progress.seconds = time.monotonic() - begun

@@ -92,8 +92,7 @@ def main(
     except OtherSettingsError as error:
         _say(str(error))
         raise typer.Exit(1) from error
-    asked = min(task.settings.updates, task.settings.updates if stop_at is None else stop_at)
-    if export is not None and progress.update >= asked:  # not where a signal ended it
+    if export is not None and progress.update >= task.settings.end(stop_at):  # not where a signal ended it
         task.export(export)
 
 
