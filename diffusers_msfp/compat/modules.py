@@ -25,6 +25,7 @@ __all__ = [
     "exchanged_methods",
     "has_dispatch_modes",
     "has_global_hooks",
+    "home_of",
     "hooks_around",
     "is_watched",
     "leave_function_mode",
@@ -67,6 +68,11 @@ def is_watched(module: nn.Module) -> bool:
 def has_dispatch_modes() -> bool:
     """Whether somebody watches all operators, as counters of operations and fake tensors do."""
     return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
+
+
+def home_of(function: Callable) -> str:
+    """The module whose code a function runs, also where it is made to look like another one (`functools.wraps`)."""
+    return getattr(function, "__globals__", {}).get("__name__", "")
 
 
 def hooks_around(module: nn.Module) -> Iterator[Callable]:

@@ -10,6 +10,7 @@ from transformers.quantizers import auto
 __all__ = [
     "ConversionOps",
     "WeightRenaming",
+    "keep_own_names",
     "mark_initialised",
     "quantization_tables",
     "register",
@@ -36,6 +37,15 @@ def mark_initialised(*things: object) -> None:
     """Tell the loader that modules or parameters have their values; it would fill others with noise."""
     for thing in things:
         cast(Any, thing)._is_hf_initialized = True
+
+
+def keep_own_names(model: nn.Module) -> None:
+    """Let a model be saved under the names that its tensors have, not those that were renamed when it was loaded.
+
+    Saving undoes the renaming of loading, such as the prefix `text_model.` that files of CLIP have: what else is stored
+    of layers would be under other names then than their tensors. Loading takes both.
+    """
+    cast(Any, model)._weight_conversions = []
 
 
 _FILL = "_move_missing_keys_from_meta_to_device"

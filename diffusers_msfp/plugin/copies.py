@@ -36,7 +36,8 @@ def install() -> None:
     base: Any = ModelMixin
     base.from_config = classmethod(_from_config)
     base.__init_subclass__ = classmethod(_init_subclass)
-    cast(Any, DiffusionPipeline).to = _all_or_nothing(DiffusionPipeline.to)
+    for pipeline in (DiffusionPipeline, ModularPipeline):
+        cast(Any, pipeline).to = _all_or_nothing(pipeline.to)
     cast(Any, ModularPipeline).load_components = _for_one_model(ModularPipeline.load_components)
     known = [ModelMixin]
     for cls in known:
@@ -46,7 +47,7 @@ def install() -> None:
 
 def _all_or_nothing(to: Callable) -> Callable:
     @functools.wraps(to)
-    def cast_all(pipe: DiffusionPipeline, *args: Any, **kwargs: Any) -> DiffusionPipeline:
+    def cast_all(pipe: Any, *args: Any, **kwargs: Any) -> Any:
         if (dtype := dtype_among(args, kwargs)) is not None:
             for part in pipe.components.values():
                 if isinstance(part, ModelMixin | PreTrainedModel) and is_quantized(part):

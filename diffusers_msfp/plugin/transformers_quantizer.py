@@ -16,7 +16,14 @@ from transformers.quantizers.base import HfQuantizer
 from ..checkpoint.file_checks import check_files, formats_of
 from ..checkpoint.record import ModelRecord
 from ..compat.peft import has_adapters
-from ..compat.transformers import ConversionOps, WeightRenaming, mark_initialised, unwatch_loading, watch_loading
+from ..compat.transformers import (
+    ConversionOps,
+    WeightRenaming,
+    keep_own_names,
+    mark_initialised,
+    unwatch_loading,
+    watch_loading,
+)
 from ..errors import CheckpointError, MSFPError
 from ..layers import QUANT_LAYERS, QuantLayer
 from ..layers.convert import Conversion, quant_layers, replace_module
@@ -118,6 +125,7 @@ class MSFPTransformersQuantizer(HfQuantizer):
     def attach(self, model: PreTrainedModel) -> None:
         """Make a model with quantized layers know that it is one."""
         model.config.quantization_config = self.quantization_config
+        keep_own_names(model)
         attach(model, self, None if self._record is None else self._record.calibration)
         self._record = None
 

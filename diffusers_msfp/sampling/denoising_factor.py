@@ -12,6 +12,7 @@ from torch import Tensor
 from ..compat.diffusers import Scheduler, scheduler_as_set
 from ..errors import ConfigError, NonFiniteError
 from .finite_steps import SHAPE, learns_variance, no_finite_step, probe_of
+from .timestep import tellings
 
 NONLINEAR = ("clip_sample", "thresholding", "use_dynamic_thresholding")
 """What makes a step non-linear in the model's output."""
@@ -138,14 +139,12 @@ class RunFactors:
     def of(self, timesteps: Sequence[float]) -> dict[float, float] | None:
         """Timestep that the model was given → factor.
 
-        The scheduler's own timesteps, or their share of the training's, in which Flux is told them, or what is missing
-        to the whole, as Z-Image is. None where the model was given others, or the scheduler has no factors.
+        None where the model was given others than `tellings` know, or the scheduler has no factors.
         """
         trained, found = float(self.scheduler.config.get("num_train_timesteps") or 0), self._found or {}
-        for scale, start in ((1.0, 0.0), (trained, 0.0), (-trained, trained)) if found else ():
+        for scale, start, lost in tellings(trained) if found else ():
             told = {t: start + scale * t for t in timesteps}
             meant = {t: _nearest(found, told[t]) for t in timesteps}
-            lost = 1.0 if scale == 1 else 2**-8 * trained  # where an integer is made of it, or bfloat16
             near = all(abs(meant[t] - told[t]) <= lost + 0.01 * abs(meant[t]) for t in timesteps)
             if near and len(set(meant.values())) == len(meant):
                 return {t: found[known] for t, known in meant.items()}

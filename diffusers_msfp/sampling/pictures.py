@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,11 +17,12 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FlowMa
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
+from ..compat.diffusers import execution_device
 from ..errors import ConfigError, NonFiniteError, UnsupportedError
-from .calls import Call
+from .calls import Call, require_positive
 from .denoisers import denoiser_name, denoisers_of, scheduler_of
 from .solvers import OTHER_EQUATIONS
-from .timestep import require_timesteps
+from .timestep import Telling, require_timesteps, tellings
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 FLOWS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
@@ -50,8 +51,9 @@ def taken(images: Images | None, num_samples: int) -> list | None:
     """The pictures that so many samples need: a folder's files, or the first of an iterable; None where there are none.
 
     Raises:
-        ConfigError: it is neither, or has no picture.
+        ConfigError: it is neither, or has no picture, or they are no number of samples.
     """
+    require_positive(num_samples=num_samples)
     if images is None:
         return None
     if isinstance(images, str | Path):
@@ -83,11 +85,8 @@ def opened(image: Image.Image | np.ndarray | Tensor | str | Path) -> Image.Image
         except (UnidentifiedImageError, OSError) as error:
             raise ConfigError(f"{image} must be a picture, but it cannot be read ({error}).") from error
     if isinstance(image, Tensor) and image.ndim == 3:
-        image = (
-            image.detach().cpu().movedim(0, -1).float().numpy()
-            if image.is_floating_point()
-            else (image.cpu().movedim(0, -1).numpy())
-        )
+        last = image.detach().cpu().movedim(0, -1)
+        image = (last.float() if last.is_floating_point() else last).numpy()
     if not isinstance(image, np.ndarray) or image.ndim not in (2, 3) or not image.size:
         shape = f" of shape {tuple(image.shape)}" if hasattr(image, "shape") else ""
         raise ConfigError(
@@ -164,22 +163,23 @@ class NoisedPictures:
                 f"Pictures can be shown to a pipeline's only denoiser, but {type(pipe).__name__} has several networks "
                 f"that look at them. Leave `images` out: its own samples set the ranges."
             )
-        self.pipe, self.scheduler = pipe, scheduler_of(pipe)
+        self.pipe, self.scheduler, self.name = pipe, scheduler_of(pipe), denoiser_name(pipe)
         (self.model,) = denoisers_of(pipe).values()
-        self.name = denoiser_name(pipe)
         self.argument = require_timesteps(self.model)
         self.vae = getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
-        self.flows = isinstance(self.scheduler, FLOWS)
+        config = self.scheduler.config
+        flows = bool(config.get("use_flow_sigmas")) or config.get("prediction_type") == "flow_prediction"
+        self.flows = flows or isinstance(self.scheduler, FLOWS)
         known = isinstance(getattr(self.scheduler, "alphas_cumprod", None), Tensor)
+        known &= config.get("timestep_type", "discrete") == "discrete"  # else the model is told the noise
         if not (self.flows or known) or isinstance(self.scheduler, OTHER_EQUATIONS[2:]):
             raise UnsupportedError(
                 f"Pictures can be noised as diffusion with `alphas_cumprod` or flow matching has it, but "
                 f"{type(self.scheduler).__name__} has another way. Leave `images` out: its own samples set the ranges."
             )
         self.generator = torch.Generator().manual_seed(seed)
-        self.first = self.size = 0
-        self._encoded: tuple[tuple, Tensor] | None = None
-        self._unit: int | None = None
+        self.first, self.size, self._encoded = 0, 0, cast("tuple[tuple, Tensor] | None", None)
+        self.telling: Telling | None = None
 
     def show(self, call: Call) -> None:
         """Take the pictures of a call of the pipeline, which is to run next."""
@@ -191,7 +191,7 @@ class NoisedPictures:
         _, name, *_ = inspect.signature(type(self.model).forward).parameters
         sample = kwargs[name] if name in kwargs else args[0]
         pictures = self._pictures(sample)
-        kept, added, timestep = self._draw(self.argument.of(args, kwargs))
+        kept, added, timestep = self._draw(self.argument.given(args, kwargs))
         noise = torch.randn(pictures.shape, generator=self.generator)
         noised = (kept * pictures + added * noise).to(sample.device, sample.dtype)
         noised = noised.repeat(len(sample) // len(noised), *[1] * (noised.ndim - 1))
@@ -202,18 +202,32 @@ class NoisedPictures:
     def _draw(self, current: Any) -> tuple[float, float, Any]:
         """Shares of picture and noise, and the timestep as the model takes it."""
         trained = self.scheduler.config.num_train_timesteps
+        if self.telling is None:
+            self.telling = self._told(float(torch.as_tensor(current).max()), trained)
+        scale, start, _ = self.telling
         if self.flows:
-            if self._unit is None:  # some pipelines hand on the timestep, some its share of the whole
-                own = torch.as_tensor(self.scheduler.timesteps).double()
-                given = float(torch.as_tensor(current).max())
-                self._unit = trained if bool(((own - given).abs() <= 0.01 * given).any()) else 1
             sigma = 1 - torch.rand((), generator=self.generator).item()  # in (0, 1]
-            kept, added, timestep = 1 - sigma, sigma, sigma * self._unit
+            own = trained * (1 - sigma if self.scheduler.config.get("invert_sigmas") else sigma)
+            kept, added, timestep = 1 - sigma, sigma, (own - start) / scale
         else:
-            timestep = int(torch.randint(trained, (), generator=self.generator))
-            share = self.scheduler.alphas_cumprod[timestep].item()
-            kept, added = share**0.5, (1 - share) ** 0.5
+            drawn = int(torch.randint(trained, (), generator=self.generator))
+            share = self.scheduler.alphas_cumprod[drawn].item()
+            kept, added, timestep = share**0.5, (1 - share) ** 0.5, drawn if scale == 1 else (drawn - start) / scale
         return kept, added, torch.full_like(current, timestep) if isinstance(current, Tensor) else timestep
+
+    def _told(self, given: float, trained: int) -> Telling:
+        """How the pipeline tells its denoiser the timestep, by what it gives in its first call."""
+        own = torch.as_tensor(self.scheduler.timesteps).double().flatten()
+        first = own[getattr(self.scheduler, "begin_index", None) or 0 :][:1]
+        for known in (first, own):  # a pipeline may begin at a later one
+            for telling in tellings(trained):
+                meant = telling.start + telling.scale * given
+                if bool(((known - meant).abs() <= telling.lost + 0.01 * abs(meant)).any()):
+                    return telling
+        raise UnsupportedError(
+            f"Pictures are noised as much as the denoiser is told, but {type(self.pipe).__name__} tells it {given:g} at "
+            f"the timestep {first.tolist()} of its scheduler. Leave `images` out: its own samples set the ranges."
+        )
 
     def _pictures(self, sample: Tensor) -> Tensor:
         """The call's pictures as the denoiser reads them, float32 on the CPU, once for all its steps."""
@@ -253,7 +267,7 @@ class NoisedPictures:
         """`(N, channels, h, w)`, float32, shifted and scaled as the denoiser was trained."""
         vae: Any = self.vae
         config = vae.config
-        encoded = vae.encode(pictures.to(vae.device, vae.dtype))
+        encoded = vae.encode(pictures.to(execution_device(self.pipe) or vae.device, vae.dtype))
         encoded = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
         latents = encoded.float().cpu()
         if not latents.isfinite().all():
@@ -276,6 +290,7 @@ def showing(pipe: DiffusionPipeline, pictures: NoisedPictures | None) -> Iterato
         yield
         return
     (model,) = denoisers_of(pipe).values()
+    pictures.scheduler, pictures.telling = scheduler_of(pipe), None  # a trial has a scheduler of its own
     handle = model.register_forward_pre_hook(pictures.exchange, prepend=True, with_kwargs=True)
     try:
         yield

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..calibration.watch import watching_calls
 from ..compat.modules import leave_function_mode
 from ..compat.torch import remove_hooks, tree_leaves
+from ..layers import QuantLayer
 from ..layers.convert import layers_by_name
 
 SUMS = frozenset({"add", "add_", "sub", "sub_", "__add__", "__radd__", "__iadd__", "__sub__", "__isub__"})
@@ -136,10 +137,18 @@ class ResidualTrace:
 
 def follow_next_call(model: nn.Module) -> None:
     """Find out in the model's next call which layers read residual sums, where they have to know and do not."""
-    if any(layer.sum_unknown for layer in layers_by_name(model).values()):
-        trace = ResidualTrace()
-        model.register_forward_pre_hook(trace.before)
-        model.register_forward_hook(trace.after, always_call=True)
+    for part in _called(model):
+        if part is not model and isinstance(part, QuantLayer):
+            part.expect_sum(True)  # between an autoencoder's parts: it reads what other layers give
+        elif any(layer.sum_unknown for layer in layers_by_name(part).values()):
+            trace = ResidualTrace()
+            part.register_forward_pre_hook(trace.before)
+            part.register_forward_hook(trace.after, always_call=True)
+
+
+def _called(model: nn.Module) -> list[nn.Module]:
+    """What pipelines call of a model: itself; of an autoencoder its methods, which call its parts."""
+    return [model, *model.children()] if hasattr(model, "decode") else [model]
 
 
 def stop_following(model: nn.Module) -> None:
@@ -152,4 +161,5 @@ def stop_following(model: nn.Module) -> None:
         trace.close()
         return True
 
-    remove_hooks(model, is_done)
+    for part in _called(model):
+        remove_hooks(part, is_done)

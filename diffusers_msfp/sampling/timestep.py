@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any, NamedTuple, cast
 
@@ -29,7 +30,16 @@ class TimestepArgument(NamedTuple):
     position: int
 
     def of(self, args: tuple, kwargs: dict) -> Timestep | None:
-        """The timestep of a call; None where there is none."""
+        """The timestep of a call, or that of each sample; None where there is none.
+
+        Of models that take one for each token it is a sample's highest: tokens of a given picture are told 0.
+        """
+        timestep = self.given(args, kwargs)
+        several = isinstance(timestep, torch.Tensor) and timestep.ndim > 1
+        return timestep.flatten(1).amax(1) if several else timestep  # type: ignore[union-attr]
+
+    def given(self, args: tuple, kwargs: dict) -> Timestep | None:
+        """What a call has in this argument, if that is a timestep."""
         timestep = kwargs.get(self.name)
         if timestep is None and 0 <= self.position < len(args):
             timestep = args[self.position]
@@ -67,6 +77,33 @@ def require_timesteps(model: nn.Module) -> TimestepArgument:
             f"What follows the timestep needs a model that takes a `timestep`, but {type(model).__name__} takes none."
         )
     return argument
+
+
+class Telling(NamedTuple):
+    """A way in which models are told a scheduler's timestep t: `start + scale * told = t`.
+
+    Args:
+        scale, start (`float`): of the equation.
+        lost (`float`): how far off t may be, where an integer is made of what is told, or bfloat16.
+    """
+
+    scale: float
+    start: float
+    lost: float
+
+
+def tellings(trained: float) -> Sequence[Telling]:
+    """As it is; its share of the training's timesteps, as Flux is told; what is missing to all, as Z-Image and Lumina.
+
+    Args:
+        trained (`float`): timesteps of the training; 0 where the scheduler says none.
+    """
+    share = 2**-8 * trained
+    return (
+        Telling(1.0, 0.0, min(1.0, share) if trained else 1.0),
+        Telling(trained, 0.0, share),
+        Telling(-trained, trained, share),
+    )
 
 
 def first_timestep(timestep: Timestep | None) -> float:

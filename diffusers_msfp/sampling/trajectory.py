@@ -43,11 +43,15 @@ class DenoisingStep:
 
     def rows(self, order: Tensor) -> "DenoisingStep":
         """The same call with its rows in another order."""
+        is_list = _lists_of_samples(self.args, self.kwargs, len(order))
 
         def arrange(leaf: Any) -> Any:
+            if is_list(leaf):
+                return [leaf[row] for row in order]
             return leaf[order] if _has_rows(leaf, len(order)) else leaf
 
-        return DenoisingStep(*tree_map(arrange, (self.timesteps, self.args, self.kwargs, self.output)))
+        args, kwargs = tree_map(arrange, (self.args, self.kwargs), is_leaf=is_list)
+        return DenoisingStep(arrange(self.timesteps), args, kwargs, arrange(self.output))
 
     def run(self, model: nn.Module) -> Any:
         """What a model gives in this call; it may take the lists among its arguments apart."""
@@ -104,6 +108,18 @@ def _fresh(arguments: Any) -> Any:
 
 def _has_rows(leaf: Any, number: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == number
+
+
+def _lists_of_samples(args: tuple, kwargs: dict, rows: int) -> Callable[[Any], bool]:
+    """What tells lists with a tensor for each sample from those of features that have rows themselves.
+
+    Where a model reads its samples as a list, as Z-Image does, all its lists of so many tensors are of samples.
+    """
+
+    def of_rows(value: Any) -> bool:
+        return isinstance(value, list) and len(value) == rows and all(isinstance(each, Tensor) for each in value)
+
+    return of_rows if of_rows(next(iter((*args, *kwargs.values())), None)) else lambda _value: False
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -171,6 +187,8 @@ def mix(steps: list[DenoisingStep], choice: list[int], argument: TimestepArgumen
     def pick(parts: list) -> Any:
         if all(part is parts[0] for part in parts):
             return parts[0]
+        if is_list(parts[0]):
+            return [parts[step][row] for row, step in enumerate(choice)]
         if not _has_rows(parts[0], len(choice)):
             if not all(_equal(part, parts[0]) for part in parts):
                 raise ConfigError(
@@ -180,12 +198,17 @@ def mix(steps: list[DenoisingStep], choice: list[int], argument: TimestepArgumen
             return parts[0]
         return torch.stack([parts[step][row] for row, step in enumerate(choice)])
 
-    leaves = [tree_flatten(argument.put(step.args, step.kwargs, 0)) for step in steps]
+    is_list = _lists_of_samples(steps[0].args, steps[0].kwargs, len(choice))
+    own = argument.given(steps[0].args, steps[0].kwargs)
+    by_row = isinstance(own, Tensor) and own.ndim > 1 and _has_rows(own, len(choice))  # one for each token
+    parts = [(step.args, step.kwargs) if by_row else argument.put(step.args, step.kwargs, 0) for step in steps]
+    leaves = [tree_flatten(each, is_leaf=is_list) for each in parts]
     args, kwargs = tree_unflatten(
-        [pick(list(parts)) for parts in zip(*(leaf for leaf, _ in leaves), strict=True)], leaves[0][1]
+        [pick(list(each)) for each in zip(*(leaf for leaf, _ in leaves), strict=True)], leaves[0][1]
     )
     timesteps = torch.stack([steps[step].timesteps[row] for row, step in enumerate(choice)])
-    args, kwargs = argument.put(args, kwargs, timesteps)
+    if not by_row:
+        args, kwargs = argument.put(args, kwargs, timesteps)
     return DenoisingStep(timesteps, args, kwargs, pick([step.output for step in steps]))
 
 

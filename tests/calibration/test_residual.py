@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from conftest import make_condition_unet, make_dit, make_unet
+from conftest import make_condition_unet, make_dit, make_unet, make_vae
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from torch import nn
 
@@ -48,6 +48,19 @@ def test_outgoing_projections_of_transformer_blocks_in_a_unet():
 def test_a_transformer_whose_layers_all_read_norms_has_none():
     model = observed(make_dit(), torch.randn(1, 4, 8, 8), timestep=torch.tensor([5]), class_labels=torch.tensor([1]))
     assert readers(model) == set()
+
+
+@torch.no_grad()
+def test_an_autoencoder_whose_parts_are_called_by_its_methods():
+    levels = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = make_vae(block_out_channels=(8, 16), norm_num_groups=4, sample_size=16, **levels)
+    whole = observed(copy.deepcopy(vae), torch.randn(1, 3, 16, 16))
+    wanted = readers(whole)
+    assert any(name.endswith("conv_shortcut") or "samplers" in name for name in wanted)
+    quantize_model(vae, MSFPConfig("w4a4"))
+    vae.decode(vae.encode(torch.randn(1, 3, 16, 16)).latent_dist.mode())
+    assert readers(vae) == wanted
+    assert not any(layer.sum_unknown for layer in layers_by_name(vae).values())
 
 
 class Foreign(nn.Module):

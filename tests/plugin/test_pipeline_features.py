@@ -1,20 +1,27 @@
 """What diffusers can do around a denoiser, on a quantized Stable Diffusion. README's table reads the marks."""
 
 import copy
+import functools
+import pickle
+from contextlib import nullcontext
 
 import numpy as np
 import pipelines
 import pytest
 import torch
 from conftest import make_vae
-from diffusers import LCMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import LCMScheduler, ModularPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 from matrix import sample
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from diffusers_msfp import MSFPConfig, quantize_pipeline, set_engine
+from diffusers_msfp.engines.fusion import attention
 from diffusers_msfp.engines.fusion.processors import BF16AttnProcessor
 from diffusers_msfp.errors import UnsupportedError
 from diffusers_msfp.layers import QuantLayer
@@ -177,6 +184,57 @@ def test_attention_processors(pipe, before):
     assert near(sample(pipe), before)
 
 
+class Watching(TorchFunctionMode):
+    """As diffusers' `AttentionScoreSkipFunctionMode`: looks for attention among torch's functions."""
+
+    def __init__(self, note) -> None:
+        super().__init__()
+        self.note = note
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ARG002
+        if func is F.scaled_dot_product_attention:
+            self.note()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.feature("Attention of somebody's own in the place of diffusers' or torch's, also by hooks and guiders")
+@pytest.mark.parametrize("way", ["class", "wraps", "function", "mode"])
+def test_attention_in_the_place_of_the_original(way, pipe, monkeypatch):
+    monkeypatch.setattr(attention, "_FEW", 0)  # else torch's own call is what runs on few tokens
+    calls = []
+
+    def around(original):
+        def call(*args, **kwargs):
+            calls.append(way)
+            return original(*args, **kwargs)
+
+        return functools.wraps(original)(call) if way == "wraps" else call
+
+    if way == "function":
+        monkeypatch.setattr(F, "scaled_dot_product_attention", around(F.scaled_dot_product_attention))
+    elif way != "mode":
+        monkeypatch.setattr(AttnProcessor2_0, "__call__", around(AttnProcessor2_0.__call__))
+    found = []
+    for engine in ("auto", "reference"):
+        set_engine(pipe, engine)
+        calls.clear()
+        with Watching(lambda: calls.append(way)) if way == "mode" else nullcontext(), torch.no_grad():
+            context = torch.ones(2, 5, pipe.unet.config.cross_attention_dim).bfloat16()
+            assert pipe.unet(torch.ones(2, 4, 8, 8).bfloat16(), 500, context).sample.isfinite().all()
+        found.append(len(calls))
+    assert found[0] == found[1] > 0
+
+
+def test_processors_count_as_what_they_stand_for(pipe):
+    (one,) = {type(each): each for each in pipe.unet.attn_processors.values()}.values()
+    assert type(one) is BF16AttnProcessor
+    assert one.__class__ is AttnProcessor2_0
+    assert AttentionProcessorRegistry.get(one.__class__).skip_processor_output_fn is not None
+    assert type(pickle.loads(pickle.dumps(one))) is type(copy.deepcopy(one)) is BF16AttnProcessor
+    pipe.unet.set_default_attn_processor()
+    assert processors(pipe) == {AttnProcessor}
+
+
 @pytest.mark.feature("VAE slicing and tiling, of a quantized VAE too")
 def test_vae_slicing_and_tiling():
     pipe = pipelines.make_small_pipe()
@@ -219,6 +277,17 @@ def test_group_offload(pipe):
     agrees_under(lambda pipe: pipe.enable_group_offload(cpu, cpu, offload_type="leaf_level"), pipe)
 
 
+@pytest.mark.feature("`set_engine` while a model is offloaded (hooks, on a CPU)")
+def test_another_engine_under_offloading(pipe):
+    hooked = copy.deepcopy(pipe)
+    cpu = torch.device("cpu")
+    hooked.enable_group_offload(cpu, cpu, offload_type="leaf_level")
+    for engine in ("reference", "auto"):
+        for each in (pipe, hooked):
+            set_engine(each.unet, engine)
+        assert near(sample(hooked), sample(pipe), 0.05), engine
+
+
 @pytest.mark.feature("`callback_on_step_end`, `guidance_rescale`, changed batch within a run")
 def test_callbacks_and_guidance(pipe, before):
     seen = []
@@ -250,7 +319,11 @@ def test_nothing_is_cast_where_one_part_refuses():
     pipe = pipelines.make_small_pipe().to(torch.bfloat16)  # its text encoder comes before the UNet
     quantize_model(pipe.unet, MSFPConfig("w4a16"))
     dtypes = {name: part.dtype for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    for cast in (lambda: pipe.to(torch.float16), lambda: StableDiffusionImg2ImgPipeline.from_pipe(pipe)):
+    modular = ModularPipeline.__new__(ModularPipeline)
+    modular._component_specs = dict.fromkeys(pipe.components, None)
+    vars(modular).update(pipe.components)
+    others = (lambda: StableDiffusionImg2ImgPipeline.from_pipe(pipe), lambda: modular.to(torch.float16))
+    for cast in (lambda: pipe.to(torch.float16), *others):
         with pytest.raises(UnsupportedError, match="cannot be cast"):
             cast()
         assert dtypes == {name: getattr(pipe, name).dtype for name in dtypes}

@@ -22,7 +22,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from diffusers_msfp import MSFPConfig, calibrate, calibration_state, cli, quantize_pipeline
+from diffusers_msfp import MSFPConfig, calibrate, calibration_state, cli, publish, quantize_pipeline
 from diffusers_msfp.errors import CheckpointError, ConfigError, MSFPError, NonFiniteError
 from diffusers_msfp.layers import QuantLayer
 from diffusers_msfp.layers.convert import Conversion, quant_layers
@@ -31,6 +31,7 @@ from diffusers_msfp.plugin.quantize import quantize_model
 
 PARTS = ["unet", "text_encoder"]
 CLIP_LINEARS = {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
+RUN = {"num_samples": 1, "num_inference_steps": 2}
 IDS = torch.arange(8)[None]
 
 
@@ -221,6 +222,26 @@ def test_registration_is_idempotent_and_never_over_a_foreign_entry(monkeypatch):
     monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "msfp", dict)
     with pytest.raises(ConfigError, match="'msfp' must be free in transformers, but builtins.dict has it"):
         register()
+
+
+def test_files_of_the_hub_that_name_tensors_otherwise(float_dir, tmp_path):
+    """Those of CLIP put `text_model.` before each name, which is taken off when they are loaded."""
+    old = shutil.copytree(float_dir, tmp_path / "old")
+    file = next((old / "text_encoder").glob("*.safetensors"))
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    for made in ("streamed", "saved"):
+        if made == "streamed":
+            cli.quantize(str(old), tmp_path / made, scheme="w4a16", components=["text_encoder"])
+        else:
+            config = MSFPConfig("w4a16", components_to_quantize=["text_encoder"])
+            DiffusionPipeline.from_pretrained(old, quantization_config=config).save_pretrained(tmp_path / made)
+        described = cli.inspect(str(tmp_path / made))
+        assert len(described.components["text_encoder"].layers) == len(CLIP_LINEARS)
+        published = publish(tmp_path / made, "user/repo", license="mit", base_model="none", dry_run=True, **RUN)
+        assert any("text_encoder" in name for name in published.files)
+    one, other = (DiffusionPipeline.from_pretrained(tmp_path / made).text_encoder for made in ("streamed", "saved"))
+    assert equal_state(one, other)
 
 
 def test_on_the_command_line(float_dir, tmp_path):

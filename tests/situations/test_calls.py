@@ -11,7 +11,7 @@ from diffusers import (
     StableDiffusionSAGPipeline,
     T2IAdapter,
 )
-from pipelines import make_small_pipe
+from pipelines import make_small_pipe, make_small_wan
 
 from diffusers_msfp import (
     CorrectionConfig,
@@ -25,7 +25,8 @@ from diffusers_msfp.errors import NothingToDoError, UnsupportedError
 from diffusers_msfp.evaluation import compare_pipelines
 from diffusers_msfp.sampling.calls import call_arguments
 from diffusers_msfp.sampling.denoisers import model_output
-from diffusers_msfp.sampling.trajectory import rollout
+from diffusers_msfp.sampling.timestep import TimestepArgument, timestep_argument
+from diffusers_msfp.sampling.trajectory import DenoisingStep, mix, rollout
 
 FAST = {"num_samples": 1, "num_inference_steps": 2}
 SIZE = {"height": 16, "width": 16}
@@ -57,6 +58,43 @@ def test_lists_that_a_denoiser_takes_apart():
     assert result.eps_rel_l2 < 0.1
     config = CorrectionConfig(num_samples=1, num_inference_steps=2)
     assert max(correct_output(pipe, teacher, config, prompts=["a hat"], **arguments).error_before) < 0.1
+
+
+@pytest.mark.situation("a timestep for each token, as Wan 2.2 5B and LTX tell their denoisers", "right")
+def test_timesteps_by_token():
+    teacher = make_small_wan()
+    teacher.set_progress_bar_config(disable=True)
+    teacher.register_to_config(expand_timesteps=True)
+    given = {"height": 16, "width": 16, "num_frames": 1, "output_type": "latent"}
+    steps = rollout(teacher, call_arguments(teacher, ["a hat"], 2, given), 0, 2, 0)
+    model, argument = teacher.transformer, timestep_argument(teacher.transformer)
+    assert argument.given(steps[0].args, steps[0].kwargs).ndim == 2
+    mixed = mix(steps, [0, 1], argument)
+    assert mixed.timesteps.tolist() == [float(steps[0].timesteps[0]), float(steps[1].timesteps[1])]
+    with torch.no_grad():
+        torch.testing.assert_close(model_output(mixed.run(model)), mixed.output)
+    pipe = quantize_pipeline(copy.deepcopy(teacher), "w8a8-wide", prompts=["a hat"], **FAST, **given)
+    before = compare_pipelines(teacher, pipe, prompts=["a hat"], **FAST, **given)
+    assert sorted(before.eps_rel_l2_by_timestep) == sorted({f"{float(step.timesteps[0]):g}" for step in steps})
+    correct_output(pipe, teacher, CorrectionConfig(num_samples=2, num_inference_steps=2), prompts=["a hat"], **given)
+    assert compare_pipelines(teacher, pipe, prompts=["a hat"], **FAST, **given).eps_rel_l2 < 0.1
+
+
+@pytest.mark.situation("a list with a tensor for each sample, as many as it has channels, while it is trained", "right")
+def test_lists_of_samples():
+    def step(number: float) -> DenoisingStep:
+        x = [torch.full((4, 2, 2), number + row) for row in range(4)]
+        captions = [torch.full((row + 1, 3), number + row) for row in range(4)]
+        return DenoisingStep(torch.full((4,), number), (x, torch.full((4,), number), captions), {}, torch.stack(x))
+
+    steps = [step(10.0), step(20.0)]
+    mixed = mix(steps, [0, 1, 1, 0], TimestepArgument("t", 1))
+    assert mixed.timesteps.tolist() == [10, 20, 20, 10]
+    for samples in (mixed.args[0], mixed.args[2], mixed.output):
+        assert [each.unique().tolist() for each in samples] == [[10], [21], [22], [13]]
+    turned = mixed.rows(torch.tensor([3, 0, 1, 2]))
+    for samples in (turned.args[0], turned.args[2], turned.output):
+        assert [each.unique().tolist() for each in samples] == [[13], [10], [21], [22]]
 
 
 @pytest.mark.situation("perturbed-attention guidance, which exchanges attention while the pipeline runs", "refused")

@@ -11,8 +11,13 @@ from diffusers import (
     ConsistencyModelPipeline,
     DDIMScheduler,
     DDPMPipeline,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    ImagePipelineOutput,
+    UniPCMultistepScheduler,
 )
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from pipelines import make_controlnet, make_flux, make_inpainting, make_sd3, make_small_pipe, make_wan, picture, turned
 from torch import nn
@@ -168,6 +173,65 @@ def test_flow_matching():
         assert torch.equal(*sample.chunk(2))
 
 
+class Told(DDPMPipeline):
+    """Tells its denoiser the timestep in a way of its own."""
+
+    tell = None
+
+    @torch.no_grad()
+    def __call__(self, batch_size=1, generator=None, num_inference_steps=2, output_type="np", return_dict=True):  # noqa: ARG002
+        config = self.unet.config
+        shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
+        sample = randn_tensor(shape, generator=generator)
+        sigmas = [1 - i / num_inference_steps for i in range(num_inference_steps)]
+        own = {"sigmas": sigmas} if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler) else {}
+        self.scheduler.set_timesteps(num_inference_steps, **own)
+        for timestep in self.progress_bar(self.scheduler.timesteps):
+            told = type(self).tell(torch.as_tensor(timestep).float()).expand(batch_size)
+            output = self.unet(sample, told).sample
+            sample = self.scheduler.step(output, timestep, sample).prev_sample
+        return ImagePipelineOutput(sample.clamp(0, 1).movedim(1, -1).numpy())
+
+
+WHITE = [Image.new("L", (30, 20), 255)]
+UNIPC = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+FLOWS = {
+    "SD3": (FlowMatchEulerDiscreteScheduler(), lambda t: t, lambda told: told / 1000),
+    "Flux": (FlowMatchEulerDiscreteScheduler(shift=3.0), lambda t: t / 1000, lambda told: told),
+    "Lumina": (FlowMatchEulerDiscreteScheduler(), lambda t: 1 - t / 1000, lambda told: 1 - told),
+    "OmniGen": (
+        FlowMatchEulerDiscreteScheduler(invert_sigmas=True, num_train_timesteps=1),
+        lambda t: t,
+        lambda told: 1 - told,
+    ),
+    "Sana": (DPMSolverMultistepScheduler(**UNIPC), lambda t: t, lambda told: told / 1000),
+    "UniPC": (UniPCMultistepScheduler(**UNIPC), lambda t: t, lambda told: told / 1000),
+}
+
+
+@pytest.mark.situation("pictures for flows: as much noise as the model is told, however it is told", "right")
+@pytest.mark.parametrize("case", FLOWS)
+def test_flows_are_told_their_noise(case, monkeypatch):
+    scheduler, tell, share = FLOWS[case]
+    monkeypatch.setattr(Told, "tell", staticmethod(tell))
+    pipe = quietly(Told(make_unet(**ONE_BLOCK), scheduler))
+    seen = inputs_of(pipe, images=WHITE)
+    assert len(seen) > 1
+    for sample, told in seen:
+        noise = share(float(told.max()))
+        assert abs(float(sample.std()) - noise) < 0.15 * noise + 0.01  # white is 1, so all that varies is noise
+        assert abs(float(sample.mean()) - (1 - noise)) < 0.15
+
+
+@pytest.mark.situation("pictures where the model is told its timestep in a way that is not known", "refused")
+def test_told_in_another_way(monkeypatch):
+    monkeypatch.setattr(Told, "tell", staticmethod(lambda t: 300 + t / 7))
+    pipe = quietly(Told(make_unet(**ONE_BLOCK), FlowMatchEulerDiscreteScheduler()))
+    with pytest.raises(UnsupportedError, match="Told tells it 442.857 at the timestep"):
+        quantize_pipeline(pipe, "w4a4", **RUN, images=WHITE)
+    assert not list(quant_layers(pipe.unet))
+
+
 @pytest.mark.situation("pictures for inpainting: the mask and what is behind it stay the pipeline's", "right")
 def test_other_channels_stay():
     pipe = quietly(make_inpainting())
@@ -195,6 +259,11 @@ REFUSED = {
     "an empty folder": (no_pictures, ConfigError, "there are none"),
     "no folder": (lambda _: (make_small_pipe(), {"images": "nowhere"}), ConfigError, "nowhere: it is no folder"),
     "an empty list": (lambda _: (make_small_pipe(), {"images": []}), ConfigError, "must hold a picture at least"),
+    "no number of samples": (
+        lambda _: (make_small_pipe(), {"images": photographs(), "num_samples": -1}),
+        ConfigError,
+        "`num_samples` must be at least 1, but got -1",
+    ),
     "text": (lambda _: (make_small_pipe(), {"images": [3]}), ConfigError, "but got int"),
     "values beyond": (
         lambda _: (make_small_pipe(), {"images": [np.full((8, 8, 3), 2.0)]}),
@@ -219,7 +288,7 @@ def test_refused_before_anything_is_changed(case, tmp_path):
     pipe, given = make(tmp_path)
     before = {name: id(module) for name, module in denoiser_of(pipe).named_modules()} if case != "two denoisers" else {}
     with pytest.raises(error, match=message):
-        quantize_pipeline(quietly(pipe), "w4a4", **RUN, **given)
+        quantize_pipeline(quietly(pipe), "w4a4", **RUN | given)
     if before:
         assert before == {name: id(module) for name, module in denoiser_of(pipe).named_modules()}
 
@@ -239,6 +308,9 @@ def test_other_noise():
     pipe = quietly(ConsistencyModelPipeline(make_unet(), CMStochasticIterativeScheduler()))
     with pytest.raises(UnsupportedError, match="CMStochasticIterativeScheduler has another way"):
         quantize_pipeline(pipe, "w4a4", **RUN, images=photographs())
+    told = EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction")
+    with pytest.raises(UnsupportedError, match="EulerDiscreteScheduler has another way"):
+        quantize_pipeline(quietly(DDPMPipeline(make_unet(), told)), "w4a4", **RUN, images=photographs())
 
 
 @pytest.mark.situation("pictures where the autoencoder is to be calibrated too", "refused")

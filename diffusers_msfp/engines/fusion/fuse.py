@@ -8,7 +8,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from ...compat.modules import is_watched
+from ...compat.modules import home_of, is_watched
 from ...layers import QuantLayer
 from .norms import FusedGroupNorm, fuse_norm, unfuse
 
@@ -22,9 +22,9 @@ class FusedResnetBlock2D(ResnetBlock2D):
         """As the original."""
         second = self.norm2
         apart = type(second) is not FusedGroupNorm or is_watched(second)
-        apart = apart or not ResnetBlock2D.forward.__module__.startswith("diffusers.")  # somebody's own for all blocks
+        apart = apart or home_of(ResnetBlock2D.forward) != ResnetBlock2D.__module__  # somebody's own for all blocks
         if apart or self.time_emb_proj is None or torch.is_grad_enabled():
-            return super().forward(input_tensor, cast(Tensor, temb), *args, **kwargs)
+            return ResnetBlock2D.forward(self, input_tensor, cast(Tensor, temb), *args, **kwargs)
         x = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
         temb = temb if self.skip_time_act else self.nonlinearity(temb)
         x = self.nonlinearity(second(x, self.time_emb_proj(temb)))
@@ -50,8 +50,10 @@ def fuse(model: nn.Module) -> None:
 
 
 def undo(model: nn.Module) -> None:
-    """Give every module its own class back."""
+    """Give every module its own class back, but for those whose `forward` somebody keeps: offloading runs that."""
     for module in model.modules():
+        if "forward" in vars(module):
+            continue
         unfuse(module)
         if type(module) is FusedResnetBlock2D:
             cast(nn.Module, module).__class__ = ResnetBlock2D

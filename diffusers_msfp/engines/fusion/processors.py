@@ -5,16 +5,36 @@ from typing import Any, cast
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ...compat.modules import is_watched
+from ...compat.modules import has_dispatch_modes, home_of, is_watched
 from ...layers import QuantLayer
 from ..engine import PreparedLayer
 from .attention import attention
 from .norms import norm_rows
 
 
+_PRODUCT = F.scaled_dot_product_attention
+
+
+def _is_intercepted() -> bool:
+    """Whether somebody runs code of their own in the place of attention, which another product would pass by."""
+    own = home_of(AttnProcessor2_0.__call__) == AttnProcessor2_0.__module__
+    return not own or F.scaled_dot_product_attention is not _PRODUCT or has_dispatch_modes()
+
+
 class BF16AttnProcessor(AttnProcessor2_0):
-    """`AttnProcessor2_0` with another product where there is no mask and no gradient, in bfloat16 on a CPU."""
+    """`AttnProcessor2_0` with another product where there is no mask and no gradient, in bfloat16 on a CPU.
+
+    It counts as the original for whoever looks processors up by their class, as hooks and guiders of diffusers' do.
+    """
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        return AttnProcessor2_0
+
+    def __reduce__(self) -> tuple:
+        return BF16AttnProcessor, ()
 
     def __call__(
         self,
@@ -34,6 +54,7 @@ class BF16AttnProcessor(AttnProcessor2_0):
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
             and all(module is None for module in (attn.spatial_norm, attn.norm_q, attn.norm_k))
+            and not _is_intercepted()
         )
         if not plain:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **arguments)
