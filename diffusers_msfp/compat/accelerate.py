@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +21,20 @@ def only_moves(forward: Callable, module: nn.Module) -> bool:
         return False
     below, hook = getattr(vars(module).get("_old_forward"), "__func__", None), type(vars(module).get("_hf_hook"))
     return forward.func.__module__ == hook.__module__ == "accelerate.hooks" and below is type(module).forward
+
+
+@contextmanager
+def onloaded(module: nn.Module) -> Iterator[None]:
+    """While this lasts, a module that is offloaded has its tensors, though it is read and not called."""
+    hook: Any = vars(module).get("_hf_hook")
+    away = hook is not None and any(each.is_meta for each in (*module.parameters(False), *module.buffers(False)))
+    if away:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        if away:
+            hook.post_forward(module, None)
 
 
 @contextmanager

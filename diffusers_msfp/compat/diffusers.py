@@ -24,6 +24,7 @@ __all__ = [
     "kept_in_float32",
     "labels_by_name",
     "no_init_weights",
+    "offloaded_groups",
     "pipeline_being_saved",
     "progress_bar_config",
     "quantization_tables",
@@ -112,6 +113,20 @@ def saves_averages() -> bool:
 def execution_device(pipe: object) -> torch.device | None:
     """Where a pipeline computes while parts of it are offloaded; None where it does not say."""
     return getattr(pipe, "_execution_device", None)
+
+
+def offloaded_groups(model: nn.Module) -> str | None:
+    """Where `enable_group_offload` keeps a model's tensors between calls: `"disk"`, `"pinned"` copies, or `"memory"`.
+
+    None where it does not. What is on disk has only room in memory, with anything in it; pinned copies overwrite what
+    is written to the tensors themselves.
+    """
+    registries = (vars(module).get("_diffusers_hook") for module in model.modules())
+    hooks = [registry.get_hook("group_offloading") for registry in registries if registry is not None]
+    groups = [hook.group for hook in hooks if hook is not None]
+    if any(group.offload_to_disk_path is not None for group in groups):
+        return "disk"
+    return "pinned" if any(group.stream is not None for group in groups) else "memory" if groups else None
 
 
 def kept_in_float32(model: nn.Module) -> frozenset[str]:

@@ -14,7 +14,8 @@ from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from .accelerate import SET_BY_HOOKS
-from .torch import ConvNd, is_hooked
+from .hooks import HOOKS
+from .torch import ConvNd
 
 __all__ = [
     "BOUND",
@@ -23,16 +24,10 @@ __all__ = [
     "bare_copy",
     "caller_of_module",
     "exchanged_methods",
-    "has_dispatch_modes",
-    "has_global_hooks",
-    "home_of",
-    "hooks_around",
-    "is_watched",
     "leave_function_mode",
     "padding_ends",
     "run_without_values",
     "shadow_copy",
-    "share_hooks",
     "tensors_state",
     "version_of",
 ]
@@ -42,48 +37,8 @@ TEMPLATE = vars(nn.Module())
 """Attributes that every module has."""
 BOUND = (*SET_BY_HOOKS, "_diffusers_hook", "_compiled_call_impl")
 """Attributes that are bound to the one module they are on: a copy of another class must not have them."""
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_AROUND = (
-    *(*_HOOKS, *(f"{name}_with_kwargs" for name in _HOOKS), "_forward_hooks_always_called"),
-    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
-)
 _START = 8192
 _CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
-
-
-def has_global_hooks() -> bool:
-    """Whether somebody watches all modules there are."""
-    module: Any = nn.modules.module
-    return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether anybody looks at what a module reads or gives, or runs something else in its place.
-
-    Then it must be called as torch calls it, with what its class reads: a hook may exchange that.
-    """
-    return is_hooked(module) or "forward" in vars(module) or has_global_hooks()
-
-
-def has_dispatch_modes() -> bool:
-    """Whether somebody watches all operators, as counters of operations and fake tensors do."""
-    return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
-
-
-def home_of(function: Callable) -> str:
-    """The module whose code a function runs, also where it is made to look like another one (`functools.wraps`)."""
-    return getattr(function, "__globals__", {}).get("__name__", "")
-
-
-def hooks_around(module: nn.Module) -> Iterator[Callable]:
-    """The hooks that run before and after a module."""
-    for name in _HOOKS:
-        yield from getattr(module, name).values()
-
-
-def share_hooks(source: nn.Module, module: nn.Module) -> None:
-    """Let the hooks around a module run around another one; their handles take them off both."""
-    vars(module).update({name: vars(source)[name] for name in _AROUND})
 
 
 def exchanged_methods(module: nn.Module) -> list[str]:
@@ -178,7 +133,7 @@ class Snapshot:
                 if part:
                     self._parts.append((part, dict(part)))
             if module is not model:
-                self._parts += [(getattr(held, name), dict(getattr(held, name))) for name in _HOOKS]
+                self._parts += [(getattr(held, name), dict(getattr(held, name))) for name in HOOKS]
             for name in helpers:
                 if hasattr(attributes.get(name), "__dict__"):
                     self._parts.append((vars(attributes[name]), dict(vars(attributes[name]))))

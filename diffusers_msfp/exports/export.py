@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from ..compat.modules import hooks_around
+from ..compat.hooks import hooks_around
 from ..compat.wrappers import unwrap
 from ..engines.openvino import obstacles
 from ..engines.openvino.call import GraphCall

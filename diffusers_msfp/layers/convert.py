@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..compat.diffusers import kept_in_float32
+from ..compat.diffusers import kept_in_float32, offloaded_groups
 from ..compat.modules import exchanged_methods
 from ..compat.peft import is_wrapped, name_inside
 from ..compat.torch import is_hooked, replace_children, weight_of
@@ -96,7 +96,7 @@ class Conversion:
         if not layers:
             kinds = ", ".join(cls.__name__ for cls in QUANT_LAYERS)
             raise ConfigError(f"A model must have a layer to quantize ({kinds}), but {type(model).__name__} has none.")
-        require_own_methods({name: weighted[name] for name in layers}, "quantized")
+        require_own_methods(model, {name: weighted[name] for name in layers}, "quantized")
         return cls(layers, skipped)
 
     def check(self, model: nn.Module) -> None:
@@ -177,16 +177,40 @@ def convert(model: nn.Module, plan: Conversion, on_layer: Callable[[int, int], N
             on_layer(done, len(plan.layers))
 
 
-def require_own_methods(layers: Mapping[str, nn.Module], done: str) -> None:
+def require_tensors(model: nn.Module, done: str) -> None:
+    """Refuse what reads or writes a model's tensors while they are somewhere else.
+
+    Args:
+        done (`str`): what is to be done with the model, for the message.
+
+    Raises:
+        StateError: weights are offloaded, or group offload keeps them on disk or in copies of its own.
+    """
+    away = any(layer.packed_weight.is_meta for _, layer in quant_layers(model))
+    if away or offloaded_groups(model) in ("disk", "pinned"):
+        raise StateError(
+            f"The tensors of a {type(model).__name__} must be in memory for it to be {done}, but they are offloaded. "
+            f"Nothing was changed. Load the model anew; it can be offloaded afterwards."
+        )
+
+
+def require_own_methods(model: nn.Module, layers: Mapping[str, nn.Module], done: str) -> None:
     """Refuse to put others in place of layers that somebody has bound something to.
 
     Args:
+        model (`nn.Module`): that they are in.
         layers (`Mapping[str, nn.Module]`): by name.
         done (`str`): what is to be done with them, for the message.
 
     Raises:
-        StateError: a layer has another `forward`, or another method, than its class.
+        StateError: a layer has another `forward`, or another method, than its class, or group offload knows it.
     """
+    if layers and offloaded_groups(model) is not None:
+        first = next(iter(layers))
+        raise StateError(
+            f"A layer must run its own `forward` to be {done}, but `{first}` and {len(layers) - 1} others are moved by "
+            f"group offload. Nothing was changed. Load the model anew; it can be put on afterwards."
+        )
     exchanged = {name: methods[0] for name, layer in layers.items() if (methods := exchanged_methods(layer))}
     if exchanged:
         name, method = next(iter(exchanged.items()))
@@ -204,7 +228,7 @@ def require_revertible(model: nn.Module) -> None:
         StateError: a layer runs another `forward` than its own, or somebody's hook is on a part of a split layer.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer | SplitLayer)}
-    require_own_methods(layers, "made float")
+    require_own_methods(model, layers, "made float")
     for name, layer in layers.items():
         if getattr(layer, "columns", None) is not None and is_hooked(layer):
             raise StateError(

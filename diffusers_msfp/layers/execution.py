@@ -12,7 +12,7 @@ from ..errors import UnsupportedError
 from ..formats import INT8_MAX
 from ..numerics import Codes, QParams, decode, fake_quantize, select, unpack
 from ..numerics.groups import by_weight
-from ..numerics.rounding import require_finite
+from ..numerics.rounding import refuse_tangents, require_finite
 from ..numerics.route import Route
 from .incoming import check_incoming
 from .logical import PackedLayer
@@ -65,6 +65,7 @@ class Execution(StoredTensors, PackedLayer):
 
         That is to observe, for gradients, and in exported programs, which run where this layer is not.
         """
+        refuse_tangents(x, self.module_name)
         if self.engine is None or self.observing or torch.compiler.is_exporting():
             return None
         if torch.is_grad_enabled() and self._wants_gradients(x):
@@ -129,8 +130,7 @@ class Execution(StoredTensors, PackedLayer):
         Args:
             adapter (`int` or `Tensor`): which adapter's, or which parameter set; a tensor `(B,)` gives shape `(B,)`.
         """
-        owner = self.used_adapters or self
-        scale, zero_point = owner.input_scale, owner.input_zero_point
+        scale, zero_point = (self.used_adapters or self).input_range()
         if scale.ndim:
             scale, zero_point = select(scale, adapter), select(zero_point, adapter)
         return QParams.unchecked(self.input_format, scale, zero_point)

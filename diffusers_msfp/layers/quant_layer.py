@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import Observation, search_activation, search_groups, search_weight
-from ..compat.modules import share_hooks
+from ..compat.hooks import share_hooks
 from ..compat.torch import tensors_of, weight_of
 from ..errors import ShapeError
 from ..formats import FPFormat

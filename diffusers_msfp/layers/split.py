@@ -6,7 +6,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from ..compat.modules import share_hooks
+from ..compat.hooks import share_hooks
 from ..compat.torch import bias_of, put_bias, weight_of
 from .logical import PackedLayer
 from .quant_layer import QuantLayer

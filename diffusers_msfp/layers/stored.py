@@ -113,6 +113,10 @@ class StoredTensors(StatefulModule):
         scale = tensors_of(self).get("input_scale")
         return scale.shape[0] if scale is not None and scale.ndim and self.num_banks == 1 else 0
 
+    def input_range(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of the input, `()`, or `(K,)` or `(S,)` for each bank or set."""
+        return self.input_scale, self.input_zero_point
+
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """Output channels and weights per output channel."""

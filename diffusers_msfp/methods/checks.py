@@ -7,6 +7,7 @@ from ..compat.peft import is_wrapped
 from ..compat.torch import weight_of
 from ..errors import ConfigError, ShapeError, StateError
 from ..layers import QuantLayer
+from ..layers.convert import require_tensors
 from ..layers.split import whole_name
 from ..sampling.observation import calibration_state
 from ..sampling.timestep import require_timesteps
@@ -24,7 +25,7 @@ def check_student(model: nn.Module, teacher: nn.Module, method: str, *, learns: 
 
     Raises:
         ConfigError: the model is float16, or cannot take what the teacher takes.
-        StateError: it is still observing, or has what the method forbids; the teacher is quantized.
+        StateError: it is still observing, offloaded, or has what the method forbids; the teacher is quantized.
         ShapeError: the teacher is another model.
     """
     if type(model) is not type(teacher):
@@ -35,6 +36,7 @@ def check_student(model: nn.Module, teacher: nn.Module, method: str, *, learns: 
     if any(isinstance(module, QuantLayer) for module in teacher.modules()):
         raise StateError("The teacher must be the full-precision original, but got a quantized model.")
     require_timesteps(model)
+    require_tensors(model, "improved")
     if learns and model.dtype == torch.float16:
         raise ConfigError(
             "Gradients of float16 models underflow, but this one is float16. Load it with "

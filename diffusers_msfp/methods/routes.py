@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ..compat.accelerate import onloaded
 from ..compat.torch import pre_hooks, remove_hooks
 from ..compat.wrappers import forget_compiled
 from ..errors import ConfigError, StateError
@@ -43,7 +44,9 @@ class RouteHook:
 
     def enter(self, model: nn.Module, timestep: Timestep) -> None:
         """Choose by a timestep from now on."""
-        getattr(model, self.module_name).enter(timestep)
+        known = getattr(model, self.module_name)
+        with onloaded(known):
+            known.enter(timestep)
 
 
 def enter_timestep(model: nn.Module, timestep: Timestep) -> None:

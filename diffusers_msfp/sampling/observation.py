@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ..compat.diffusers import offloaded_groups
 from ..compat.torch import pre_hooks, remove_hooks
 from ..compat.wrappers import sees_through, unwrap
 from ..errors import CheckpointError, StateError
@@ -269,10 +270,10 @@ def freeze(model: nn.Module) -> None:
 
 def require_in_memory(model: nn.Module) -> None:
     """Refuse to set the ranges of layers that are offloaded: they would be lost."""
-    observed = [(name, layer) for name, layer in quant_layers(model) if layer.scheme and layer.scheme.activation]
-    away = next((name for name, layer in observed if layer.weight_scale.is_meta), None)
-    if away is not None:
-        raise StateError(f"Ranges are set in memory, but `{away}` is offloaded. Calibrate first, and offload then.")
+    elsewhere = offloaded_groups(model) in ("disk", "pinned")
+    away = [name for name, layer in quant_layers(model) if elsewhere or layer.weight_scale.is_meta]
+    if away and any(layer.scheme and layer.scheme.activation for _, layer in quant_layers(model)):
+        raise StateError(f"Ranges are set in memory, but `{away[0]}` is offloaded. Calibrate first, and offload then.")
 
 
 def _freeze(model: nn.Module | DiffusionPipeline) -> None:

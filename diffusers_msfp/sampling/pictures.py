@@ -225,8 +225,8 @@ class NoisedPictures:
                 if bool(((known - meant).abs() <= telling.lost + 0.01 * abs(meant)).any()):
                     return telling
         raise UnsupportedError(
-            f"Pictures are noised as much as the denoiser is told, but {type(self.pipe).__name__} tells it {given:g} at "
-            f"the timestep {first.tolist()} of its scheduler. Leave `images` out: its own samples set the ranges."
+            f"Pictures are noised as much as the denoiser is told, but {type(self.pipe).__name__} tells it {given:g} "
+            f"at the timestep {first.tolist()} of its scheduler. Leave `images` out: its own samples set the ranges."
         )
 
     def _pictures(self, sample: Tensor) -> Tensor:

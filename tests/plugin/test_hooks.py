@@ -12,10 +12,12 @@ from torch import nn
 
 from diffusers_msfp import (
     MSFPConfig,
+    RoundingConfig,
     SplitConfig,
     calibrate,
     calibration_state,
     freeze,
+    learn_rounding,
     quantize_pipeline,
     split_shortcuts,
 )
@@ -31,6 +33,10 @@ SHORT = SplitConfig(num_samples=2, num_inference_steps=3)
 
 def group_offload(model: nn.Module) -> None:
     model.enable_group_offload(CPU, CPU, offload_type="leaf_level")
+
+
+def block_offload(model: nn.Module) -> None:
+    model.enable_group_offload(CPU, CPU, offload_type="block_level", num_blocks_per_group=1)
 
 
 def sequential_offload(model: nn.Module) -> None:
@@ -51,7 +57,7 @@ def tile(model: nn.Module) -> None:
     model.conv_in._conv_forward = lambda x, weight, bias: nn.functional.conv2d(x, weight, bias, padding=1)
 
 
-@pytest.mark.parametrize("exchange", [group_offload, sequential_offload, wrap, cast, tile])
+@pytest.mark.parametrize("exchange", [group_offload, block_offload, sequential_offload, wrap, cast, tile])
 def test_a_model_whose_layers_run_something_else_is_not_quantized(unet, exchange):
     exchange(unet)
     before = [vars(module).copy() for module in unet.modules()]
@@ -60,7 +66,7 @@ def test_a_model_whose_layers_run_something_else_is_not_quantized(unet, exchange
     assert [vars(module) for module in unet.modules()] == before
 
 
-@pytest.mark.parametrize("exchange", [group_offload, sequential_offload, wrap])
+@pytest.mark.parametrize("exchange", [group_offload, block_offload, sequential_offload, wrap])
 def test_a_model_whose_layers_run_something_else_is_not_made_float(packed_pipe, images, exchange):
     unet = packed_pipe.unet
     exchange(unet)
@@ -74,7 +80,7 @@ def test_a_model_whose_layers_run_something_else_is_not_made_float(packed_pipe, 
 def test_a_model_whose_layers_run_something_else_is_not_split(packed_pipe):
     teacher = DDPMPipeline(make_unet(), DDIMScheduler())
     sequential_offload(packed_pipe.unet)
-    with pytest.raises(StateError, match="must run its own `forward` to be split"):
+    with pytest.raises(StateError, match="must be in memory for it to be improved"):
         split_shortcuts(packed_pipe, teacher, SHORT)
 
 
@@ -96,6 +102,28 @@ def test_ranges_are_not_set_while_weights_are_elsewhere(images):
         calibrate(pipe, num_samples=1, num_inference_steps=2)
     assert calibration_state(pipe.unet) == "frozen"
     assert torch.equal(run(pipe.unet, images), expected)
+
+
+DONE_TO = {
+    "saved": lambda pipe, folder: pipe.save_pretrained(folder / "new"),
+    "made float": lambda pipe, _: pipe.unet.dequantize(),
+    "calibrated": lambda pipe, _: calibrate(pipe, num_samples=1, num_inference_steps=2),
+    "improved": lambda pipe, _: learn_rounding(pipe, DDPMPipeline(make_unet(), DDIMScheduler()), QUICK),
+}
+QUICK = RoundingConfig(num_samples=1, num_inference_steps=2, iterations=1)
+
+
+@pytest.mark.parametrize("done", DONE_TO)
+def test_what_group_offload_has_on_disk_is_left_alone(packed_pipe, images, done, tmp_path):
+    (tmp_path / "disk").mkdir()
+    expected = run(packed_pipe.unet, images)
+    packed_pipe.unet.enable_group_offload(
+        CPU, CPU, offload_type="block_level", num_blocks_per_group=1, offload_to_disk_path=str(tmp_path / "disk")
+    )
+    with pytest.raises(StateError, match="offload"):
+        DONE_TO[done](packed_pipe, tmp_path)
+    assert not list(tmp_path.glob("new/unet/*"))
+    assert torch.equal(run(packed_pipe.unet, images), expected)
 
 
 def test_what_was_taken_off_is_no_obstacle(unet, images):

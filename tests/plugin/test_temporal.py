@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import equal_state, inputs_of_layers, make_dit_pipe, make_unet, run
 from diffusers import DDPMPipeline, DiffusionPipeline, EulerDiscreteScheduler, UNet2DModel
 from peft import LoraConfig, inject_adapter_in_model
@@ -22,9 +23,11 @@ from diffusers_msfp import (
     quantize_pipeline,
     set_engine,
 )
+from diffusers_msfp.calibration.watch import watching_calls
 from diffusers_msfp.cli import inspect
 from diffusers_msfp.cli.app import app
 from diffusers_msfp.errors import CheckpointError, ConfigError, ShapeError, StateError
+from diffusers_msfp.layers.convert import layers_by_name
 from diffusers_msfp.methods.routes import finite_set_of
 from diffusers_msfp.methods.temporal import BlockLayer, TemporalBlock
 from diffusers_msfp.methods.temporal.attach import plan_of
@@ -191,6 +194,46 @@ def test_users_adapters_on_the_block_switch_the_cache_off(cached, images):
     assert not torch.allclose(run(unet, images, 800), expected, rtol=1e-3)
     assert not unet.temporal_set.route().certainly
     assert unseen.shape == expected.shape
+
+
+HOOKS = {
+    "a container before the block": lambda unet, hook: unet.time_embedding.register_forward_hook(hook),
+    "a layer of the block": lambda unet, hook: unet.time_embedding.linear_2.register_forward_hook(hook),
+    "a block around a layer": lambda unet, _: unet.mid_block.resnets[0].register_forward_pre_hook(
+        lambda _, args: (args[0], args[1] + 1)
+    ),
+    "a forward of its own": lambda unet, hook: vars(unet.time_embedding).update(
+        forward=lambda *args, forward=unet.time_embedding.forward: hook(None, None, forward(*args))
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOOKS)
+def test_hooks_before_the_block_switch_the_cache_off(cached, images, case):
+    plain = copy.deepcopy(cached.unet)
+    timestep = float(finite_set_of(plain).timesteps[1])
+    assert_features_are_used(cached.unet, images, timestep)
+    HOOKS[case](cached.unet, lambda _module, _args, output: output + 1)
+    found = run(cached.unet, images, timestep)
+    for layer in layers_by_name(plain).values():  # what there is without stored features
+        layer.recall = None
+    HOOKS[case](plain, lambda _module, _args, output: output + 1)
+    assert torch.equal(found, run(plain, images, timestep))
+
+
+def assert_features_are_used(unet, images, timestep) -> None:
+    computed = copy.deepcopy(unet)
+    for layer in layers_by_name(computed).values():
+        layer.recall = None
+    before = run(unet, images, timestep)
+    assert not torch.equal(before, run(computed, images, timestep))
+    offloaded = copy.deepcopy(unet)
+    cpu_offload(offloaded, execution_device=torch.device("cpu"), offload_buffers=True)
+    assert torch.equal(run(offloaded, images, timestep), before)
+    looked_at = []
+    with watching_calls(layers_by_name(unet), lambda name, _args: looked_at.append(name)):  # as reports do
+        assert torch.equal(run(unet, images, timestep), before)
+    assert looked_at
 
 
 def test_changed_biases_switch_the_cache_off(cached, images, tmp_path):

@@ -11,6 +11,7 @@ from accelerate.utils import compile_regions
 from conftest import equal_state, make_unet, run
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from diffusers_msfp import (
@@ -211,3 +212,25 @@ def test_shards(packed_pipe):
     FullyShardedDataParallel.__module__ = "torch.distributed.fsdp"
     with pytest.raises(UnsupportedError, match="Quantized weights cannot be cut into shards"):
         set_engine(FullyShardedDataParallel(packed_pipe.unet), "reference")
+
+
+@pytest.mark.situation("forward-mode differentiation, in which rounding has no gradient", "refused")
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, on the way
+@pytest.mark.parametrize("way", ["dual", "func"])
+def test_forward_mode(engine, way):
+    pipe = make_pipe()
+    quantize_pipeline(pipe, "w4a8", num_samples=1, num_inference_steps=2)
+    set_engine(pipe, engine)
+    x = torch.randn(1, pipe.unet.config.in_channels, 8, 8)
+
+    def dual() -> None:
+        with forward_ad.dual_level(), torch.no_grad():
+            pipe.unet(forward_ad.make_dual(x, torch.ones_like(x)), 500)
+
+    def func() -> None:
+        torch.func.jvp(lambda x: pipe.unet(x, 500).sample, (x,), (torch.ones_like(x),))
+
+    with pytest.raises(UnsupportedError, match="in forward-mode differentiation"):
+        {"dual": dual, "func": func}[way]()
+    assert pipe.unet(x, 500).sample.isfinite().all()

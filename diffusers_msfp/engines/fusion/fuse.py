@@ -8,7 +8,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from ...compat.modules import home_of, is_watched
+from ...compat.hooks import home_of, is_watched
 from ...layers import QuantLayer
 from .norms import FusedGroupNorm, fuse_norm, unfuse
 

@@ -12,7 +12,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ...compat.modules import caller_of_module, is_watched
+from ...compat.hooks import is_watched
+from ...compat.modules import caller_of_module
 from ...layers import QuantLayer
 from ...numerics import Codes
 from .. import kernels, tuning

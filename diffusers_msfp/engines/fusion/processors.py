@@ -7,12 +7,11 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...compat.modules import has_dispatch_modes, home_of, is_watched
+from ...compat.hooks import has_dispatch_modes, home_of, is_watched
 from ...layers import QuantLayer
 from ..engine import PreparedLayer
 from .attention import attention
 from .norms import norm_rows
-
 
 _PRODUCT = F.scaled_dot_product_attention
 
@@ -30,7 +29,7 @@ class BF16AttnProcessor(AttnProcessor2_0):
     """
 
     @property
-    def __class__(self) -> type:  # type: ignore[override]
+    def __class__(self) -> type:  # type: ignore[misc]
         return AttnProcessor2_0
 
     def __reduce__(self) -> tuple:

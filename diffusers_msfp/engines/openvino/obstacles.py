@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ...compat.modules import has_dispatch_modes, has_global_hooks
+from ...compat.hooks import has_dispatch_modes, has_global_hooks
 from ...compat.torch import is_hooked
 from ...layers import QuantLayer
 from ...layers.convert import plain_name

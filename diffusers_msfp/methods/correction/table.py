@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ...compat.accelerate import onloaded
 from ...compat.torch import StatefulModule
 from ...errors import CheckpointError, ConfigError
 from ...sampling.timestep import Timestep, TimestepArgument
@@ -109,7 +110,9 @@ class CorrectionTable(StatefulModule):
         shape = (
             (-1, 1, self.a.shape[-1]) if prediction.ndim == 3 else (-1, self.a.shape[-1], *[1] * (prediction.ndim - 2))
         )
-        a, b, c = (part.reshape(shape) for part in self.coefficients(timestep))
+        with onloaded(self):
+            found = self.coefficients(timestep).to(prediction.device)  # what groups of modules are moved by leaves it
+        a, b, c = (part.reshape(shape) for part in found)
         corrected = a * prediction + c
         return (corrected + b * sample if sample.shape == prediction.shape else corrected).to(prediction.dtype)
 

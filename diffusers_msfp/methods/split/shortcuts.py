@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...calibration import observe
 from ...calibration.watch import watching_calls
-from ...compat.modules import share_hooks
+from ...compat.hooks import share_hooks
 from ...compat.peft import is_wrapped
 from ...compat.torch import put_bias
 from ...compat.wrappers import sees_through
@@ -140,7 +140,7 @@ def _split(
             "%s has no quantized layer, or none left, that reads a concatenation: nothing is split.",
             type(model).__name__,
         )
-    require_own_methods({name: layers[name] for name in found}, "split")
+    require_own_methods(model, {name: layers[name] for name in found}, "split")
     for name in found:
         check_finite(original_weight(original, layers[name]), f"The weight of layer `{name}`")
     split = {}

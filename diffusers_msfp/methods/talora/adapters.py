@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...compat.accelerate import onloaded
 from ...compat.modules import state_of
 from ...compat.torch import StatefulModule
 from ...errors import CheckpointError
@@ -111,6 +112,11 @@ class AdapterBank(StatefulModule):
                 del self.__dict__[name]
             self.register_buffer(name, value)
 
+    def input_range(self) -> tuple[Tensor, Tensor]:
+        """Scales and zero points of the layer's input, both `(h,)` and float32."""
+        with onloaded(self):
+            return cast(Tensor, self.input_scale), cast(Tensor, self.input_zero_point)
+
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
         """Random `down`, zero `up`: the layer is unchanged at first."""
@@ -156,7 +162,8 @@ class AdapterBank(StatefulModule):
         return _strength(layer), state_of(self.down), state_of(self.up)
 
     def _total(self, layer: QuantLayer, adapter: int | Tensor) -> Tensor:
-        down, up = self.pair(adapter)
+        with onloaded(self):
+            down, up = self.pair(adapter)
         update = (up @ down.flatten(1)).view(self.weight_shape)
         return layer.dequantize_weight() + update * _strength(layer)
 

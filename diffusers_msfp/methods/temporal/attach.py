@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ...compat.hooks import is_changed
 from ...compat.wrappers import forget_compiled
 from ...errors import CheckpointError, StateError
 from ...formats import FPFormat
@@ -30,8 +31,21 @@ class SetHook(RouteHook):
     def enter(self, model: nn.Module, timestep: Timestep) -> None:
         """Choose by a timestep from now on."""
         finite_set = cast(FiniteSet, finite_set_of(model))
-        finite_set.cached = features_hold(model, finite_set)
+        finite_set.cached = not _is_disturbed(model, finite_set.plan) and features_hold(model, finite_set)
         super().enter(model, timestep)
+
+
+def _is_disturbed(model: nn.Module, plan: TemporalPlan) -> bool:
+    """Whether somebody's hook or own `forward` stands where stored features come from: they are without it.
+
+    What this package hangs there to look, and what moves tensors, changes nothing.
+    """
+    if not plan.cached or torch.compiler.is_compiling():
+        return False
+    parts = {
+        name.rsplit(".", depth)[0] for name in (*plan.block, *plan.upstream) for depth in range(name.count(".") + 1)
+    }
+    return any(is_changed(model.get_submodule(name), "diffusers_msfp") for name in parts)
 
 
 def basis_of(model: nn.Module, plan: TemporalPlan) -> dict[str, Tensor]:

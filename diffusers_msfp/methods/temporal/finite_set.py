@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...calibration import search_activation
 from ...calibration.search import is_skewed
+from ...compat.accelerate import onloaded
 from ...compat.torch import StatefulModule
 from ...errors import CheckpointError
 from ...formats import FPFormat
@@ -136,11 +137,12 @@ class FeatureTable(StatefulModule):
         if entry.certainly is False:
             return compute(x)
         index = Route.rows(entry.index, x.shape[0])
-        known = self.features.index_select(0, index.expand(x.shape[0])).to(x.dtype)
+        with onloaded(self):  # what groups of modules are moved by may have moved one of both
+            known = self.features.index_select(0, index.expand(x.shape[0]).to(self.features.device)).to(x)
         known = known.view(x.shape[0], *[1] * (x.ndim - 2), -1).expand(*x.shape[:-1], -1)
         if entry.certainly:
             return known
-        exact = Route.rows(cast(Tensor, entry.exact), x.shape[0])
+        exact = Route.rows(cast(Tensor, entry.exact), x.shape[0]).to(x.device)
         return torch.where(exact.view(-1, *[1] * (x.ndim - 1)), known, compute(x))
 
 

@@ -165,7 +165,10 @@ def _fuse(models: Mapping[str, nn.Module], weight: float, on_progress: OnProgres
     for component in dict.fromkeys(component for component, _, _ in tuned):
         _require_fusible(models[component])
     bases = {name: wrapped.get_base_layer() for _, name, wrapped in tuned}
-    require_own_methods({name: base for name, base in bases.items() if isinstance(base, QuantLayer)}, "fused")
+    for component in dict.fromkeys(component for component, _, _ in tuned):
+        own = {name: bases[name] for part, name, _ in tuned if part == component}
+        quantized = {name: base for name, base in own.items() if isinstance(base, QuantLayer)}
+        require_own_methods(models[component], quantized, "fused")
     found = []
     for done, (component, name, wrapped) in enumerate(tuned, start=1):
         found.append(_fused_layer(models[component], component, name, wrapped, weight))

@@ -1,0 +1,70 @@
+"""What others hang around modules and functions: hooks, forwards of their own, patches, modes."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .torch import is_hooked
+
+__all__ = [
+    "HOOKS",
+    "has_dispatch_modes",
+    "has_global_hooks",
+    "home_of",
+    "hooks_around",
+    "is_changed",
+    "is_watched",
+    "share_hooks",
+]
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_AROUND = (
+    *(*HOOKS, *(f"{name}_with_kwargs" for name in HOOKS), "_forward_hooks_always_called"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+)
+_MOVING = ("_hf_hook", "_old_forward", "_diffusers_hook")
+"""Attributes of modules that libraries move: their `forward` is another one, too."""
+
+
+def has_global_hooks() -> bool:
+    """Whether somebody watches all modules there are."""
+    module: Any = nn.modules.module
+    return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether anybody looks at what a module reads or gives, or runs something else in its place.
+
+    Then it must be called as torch calls it, with what its class reads: a hook may exchange that.
+    """
+    return is_hooked(module) or "forward" in vars(module) or has_global_hooks()
+
+
+def has_dispatch_modes() -> bool:
+    """Whether somebody watches all operators, as counters of operations and fake tensors do."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
+
+
+def home_of(function: Callable) -> str:
+    """The module whose code a function runs, also where it is made to look like another one (`functools.wraps`)."""
+    return getattr(function, "__globals__", {}).get("__name__", "")
+
+
+def hooks_around(module: nn.Module) -> Iterator[Callable]:
+    """The hooks that run before and after a module."""
+    for name in HOOKS:
+        yield from getattr(module, name).values()
+
+
+def is_changed(module: nn.Module, package: str) -> bool:
+    """Whether others than a package, and than what moves tensors, may change what a module reads or gives."""
+    moved = not vars(module).keys().isdisjoint(_MOVING)
+    own = all(home_of(hook).partition(".")[0] == package for hook in hooks_around(module))
+    return not own or "forward" in vars(module) and not moved
+
+
+def share_hooks(source: nn.Module, module: nn.Module) -> None:
+    """Let the hooks around a module run around another one; their handles take them off both."""
+    vars(module).update({name: vars(source)[name] for name in _AROUND})
