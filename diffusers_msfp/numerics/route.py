@@ -131,7 +131,8 @@ class ByTimestep:
 
     def forget(self) -> None:
         """Know of no call."""
-        self._running, self._latest, self._learning = threading.local(), None, _Learning()
+        self._running, self._learning = threading.local(), _Learning()
+        self._latest: Sequence[Route] | None = None
 
     def enter(self, timestep: Timestep) -> None:
         """Choose by this timestep from now on, in this thread."""

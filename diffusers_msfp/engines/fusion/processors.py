@@ -28,8 +28,8 @@ class BF16AttnProcessor(AttnProcessor2_0):
     It counts as the original for whoever looks processors up by their class, as hooks and guiders of diffusers' do.
     """
 
-    @property
-    def __class__(self) -> type:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return AttnProcessor2_0
 
     def __reduce__(self) -> tuple:
