@@ -189,7 +189,11 @@ def scheme_of(name: str, format_version: int | None = None) -> QuantScheme:
     return _VERSION_1[name] if format_version == 1 and name in _VERSION_1 else SCHEMES[name]
 
 
-INPUT_PATTERNS = ("conv_in", "encoder.conv_in", "decoder.conv_in", "pos_embed.proj", "x_embedder", "patch_embed.proj")
+INPUT_PATTERNS = (
+    *("conv_in", "encoder.conv_in", "decoder.conv_in", "preprocess_conv"),
+    *("pos_embed.proj", "x_embedder", "x_embedder.proj", "all_x_embedder.*", "patch_embed.proj", "img_in", "proj_in"),
+)
+"""Names of the layers that read the noisy sample itself, in diffusers' models."""
 EDGE_PATTERNS = (
     "conv_out",
     "encoder.conv_out",

@@ -14,6 +14,7 @@ from typing import Any, cast
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ..checkpoint.describe import read_config
 from ..compat.wrappers import unwrap
 from ..errors import CheckpointError, ConfigError
 from ..outputs import write_file
@@ -207,7 +208,7 @@ class BudgetPlan(Result):
         """
         try:
             content = json.loads(Path(file).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{file} must be a plan that `plan_budget` made, but it cannot be read.") from error
         return cls.from_dict(content, str(file))
 
@@ -234,18 +235,21 @@ class BudgetPlan(Result):
         own = {each.name for each in fields(cls)}
         if not given.keys() - {"version"} <= own:
             raise CheckpointError(f"{source} has keys that this release does not know. Make a new plan.")
-        layers = tuple(
-            PlannedLayer(
-                name=layer["name"],
-                scheme=layer["scheme"],
-                options=tuple(Option(**option) for option in layer["options"]),
+        try:
+            layers = tuple(
+                PlannedLayer(
+                    name=layer["name"],
+                    scheme=layer["scheme"],
+                    options=tuple(Option(**option) for option in layer["options"]),
+                )
+                for layer in given["layers"]
             )
-            for layer in given["layers"]
-        )
-        front = tuple(FrontPoint(**point) for point in given["front"])
-        runs = tuple((error, psnr) for error, psnr in given["runs"])
-        rest = {key: value for key, value in given.items() if key in own - {"layers", "front", "runs"}}
-        return cls(**rest, layers=layers, front=front, runs=runs)
+            front = tuple(FrontPoint(**point) for point in given["front"])
+            runs = tuple((error, psnr) for error, psnr in given["runs"])
+            rest = {key: value for key, value in given.items() if key in own - {"layers", "front", "runs"}}
+            return cls(**rest, layers=layers, front=front, runs=runs)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{source} is malformed ({error}): not one that `plan_budget` wrote.") from error
 
     def __post_init__(self) -> None:
         unknown = {layer.scheme for layer in self.layers} - set(SCHEMES)
@@ -270,13 +274,18 @@ def is_plan(file: Path) -> bool:
 
 
 def stored_plan(folder: str | Path | None) -> BudgetPlan | None:
-    """The plan in a checkpoint's folder, where there is one.
+    """The plan in a checkpoint's folder, where there is one by which the checkpoint was quantized.
 
     Raises:
         CheckpointError: it is damaged.
     """
     file = None if folder is None else Path(folder) / PLAN_FILE
-    return BudgetPlan.read(file) if file is not None and file.is_file() else None
+    if folder is None or file is None or not file.is_file():
+        return None
+    plan = BudgetPlan.read(file)
+    quantized = read_config(Path(folder) / plan.component).get("quantization_config") or {}
+    asked = quantized.get("scheme"), quantized.get("scheme_overrides") or {}
+    return plan if asked == (plan.scheme, plan.scheme_overrides) else None  # another one lies beside it
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

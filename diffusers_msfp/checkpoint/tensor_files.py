@@ -1,6 +1,7 @@
 """Tensor files larger than memory: read tensor by tensor, written tensor by tensor."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,6 +18,15 @@ from .digest import checksum
 
 MAX_SHARD_SIZE = "10GB"
 """diffusers' own default."""
+
+
+def bytes_per_number(file: Path) -> float | None:
+    """What a number takes in a safetensors file, on average; None for other files."""
+    if file.suffix != ".safetensors":
+        return None
+    with safe_open(file, framework="pt") as handle:
+        numbers = sum(math.prod(handle.get_slice(name).get_shape()) for name in handle.keys())  # noqa: SIM118
+    return file.stat().st_size / max(1, numbers)
 
 
 class TensorFolder(Mapping):

@@ -14,6 +14,7 @@ from ..budget.record import BudgetPlan, stored_plan
 from ..checkpoint.describe import CheckpointDescription, component_dirs, describe_checkpoint
 from ..errors import ConfigError
 from ..evaluation import Comparison, compare_pipelines
+from ..evaluation.compare import in_place_of
 from ..exports import ExportedGraph, check_export
 from ..exports import export as export_graph
 from ..methods.correction.fit import CorrectionConfig
@@ -167,12 +168,13 @@ def fuse(
             fused = fuse_lora(loaded, lora, weight, calibration=calibration, on_progress=report)
         if original is not None:
             fuse_lora(original, lora, weight)
-            if pipe is not None and "output_correction" in fused.taken_off:
+            if "output_correction" in fused.taken_off:
+                whole = in_place_of(original, loaded)
                 with progress("correcting the output") as report:
                     settings = CorrectionConfig(
                         num_samples=num_samples, num_inference_steps=num_inference_steps, seed=seed
                     )
-                    corrected = correct(pipe, original, settings, prompts=prompts, on_progress=report, **arguments)
+                    corrected = correct(whole, original, settings, prompts=prompts, on_progress=report, **arguments)
             with progress("comparing") as report:
                 error = compare_pipelines(original, loaded, on_progress=report, **run, **arguments)
         with writing(out):

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from ..assets import EMBEDDED_MODEL, TUNED_MODELS
+from ..checkpoint.describe import read_config
+from ..errors import ConfigError
 from ..evaluation import image_grid, sample_images
 from ..outputs import png_of, require_writable_file, require_writable_folder, write_file
 from ..results import Result
@@ -69,6 +71,13 @@ def demo(out: str | Path = "msfp-demo", *, num_inference_steps: int = 50, seed: 
     out = Path(out)
     require_writable_folder(out)
     require_writable_file(out / "demo.png")
+    for scheme in SCHEMES:
+        made_from = Path(read_config(out / scheme / "unet").get("_name_or_path") or "")
+        if (out / scheme).exists() and made_from.parts[-2:] != (EMBEDDED_MODEL.name, "unet"):
+            raise ConfigError(
+                f"A demo replaces what an earlier one made, but {out / scheme} is something else. Choose another "
+                f"folder: `--out`."
+            )
     out.mkdir(parents=True, exist_ok=True)
     rows, labels, figures = [], [], {}
 

@@ -19,6 +19,7 @@ from ..methods.correction.table import correction_of
 from ..methods.routes import routing_of
 from ..methods.talora.config import FinetuneConfig
 from ..methods.talora.finetuner import PREVIEWS, Finetuner
+from ..methods.talora.folder import checkpoints_in
 from ..outputs import png_of, require_writable_folder, write_whole
 from ..results import Result
 from ..sampling.denoisers import denoiser_name, denoiser_of
@@ -136,7 +137,12 @@ def finetune(
             found = compare_pipelines(original, pipe, **shared, **more, **arguments)
         return {key: getattr(found, key) for key in ("traj_rel_l2", "eps_rel_l2", "eps_mse", "image_psnr_db")}
 
-    before = measured("before")
+    def kept() -> str:
+        found = checkpoints_in(training)
+        return f"{found[-1]} is kept, and the same command goes on from there" if found else NOTHING
+
+    with keeping(kept):
+        before = measured("before")
     rows: list[np.ndarray] = []
 
     def keep_preview(update: int, pictures: np.ndarray) -> None:
@@ -149,10 +155,6 @@ def finetune(
             labels=["full precision", f"after {update} updates"],
         )
         write_whole(training / f"preview-{update:06}.png", png_of(grid))
-
-    def kept() -> str:
-        found = run.folder.checkpoints() if run is not None else []
-        return f"{found[-1]} is kept, and the same command goes on from there" if found else NOTHING
 
     run, corrected = None, any(correction_of(model) is not None for model in quantized_models(pipe))
     with keeping(kept):
@@ -183,6 +185,8 @@ def finetune(
         if main:
             write_checkpoint(pipe, out)
             run.folder.clear()
+    with keeping(f"{out} is complete, and `compare` makes what is missing, its comparison"):
+        after = measured("after")
     losses = result.losses
     tenth = max(1, len(losses) // 10)
     leave_process_group(run.accelerator)
@@ -205,7 +209,7 @@ def finetune(
         peak_rss_bytes=peak_rss_bytes(),
         training_dir=str(training),
         before=before,
-        after=measured("after"),
+        after=after,
         comparison=shared,
         out=str(out),
     )

@@ -107,9 +107,8 @@ def quantize(
     """Quantize a checkpoint and write the packed one.
 
     Weights go from file to file layer by layer, so a float model need not fit into memory; then the pipeline's own
-    sampler sets the activation ranges. Before all that a call of the pipeline is tried, as far as its denoiser. Text
-    encoders are quantized, their weights alone, while the pipeline is loaded for that. A component on its own cannot be
-    sampled, so its activations go on observing: they freeze after its first denoising run.
+    sampler sets the activation ranges. Before all that a call of the pipeline is tried, as far as its denoiser. Of text
+    encoders weights alone are quantized. A component on its own cannot be sampled: it observes its first run.
 
     Until all is done, packed weights lie in the hidden folder `.<out>.part` beside `out`. After an interruption the
     same call goes on with the layer it had come to; other arguments or changed source files begin anew.
@@ -141,7 +140,8 @@ def quantize(
         MSFPError: `out` exists, or `source` cannot be quantized.
     """
     started = time.perf_counter()
-    out = check_target(out, overwrite, read=[source, config])
+    texts = prompts if isinstance(prompts, str | Path) else None  # a file, or a prompt
+    out = check_target(out, overwrite, read=[source, config, images, texts, budget.file if budget else None])
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
     prompts = read_prompts(prompts)
     pictures = None if images is None else picture_files(images)[:num_samples]

@@ -12,11 +12,12 @@ from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..assets import EMBEDDED_MODEL, TUNED_MODELS
+from ..errors import ConfigError
 from ..hub.base import base_of as remembered_base
 from ..outputs import writing
 from ..results import Result
 from ..sampling.denoisers import denoiser_of
-from ..sampling.observation import quantized_models
+from ..sampling.observation import calibration_state, quantized_models
 from ..space import Candidate, build_page, is_space, launch, require_comparable, require_gradio, write_space
 from .shared.load import SourceError, load_pipeline, require_variant
 from .shared.store import check_target, publish
@@ -211,7 +212,14 @@ def space_create(
     out = check_target(out, overwrite, read=[source, reference], ours=is_space, what="Spaces")
     require_variant(variant, source, reference)
     if Path(source).exists():
-        _require_quantized(load_pipeline(source, variant=variant), source)
+        pipe = load_pipeline(source, variant=variant)
+        _require_quantized(pipe, source)
+        Candidate(pipe)  # refuses what a page cannot ask for pictures
+        if any(calibration_state(model) == "observing" for model in quantized_models(pipe)):
+            raise ConfigError(
+                f"A Space needs a calibrated model, but {source} still observes its ranges. Call `calibrate(pipe)` and "
+                f"save it first."
+            )
     title, reference = title or _name(source), reference or base_of(source)
     for location in (source, reference):
         if location is not None and not Path(location).is_dir() and location.count("/") != 1:

@@ -86,7 +86,11 @@ def _on_device(layer: QuantLayer, device: torch.device, timed: bool) -> Iterator
         return
     for name, cls in ENGINES.items():
         engine = cls()
-        reason = engine.refusal(layer)
+        try:
+            reason = engine.refusal(layer)
+        except Exception as error:  # noqa: BLE001 – as above
+            yield EngineTrial(engine=name, device=where, refusal=f"fails: {first_line(error)}", failed=True)
+            continue
         if reason is not None:
             yield EngineTrial(engine=name, device=where, refusal=reason)
         else:

@@ -18,6 +18,7 @@ from .fusion.processors import use_engine_attention
 
 ENGINE_VARIABLE = "MSFP_ENGINE"
 DEFAULT_ENGINE = "auto"
+_SET = "engine_set"
 
 
 @sees_through
@@ -56,12 +57,13 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
             f"An engine needs a quantized model, but {type(model).__name__} has no quantized layer. Quantize it, or "
             f"load a quantized checkpoint with `quantization_config=MSFPConfig()`."
         )
-    in_graphs = engine == openvino.NAME
+    in_graphs, asked = engine == openvino.NAME, (engine, memory)
     engine = AutoEngine.name if in_graphs else engine
     chosen = engine_named(engine, memory)
     _require_use(engine, chosen, layers)
     for part in models:
         _unprepare(part)
+        vars(part)[_SET] = asked
     tuning.from_environment()
     if engine == "reference":
         return
@@ -77,6 +79,11 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
         vars(part)["input_check"] = part.register_forward_hook(chosen.check_inputs)
         if in_graphs or measured:
             openvino.install(part, only_if_faster=not in_graphs)
+
+
+def engine_set(model: nn.Module) -> tuple[str, str]:
+    """Name and memory mode of the engine that was set last for a quantized model."""
+    return vars(unwrap(model)).get(_SET) or (engine_from_environment(), "fast")
 
 
 def engine_named(name: str, memory: str = "fast") -> AutoEngine:

@@ -11,7 +11,6 @@ the model. Layers that are called alone leave it to the next call of the model, 
 import logging
 from functools import lru_cache
 from importlib.util import find_spec
-from subprocess import SubprocessError
 from typing import cast
 
 import torch
@@ -108,7 +107,7 @@ def launch_failure(device: torch.device) -> str | None:
 
         one = torch.ones((), device=device)
         quantize(one, one, one, FORMATS["fp4_e2m1"])
-    except (ImportError, OSError, RuntimeError, SubprocessError) as error:
+    except Exception as error:  # noqa: BLE001 – a compiler can fail in any way
         return f"Triton fails here ({error})"
     return None
 

@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from .layout import MODEL_INDEX, components
 
 TAKEN = ("license", "license_name", "license_link", "pipeline_tag")
+FLOAT_BASE = "float_base"
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+?)[/\\]snapshots")
 
 
@@ -119,6 +120,8 @@ def check_repo_id(name: str, what: str) -> str:
 def card_of(api: HfApi, base_model: str) -> dict:
     """What the base's card says of licence and task; empty where it has no card or the Hub cannot be reached.
 
+    Of a quantized model also what that was made from, as `FLOAT_BASE`; None where its card does not say.
+
     Raises:
         ConfigError: there is no such repository.
     """
@@ -133,4 +136,11 @@ def card_of(api: HfApi, base_model: str) -> dict:
         ) from error
     except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError, yaml.YAMLError):
         return {}
-    return {key: data[key] for key in TAKEN if isinstance(data.get(key), str)}
+    known = {key: data[key] for key in TAKEN if isinstance(data.get(key), str)}
+    if "://" not in known.get("license_link", "://"):  # beside that card
+        known["license_link"] = f"https://huggingface.co/{base_model}/blob/main/{known['license_link']}"
+    if data.get("base_model_relation") == "quantized" or "msfp" in (data.get("tags") or ()):
+        base = data.get("base_model")
+        base = next(iter(base), None) if isinstance(base, list) else base
+        known[FLOAT_BASE] = base if isinstance(base, str) and base.count("/") == 1 else None
+    return known

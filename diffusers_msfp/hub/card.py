@@ -71,6 +71,7 @@ def render_card(facts: Mapping, results: Results) -> str:
         name=facts["repo"].partition("/")[2],
         schemes=" and ".join(f"`{scheme}`" for scheme in schemes(facts)),
         components=component_rows(facts),
+        reads=any(set(part["input_formats"]) - {"float"} for part in facts["components"].values()),
         quality=list(quality_rows(results.evaluation or {})),
         speed=list(speed_rows(results.speed or {})),
         tuned=tuned,

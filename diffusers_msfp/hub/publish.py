@@ -19,7 +19,7 @@ from huggingface_hub.hf_api import RepoFile
 from ..errors import ConfigError, HubError, MSFPError
 from ..outputs import named, overlap, require_writable, writing
 from ..results import OPTIONAL, OnProgress, Result
-from .base import base_of, card_of, check_repo_id, named_base, require_base, require_license
+from .base import FLOAT_BASE, base_of, card_of, check_repo_id, named_base, require_base, require_license
 from .checks import all_at_once
 from .layout import Files, components, pipeline_index
 from .prepare import prepare
@@ -130,6 +130,10 @@ def publish(
         if not origin["base_elsewhere"]:
             origin["base_model"] = origin["base_model"] or base_of(folder)
         known = card_of(api, origin["base_model"]) if origin["base_model"] else {}
+        if base_model is None and FLOAT_BASE in known:  # fused or fine-tuned from a quantized one
+            origin["base_model"] = known.pop(FLOAT_BASE)
+            known = card_of(api, origin["base_model"]) if origin["base_model"] else {}
+        known.pop(FLOAT_BASE, None)
         if license and license != known.get("license"):
             known = {key: value for key, value in known.items() if not key.startswith("license")} | {"license": license}
         origin.update(known)
@@ -265,6 +269,11 @@ def _check_target(out: Path, folder: Path) -> None:
     """Refuse a dry run where something else lies, or nothing can be written."""
     if out.exists() and not all((out / name).is_file() for name in ("README.md", "pipeline.py")):
         raise ConfigError(f"{out} must be new or hold an earlier dry run, but it holds something else. Remove it.")
+    if (out / ".git").exists():
+        raise ConfigError(
+            f"A dry run replaces its whole folder, but {out} is a git repository, whose history would go too. Name "
+            f"another folder, and copy its files."
+        )
     if overlap(out, folder):
         raise ConfigError(f"A dry run must be written beside {folder}, but got {out}. Name another folder.")
     require_writable(out)

@@ -73,7 +73,8 @@ class Results:
         if self.evaluation is None:
             ways["quality with confidence intervals"] = f"diffusers-msfp evaluate DIR --reference {base}"
         if self.speed is None:
-            ways["speed"] = f"diffusers-msfp bench --model DIR --json > DIR/{FOLDER}/speed.json"
+            bench = f"diffusers-msfp bench --model DIR --json > DIR/{FOLDER}/speed.json"
+            ways["speed"] = f"mkdir -p DIR/{FOLDER} && {bench}"
         return ways
 
     def published(self) -> dict[str, dict]:

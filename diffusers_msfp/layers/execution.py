@@ -12,9 +12,9 @@ from ..errors import UnsupportedError
 from ..formats import INT8_MAX
 from ..numerics import Codes, QParams, decode, fake_quantize, select, unpack
 from ..numerics.groups import by_weight
-from ..numerics.rounding import refuse_tangents, require_finite
+from ..numerics.rounding import require_finite
 from ..numerics.route import Route
-from .incoming import check_incoming
+from .incoming import check_incoming, refuse_tangents
 from .logical import PackedLayer
 from .protocols import Engine, Prepared
 from .stored import FORMATS_TENSOR, OBSERVED, PACKED_WEIGHT, StoredTensors

@@ -1,4 +1,4 @@
-"""What `load_state_dict` may put into quantized layers: a state of the same formats, whole, or nothing at all.
+"""What quantized layers take: states of the same formats, whole, or nothing at all; inputs without tangents.
 
 Codes and scales mean nothing without their formats, so every state of a quantized layer says them (`formats`). torch
 copies tensor by tensor and complains at the end; a state that does not fit is refused here before the first is copied.
@@ -6,10 +6,12 @@ copies tensor by tensor and complains at the end; a state that does not fit is r
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from ..compat.torch import remove_load_hooks
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UnsupportedError
 from .stored import FORMATS_TENSOR, OBSERVED, PACKED_WEIGHT, StoredTensors, same_formats, say_formats
 
 _WAY_OUT = "Nothing was loaded. Load the checkpoint that this state is of with `from_pretrained`."
@@ -120,3 +122,16 @@ def unwatch_states(model: nn.Module) -> None:
     """Let torch load as it does."""
     for module in model.modules():
         remove_load_hooks(module, check_incoming)
+
+
+def refuse_tangents(x: Tensor, module_name: str) -> None:
+    """Refuse forward-mode differentiation, in which rounding has no gradient.
+
+    Raises:
+        UnsupportedError: `x` has a tangent, which would be lost.
+    """
+    if not torch.compiler.is_compiling() and unpack_dual(x).tangent is not None:
+        raise UnsupportedError(
+            f"Rounding has a gradient for backward alone, but `{module_name}` was called in forward-mode "
+            f"differentiation. Use `torch.autograd.grad`, or differentiate what `model.dequantize()` gives."
+        )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, MSFPError
 from ..formats import FORMATS, FPFormat, largest_multiplier
 from ..schemes import LayerScheme
 from . import QUANT_LAYERS
@@ -36,10 +36,14 @@ class LayerGroup:
     group_size: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.weight, str) or not isinstance(self.input, str | None):
+            raise CheckpointError(
+                f"`layers` of config.json must name formats, but got {self.weight!r}, {self.input!r}."
+            )
         try:
             weight = FORMATS[self.weight]
             self.input_format  # noqa: B018
-        except ConfigError as error:
+        except MSFPError as error:
             raise CheckpointError(f"In `layers` of config.json a format is not known: {error}") from error
         if not weight.signed:
             raise CheckpointError(f"Weights are stored in signed formats, but got `{weight}` in config.json.")

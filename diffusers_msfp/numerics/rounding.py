@@ -6,10 +6,9 @@ In float32: `y = x * (1/unit) + k`, clamped to the lattice's range; `step = 2^ma
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
 from ..compat.torch import assert_later
-from ..errors import NonFiniteError, ShapeError, UnsupportedError
+from ..errors import NonFiniteError, ShapeError
 from ..formats import FPFormat
 from .qparams import QParams
 
@@ -61,19 +60,6 @@ def zero_point_steps(qparams: QParams) -> Tensor:
         return torch.zeros_like(qparams.zero_point)
     k = (-qparams.zero_point.detach() * (1 / qparams.unit.detach())).clamp(*lattice_range(fmt))
     return round_to_lattice(k, fmt)
-
-
-def refuse_tangents(x: Tensor, module_name: str) -> None:
-    """Refuse forward-mode differentiation, in which rounding has no gradient.
-
-    Raises:
-        UnsupportedError: `x` has a tangent, which would be lost.
-    """
-    if not torch.compiler.is_compiling() and unpack_dual(x).tangent is not None:
-        raise UnsupportedError(
-            f"Rounding has a gradient for backward alone, but `{module_name}` was called in forward-mode "
-            f"differentiation. Use `torch.autograd.grad`, or differentiate what `model.dequantize()` gives."
-        )
 
 
 def check_finite(x: Tensor, where: str) -> None:

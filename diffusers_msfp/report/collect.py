@@ -20,7 +20,7 @@ from ..budget.record import stored_plan
 from ..calibration import Observation
 from ..checkpoint.describe import describe_checkpoint
 from ..compat.wrappers import sees_through
-from ..engines.choose import engine_from_environment, set_engine
+from ..engines.choose import engine_set, set_engine
 from ..errors import StateError, UnsupportedError
 from ..evaluation import Comparison, compare_pipelines, layer_snr
 from ..evaluation.compare import in_place_of
@@ -116,7 +116,7 @@ def collect_report(
     alone = reference is None and not isinstance(candidate, DiffusionPipeline)
     pipe: Any = None if alone else candidate if reference is None else in_place_of(reference, candidate)
     model: Any = candidate if pipe is None else denoiser_of(pipe)
-    whole = pipe is candidate
+    whole = isinstance(candidate, DiffusionPipeline)
     component = denoiser_name(pipe) if whole else "."
     run = {"num_inference_steps": num_inference_steps, "seed": seed, "prompts": prompts, **arguments}
     if pipe is not None:
@@ -232,7 +232,7 @@ def _draw(
     num_inference_steps = run.pop("num_inference_steps")
     given = {name: value for name, value in run.items() if name not in ("seed", "prompts", "sampler")}
     arguments = arguments_of(pipe, num_samples, run["seed"], run["prompts"], given)
-    models = list(quantized_models(pipe))
+    models = {model: engine_set(model) for model in quantized_models(pipe)}
     for model in models:
         set_engine(model, "reference")
     try:
@@ -242,8 +242,8 @@ def _draw(
                 pipe, num_samples=num_samples, num_inference_steps=num_inference_steps, on_progress=told, **run
             )
     finally:
-        for model in models:
-            set_engine(model, engine_from_environment())
+        for model, (engine, memory) in models.items():
+            set_engine(model, engine, memory=memory)
     return picture_rows({QUANTIZED: images}), asked_for(pipe, arguments, num_samples), inputs
 
 

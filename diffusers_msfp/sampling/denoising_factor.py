@@ -61,6 +61,9 @@ def denoising_factors(scheduler: SchedulerMixin, num_inference_steps: int, **ste
 def _made_linear(scheduler: Scheduler) -> dict[str, Any]:
     """Settings with which a scheduler's steps are linear in the model's output."""
     changes: dict[str, Any] = {key: False for key in NONLINEAR if key in scheduler.config}
+    changes |= (
+        {"noise_sampler_seed": 0} if "noise_sampler_seed" in scheduler.config else {}
+    )  # else torch's own draws it
     return changes | ({"variance_type": "fixed_small"} if learns_variance(scheduler) else {})
 
 
@@ -111,11 +114,12 @@ class RunFactors:
         if self._found is not None or self._error is not None:
             return
         try:
-            if getattr(self.scheduler, "num_inference_steps", None) is None:
-                self._found = denoising_factors(self.scheduler, self.num_inference_steps, **self.step_arguments)
-            else:
-                probe = scheduler_as_set(self.scheduler, **_made_linear(self.scheduler))
-                self._found = _factors(probe, self.step_arguments)
+            with torch.random.fork_rng(devices=[]):  # a step that draws leaves the pipeline's own noise as it is
+                if getattr(self.scheduler, "num_inference_steps", None) is None:
+                    self._found = denoising_factors(self.scheduler, self.num_inference_steps, **self.step_arguments)
+                else:
+                    probe = scheduler_as_set(self.scheduler, **_made_linear(self.scheduler))
+                    self._found = _factors(probe, self.step_arguments)
         except (ConfigError, NonFiniteError) as error:
             self._error = error
 

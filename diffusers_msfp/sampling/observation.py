@@ -21,12 +21,10 @@ from ..errors import CheckpointError, StateError
 from ..layers import QuantLayer
 from ..layers.convert import prepare_layers, quant_layers
 from .residual import follow_next_call, stop_following
-from .timestep import timestep_argument
+from .timestep import Run, timestep_argument
 
 logger = logging.getLogger(__name__)
 
-NEAR_THE_END, FALLEN = 0.1, 0.75
-"""Shares of its highest timestep: below the one any run ends, below the other one that was stopped may."""
 ONE_STEP_CALLS = 32
 """After so many calls in a row at one timestep it is said how to end the observation."""
 _FREEZING = threading.RLock()
@@ -74,51 +72,6 @@ class Calibration:
         return {key: value for key, value in asdict(self).items() if key != "first_timestep" or value is not None}
 
 
-@dataclass
-class _Run:
-    """A denoising run as far as it has come, see `Calibration`."""
-
-    last: float | None = None
-    has_fallen: bool = False
-    first: float | None = None
-    highest: float | None = None
-    repeated: int = 0
-
-    def go_on(self, now: float) -> None:
-        """Take the timestep of its next call."""
-        if self.last is None or self.first is None:
-            self.first = now
-        else:
-            self.has_fallen |= now < self.last
-            self.repeated = self.repeated + 1 if now == self.last else 0
-        self.last, self.highest = now, max(now, now if self.highest is None else self.highest)
-
-    def is_over(self, now: float, *, stopped: bool = True) -> bool:
-        """Whether a call at this timestep begins another run: it rises near the end, or before that most of the way.
-
-        Samplers rise on the way, too: by less than one where they have midpoints, by a few steps in RePaint.
-
-        Args:
-            stopped (`bool`): whether it may also have been stopped before its end.
-        """
-        last, first, highest = self.last, self.first, self.highest
-        if last is None or first is None or highest is None:
-            return False
-        if self.has_risen and now <= first:
-            return stopped
-        if not self.has_fallen:
-            return False
-        rise = now - last
-        if last <= NEAR_THE_END * highest:
-            return rise > highest / 500
-        return stopped and last <= FALLEN * highest and rise > (highest - last) / 2
-
-    @property
-    def has_risen(self) -> bool:
-        """Whether it counts upwards."""
-        return self.first is not None and self.last is not None and not self.has_fallen and self.last > self.first
-
-
 class RunTracker:
     """Forward pre-hook that freezes a model when its first denoising run is over.
 
@@ -135,8 +88,8 @@ class RunTracker:
         self, last_timestep: float | None = None, has_fallen: bool = False, first_timestep: float | None = None
     ) -> None:
         first = last_timestep if first_timestep is None else first_timestep
-        self._latest = _Run(last_timestep, bool(has_fallen), first, last_timestep)
-        self._runs: dict[int | None, _Run] = {None: self._latest}  # by thread; None: whichever calls first goes on
+        self._latest = Run(last_timestep, int(has_fallen), first, last_timestep)
+        self._runs: dict[int | None, Run] = {None: self._latest}  # by thread; None: whichever calls first goes on
         self.paused = False
 
     def __getstate__(self) -> dict:
@@ -155,7 +108,7 @@ class RunTracker:
         if self.paused or timestep is None:
             return
         now, thread = float(torch.as_tensor(timestep).max()), threading.get_ident()
-        run = self._runs.pop(None, None) or self._runs.get(thread) or _Run()
+        run = self._runs.pop(None, None) or self._runs.get(thread) or Run()
         others = [] if run.last is not None else list(self._runs.values())
         if run.is_over(now) or any(other.is_over(now, stopped=False) for other in others):
             freeze(model)
@@ -174,7 +127,7 @@ class RunTracker:
     def record(self) -> Calibration:
         """What a checkpoint keeps of it, to go on after loading."""
         run = self._latest
-        return Calibration("observing", run.last, run.has_fallen, run.first if run.has_risen else None)
+        return Calibration("observing", run.last, bool(run.falls), run.first if run.has_risen else None)
 
 
 def tracker(model: nn.Module) -> RunTracker | None:
@@ -220,12 +173,12 @@ def quantized_models(model_or_pipe: object) -> Iterator[nn.Module]:
 
 def _require_quantized(model_or_pipe: object) -> list[nn.Module]:
     models = list(quantized_models(model_or_pipe))
-    if not models:
-        raise StateError(
-            f"A model with quantized layers is needed, but {type(model_or_pipe).__name__} has none. Load it with "
-            f"`quantization_config=MSFPConfig()` or call `quantize_pipeline(pipe, scheme)`."
-        )
-    return models
+    if models:
+        return models
+    raise StateError(
+        f"A model with quantized layers is needed, but {type(model_or_pipe).__name__} has none. Load it with "
+        f"`quantization_config=MSFPConfig()` or call `quantize_pipeline(pipe, scheme)`."
+    )
 
 
 def calibration_state(model: nn.Module | DiffusionPipeline) -> str:
@@ -289,8 +242,8 @@ def _freeze(model: nn.Module | DiffusionPipeline) -> None:
             )
         if any(layer.sum_unknown for _, layer in observing):
             logger.warning(
-                "%s was compiled before its calibration, so layers that read residual sums could not be found, and get "
-                "as few bits as the others. Call `calibrate(pipe)` before compiling.",
+                "%s was compiled before its calibration, or not called as a whole, so layers that read residual sums "
+                "could not be found, and get as few bits as the others. Call `calibrate(pipe)` before compiling.",
                 type(m).__name__,
             )
         unseen = [name for name, layer in observing if not layer.freeze()]

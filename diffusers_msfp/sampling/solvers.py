@@ -115,10 +115,10 @@ def with_sampler(pipe: Any, sampler: str | None = None, eta: float = 0.0) -> Any
         raise ConfigError(f"`eta` is DDIM's, but got {eta} with the sampler {sampler!r}. Leave one of them out.")
     if sampler == "own":
         return pipe
-    if not takes_ddim(pipe.scheduler):
+    if getattr(pipe, "scheduler", None) is None or not takes_ddim(pipe.scheduler):
         raise ConfigError(
             f"The sampler {sampler!r} must solve the equation of the pipeline's scheduler, but {type(pipe).__name__} "
-            f"has {type(pipe.scheduler).__name__}, whose place it cannot take. Use `own`."
+            f"has {type(getattr(pipe, 'scheduler', None)).__name__}, whose place it cannot take. Use `own`."
         )
     if sampler == "ddim":
         return with_ddim(pipe, eta)
@@ -135,11 +135,12 @@ def with_ddim(pipe: DiffusionPipeline, eta: float = 0.0) -> DiffusionPipeline:
     Raises:
         ConfigError: an `eta` for a pipeline that keeps its own scheduler.
     """
-    ddim = ddim_for(pipe.scheduler)
+    scheduler = getattr(pipe, "scheduler", None)  # UnCLIP has one for each part
+    ddim = None if scheduler is None else ddim_for(scheduler)
     if ddim is None:
         if eta:
             raise ConfigError(
-                f"`eta` is DDIM's, but {type(pipe).__name__} keeps its own {type(pipe.scheduler).__name__}, which DDIM "
+                f"`eta` is DDIM's, but {type(pipe).__name__} keeps its own {type(scheduler).__name__}, which DDIM "
                 f"cannot replace. Leave `eta` at 0."
             )
         return pipe

@@ -4,6 +4,7 @@ import functools
 import inspect
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NamedTuple, cast
 
@@ -14,6 +15,9 @@ from ..errors import UnsupportedError
 
 NAMES = ("timestep", "timesteps", "timestep_ratio", "t", "r")
 """What models call it; the first that a model has counts."""
+
+NEAR_THE_END, FALLEN = 0.1, 0.75
+"""Shares of its highest timestep: below the one any run ends, below the other one that was stopped may."""
 
 Timestep = int | float | torch.Tensor
 
@@ -109,3 +113,51 @@ def tellings(trained: float) -> Sequence[Telling]:
 def first_timestep(timestep: Timestep | None) -> float:
     """Of a call with one for all its samples; NaN where it has none."""
     return math.nan if timestep is None else float(torch.as_tensor(timestep).flatten()[0])
+
+
+@dataclass
+class Run:
+    """A denoising run as far as it has come, by the timesteps of its calls."""
+
+    last: float | None = None
+    falls: int = 0
+    first: float | None = None
+    highest: float | None = None
+    repeated: int = 0
+
+    def go_on(self, now: float) -> None:
+        """Take the timestep of its next call."""
+        if self.last is None or self.first is None:
+            self.first = now
+        else:
+            self.falls += now < self.last
+            self.repeated = self.repeated + 1 if now == self.last else 0
+        self.last, self.highest = now, max(now, now if self.highest is None else self.highest)
+
+    def is_over(self, now: float, *, stopped: bool = True) -> bool:
+        """Whether a call at this timestep begins another run: it rises near the end, or before that most of the way.
+
+        Samplers rise on the way, too: by less than one where they have midpoints, by a few steps in RePaint. None comes
+        back to its highest, as a model does that serves only the beginning of runs.
+
+        Args:
+            stopped (`bool`): whether it may also have been stopped before its end.
+        """
+        last, first, highest = self.last, self.first, self.highest
+        if last is None or first is None or highest is None:
+            return False
+        if self.has_risen and now <= first:
+            return stopped
+        if not self.falls:
+            return False
+        rise = now - last
+        if stopped and rise > 0 and now >= highest and self.falls > 1:
+            return True
+        if last <= NEAR_THE_END * highest:
+            return rise > highest / 500
+        return stopped and last <= FALLEN * highest and rise > (highest - last) / 2
+
+    @property
+    def has_risen(self) -> bool:
+        """Whether it counts upwards."""
+        return self.first is not None and self.last is not None and not self.falls and self.last > self.first

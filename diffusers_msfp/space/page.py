@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import SEE_DOCTOR, ConfigError, MSFPError
+from ..layers.convert import quant_layers
 from .candidate import MAX_SEED, Candidate
 from .markup import STOPPED, names_line
 from .show import DEFAULT_STEPS, Show
@@ -35,7 +36,8 @@ ONE_RUN = """() => {
     for (const type of ['click', 'keydown', 'keypress']) document.addEventListener(type, guard, true)
 }"""  # Gradio's own guard also swallows the first click after a stop
 IDLE = "() => { window.msfpRuns = false }"
-INTRO = "Weights **and activations** of a diffusion model in low-bit floating point, a number format for every layer"
+INTRO = "Weights{} of a diffusion model in low-bit floating point, a number format for every layer"
+ACTIVATIONS = " **and activations**"
 BESIDE = ", beside full precision from the same noise"
 ADAPTED = " A router gives every timestep the adapter that serves it (TALoRA)."
 LINKS = (
@@ -78,7 +80,14 @@ def build_page(title: str, quantized: Candidate, reference: Candidate | None = N
     first = show.first_frame()
     look = {"format": "png", "interactive": False, "elem_id": "msfp-pictures", "buttons": ["fullscreen", "download"]}
     look |= {"elem_classes": ["msfp-crisp"] if quantized.draws_small else None}
-    intro = INTRO + (BESIDE if reference else "") + "." + (ADAPTED if quantized.intervals else "") + LINKS
+    reads = any(layer.input_format is not None for _, layer in quant_layers(quantized.denoiser))
+    intro = (
+        INTRO.format(ACTIVATIONS if reads else "")
+        + (BESIDE if reference else "")
+        + "."
+        + (ADAPTED if quantized.intervals else "")
+        + LINKS
+    )
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(SECONDS_FILES_STAY,) * 2) as page:
         history = gr.State([])
         gr.Markdown(f"# {title}\n\n{intro}", elem_id="msfp-intro")

@@ -28,7 +28,7 @@ README = """\
 
 # {title}
 
-A diffusion model with weights and activations in 4-bit floating point beside full precision, from the same noise.
+A diffusion model in low-bit floating point{beside}.
 Made by `diffusers-msfp space create`. To try it here:
 
 ```sh
@@ -38,6 +38,9 @@ python app.py
 
 To publish it: `hf upload USER/SPACE . --repo-type space`. It runs on a CPU; ZeroGPU is provided for, but untried.
 """
+
+
+BESIDE = " beside full precision, from the same noise"
 
 
 def is_space(folder: Path) -> bool:
@@ -101,7 +104,7 @@ def write_space(
             variant=f", variant={variant!r}" if variant else "",
         ),
         "requirements.txt": REQUIREMENTS,
-        "README.md": README.format(header=card.to_yaml(), title=title),
+        "README.md": README.format(header=card.to_yaml(), title=title, beside=BESIDE if reference else ""),
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")

@@ -11,9 +11,10 @@ import torch
 from conftest import ONE_BLOCK, make_unet
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DModel
 
-from diffusers_msfp import quantize_pipeline
+from diffusers_msfp import MSFPConfig, quantize_pipeline
 from diffusers_msfp.budget import BudgetPlan, plan_budget
 from diffusers_msfp.budget.plan import CLOSE_DB, MAX_RUNS, for_psnr
+from diffusers_msfp.budget.record import PLAN_FILE, _checksum, stored_plan
 from diffusers_msfp.budget.table import Table
 from diffusers_msfp.checkpoint.describe import file_bytes
 from diffusers_msfp.errors import CheckpointError, ConfigError
@@ -165,6 +166,10 @@ def test_a_stored_plan_is_the_same(plan, tmp_path):
         (lambda content: json.dumps(content | {"version": 2}), "version 1, but it has 2"),
         (lambda content: json.dumps(content | {"bytes": 1}), "checksum"),
         (lambda _: json.dumps({"version": 1}), "something else"),
+        (lambda content: forged({key: content[key] for key in content if key != "front"}), "malformed"),
+        (lambda content: forged(content | {"layers": [3]}), "malformed"),
+        (lambda content: forged(content | {"target": []}), "malformed|target"),
+        (lambda _: "[" * 100_000, "cannot be read"),
     ],
 )
 def test_a_damaged_or_foreign_file_is_refused(plan, tmp_path, change, match):
@@ -174,6 +179,20 @@ def test_a_damaged_or_foreign_file_is_refused(plan, tmp_path, change, match):
         BudgetPlan.read(file)
     with pytest.raises(CheckpointError, match="cannot be read"):
         BudgetPlan.read(tmp_path / "none.json")
+
+
+def forged(content: dict) -> str:
+    """With a checksum that fits, as anybody can compute it."""
+    content = {key: value for key, value in content.items() if key != "checksum"}
+    return json.dumps(content | {"checksum": _checksum(content)})
+
+
+def test_a_plan_beside_another_checkpoint_is_not_its_own(plan, tmp_path):
+    for name, config in (("own", plan.config(make_unet(**ONE_BLOCK))), ("other", MSFPConfig("w8a8"))):
+        pipe = DDPMPipeline(make_unet(**ONE_BLOCK), DDIMScheduler())
+        quantize_pipeline(pipe, config, num_samples=1, num_inference_steps=2).save_pretrained(tmp_path / name)
+        plan.write(tmp_path / name / PLAN_FILE)
+        assert (stored_plan(tmp_path / name) is None) == (name == "other")
 
 
 def test_a_plan_serves_its_architecture_alone(plan):

@@ -68,6 +68,21 @@ def test_finetune_that_was_not_yet_at_work_says_so(tiny_dir, packed_dir, tmp_pat
     assert "nothing is kept, and the same command begins anew" in said(program(*command))
 
 
+def test_finetune_that_is_done_but_for_its_comparison_says_so(tiny_dir, packed_dir, tmp_path, monkeypatch):
+    module, calls = sys.modules["diffusers_msfp.cli.finetune"], []
+    inner = module.compare_pipelines
+
+    def second(*args, **options):
+        calls.append(1)
+        return stop() if len(calls) == 2 else inner(*args, **options)
+
+    monkeypatch.setattr(module, "compare_pipelines", second)
+    out = tmp_path / "out"
+    command = ["finetune", packed_dir, "--teacher", tiny_dir, "--out", out, *SHORT]
+    assert f"{out} is complete, and `compare` makes what is missing" in said(program(*command))
+    assert (out / "model_index.json").is_file()
+
+
 def test_checkpoints_and_previews_come_by_time(tiny_dir, packed_dir, tmp_path, monkeypatch):
     saved = []
     folder = sys.modules["diffusers_msfp.methods.talora.folder"].TrainingFolder

@@ -15,13 +15,15 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.quantizers.base import DiffusersQuantizer
+from pipelines import make_clip
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from diffusers_msfp import MSFPConfig
-from diffusers_msfp.compat import diffusers, modules, peft, transformers
+from diffusers_msfp.compat import diffusers, hooks, modules, peft, transformers
 from diffusers_msfp.compat import torch as torch_compat
 from diffusers_msfp.engines.fusion.fuse import FusedResnetBlock2D
 from diffusers_msfp.engines.fusion.norms import fuse_norm
@@ -299,10 +301,44 @@ def test_copies_of_modules_and_what_changes_in_them():
         assert snapshot.holds()
         change()
         assert not snapshot.holds(), "torch keeps something of modules elsewhere"
-    assert not modules.has_global_hooks()
-    assert not modules.has_dispatch_modes()
+    assert not hooks.has_global_hooks()
+    assert not hooks.has_dispatch_modes()
     with FlopCounterMode(display=False):
-        assert modules.has_dispatch_modes(), "torch counts its modes otherwise"
+        assert hooks.has_dispatch_modes(), "torch counts its modes otherwise"
+
+
+def test_backward_passes_have_numbers():
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    x.register_hook(lambda _: seen.append(torch_compat.backward_pass()))
+    for _ in range(2):
+        x.sum().backward()
+    assert len({*seen, None}) == 3, "torch says otherwise which backward pass is running"
+    assert torch_compat.backward_pass() is None
+
+
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level", "disk"])
+def test_group_offload_is_known(kind, tmp_path):
+    unet = make_unet()
+    assert diffusers.offloaded_groups(unet) is None
+    disk = {"offload_to_disk_path": str(tmp_path)} if kind == "disk" else {}
+    level = "block_level" if kind == "disk" else kind
+    unet.enable_group_offload(torch.device("cpu"), torch.device("cpu"), level, num_blocks_per_group=1, **disk)
+    assert diffusers.offloaded_groups(unet) == ("disk" if kind == "disk" else "memory"), "diffusers keeps it otherwise"
+
+
+def test_models_are_saved_under_their_own_names(tmp_path):
+    model = make_clip()
+    model.save_pretrained(tmp_path / "float")
+    file = tmp_path / "float" / "model.safetensors"
+    own = load_file(file)
+    save_file({f"text_model.{name}": value for name, value in own.items()}, file, metadata={"format": "pt"})
+    for keep in (False, True):
+        loaded = type(model).from_pretrained(tmp_path / "float")
+        if keep:
+            transformers.keep_own_names(loaded)
+        loaded.save_pretrained(tmp_path / "new")
+        assert (load_file(tmp_path / "new" / "model.safetensors").keys() == own.keys()) == keep
 
 
 def test_changes_in_place_are_counted():

@@ -209,3 +209,14 @@ def test_shapes_are_what_people_use():
     with torch.device("meta"):
         parameters = {name: build().num_parameters() for name, build in SHAPES.items()}
     assert parameters == {"ddpm-cifar10": 35746307, "sd15": 859520964}
+
+
+def test_sizes_that_are_no_single_number():
+    assert example_inputs(make_unet(sample_size=[8, 16]), 1)["sample"].shape[2:] == (8, 16)
+    assert example_inputs(make_unet(sample_size=None), 1, 8)["sample"].shape[2:] == (8, 8)
+    with pytest.raises(UnsupportedError, match="`sample_size` of this UNet2DModel is None. Name one"):
+        example_inputs(make_unet(sample_size=None), 1)
+    model = make_condition_unet()
+    model.register_to_config(cross_attention_dim=[16, 16])
+    with pytest.raises(UnsupportedError, match="needs to know a model's inputs"):
+        example_inputs(model, 1)

@@ -80,9 +80,24 @@ def test_licence_and_task_come_from_the_base(hub, folder):
 def test_an_own_licence_replaces_the_base_s(hub, folder):
     hub.add("org/base", {"README.md": b"---\nlicense: other\nlicense_name: special\nlicense_link: LICENSE\n---\n"})
     send(hub, folder, license=None)
-    assert ModelCard(hub.files("user/tiny")["README.md"].decode()).data.license_name == "special"
+    data = ModelCard(hub.files("user/tiny")["README.md"].decode()).data
+    assert (data.license_name, data.license_link) == ("special", "https://huggingface.co/org/base/blob/main/LICENSE")
     send(hub, folder, license="mit")
     assert ModelCard(hub.files("user/tiny")["README.md"].decode()).data.get("license_name") is None
+
+
+@pytest.mark.parametrize("says_its_base", [True, False])
+def test_the_base_of_what_was_made_from_a_quantized_one_is_the_float_model(hub, folder, says_its_base):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_name_or_path": "user/quantized"}))
+    base = "base_model: org/base\nbase_model_relation: quantized\n" if says_its_base else ""
+    hub.add("org/base", {"README.md": b"---\nlicense: mit\n---\n"})
+    hub.add("user/quantized", {"README.md": f"---\nlicense: mit\ntags: [msfp]\n{base}---\n".encode()})
+    if says_its_base:
+        assert send(hub, folder, license=None, base_model=None).base_model == "org/base"
+    else:
+        with pytest.raises(ConfigError, match="must name the model that was quantized"):
+            send(hub, folder, license="mit", base_model=None)
 
 
 def test_an_older_version_leaves_nothing_behind_that_would_be_loaded(hub, folder, packed_pipe, tmp_path):
@@ -159,6 +174,10 @@ def test_a_dry_run_writes_what_would_be_uploaded_and_needs_no_hub(folder, tmp_pa
     assert again.files.keys() == report.files.keys()
     with pytest.raises(ConfigError, match="must be new or hold an earlier dry run, but it holds something else"):
         rehearse(folder, tmp_path)
+    (tmp_path / "out" / ".git").mkdir()
+    with pytest.raises(ConfigError, match="is a git repository, whose history would go too"):
+        rehearse(folder, tmp_path / "out")
+    assert (tmp_path / "out" / ".git").is_dir()
 
 
 def test_variants(hub, folder, packed_pipe, tmp_path):
@@ -177,7 +196,7 @@ def test_on_the_command_line(folder):
     assert result.exit_code == 0, result.output
     assert "8 files would be uploaded" in result.stdout
     assert 'from_pretrained("user/tiny")' in result.stdout
-    assert "not measured: speed: diffusers-msfp bench" in result.stderr
+    assert "not measured: speed: mkdir -p DIR/results && diffusers-msfp bench" in result.stderr
     shutil.rmtree(f"{folder}-publish")
     result = CliRunner().invoke(
         app, [*command, "--dry-run", "--num-samples", "1", "--num-inference-steps", "1", "--json"]

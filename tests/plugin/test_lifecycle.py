@@ -437,7 +437,9 @@ def test_newer_version_is_refused_and_unknown_keys_warn(packed_dir, tmp_path, ca
     [
         ({"layers": None}, "must have `layers`"),
         ({"layers": [{"weight": "fp4_e2m1"}]}, "must have `weight`, `input` and `modules`"),
-        ({"layers": [{"weight": "fp4_e9m9", "input": None, "modules": []}]}, "fp4_e9m9|must have"),
+        ({"layers": [{"weight": "fp4_e9m9", "input": None, "modules": []}]}, "In `layers` of config.json a format"),
+        ({"layers": [{"weight": ["x"], "input": None, "modules": []}]}, "must name formats, but got"),
+        ({"layers": [{"weight": "fp4_e2m1", "input": {}, "modules": []}]}, "must name formats, but got"),
         ({"layers": [{"weight": "fp4_ue2m2", "input": None, "modules": []}]}, "signed formats"),
         ({"layers": [{"weight": "fp4_e2m1", "input": None, "modules": ["no.such"]}]}, "has no such layer"),
         ({"layers": [{"weight": "fp4_e2m1", "input": None, "modules": ["conv_norm_out"]}]}, "has GroupNorm there"),

@@ -20,7 +20,6 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch.utils.checkpoint import checkpoint
 
 from diffusers_msfp import (
     FinetuneConfig,
@@ -185,18 +184,6 @@ def test_compiled_models_route_without_recompiling(kind):
     assert near(run(compiled, images, mixed), run(pipe.unet, images, mixed))
 
 
-def test_gradients_recomputed_in_another_thread_find_their_adapter(side, images):
-    """Autograd recomputes checkpointed activations in threads of its own on accelerators."""
-    unet = side.unet
-    unet.enable_gradient_checkpointing()
-    unet.train()
-    x = images.clone().requires_grad_()
-    loss = unet(x, HIGH).sample.square().mean()
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(loss.backward).result()
-    assert x.grad.abs().sum() > 0
-
-
 @pytest.mark.parametrize("with_buffers", [False, True])
 def test_sequential_offloading_finds_the_adapters(tuned, images, with_buffers):
     other = copy.deepcopy(tuned.unet)  # offloaded before its first call
@@ -205,45 +192,6 @@ def test_sequential_offloading_finds_the_adapters(tuned, images, with_buffers):
         if timestep == LOW:
             cpu_offload(other, execution_device=torch.device("cpu"), offload_buffers=with_buffers)
         assert near(run(other, images, timestep), expected)
-
-
-def gradient(unet, images, loss) -> torch.Tensor:
-    x = images.clone().requires_grad_()
-    loss(unet, x).backward()
-    return x.grad
-
-
-def calls_at(*timesteps):
-    """The loss of calls at these timesteps."""
-    return lambda unet, x: sum(unet(x, timestep).sample.square().mean() for timestep in timesteps)
-
-
-def look_after_a_call(unet, x):
-    loss = calls_at(LOW)(unet, x)
-    with torch.no_grad():
-        unet(x, HIGH)
-    return loss
-
-
-def whole_calls(unet, x):
-    """Of the model, whose hooks run again."""
-    parts = [checkpoint(lambda x, t=t: unet(x, t).sample.square().mean(), x, use_reentrant=False) for t in (LOW, HIGH)]
-    return sum(parts)
-
-
-def test_gradients_are_recomputed_with_the_adapter_of_their_call(side, images):
-    plain = side.unet.train()
-    checkpointed = copy.deepcopy(plain)
-    checkpointed.enable_gradient_checkpointing()
-    low, high, both = (gradient(plain, images, calls_at(*each)) for each in ((LOW,), (HIGH,), (LOW, HIGH)))
-    for _ in range(2):
-        assert near(gradient(checkpointed, images, look_after_a_call), low)
-        assert near(gradient(checkpointed, images, calls_at(LOW)), low)
-        assert near(gradient(checkpointed, images, calls_at(HIGH)), high)
-        assert near(gradient(plain, images, whole_calls), both)
-        with pytest.raises(UnsupportedError, match="is called once for each backward pass"):
-            gradient(checkpointed, images, calls_at(LOW, HIGH))
-    assert not near(low, high)
 
 
 def test_casting_by_force_keeps_adapters_and_their_ranges_exact(side):

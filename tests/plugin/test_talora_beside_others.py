@@ -1,12 +1,14 @@
-"""Adapters beside other things on a model: an output correction, calibration, saving at another strength."""
+"""Adapters beside other things: an output correction, calibration, another strength, gradient checkpointing."""
 
 import copy
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import equal_state, make_unet, run
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline
+from torch.utils.checkpoint import checkpoint
 
 from diffusers_msfp import (
     CorrectionConfig,
@@ -20,12 +22,13 @@ from diffusers_msfp import (
     import_adapter,
     uncorrect_output,
 )
-from diffusers_msfp.errors import CheckpointError
+from diffusers_msfp.errors import CheckpointError, UnsupportedError
 from diffusers_msfp.methods.correction.attach import attach_correction, correction_of
 from diffusers_msfp.methods.correction.table import CorrectionTable
 from diffusers_msfp.methods.talora.finetuner import Finetuner
 from diffusers_msfp.plugin.adapters.talora_files import load_talora, save_talora
 
+LOW, HIGH = 10, 900  # timesteps with adapters of their own
 TUNING = {"train_steps": 1, "num_inference_steps": 2, "batch_size": 2, "rank": 2}
 SMALL = CorrectionConfig(num_samples=2, num_inference_steps=2)
 FEW = {"num_samples": 2, "num_inference_steps": 2}
@@ -240,3 +243,67 @@ def test_merged_ones_get_ranges_of_what_they_read(pipes, images, tmp_path):
     again = DiffusionPipeline.from_pretrained(tmp_path)
     for timestep in (10, 900):
         assert torch.equal(run(again.unet, images, timestep), run(pipe.unet, images, timestep))
+
+
+# ── gradient checkpointing ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool((a - b).norm() < 0.12 * b.norm())
+
+
+def gradient(unet, images, loss) -> torch.Tensor:
+    x = images.clone().requires_grad_()
+    loss(unet, x).backward()
+    return x.grad
+
+
+def calls_at(*timesteps):
+    """The loss of calls at these timesteps."""
+    return lambda unet, x: sum(unet(x, timestep).sample.square().mean() for timestep in timesteps)
+
+
+def look_after_a_call(unet, x):
+    loss = calls_at(LOW)(unet, x)
+    with torch.no_grad():
+        unet(x, HIGH)
+    return loss
+
+
+def whole_calls(unet, x):
+    """Of the model, whose hooks run again."""
+    parts = [checkpoint(lambda x, t=t: unet(x, t).sample.square().mean(), x, use_reentrant=False) for t in (LOW, HIGH)]
+    return sum(parts)
+
+
+@pytest.mark.parametrize("reads", ["float", "codes"])
+def test_gradients_are_recomputed_with_the_adapter_of_their_call(made, teacher, images, reads):
+    pipe = copy.deepcopy(made["base"])
+    finetune(pipe, teacher, FinetuneConfig(**TUNING, placement="side", reads=reads))
+    strong(pipe.unet)
+    plain = pipe.unet.train()
+    plain.timestep_router.table[:, :500] = 0
+    plain.timestep_router.table[:, 500:] = 1
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.enable_gradient_checkpointing()
+    low, high, both = (gradient(plain, images, calls_at(*each)) for each in ((LOW,), (HIGH,), (LOW, HIGH)))
+    for _ in range(2):
+        assert close(gradient(checkpointed, images, look_after_a_call), low)
+        assert close(gradient(checkpointed, images, calls_at(LOW)), low)
+        assert close(gradient(checkpointed, images, calls_at(HIGH)), high)
+        assert close(gradient(plain, images, whole_calls), both)
+        with pytest.raises(UnsupportedError, match="is called once for each backward pass"):
+            gradient(checkpointed, images, calls_at(LOW, HIGH))
+    assert not close(low, high)
+
+
+def test_gradients_recomputed_in_another_thread_find_their_adapter(pipes, images):
+    """Autograd recomputes checkpointed activations in threads of its own on accelerators."""
+    unet = pipes["side"].unet
+    unet.enable_gradient_checkpointing()
+    unet.train()
+    x = images.clone().requires_grad_()
+    loss = unet(x, HIGH).sample.square().mean()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(loss.backward).result()
+    assert x.grad.abs().sum() > 0

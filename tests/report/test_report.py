@@ -19,7 +19,7 @@ from pipelines import make_small_pipe
 
 from diffusers_msfp import SplitConfig, cli, quantize_pipeline, split_shortcuts
 from diffusers_msfp.cli.app import main
-from diffusers_msfp.engines.choose import set_engine
+from diffusers_msfp.engines.choose import engine_set, set_engine
 from diffusers_msfp.errors import ConfigError, StateError
 from diffusers_msfp.evaluation import compare_pipelines, layer_snr
 from diffusers_msfp.layers.convert import Conversion, convert, quant_layers
@@ -294,6 +294,26 @@ def test_a_transformer_with_labels_and_guidance():
     assert {layer["block"] for layer in data.layers} >= {"transformer_blocks.0", EDGE_BLOCK}
     assert set(data.speed) == {"quantized", "bf16:cl"}
     assert "attn1.to_q" in page_of(data).text
+
+
+def test_a_pipeline_that_names_its_classes_beside_one_that_does_not(tmp_path):
+    original = make_dit_pipe()
+    original.labels = {}
+    named = make_dit_pipe()
+    named.labels = {"ship": 0, "dog": 1}
+    quantize_pipeline(named, "w4a4", num_samples=2, num_inference_steps=2)
+    named.save_pretrained(tmp_path)
+    data = collect_report(named, original, folder=tmp_path, **RUN)
+    assert data.component == "transformer"
+    assert data.calibration_state == "frozen"
+
+
+@pytest.mark.parametrize("engine", ["reference", "auto"])
+def test_the_engine_stays_what_it_was(packed_pipe, engine):
+    set_engine(packed_pipe, engine, memory="low")
+    collect_report(packed_pipe, **RUN)
+    assert engine_set(packed_pipe.unet) == (engine, "low")
+    assert all((layer.engine is None) == (engine == "reference") for _, layer in quant_layers(packed_pipe.unet))
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Samplers: put in a pipeline's place, with noise of their own, with learned variances, with zero terminal SNR."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -234,3 +235,22 @@ def test_finite_samplers(scheduler):
     if not getattr(scheduler.config, "clip_sample", False):
         factors = denoising_factors(scheduler, 3)
         assert all(0 <= factor < float("inf") for factor in factors.values())
+
+
+class Drawing(DDIMScheduler):
+    """Its step draws from torch's own generator, as that of `DPMSolverSDEScheduler` does."""
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):  # noqa: ARG002
+        made = super().step(model_output, timestep, sample)
+        made.prev_sample = made.prev_sample + 0.1 * torch.randn(sample.shape)
+        return made if return_dict else (made.prev_sample,)
+
+
+@pytest.mark.situation("a pipeline is compared with itself on a sampler that draws from torch's own generator", "right")
+def test_samplers_that_draw_from_the_global_generator():
+    pipe = DDPMPipeline(make_unet(**TINY), Drawing())
+    pipe.set_progress_bar_config(disable=True)
+    result = compare_pipelines(pipe, pipe, sampler="own", num_samples=2, num_inference_steps=2)
+    assert result.image_psnr_db == 100
+    unclip = SimpleNamespace(prior_scheduler=pipe.scheduler, decoder_scheduler=pipe.scheduler)
+    assert with_ddim(unclip) is unclip

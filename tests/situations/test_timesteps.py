@@ -119,6 +119,17 @@ def test_observation_of_a_rising_timestep_ends(images, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.situation("a denoiser that serves the beginning of runs alone, as Wan 2.2's for high noise", "right")
+def test_observation_of_the_beginning_of_runs_ends(images):
+    model = observing(make_unet(**ONE_BLOCK))
+    for timestep in (999, 999, 960, 960, 920, 920, 880, 880):  # guidance calls it twice
+        model(images, timestep)
+        assert calibration_state(model) == "observing"
+    model(images, 999)
+    assert calibration_state(model) == "frozen"
+
+
+@torch.no_grad()
 @pytest.mark.situation("a few calls by hand before the first run", "right")
 def test_calls_before_a_run_do_not_end_it(images):
     model = observing(make_unet(**ONE_BLOCK))

@@ -9,11 +9,12 @@ import typer
 
 from ... import cli
 from ...budget import BudgetPlan
-from ...checkpoint.describe import LayerDescription
+from ...checkpoint.describe import ComponentDescription, LayerDescription
 from ...doctor.machine import measured
 from ...engines import openvino
 from ...exports import TARGETS
 from ...formats import FORMATS, largest_integer
+from ...sampling.denoisers import DENOISERS
 from ..shared.options import Guidance, Json, Prompts, Seed, Variant, print_json, print_router
 from ..shared.terminal import megabytes, say, stdout
 
@@ -35,9 +36,8 @@ def inspect(
         refusals = Counter(pair for layer in part.layers for pair in layer.engine_refusals.items())
         for (engine, reason), count in refusals.items():
             say(f"{engine} refuses {count} of {len(part.layers)} layers: {reason}")
-        in_bytes, missing = sum(map(_in_bytes, part.layers)), openvino.why_missing()
-        held = f"{openvino.NAME} runs the whole as a graph, {in_bytes} of {len(part.layers)} layers in 8-bit integers"
-        say(f"{held}, but {missing}" if missing else held)
+        if name == "." or name in DENOISERS:
+            say(_graph(part))
         if count := sum(layer.reads_residual for layer in part.layers):
             say(f"{count} of {len(part.layers)} layers read residual sums, which no norm has scaled, in 8 bits")
         for layer in part.layers:
@@ -60,6 +60,19 @@ def inspect(
             _print_plan(result.plan)
     if not measured(torch.device("cpu")):
         say("this kind of processor was never measured: engines give the reference's results here, at unknown speed")
+
+
+def _graph(part: ComponentDescription) -> str:
+    """What the whole is as a graph of OpenVINO's."""
+    adapters, by_timestep = part.parts["adapters"], set((part.parts["temporal"] or {}).get("sets", ()))
+    count = sum(_in_bytes(layer) for layer in part.layers if layer.name not in by_timestep)
+    if part.calibration_state == "observing":
+        return f"{openvino.NAME} runs no graph of it while it is being calibrated"
+    if adapters is not None and adapters["placement"] == "side":
+        return f"{openvino.NAME} runs no graph of it, since timestep-aware adapters stand beside its weights"
+    held = f"{openvino.NAME} runs the whole as a graph, {count} of {len(part.layers)} layers in 8-bit integers"
+    missing = openvino.why_missing()
+    return f"{held}, but {missing}" if missing else held
 
 
 def convert_checkpoint(

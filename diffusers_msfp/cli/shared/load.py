@@ -13,6 +13,7 @@ from diffusers import AutoModel, DiffusionPipeline, ModelMixin
 from torch import nn
 
 from ...checkpoint.describe import file_bytes, read_config, weights_by_variant
+from ...checkpoint.tensor_files import bytes_per_number
 from ...compat.diffusers import single_file_origin, single_file_part
 from ...errors import SEE_DOCTOR, ConfigError, MSFPError, first_line
 from ...plugin.config import MSFPConfig
@@ -42,7 +43,7 @@ def fetch(source: str, variant: str | None = None) -> Path:
     _require_hub_id(source)
     try:
         return Path(DiffusionPipeline.download(source, variant=variant))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError, ImportError) as error:
         raise SourceError(f"{source} cannot be loaded: {first_line(error)}") from error
 
 
@@ -119,7 +120,7 @@ def load_any(source: str, *, variant: str | None = None, **arguments: Any) -> Di
         return AutoModel.from_pretrained(source, variant=variant_of(source, variant), **arguments).eval()
     except MSFPError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError, ImportError) as error:
         raise SourceError(f"{source} cannot be loaded: {first_line(error)}") from error
 
 
@@ -162,7 +163,7 @@ def load_pipeline(
         return DiffusionPipeline.from_pretrained(source, variant=variant_of(source, variant), **arguments)
     except MSFPError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError, ImportError, RecursionError) as error:
         raise SourceError(f"{source} cannot be loaded: {first_line(error)}") from error
 
 
@@ -254,7 +255,7 @@ def _beside_configs(path: Path, folder: Path, name: str, entry: list) -> nn.Modu
         )
     stderr.print(f"{path} lacks {name}, which is read from {folder / name}.", soft_wrap=True, highlight=False)
     cls = getattr(importlib.import_module(entry[0]), entry[1])
-    return cls.from_pretrained(folder / name)
+    return cls.from_pretrained(folder / name, dtype=torch.float32)
 
 
 def components_on_disk(folder: Path) -> list[Path]:
@@ -263,10 +264,13 @@ def components_on_disk(folder: Path) -> list[Path]:
 
 
 def model_bytes(source: str, model: nn.Module, name: str, variant: str | None = None) -> int:
-    """Size of a component's weights: its files where they are at hand, else its tensors in memory."""
-    folder = Path(source) / name if name != "." else Path(source)
-    on_disk = file_bytes(folder, variant) if folder.is_dir() else 0
-    return on_disk or cast(ModelMixin, model).get_memory_footprint()
+    """Size of a component's weights as they are stored: of its files, or its share of a single one."""
+    place = fetch(source, variant)
+    if place.is_file():
+        numbers = sum(each.numel() for each in (*model.parameters(), *model.buffers()))
+        return round(numbers * (bytes_per_number(place) or cast(ModelMixin, model).dtype.itemsize))
+    folder = place / name if name != "." else place
+    return file_bytes(folder, variant) or cast(ModelMixin, model).get_memory_footprint()
 
 
 def denoisers_bytes(source: str, loaded: DiffusionPipeline | ModelMixin, variant: str | None = None) -> int:

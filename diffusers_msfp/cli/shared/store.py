@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from ...checkpoint.tensor_files import MAX_SHARD_SIZE
 from ...compat.diffusers import keep_labels
-from ...errors import ConfigError, NonFiniteError
+from ...errors import ConfigError, NonFiniteError, first_line
 from ...outputs import named, overlap, require_writable, write_file, writing
 from .interrupts import Interrupted
 from .terminal import stderr
@@ -105,9 +105,17 @@ def publish(made: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)  # of a run that was killed here
     if out.exists():
         out.rename(old)
-    made.rename(out)
-    if old.exists():
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    try:
+        made.rename(out)
+    except BaseException:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        raise
+    try:
+        if old.exists():
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+    except OSError as error:
+        stderr.print(f"{out} is complete; what it replaces stays in {old} ({first_line(error)}).", soft_wrap=True)
 
 
 @contextmanager

@@ -69,20 +69,27 @@ def example_inputs(model: ModelMixin, batch: int, size: int | None = None) -> di
         UnsupportedError: an architecture whose inputs are not known here.
     """
     config, generator = model.config, torch.Generator().manual_seed(0)
-    size = size or config.sample_size
+    own = size or getattr(config, "sample_size", None)
+    height, width = own if isinstance(own, list | tuple) and len(own) == 2 else (own, own)
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
     timestep = torch.full((batch,), 500)
+    if not (isinstance(height, int) and isinstance(width, int)):
+        raise UnsupportedError(
+            f"A benchmark needs a size, but the `sample_size` of this {type(model).__name__} is {own!r}. Name one: "
+            f"`size`, `--size`."
+        )
     if isinstance(model, UNet2DModel):
-        return {"sample": noise(batch, config.in_channels, size, size), "timestep": timestep}
-    if isinstance(model, UNet2DConditionModel) and config.addition_embed_type is None:
+        return {"sample": noise(batch, config.in_channels, height, width), "timestep": timestep}
+    plain = config.get("addition_embed_type") is None and isinstance(config.get("cross_attention_dim"), int)
+    if isinstance(model, UNet2DConditionModel) and plain:
         text = noise(batch, 77, config.cross_attention_dim)
-        sample = noise(batch, config.in_channels, size, size)
+        sample = noise(batch, config.in_channels, height, width)
         return {"sample": sample, "timestep": timestep, "encoder_hidden_states": text}
     if isinstance(model, DiTTransformer2DModel):
-        sample = noise(batch, config.in_channels, size, size)
+        sample = noise(batch, config.in_channels, height, width)
         labels = torch.zeros(batch, dtype=torch.int64)
         return {"hidden_states": sample, "timestep": timestep, "class_labels": labels}
     raise UnsupportedError(

@@ -19,6 +19,12 @@ from .student import Student
 PREFIX = "checkpoint-"
 
 
+def checkpoints_in(path: Path) -> list[Path]:
+    """The complete ones in a folder, the oldest first; none where there is no folder."""
+    found = [p for p in path.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdecimal()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
+
+
 class Progress:
     """How far a run is; saved and loaded by accelerate together with optimizer and random states.
 
@@ -97,10 +103,7 @@ class TrainingFolder:
 
     def checkpoints(self) -> list[Path]:
         """Complete ones, the oldest first."""
-        if self.path is None or not self.path.is_dir():
-            return []
-        found = [p for p in self.path.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdecimal()]
-        return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
+        return [] if self.path is None else checkpoints_in(self.path)
 
     def resume(self) -> bool:
         """Load the newest checkpoint; False if there is none."""

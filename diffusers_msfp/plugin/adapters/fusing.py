@@ -85,7 +85,7 @@ def fuse_lora(
     calibration: Mapping[str, Any] | None = None,
     on_progress: OnProgress | None = None,
 ) -> FusedLoRA:
-    """Fuse a LoRA into the weights of a quantized pipeline, in place, completely or not at all.
+    """Fuse a LoRA into the weights of a quantized pipeline, in place, all of them or none.
 
     Each layer that the LoRA changes is decoded to float32, gets what PEFT's own `merge` adds (linears, convolutions,
     DoRA), and its weight is searched and packed again; all other layers keep their bits. Float layers and float
@@ -112,7 +112,8 @@ def fuse_lora(
             that is more than what PEFT merges.
         StateError: adapters are attached already, or something is on the model that the fused weights would not fit.
         NonFiniteError: the fused weights hold NaN or infinity.
-        UnsupportedError: a LoRA that widens layers. Nothing is changed after any of these.
+        UnsupportedError: a LoRA that widens layers. Nothing is changed after any of these, unless it comes from the
+            calibration: that follows the fusing, which a warning then says is done.
 
     Example:
         ```py
@@ -142,8 +143,15 @@ def fuse_lora(
         fused = _fuse(models, float(weight), in_stage(on_progress, "fusing"))
     taken_off = _put_in_place(models, fused)
     if calibration is not None:
-        progress = in_stage(on_progress, "calibration")
-        calibrate(cast(DiffusionPipeline, model), on_progress=progress, **calibration)
+        try:
+            progress = in_stage(on_progress, "calibration")
+            calibrate(cast(DiffusionPipeline, model), on_progress=progress, **calibration)
+        except BaseException:
+            logger.warning(
+                "The LoRA is in the weights, but the ranges are not set. Go on with `calibrate(pipe, …)`; fused again, "
+                "the LoRA would count twice."
+            )
+            raise
     return _result(str(lora), float(weight), fused, taken_off, calibrated=calibration is not None)
 
 
