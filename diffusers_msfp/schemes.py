@@ -191,7 +191,8 @@ def scheme_of(name: str, format_version: int | None = None) -> QuantScheme:
 
 INPUT_PATTERNS = (
     *("conv_in", "encoder.conv_in", "decoder.conv_in", "preprocess_conv"),
-    *("pos_embed.proj", "x_embedder", "x_embedder.proj", "all_x_embedder.*", "patch_embed.proj", "img_in", "proj_in"),
+    *("pos_embed.proj", "x_embedder", "x_embedder.proj", "all_x_embedder.*", "img_in", "proj_in"),
+    *("patch_embed.proj", "patch_embedding"),
 )
 """Names of the layers that read the noisy sample itself, in diffusers' models."""
 EDGE_PATTERNS = (

@@ -268,7 +268,7 @@ def is_plan(file: Path) -> bool:
     """Whether a file is a plan of some release, damaged or not."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and {"version", "checksum", "layers"} <= content.keys()
 
@@ -283,7 +283,8 @@ def stored_plan(folder: str | Path | None) -> BudgetPlan | None:
     if folder is None or file is None or not file.is_file():
         return None
     plan = BudgetPlan.read(file)
-    quantized = read_config(Path(folder) / plan.component).get("quantization_config") or {}
+    own = Path(folder) / str(plan.component)  # or a model on its own
+    quantized = (read_config(own) or read_config(Path(folder))).get("quantization_config") or {}
     asked = quantized.get("scheme"), quantized.get("scheme_overrides") or {}
     return plan if asked == (plan.scheme, plan.scheme_overrides) else None  # another one lies beside it
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ..compat.torch import tree_leaves
 from ..errors import CheckpointError, ConfigError
 from .describe import INDEX, WEIGHTS, weight_files, weights_by_variant
 from .digest import checksum
@@ -21,11 +22,16 @@ MAX_SHARD_SIZE = "10GB"
 
 
 def bytes_per_number(file: Path) -> float | None:
-    """What a number takes in a safetensors file, on average; None for other files."""
-    if file.suffix != ".safetensors":
-        return None
-    with safe_open(file, framework="pt") as handle:
-        numbers = sum(math.prod(handle.get_slice(name).get_shape()) for name in handle.keys())  # noqa: SIM118
+    """What a number takes in a weight file, on average; None where it cannot be read."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as handle:
+            numbers = sum(math.prod(handle.get_slice(name).get_shape()) for name in handle.keys())  # noqa: SIM118
+    else:
+        try:
+            state = torch.load(file, map_location="meta", mmap=True, weights_only=True)
+        except (UnpicklingError, RuntimeError):
+            return None
+        numbers = sum(each.numel() for each in tree_leaves(state) if isinstance(each, Tensor))
     return file.stat().st_size / max(1, numbers)
 
 

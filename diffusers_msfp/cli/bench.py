@@ -9,6 +9,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 
 from ..checkpoint.digest import fingerprint
 from ..engines import kernels, openvino, tuning
+from ..engines.choose import set_engine
 from ..engines.kernels.ahead import compile_kernels
 from ..errors import UnsupportedError
 from ..evaluation.timing.shapes import SHAPES
@@ -102,7 +103,7 @@ class Warmup(Result):
         seconds_by_kernel (`Mapping[str, float]`): next to nothing where a kernel had been compiled before.
         steps (`Mapping[str, Mapping[str, float]]`): denoiser → `"layers"` or `"openvino"` → seconds of a step; empty
             without a model, or where there is nothing to choose from.
-        refused (`Mapping[str, str]`): denoiser → why OpenVINO cannot run it as a graph.
+        refused (`Mapping[str, str]`): denoiser → why OpenVINO cannot run it as a graph, or why that is not known.
     """
 
     kernels: str
@@ -137,6 +138,7 @@ def warmup(model: str | None = None, *, batch: int = 1, size: int | None = None,
         if isinstance(denoiser, UNet2DModel | UNet2DConditionModel):  # whose pipelines give one for all samples
             inputs["timestep"] = inputs["timestep"][0]
         inputs = {key: x.to(denoiser.dtype) if x.is_floating_point() else x for key, x in inputs.items()}
+        set_engine(denoiser, "auto")  # whatever the environment says: for that the answers are kept
         with stderr.status(f"timing {name}"), torch.no_grad():
             denoiser(**inputs)
             tuning.store()

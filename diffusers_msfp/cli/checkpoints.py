@@ -1,7 +1,6 @@
 """`inspect`, `convert-checkpoint`, `fuse` and `export`: what a quantized checkpoint holds; an older one as the present
 format version; one with a LoRA in its weights; its denoiser for other programs."""
 
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,10 +23,10 @@ from ..plugin.config import FORMAT_VERSION
 from ..plugin.files.migrate import migrate, outdated_components
 from ..results import OPTIONAL, Result
 from ..sampling.calls import require_positive
-from .shared.calls import call_settings, correct, read_prompts
+from .shared.calls import call_settings, correct, read_prompts, text_file
 from .shared.interrupts import NOTHING, keeping
 from .shared.load import load_any, load_pipeline, require_variant, variant_of
-from .shared.store import check_target, publish, write_checkpoint
+from .shared.store import check_target, publish, scratch_folder, write_checkpoint
 from .shared.terminal import progress, stderr
 
 
@@ -63,7 +62,7 @@ def convert_checkpoint(source: str | Path) -> ConvertedCheckpoint:
         raise ConfigError(f"A checkpoint to convert must be a folder, but {source} is none. Download it first.")
     old, already = outdated_components(folder)
     if old:
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", suffix=".part") as scratch:
+        with scratch_folder(folder) as scratch:
             made = Path(scratch) / "made"
             with stderr.status(f"converting {source}"):
                 migrate(folder, old, made)
@@ -147,7 +146,7 @@ def fuse(
         MSFPError: see `fuse_lora`; `out` exists, or no quantized checkpoint.
     """
     started = time.perf_counter()
-    out = check_target(out, overwrite, read=[source, lora, reference])
+    out = check_target(out, overwrite, read=[source, lora, reference, text_file(prompts)])
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
     prompts = read_prompts(prompts)
     require_variant(variant, reference)

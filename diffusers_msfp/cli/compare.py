@@ -53,6 +53,10 @@ def compare(
     require_variant(variant, reference, candidate)
     original, quantized = load_pipeline(reference, variant=variant), load_any(candidate, variant=variant)
     arguments, measured = call_settings(original, prompts, guidance_scale), fingerprint(quantized_models(quantized))
+    sizes: dict[str, Any] = {
+        "bytes_reference": denoisers_bytes(reference, original, variant),
+        "bytes_quantized": denoisers_bytes(candidate, quantized, variant),
+    }
     run = {
         "num_samples": num_samples,
         "num_inference_steps": num_inference_steps,
@@ -67,6 +71,5 @@ def compare(
         **vars(found),
         settings=run | arguments,
         checkpoint=measured,
-        bytes_reference=denoisers_bytes(reference, original, variant),
-        bytes_quantized=denoisers_bytes(candidate, quantized, variant),
+        **sizes,
     )

@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -93,6 +94,10 @@ def evaluate(
     require_variant(variant, candidate, reference)
     original, quantized = load_pipeline(reference, variant=variant), load_any(candidate, variant=variant)
     arguments, measured = call_settings(original, prompts, guidance_scale), fingerprint(quantized_models(quantized))
+    sizes: dict[str, Any] = {
+        "bytes_reference": denoisers_bytes(reference, original, variant),
+        "bytes_quantized": denoisers_bytes(candidate, quantized, variant),
+    }
     for each in (original, quantized):
         each.to(process.device)
     kept = f"{out / 'pictures'} keeps the pictures that are drawn, and the same command goes on with them"
@@ -129,8 +134,7 @@ def evaluate(
         candidate=candidate,
         reference=reference,
         checkpoint=measured,
-        bytes_reference=denoisers_bytes(reference, original, variant),
-        bytes_quantized=denoisers_bytes(candidate, quantized, variant),
+        **sizes,
         seconds=time.perf_counter() - started,
         peak_rss_bytes=peak_rss_bytes(),
         out=str(out),

@@ -27,7 +27,7 @@ from ..sampling.pictures import picture_files
 from ..sampling.solvers import exchange_parts
 from ..schemes import DEFAULT_SCHEME, input_bits
 from .shared.budget import BudgetRequest
-from .shared.calls import call_settings, read_prompts
+from .shared.calls import call_settings, read_prompts, text_file
 from .shared.load import (
     fetch,
     load_pipeline,
@@ -140,11 +140,11 @@ def quantize(
         MSFPError: `out` exists, or `source` cannot be quantized.
     """
     started = time.perf_counter()
-    texts = prompts if isinstance(prompts, str | Path) else None  # a file, or a prompt
-    out = check_target(out, overwrite, read=[source, config, images, texts, budget.file if budget else None])
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
-    prompts = read_prompts(prompts)
     pictures = None if images is None else picture_files(images)[:num_samples]
+    plan_file = budget.file if budget and not budget.targets else None  # else it is written
+    out = check_target(out, overwrite, read=[source, config, text_file(prompts), plan_file, *(pictures or ())])
+    prompts = read_prompts(prompts)
     shared = {"num_inference_steps": num_inference_steps, "seed": seed}
     plan_stages(recipe, settings or {}, correction=num_samples * (correction is not False), **shared)  # refuses early
     require_variant(variant, source)
@@ -197,7 +197,7 @@ def quantize(
             empty = {name: stream.model for name, stream in streams.items()}
             if path.is_file():
                 loaded = load_pipeline(source, config=config, **empty)
-                bytes_reference += sum(getattr(loaded, name).get_memory_footprint() for name in encoders)
+                bytes_reference += sum(model_bytes(source, getattr(loaded, name), name) for name in encoders)
             else:
                 mapping: dict[str, Any] = dict.fromkeys(encoders, request)
                 wanted = PipelineQuantizationConfig(quant_mapping=mapping) if mapping else None

@@ -77,6 +77,9 @@ def report(
     loaded = load_any(str(folder), variant=variant, **in_dtype)
     drawn = loaded if isinstance(loaded, DiffusionPipeline) else original
     arguments = call_settings(drawn, prompts, guidance_scale)
+    size = None
+    if original is not None:
+        size = model_bytes(cast(str, reference), denoiser_of(original), denoiser_name(original), variant)
     with progress("measuring") as told:
         found = collect_report(
             loaded,
@@ -91,9 +94,6 @@ def report(
             **arguments,
         )
     model = denoiser_of(loaded) if isinstance(loaded, DiffusionPipeline) else loaded
-    size = None
-    if original is not None:
-        size = model_bytes(cast(str, reference), denoiser_of(original), denoiser_name(original), variant)
     result = CheckpointReport(
         **vars(found),
         name=_short(candidate),

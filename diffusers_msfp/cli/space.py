@@ -1,6 +1,5 @@
 """`space`: the page that shows a quantized model beside full precision, here or as a Hugging Face Space."""
 
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from ..sampling.denoisers import denoiser_of
 from ..sampling.observation import calibration_state, quantized_models
 from ..space import Candidate, build_page, is_space, launch, require_comparable, require_gradio, write_space
 from .shared.load import SourceError, load_pipeline, require_variant
-from .shared.store import check_target, publish
+from .shared.store import check_target, publish, scratch_folder
 from .shared.terminal import stderr
 
 EMBEDDED_TITLE = "Fashion-MNIST in four bits"
@@ -227,7 +226,7 @@ def space_create(
     license = _license(source, reference)
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-", suffix=".part") as scratch:
+        with scratch_folder(out) as scratch:
             made = Path(scratch) / "made"
             made.mkdir()
             files = write_space(made, title, source, reference, variant=variant, **license)

@@ -23,6 +23,12 @@ def only_moves(forward: Callable, module: nn.Module) -> bool:
     return forward.func.__module__ == hook.__module__ == "accelerate.hooks" and below is type(module).forward
 
 
+def device_of_calls(module: nn.Module) -> torch.device:
+    """Where a module computes: where its hook of accelerate's moves it before a call, or where it is."""
+    where = getattr(vars(module).get("_hf_hook"), "execution_device", None)
+    return next(module.parameters()).device if where is None else torch.device(where)
+
+
 @contextmanager
 def onloaded(module: nn.Module) -> Iterator[None]:
     """While this lasts, a module that is offloaded has its tensors, though it is read and not called."""

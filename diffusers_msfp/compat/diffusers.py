@@ -4,7 +4,7 @@ import copy
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -16,6 +16,7 @@ from torch import nn
 
 __all__ = [
     "Scheduler",
+    "checkpointing",
     "components_being_loaded",
     "execution_device",
     "forget_widened_weights",
@@ -25,12 +26,14 @@ __all__ = [
     "labels_by_name",
     "no_init_weights",
     "offloaded_groups",
+    "only_offloads",
     "pipeline_being_saved",
     "progress_bar_config",
     "quantization_tables",
     "rename_old_keys",
     "saves_averages",
     "scheduler_as_set",
+    "set_checkpointing",
     "set_config",
     "set_progress_bar_config",
     "single_file_origin",
@@ -127,6 +130,31 @@ def offloaded_groups(model: nn.Module) -> str | None:
     if any(group.offload_to_disk_path is not None for group in groups):
         return "disk"
     return "pinned" if any(group.stream is not None for group in groups) else "memory" if groups else None
+
+
+def only_offloads(module: nn.Module) -> bool:
+    """Whether a module's `forward` is its class's with nothing but hooks of group offload around."""
+    registry = vars(module).get("_diffusers_hook")
+    if registry is None or not registry.hooks or not registry.hooks.keys() <= _OFFLOADING:
+        return False
+    return getattr(registry._fn_refs[0].forward, "__func__", None) is type(module).forward
+
+
+_OFFLOADING = {"group_offloading", "lazy_prefetch_group_offloading", "layer_execution_tracker"}
+
+
+def checkpointing(module: nn.Module) -> Callable | None:
+    """What a module calls its parts by while it computes activations anew for their gradients: `(part, *args)`."""
+    return getattr(module, "_gradient_checkpointing_func", None) if _checkpoints(module) else None
+
+
+def set_checkpointing(module: Any, function: Callable) -> None:
+    """Let it call them by another function."""
+    module._gradient_checkpointing_func = function
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    return bool(getattr(module, "gradient_checkpointing", False))
 
 
 def kept_in_float32(model: nn.Module) -> frozenset[str]:

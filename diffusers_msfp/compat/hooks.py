@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .accelerate import only_moves
+from .diffusers import only_offloads
 from .torch import is_hooked
 
 __all__ = [
@@ -24,8 +26,6 @@ _AROUND = (
     *(*HOOKS, *(f"{name}_with_kwargs" for name in HOOKS), "_forward_hooks_always_called"),
     *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
 )
-_MOVING = ("_hf_hook", "_old_forward", "_diffusers_hook")
-"""Attributes of modules that libraries move: their `forward` is another one, too."""
 
 
 def has_global_hooks() -> bool:
@@ -60,9 +60,9 @@ def hooks_around(module: nn.Module) -> Iterator[Callable]:
 
 def is_changed(module: nn.Module, package: str) -> bool:
     """Whether others than a package, and than what moves tensors, may change what a module reads or gives."""
-    moved = not vars(module).keys().isdisjoint(_MOVING)
     own = all(home_of(hook).partition(".")[0] == package for hook in hooks_around(module))
-    return not own or "forward" in vars(module) and not moved
+    forward = vars(module).get("forward")
+    return not own or forward is not None and not (only_moves(forward, module) or only_offloads(module))
 
 
 def share_hooks(source: nn.Module, module: nn.Module) -> None:

@@ -21,7 +21,6 @@ __all__ = [
     "ConvNd",
     "StatefulModule",
     "assert_later",
-    "backward_pass",
     "bias_of",
     "convolve",
     "device_of",
@@ -278,12 +277,6 @@ def empty_shell(
 ) -> Tensor:
     """A tensor of a subclass that has no memory, only a shape, for `__torch_dispatch__` to fill with meaning."""
     return Tensor._make_wrapper_subclass(cls, shape, strides, dtype=dtype, device=device, requires_grad=False)
-
-
-def backward_pass() -> int | None:
-    """Which of autograd's backward passes this thread is in; None outside of one."""
-    number = torch._C._current_graph_task_id()
-    return None if number == -1 else number
 
 
 def written_arguments(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Iterator:

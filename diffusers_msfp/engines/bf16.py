@@ -57,7 +57,8 @@ class BF16Layer(PreparedLayer):
 
     def __init__(self, layer: QuantLayer, keep: bool) -> None:
         super().__init__(layer, keep)
-        self._table = torch.tensor(layer.weight_format.code_values, dtype=torch.int32)
+        values = layer.weight_format.code_values
+        self._table = torch.tensor(values, dtype=torch.int32 if max(values) < 2**31 else torch.float32)
 
     def expand(self, bank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Integers as floats, which are exact in either dtype, channels last for images; the unit of each channel."""

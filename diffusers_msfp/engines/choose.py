@@ -61,10 +61,11 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
     engine = AutoEngine.name if in_graphs else engine
     chosen = engine_named(engine, memory)
     _require_use(engine, chosen, layers)
+    if engine != "reference":
+        tuning.from_environment()
     for part in models:
         _unprepare(part)
         vars(part)[_SET] = asked
-    tuning.from_environment()
     if engine == "reference":
         return
     by_measurement = engine == AutoEngine.name and memory == "fast" and not in_graphs
@@ -79,6 +80,16 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
         vars(part)["input_check"] = part.register_forward_hook(chosen.check_inputs)
         if in_graphs or measured:
             openvino.install(part, only_if_faster=not in_graphs)
+
+
+def check_environment() -> None:
+    """Refuse what the environment says of engines before a model is changed that will run by one.
+
+    Raises:
+        ConfigError: `MSFP_ENGINE` or `MSFP_AUTOTUNE` makes no sense.
+    """
+    engine_from_environment()
+    tuning.from_environment()
 
 
 def engine_set(model: nn.Module) -> tuple[str, str]:

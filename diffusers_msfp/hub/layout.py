@@ -12,7 +12,7 @@ from pathlib import Path
 import diffusers
 from diffusers import DiffusionPipeline
 
-from ..budget.record import PLAN_FILE
+from ..budget.record import PLAN_FILE, stored_plan
 from ..checkpoint.describe import WEIGHTS, config_of_origin, read_config
 from ..errors import CheckpointError, ConfigError
 
@@ -68,7 +68,8 @@ def read_layout(folder: Path, base_model: str | None) -> tuple[Files, list[str]]
             if not is_model or _MODEL_FILE.fullmatch(path.name):
                 location = path.relative_to(folder).as_posix()
                 files[location] = _config(path, base_model) if path.name == "config.json" else path
-    files |= {path.name: path for path in [*folder.glob("LICENSE*"), folder / PLAN_FILE] if path.is_file()}
+    plans = [folder / PLAN_FILE] if stored_plan(folder) is not None else []
+    files |= {path.name: path for path in [*folder.glob("LICENSE*"), *plans] if path.is_file()}
     files["pipeline.py"] = PIPELINE.format(cls=index["_class_name"]).encode()
     others = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _hidden(path, folder)]
     left = [location for path in others if (location := path.relative_to(folder).as_posix()) not in files]

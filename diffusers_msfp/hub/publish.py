@@ -130,8 +130,11 @@ def publish(
         if not origin["base_elsewhere"]:
             origin["base_model"] = origin["base_model"] or base_of(folder)
         known = card_of(api, origin["base_model"]) if origin["base_model"] else {}
-        if base_model is None and FLOAT_BASE in known:  # fused or fine-tuned from a quantized one
-            origin["base_model"] = known.pop(FLOAT_BASE)
+        passed = {origin["base_model"]}
+        while base_model is None and FLOAT_BASE in known:  # fused or fine-tuned from a quantized one
+            base = known[FLOAT_BASE]
+            origin["base_model"] = None if base in passed else base
+            passed.add(base)
             known = card_of(api, origin["base_model"]) if origin["base_model"] else {}
         known.pop(FLOAT_BASE, None)
         if license and license != known.get("license"):

@@ -177,20 +177,22 @@ def convert(model: nn.Module, plan: Conversion, on_layer: Callable[[int, int], N
             on_layer(done, len(plan.layers))
 
 
-def require_tensors(model: nn.Module, done: str) -> None:
+def require_tensors(model: nn.Module, done: str, *, changes: bool = True) -> None:
     """Refuse what reads or writes a model's tensors while they are somewhere else.
 
     Args:
         done (`str`): what is to be done with the model, for the message.
+        changes (`bool`): it is written to, also where group offload has copies of its own, which overwrite that.
 
     Raises:
-        StateError: weights are offloaded, or group offload keeps them on disk or in copies of its own.
+        StateError: weights are offloaded, or group offload keeps them on disk or in copies.
     """
-    away = any(layer.packed_weight.is_meta for _, layer in quant_layers(model))
-    if away or offloaded_groups(model) in ("disk", "pinned"):
+    grouped = offloaded_groups(model)
+    away = changes and (grouped == "pinned" or any(layer.packed_weight.is_meta for _, layer in quant_layers(model)))
+    if away or grouped == "disk":
         raise StateError(
-            f"The tensors of a {type(model).__name__} must be in memory for it to be {done}, but they are offloaded. "
-            f"Nothing was changed. Load the model anew; it can be offloaded afterwards."
+            f"The tensors of a {type(model).__name__} must be in memory for it to be {done}, but they are offloaded, "
+            f"and it is as it was. Load it anew; it can be offloaded afterwards."
         )
 
 

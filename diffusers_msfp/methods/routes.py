@@ -1,10 +1,14 @@
 """What stands on a model and follows the timestep, by name, and the hook that tells it the timestep of a call."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from ..compat.accelerate import onloaded
+from ..compat.diffusers import checkpointing, set_checkpointing
 from ..compat.torch import pre_hooks, remove_hooks
 from ..compat.wrappers import forget_compiled
 from ..errors import ConfigError, StateError
@@ -40,6 +44,8 @@ class RouteHook:
                 f"{type(model).__name__} has layers that follow the timestep, so each call must have a `timestep`, but "
                 f"got none."
             )
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            _keep_choices(model)
         self.enter(model, timestep)
 
     def enter(self, model: nn.Module, timestep: Timestep) -> None:
@@ -47,6 +53,41 @@ class RouteHook:
         known = getattr(model, self.module_name)
         with onloaded(known):
             known.enter(timestep)
+
+
+class KeepingChoices:
+    """Gradient checkpointing that computes each part of a model anew with the choices of its call.
+
+    Args:
+        function (`Callable`): that checkpoints a part, `(part, *args)`.
+        model (`nn.Module`): that the part is in.
+    """
+
+    def __init__(self, function: Callable, model: nn.Module) -> None:
+        self.function, self.model = function, model
+
+    def __call__(self, part: Callable, *args: Any) -> Any:
+        """As the function."""
+        tables = [table for table in (routing_of(self.model), finite_set_of(self.model)) if table is not None]
+        if not tables or torch.compiler.is_compiling():
+            return self.function(part, *args)
+        kept = [table.keep() for table in tables]
+
+        def again(*args: Any, **kwargs: Any) -> Any:
+            with ExitStack() as stack:
+                for each in kept:
+                    stack.enter_context(each())
+                return part(*args, **kwargs)
+
+        return self.function(again, *args)
+
+
+def _keep_choices(model: nn.Module) -> None:
+    """Nobody tells parts that are computed anew the timestep of their call."""
+    for module in model.modules():
+        function = checkpointing(module)
+        if function is not None and not isinstance(function, KeepingChoices):
+            set_checkpointing(module, KeepingChoices(function, model))
 
 
 def enter_timestep(model: nn.Module, timestep: Timestep) -> None:

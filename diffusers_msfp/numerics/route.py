@@ -6,16 +6,14 @@ the object that they share.
 
 import threading
 from abc import abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ..compat.torch import backward_pass
 from ..errors import UnsupportedError
 
 Timestep = int | float | Tensor
@@ -81,45 +79,6 @@ class Route:
         return each.repeat_interleave(number // each.shape[0])
 
 
-class _Learning:
-    """The calls with gradients since the last backward pass: which of them is computed anew, nobody says."""
-
-    def __init__(self) -> None:
-        self._calls: deque[tuple[Timestep, Sequence[Route]]] = deque(maxlen=8)
-        self._used = False
-
-    def enter(self, timestep: Timestep, routes: Sequence[Route]) -> None:
-        """Such a call begins, or goes on as a layer that is called alone."""
-        if self._used:
-            self._calls.clear()
-            self._used = False
-        self._calls.append((timestep, routes))
-
-    def only(self, module_name: str) -> Sequence[Route] | None:
-        """The choices of the calls since, which must be the same; None where there was no call.
-
-        Raises:
-            UnsupportedError: they are not.
-        """
-        if not self._calls:
-            return None
-        timestep, routes = self._calls[-1]
-        known, self._used = self._used, True
-        if not known and any(not _equal(timestep, other) for other, _ in self._calls):
-            raise UnsupportedError(
-                f"With gradient checkpointing, a model with a `{module_name}` is called once for each backward pass, "
-                f"but it was called at several timesteps, and nobody says which activations are computed anew. Call "
-                f"`backward()` after each call, those without gradients within `torch.no_grad()`, or "
-                f"`disable_gradient_checkpointing()`."
-            )
-        return routes
-
-
-def _equal(one: Timestep, other: Timestep) -> bool:
-    one, other = torch.as_tensor(one), torch.as_tensor(other)
-    return one.shape == other.shape and bool((one == other.to(one.device)).all())
-
-
 class ByTimestep:
     """Abstract base of what looks up the choices of a call; a model has it as the attribute `module_name`."""
 
@@ -131,16 +90,14 @@ class ByTimestep:
 
     def forget(self) -> None:
         """Know of no call."""
-        self._running, self._learning = threading.local(), _Learning()
+        self._running = threading.local()
         self._latest: Sequence[Route] | None = None
 
     def enter(self, timestep: Timestep) -> None:
         """Choose by this timestep from now on, in this thread."""
         self._running.routes = routes = self.lookup(timestep)
         if not torch.compiler.is_compiling():
-            self._latest, self._running.backward = routes, backward_pass()
-            if torch.is_grad_enabled() and self._running.backward is None:
-                self._learning.enter(timestep, routes)
+            self._latest = routes
 
     @contextmanager
     def at(self, timestep: Timestep) -> Iterator[None]:
@@ -152,19 +109,30 @@ class ByTimestep:
         finally:
             self._running.routes, self._latest = before, latest
 
+    def keep(self) -> Callable[[], AbstractContextManager[None]]:
+        """What chooses again, in any thread, as this thread's latest call did: for what is computed anew."""
+        kept = getattr(self._running, "routes", None) or self._latest
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            before = getattr(self._running, "routes", None)
+            self._running.routes = kept
+            try:
+                yield
+            finally:
+                self._running.routes = before
+
+        return again
+
     def route(self, group: int = 0) -> Route:
         """The choice of this thread's latest call for a layer group.
 
-        Activations that are computed anew in the backward pass, in autograd's thread, use that of the call with
-        gradients which they belong to.
+        A thread that has made none, such as autograd's when it recomputes activations, uses the latest of all.
 
         Raises:
-            UnsupportedError: the model was never called, or it is not known to which call activations belong.
+            UnsupportedError: the model was never called.
         """
-        latest = getattr(self._running, "routes", None) or self._latest
-        now = None if torch.compiler.is_compiling() else backward_pass()
-        again = now is not None and getattr(self._running, "backward", None) != now
-        routes = self._learning.only(self.module_name) or latest if again else latest
+        routes = getattr(self._running, "routes", None) or self._latest
         if routes is None:
             raise UnsupportedError(
                 f"A layer that follows the timestep must know it. Call the whole model, or the layer within `with "
@@ -173,7 +141,7 @@ class ByTimestep:
         return routes[group]
 
     def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_running", "_latest", "_learning")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_running", "_latest")}
 
     def __setstate__(self, state: dict) -> None:
         cast(Any, super()).__setstate__(state)  # of the module that it is mixed into

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..compat.wrappers import seen_through, sees_through, unwrap
+from ..engines.choose import check_environment
 from ..errors import ConfigError, StateError
 from ..layers.convert import Conversion, convert
 from ..methods.method import parts
@@ -45,6 +46,7 @@ Quantizer = MSFPQuantizer | MSFPTransformersQuantizer
 def _planned(model: ModelMixin | PreTrainedModel, config: MSFPConfig) -> tuple[Quantizer, Conversion]:
     """What is to be done with a model, everything checked that can fail."""
     kind = MSFPQuantizer if isinstance(model, ModelMixin) else MSFPTransformersQuantizer
+    check_environment()
     quantizer = kind(config.without_record(), pre_quantized=True)
     plan = quantizer.quantization_config.plan(model)
     plan.check(model)

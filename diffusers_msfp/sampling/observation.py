@@ -240,7 +240,7 @@ def _freeze(model: nn.Module | DiffusionPipeline) -> None:
                 f"Ranges need data, but no input of {type(m).__name__} has been seen. Run the pipeline once, or call "
                 f"`calibrate(pipe)`."
             )
-        if any(layer.sum_unknown for _, layer in observing):
+        if any(layer.sum_unknown and int(layer.observation.count) for _, layer in observing if layer.observation):
             logger.warning(
                 "%s was compiled before its calibration, or not called as a whole, so layers that read residual sums "
                 "could not be found, and get as few bits as the others. Call `calibrate(pipe)` before compiling.",

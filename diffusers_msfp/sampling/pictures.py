@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FlowMa
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
-from ..compat.diffusers import execution_device
+from ..compat.accelerate import device_of_calls
 from ..errors import ConfigError, NonFiniteError, UnsupportedError
 from .calls import Call, require_positive
 from .denoisers import denoiser_name, denoisers_of, scheduler_of
@@ -219,11 +219,12 @@ class NoisedPictures:
         """How the pipeline tells its denoiser the timestep, by what it gives in its first call."""
         own = torch.as_tensor(self.scheduler.timesteps).double().flatten()
         first = own[getattr(self.scheduler, "begin_index", None) or 0 :][:1]
-        for known in (first, own):  # a pipeline may begin at a later one
-            for telling in tellings(trained):
-                meant = telling.start + telling.scale * given
-                if bool(((known - meant).abs() <= telling.lost + 0.01 * abs(meant)).any()):
-                    return telling
+        for telling in tellings(trained):
+            meant = telling.start + telling.scale * given
+            if bool(((first - meant).abs() <= telling.lost + 0.01 * abs(meant)).any()):
+                return telling
+        if bool(((own - given).abs() <= 0.01 * abs(given)).any()):  # a pipeline may begin at a later one
+            return tellings(trained)[0]
         raise UnsupportedError(
             f"Pictures are noised as much as the denoiser is told, but {type(self.pipe).__name__} tells it {given:g} "
             f"at the timestep {first.tolist()} of its scheduler. Leave `images` out: its own samples set the ranges."
@@ -267,7 +268,7 @@ class NoisedPictures:
         """`(N, channels, h, w)`, float32, shifted and scaled as the denoiser was trained."""
         vae: Any = self.vae
         config = vae.config
-        encoded = vae.encode(pictures.to(execution_device(self.pipe) or vae.device, vae.dtype))
+        encoded = vae.encode(pictures.to(device_of_calls(vae), vae.dtype))
         encoded = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
         latents = encoded.float().cpu()
         if not latents.isfinite().all():

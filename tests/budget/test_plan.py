@@ -193,6 +193,8 @@ def test_a_plan_beside_another_checkpoint_is_not_its_own(plan, tmp_path):
         quantize_pipeline(pipe, config, num_samples=1, num_inference_steps=2).save_pretrained(tmp_path / name)
         plan.write(tmp_path / name / PLAN_FILE)
         assert (stored_plan(tmp_path / name) is None) == (name == "other")
+        plan.write(tmp_path / name / "unet" / PLAN_FILE)  # of a model on its own
+        assert (stored_plan(tmp_path / name / "unet") is None) == (name == "other")
 
 
 def test_a_plan_serves_its_architecture_alone(plan):

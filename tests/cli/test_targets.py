@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
 from pipelines import make_small_pipe
 from single_files import write_original
 
@@ -15,7 +17,7 @@ from diffusers_msfp.cli import space_create
 from diffusers_msfp.cli.shared import load
 from diffusers_msfp.cli.shared.budget import BudgetRequest
 from diffusers_msfp.cli.shared.load import load_pipeline, model_bytes
-from diffusers_msfp.cli.shared.store import check_target, publish
+from diffusers_msfp.cli.shared.store import check_target, publish, write_checkpoint
 from diffusers_msfp.errors import ConfigError
 
 
@@ -82,6 +84,7 @@ def test_what_cannot_be_moved_into_place_costs_nothing(pipe, tmp_path, monkeypat
 @pytest.mark.parametrize("given", ["images", "prompts", "plan"])
 def test_inputs_of_a_run_outlast_it(pipe, tiny_dir, given):
     (pipe / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(pipe / "pictures" / "one.png")
     file = pipe / "file"
     file.write_text("a hat\n")
     more = {
@@ -93,6 +96,28 @@ def test_inputs_of_a_run_outlast_it(pipe, tiny_dir, given):
         cli.quantize(str(tiny_dir), pipe, overwrite=True, **more)
     assert file.is_file()
     assert (pipe / "pictures").is_dir()
+
+
+def test_what_cannot_be_removed_costs_a_line(pipe, tmp_path, monkeypatch, capsys):
+    out = Path(shutil.copytree(pipe, tmp_path / "out"))
+    rmtree = shutil.rmtree
+
+    def refuse(path, ignore_errors=False, **more):
+        if Path(path).name == "old" and not ignore_errors:
+            raise PermissionError("it belongs to somebody else")
+        rmtree(path, ignore_errors=ignore_errors, **more)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    write_checkpoint(DiffusionPipeline.from_pretrained(pipe), out)
+    assert "is complete; what it replaces stays in" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_plan_that_is_made_anew_may_lie_in_what_is_replaced(tiny_dir, tmp_path):
+    out = tmp_path / "out"
+    for _ in range(2):
+        request = BudgetRequest({"target_bytes": 1e9}, out / "plan.json", overwrite=True)
+        cli.quantize(str(tiny_dir), out, budget=request, overwrite=True, num_samples=1, num_inference_steps=2)
+    assert (out / "plan.json").is_file() or (out / "budget.json").is_file()
 
 
 def test_a_demo_replaces_its_own(pipe, tmp_path):

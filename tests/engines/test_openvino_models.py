@@ -343,13 +343,18 @@ with torch.no_grad():
     assert torch.equal(torch.load(tmp_path / "y.pt"), run(model, images))
 
 
-def test_a_damaged_file_is_made_anew(model, images, lines, monkeypatch, tmp_path):
+def flipped(data: bytes) -> bytes:
+    return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 16]) + data[len(data) // 2 + 1 :]
+
+
+@pytest.mark.parametrize("damage", [lambda _: b"damaged", flipped, lambda data: data[:-4096] + bytes(4096)])
+def test_a_damaged_file_is_made_anew(model, images, lines, monkeypatch, tmp_path, damage):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(forward, "_GRAPHS", OrderedDict())
     y = run(model, images)
     forward._GRAPHS.clear()
     (blob,) = tmp_path.rglob("graph.blob")
-    blob.write_bytes(b"damaged")
+    blob.write_bytes(damage(blob.read_bytes()))
     assert torch.equal(run(model, images), y)
     assert any("made anew" in line for line in lines())
 
@@ -411,6 +416,48 @@ def test_auto_takes_a_graph_where_it_was_measured_to_be_faster(made, measuring, 
     assert lines() == said
     set_engine(other, "auto", memory="low")
     assert graph_forward_of(other) is None
+
+
+def test_auto_takes_what_warmup_has_compiled_and_compiles_nothing_in_passing(made, measuring, lines, monkeypatch):
+    x, model = torch.randn(2, 3, 8, 8), copy.deepcopy(made)
+    measuring(layers=1.0, openvino=0.5)
+    forward.compare(model, {"sample": x, "timestep": torch.tensor(10)})
+    set_engine(model, "auto")
+    compiled = len([line for line in lines() if "compiles a graph" in line])
+    with torch.no_grad():
+        assert torch.equal(model(x, 10, return_dict=False)[0], model(x, 10).sample)  # as Stable Diffusion asks
+    assert "openvino" in engines_of(model)
+    other = copy.deepcopy(made)
+    with torch.no_grad():
+        other.conv_in.bias += 1  # of the same structure
+    set_engine(other, "auto")
+    layers = copy.deepcopy(other)
+    set_engine(layers, "bf16")
+    assert near(run(other, x), run(layers, x))
+    assert "openvino" not in engines_of(other)
+    assert len([line for line in lines() if "compiles a graph" in line]) == compiled
+
+
+def test_times_that_spread_are_not_kept_and_it_is_said(made, measuring, monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "time_ways", lambda ways: ({way: 1.0 for way in ways}, False))
+    made.save_pretrained(tmp_path / "unet")
+    result = cli.warmup(str(tmp_path / "unet"), batch=2)
+    assert not result.steps
+    assert "spread too much to be kept" in result.refused["UNet2DModel"]
+
+
+def test_a_cache_that_can_only_be_read_is_used(model, images, lines, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(forward, "_GRAPHS", OrderedDict())
+    y = run(model, images)
+    forward._GRAPHS.clear()
+
+    def refuse(_place):
+        raise OSError("read-only")
+
+    monkeypatch.setattr(runtime.os, "utime", refuse)
+    assert torch.equal(run(model, images), y)
+    assert any("graph read from" in line for line in lines())
 
 
 def test_auto_leaves_a_graph_that_is_slower_or_hardly_faster(made, measuring):

@@ -6,18 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run
-from diffusers import DDPMPipeline
+from conftest import make_unet, run
+from diffusers import DDIMScheduler, DDPMPipeline
 from torch import nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from diffusers_msfp import set_engine
+from diffusers_msfp import quantize_pipeline, set_engine
 from diffusers_msfp.checkpoint.describe import describe_checkpoint
 from diffusers_msfp.cli.app import app
 from diffusers_msfp.compat.processor import instruction_sets, processor
 from diffusers_msfp.compat.torch import has_bf16_instructions
 from diffusers_msfp.engines import kernels, tuning
+from diffusers_msfp.engines.choose import engines_of
 from diffusers_msfp.engines.fusion import attention as attention_module
 from diffusers_msfp.engines.fusion.norms import norm
 from diffusers_msfp.engines.int8 import Int8Engine
@@ -337,9 +338,14 @@ def test_turned_off_the_choice_and_the_results_are_always_the_same(packed_pipe, 
         set_engine(packed_pipe, "auto")
         results.append(run(packed_pipe.unet, images))
     assert torch.equal(*results)
+    float_pipe = DDPMPipeline(make_unet(), DDIMScheduler())
     monkeypatch.setenv("MSFP_AUTOTUNE", "yes")
-    with pytest.raises(ConfigError, match="MSFP_AUTOTUNE must be 1 .* or 0, but got 'yes'"):
-        set_engine(packed_pipe, "auto")
+    before = engines_of(packed_pipe.unet)
+    for change in (lambda: set_engine(packed_pipe, "bf16"), lambda: quantize_pipeline(float_pipe, "w4a16")):
+        with pytest.raises(ConfigError, match="MSFP_AUTOTUNE must be 1 .* or 0, but got 'yes'"):
+            change()
+    assert engines_of(packed_pipe.unet) == before
+    assert not list(quant_layers(float_pipe.unet))
 
 
 def test_what_is_drawn_from_a_seed_takes_the_default(tuned, packed_pipe, images, monkeypatch):

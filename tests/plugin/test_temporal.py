@@ -202,6 +202,12 @@ HOOKS = {
     "a block around a layer": lambda unet, _: unet.mid_block.resnets[0].register_forward_pre_hook(
         lambda _, args: (args[0], args[1] + 1)
     ),
+    "a module without tensors": lambda unet, _: unet.time_proj.register_forward_hook(lambda _m, _a, y: y + 0.1),
+    "an activation": lambda unet, hook: unet.mid_block.resnets[0].nonlinearity.register_forward_hook(hook),
+    "a forward of its own, and offloading": lambda unet, hook: (
+        HOOKS["a forward of its own"](unet, hook),
+        cpu_offload(unet, execution_device=torch.device("cpu")),
+    ),
     "a forward of its own": lambda unet, hook: vars(unet.time_embedding).update(
         forward=lambda *args, forward=unet.time_embedding.forward: hook(None, None, forward(*args))
     ),

@@ -224,12 +224,29 @@ def test_flows_are_told_their_noise(case, monkeypatch):
 
 
 @pytest.mark.situation("pictures where the model is told its timestep in a way that is not known", "refused")
-def test_told_in_another_way(monkeypatch):
-    monkeypatch.setattr(Told, "tell", staticmethod(lambda t: 300 + t / 7))
-    pipe = quietly(Told(make_unet(**ONE_BLOCK), FlowMatchEulerDiscreteScheduler()))
-    with pytest.raises(UnsupportedError, match="Told tells it 442.857 at the timestep"):
+@pytest.mark.parametrize(
+    ("tell", "scheduler"),
+    [
+        (lambda t: 300 + t / 7, FlowMatchEulerDiscreteScheduler()),
+        (lambda _: torch.tensor(0.67), EulerDiscreteScheduler(timestep_spacing="linspace")),  # a logarithm of the noise
+    ],
+)
+def test_told_in_another_way(tell, scheduler, monkeypatch):
+    monkeypatch.setattr(Told, "tell", staticmethod(tell))
+    pipe = quietly(Told(make_unet(**ONE_BLOCK), scheduler))
+    with pytest.raises(UnsupportedError, match="Told tells it .* at the timestep"):
         quantize_pipeline(pipe, "w4a4", **RUN, images=WHITE)
     assert not list(quant_layers(pipe.unet))
+
+
+@pytest.mark.situation("`quantize --images` of a pipeline whose denoiser comes before its autoencoder", "right")
+def test_command_line_where_the_denoiser_has_no_weights_yet(tmp_path):
+    quietly(make_dit_pipe(norm_num_groups=4)).save_pretrained(tmp_path / "float")
+    (tmp_path / "pictures").mkdir()
+    for number, each in enumerate(photographs()):
+        each.save(tmp_path / "pictures" / f"{number}.png")
+    made = cli.quantize(str(tmp_path / "float"), tmp_path / "out", scheme="w4a8", images=tmp_path / "pictures", **RUN)
+    assert made.calibration_state == "frozen"
 
 
 @pytest.mark.situation("pictures for inpainting: the mask and what is behind it stay the pipeline's", "right")

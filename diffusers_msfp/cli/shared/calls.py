@@ -13,6 +13,11 @@ from ...sampling.calls import DEFAULT_PROMPTS
 from .terminal import stderr
 
 
+def text_file(prompts: object) -> str | Path | None:
+    """The file that prompts are in, if they are in one; see `read_prompts`."""
+    return prompts if isinstance(prompts, str | Path) else None
+
+
 def read_prompts(prompts: str | Path | Sequence[str] | None) -> list[str] | None:
     """Prompts as they are, or of a file: one on each line that is not blank.
 

@@ -85,13 +85,19 @@ def write_checkpoint(
     """
     with writing(out):
         folder = folder or _parent(out)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=f".{out.name}-", suffix=".part") as scratch:
+        with scratch_folder(out, folder) as scratch:
             made = Path(scratch) / "made"
             keep_labels(loaded)
             loaded.save_pretrained(made, max_shard_size=max_shard_size)
             for name, text in (more or {}).items():
                 (made / name).write_text(text, encoding="utf-8")
             publish(made, out)
+
+
+def scratch_folder(out: Path, folder: Path | None = None) -> tempfile.TemporaryDirectory:
+    """A hidden folder beside `out`, or in `folder`, for what is to take its place; see `publish`."""
+    name = {"prefix": f".{out.name}-", "suffix": ".part"}
+    return tempfile.TemporaryDirectory(dir=folder or out.parent, ignore_cleanup_errors=True, **name)
 
 
 def write_json(content: dict, out: Path) -> None:
@@ -153,7 +159,7 @@ def work_folder(out: Path) -> Iterator[Path]:
     except BaseException:
         stderr.print(f"{work} keeps what is finished: the same command goes on with it.", soft_wrap=True)
         raise
-    shutil.rmtree(work)
+    shutil.rmtree(work, ignore_errors=True)  # with what `publish` could not remove
 
 
 def state_of_files(place: Path, out: Path) -> list[list]:

@@ -1,5 +1,6 @@
 """Let a model's attention use the engines' products; see `attention`."""
 
+from types import BuiltinFunctionType
 from typing import Any, cast
 
 import torch
@@ -13,13 +14,11 @@ from ..engine import PreparedLayer
 from .attention import attention
 from .norms import norm_rows
 
-_PRODUCT = F.scaled_dot_product_attention
-
 
 def _is_intercepted() -> bool:
     """Whether somebody runs code of their own in the place of attention, which another product would pass by."""
     own = home_of(AttnProcessor2_0.__call__) == AttnProcessor2_0.__module__
-    return not own or F.scaled_dot_product_attention is not _PRODUCT or has_dispatch_modes()
+    return not own or not isinstance(F.scaled_dot_product_attention, BuiltinFunctionType) or has_dispatch_modes()
 
 
 class BF16AttnProcessor(AttnProcessor2_0):

@@ -22,13 +22,14 @@ from . import torch_kernels
 
 best: ModuleType = torch_kernels
 try:
-    import numba  # noqa: F401 – only whether it is there
+    import numba
 except ImportError:
     pass
 else:
-    from . import numba_kernels
+    if not getattr(numba.config, "DISABLE_JIT", False):  # as Python, kernels would take hours
+        from . import numba_kernels
 
-    best = numba_kernels
+        best = numba_kernels
 
 SEVERAL_QUANTIZE: int = getattr(best, "SEVERAL_QUANTIZE", 0)
 """Values from which several threads quantize by default."""

@@ -30,6 +30,7 @@ class GraphCall:
         arguments (`Callable[[Sequence[Tensor]], dict]`): the keyword arguments with other tensors in their places.
         key (`str`): all of it but the values of tensors.
         obstacle (`str`, *optional*): why no graph can have such arguments.
+        as_tuple (`bool`): the output is asked for as a tuple, `return_dict=False`, of what is otherwise its fields.
     """
 
     tensors: list[Tensor]
@@ -38,6 +39,7 @@ class GraphCall:
     spec: Any
     key: str
     obstacle: str | None
+    as_tuple: bool = False
 
     def arguments(self, tensors: Sequence[Tensor]) -> dict:
         """The keyword arguments with other tensors in the places of these."""
@@ -57,6 +59,7 @@ class GraphCall:
         items = list(bound.arguments.items())[1:]
         given = {name: value for name, value in items if value is not None or usual[name] is not None}
         given |= given.pop("kwargs", {})
+        as_tuple = usual.get("return_dict") is True and given.pop("return_dict", True) is False
         when = timestep_argument(model).name
         if isinstance(given.get(when), (int, float)):  # type: ignore[arg-type]
             given[when] = torch.tensor(given[when])  # type: ignore[index]
@@ -75,7 +78,7 @@ class GraphCall:
             else:
                 obstacle = obstacle or f"`{name}` holds {type(value).__name__}, not tensors alone"
         tensors = [each for each in leaves if isinstance(each, Tensor)]
-        return cls(tensors, names, tuple(leaves), spec, f"{spec} {parts}", obstacle)
+        return cls(tensors, names, tuple(leaves), spec, f"{spec} {parts}", obstacle, as_tuple)
 
 
 def given_name(path: Sequence[Any]) -> str:

@@ -189,10 +189,12 @@ class GraphForward:
         key = runtime.key_of(seen.digest, call.key, choice.key, str(dtype), precision=precision)
         shape = "×".join(map(str, call.tensors[0].shape))
         describe = f"{type(self.model).__name__}, input {shape}"
-        return runtime.obtain(key, precision, describe, lambda: self._record(seen, call, choice), _check)
+        make = lambda: self._record(seen, call, choice)  # noqa: E731
+        return runtime.obtain(key, precision, describe, make, _check, only_stored=self.only_if_faster)
 
     def _record(self, seen: Seen, call: GraphCall, choice: Choice) -> Recording:
-        recording = record(Recorder(self.model, call, choice))
+        with torch.inference_mode(False):  # whose tensors do not say what was written to them
+            recording = record(Recorder(self.model, call, choice))
         if not seen.snapshot.holds():
             raise UnsupportedError("it was changed while it was recorded")
         return recording
@@ -216,7 +218,8 @@ def run(graph: runtime.CompiledGraph, call: GraphCall, choice: Choice, dtype: to
     outputs = graph([*map(as_float32, call.tensors), *chosen])
     if outputs is None:
         return None
-    return graph.form.filled([each.to(dtype) if each.is_floating_point() else each for each in outputs])
+    tensors = [each.to(dtype) if each.is_floating_point() else each for each in outputs]
+    return tuple(tensors) if call.as_tuple else graph.form.filled(tensors)
 
 
 def _check(graph: runtime.CompiledGraph, recording: Recording) -> None:
@@ -252,7 +255,7 @@ def compare(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, float]:
 
     Raises:
         ConfigError: OpenVINO is not installed.
-        UnsupportedError: no graph can hold the model or the call.
+        UnsupportedError: no graph can hold the model or the call, or the times spread so much that none is kept.
     """
     installed.require()
     graphs = graph_forward_of(model)
@@ -265,6 +268,8 @@ def compare(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, float]:
         question = forward.question(GraphCall.of(model, (), inputs))
         tuning.fastest(question, {LAYERS: partial(forward.__wrapped__, **inputs), GRAPH: partial(forward, **inputs)})
     tuning.store()
+    if not tuning.is_steady(question):
+        raise UnsupportedError("the times of its steps spread too much to be kept: repeat it when nothing else runs")
     return tuning.measured(question).get(question, {})
 
 

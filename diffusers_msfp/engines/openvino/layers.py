@@ -187,7 +187,10 @@ def _integers(layer: QuantLayer, bank: int) -> Tensor:
 
 def runs_in_bytes(layer: QuantLayer) -> bool:
     """Whether a graph computes a layer in 8-bit integers on this processor."""
-    return not layer.num_sets and multiplies_bytes(layer.input_format, layer.largest_weight)
+    read, largest = layer.input_format, layer.largest_weight
+    if read is None or layer.num_sets or not multiplies_bytes(read, largest):
+        return False
+    return largest_byte(read) * largest * layer.matrix_shape[1] < 2**31  # its sums fit 32 bits
 
 
 def multiplies_bytes(read: FPFormat | None, largest_weight: int) -> bool:

@@ -73,7 +73,8 @@ class Recorder(nn.Module):
     def tensors(self) -> list[Tensor]:
         """The inputs of the recorded call; what the timestep chooses is the last."""
         chosen = [] if self._choice.chosen is None else [self._choice.chosen]
-        return [*(as_float32(each.detach()).contiguous() for each in self._call.tensors), *chosen]
+        given = [as_float32(each.detach()).contiguous() for each in self._call.tensors]
+        return [*(each.clone() if each.is_inference() else each for each in given), *chosen]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The tensors of the model's output, float32; in the engine's own graphs their soundness behind them."""

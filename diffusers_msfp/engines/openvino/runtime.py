@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from .record import Recording
 logger = logging.getLogger(__name__)
 
 MAX_STORED_BYTES = 16 * 2**30
-_VERSION = 4  # of what is recorded; another one finds nothing of this one's on disk
+_VERSION = 5  # of what is recorded; another one finds nothing of this one's on disk
 _PACKAGES = ("openvino", "torch", "diffusers")
 
 
@@ -82,6 +83,7 @@ def obtain(
     describe: str,
     make: Callable[[], Recording],
     check: Callable[[CompiledGraph, Recording], None],
+    only_stored: bool = False,
 ) -> CompiledGraph:
     """A graph from the disk, or compiled anew and stored there.
 
@@ -91,9 +93,10 @@ def obtain(
         describe (`str`): what is compiled, for the line that says so.
         make (`Callable`): records the graph.
         check (`Callable`): refuses a graph that was compiled just now, which is not stored then.
+        only_stored (`bool`): do not compile.
 
     Raises:
-        UnsupportedError: it cannot be recorded or compiled, or `check` refuses it.
+        UnsupportedError: it cannot be recorded or compiled, `check` refuses it, or it would have to be compiled.
     """
     import openvino
 
@@ -104,6 +107,8 @@ def obtain(
     if (found := _read(place, precision)) is not None:
         logger.info("%s: graph read from %s in %.1f s.", describe, place, time.perf_counter() - start)
         return found
+    if only_stored:
+        raise UnsupportedError("`warmup` has compiled no graph for this call of this model")
     logger.warning("%s: OpenVINO compiles a graph, once; later processes find it in %s.", describe, place.parent)
     recording = make()
     keep_waves_exact(recording.graph)
@@ -127,10 +132,12 @@ def _read(place: Path, precision: str) -> CompiledGraph | None:
     if not (blob.is_file() and form.is_file()):
         return None
     try:
-        os.utime(place)
-        with blob.open("rb") as file:
-            compiled = openvino.Core().import_model(file.read(), "CPU", settings(precision))
-        return CompiledGraph(compiled, OutputForm(**json.loads(form.read_text(encoding="utf-8"))))
+        with suppress(OSError):  # of a cache that can only be read
+            os.utime(place)
+        stored, data = json.loads(form.read_text(encoding="utf-8")), blob.read_bytes()
+        if stored.pop("sha256") != hashlib.sha256(data).hexdigest():
+            raise ValueError("its checksum is another: damaged bytes")
+        return CompiledGraph(openvino.Core().import_model(data, "CPU", settings(precision)), OutputForm(**stored))
     except Exception as error:  # noqa: BLE001 – a damaged file, or one of another version, may fail in any way
         logger.warning("%s could not be read and is made anew (%s).", blob, first_line(error))
         return None
@@ -140,8 +147,9 @@ def _write(place: Path, compiled: Any, form: OutputForm) -> None:
     """Store a graph; a full or read-only disk only costs the next process its time."""
     try:
         place.mkdir(parents=True, exist_ok=True)
-        write_whole(place / "graph.blob", compiled.export_model().getvalue())
-        write_whole(place / "output.json", json.dumps(asdict(form)))
+        data = compiled.export_model().getvalue()
+        write_whole(place / "graph.blob", data)
+        write_whole(place / "output.json", json.dumps(asdict(form) | {"sha256": hashlib.sha256(data).hexdigest()}))
         _make_room(place)
     except OSError as error:
         logger.warning("The graph could not be kept in %s (%s).", place, error)

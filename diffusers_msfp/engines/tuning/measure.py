@@ -77,6 +77,13 @@ def chosen(question: str, default: str) -> str:
         return choose(default, known) if default in known else default
 
 
+def is_steady(question: str) -> bool:
+    """Whether what was measured counts: later processes find it, too."""
+    with _LOCK:
+        _read()
+        return question in _known and question not in _noisy
+
+
 def text_of(shape: Sequence[int], dtype: torch.dtype) -> str:
     """Shape of an input and dtype of the result, as they stand in questions: `8x128x32x32 bfloat16`."""
     return f"{'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"

@@ -76,6 +76,13 @@ def example_inputs(model: ModelMixin, batch: int, size: int | None = None) -> di
         return torch.randn(shape, generator=generator)
 
     timestep = torch.full((batch,), 500)
+    plain = config.get("addition_embed_type") is None and isinstance(config.get("cross_attention_dim"), int)
+    conditional = isinstance(model, UNet2DConditionModel) and plain
+    if not (conditional or isinstance(model, UNet2DModel | DiTTransformer2DModel)):
+        raise UnsupportedError(
+            f"A benchmark needs to know a model's inputs: UNet2DModel, UNet2DConditionModel without added conditions, "
+            f"or DiTTransformer2DModel; but got {type(model).__name__}."
+        )
     if not (isinstance(height, int) and isinstance(width, int)):
         raise UnsupportedError(
             f"A benchmark needs a size, but the `sample_size` of this {type(model).__name__} is {own!r}. Name one: "
@@ -83,19 +90,13 @@ def example_inputs(model: ModelMixin, batch: int, size: int | None = None) -> di
         )
     if isinstance(model, UNet2DModel):
         return {"sample": noise(batch, config.in_channels, height, width), "timestep": timestep}
-    plain = config.get("addition_embed_type") is None and isinstance(config.get("cross_attention_dim"), int)
-    if isinstance(model, UNet2DConditionModel) and plain:
+    if conditional:
         text = noise(batch, 77, config.cross_attention_dim)
         sample = noise(batch, config.in_channels, height, width)
         return {"sample": sample, "timestep": timestep, "encoder_hidden_states": text}
-    if isinstance(model, DiTTransformer2DModel):
-        sample = noise(batch, config.in_channels, height, width)
-        labels = torch.zeros(batch, dtype=torch.int64)
-        return {"hidden_states": sample, "timestep": timestep, "class_labels": labels}
-    raise UnsupportedError(
-        f"A benchmark needs to know a model's inputs: UNet2DModel, UNet2DConditionModel without added conditions, or "
-        f"DiTTransformer2DModel; but got {type(model).__name__}."
-    )
+    sample = noise(batch, config.in_channels, height, width)
+    labels = torch.zeros(batch, dtype=torch.int64)
+    return {"hidden_states": sample, "timestep": timestep, "class_labels": labels}
 
 
 def step_of(model: nn.Module, inputs: Mapping[str, Tensor], num_inference_steps: int = 1) -> Callable[[], object]:

@@ -10,7 +10,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ...compat.hooks import is_changed
+from ...compat.hooks import has_global_hooks, is_changed
+from ...compat.torch import tensors_of
 from ...compat.wrappers import forget_compiled
 from ...errors import CheckpointError, StateError
 from ...formats import FPFormat
@@ -42,10 +43,11 @@ def _is_disturbed(model: nn.Module, plan: TemporalPlan) -> bool:
     """
     if not plan.cached or torch.compiler.is_compiling():
         return False
-    parts = {
-        name.rsplit(".", depth)[0] for name in (*plan.block, *plan.upstream) for depth in range(name.count(".") + 1)
-    }
-    return any(is_changed(model.get_submodule(name), "diffusers_msfp") for name in parts)
+    names = (*plan.block, *plan.upstream)
+    parts = {name.rsplit(".", depth)[0] for name in names for depth in range(name.count(".") + 1)}
+    around = [model.get_submodule(part) for part in parts]
+    between = [child for each in (model, *around) for child in each.children() if not tensors_of(child)]  # activations
+    return has_global_hooks() or any(is_changed(module, "diffusers_msfp") for module in (*around, *between))
 
 
 def basis_of(model: nn.Module, plan: TemporalPlan) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...compat.peft import pattern_value
 from ...compat.wrappers import sees_through
 from ...errors import CheckpointError, ConfigError, NonFiniteError, ShapeError, UnsupportedError
-from ...layers.convert import layers_by_name
+from ...layers.convert import layers_by_name, require_tensors
 from ...layers.split import whole_name
 from ...methods.correction.attach import detach_correction
 from ...methods.correction.table import correction_of
@@ -186,6 +186,7 @@ def _require(model: nn.Module, adapter: int, format: str) -> dict[str, int]:
     """Layers with adapters and their ranks, if the request makes sense."""
     plan = require_plan(model)
     refuse_merged(model, "Exchanging adapters")
+    require_tensors(model, "given or asked for an adapter")
     if not 0 <= adapter < plan.num_adapters:
         raise ConfigError(f"`adapter` must lie in 0 … {plan.num_adapters - 1}, but got {adapter}.")
     if format not in FORMATS:

@@ -172,9 +172,9 @@ def _fuse(models: Mapping[str, nn.Module], weight: float, on_progress: OnProgres
     tuned = list(tuned_layers(models))
     for component in dict.fromkeys(component for component, _, _ in tuned):
         _require_fusible(models[component])
-    bases = {name: wrapped.get_base_layer() for _, name, wrapped in tuned}
+    bases = {(component, name): wrapped.get_base_layer() for component, name, wrapped in tuned}
     for component in dict.fromkeys(component for component, _, _ in tuned):
-        own = {name: bases[name] for part, name, _ in tuned if part == component}
+        own = {name: base for (part, name), base in bases.items() if part == component}
         quantized = {name: base for name, base in own.items() if isinstance(base, QuantLayer)}
         require_own_methods(models[component], quantized, "fused")
     found = []

@@ -22,7 +22,7 @@ from ...compat.torch import device_of
 from ...compat.wrappers import seen_through, sees_through
 from ...errors import CheckpointError, ConfigError, ShapeError, StateError
 from ...layers import QuantLayer
-from ...layers.convert import base_fingerprint, layers_by_name
+from ...layers.convert import base_fingerprint, layers_by_name, require_tensors
 from ...methods.correction.attach import attach_correction, detach_correction, set_aside
 from ...methods.correction.table import COEFFICIENTS, CORRECTION, CorrectionTable, base_correction_of, correction_of
 from ...methods.method import read_part
@@ -66,6 +66,7 @@ def require_storable(model: nn.Module) -> AdapterPlan:
     plan = require_plan(model)
     refuse_merged(model, "Saving adapters without their model")
     require_full_strength(model, "Saving")
+    require_tensors(model, "saved", changes=False)
     return plan
 
 

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from ...checkpoint.describe import TRANSFORMERS_WEIGHTS
 from ...checkpoint.digest import Digest, checksum, dtype_name, recorded_digest
 from ...checkpoint.record import ModelRecord
-from ...compat.diffusers import offloaded_groups
 from ...compat.peft import has_adapters
-from ...errors import ConfigError, StateError, UnsupportedError
-from ...layers.convert import plain_name, quant_layers
+from ...errors import ConfigError, UnsupportedError
+from ...layers.convert import plain_name, quant_layers, require_tensors
 from ...layers.stored import FORMATS_TENSOR, name_in_files
 from ...methods.correction.table import base_correction_of
 from ...methods.method import parts
@@ -115,11 +114,7 @@ def save_pretrained(model: nn.Module, save_directory: str | Path, *args: Any, **
     for part in parts():
         if part.require_whole is not None:
             part.require_whole(model)
-    if offloaded_groups(model) == "disk":
-        raise StateError(
-            f"A {type(model).__name__} must be in memory to be saved, but group offload keeps it on disk, and what is "
-            f"in memory holds nothing. Nothing was written. Load the model anew, and save it before it is offloaded."
-        )
+    require_tensors(model, "saved", changes=False)
     own: Any = type(model)
     given = inspect.signature(own.save_pretrained).bind(model, save_directory, *args, **kwargs).arguments
     given |= given.get("kwargs", {})
