@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,8 @@ from ..sampling.observation import quantized_models
 from .shared.calls import call_settings
 from .shared.interrupts import keeping
 from .shared.load import denoisers_bytes, load_any, load_pipeline, require_variant
-from .shared.store import peak_rss_bytes, write_json
+from .shared.store import PATIENCE, peak_rss_bytes, write_json
 from .shared.terminal import progress, stderr
-
-PATIENCE = timedelta(days=30)  # of a process whose share is done
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +29,7 @@ from ..sampling.solvers import with_ddim
 from .shared.calls import call_settings, correct
 from .shared.interrupts import NOTHING, keeping
 from .shared.load import SourceError, load_pipeline, model_bytes, require_variant
-from .shared.store import check_target, peak_rss_bytes, write_checkpoint
+from .shared.store import PATIENCE, check_target, only_run, peak_rss_bytes, write_checkpoint
 from .shared.terminal import progress, stderr
 
 COMPARED = 16
@@ -110,106 +111,109 @@ def finetune(
     Raises:
         MSFPError: `out` exists, or the two pipelines do not fit together.
     """
-    started, process = time.perf_counter(), PartialState(cpu=not torch.accelerator.is_available())
+    started, process = time.perf_counter(), PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     main = process.is_main_process
     out, config = check_target(out, overwrite, read=[source, teacher]), config or FinetuneConfig()
     training = out.parent / f"{out.name}-training"
     require_writable_folder(training)
     require_variant(variant, source, teacher)
-    pipe, original = (load_pipeline(each, variant=variant) for each in (source, teacher))
-    if not list(quantized_models(pipe)):
-        raise SourceError(f"{source} must be quantized, but it is not: run `diffusers-msfp quantize` first.")
-    if list(quantized_models(original)):
-        raise StateError(f"The teacher must be the full-precision pipeline, but {teacher} is quantized.")
-    arguments = call_settings(original, prompts, guidance_scale)
-    for part in (pipe, original):
-        part.to(process.device)
-    if isinstance(original.scheduler, DDPMScheduler):  # ancestral sampling needs all its steps
-        original = with_ddim(original)
+    if main:
+        training.mkdir(parents=True, exist_ok=True)
+    with only_run(training, f"write {out}") if main else nullcontext():
+        pipe, original = (load_pipeline(each, variant=variant) for each in (source, teacher))
+        if not list(quantized_models(pipe)):
+            raise SourceError(f"{source} must be quantized, but it is not: run `diffusers-msfp quantize` first.")
+        if list(quantized_models(original)):
+            raise StateError(f"The teacher must be the full-precision pipeline, but {teacher} is quantized.")
+        arguments = call_settings(original, prompts, guidance_scale)
+        for part in (pipe, original):
+            part.to(process.device)
+        if isinstance(original.scheduler, DDPMScheduler):  # ancestral sampling needs all its steps
+            original = with_ddim(original)
 
-    shared = {"num_samples": COMPARED, "num_inference_steps": config.num_inference_steps}
+        shared = {"num_samples": COMPARED, "num_inference_steps": config.num_inference_steps}
 
-    def measured(when: str) -> dict | None:
-        if not (compare and main):
-            return None
-        with progress(f"comparing {when} fine-tuning") as report:
-            more = {"seed": config.seed, "prompts": prompts, "on_progress": report}
-            found = compare_pipelines(original, pipe, **shared, **more, **arguments)
-        return {key: getattr(found, key) for key in ("traj_rel_l2", "eps_rel_l2", "eps_mse", "image_psnr_db")}
+        def measured(when: str) -> dict | None:
+            if not (compare and main):
+                return None
+            with progress(f"comparing {when} fine-tuning") as report:
+                more = {"seed": config.seed, "prompts": prompts, "on_progress": report}
+                found = compare_pipelines(original, pipe, **shared, **more, **arguments)
+            return {key: getattr(found, key) for key in ("traj_rel_l2", "eps_rel_l2", "eps_mse", "image_psnr_db")}
 
-    def kept() -> str:
-        found = checkpoints_in(training)
-        return f"{found[-1]} is kept, and the same command goes on from there" if found else NOTHING
+        def kept() -> str:
+            found = checkpoints_in(training)
+            return f"{found[-1]} is kept, and the same command goes on from there" if found else NOTHING
 
-    with keeping(kept):
-        before = measured("before")
-    rows: list[np.ndarray] = []
+        with keeping(kept):
+            before = measured("before")
+        rows: list[np.ndarray] = []
 
-    def keep_preview(update: int, pictures: np.ndarray) -> None:
-        if not rows:
-            rows.append(cast(Finetuner, run).preview(teacher=True))
-        grid = image_grid(
-            np.concatenate([rows[0], pictures]),
-            columns=PREVIEWS,
-            scale=max(1, 64 // pictures.shape[1]),
-            labels=["full precision", f"after {update} updates"],
-        )
-        write_whole(training / f"preview-{update:06}.png", png_of(grid))
-
-    run, corrected = None, any(correction_of(model) is not None for model in quantized_models(pipe))
-    with keeping(kept):
-        with progress("fine-tuning") as report:
-
-            def tell(done: int, total: int, /, *, loss: float, **info: object) -> None:
-                report(done, total, loss=loss, **info)
-                if main and not stderr.is_terminal and done % config.checkpoint_every == 0:
-                    stderr.print(f"update {done} of {total or '?'}, loss {loss:.5f}")
-
-            run = Finetuner(
-                pipe,
-                original,
-                config,
-                work_dir=training,
-                prompts=prompts,
-                on_progress=tell if main else None,
-                on_preview=keep_preview,
-                **arguments,
+        def keep_preview(update: int, pictures: np.ndarray) -> None:
+            if not rows:
+                rows.append(cast(Finetuner, run).preview(teacher=True))
+            grid = image_grid(
+                np.concatenate([rows[0], pictures]),
+                columns=PREVIEWS,
+                scale=max(1, 64 // pictures.shape[1]),
+                labels=["full precision", f"after {update} updates"],
             )
-            if run.progress.update and main:
-                stderr.print(f"going on after update {run.progress.update}, found in {training}")
-            result = run.run()
-        if main and corrected:
-            with progress("correcting the output") as report:
-                settings = CorrectionConfig(num_inference_steps=config.num_inference_steps)
-                correct(pipe, original, settings, prompts=prompts, on_progress=report, **arguments)
-        if main:
-            write_checkpoint(pipe, out)
-            run.folder.clear()
-    with keeping(f"{out} is complete, and `compare` makes what is missing, its comparison"):
-        after = measured("after")
-    losses = result.losses
-    tenth = max(1, len(losses) // 10)
-    leave_process_group(run.accelerator)
-    if not main:
-        return None
-    denoiser, name = denoiser_of(run.pipe), denoiser_name(run.pipe)
-    routing = routing_of(denoiser)
-    return FinetunedCheckpoint(
-        updates=result.updates,
-        seconds=result.seconds,
-        usage=result.usage,
-        collapsed=result.collapsed,
-        seconds_total=time.perf_counter() - started,
-        loss_first=float(np.mean(losses[:tenth])),
-        loss_last=float(np.mean(losses[-tenth:])),
-        intervals=[] if routing is None else routing.intervals(),
-        corrected=corrected,
-        bytes_before=model_bytes(source, denoiser, name, variant),
-        bytes_after=model_bytes(str(out), denoiser, name),
-        peak_rss_bytes=peak_rss_bytes(),
-        training_dir=str(training),
-        before=before,
-        after=after,
-        comparison=shared,
-        out=str(out),
-    )
+            write_whole(training / f"preview-{update:06}.png", png_of(grid))
+
+        run, corrected = None, any(correction_of(model) is not None for model in quantized_models(pipe))
+        with keeping(kept):
+            with progress("fine-tuning") as report:
+
+                def tell(done: int, total: int, /, *, loss: float, **info: object) -> None:
+                    report(done, total, loss=loss, **info)
+                    if main and not stderr.is_terminal and done % config.checkpoint_every == 0:
+                        stderr.print(f"update {done} of {total or '?'}, loss {loss:.5f}")
+
+                run = Finetuner(
+                    pipe,
+                    original,
+                    config,
+                    work_dir=training,
+                    prompts=prompts,
+                    on_progress=tell if main else None,
+                    on_preview=keep_preview,
+                    **arguments,
+                )
+                if run.progress.update and main:
+                    stderr.print(f"going on after update {run.progress.update}, found in {training}")
+                result = run.run()
+            if main and corrected:
+                with progress("correcting the output") as report:
+                    settings = CorrectionConfig(num_inference_steps=config.num_inference_steps)
+                    correct(pipe, original, settings, prompts=prompts, on_progress=report, **arguments)
+            if main:
+                write_checkpoint(pipe, out)
+                run.folder.clear()
+        with keeping(f"{out} is complete, and `compare` makes what is missing, its comparison"):
+            after = measured("after")
+        losses = result.losses
+        tenth = max(1, len(losses) // 10)
+        leave_process_group(run.accelerator)
+        if not main:
+            return None
+        denoiser, name = denoiser_of(run.pipe), denoiser_name(run.pipe)
+        routing = routing_of(denoiser)
+        return FinetunedCheckpoint(
+            updates=result.updates,
+            seconds=result.seconds,
+            usage=result.usage,
+            collapsed=result.collapsed,
+            seconds_total=time.perf_counter() - started,
+            loss_first=float(np.mean(losses[:tenth])),
+            loss_last=float(np.mean(losses[-tenth:])),
+            intervals=[] if routing is None else routing.intervals(),
+            corrected=corrected,
+            bytes_before=model_bytes(source, denoiser, name, variant),
+            bytes_after=model_bytes(str(out), denoiser, name),
+            peak_rss_bytes=peak_rss_bytes(),
+            training_dir=str(training),
+            before=before,
+            after=after,
+            comparison=shared,
+            out=str(out),
+        )

@@ -20,6 +20,7 @@ from .torch import ConvNd
 __all__ = [
     "BOUND",
     "TEMPLATE",
+    "KeptState",
     "Snapshot",
     "bare_copy",
     "caller_of_module",
@@ -200,6 +201,25 @@ def state_of(tensor: Tensor) -> tuple:
 def version_of(tensor: Tensor) -> int:
     """How often a tensor was changed in place; 0 for those made under `inference_mode`, which do not count."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+class KeptState:
+    """A module as it is, with copies of its tensors."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self._attributes = module, dict(vars(module))
+        self._held = {name: dict(vars(module)[name]) for name in ("_parameters", "_buffers", "_modules")}
+        self._tensors = [(tensor, tensor.detach().clone()) for tensor in (*module.parameters(), *module.buffers())]
+
+    def put_back(self) -> None:
+        """Let the module be as it was."""
+        vars(self.module).clear()
+        vars(self.module).update(self._attributes)
+        for name, held in self._held.items():
+            vars(self.module)[name].clear()
+            vars(self.module)[name].update(held)
+        for tensor, before in self._tensors:
+            tensor.data.copy_(before)
 
 
 def tensors_state(module: nn.Module) -> list[tuple[int, int | str]]:

@@ -144,3 +144,20 @@ def card_of(api: HfApi, base_model: str) -> dict:
         base = next(iter(base), None) if isinstance(base, list) else base
         known[FLOAT_BASE] = base if isinstance(base, str) and base.count("/") == 1 else None
     return known
+
+
+def float_base(api: HfApi, base_model: str | None, known: dict) -> tuple[str | None, dict]:
+    """What a quantized base was made from, over as many quantized ones as there are, and what its card says.
+
+    Args:
+        base_model (`str`, *optional*), known (`dict`): where to begin, see `card_of`.
+
+    Returns:
+        `tuple`: its Hub id, None where a card does not say; `card_of` it.
+    """
+    passed = set()
+    while base_model is not None and FLOAT_BASE in known:
+        passed.add(base_model)
+        base_model = None if known[FLOAT_BASE] in passed else known[FLOAT_BASE]
+        known = card_of(api, base_model) if base_model else {}
+    return base_model, known

@@ -19,7 +19,7 @@ from huggingface_hub.hf_api import RepoFile
 from ..errors import ConfigError, HubError, MSFPError
 from ..outputs import named, overlap, require_writable, writing
 from ..results import OPTIONAL, OnProgress, Result
-from .base import FLOAT_BASE, base_of, card_of, check_repo_id, named_base, require_base, require_license
+from .base import FLOAT_BASE, base_of, card_of, check_repo_id, float_base, named_base, require_base, require_license
 from .checks import all_at_once
 from .layout import Files, components, pipeline_index
 from .prepare import prepare
@@ -130,12 +130,8 @@ def publish(
         if not origin["base_elsewhere"]:
             origin["base_model"] = origin["base_model"] or base_of(folder)
         known = card_of(api, origin["base_model"]) if origin["base_model"] else {}
-        passed = {origin["base_model"]}
-        while base_model is None and FLOAT_BASE in known:  # fused or fine-tuned from a quantized one
-            base = known[FLOAT_BASE]
-            origin["base_model"] = None if base in passed else base
-            passed.add(base)
-            known = card_of(api, origin["base_model"]) if origin["base_model"] else {}
+        if base_model is None and FLOAT_BASE in known:  # fused or fine-tuned from a quantized one
+            origin["base_model"], known = float_base(api, origin["base_model"], known)
         known.pop(FLOAT_BASE, None)
         if license and license != known.get("license"):
             known = {key: value for key, value in known.items() if not key.startswith("license")} | {"license": license}

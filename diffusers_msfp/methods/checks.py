@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compat.peft import is_wrapped
-from ..compat.torch import weight_of
+from ..compat.torch import device_of, weight_of
 from ..errors import ConfigError, ShapeError, StateError
 from ..layers import QuantLayer
 from ..layers.convert import require_tensors
@@ -37,6 +37,11 @@ def check_student(model: nn.Module, teacher: nn.Module, method: str, *, learns: 
         raise StateError("The teacher must be the full-precision original, but got a quantized model.")
     require_timesteps(model)
     require_tensors(model, "improved")
+    if device_of(model) != device_of(teacher):
+        raise ConfigError(
+            f"A model learns where its teacher is, but it is on {device_of(model)} and the teacher on "
+            f"{device_of(teacher)}. Move one of the pipelines (`pipe.to(…)`)."
+        )
     if learns and model.dtype == torch.float16:
         raise ConfigError(
             "Gradients of float16 models underflow, but this one is float16. Load it with "

@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import ConfigError
 from ..outputs import write_whole
+from ..sampling.denoisers import denoiser_of, labels_of, scheduler_of
 
 SETTINGS = "settings.json"
 
@@ -50,6 +53,20 @@ def inputs_digest(model: nn.Module, *others: object) -> str:
         digest.update(f"{name}:{describe(tensor)}".encode())
     digest.update(json.dumps(others, default=describe, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def digests_of(teacher: DiffusionPipeline, model: nn.Module, *given: object) -> dict[str, str]:
+    """What tells one run from another, besides its settings.
+
+    Args:
+        teacher (`DiffusionPipeline`): whose denoiser, text encoders, scheduler and labels decide what is learned.
+        model (`nn.Module`): that learns, as it comes.
+        *given: prompts and arguments.
+    """
+    scheduler = scheduler_of(teacher)
+    encoders = [inputs_digest(part) for part in teacher.components.values() if isinstance(part, PreTrainedModel)]
+    asked = [type(scheduler).__name__, plain_config(scheduler), list(labels_of(teacher)), encoders]
+    return {"inputs": inputs_digest(denoiser_of(teacher), *given, *asked), "model": inputs_digest(model)}
 
 
 def write_settings(path: Path, settings: dict) -> None:

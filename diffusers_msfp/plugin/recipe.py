@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from diffusers import DDPMScheduler, DiffusionPipeline
 
@@ -58,6 +58,7 @@ def plan_stages(
         unknown = [key for key in wanted if key not in known]
         if unknown:
             raise ConfigError(f"A setting of `{stage.name}` must be one of {', '.join(known)}, but got {unknown[0]!r}.")
+        _require_types(stage.name, kind.config, wanted)
         try:
             common = {key: value for key, value in shared.items() if key in known}
             plan.append((stage.name, kind.config(**common | dict(stage.settings) | wanted)))
@@ -67,6 +68,23 @@ def plan_stages(
                 f"Settings of `{stage.name}` must have the types that `{kind.config.__name__}` says, but got {given}."
             ) from error
     return plan
+
+
+def _require_types(stage: str, config: type, wanted: Mapping[str, object]) -> None:
+    """Refuse values that are no numbers, or no truth values, where a setting is one.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    hints = get_type_hints(config)
+    for key, value in wanted.items():
+        kinds = set(get_args(hints[key]) or (hints[key],))
+        if not kinds <= {bool, int, float, str, type(None)}:
+            continue
+        kinds |= {int} if float in kinds else set()
+        if type(value) not in kinds:
+            names = " or ".join(sorted("none" if kind is type(None) else kind.__name__ for kind in kinds))
+            raise ConfigError(f"`{stage}.{key}` must be {names}, but got {value!r}.")
 
 
 def teacher_of(original: DiffusionPipeline) -> DiffusionPipeline:

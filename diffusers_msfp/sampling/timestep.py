@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
-from ..errors import UnsupportedError
+from ..errors import ConfigError, UnsupportedError
 
 NAMES = ("timestep", "timesteps", "timestep_ratio", "t", "r")
 """What models call it; the first that a model has counts."""
@@ -161,3 +161,18 @@ class Run:
     def has_risen(self) -> bool:
         """Whether it counts upwards."""
         return self.first is not None and self.last is not None and not self.falls and self.last > self.first
+
+
+def check_timesteps(timesteps: list[float], num_timesteps: int) -> None:
+    """Refuse a sampler whose timesteps a table over 0 … T - 1 cannot tell apart.
+
+    Raises:
+        ConfigError: a timestep outside the table, or two in one entry.
+    """
+    outside = [t for t in timesteps if not -1 <= t <= num_timesteps]
+    if outside or len({round(t) for t in timesteps}) < len(set(timesteps)):
+        raise ConfigError(
+            f"The router's table has one entry for each of {num_timesteps} training timesteps, but this sampler calls "
+            f"the model with {timesteps[0]:g} … {timesteps[-1]:g}, which it cannot tell apart. Use fewer steps, or a "
+            f"scheduler with discrete timesteps."
+        )

@@ -53,6 +53,15 @@ class DenoisingStep:
         args, kwargs = tree_map(arrange, (self.args, self.kwargs), is_leaf=is_list)
         return DenoisingStep(arrange(self.timesteps), args, kwargs, arrange(self.output))
 
+    @property
+    def is_by_row(self) -> bool:
+        """Whether each tensor of the call has an entry for each row, so that others can be told from these."""
+        number = len(self.timesteps)
+        is_list = _lists_of_samples(self.args, self.kwargs, number)
+        leaves, _ = tree_flatten((self.args, self.kwargs), is_leaf=is_list)
+        read = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
+        return all(_has_rows(leaf, number) for leaf in read)
+
     def run(self, model: nn.Module) -> Any:
         """What a model gives in this call; it may take the lists among its arguments apart."""
         args, kwargs = _fresh((self.args, self.kwargs))
@@ -281,18 +290,3 @@ class Trajectories:
     def timesteps(self) -> list[float]:
         """Timesteps of a rollout in the sampler's order, as its denoiser sees them."""
         return [float(step.timesteps[0]) for step in self._steps]
-
-
-def check_timesteps(timesteps: list[float], num_timesteps: int) -> None:
-    """Refuse a sampler whose timesteps a table over 0 … T - 1 cannot tell apart.
-
-    Raises:
-        ConfigError: a timestep outside the table, or two in one entry.
-    """
-    outside = [t for t in timesteps if not -1 <= t <= num_timesteps]
-    if outside or len({round(t) for t in timesteps}) < len(set(timesteps)):
-        raise ConfigError(
-            f"The router's table has one entry for each of {num_timesteps} training timesteps, but this sampler calls "
-            f"the model with {timesteps[0]:g} … {timesteps[-1]:g}, which it cannot tell apart. Use fewer steps, or a "
-            f"scheduler with discrete timesteps."
-        )

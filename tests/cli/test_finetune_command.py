@@ -15,6 +15,8 @@ from diffusers_msfp import (
     correct_output,
     maintain_temporal,
 )
+from diffusers_msfp.cli.shared.store import only_run
+from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.sampling.solvers import with_ddim
 
 
@@ -31,6 +33,14 @@ def test_finetune_corrects_the_output_of_a_corrected_checkpoint_anew(tiny_dir, p
     assert not torch.equal(table, packed_pipe.unet.output_correction.a)
     correct_output(tuned, teacher, CorrectionConfig(num_inference_steps=3))
     assert torch.equal(tuned.unet.output_correction.a, table)
+
+
+def test_one_run_at_a_time(tiny_dir, packed_dir, tmp_path):
+    training = tmp_path / "out-training"
+    training.mkdir()
+    with only_run(training, "do this"), pytest.raises(ConfigError, match="One run at a time can write"):
+        cli.finetune(packed_dir, tiny_dir, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_finetune_of_parameters_for_each_timestep(tiny_dir, packed_pipe, tmp_path):

@@ -1,6 +1,7 @@
 """Options that are derived from configs, and the table of settings."""
 
 import re
+import sys
 from dataclasses import dataclass, fields
 
 import pytest
@@ -107,7 +108,7 @@ def test_set_help_lists_every_setting(monkeypatch):
         for setting in settings_of(method.config):
             assert f"{name}.{setting.name}" in done.stdout
     rows = [line for line in done.stdout.splitlines() if "talora.rank" in line]
-    assert [cell.strip() for cell in rows[0].split("│")[2:4]] == ["int | None", "None"]
+    assert [cell.strip() for cell in rows[0].split("│")[2:4]] == ["int | None", "null"]
     assert "tuple[str, ...]" in done.stdout
     one = program("quantize", "somewhere", "--set", "split.help").stdout
     assert "split.num_samples" in one
@@ -123,6 +124,30 @@ def test_settings_of_the_correction(tiny_dir, tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "picture.png")
     with pytest.raises(ConfigError, match="`images` set the ranges of quantized inputs, but `w4a16`"):
         cli.quantize(tiny_dir, tmp_path / "c", scheme="w4a16", images=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "refused"),
+    [
+        ("correction.with_sample=False", None),
+        ("correction.with_sample=no", "`correction.with_sample` must be bool, but got 'no'"),
+        ("correction.num_samples=true", "`correction.num_samples` must be int, but got True"),
+        ("correction.seed=x", "`correction.seed` must be int, but got 'x'"),
+    ],
+)
+def test_settings_have_the_types_that_they_say(given, refused, tiny_dir, tmp_path, monkeypatch):
+    taken = []
+
+    def began(*_):
+        raise ConfigError("It begins.")
+
+    monkeypatch.setattr(sys.modules["diffusers_msfp.cli.quantize"], "fetch", began)
+    inner = sys.modules["diffusers_msfp.cli.quantize"].plan_stages
+    keep = lambda *args, **more: taken.append(inner(*args, **more))  # noqa: E731
+    monkeypatch.setattr(sys.modules["diffusers_msfp.cli.quantize"], "plan_stages", keep)
+    done = program("quantize", tiny_dir, "--out", tmp_path / "out", "--scheme", "w4a4", "--set", given)
+    assert (refused or "It begins.") in " ".join(done.stderr.split())
+    assert [config.with_sample for stages in taken for _, config in stages] == ([] if refused else [False])
 
 
 def test_set_help_of_what_is_no_stage():

@@ -195,7 +195,7 @@ def test_baselines_are_checkpoints_like_any_other(source, tmp_path, recipe):
         (
             "full",
             {"talora": {"rank": "x"}},
-            "`rank` must be a whole number, but got 'x'",
+            "`talora.rank` must be int or none, but got 'x'",
         ),
         ("tfmq", {"temporal": {"fsc": "some"}}, "`fsc` must be one of"),
     ],

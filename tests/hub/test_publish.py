@@ -92,7 +92,8 @@ def test_the_base_of_what_was_made_from_a_quantized_one_is_the_float_model(hub, 
     (folder / "model_index.json").write_text(json.dumps(index | {"_name_or_path": "user/quantized"}))
     base = "base_model: org/base\nbase_model_relation: quantized\n" if says_its_base else ""
     hub.add("org/base", {"README.md": b"---\nlicense: mit\n---\n"})
-    hub.add("user/quantized", {"README.md": f"---\nlicense: mit\ntags: [msfp]\n{base}---\n".encode()})
+    hub.add("user/quantized", {"README.md": b"---\nlicense: mit\ntags: [msfp]\nbase_model: user/older\n---\n"})
+    hub.add("user/older", {"README.md": f"---\nlicense: mit\ntags: [msfp]\n{base}---\n".encode()})
     if says_its_base:
         assert send(hub, folder, license=None, base_model=None).base_model == "org/base"
     else:

@@ -1,6 +1,7 @@
 """Fine-tuning of whole pipelines, in one process."""
 
 import copy
+import sys
 
 import numpy as np
 import pytest
@@ -14,13 +15,15 @@ from diffusers_msfp import FinetuneConfig, MSFPConfig, calibrate, finetune, free
 from diffusers_msfp.checkpoint.record import ModelRecord
 from diffusers_msfp.errors import ConfigError, NonFiniteError, ShapeError, StateError, UnsupportedError
 from diffusers_msfp.evaluation import compare_pipelines
+from diffusers_msfp.layers.convert import replace_module
 from diffusers_msfp.methods.talora import Trainee
 from diffusers_msfp.methods.talora.config import exploration_factor, learning_rate_factor, turn_at
 from diffusers_msfp.methods.talora.finetuner import Finetuner
 from diffusers_msfp.plugin.quantize import quantize_model
 from diffusers_msfp.sampling.calls import call_arguments
 from diffusers_msfp.sampling.solvers import with_ddim
-from diffusers_msfp.sampling.trajectory import Trajectories, check_timesteps
+from diffusers_msfp.sampling.timestep import check_timesteps
+from diffusers_msfp.sampling.trajectory import Trajectories
 
 SHORT = {"train_steps": 4, "num_inference_steps": 4, "batch_size": 4, "rank": 4}
 
@@ -177,6 +180,30 @@ def test_the_teacher_is_not_changed_and_the_student_left_alone_by_a_failure(pack
     finetune(packed_pipe, teacher, FinetuneConfig(**SHORT))
 
 
+@pytest.mark.parametrize("placement", ["merged", "side"])
+@pytest.mark.parametrize("method", ["finish", "prepare"])
+def test_a_failure_at_either_end_leaves_the_model_as_it_was(packed_pipe, teacher, monkeypatch, placement, method):
+    state, calls = state_of(packed_pipe.unet), []
+    inner = Trainee.finish if method == "finish" else replace_module
+
+    def third(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return inner(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        if method == "finish":
+            patch.setattr(Trainee, "finish", third)
+        else:
+            patch.setattr(sys.modules["diffusers_msfp.methods.talora.student"], "replace_module", third)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(packed_pipe, teacher, FinetuneConfig(**SHORT, placement=placement))
+    assert unchanged(packed_pipe.unet, state)
+    assert not any(isinstance(module, Trainee) for module in packed_pipe.unet.modules())
+    finetune(packed_pipe, teacher, FinetuneConfig(**SHORT, placement=placement))
+
+
 def test_bad_requests_are_refused_before_anything_is_changed(packed_pipe, teacher, tiny_pipe):
     state = state_of(packed_pipe.unet)
     other = DDPMPipeline(make_unet(block_out_channels=(32, 32)), DDIMScheduler())
@@ -227,7 +254,8 @@ def test_bad_requests_are_refused_before_anything_is_changed(packed_pipe, teache
         ({"reads": "minds"}, "`reads` must be one of float, codes, but got 'minds'"),
         ({"reads": "float", "placement": "merged"}, "beside the weights, but got 'float' with `placement='merged'`"),
         ({"train_steps": 1, "minutes": 1.0}, "exclude each other"),
-        ({"minutes": 0.0}, "`minutes` must be above 0"),
+        ({"minutes": 0.0}, "`minutes` must be a number above 0"),
+        ({"minutes": float("inf")}, "`minutes` must be a number above 0"),
         ({"learning_rate": float("nan")}, "`learning_rate` must be finite"),
         ({"ema_decay": 1.0}, r"must lie in \[0, 1\)"),
         ({"mixed_precision": "fp8"}, "one of no, bf16"),

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_unet
+from conftest import make_dit_pipe, make_unet
 from diffusers import DDIMScheduler, DDPMPipeline
+from pipelines import make_small_pipe
 
+from diffusers_msfp import quantize_pipeline
 from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.layers.convert import layers_by_name
 from diffusers_msfp.methods.talora.config import FinetuneConfig
@@ -94,6 +96,41 @@ def test_a_run_with_other_settings_is_not_continued(tmp_path, packed_pipe):
     with pytest.raises(ConfigError, match=r"other settings \(inputs\)"):
         Finetuner(packed_pipe, other, FinetuneConfig(**CONFIG), work_dir=tmp_path)
     assert equal(state, packed_pipe.unet.state_dict())
+    renamed = DDPMPipeline(make_unet(), type("Other", (DDIMScheduler,), {})())
+    with pytest.raises(ConfigError, match=r"other settings \(inputs\)"):
+        Finetuner(packed_pipe, renamed, FinetuneConfig(**CONFIG), work_dir=tmp_path)
+
+
+def test_a_run_does_not_go_on_with_other_classes_or_text(tmp_path):
+    named, pipe = make_dit_pipe(), make_dit_pipe()
+    quantize_pipeline(pipe, "w4a4", num_samples=1, num_inference_steps=2)
+    config = FinetuneConfig(**CONFIG)
+    Finetuner(pipe, named, config, work_dir=tmp_path / "a").student.abandon()
+    named.labels = {"ship": 0}
+    with pytest.raises(ConfigError, match=r"other settings \(inputs\)"):
+        Finetuner(pipe, named, config, work_dir=tmp_path / "a")
+    teacher, texts = make_small_pipe(), {"prompts": ["a hat"]}
+    pipe = quantize_pipeline(make_small_pipe(), "w4a4", num_samples=1, num_inference_steps=2, **texts)
+    Finetuner(pipe, teacher, config, work_dir=tmp_path / "b", **texts).student.abandon()
+    with torch.no_grad():
+        next(teacher.text_encoder.parameters()).add_(1)
+    with pytest.raises(ConfigError, match=r"other settings \(inputs\)"):
+        Finetuner(pipe, teacher, config, work_dir=tmp_path / "b", **texts)
+
+
+def test_going_on_leaves_the_users_random_numbers(tmp_path, packed_pipe):
+    teacher = DDPMPipeline(make_unet(), DDIMScheduler())
+    run = Finetuner(packed_pipe, teacher, FinetuneConfig(**CONFIG), work_dir=tmp_path)
+    run.update()
+    run.folder.save()
+    run.student.abandon()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    again = Finetuner(packed_pipe, teacher, FinetuneConfig(**CONFIG), work_dir=tmp_path)
+    assert again.progress.update == 1
+    assert torch.equal(torch.rand(3), expected)
+    again.student.abandon()
 
 
 @pytest.mark.parametrize("changed", ["input_scale", "input_zero_point", "bias", "norm"])

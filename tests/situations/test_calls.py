@@ -5,7 +5,10 @@ import copy
 import pytest
 import torch
 from diffusers import (
+    AnimateDiffPipeline,
+    DDIMScheduler,
     ModularPipeline,
+    MotionAdapter,
     StableDiffusionAdapterPipeline,
     StableDiffusionPAGPipeline,
     StableDiffusionSAGPipeline,
@@ -17,12 +20,15 @@ from diffusers_msfp import (
     CorrectionConfig,
     FinetuneConfig,
     MSFPConfig,
+    RoundingConfig,
     correct_output,
     finetune,
+    learn_rounding,
     quantize_pipeline,
 )
 from diffusers_msfp.errors import NothingToDoError, UnsupportedError
 from diffusers_msfp.evaluation import compare_pipelines
+from diffusers_msfp.methods.talora.finetuner import Finetuner
 from diffusers_msfp.sampling.calls import call_arguments
 from diffusers_msfp.sampling.denoisers import model_output
 from diffusers_msfp.sampling.timestep import TimestepArgument, timestep_argument
@@ -78,6 +84,41 @@ def test_timesteps_by_token():
     assert sorted(before.eps_rel_l2_by_timestep) == sorted({f"{float(step.timesteps[0]):g}" for step in steps})
     correct_output(pipe, teacher, CorrectionConfig(num_samples=2, num_inference_steps=2), prompts=["a hat"], **given)
     assert compare_pipelines(teacher, pipe, prompts=["a hat"], **FAST, **given).eps_rel_l2 < 0.1
+
+
+def make_animation() -> AnimateDiffPipeline:
+    """Each frame of a sample is a row of text, and samples are rows of all else."""
+    parts = {name: make_small_pipe().components[name] for name in ("vae", "text_encoder", "tokenizer", "unet")}
+    torch.manual_seed(3)
+    channels = parts["unet"].config.block_out_channels
+    adapter = MotionAdapter(channels, motion_norm_num_groups=4, motion_num_attention_heads=2, motion_layers_per_block=1)
+    return AnimateDiffPipeline(**parts, motion_adapter=adapter, scheduler=DDIMScheduler())
+
+
+@pytest.mark.situation("a video model, whose text has a row for each frame, is fine-tuned and rounded", "right")
+def test_rows_of_frames():
+    teacher = make_animation()
+    teacher.set_progress_bar_config(disable=True)
+    given = {"num_frames": 2, "height": 16, "width": 16}
+    texts = ["a hat", "a shoe"]
+    pipe = quantize_pipeline(copy.deepcopy(teacher), "w8a8-wide", prompts=texts, **FAST, **given)
+    whole = copy.deepcopy(pipe.unet)
+    config = FinetuneConfig(train_steps=1, num_inference_steps=3, batch_size=2, placement="side", preview_every=1)
+    shown = []
+    run = Finetuner(pipe, teacher, config, prompts=texts, on_preview=lambda *preview: shown.append(preview), **given)
+    run.student.router.mlp[-1].bias.data.zero_()
+    for number in range(3):  # adapters that were not trained yet add nothing, whichever they are
+        step = run.trajectories[number]
+        with torch.no_grad():
+            (found,), _ = run.student(step)
+            expected = model_output(step.run(whole))
+        assert (found - expected).norm() < 0.05 * expected.norm()
+    run.run()
+    assert shown[0][1].shape[1:] == (16, 16, 3)
+    rounded = copy.deepcopy(teacher)
+    quantize_pipeline(rounded, "w4a8", prompts=texts, **FAST, **given)
+    settings = RoundingConfig(num_samples=2, num_inference_steps=2, iterations=1, batch_size=2)
+    assert learn_rounding(rounded, teacher, settings, prompts=texts, **given).seconds > 0
 
 
 @pytest.mark.situation("a list with a tensor for each sample, as many as it has channels, while it is trained", "right")

@@ -120,7 +120,8 @@ def quantize(
     if as_json:
         return print_json(result)
     for done in result.stages:
-        stdout.print(f"stage {done['stage']}: {done['seconds']:.1f} s")
+        left_out = "left out, " if "left_out" in done["figures"] else ""
+        stdout.print(f"stage {done['stage']}: {left_out}{done['seconds']:.1f} s")
     chosen = result.scheme if budget is None else "planned"
     stdout.print(
         f"[bold]{result.out}[/]: {result.layers} layers as {chosen}, {megabytes(result.bytes_reference)} → "

@@ -129,10 +129,13 @@ def print_json(result: Result) -> None:
     sys.stdout.write(json.dumps(result.to_dict()) + "\n")
 
 
+_WORDS = {"True": True, "False": False, "None": None}
+
+
 def parse_value(text: str) -> object:
-    """A value as JSON knows it; anything else is text."""
+    """A value as JSON or Python knows it; anything else is text."""
     try:
-        return json.loads(text)
+        return _WORDS[text] if text in _WORDS else json.loads(text)
     except ValueError:
         return text
 

@@ -1,10 +1,13 @@
 """`--set help`: the stages of recipes and their settings, from the registry of methods."""
 
+import json
+
 from rich.markup import escape
 from rich.table import Table
 
 from ...methods import METHODS
 from ...recipes import CORRECTION, RECIPES
+from ...results import plain
 from .settings import settings_of
 from .terminal import stdout
 
@@ -50,4 +53,4 @@ def print_stages(names: list[str]) -> None:
 
 
 def _value(default: object) -> str:
-    return "" if default == () else str(default)
+    return "" if default == () else json.dumps(plain(default))

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from ...errors import ConfigError, NonFiniteError, first_line
 from ...outputs import named, overlap, require_writable, write_file, writing
 from .interrupts import Interrupted
 from .terminal import stderr
+
+PATIENCE = timedelta(days=30)
+"""How long a process waits for others, whose share takes longer."""
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from typing import cast
 
+from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from ...layers import QuantLayer
-from ..runs import check_settings, inputs_digest, write_settings
+from ..runs import check_settings, digests_of, write_settings
 from .config import RoundingConfig
 
 STORED = ("packed_weight", "weight_error")
@@ -20,20 +21,24 @@ class RoundingFolder:
 
     Args:
         path (`str` or `Path`, *optional*): the folder; `None` keeps nothing.
-        model, teacher (`nn.Module`), config (`RoundingConfig`): must be equal for a run to go on.
-        inputs (`object`): all else that must be.
+        model (`nn.Module`), teacher (`DiffusionPipeline`), config (`RoundingConfig`): must be equal for a run to go on.
+        inputs (`object`): prompts and arguments, which must be, too.
 
     Raises:
         ConfigError: the folder holds a run with other settings.
     """
 
     def __init__(
-        self, path: str | Path | None, model: nn.Module, teacher: nn.Module, config: RoundingConfig, *inputs: object
+        self,
+        path: str | Path | None,
+        model: nn.Module,
+        teacher: DiffusionPipeline,
+        config: RoundingConfig,
+        *inputs: object,
     ) -> None:
         self.path = Path(path) if path else None
         if self.path is not None:
-            digests = {"inputs": inputs_digest(teacher, *inputs), "model": inputs_digest(model)}
-            settings = config.to_dict() | digests
+            settings = config.to_dict() | digests_of(teacher, model, *inputs)
             write_settings(self.path, settings)
             check_settings(self.path, settings)
 

@@ -23,14 +23,13 @@ from ...layers.convert import layers_by_name, prepare_layers
 from ...numerics import unpack
 from ...results import OnProgress, Result
 from ...sampling.calls import call_arguments
-from ...sampling.denoisers import ByDenoiser, by_denoiser, denoiser_of, each_quantized, scheduler_of, work_folders
+from ...sampling.denoisers import ByDenoiser, by_denoiser, denoiser_of, each_quantized, work_folders
 from ...sampling.trajectory import Trajectories
 from ...sampling.used_output import used_channels
 from ...schemes import check_patterns, matches
 from ..blocks import reconstruction_units
 from ..checks import check_student, original_weight
 from ..routes import maintained_layers
-from ..runs import plain_config
 from . import annealed_exponent
 from .config import RoundingConfig
 from .folder import RoundingFolder
@@ -102,8 +101,7 @@ class Reconstructor:
             for name, layer in layers.items()
             if not any(matches(pattern, name) for pattern in config.exclude)
         }
-        inputs = prompts, arguments, plain_config(scheduler_of(teacher))
-        self.folder = RoundingFolder(work_dir, self.model, self.teacher, config, *inputs)
+        self.folder = RoundingFolder(work_dir, self.model, teacher, config, prompts, arguments)
         make_arguments = call_arguments(teacher, prompts, config.num_inference_steps, arguments)
         batch = min(config.batch_size, config.num_samples)
         trajectories = Trajectories(teacher, make_arguments, batch, config.seed)

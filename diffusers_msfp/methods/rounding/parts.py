@@ -176,7 +176,8 @@ class Examples:
                 f"has no entry for each example. Leave it out: `exclude=[{name!r}]`."
             )
         joined = [torch.cat(column) if each else column[0] for each, column in columns]
-        timesteps = torch.cat([step.timesteps for step in steps[: len(parts)]])
+        told = [step.timesteps for step in steps[: len(parts)]]
+        timesteps = torch.cat([each.repeat_interleave(rows // len(each)) for each in told])  # of frames, too
         return cls(
             joined, structure, [torch.cat(column) for column in zip(*targets, strict=True)], timesteps, per_example
         )

@@ -112,8 +112,8 @@ class FinetuneConfig:
             raise ConfigError("`train_steps` and `minutes` exclude each other, but got both.")
         if self.train_steps is not None:
             require_positive(train_steps=self.train_steps)
-        if self.minutes is not None and not self.minutes > 0:
-            raise ConfigError(f"`minutes` must be above 0, but got {self.minutes}.")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise ConfigError(f"`minutes` must be a number above 0, but got {self.minutes}.")
         if self.num_adapters > MAX_ADAPTERS:
             raise ConfigError(f"`num_adapters` must be at most {MAX_ADAPTERS}, but got {self.num_adapters}.")
         choices_of = {"placement": PLACEMENTS, "reads": (*READS, None), "mixed_precision": ("no", "bf16")}

@@ -26,12 +26,13 @@ from ...sampling.calls import call_arguments, quiet
 from ...sampling.denoisers import denoiser_of, denoisers_of, each_quantized, scheduler_of
 from ...sampling.denoising_factor import RunFactors, at_timestep, step_arguments
 from ...sampling.solvers import with_parts
-from ...sampling.trajectory import DenoisingStep, Trajectories, check_timesteps
+from ...sampling.timestep import check_timesteps
+from ...sampling.trajectory import DenoisingStep, Trajectories
 from ...sampling.used_output import counted, used_channels
 from ..blocks import block_outputs, trainable_blocks
 from ..losses import loss_weights, real_factors, squared_error
 from ..routes import routing_of
-from ..runs import Stop, deferred_signals, inputs_digest, plain_config
+from ..runs import Stop, deferred_signals, digests_of
 from . import Trainee
 from .config import (
     DEFAULT_UPDATES,
@@ -113,9 +114,7 @@ class Finetuner:
         timesteps = self.trajectories.timesteps()
         num_timesteps = max(int(scheduler.config.get("num_train_timesteps") or 1), 1 + math.ceil(max(timesteps)))
         check_timesteps(timesteps, num_timesteps)
-        inputs = prompts, arguments, plain_config(scheduler)
-        # of the model as it comes, before a student's layers stand in it
-        digests = {"inputs": inputs_digest(original, *inputs), "model": inputs_digest(model)} if work_dir else {}
+        digests = digests_of(teacher, model, prompts, arguments) if work_dir else {}  # before layers are replaced
         self.student = Student(
             model,
             original,
@@ -157,7 +156,8 @@ class Finetuner:
         self.ema = EMAModel(self.trainable, decay=config.ema_decay) if config.ema_decay else None
         self.progress = Progress(student, self.ema)
         with own_states(self.accelerator):
-            self.wrapped, self.optimizer = self.accelerator.prepare(student, optimizer_for(student, config))
+            parts = student, optimizer_for(student, config)
+            self.wrapped, self.optimizer = self.accelerator.prepare(*parts, device_placement=[False, False])
         self.folder = TrainingFolder(work_dir, self.accelerator, self.progress, config, digests)
         self.folder.resume()
         if work_dir:
@@ -211,8 +211,7 @@ class Finetuner:
         factor = learning_rate_factor(turn.update, turn.total)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        number = config.gradient_accumulation_steps
-        losses = []
+        number, losses = config.gradient_accumulation_steps, list[Tensor]()
         for micro in range(number):
             with self.accelerator.accumulate(self.wrapped):
                 losses.append(self._backward(progress.update * number + micro, turn))
@@ -274,9 +273,8 @@ class Finetuner:
         if progress.total or progress.update < TIMED_UPDATES:
             return
         rate = (progress.seconds - progress.first) / (progress.update - 1)
-        more = torch.tensor(
-            (60 * cast(float, config.minutes) - progress.seconds) / rate, device=self.accelerator.device
-        )
+        left = 60 * cast(float, config.minutes) - progress.seconds
+        more = torch.tensor(left / rate, device=self.accelerator.device)
         progress.total = progress.update + max(0, int(self.accelerator.gather(more[None]).min()))
 
     def _report(self, loss: float, factor: float) -> None:
@@ -297,4 +295,6 @@ class Finetuner:
         pipe = self.teacher if teacher else self._previewed
         generators = [torch.Generator().manual_seed(self.config.seed + i) for i in range(PREVIEWS)]
         with quiet(pipe), self.student.routed():
-            return np.asarray(self.preview_arguments(0, PREVIEWS, generators).run(pipe).images)
+            made = self.preview_arguments(0, PREVIEWS, generators).run(pipe)
+        pictures = np.asarray(made.images if hasattr(made, "images") else made.frames)
+        return pictures[:, 0] if pictures.ndim == 5 else pictures  # of a video its first frame

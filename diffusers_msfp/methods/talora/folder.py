@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from ...sampling.calls import drawing_from
 from ..runs import SETTINGS, Stop, check_settings, write_settings
 from .config import FinetuneConfig
 from .student import Student
@@ -109,7 +110,8 @@ class TrainingFolder:
         """Load the newest checkpoint; False if there is none."""
         found = self.checkpoints()
         if found:
-            self.accelerator.load_state(str(found[-1]))
+            with drawing_from(0):  # which leaves the user's random numbers as they are
+                self.accelerator.load_state(str(found[-1]))
         return bool(found)
 
     def keep(self, stop: Stop) -> None:

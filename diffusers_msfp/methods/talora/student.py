@@ -9,6 +9,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
+from ...compat.modules import KeptState
 from ...compat.torch import device_of, weight_of
 from ...compat.wrappers import forget_compiled
 from ...errors import ConfigError
@@ -98,15 +99,18 @@ class Student(nn.Module):
             [(each, each.detach().clone()) for each in _affine_of_norms(model)] if placement == "merged" else []
         )
         self._checkpointing = False
-        self._correction = correction_of(model)
-        detach_correction(model)  # only now is the model changed
-        model.requires_grad_(False)
-        for parameter, _ in self.norms:
-            parameter.requires_grad_(True)
-        for name, trainee in trainees.items():
-            replace_module(model, name, trainee)
-        self.model = model
+        self._correction, self.model = correction_of(model), model
         self.router = TimestepRouter(num_timesteps, num_adapters, self.plan.groups, seed).to(device_of(model))
+        try:
+            detach_correction(model)  # only now is the model changed
+            model.requires_grad_(False)
+            for parameter, _ in self.norms:
+                parameter.requires_grad_(True)
+            for name, trainee in trainees.items():
+                replace_module(model, name, trainee)
+        except BaseException:
+            self.abandon()
+            raise
 
     @property
     def finite_set(self) -> "FiniteSet | None":
@@ -134,9 +138,11 @@ class Student(nn.Module):
             loss over the timesteps set by `watch_timesteps`.
         """
         self.choose(step.timesteps, noise)
-        order = self.gate.value[:, 0].argmax(1).argsort(stable=True)  # so that a layer's adapters see adjoining rows
-        self.gate.set(self.gate.value[order], None if self.gate.entries is None else self.gate.entries[order])
-        step = step.rows(order)
+        order = torch.arange(len(step.timesteps), device=self.gate.value.device)
+        if step.is_by_row:
+            order = self.gate.value[:, 0].argmax(1).argsort(stable=True)  # a layer's adapters see adjoining rows
+            self.gate.set(self.gate.value[order], None if self.gate.entries is None else self.gate.entries[order])
+            step = step.rows(order)
         if block is None:
             outputs = [model_output(step.run(self.model))[:, : step.output.shape[1]]]
         else:
@@ -224,7 +230,14 @@ class Student(nn.Module):
         """
         for name, value in self.trainable_state().items():
             check_finite(value, f"The trained `{name}`")
-        finished = [(trainee.layer.module_name, trainee.finish(dtype)) for trainee in list(self.trainees())]
+        trainees = list(self.trainees())
+        kept = [KeptState(trainee.layer) for trainee in trainees]
+        try:
+            finished = [(trainee.layer.module_name, trainee.finish(dtype)) for trainee in trainees]
+        except BaseException:
+            for each in kept:
+                each.put_back()
+            raise
         for module_name, layer in finished:
             replace_module(self.model, module_name, layer)
         self._restore()
