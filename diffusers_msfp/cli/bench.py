@@ -14,6 +14,7 @@ from ..engines.kernels.ahead import compile_kernels
 from ..errors import UnsupportedError
 from ..evaluation.timing.shapes import SHAPES
 from ..evaluation.timing.speed import Timing, benchmark, example_inputs
+from ..methods.routes import distinct_timesteps
 from ..results import Result
 from ..sampling.calls import require_positive
 from ..sampling.observation import quantized_models
@@ -145,7 +146,7 @@ def warmup(model: str | None = None, *, batch: int = 1, size: int | None = None,
             if openvino.why_missing() is not None:
                 continue
             try:
-                steps[name] = openvino.compare(denoiser, inputs)
+                steps[name] = openvino.compare(denoiser, inputs, distinct_timesteps(denoiser))
             except UnsupportedError as reason:  # adapters that read floats, hooks: its layers are warm all the same
                 refused[name] = str(reason)
     return Warmup(

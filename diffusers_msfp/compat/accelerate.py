@@ -25,7 +25,9 @@ def only_moves(forward: Callable, module: nn.Module) -> bool:
 
 def device_of_calls(module: nn.Module) -> torch.device:
     """Where a module computes: where its hook of accelerate's moves it before a call, or where it is."""
-    where = getattr(vars(module).get("_hf_hook"), "execution_device", None)
+    hooks = (vars(each).get("_hf_hook") for each in module.modules())
+    found = (getattr(hook, "execution_device", None) for hook in hooks)
+    where = next((each for each in found if each is not None), None)
     return next(module.parameters()).device if where is None else torch.device(where)
 
 

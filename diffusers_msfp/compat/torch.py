@@ -27,6 +27,7 @@ __all__ = [
     "empty_shell",
     "has_bf16_instructions",
     "has_int8_operators",
+    "in_backward",
     "int8_conv",
     "int8_linear",
     "int8_matmul",
@@ -277,6 +278,11 @@ def empty_shell(
 ) -> Tensor:
     """A tensor of a subclass that has no memory, only a shape, for `__torch_dispatch__` to fill with meaning."""
     return Tensor._make_wrapper_subclass(cls, shape, strides, dtype=dtype, device=device, requires_grad=False)
+
+
+def in_backward() -> bool:
+    """Whether this thread is in one of autograd's backward passes."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def written_arguments(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Iterator:

@@ -66,7 +66,7 @@ class Diagnosis(Result):
 def diagnose(*, timed: bool = True, on_progress: OnProgress | None = None) -> Diagnosis:
     """Look at versions, processor, devices, engines and caches of this machine; nothing is sent anywhere.
 
-    Kernels that were never compiled here are compiled, which takes some 20 seconds once.
+    Kernels that were never compiled here are compiled, which takes half a minute once.
 
     Args:
         timed (`bool`): also time the engines on one layer, a second or two.

@@ -78,6 +78,7 @@ def render_card(facts: Mapping, results: Results) -> str:
         beside=[plan for plan in tuned if plan["placement"] == "side"],
         routed=routed,
         maintained=[part["temporal"] for part in facts["components"].values() if part.get("temporal")],
+        corrected=[n for part in facts["components"].values() if (n := part.get("output_correction"))],
         base_url=base_url(facts),
         missing=results.missing(facts["base_model"] or "BASE"),
         omitted=(results.evaluation or {}).get("omitted", {}),
@@ -179,7 +180,7 @@ def speed_rows(speed: Mapping) -> Iterator[dict[str, str]]:
             "batch": str(row["batch"]),
             "step": f"{1e3 * row['seconds']:.1f} ms",
             "quartiles": f"{1e3 * row['seconds_low']:.1f} – {1e3 * row['seconds_high']:.1f}",
-            "times as fast as bfloat16": f"{row['speedup']:.2f}",
+            "× bfloat16, channels last": f"{row['speedup']:.2f}",
         }
 
 

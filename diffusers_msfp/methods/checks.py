@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from ..compat.accelerate import device_of_calls
 from ..compat.peft import is_wrapped
-from ..compat.torch import device_of, weight_of
+from ..compat.torch import weight_of
 from ..errors import ConfigError, ShapeError, StateError
 from ..layers import QuantLayer
 from ..layers.convert import require_tensors
@@ -37,10 +38,11 @@ def check_student(model: nn.Module, teacher: nn.Module, method: str, *, learns: 
         raise StateError("The teacher must be the full-precision original, but got a quantized model.")
     require_timesteps(model)
     require_tensors(model, "improved")
-    if device_of(model) != device_of(teacher):
+    where = [device_of_calls(each) for each in (model, teacher)]
+    if learns and where[0] != where[1]:
         raise ConfigError(
-            f"A model learns where its teacher is, but it is on {device_of(model)} and the teacher on "
-            f"{device_of(teacher)}. Move one of the pipelines (`pipe.to(…)`)."
+            f"A model learns where its teacher is, but it computes on {where[0]} and the teacher on {where[1]}. Move "
+            f"one of the pipelines (`pipe.to(…)`)."
         )
     if learns and model.dtype == torch.float16:
         raise ConfigError(

@@ -61,6 +61,15 @@ def loss_weights(factors: Mapping[float, float], exponent: float = 1.0, floor: f
     return dict(zip(factors, (weights / weights.mean()).tolist(), strict=True))
 
 
+def weighted_mean(weight: Tensor, errors: Tensor) -> Tensor:
+    """Mean of errors, each times the weight of its sample, which may stand for several rows: the frames of a video.
+
+    Args:
+        weight (`Tensor`, `(B,)`), errors (`Tensor`, `(B * m,)`).
+    """
+    return (weight.repeat_interleave(len(errors) // len(weight)) * errors).mean()
+
+
 def squared_error(output: Tensor, target: Tensor, *, relative: bool = False) -> Tensor:
     """Mean squared error of each sample in float32, `(B, …)` → `(B,)`.
 

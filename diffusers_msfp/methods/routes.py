@@ -1,7 +1,9 @@
 """What stands on a model and follows the timestep, by name, and the hook that tells it the timestep of a call."""
 
+import functools
 from collections.abc import Callable
 from contextlib import ExitStack
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,20 +68,21 @@ class KeepingChoices:
     def __init__(self, function: Callable, model: nn.Module) -> None:
         self.function, self.model = function, model
 
-    def __call__(self, part: Callable, *args: Any) -> Any:
+    def __call__(self, part: Callable, *args: Any, **kwargs: Any) -> Any:
         """As the function."""
         tables = [table for table in (routing_of(self.model), finite_set_of(self.model)) if table is not None]
         if not tables or torch.compiler.is_compiling():
-            return self.function(part, *args)
+            return self.function(part, *args, **kwargs)
         kept = [table.keep() for table in tables]
 
+        @functools.wraps(part if isinstance(part, FunctionType) else type(part).__call__)
         def again(*args: Any, **kwargs: Any) -> Any:
             with ExitStack() as stack:
                 for each in kept:
                     stack.enter_context(each())
                 return part(*args, **kwargs)
 
-        return self.function(again, *args)
+        return self.function(again, *args, **kwargs)
 
 
 def _keep_choices(model: nn.Module) -> None:
@@ -106,6 +109,19 @@ def remove_route_hooks(model: nn.Module, module_name: str) -> None:
 def routing_of(model: nn.Module) -> "RoutingTable | None":
     """The model's `RoutingTable`; None without adapters."""
     return getattr(model, ROUTER, None)
+
+
+def distinct_timesteps(model: nn.Module) -> list[float]:
+    """Timesteps of which each chooses other weights or parameters, or computes what others have stored."""
+    routing, finite_set = routing_of(model), finite_set_of(model)
+    found: list[float] = []
+    if routing is not None:
+        chosen = dict(zip(map(tuple, routing.table.T.tolist()), range(routing.num_timesteps), strict=False))
+        found += [float(timestep) for timestep in chosen.values()]
+    if finite_set is not None:
+        known = finite_set.timesteps.tolist()
+        found += [known[0], known[0] + 0.5]  # in the set, and beside it
+    return found
 
 
 def require_full_strength(model: nn.Module, what: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..compat.torch import in_backward
 from ..errors import UnsupportedError
 
 Timestep = int | float | Tensor
@@ -92,6 +93,7 @@ class ByTimestep:
         """Know of no call."""
         self._running = threading.local()
         self._latest: Sequence[Route] | None = None
+        self._learning: Sequence[Route] | None = None  # of the latest call with gradients
 
     def enter(self, timestep: Timestep) -> None:
         """Choose by this timestep from now on, in this thread."""
@@ -115,24 +117,30 @@ class ByTimestep:
 
         @contextmanager
         def again() -> Iterator[None]:
-            before = getattr(self._running, "routes", None)
-            self._running.routes = kept
+            before = getattr(self._running, "routes", None), getattr(self._running, "again", False)
+            self._running.routes, self._running.again = kept, True
             try:
                 yield
             finally:
-                self._running.routes = before
+                self._running.routes, self._running.again = before
 
         return again
 
     def route(self, group: int = 0) -> Route:
         """The choice of this thread's latest call for a layer group.
 
-        A thread that has made none, such as autograd's when it recomputes activations, uses the latest of all.
+        A thread that has made none uses the latest of all; what the backward pass computes anew, where nothing `keep`s
+        the choice, that of the latest call with gradients.
 
         Raises:
             UnsupportedError: the model was never called.
         """
         routes = getattr(self._running, "routes", None) or self._latest
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not getattr(self._running, "again", False):
+            if in_backward():
+                routes = self._learning or routes
+            else:
+                self._learning = routes
         if routes is None:
             raise UnsupportedError(
                 f"A layer that follows the timestep must know it. Call the whole model, or the layer within `with "
@@ -141,7 +149,7 @@ class ByTimestep:
         return routes[group]
 
     def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_running", "_latest")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_running", "_latest", "_learning")}
 
     def __setstate__(self, state: dict) -> None:
         cast(Any, super()).__setstate__(state)  # of the module that it is mixed into

@@ -18,6 +18,7 @@ from ..compat.wrappers import unwrap
 from ..engines.choose import engines_of
 from ..errors import ConfigError, StateError
 from ..layers.convert import quant_layers
+from ..methods.correction.table import correction_of
 from ..methods.routes import finite_set_of, routing_of
 from ..methods.talora import RoutingTable
 from ..methods.talora.attach import refuse_merged
@@ -127,7 +128,8 @@ class MSFPPipelineMixin:
             `dict`: component → `scheme`, `calibration_state`, `layers`, `weight_formats` and `input_formats` (format →
             number of layers; `"float"` and `"observing"` too), `unsigned_inputs`, `engines` (engine → number of
             layers that it runs now), `bits_per_weight` (codes and scales, per bank), `bytes` (of all its tensors),
-            `adapters` (see `talora_summary`, or None), `temporal` (see `TemporalPlan.summary`, or None).
+            `adapters` (see `talora_summary`, or None), `temporal` (see `TemporalPlan.summary`, or None),
+            `output_correction` (timesteps of its table, or None).
         """
         report = {}
         for name, model in cast(DiffusionPipeline, self).components.items():
@@ -151,6 +153,7 @@ class MSFPPipelineMixin:
                 "bytes": cast(ModelMixin, model).get_memory_footprint(),
                 "adapters": _summary(model) if routing_of(model) is not None else None,
                 "temporal": _temporal_summary(model),
+                "output_correction": None if (table := correction_of(model)) is None else len(table.timesteps),
             }
         return report
 

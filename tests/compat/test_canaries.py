@@ -307,6 +307,15 @@ def test_copies_of_modules_and_what_changes_in_them():
         assert hooks.has_dispatch_modes(), "torch counts its modes otherwise"
 
 
+def test_backward_passes_are_known():
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    x.register_hook(lambda _: seen.append(torch_compat.in_backward()))
+    x.sum().backward()
+    assert seen == [True], "torch says otherwise that a backward pass is running"
+    assert not torch_compat.in_backward()
+
+
 def test_checkpointing_calls_a_function_of_each_block():
     unet = make_unet()
     called = []

@@ -99,7 +99,7 @@ def test_a_graph_that_gives_something_else_is_not_kept(monkeypatch, tmp_path):
     def refuse(*_):
         raise UnsupportedError("its graph gives another result than torch")
 
-    monkeypatch.setattr(forward, "_check", refuse)
+    monkeypatch.setattr(forward.runtime, "check", refuse)
     model, x = packed(), torch.randn(2, 3, 8, 8)
     assert torch.equal(run(model, x), run(by_layers(model), x))
     assert "another result" in graph_forward_of(model).latest

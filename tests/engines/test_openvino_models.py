@@ -356,7 +356,7 @@ def test_a_damaged_file_is_made_anew(model, images, lines, monkeypatch, tmp_path
     (blob,) = tmp_path.rglob("graph.blob")
     blob.write_bytes(damage(blob.read_bytes()))
     assert torch.equal(run(model, images), y)
-    assert any("made anew" in line for line in lines())
+    assert any("is of no use" in line for line in lines())
 
 
 def test_old_graphs_make_room_on_disk(tmp_path, monkeypatch):
@@ -425,8 +425,9 @@ def test_auto_takes_what_warmup_has_compiled_and_compiles_nothing_in_passing(mad
     set_engine(model, "auto")
     compiled = len([line for line in lines() if "compiles a graph" in line])
     with torch.no_grad():
-        assert torch.equal(model(x, 10, return_dict=False)[0], model(x, 10).sample)  # as Stable Diffusion asks
-    assert "openvino" in engines_of(model)
+        one = model(x, torch.tensor(10.0), return_dict=False)[0]  # as Stable Diffusion asks, on Euler's sampler
+        assert "openvino" in engines_of(model)
+        assert torch.equal(one, model(x, 10).sample)
     other = copy.deepcopy(made)
     with torch.no_grad():
         other.conv_in.bias += 1  # of the same structure

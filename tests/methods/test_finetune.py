@@ -181,14 +181,15 @@ def test_the_teacher_is_not_changed_and_the_student_left_alone_by_a_failure(pack
 
 
 @pytest.mark.parametrize("placement", ["merged", "side"])
-@pytest.mark.parametrize("method", ["finish", "prepare"])
+@pytest.mark.parametrize("method", ["finish", "prepare", "connect", "set_aside"])
 def test_a_failure_at_either_end_leaves_the_model_as_it_was(packed_pipe, teacher, monkeypatch, placement, method):
     state, calls = state_of(packed_pipe.unet), []
+    student = sys.modules["diffusers_msfp.methods.talora.student"]
     inner = Trainee.finish if method == "finish" else replace_module
 
     def third(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 3 or method in ("connect", "set_aside"):
             raise KeyboardInterrupt
         return inner(*args, **kwargs)
 
@@ -196,7 +197,7 @@ def test_a_failure_at_either_end_leaves_the_model_as_it_was(packed_pipe, teacher
         if method == "finish":
             patch.setattr(Trainee, "finish", third)
         else:
-            patch.setattr(sys.modules["diffusers_msfp.methods.talora.student"], "replace_module", third)
+            patch.setattr(student, "replace_module" if method == "prepare" else method, third)
         with pytest.raises(KeyboardInterrupt):
             finetune(packed_pipe, teacher, FinetuneConfig(**SHORT, placement=placement))
     assert unchanged(packed_pipe.unet, state)

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_submodules
 from conftest import equal_state, inputs_of_layers, make_dit_pipe, make_unet, run
 from diffusers import DDPMPipeline, DiffusionPipeline, EulerDiscreteScheduler, UNet2DModel
 from peft import LoraConfig, inject_adapter_in_model
@@ -235,6 +236,8 @@ def assert_features_are_used(unet, images, timestep) -> None:
     assert not torch.equal(before, run(computed, images, timestep))
     offloaded = copy.deepcopy(unet)
     cpu_offload(offloaded, execution_device=torch.device("cpu"), offload_buffers=True)
+    assert torch.equal(run(offloaded, images, timestep), before)
+    remove_hook_from_submodules(offloaded)
     assert torch.equal(run(offloaded, images, timestep), before)
     looked_at = []
     with watching_calls(layers_by_name(unet), lambda name, _args: looked_at.append(name)):  # as reports do

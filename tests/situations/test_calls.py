@@ -102,7 +102,7 @@ def test_rows_of_frames():
     given = {"num_frames": 2, "height": 16, "width": 16}
     texts = ["a hat", "a shoe"]
     pipe = quantize_pipeline(copy.deepcopy(teacher), "w8a8-wide", prompts=texts, **FAST, **given)
-    whole = copy.deepcopy(pipe.unet)
+    whole, before = copy.deepcopy(pipe.unet), copy.deepcopy(pipe)
     config = FinetuneConfig(train_steps=1, num_inference_steps=3, batch_size=2, placement="side", preview_every=1)
     shown = []
     run = Finetuner(pipe, teacher, config, prompts=texts, on_preview=lambda *preview: shown.append(preview), **given)
@@ -114,6 +114,8 @@ def test_rows_of_frames():
             expected = model_output(step.run(whole))
         assert (found - expected).norm() < 0.05 * expected.norm()
     run.run()
+    blockwise = FinetuneConfig(train_steps=2, num_inference_steps=2, batch_size=2, placement="side", blockwise=True)
+    assert finetune(copy.deepcopy(before), teacher, blockwise, prompts=texts, **given).updates == 2
     assert shown[0][1].shape[1:] == (16, 16, 3)
     rounded = copy.deepcopy(teacher)
     quantize_pipeline(rounded, "w4a8", prompts=texts, **FAST, **given)

@@ -44,9 +44,9 @@ def print_stages(names: list[str]) -> None:
             table.add_row(*map(escape, cells))
         stdout.print(table)
     stdout.print(
-        "Values are JSON (`null` is None), anything else is text: `--set talora.minutes=5`. Recipes may set other "
-        "values than these defaults; `--num-inference-steps` and `--seed` hold for all stages that are not told "
-        "otherwise.",
+        "Values are JSON, or Python's True, False and None; anything else is text: `--set talora.minutes=5`. Recipes "
+        "may set other values than these defaults; `--num-inference-steps` and `--seed` hold for all stages that are "
+        "not told otherwise.",
         highlight=False,
         markup=False,
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
@@ -18,6 +19,10 @@ from ...sampling.timestep import timestep_argument
 @functools.cache
 def _signature(cls: Any) -> inspect.Signature:
     return inspect.signature(cls.forward)
+
+
+_FLOAT_TIMES = (UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel)
+"""Models that make floats of their timestep before all else."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,12 @@ class GraphCall:
         items = list(bound.arguments.items())[1:]
         given = {name: value for name, value in items if value is not None or usual[name] is not None}
         given |= given.pop("kwargs", {})
-        as_tuple = usual.get("return_dict") is True and given.pop("return_dict", True) is False
+        as_tuple = usual.get("return_dict") is True and not given.pop("return_dict", True)
         when = timestep_argument(model).name
         if isinstance(given.get(when), (int, float)):  # type: ignore[arg-type]
             given[when] = torch.tensor(given[when])  # type: ignore[index]
+        if isinstance(told := given.get(when), Tensor) and isinstance(model, _FLOAT_TIMES):  # type: ignore[arg-type]
+            given[when] = told.to(torch.float32)  # type: ignore[index]  # one graph, whatever a scheduler has
         found, spec = tree_flatten_with_path(given)
         leaves, names, obstacle, parts = [], [], None, []
         for path, value in found:

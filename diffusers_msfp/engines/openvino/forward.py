@@ -4,7 +4,7 @@ import logging
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -31,14 +31,11 @@ logger = logging.getLogger(__name__)
 UNMEASURED = "it was not measured to be faster as a graph"
 MAX_GRAPHS = 8
 """Kept in memory at once, of all models; each has the weights as bytes. Others are read from disk again."""
-AGREES = 0.9
-"""Largest relative difference between a new graph and torch's float32. Rounding makes a 4-bit network chaotic, one with
-random weights differs by 0.6; what this is to find is a graph that computes something else: zeros differ by 1."""
 
 _TRANSIENT = ("prepared", "_running", "_latest")
 _OWN = ("input_check", *SET_BY_HOOKS)
 _HELPERS = ("processor",)
-_BESIDE = ("engine", "routing", "quantization_config", "hf_quantizer", "observation", "feeds")
+_BESIDE = ("engine", "engine_set", "routing", "quantization_config", "hf_quantizer", "observation", "feeds")
 """What a model has that its result does not depend on, or that its layers' own attributes and tensors say."""
 _GRAPHS: "OrderedDict[str, runtime.CompiledGraph]" = OrderedDict()
 _LOCK = threading.RLock()
@@ -190,7 +187,7 @@ class GraphForward:
         shape = "×".join(map(str, call.tensors[0].shape))
         describe = f"{type(self.model).__name__}, input {shape}"
         make = lambda: self._record(seen, call, choice)  # noqa: E731
-        return runtime.obtain(key, precision, describe, make, _check, only_stored=self.only_if_faster)
+        return runtime.obtain(key, precision, describe, make, runtime.check, only_stored=self.only_if_faster)
 
     def _record(self, seen: Seen, call: GraphCall, choice: Choice) -> Recording:
         with torch.inference_mode(False):  # whose tensors do not say what was written to them
@@ -222,17 +219,6 @@ def run(graph: runtime.CompiledGraph, call: GraphCall, choice: Choice, dtype: to
     return tuple(tensors) if call.as_tuple else graph.form.filled(tensors)
 
 
-def _check(graph: runtime.CompiledGraph, recording: Recording) -> None:
-    """Refuse a graph that computes something else than what was recorded."""
-    outputs = graph(recording.tensors)
-    if outputs is None:
-        raise UnsoundError(UNSOUND)
-    for given, expected in zip(outputs, recording.in_torch(), strict=True):
-        difference = (given - expected).norm() / expected.norm().clamp_min(1e-30)
-        if not difference <= AGREES:
-            raise UnsupportedError(f"its graph gives another result than torch (relative difference {difference:.2g})")
-
-
 def install(model: nn.Module, only_if_faster: bool = False) -> None:
     """Let a denoiser's calls run as graphs; nothing happens to models that take no timestep, such as text encoders."""
     remove(model)
@@ -243,12 +229,13 @@ def install(model: nn.Module, only_if_faster: bool = False) -> None:
     forget_compiled()
 
 
-def compare(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, float]:
+def compare(model: nn.Module, inputs: dict[str, Tensor], timesteps: Sequence[float] = ()) -> dict[str, float]:
     """Time a call as a graph and layer by layer, and keep what came out for `auto`.
 
     Args:
         model (`nn.Module`): a quantized denoiser, by whatever engine it runs.
         inputs (`dict[str, Tensor]`): keyword arguments of a call.
+        timesteps (`Sequence[float]`): others for which there may be graphs of their own, which are compiled, too.
 
     Returns:
         `dict[str, float]`: seconds of each way.
@@ -258,13 +245,17 @@ def compare(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, float]:
         UnsupportedError: no graph can hold the model or the call, or the times spread so much that none is kept.
     """
     installed.require()
-    graphs = graph_forward_of(model)
+    graphs, when = graph_forward_of(model), cast(str, timestep_argument(model).name)
     before = vars(model).get("forward") if graphs is None else graphs._before
     forward = GraphForward(model, before)
     with torch.no_grad():
+        for timestep in timesteps:
+            forward(**inputs | {when: torch.full_like(inputs[when], timestep)})
         forward(**inputs)
         if forward.latest is not None:
             raise UnsupportedError(f"{type(model).__name__} cannot run as a graph here: {forward.latest}.")
+        if not tuning.allowed():
+            raise UnsupportedError(f"nothing is measured here ({tuning.VARIABLE}=0)")
         question = forward.question(GraphCall.of(model, (), inputs))
         tuning.fastest(question, {LAYERS: partial(forward.__wrapped__, **inputs), GRAPH: partial(forward, **inputs)})
     tuning.store()

@@ -22,10 +22,13 @@ from ...outputs import write_whole
 from ..kernels.user_cache import folder
 from .call import OutputForm
 from .installed import settings
-from .record import Recording
+from .record import UNSOUND, Recording, UnsoundError
 
 logger = logging.getLogger(__name__)
 
+AGREES = 0.9
+"""Largest relative difference between a new graph and torch's float32. Rounding makes a 4-bit network chaotic, one with
+random weights differs by 0.6; what this is to find is a graph that computes something else: zeros differ by 1."""
 MAX_STORED_BYTES = 16 * 2**30
 _VERSION = 5  # of what is recorded; another one finds nothing of this one's on disk
 _PACKAGES = ("openvino", "torch", "diffusers")
@@ -125,6 +128,17 @@ def obtain(
     return graph
 
 
+def check(graph: CompiledGraph, recording: Recording) -> None:
+    """Refuse a graph that computes something else than what was recorded."""
+    outputs = graph(recording.tensors)
+    if outputs is None:
+        raise UnsoundError(UNSOUND)
+    for given, expected in zip(outputs, recording.in_torch(), strict=True):
+        difference = (given - expected).norm() / expected.norm().clamp_min(1e-30)
+        if not difference <= AGREES:
+            raise UnsupportedError(f"its graph gives another result than torch (relative difference {difference:.2g})")
+
+
 def _read(place: Path, precision: str) -> CompiledGraph | None:
     import openvino
 
@@ -139,7 +153,7 @@ def _read(place: Path, precision: str) -> CompiledGraph | None:
             raise ValueError("its checksum is another: damaged bytes")
         return CompiledGraph(openvino.Core().import_model(data, "CPU", settings(precision)), OutputForm(**stored))
     except Exception as error:  # noqa: BLE001 – a damaged file, or one of another version, may fail in any way
-        logger.warning("%s could not be read and is made anew (%s).", blob, first_line(error))
+        logger.warning("%s could not be read, and is of no use (%s).", blob, first_line(error))
         return None
 
 

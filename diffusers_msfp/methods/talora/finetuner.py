@@ -30,7 +30,7 @@ from ...sampling.timestep import check_timesteps
 from ...sampling.trajectory import DenoisingStep, Trajectories
 from ...sampling.used_output import counted, used_channels
 from ..blocks import block_outputs, trainable_blocks
-from ..losses import loss_weights, real_factors, squared_error
+from ..losses import loss_weights, real_factors, squared_error, weighted_mean
 from ..routes import routing_of
 from ..runs import Stop, deferred_signals, digests_of
 from . import Trainee
@@ -244,7 +244,7 @@ class Finetuner:
         weight = torch.tensor([self._weight(t) for t in step.timesteps.tolist()], device=step.output.device)
         loss = sum(
             (
-                (weight * squared_error(output, target, relative=block is not None)).mean()
+                weighted_mean(weight, squared_error(output, target, relative=block is not None))
                 for output, target in zip(outputs, targets, strict=True)
             ),
             start=0 * balance.detach(),

@@ -110,7 +110,7 @@ class TrainingFolder:
         """Load the newest checkpoint; False if there is none."""
         found = self.checkpoints()
         if found:
-            with drawing_from(0):  # which leaves the user's random numbers as they are
+            with drawing_from(0, self.accelerator):  # which leaves the user's random numbers as they are
                 self.accelerator.load_state(str(found[-1]))
         return bool(found)
 

@@ -24,12 +24,12 @@ from ..checks import check_student, original_weight
 from ..correction.attach import attach_correction, detach_correction, set_aside
 from ..correction.table import correction_of
 from ..losses import squared_error
-from ..routes import finite_set_of
+from ..routes import ROUTER, finite_set_of, remove_route_hooks, routing_of
 from . import AdapterBank, AdapterPlan, FullUpdate, Gate, TimestepRouter, Trainee, adapter_rank
 from .attach import connect
 
 if TYPE_CHECKING:
-    from ..temporal import FiniteSet
+    from ..temporal import FiniteSet, TemporalPlan
 
 
 class Student(nn.Module):
@@ -148,7 +148,7 @@ class Student(nn.Module):
         else:
             outputs = block_outputs(self.model, block, step, gradients=True)
         back = order.argsort()
-        return [output.index_select(0, back) for output in outputs], self.router.balance_loss(self.watched)
+        return [_in_order(output, back) for output in outputs], self.router.balance_loss(self.watched)
 
     @contextmanager
     def routed(self) -> Iterator[None]:
@@ -230,27 +230,42 @@ class Student(nn.Module):
         """
         for name, value in self.trainable_state().items():
             check_finite(value, f"The trained `{name}`")
-        trainees = list(self.trainees())
-        kept = [KeptState(trainee.layer) for trainee in trainees]
+        trainees, known = list(self.trainees()), self.finite_set
+        kept, plan = [KeptState(trainee.layer) for trainee in trainees], None if known is None else known.plan
         try:
-            finished = [(trainee.layer.module_name, trainee.finish(dtype)) for trainee in trainees]
-        except BaseException:
+            return self._finish(trainees, training or {}, dtype)
+        except BaseException:  # `abandon` does the rest
             for each in kept:
                 each.put_back()
+            for trainee in trainees:
+                replace_module(self.model, trainee.layer.module_name, trainee)
+            if known is not None:
+                known.plan = cast("TemporalPlan", plan)
+            elif routing_of(self.model) is not None:
+                delattr(self.model, ROUTER)
+                remove_route_hooks(self.model, ROUTER)
             raise
+
+    def _finish(self, trainees: list[Trainee], training: dict, dtype: torch.dtype) -> nn.Module:
+        finished = [(trainee.layer.module_name, trainee.finish(dtype)) for trainee in trainees]
         for module_name, layer in finished:
             replace_module(self.model, module_name, layer)
         self._restore()
         if (known := self.finite_set) is not None:  # it knows the timestep, and there is one adapter for all
-            known.plan = replace(known.plan, training={**known.plan.training, "finetuning": training or {}})
+            known.plan = replace(known.plan, training={**known.plan.training, "finetuning": training})
             forget_compiled()
             prepare_layers(self.model)
         else:
             base = base_fingerprint(self.model) if self.plan.placement == "side" else None
-            plan = AdapterPlan(**{**vars(self.plan), "training": training or {}, "base": base})
+            plan = AdapterPlan(**{**vars(self.plan), "training": training, "base": base})
             connect(self.model, plan, self.router.table(self.watched.tolist()))
         set_aside(self.model, self._correction)
         return self.model
+
+
+def _in_order(output: Tensor, order: Tensor) -> Tensor:
+    """Rows of samples in this order; a sample may have several, the frames of a video."""
+    return output.unflatten(0, (len(order), -1)).index_select(0, order).flatten(0, 1)
 
 
 def _affine_of_norms(model: nn.Module) -> Iterator[nn.Parameter]:
