@@ -21,13 +21,13 @@ __all__ = [
     "ConvNd",
     "StatefulModule",
     "assert_later",
+    "backward_pass",
     "bias_of",
     "convolve",
     "device_of",
     "empty_shell",
     "has_bf16_instructions",
     "has_int8_operators",
-    "in_backward",
     "int8_conv",
     "int8_linear",
     "int8_matmul",
@@ -280,9 +280,9 @@ def empty_shell(
     return Tensor._make_wrapper_subclass(cls, shape, strides, dtype=dtype, device=device, requires_grad=False)
 
 
-def in_backward() -> bool:
-    """Whether this thread is in one of autograd's backward passes."""
-    return torch._C._current_graph_task_id() != -1
+def backward_pass() -> int:
+    """Which of autograd's backward passes this thread is in; -1 outside of one."""
+    return torch._C._current_graph_task_id()
 
 
 def written_arguments(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Iterator:

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..compat.torch import in_backward
+from ..compat.torch import backward_pass
 from ..errors import UnsupportedError
 
 Timestep = int | float | Tensor
@@ -99,7 +99,7 @@ class ByTimestep:
         """Choose by this timestep from now on, in this thread."""
         self._running.routes = routes = self.lookup(timestep)
         if not torch.compiler.is_compiling():
-            self._latest = routes
+            self._latest, self._running.backward = routes, backward_pass()
 
     @contextmanager
     def at(self, timestep: Timestep) -> Iterator[None]:
@@ -137,10 +137,11 @@ class ByTimestep:
         """
         routes = getattr(self._running, "routes", None) or self._latest
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not getattr(self._running, "again", False):
-            if in_backward():
-                routes = self._learning or routes
-            else:
+            now = backward_pass()
+            if now == -1:
                 self._learning = routes
+            elif getattr(self._running, "backward", -1) != now:  # else the whole model is called anew
+                routes = self._learning or routes
         if routes is None:
             raise UnsupportedError(
                 f"A layer that follows the timestep must know it. Call the whole model, or the layer within `with "
