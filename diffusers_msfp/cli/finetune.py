@@ -117,34 +117,34 @@ def finetune(
     training = out.parent / f"{out.name}-training"
     require_writable_folder(training)
     require_variant(variant, source, teacher)
+    pipe, original = (load_pipeline(each, variant=variant) for each in (source, teacher))
+    if not list(quantized_models(pipe)):
+        raise SourceError(f"{source} must be quantized, but it is not: run `diffusers-msfp quantize` first.")
+    if list(quantized_models(original)):
+        raise StateError(f"The teacher must be the full-precision pipeline, but {teacher} is quantized.")
+    arguments = call_settings(original, prompts, guidance_scale)
+    for part in (pipe, original):
+        part.to(process.device)
+    if isinstance(original.scheduler, DDPMScheduler):  # ancestral sampling needs all its steps
+        original = with_ddim(original)
+
+    shared = {"num_samples": COMPARED, "num_inference_steps": config.num_inference_steps}
+
+    def measured(when: str) -> dict | None:
+        if not (compare and main):
+            return None
+        with progress(f"comparing {when} fine-tuning") as report:
+            more = {"seed": config.seed, "prompts": prompts, "on_progress": report}
+            found = compare_pipelines(original, pipe, **shared, **more, **arguments)
+        return {key: getattr(found, key) for key in ("traj_rel_l2", "eps_rel_l2", "eps_mse", "image_psnr_db")}
+
+    def kept() -> str:
+        found = checkpoints_in(training)
+        return f"{found[-1]} is kept, and the same command goes on from there" if found else NOTHING
+
     if main:
         training.mkdir(parents=True, exist_ok=True)
     with only_run(training, f"write {out}") if main else nullcontext():
-        pipe, original = (load_pipeline(each, variant=variant) for each in (source, teacher))
-        if not list(quantized_models(pipe)):
-            raise SourceError(f"{source} must be quantized, but it is not: run `diffusers-msfp quantize` first.")
-        if list(quantized_models(original)):
-            raise StateError(f"The teacher must be the full-precision pipeline, but {teacher} is quantized.")
-        arguments = call_settings(original, prompts, guidance_scale)
-        for part in (pipe, original):
-            part.to(process.device)
-        if isinstance(original.scheduler, DDPMScheduler):  # ancestral sampling needs all its steps
-            original = with_ddim(original)
-
-        shared = {"num_samples": COMPARED, "num_inference_steps": config.num_inference_steps}
-
-        def measured(when: str) -> dict | None:
-            if not (compare and main):
-                return None
-            with progress(f"comparing {when} fine-tuning") as report:
-                more = {"seed": config.seed, "prompts": prompts, "on_progress": report}
-                found = compare_pipelines(original, pipe, **shared, **more, **arguments)
-            return {key: getattr(found, key) for key in ("traj_rel_l2", "eps_rel_l2", "eps_mse", "image_psnr_db")}
-
-        def kept() -> str:
-            found = checkpoints_in(training)
-            return f"{found[-1]} is kept, and the same command goes on from there" if found else NOTHING
-
         with keeping(kept):
             before = measured("before")
         rows: list[np.ndarray] = []
@@ -189,6 +189,7 @@ def finetune(
             if main:
                 write_checkpoint(pipe, out)
                 run.folder.clear()
+                (training / "lock").unlink(missing_ok=True)
         with keeping(f"{out} is complete, and `compare` makes what is missing, its comparison"):
             after = measured("after")
         losses = result.losses

@@ -52,8 +52,12 @@ class GraphCall:
         return tree_unflatten([next(rest) if isinstance(each, Tensor) else each for each in self.leaves], self.spec)
 
     @classmethod
-    def of(cls, model: nn.Module, args: tuple, kwargs: dict) -> "GraphCall":
+    def of(cls, model: nn.Module, args: tuple, kwargs: dict, *, float_times: bool = False) -> "GraphCall":
         """Of the arguments as the model got them.
+
+        Args:
+            float_times (`bool`): timesteps as float32, where the model begins with that: one graph, whatever a
+                scheduler has.
 
         Raises:
             TypeError: the model has no such arguments.
@@ -68,8 +72,9 @@ class GraphCall:
         when = timestep_argument(model).name
         if isinstance(given.get(when), (int, float)):  # type: ignore[arg-type]
             given[when] = torch.tensor(given[when])  # type: ignore[index]
-        if isinstance(told := given.get(when), Tensor) and isinstance(model, _FLOAT_TIMES):  # type: ignore[arg-type]
-            given[when] = told.to(torch.float32)  # type: ignore[index]  # one graph, whatever a scheduler has
+        told = given.get(when)  # type: ignore[arg-type]
+        if float_times and isinstance(told, Tensor) and isinstance(model, _FLOAT_TIMES):
+            given[when] = told.to(torch.float32)  # type: ignore[index]
         found, spec = tree_flatten_with_path(given)
         leaves, names, obstacle, parts = [], [], None, []
         for path, value in found:

@@ -114,13 +114,13 @@ class GraphForward:
         traced = torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
         if traced or self.is_retired:
             return self.__wrapped__(*args, **kwargs)
-        call: Any = GraphCall.of(self.model, args, kwargs) if self.only_if_faster else None
+        call: Any = GraphCall.of(self.model, args, kwargs, float_times=True) if self.only_if_faster else None
         if call is not None and not is_faster(self.question(call)):
             self.latest = UNMEASURED
             return self.__wrapped__(*args, **kwargs)
         seen, obstacle = self._look()
         if seen is not None and obstacle is None:
-            call = call or GraphCall.of(self.model, args, kwargs)
+            call = call or GraphCall.of(self.model, args, kwargs, float_times=True)
             dtype = cast(torch.dtype, self.model.dtype)
             obstacle = obstacles.of_call(self.model, call, dtype)
         if seen is not None and obstacle is None:
@@ -256,7 +256,7 @@ def compare(model: nn.Module, inputs: dict[str, Tensor], timesteps: Sequence[flo
             raise UnsupportedError(f"{type(model).__name__} cannot run as a graph here: {forward.latest}.")
         if not tuning.allowed():
             raise UnsupportedError(f"nothing is measured here ({tuning.VARIABLE}=0)")
-        question = forward.question(GraphCall.of(model, (), inputs))
+        question = forward.question(GraphCall.of(model, (), inputs, float_times=True))
         tuning.fastest(question, {LAYERS: partial(forward.__wrapped__, **inputs), GRAPH: partial(forward, **inputs)})
     tuning.store()
     if not tuning.is_steady(question):
