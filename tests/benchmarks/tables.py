@@ -410,7 +410,19 @@ def sizes() -> Iterator[dict[str, str]]:
 
 def baselines() -> Iterator[dict[str, str]]:
     """Every method, against full precision and real pictures."""
-    rows = grouped("baselines", "model")[EMBEDDED_MODEL.name]
+    return cells(grouped("baselines", "model")[EMBEDDED_MODEL.name])
+
+
+def baselines_models() -> Iterator[dict[str, str]]:
+    """The same of the other trained models."""
+    for model, rows in grouped("baselines", "model").items():
+        if model != EMBEDDED_MODEL.name:
+            link = f"[`{model}`](../../model_cards/{model}/README.md)"
+            yield from ({"model": link} | row for row in cells(rows))
+
+
+def cells(rows: list[dict]) -> Iterator[dict[str, str]]:
+    """Rows of one model, and its full precision."""
     for row in rows:
         stages = [stage.name for stage in RECIPES[row["recipe"]]] if row["recipe"] else []
         stages += ["correction"] if row["cell"].endswith(" + correction") else []
@@ -439,6 +451,7 @@ MAKERS = (
     sizes,
     speed,
     baselines,
+    baselines_models,
     engines,
     engines_amx,
     openvino,
