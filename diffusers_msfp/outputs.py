@@ -47,6 +47,22 @@ def require_writable_folder(out: Path) -> None:
         _try_to_write(out, out)
 
 
+def refuse_repository(out: Path, what: str) -> None:
+    """Refuse to replace a folder whose history would go with it.
+
+    Args:
+        what (`str`): replaces it, for the message.
+
+    Raises:
+        ConfigError: it is a git repository.
+    """
+    if (out / ".git").exists():
+        raise ConfigError(
+            f"{what} replaces the whole folder, but {out} is a git repository, whose history would go too. Write to "
+            f"another folder, and copy its files."
+        )
+
+
 def require_writable(out: Path) -> None:
     """Refuse a file or folder that is to appear, or to be replaced, in one step; folders above it are made if missing.
 

@@ -92,6 +92,9 @@ def test_pixel(data, tmp_path):
 def test_latent_transformer(data, tmp_path, autoencoder):
     pipe = DiffusionPipeline.from_pretrained(train_two("cifar10-latent-dit", data, tmp_path, autoencoder=autoencoder))
     assert pipe.get_label_ids(["ship", "dog"]) == [8, 5]
+    exported = [file.read_text() for file in Path(pipe.config._name_or_path).rglob("config.json")]
+    assert len(exported) == 2
+    assert str(tmp_path) not in "".join(exported)
     images = pipe([8, 5], num_inference_steps=2, output_type="np").images
     assert images.shape == (2, 32, 32, 3)
     table = pipe.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..assets import EMBEDDED_MODEL, TUNED_MODELS
 from ..errors import ConfigError
 from ..hub.base import base_of as remembered_base
+from ..hub.base import link_from, on_the_hub
 from ..outputs import writing
 from ..results import Result
 from ..sampling.denoisers import denoiser_of
@@ -156,9 +157,8 @@ def _license(source: str, reference: str | None) -> dict[str, str]:
             continue
         found = {key: card.get(key) for key in ("license", "license_name", "license_link")}
         link = found["license_link"]
-        if isinstance(link, str) and "://" not in link:  # beside the card
-            where = copied if Path(location).is_dir() else f"https://huggingface.co/{location}/blob/main"
-            found["license_link"] = f"{where}/{link}"
+        if isinstance(link, str):
+            found["license_link"] = link_from(link, copied if Path(location).is_dir() else on_the_hub(location))
         return {key: value for key, value in found.items() if isinstance(value, str)}
     stderr.print(
         "The model's licence is not known, so the Space names none: add `license:` to its README.md.", soft_wrap=True

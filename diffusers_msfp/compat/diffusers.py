@@ -145,16 +145,13 @@ _OFFLOADING = {"group_offloading", "lazy_prefetch_group_offloading", "layer_exec
 
 def checkpointing(module: nn.Module) -> Callable | None:
     """What a module calls its parts by while it computes activations anew for their gradients: `(part, *args)`."""
-    return getattr(module, "_gradient_checkpointing_func", None) if _checkpoints(module) else None
+    on = getattr(module, "gradient_checkpointing", False)
+    return getattr(module, "_gradient_checkpointing_func", None) if on else None
 
 
 def set_checkpointing(module: Any, function: Callable) -> None:
     """Let it call them by another function."""
     module._gradient_checkpointing_func = function
-
-
-def _checkpoints(module: nn.Module) -> bool:
-    return bool(getattr(module, "gradient_checkpointing", False))
 
 
 def kept_in_float32(model: nn.Module) -> frozenset[str]:

@@ -60,8 +60,11 @@ def hooks_around(module: nn.Module) -> Iterator[Callable]:
 
 def is_changed(module: nn.Module, package: str) -> bool:
     """Whether others than a package, and than what moves tensors, may change what a module reads or gives."""
+    attributes = vars(module)
+    if "forward" not in attributes and not any(attributes[name] for name in HOOKS):
+        return False  # as nearly always, and asked of many modules in each call
     own = all(home_of(hook).partition(".")[0] == package for hook in hooks_around(module))
-    forward = vars(module).get("forward")
+    forward = attributes.get("forward")
     left = getattr(forward, "__func__", None) is type(module).forward  # by a hook that was taken off
     return not own or not (forward is None or left or only_moves(forward, module) or only_offloads(module))
 

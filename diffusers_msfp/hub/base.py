@@ -117,6 +117,16 @@ def check_repo_id(name: str, what: str) -> str:
     return name
 
 
+def on_the_hub(repo: str) -> str:
+    """Where the files of a repository's main branch are."""
+    return f"https://huggingface.co/{repo}/blob/main"
+
+
+def link_from(link: str, where: str) -> str:
+    """A card's link, which may be to a file beside the card, from elsewhere."""
+    return link if "://" in link else f"{where}/{link}"
+
+
 def card_of(api: HfApi, base_model: str) -> dict:
     """What the base's card says of licence and task; empty where it has no card or the Hub cannot be reached.
 
@@ -137,8 +147,8 @@ def card_of(api: HfApi, base_model: str) -> dict:
     except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError, yaml.YAMLError):
         return {}
     known = {key: data[key] for key in TAKEN if isinstance(data.get(key), str)}
-    if "://" not in known.get("license_link", "://"):  # beside that card
-        known["license_link"] = f"https://huggingface.co/{base_model}/blob/main/{known['license_link']}"
+    if "license_link" in known:
+        known["license_link"] = link_from(known["license_link"], on_the_hub(base_model))
     if data.get("base_model_relation") == "quantized" or "msfp" in (data.get("tags") or ()):
         base = data.get("base_model")
         base = next(iter(base), None) if isinstance(base, list) else base

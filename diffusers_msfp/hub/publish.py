@@ -17,7 +17,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.hf_api import RepoFile
 
 from ..errors import ConfigError, HubError, MSFPError
-from ..outputs import named, overlap, require_writable, writing
+from ..outputs import named, overlap, refuse_repository, require_writable, writing
 from ..results import OPTIONAL, OnProgress, Result
 from .base import FLOAT_BASE, base_of, card_of, check_repo_id, float_base, named_base, require_base, require_license
 from .checks import all_at_once
@@ -268,11 +268,7 @@ def _check_target(out: Path, folder: Path) -> None:
     """Refuse a dry run where something else lies, or nothing can be written."""
     if out.exists() and not all((out / name).is_file() for name in ("README.md", "pipeline.py")):
         raise ConfigError(f"{out} must be new or hold an earlier dry run, but it holds something else. Remove it.")
-    if (out / ".git").exists():
-        raise ConfigError(
-            f"A dry run replaces its whole folder, but {out} is a git repository, whose history would go too. Name "
-            f"another folder, and copy its files."
-        )
+    refuse_repository(out, "A dry run")
     if overlap(out, folder):
         raise ConfigError(f"A dry run must be written beside {folder}, but got {out}. Name another folder.")
     require_writable(out)

@@ -65,8 +65,10 @@ def digests_of(teacher: DiffusionPipeline, model: nn.Module, *given: object) -> 
     """
     scheduler = scheduler_of(teacher)
     parts = [part for part in teacher.components.values() if isinstance(part, PreTrainedModel)]
-    held = [not any(each.is_meta for each in part.parameters()) for part in parts]  # others are offloaded
-    encoders = [inputs_digest(part) if here else repr(part) for part, here in zip(parts, held, strict=True)]
+    encoders = [
+        repr(part) if any(each.is_meta for each in part.parameters()) else inputs_digest(part)  # offloaded, or at hand
+        for part in parts
+    ]
     asked = [type(scheduler).__name__, plain_config(scheduler), list(labels_of(teacher)), encoders]
     return {"inputs": inputs_digest(denoiser_of(teacher), *given, *asked), "model": inputs_digest(model)}
 

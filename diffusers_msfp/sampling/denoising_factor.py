@@ -61,9 +61,8 @@ def denoising_factors(scheduler: SchedulerMixin, num_inference_steps: int, **ste
 def _made_linear(scheduler: Scheduler) -> dict[str, Any]:
     """Settings with which a scheduler's steps are linear in the model's output."""
     changes: dict[str, Any] = {key: False for key in NONLINEAR if key in scheduler.config}
-    changes |= (
-        {"noise_sampler_seed": 0} if "noise_sampler_seed" in scheduler.config else {}
-    )  # else torch's own draws it
+    if "noise_sampler_seed" in scheduler.config:  # else it is drawn by torch's own generator
+        changes["noise_sampler_seed"] = 0
     return changes | ({"variance_type": "fixed_small"} if learns_variance(scheduler) else {})
 
 

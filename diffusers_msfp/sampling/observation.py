@@ -173,12 +173,12 @@ def quantized_models(model_or_pipe: object) -> Iterator[nn.Module]:
 
 def _require_quantized(model_or_pipe: object) -> list[nn.Module]:
     models = list(quantized_models(model_or_pipe))
-    if models:
-        return models
-    raise StateError(
-        f"A model with quantized layers is needed, but {type(model_or_pipe).__name__} has none. Load it with "
-        f"`quantization_config=MSFPConfig()` or call `quantize_pipeline(pipe, scheme)`."
-    )
+    if not models:
+        raise StateError(
+            f"A model with quantized layers is needed, but {type(model_or_pipe).__name__} has none. Load it with "
+            f"`quantization_config=MSFPConfig()` or call `quantize_pipeline(pipe, scheme)`."
+        )
+    return models
 
 
 def calibration_state(model: nn.Module | DiffusionPipeline) -> str:

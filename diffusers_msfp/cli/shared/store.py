@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from ...checkpoint.tensor_files import MAX_SHARD_SIZE
 from ...compat.diffusers import keep_labels
 from ...errors import ConfigError, NonFiniteError, first_line
-from ...outputs import named, overlap, require_writable, write_file, writing
+from ...outputs import named, overlap, refuse_repository, require_writable, write_file, writing
 from .interrupts import Interrupted
 from .terminal import stderr
 
@@ -60,11 +60,7 @@ def check_target(
         raise ConfigError(f"{out} must not exist yet, but it does. Choose another folder, or pass `--overwrite`.")
     if not ours(out) and any(out.iterdir() if out.is_dir() else [out]):
         raise ConfigError(f"`--overwrite` replaces {what} only, but {out} holds something else.")
-    if (out / ".git").exists():
-        raise ConfigError(
-            f"`--overwrite` replaces the whole folder, but {out} is a git repository, whose history would go too. "
-            f"Write to another folder, and copy its files."
-        )
+    refuse_repository(out, "`--overwrite`")
     for source in [Path(each) for each in read if each]:
         if source.exists() and overlap(out, source):
             part = "a part of " if source.resolve() in out.resolve().parents else ""

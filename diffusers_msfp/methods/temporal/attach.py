@@ -43,10 +43,12 @@ def _is_disturbed(model: nn.Module, plan: TemporalPlan) -> bool:
     """
     if not plan.cached or torch.compiler.is_compiling():
         return False
-    names = (*plan.block, *plan.upstream)
-    parts = {name.rsplit(".", depth)[0] for name in names for depth in range(name.count(".") + 1)}
-    around = [model.get_submodule(part) for part in parts]
-    between = [child for each in (model, *around) for child in each.children() if not tensors_of(child)]  # activations
+    found = {"": model}
+    for name in plan.surroundings:
+        outer, _, own = name.rpartition(".")
+        found[name] = getattr(found[outer], own)
+    between = [child for each in found.values() for child in each.children() if not tensors_of(child)]  # activations
+    around = [module for module in found.values() if module is not model]
     return has_global_hooks() or any(is_changed(module, "diffusers_msfp") for module in (*around, *between))
 
 

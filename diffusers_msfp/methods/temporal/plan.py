@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 
 from ...errors import CheckpointError
 
@@ -49,6 +50,12 @@ class TemporalPlan:
             raise CheckpointError(f"In `temporal` of config.json {problem}: damaged file.")
         for name in ("block", "sets", "upstream"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @cached_property
+    def surroundings(self) -> tuple[str, ...]:
+        """Names of the block, of what is before it, and of the containers around them, outer ones first."""
+        names = (*self.block, *self.upstream)
+        return tuple(sorted({name.rsplit(".", depth)[0] for name in names for depth in range(name.count(".") + 1)}))
 
     def to_dict(self) -> dict:
         """In types that JSON knows."""

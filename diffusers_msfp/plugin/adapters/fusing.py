@@ -170,13 +170,13 @@ def _models(owner: nn.Module | DiffusionPipeline) -> dict[str, nn.Module]:
 def _fuse(models: Mapping[str, nn.Module], weight: float, on_progress: OnProgress | None) -> list[_Fused]:
     """All layers with the LoRA in their weights; the model's own are not written."""
     tuned = list(tuned_layers(models))
-    for component in dict.fromkeys(component for component, _, _ in tuned):
+    quantized: dict[str, dict[str, nn.Module]] = {component: {} for component, _, _ in tuned}
+    for component, name, wrapped in tuned:
+        if isinstance(base := wrapped.get_base_layer(), QuantLayer):
+            quantized[component][name] = base
+    for component, layers in quantized.items():
         _require_fusible(models[component])
-    bases = {(component, name): wrapped.get_base_layer() for component, name, wrapped in tuned}
-    for component in dict.fromkeys(component for component, _, _ in tuned):
-        own = {name: base for (part, name), base in bases.items() if part == component}
-        quantized = {name: base for name, base in own.items() if isinstance(base, QuantLayer)}
-        require_own_methods(models[component], quantized, "fused")
+        require_own_methods(models[component], layers, "fused")
     found = []
     for done, (component, name, wrapped) in enumerate(tuned, start=1):
         found.append(_fused_layer(models[component], component, name, wrapped, weight))

@@ -18,6 +18,8 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor, nn
 
+from diffusers_msfp.checkpoint.describe import config_of_origin
+
 RESULTS = "results/training.json"
 """In a folder of `model_cards`: how its weights were trained."""
 WINDOW = 50
@@ -140,6 +142,8 @@ class Task(nn.Module):
         """Write the weights that the networks have now, in float16; the networks are cast."""
         self.half().eval()
         self.pipeline().save_pretrained(folder)
+        for file in folder.rglob("config.json"):
+            file.write_bytes(config_of_origin(file, None))  # the autoencoder remembers where it was loaded from
 
 
 def train(
