@@ -96,8 +96,8 @@ def write_checkpoint(
 
 def scratch_folder(out: Path, folder: Path | None = None) -> tempfile.TemporaryDirectory:
     """A hidden folder beside `out`, or in `folder`, for what is to take its place; see `publish`."""
-    name = {"prefix": f".{out.name}-", "suffix": ".part"}
-    return tempfile.TemporaryDirectory(dir=folder or out.parent, ignore_cleanup_errors=True, **name)
+    where = folder or out.parent
+    return tempfile.TemporaryDirectory(".part", f".{out.name}-", where, ignore_cleanup_errors=True)
 
 
 def write_json(content: dict, out: Path) -> None:
