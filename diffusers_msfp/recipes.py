@@ -45,7 +45,7 @@ RECIPES.add("split-full", (_SPLIT, _TEMPORAL, _ROUNDING, _TALORA))
 # Baselines: shortcuts split, AdaRound block by block, then learned activation scales (Q-Diffusion); AdaRound, then
 # temporal maintenance with parameters for each timestep in all layers, as TFMQ-DM's code has; activation scales for
 # each timestep, learned beside a single merged LoRA (EfficientDM). Layers that stay float are left to the caller.
-_PER_STEP = {"fsc": "all"}
+_PER_STEP = {"fsc": "all", "cache_above": None}
 _SCALES_ALONE = {"learning_rate": 0.0, "affine_learning_rate": 0.0}
 _ONE_LORA = {"rank": 32, "affine_learning_rate": 0.0}
 _PLAIN_LOSS = {"num_adapters": 1, "placement": "merged", "denoising_factor_exponent": 0.0}
@@ -53,7 +53,7 @@ _BASELINES = {
     "q-diffusion": (_SPLIT, _ROUNDING, Stage("talora", MappingProxyType(_PLAIN_LOSS | _SCALES_ALONE))),
     "tfmq-dm": (_ROUNDING, Stage("temporal", MappingProxyType(_PER_STEP))),
     "efficientdm": (
-        Stage("temporal", MappingProxyType(_PER_STEP | {"iterations": 0, "cache_above": None})),
+        Stage("temporal", MappingProxyType(_PER_STEP | {"iterations": 0})),
         Stage("talora", MappingProxyType(_PLAIN_LOSS | _ONE_LORA)),
     ),
 }

@@ -96,7 +96,7 @@ def _scheme(
 
     Args:
         mixup (`bool`): unsigned formats are candidates too.
-        wide (`bool`): 8-bit formats need not fit one byte.
+        wide (`bool`): lattice integers of 8-bit formats need not fit one byte.
         pure (`bool`): residual sums get no more bits than other inputs.
         group_size (`int`, *optional*): of the inner layers' weights.
     """
@@ -127,8 +127,9 @@ EDGE_BITS = 8
 class _SchemeRegistry(Registry[QuantScheme]):
     """Presets by name: `w{weight bits}a{activation bits}`; `a16` leaves activations float.
 
-    Every 8-bit format fits one byte, so that 8-bit products serve. `…-wide` also tries those that need two bytes (E4M3
-    and the like): less error, slower. Below 8 bits, layers that read a residual sum get 8-bit inputs, at no byte;
+    Lattice integers of 8-bit formats fit one byte (E1M6, UE1M7), so that 8-bit products serve. `…-wide` also tries E2M5
+    and E3M4, whose integers take two bytes, and E4M3, which runs as floats: less error, slower. Below 8 bits, layers
+    that read a residual sum get 8-bit inputs, which adds no bytes to the weights;
     `…-pure`, for ablation, gives them no more bits than others. `w4g{group size}a{activation bits}`: weights with group
     scales. To compare with: `…-signed` has signed formats alone, `int-…` uniform grids. `…-int8` are former names.
 
@@ -192,7 +193,8 @@ def scheme_of(name: str, format_version: int | None = None) -> QuantScheme:
 INPUT_PATTERNS = (
     *("conv_in", "encoder.conv_in", "decoder.conv_in", "preprocess_conv"),
     *("pos_embed.proj", "x_embedder", "x_embedder.proj", "all_x_embedder.*", "img_in", "proj_in"),
-    *("patch_embed.proj", "patch_embedding"),
+    *("patch_embed.proj", "patch_embedding", "patch_embedding.output_image_proj", "patch_embedder.proj"),
+    *("visual_embeddings.in_layer", "embedding.1", "input_proj", "audio_proj_in"),
 )
 """Names of the layers that read the noisy sample itself, in diffusers' models."""
 EDGE_PATTERNS = (
@@ -202,7 +204,13 @@ EDGE_PATTERNS = (
     "proj_out",
     "proj_out_1",
     "proj_out_2",
+    "clf.1",
+    "final_linear",
+    "final_layer.linear",
+    "out_layer.out_layer",
     "time_embedding.linear_*",
+    "time_embedding.cond_proj",
+    "class_embedding.linear_*",
     "time_proj.linear_*",
     "add_embedding.linear_*",
     "time_text_embed.*",

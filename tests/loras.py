@@ -22,3 +22,21 @@ def write_lora(unet: ModelMixin, targets: list[str], file: Path, std: float = 0.
     alphas = {key.replace("lora_A.weight", "alpha"): torch.tensor(ALPHA) for key in state if "lora_A" in key}
     save_file(state | alphas, file)
     return file
+
+
+def ip_adapter(unet) -> dict:
+    """The weights of an untrained one, for image embeddings of 8 numbers."""
+    generator = torch.Generator().manual_seed(4)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    context = unet.config.cross_attention_dim
+    image = {"proj.weight": random(4 * context, 8), "proj.bias": random(4 * context)}
+    image |= {"norm.weight": torch.ones(context), "norm.bias": torch.zeros(context)}
+    layers = {}
+    crossing = [module for name, module in unet.named_modules() if name.endswith("attn2")]
+    for number, module in enumerate(crossing):
+        for which in ("to_k_ip", "to_v_ip"):
+            layers[f"{2 * number + 1}.{which}.weight"] = random(module.inner_dim, context)
+    return {"image_proj": image, "ip_adapter": layers}

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from conftest import make_condition_unet, make_vae
 from diffusers import (
@@ -361,3 +362,9 @@ def make_small_wan() -> WanPipeline:
         text_encoder=make_t5(),
         tokenizer=make_tokenizer(),
     )
+
+
+def photographs(number: int = 3, size: tuple[int, int] = (30, 20), channels: int = 3) -> list[Image.Image]:
+    """Of random colours, each of one."""
+    drawn = np.random.default_rng(0).integers(0, 255, (number, 1, 1, channels), dtype=np.uint8)
+    return [Image.fromarray(np.broadcast_to(each, (*size, channels)).copy()) for each in drawn]

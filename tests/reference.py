@@ -1,6 +1,7 @@
 """The oracle: slow, obvious, float64, and independent of the package's formulas."""
 
 import torch
+from torch import Tensor
 
 
 def grid_of(name: str) -> list[float]:
@@ -33,3 +34,21 @@ def squared_error(x: torch.Tensor, grid: list[float], scale: float, zero_point: 
     """Squared error of quantizing `x`, in float64."""
     rounded = nearest((x.double() - zero_point) / scale, grid) * scale + zero_point
     return (rounded - x.double()).square().sum().item()
+
+
+def ddpm_factor(alphas_cumprod: Tensor) -> Tensor:
+    """`(1 - alpha_t) / (sqrt(alpha_t) * sqrt(1 - abar_t))` of ancestral DDPM for epsilon; `(T,)` → `(T,)`."""
+    alphas = alphas_cumprod / torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+    return (1 - alphas) / (alphas.sqrt() * (1 - alphas_cumprod).sqrt())
+
+
+def ddim_factor(abar: Tensor, abar_previous: Tensor, eta: float = 0.0) -> Tensor:
+    """`|sqrt(1 - abar_s - sigma^2) - sqrt(abar_s (1 - abar_t) / abar_t)|` of DDIM for epsilon, step t → s.
+
+    Args:
+        abar, abar_previous (`Tensor`, same shape): cumulative products of alpha at t and at s.
+        eta (`float`): 0 deterministic, 1 as noisy as DDPM.
+    """
+    variance = (1 - abar_previous) / (1 - abar) * (1 - abar / abar_previous) * eta**2
+    direct = (1 - abar_previous - variance).clamp_min(0).sqrt()
+    return (direct - (abar_previous * (1 - abar) / abar).sqrt()).abs()

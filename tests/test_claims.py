@@ -40,9 +40,27 @@ def bits_of(scheme) -> tuple[int, int | None]:
 
 @pytest.mark.parametrize(
     ("excess", "verdict"),
-    [([0.30, 0.40, 0.59], "undecided"), ([0.30, 0.35, 0.38], "confirmed"), ([0.60, 0.5, 0.7], "refuted")],
+    [([0.30, 0.40, 0.59], "undecided"), ([0.33, 0.35, 0.37], "confirmed"), ([0.58, 0.6, 0.62], "refuted")],
 )
-def test_a_verdict_holds_for_every_seed(excess, verdict):
+def test_a_verdict_on_distances_holds_over_seeds(excess, verdict):
     claim = Claim("near", "MSFP", "TALoRA", FULL_PRECISION, 0.44)
     rows = [{"variant": "TALoRA", "psnr_db_by_picture": [], "excess": [e, e - 0.03, e + 0.03]} for e in excess]
+    assert found(claim, rows)[0] == verdict
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"),
+    [
+        ([1.73, 3.87, 2.30], "undecided"),
+        ([2.1, 2.5, 2.3], "confirmed"),
+        ([-2.1, -2.5, -2.3], "refuted"),
+        ([2.0], "confirmed"),
+    ],
+)
+def test_three_seeds_have_the_interval_of_three_numbers(gains, verdict):
+    """Pictures of one seed share its training: that there are many of them makes no seed more certain."""
+    name = "learned rounding" if len(gains) > 1 else "mixed sign"
+    claim = Claim("helps", "2408.06995", name, "nearest")
+    rows = [{"variant": "nearest", "psnr_db_by_picture": [20.0] * 64} for _ in gains]
+    rows += [{"variant": name, "psnr_db_by_picture": [20.0 + gain] * 64} for gain in gains]
     assert found(claim, rows)[0] == verdict

@@ -37,7 +37,7 @@ def test_readme_is_short():
 
 
 def test_the_wheel_has_the_size_that_the_readme_says():
-    said = float(re.search(r"The wheel has ([\d.]+) MB", README)[1])
+    said = float(re.search(r"The wheel is ([\d.]+) MB", README)[1])
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as wheel:
         for file in (ROOT / "diffusers_msfp").rglob("*"):

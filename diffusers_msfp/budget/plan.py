@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from ..layers.convert import quant_layers
 from ..results import OnProgress, in_stage
 from ..sampling.calls import require_positive
-from ..sampling.denoisers import denoiser_of, denoisers_of
+from ..sampling.denoisers import denoiser_of, denoisers_of, scheduler_of
 from ..sampling.solvers import with_sampler
 from .knapsack import Solution
 from .palette import CHOICES, STEP_CHOICES, check_choices, make_palette
@@ -119,7 +119,7 @@ def plan_budget(
         "num_inference_steps": num_inference_steps,
         "num_calibration": num_calibration,
         "seed": seed,
-        "sampler": type(pipe.scheduler).__name__,
+        "sampler": type(scheduler_of(pipe)).__name__,
     }
     errors = measure(
         samples,

@@ -71,7 +71,7 @@ def search_groups(weight: Tensor, formats: Sequence[str], size: int) -> SearchRe
     winner = min(range(len(candidates)), key=lambda i: found[i].error)
     best, shape = found[winner], (channels,) + (1,) * (weight.ndim - 1)
     scale = (best.units / candidates[winner].step).view(shape)
-    error = torch.tensor(best.error / energy if energy else 0.0, device=weight.device)
+    error = torch.tensor(best.error / energy if energy else 0.0, dtype=torch.float32, device=weight.device)
     return SearchResult(QParams(candidates[winner], scale), error, best.multipliers)
 
 

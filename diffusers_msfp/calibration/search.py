@@ -92,18 +92,19 @@ def _unit_scale(scale: Tensor, fmt: FPFormat) -> Tensor:
 
 
 def _weight_ratios(device: torch.device) -> Tensor:
-    return torch.linspace(*WEIGHT_RATIOS, NUM_SCALES, device=device)
+    return torch.linspace(*WEIGHT_RATIOS, NUM_SCALES, dtype=torch.float32, device=device)
 
 
 def _activation_ratios(device: torch.device) -> Tensor:
     low, high = ACTIVATION_RATIOS
-    return torch.logspace(math.log10(low), math.log10(high), NUM_RATIOS, device=device)
+    return torch.logspace(math.log10(low), math.log10(high), NUM_RATIOS, dtype=torch.float32, device=device)
 
 
 def _refined(ratios: Tensor, best: Tensor) -> Tensor:
     """Ratios between the neighbours of the best ones: indices of any shape → `(…, NUM_REFINED)`."""
     low, high = (ratios[(best + step).clamp(0, len(ratios) - 1)][..., None] for step in (-1, 1))
-    return low + (high - low) * torch.linspace(0, 1, NUM_REFINED + 2, device=ratios.device)[1:-1]
+    between = torch.linspace(0, 1, NUM_REFINED + 2, dtype=torch.float32, device=ratios.device)[1:-1]
+    return low + (high - low) * between
 
 
 def search_weight(weight: Tensor, formats: Sequence[str]) -> SearchResult:
@@ -128,7 +129,9 @@ def search_weight(weight: Tensor, formats: Sequence[str]) -> SearchResult:
     channels = matrix.shape[0]
     shape = (channels,) + (1,) * (weight.ndim - 1)
     if matrix.numel() == 0:
-        return SearchResult(QParams(signed[0], torch.ones(shape, device=weight.device)), weight.new_zeros(()).float())
+        return SearchResult(
+            QParams(signed[0], weight.new_ones(shape, dtype=torch.float32)), weight.new_zeros(()).float()
+        )
 
     errors = [matrix.new_zeros(channels, dtype=torch.float64) for _ in signed]
     scales = [matrix.new_ones(channels, dtype=torch.float32) for _ in signed]
@@ -214,8 +217,8 @@ def search_activation(x: Tensor, formats: Sequence[str], bounds: tuple[float, fl
     if not allowed:
         raise ConfigError(f"Values from {low:.4g} to {high:.4g} need a signed format, but got only {list(formats)}.")
     if low == high == 0.0:
-        one = torch.ones((), device=x.device)
-        return SearchResult(QParams(allowed[0], one), torch.zeros((), device=x.device))
+        one = torch.ones((), dtype=torch.float32, device=x.device)
+        return SearchResult(QParams(allowed[0], one), torch.zeros_like(one))
 
     rows = _SortedRows(values[None])
     best: tuple[float, QParams | None] = (torch.inf, None)
@@ -225,7 +228,9 @@ def search_activation(x: Tensor, formats: Sequence[str], bounds: tuple[float, fl
         finer = _best_of(rows, fmt, _refined(ratios, coarse[2]), low, high)
         best = min(best, coarse[:2], finer[:2], key=lambda found: found[0])
     energy = rows.energy.item()  # of a sample; it may be of zeros alone
-    return SearchResult(cast(QParams, best[1]), torch.tensor(best[0] / energy if energy else 0.0, device=x.device))
+    return SearchResult(
+        cast(QParams, best[1]), torch.tensor(best[0] / energy if energy else 0.0, dtype=torch.float32, device=x.device)
+    )
 
 
 def _best_of(
@@ -265,5 +270,5 @@ def _zero_point_picks(reach: int) -> Tensor:
     """Indices of the magnitudes to try as zero points, out of `reach`."""
     if reach <= MAX_ZERO_POINTS:
         return torch.arange(reach)
-    upper = torch.linspace((reach - 1) / 2, reach - 1, MAX_ZERO_POINTS - 1).round().long()
+    upper = torch.linspace((reach - 1) / 2, reach - 1, MAX_ZERO_POINTS - 1, dtype=torch.float32).round().long()
     return torch.cat([torch.zeros(1, dtype=torch.long), upper])

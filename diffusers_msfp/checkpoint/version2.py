@@ -5,7 +5,7 @@ Beside the keys of version 1, `quantization_config` of version 2 holds:
 | key | meaning | executed |
 | --- | --- | --- |
 | `digest` | a checksum of every tensor, see `digest.Digest`; must be there | yes |
-| `formats` of each layer, a tensor in the files | formats of weight and input, see `nn.stored.formats_tensor` | yes |
+| `formats` of each layer, a tensor in the files | of weight and input, see `layers.stored.formats_tensor` | yes |
 | `adapters.reads` | `"float"` or `"codes"`: what adapters beside the weights read; absent means `"float"` | yes |
 | `layers[…].group_size` | group scales of the weights, see below | yes |
 | `timestep_scales` | the input's scales by timestep, see `TimestepScales` | no |

@@ -28,15 +28,8 @@ from ..sampling.solvers import exchange_parts
 from ..schemes import DEFAULT_SCHEME, input_bits
 from .shared.budget import BudgetRequest
 from .shared.calls import call_settings, read_prompts, text_file
-from .shared.load import (
-    fetch,
-    load_pipeline,
-    model_bytes,
-    refuse_quantized,
-    require_variant,
-    variant_of,
-)
-from .shared.parts import parts_of
+from .shared.load import fetch, load_pipeline, model_bytes, refuse_quantized, require_variant, variant_of
+from .shared.parts import parts_of, teacher_beside
 from .shared.store import (
     check_target,
     peak_rss_bytes,
@@ -243,9 +236,11 @@ def quantize(
                 quantize_model(getattr(loaded, name), request)
             models |= {name: getattr(loaded, name) for name in encoders}
             if run.latest is not None:
-                stderr.print(f"Going on after stage {len(run.figures)} of {len(plan)}, found in {run.latest}.")
+                done = f"stage {len(run.figures)} of {len(plan)}" if run.figures else "the calibration"
+                stderr.print(f"Going on after {done}, found in {run.latest}.")
                 loaded = load_pipeline(str(run.latest))
                 models = {name: getattr(loaded, name) for name in models}
+            teacher = teacher_beside(loaded, models, source, config, variant) if plan else None
             if calibration_state(loaded) == "observing":
                 calibration_started = time.perf_counter()
                 with progress("calibrating activations") as report:
@@ -260,11 +255,13 @@ def quantize(
                         **arguments,
                     )
                 seconds_calibration = time.perf_counter() - calibration_started
+                if plan:
+                    write_checkpoint(loaded, run.calibrated, work, max_shard_size)
             state = calibration_state(loaded)
-            if plan:
+            if teacher is not None:
                 run.run(
                     loaded,
-                    load_pipeline(source, config=config, variant=variant),
+                    teacher,
                     prompts=prompts,
                     save=lambda pipe, folder: write_checkpoint(pipe, folder, work, max_shard_size),
                     progress=progress,

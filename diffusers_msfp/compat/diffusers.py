@@ -179,7 +179,11 @@ def source_of(thing: object) -> str | None:
 
 def set_config(model: Any, config: Mapping) -> None:
     """Replace a model's config; `register_to_config` can add, but not remove."""
-    model._internal_dict = type(model._internal_dict)(dict(config))
+    before = model._internal_dict
+    model._internal_dict = type(before)(dict(config))
+    for name in before.keys() & config.keys():
+        if (set_since := getattr(before, name)) is not before[name]:  # as IP-Adapters set attributes, not entries
+            setattr(model._internal_dict, name, set_since)
 
 
 def single_file_origin(path: Path) -> str:

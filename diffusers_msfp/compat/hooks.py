@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from .accelerate import only_moves
 from .diffusers import only_offloads
@@ -43,8 +45,11 @@ def is_watched(module: nn.Module) -> bool:
 
 
 def has_dispatch_modes() -> bool:
-    """Whether somebody watches all operators, as counters of operations and fake tensors do."""
-    return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
+    """Whether somebody watches all operators, as counters and fake tensors do; a default device does not."""
+    if torch._C._len_torch_dispatch_stack():
+        return True
+    modes = _get_current_function_mode_stack() if torch._C._len_torch_function_stack() else ()
+    return not all(isinstance(mode, DeviceContext) for mode in modes)  # `torch.set_default_device`
 
 
 def home_of(function: Callable) -> str:

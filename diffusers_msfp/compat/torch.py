@@ -1,4 +1,4 @@
-"""Internals of torch (all since 2.6, the oldest that is supported)."""
+"""Internals of torch 2.13."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -179,8 +179,9 @@ def is_hooked(module: nn.Module) -> bool:
 
 def replace_children(parent: nn.Module, instead: Mapping[int, nn.Module]) -> None:
     """Put other modules where children stand, by `id` of the child, under any name and in containers too."""
-    for name, child in parent._modules.items():
-        parent._modules[name] = instead.get(id(child), child)
+    for name, child in [*parent._modules.items()]:
+        if id(child) in instead:  # others are another thread's, which may have exchanged them since
+            parent._modules[name] = instead[id(child)]
 
 
 def address_says_all(x: Tensor) -> bool:
@@ -240,7 +241,8 @@ class StatefulModule(nn.Module):
         """What `to`, `half`, `cuda` and the like come down to."""
         self.before_move(fn)
         exact = {name: tensor.data for name, tensor in self.exact_tensors()}  # a parameter is cast in place
-        super()._apply(fn, recurse)
+        # pairs of adapters have five axes, in which `to(memory_format=…)` would look for a layout of pictures
+        super()._apply(lambda each: fn(each.flatten(1)).view(each.shape) if each.ndim == 5 else fn(each), recurse)
         for name, before in exact.items():
             is_buffer = name in self._buffers
             moved = tensors_of(self)[name]

@@ -105,7 +105,7 @@ def launch_failure(device: torch.device) -> str | None:
     try:
         from .triton.input_codes import quantize
 
-        one = torch.ones((), device=device)
+        one = torch.ones((), dtype=torch.float32, device=device)
         quantize(one, one, one, FORMATS["fp4_e2m1"])
     except Exception as error:  # noqa: BLE001 – a compiler can fail in any way
         return f"Triton fails here ({error})"

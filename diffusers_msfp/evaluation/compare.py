@@ -126,8 +126,8 @@ def compare_pipelines(
         told = timestep_argument(module).given(args, kwargs)
 
         def as_candidate(value: Any) -> Any:
-            is_data = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1 and value is not told
-            return value.to(student.dtype) if is_data else value
+            is_data = isinstance(value, Tensor) and value.dtype == module.dtype and value.ndim > 1 and value is not told
+            return value.to(student.dtype) if is_data else value  # positions keep a dtype of their own
 
         asking = True
         errors[name].sampler.look()

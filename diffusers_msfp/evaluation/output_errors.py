@@ -17,9 +17,10 @@ class DenoiserError(Result):
     """How far a denoiser's outputs are from the reference's, pooled over samples and timesteps.
 
     Args:
-        traj_rel_l2 (`float`, *optional*): `sqrt(Σ γ_t²‖Δ‖² / Σ γ_t²‖reference‖²)`: what the sampler makes of the error,
-            whose coefficient γ_t is the smallest where most of `eps_rel_l2` lies; see `denoising_factors`. None where
-            its scheduler has no such coefficients, and for a denoiser that was never called.
+        traj_rel_l2 (`float`, *optional*): `sqrt(Σ γ_t²‖Δ‖² / Σ γ_t²‖reference‖²)`: the error as the sampler uses it,
+            whose coefficient γ_t is the smallest where most of `eps_rel_l2` lies; see `denoising_factors`. γ_t is that
+            of the linear step: what clipping takes away from an error, and what guidance makes of it, do not count.
+            None where its scheduler has no such coefficients, and for a denoiser that was never called.
         eps_mse (`float`, *optional*): mean squared difference; None for a denoiser that was never called.
         eps_rel_l2 (`float`, *optional*): `sqrt(Σ‖Δ‖² / Σ‖reference‖²)`; None likewise.
         eps_rel_l2_by_timestep (`Mapping[str, float]`): timestep → the same.

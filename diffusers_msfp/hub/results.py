@@ -54,13 +54,13 @@ class Results:
         """Refuse figures of something else.
 
         Args:
-            checkpoint (`str`, *optional*): `fingerprint` of what is published. Files of older releases name none.
+            checkpoint (`str`, *optional*): `fingerprint` of what is published.
 
         Raises:
             ConfigError: a file names another.
         """
         for kind, file in self.files.items():
-            named = (getattr(self, kind) or {}).get("checkpoint", checkpoint)
+            named = (getattr(self, kind) or {}).get("checkpoint")
             if named != checkpoint:
                 raise ConfigError(
                     f"A card's figures must be of the checkpoint that is published, {checkpoint}, but {file} was "

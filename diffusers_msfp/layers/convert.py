@@ -15,6 +15,7 @@ from ..compat.peft import is_wrapped, name_inside
 from ..compat.torch import is_hooked, replace_children, weight_of
 from ..compat.wrappers import own_name
 from ..errors import ConfigError, StateError
+from ..formats import FORMATS
 from ..numerics.rounding import check_finite
 from ..schemes import SCHEMES, LayerScheme, check_patterns, matches, resolve
 from . import QUANT_LAYERS, QuantLayer, SplitLayer
@@ -37,6 +38,15 @@ class Conversion:
     layers: Mapping[str, LayerScheme]
     skipped: Mapping[str, str]
 
+    @property
+    def weight_bits(self) -> int:
+        """Those of the widest weight that may be chosen."""
+        return max(FORMATS[name].bits for scheme in self.layers.values() for name in scheme.weight)
+
+    def float_parameters(self, model: nn.Module) -> list[str]:
+        """Names of the parameters of a model that stay float."""
+        return [name for name, _ in model.named_parameters() if name.removesuffix(".weight") not in self.layers]
+
     @classmethod
     def plan(
         cls,
@@ -45,6 +55,7 @@ class Conversion:
         keep: Sequence[str] = (),
         overrides: Mapping[str, str] | None = None,
         format_version: int | None = None,
+        begun: bool = False,
     ) -> "Conversion":
         """Decide by name and kind.
 
@@ -53,17 +64,19 @@ class Conversion:
             keep (`Sequence[str]`): patterns of modules that stay float.
             overrides (`Mapping[str, str]`): pattern → scheme.
             format_version (`int`, *optional*): of the checkpoint that names the schemes, see `schemes.scheme_of`.
+            begun (`bool`): some layers are quantized already; the plan is for the others, and may be empty.
 
         Raises:
             ConfigError: unknown scheme, a pattern that matches nothing, or nothing to convert.
-            StateError: quantized already, with adapters, or with layers that run another `forward` than their own.
+            StateError: quantized already, with adapters or image prompts, or with layers that run another `forward`
+                than their own.
         """
         overrides = overrides or {}
         for name in (scheme, *overrides.values()):
             SCHEMES[name]
         weighted = {name: module for name, module in model.named_modules() if isinstance(module, _WEIGHTED)}
         already = [name for name, module in weighted.items() if isinstance(module, QuantLayer)]
-        if already:
+        if already and not begun:
             raise StateError(
                 f"A model can be quantized once, but {len(already)} layers already are ({already[0]}, …). "
                 f"Call `model.dequantize()` first."
@@ -73,8 +86,16 @@ class Conversion:
                 "A model must be quantized before adapters are attached, but this one has some. Fuse them "
                 "(`fuse_lora`, then `unload_lora`) or unload them first."
             )
+        loaded = next((name for name in weighted if "processor" in name.split(".")), None)
+        if loaded is not None:
+            raise StateError(
+                f"A model must be quantized before image prompts and the like are loaded, but its attention has layers "
+                f"of such ({loaded}, …), which no checkpoint of it has. Unload them (`pipe.unload_ip_adapter()`), "
+                f"quantize, and load them again."
+            )
         check_patterns([*overrides], list(weighted), "scheme_overrides")
         check_patterns(list(keep), [name for name, _ in model.named_modules() if name], "modules_to_not_convert")
+        weighted = {name: module for name, module in weighted.items() if name not in already}
         shared = Counter(id(module.weight) for module in weighted.values())
         layers, skipped = {}, {}
         for name, module in weighted.items():
@@ -87,13 +108,15 @@ class Conversion:
                 skipped[name] = f"no quantized counterpart for {type(module).__name__}"
             elif "weight" not in dict(module.named_parameters(recurse=False)):
                 skipped[name] = "its weight is computed anew in each call (weight norm, pruning)"
+            elif module.bias is not None and "bias" not in dict(module.named_parameters(recurse=False)):
+                skipped[name] = "its bias is computed anew in each call (pruning)"
             elif shared[id(module.weight)] > 1:
                 skipped[name] = "shares its weight with another layer"
             elif not module.weight.is_floating_point():
                 skipped[name] = f"its weight is {module.weight.dtype}: already quantized by something else"
             else:
                 layers[name] = resolve(name, scheme, overrides, format_version)
-        if not layers:
+        if not (layers or begun):
             kinds = ", ".join(cls.__name__ for cls in QUANT_LAYERS)
             raise ConfigError(f"A model must have a layer to quantize ({kinds}), but {type(model).__name__} has none.")
         require_own_methods(model, {name: weighted[name] for name in layers}, "quantized")
@@ -239,9 +262,14 @@ def require_revertible(model: nn.Module) -> None:
             )
 
 
-def revert(model: nn.Module, dtype: torch.dtype) -> None:
-    """Put float layers with decoded weights in place of all quantized ones; activations are float again."""
+def decoded_layers(model: nn.Module, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """Float layers with decoded weights for all quantized ones, by name; the model is not changed."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
-    replace_modules(model, {name: layer.to_float(dtype) for name, layer in layers.items()})
+    return {name: layer.to_float(dtype) for name, layer in layers.items()}
+
+
+def revert(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Put `decoded_layers` in place of all quantized ones; activations are float again."""
+    replace_modules(model, layers)
     split = {name: module for name, module in model.named_modules() if isinstance(module, SplitLayer)}
     replace_modules(model, {name: layer.merged() for name, layer in split.items()})

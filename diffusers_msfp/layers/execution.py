@@ -104,7 +104,7 @@ class Execution(StoredTensors, PackedLayer):
 
     def __getstate__(self) -> dict:
         """For copies and pickles: without what an engine made ready."""
-        return {key: value for key, value in self.__dict__.items() if key != "prepared"}
+        return {key: value for key, value in super().__getstate__().items() if key != "prepared"}
 
     # ── the reference ────────────────────────────────────────────────────────────────────────────────────────
 

@@ -12,7 +12,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 import numpy as np
 import torch
@@ -104,6 +104,23 @@ class LogicalWeight(Tensor):
         raise UnsupportedError(
             f"The weight of `{self._module_name}` is packed and cannot be written, but something tried to. To change "
             f"or fuse weights call `model.dequantize()` first; adapters can stay beside them."
+        )
+
+    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
+        """As of any tensor, with True refused: the next access of the weight would know nothing of it."""
+        if requires_grad:
+            self._refuse_training()
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "requires_grad" and value:
+            self._refuse_training()
+        super().__setattr__(name, value)
+
+    def _refuse_training(self) -> None:
+        raise UnsupportedError(
+            f"The weight of `{self._module_name}` is packed, so it cannot be trained. Train adapters: "
+            f"`diffusers_msfp.finetune(pipe, teacher)`, or PEFT's by `model.add_adapter(LoraConfig(…))`."
         )
 
     @property
@@ -200,7 +217,7 @@ class PackedLayer(nn.Module, ABC):
         """
 
     def __getstate__(self) -> dict:
-        return self.__dict__.copy()
+        return cast(dict, super().__getstate__())  # without what `torch.compile` has bound to it
 
     def __deepcopy__(self, memo: dict) -> nn.Module:
         if asked_by_peft():

@@ -1,6 +1,7 @@
 """What a quantized layer knows of those above it: engines that run it, and choices by timestep.
 
-Such things are `engines.Engine` and `PreparedLayer`; `talora.RoutingTable`, `temporal.FiniteSet` and `FeatureTable`.
+Such things are `engines.Engine` and `PreparedLayer`; `methods.talora.RoutingTable`, `methods.temporal.FiniteSet` and
+`FeatureTable`.
 """
 
 from collections.abc import Callable

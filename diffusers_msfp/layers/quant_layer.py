@@ -14,8 +14,8 @@ PEFT finds it, and the original's attributes. Stored tensors:
 | `observed_sample`, `observed_count`, `observed_range` | see `Observation` | | only while observing |
 | `formats` | `(2, 3)`, `(3, 3)` | uint8 | of weight and input, see `stored.formats_tensor`; made when it is asked for |
 | `bias` | as the original | as the model | untouched |
-| `adapters.down`, `adapters.up` | see `talora.AdapterBank` | float16 | only with adapters beside the weight |
-| `recall.features` | `(S, C)` | float16 or float32 | outputs known for timesteps, see `temporal.FeatureTable` |
+| `adapters.down`, `adapters.up` | see `methods.talora.AdapterBank` | float16 | only with adapters beside the weight |
+| `recall.features` | `(S, C)` | float16 or float32 | outputs known for timesteps, see `methods.temporal.FeatureTable` |
 
 C is the number of output channels, K that of weight banks: 1, or one per adapter where adapters are merged into the
 weights; banks share `weight_scale` and `group_scale`. With one bank and no adapters the input may have S parameter

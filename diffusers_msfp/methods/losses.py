@@ -14,27 +14,14 @@ from torch import Tensor
 
 from ..errors import ConfigError, NonFiniteError
 from ..sampling.denoising_factor import RunFactors, clipped_factors, clips
-from ..sampling.finite_steps import learns_variance
+from ..sampling.finite_steps import learns_variance, probe_of
 from ..sampling.trajectory import Trajectories
 from ..sampling.used_output import sample_of
 
 
-def ddpm_factor(alphas_cumprod: Tensor) -> Tensor:
-    """`(1 - alpha_t) / (sqrt(alpha_t) * sqrt(1 - abar_t))` of ancestral DDPM for epsilon; `(T,)` → `(T,)`."""
-    alphas = alphas_cumprod / torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
-    return (1 - alphas) / (alphas.sqrt() * (1 - alphas_cumprod).sqrt())
-
-
-def ddim_factor(abar: Tensor, abar_previous: Tensor, eta: float = 0.0) -> Tensor:
-    """`|sqrt(1 - abar_s - sigma^2) - sqrt(abar_s (1 - abar_t) / abar_t)|` of DDIM for epsilon, step t → s.
-
-    Args:
-        abar, abar_previous (`Tensor`, same shape): cumulative products of alpha at t and at s.
-        eta (`float`): 0 deterministic, 1 as noisy as DDPM.
-    """
-    variance = (1 - abar_previous) / (1 - abar) * (1 - abar / abar_previous) * eta**2
-    direct = (1 - abar_previous - variance).clamp_min(0).sqrt()
-    return (direct - (abar_previous * (1 - abar) / abar).sqrt()).abs()
+def floats(values: Iterable[float | tuple[float, ...]], device: torch.device) -> Tensor:
+    """Numbers, or rows of them, as float32, whatever torch's default is."""
+    return torch.tensor([*values], dtype=torch.float32, device=device)
 
 
 def loss_weights(factors: Mapping[float, float], exponent: float = 1.0, floor: float = 0.0) -> dict[float, float]:
@@ -94,7 +81,8 @@ def real_factors(
 
     Returns:
         `dict[float, float]`: timestep → factor; None where the linear ones hold: nothing is clipped, or the sampler
-        does not step from what the model reads and gives, as with guidance, scaled inputs or learned variances.
+        does not step from what the model reads and gives, as with guidance, scaled inputs or learned variances, or
+        begins after its first step.
     """
     scheduler, steps = sampler.scheduler, trajectories.steps()
     samples = [sample_of(step.args, step.kwargs) for step in steps]
@@ -102,7 +90,8 @@ def real_factors(
         len(step.output) == trajectories.share and step.output.shape == sample.shape
         for step, sample in zip(steps, samples, strict=True)
     )
-    if not clips(scheduler) or learns_variance(scheduler) or not as_it_is:
+    whole = len(steps) == len(probe_of(scheduler, sampler.num_inference_steps).timesteps)  # not from a picture on
+    if not (clips(scheduler) and as_it_is and whole) or learns_variance(scheduler):
         return None
     calls = [
         (float(step.timesteps[0]), sample, step.output, answer - step.output)

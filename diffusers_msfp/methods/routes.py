@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from .temporal import FiniteSet
 
 ROUTER = "timestep_router"
-"""Where a model has `talora.RoutingTable`."""
+"""Where a model has `methods.talora.RoutingTable`."""
 FINITE_SET = "temporal_set"
-"""Where a model has `temporal.FiniteSet`."""
+"""Where a model has `methods.temporal.FiniteSet`."""
 
 
 class RouteHook:

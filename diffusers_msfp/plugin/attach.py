@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..engines.choose import engine_from_environment, set_engine
-from ..layers.convert import require_revertible, revert
+from ..layers.convert import decoded_layers, require_revertible, revert
 from ..layers.incoming import unwatch_states, watch_states
 from ..methods.method import parts
 from ..sampling.observation import Calibration, track, untrack
@@ -46,6 +46,7 @@ def detach(model: nn.Module, dtype: torch.dtype) -> None:
     for part in parts():
         if part.require_float is not None:
             part.require_float(model)
+    decoded = decoded_layers(model, dtype)  # what may fail comes first
     set_engine(model, "reference")
     overrides.remove(model)
     unwatch_states(model)
@@ -53,4 +54,4 @@ def detach(model: nn.Module, dtype: torch.dtype) -> None:
         if part.detach is not None:
             part.detach(model)
     untrack(model)
-    revert(model, dtype)
+    revert(model, decoded)

@@ -148,6 +148,12 @@ def check_calibration(
     refuse_upcast(pipe, models)
     make_arguments = call_arguments(pipe, prompts, num_inference_steps, arguments)
     ordered = [part for part in pipe.components.values() if any(part is model for model in models.values())]
+    for name in (name for name in arguments if images is not None and name.endswith("_per_prompt")):
+        if arguments[name] not in (None, 1):
+            raise ConfigError(
+                f"Each picture has a caption of its own, so `{name}` must be 1 beside `images`, but got "
+                f"{arguments[name]}. Leave it out."
+            )
     pictures = _pictures(pipe, ordered, images, prompts, num_samples, seed)
     try_calls(pipe, batched_calls(make_arguments, ordered, num_samples, seed), pictures)
 

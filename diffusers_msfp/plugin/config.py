@@ -137,11 +137,10 @@ class MSFPConfig(QuantizationConfigMixin, TransformersConfigMixin, PipelineQuant
             logger.warning("Activations of text encoders stay float: `%s` counts as `%s`.", self.scheme, config.scheme)
         return config
 
-    def plan(self, model: nn.Module) -> Conversion:
-        """What to do with each layer of a model."""
-        return Conversion.plan(
-            model, self.scheme, self.modules_to_not_convert, self.scheme_overrides, self.format_version
-        )
+    def plan(self, model: nn.Module, *, begun: bool = False) -> Conversion:
+        """What to do with each layer of a model, or with those that are left of it; see `Conversion.plan`."""
+        asked = self.scheme, self.modules_to_not_convert, self.scheme_overrides, self.format_version
+        return Conversion.plan(model, *asked, begun=begun)
 
     def take_record(self) -> ModelRecord:
         """The record of a checkpoint that is being loaded, which the model's config does not keep.

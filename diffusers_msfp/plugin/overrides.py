@@ -30,6 +30,7 @@ _REFUSED = {
     "There is nothing to gain: leave it out.",
     "fuse_qkv_projections": "Packed projections of different formats cannot be joined. Leave them apart, or call "
     "`model.dequantize()`, fuse, and quantize again.",
+    "type": "The packed weights have no dtype to cast. Load the model with `dtype=…` instead.",
     "half": "The packed weights have no dtype to cast. Load the model with `dtype=torch.float16` instead.",
     "float": "The packed weights have no dtype to cast. Load the model with `dtype=torch.float32` instead.",
 }
@@ -65,7 +66,11 @@ def _to(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
     args = tuple(arg for arg in args if not isinstance(arg, torch.dtype) and arg is not None)
     if not args and not {key: value for key, value in kwargs.items() if value is not None}:
         return model
-    return type(model).to(model, *args, **kwargs)
+    ready = [layer for _, layer in quant_layers(model) if layer.prepared is not None]
+    moved = type(model).to(model, *args, **kwargs)
+    for layer in ready:  # again: what is compiled next cannot do it
+        layer.prepare()
+    return moved
 
 
 def _set_default_attn_processor(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from typing import Any, cast
 
+import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 from transformers import PreTrainedModel
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 from ..compat.wrappers import seen_through, sees_through, unwrap
 from ..engines.choose import check_environment
 from ..errors import ConfigError, StateError
-from ..layers.convert import Conversion, convert
+from ..layers.convert import Conversion, convert, quant_layers
 from ..methods.method import parts
 from ..results import OnProgress, in_stage
 from ..sampling.calls import known_arguments
@@ -48,7 +49,7 @@ def _planned(model: ModelMixin | PreTrainedModel, config: MSFPConfig) -> tuple[Q
     kind = MSFPQuantizer if isinstance(model, ModelMixin) else MSFPTransformersQuantizer
     check_environment()
     quantizer = kind(config.without_record(), pre_quantized=True)
-    plan = quantizer.quantization_config.plan(model)
+    plan = quantizer.quantization_config.plan(model, begun=_is_left(model, config))
     plan.check(model)
     return quantizer, plan
 
@@ -59,13 +60,23 @@ def _quantize(
     plan: Conversion,
     on_progress: OnProgress | None = None,
 ) -> None:
-    """Do it."""
+    """Do it; what is stopped on the way knows itself, so that the same call goes on."""
     dtype = model.dtype
-    convert(model, plan, on_progress)
+    try:
+        convert(model, plan, on_progress)
+    except BaseException:
+        if any(True for _ in quant_layers(model)):
+            _mark(model, quantizer, dtype)
+            quantizer.unfinished = True
+        raise
+    _mark(model, quantizer, dtype)
+    plan.report(model)
+
+
+def _mark(model: ModelMixin | PreTrainedModel, quantizer: Quantizer, dtype: torch.dtype) -> None:
     cast(Any, quantizer).attach(model)
     if isinstance(model, ModelMixin):
         model.register_to_config(_pre_quantization_dtype=dtype)
-    plan.report(model)
 
 
 def quantize_pipeline(
@@ -121,7 +132,8 @@ def _quantize_components(
         images = taken(calibration["images"], calibration.get("num_samples", DEFAULT_SAMPLES))
         calibration = calibration | {"images": images}
     models = components_of(pipe, config)
-    plans = {name: _planned(model, config) for name, model in models.items() if not _is_left(model, config)}
+    plans = {name: _planned(model, config) for name, model in models.items()}
+    plans = {name: planned for name, planned in plans.items() if planned[1].layers}  # the others are left
     refuse_upcast(pipe, models)
     observing = [model for name, model in models.items() if name not in plans]
     if observing or any(scheme.activation for _, plan in plans.values() for scheme in plan.layers.values()):
@@ -136,11 +148,13 @@ def _quantize_components(
 
 
 def _is_left(model: ModelMixin | PreTrainedModel, config: MSFPConfig) -> bool:
-    """Whether an earlier call with the same config has quantized a model's weights and not come to its end."""
-    if not list(quantized_models(model)) or calibration_state(model) != "observing":
+    """Whether an earlier call with the same config has quantized weights of a model and not come to its end."""
+    if not list(quantized_models(model)):
         return False
     wanted, done = config.without_record(), config_of(model)
-    return all(getattr(wanted, key) == getattr(done, key) for key in _REQUEST)
+    if any(getattr(wanted, key) != getattr(done, key) for key in _REQUEST):
+        return False
+    return calibration_state(model) == "observing" or cast(Any, unwrap(model)).hf_quantizer.unfinished
 
 
 _REQUEST = ("scheme", "modules_to_not_convert", "scheme_overrides")

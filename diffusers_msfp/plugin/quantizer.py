@@ -56,6 +56,7 @@ class MSFPQuantizer(DiffusersQuantizer):
 
     use_keep_in_fp32_modules = True
     requires_calibration = False
+    unfinished = False  # whether quantizing its model was stopped on the way
     quantization_config: MSFPConfig
 
     def __init__(self, quantization_config: MSFPConfig, **kwargs: Any) -> None:
@@ -71,8 +72,6 @@ class MSFPQuantizer(DiffusersQuantizer):
     def _stored(self, module: nn.Module) -> tuple[str, ...]:
         """Tensors that a checkpoint keeps of a module beside float ones."""
         return next((names for kind, names in self._kept.items() if isinstance(module, kind)), ())
-
-    # ── loading ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         """float32 where nothing is asked for."""
@@ -95,8 +94,12 @@ class MSFPQuantizer(DiffusersQuantizer):
             )
 
     def adjust_target_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:  # noqa: ARG002
-        """Size of a weight when devices are shared out."""
-        return CustomDtype.INT4
+        """Size of the widest weight when devices are shared out."""
+        return CustomDtype.INT4 if cast(Conversion, self._plan).weight_bits <= 4 else torch.int8
+
+    def get_special_dtypes_update(self, model: nn.Module, torch_dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """What stays float, for the same."""
+        return dict.fromkeys(cast(Conversion, self._plan).float_parameters(model), torch_dtype)
 
     def get_cuda_warm_up_factor(self) -> int:
         """Four-bit weights take an eighth of the allocation that float weights would."""
@@ -258,8 +261,6 @@ class MSFPQuantizer(DiffusersQuantizer):
         attach(model, self, None if self._record is None else self._record.calibration)
         self._record = None
 
-    # ── saving, and back to float ────────────────────────────────────────────────────────────────────────────
-
     def get_state_dict_and_metadata(
         self,
         state_dict: dict[str, Any],
@@ -272,10 +273,8 @@ class MSFPQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         detach(model, cast(ModelMixin, model).dtype)
-        config = dict(cast(Any, model).config)
-        for key in ("quantization_config", "_pre_quantization_dtype"):
-            config.pop(key, None)
-        set_config(model, config)
+        ours, config = ("quantization_config", "_pre_quantization_dtype"), cast(Any, model).config
+        set_config(model, {key: value for key, value in config.items() if key not in ours})
         del model.quantization_method
         return model
 

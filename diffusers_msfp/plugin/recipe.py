@@ -96,7 +96,8 @@ class RecipeRun:
     """A recipe at work in a folder, which keeps the pipeline after each stage and where a killed run goes on.
 
     Args:
-        folder (`Path`): holds `1-temporal`, `2-rounding` and so on, checkpoints like any other, and a journal.
+        folder (`Path`): holds `0-calibration`, `1-temporal`, `2-rounding` and so on, checkpoints like any other, and a
+            journal.
         plan (`list[tuple[str, object]]`): see `plan_stages`.
         identity (`dict`): all else that the result depends on; stages of a run with another one are dropped, and so
             are those from the first one on that has other settings.
@@ -110,16 +111,23 @@ class RecipeRun:
             if entry["settings"] != self._settings(index):
                 break
             self.figures.append(entry)
-        kept = {self._stage_folder(index).name for index in range(len(self.figures))}
+        kept = {self.calibrated.name, *(self._stage_folder(index).name for index in range(len(self.figures)))}
         for old in folder.glob("[0-9]*-*"):
             if self._journal.differs or not (old.name in kept or old.name.endswith(WORK)):
                 shutil.rmtree(old)
         self._journal.keep(self.figures)
 
     @property
+    def calibrated(self) -> Path:
+        """Where the checkpoint before the first stage lies, once it is written."""
+        return self.folder / "0-calibration"
+
+    @property
     def latest(self) -> Path | None:
-        """The checkpoint after the last stage that is finished; None before the first."""
-        return self._stage_folder(len(self.figures) - 1) if self.figures else None
+        """The checkpoint after the last stage that is finished, or after calibration; None before."""
+        if self.figures:
+            return self._stage_folder(len(self.figures) - 1)
+        return self.calibrated if self.calibrated.is_dir() else None
 
     def _settings(self, index: int) -> list[str]:
         """Of a stage and of those before it."""

@@ -42,6 +42,7 @@ class MSFPTransformersQuantizer(HfQuantizer):
     """
 
     requires_calibration = False
+    unfinished = False  # whether quantizing its model was stopped on the way
     quantization_config: MSFPConfig
 
     def __init__(self, quantization_config: MSFPConfig, **kwargs: Any) -> None:
@@ -137,6 +138,12 @@ class MSFPTransformersQuantizer(HfQuantizer):
             return None, {}
         config = self.quantization_config
         return tensors_to_save(model.state_dict(), config), file_metadata(config)
+
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> nn.Module:
+        """As transformers', which would take the dtype from a config that casting and saving leave another one in."""
+        self._dequantize(model, dtype)
+        self.remove_quantization_config(model)
+        return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> nn.Module:
         detach(model, dtype or model.dtype)

@@ -68,15 +68,15 @@ def _made_linear(scheduler: Scheduler) -> dict[str, Any]:
 
 def _factors(probe: Scheduler, step_arguments: dict[str, Any]) -> dict[float, float]:
     """`denoising_factors` of a scheduler that is ready to step, which is used up."""
-    sample = torch.zeros(SHAPE)
+    sample = torch.zeros(SHAPE, dtype=torch.float32)
     found: dict[float, list[float]] = {}
     timesteps = list(probe.timesteps)[getattr(probe, "begin_index", None) or 0 :]
     for timestep, following in zip(timesteps, [*timesteps[1:], None], strict=True):
         try:
             _as_input(probe, sample, timestep)
             before = copy.deepcopy(probe)
-            low = _step(probe, torch.zeros(SHAPE), timestep, sample, step_arguments)
-            high = _step(before, torch.ones(SHAPE), timestep, sample, step_arguments)
+            low = _step(probe, torch.zeros_like(sample), timestep, sample, step_arguments)
+            high = _step(before, torch.ones_like(sample), timestep, sample, step_arguments)
             difference = high - low
             if following is not None:
                 difference = _as_input(copy.deepcopy(probe), difference, following)

@@ -279,7 +279,7 @@ class NoisedPictures:
         mean, std = (getattr(config, f"latents_{name}", None) for name in ("mean", "std"))
         shift, factor = getattr(config, "shift_factor", None) or 0.0, getattr(config, "scaling_factor", None) or 1.0
         if mean is not None and std is not None:
-            mean, std = (torch.tensor(each).view(1, -1, 1, 1) for each in (mean, std))
+            mean, std = (torch.tensor(each, dtype=torch.float32).view(1, -1, 1, 1) for each in (mean, std))
             return (latents - mean) * factor / std
         return (latents - shift) * factor
 

@@ -23,7 +23,7 @@ from .calls import quiet
 from .denoisers import attention_of, denoiser_name, denoiser_of, model_output
 from .denoising_factor import RunFactors
 from .timestep import TimestepArgument, require_timesteps, timestep_argument
-from .used_output import used_part
+from .used_output import sample_of, used_part
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,9 @@ def rollout(
             factors.look()
         predicted = used_part(pipe, model_output(output), args, kwargs)
         timesteps = torch.as_tensor(argument.of(args, kwargs), device=predicted.device).flatten()
-        steps.append(DenoisingStep(timesteps.expand(len(predicted)), args, kwargs, predicted))
+        sample = sample_of(args, kwargs)  # cloned: some pipelines step in place
+        args, kwargs = tree_map(lambda leaf: leaf.clone() if leaf is sample else leaf, (args, kwargs))
+        steps.append(DenoisingStep(timesteps.expand(len(predicted)), args, kwargs, predicted.clone()))
 
     generators = [torch.Generator().manual_seed(seed + first + i) for i in range(size)]
     with after_calls(denoiser, keep), quiet(pipe), torch.no_grad():
@@ -181,6 +183,11 @@ def rollout(
     return steps
 
 
+def _unmixable(why: str) -> ConfigError:
+    what = f"Steps of a trajectory are mixed sample by sample, but this pipeline calls its denoiser with {why}"
+    return ConfigError(f"{what}: with these arguments it cannot be a teacher.")
+
+
 def mix(steps: list[DenoisingStep], choice: list[int], argument: TimestepArgument) -> DenoisingStep:
     """One call in which each row comes from a step of its own.
 
@@ -190,7 +197,7 @@ def mix(steps: list[DenoisingStep], choice: list[int], argument: TimestepArgumen
         argument (`TimestepArgument`): where the model takes its timestep.
 
     Raises:
-        ConfigError: calls that differ in something without rows.
+        ConfigError: calls that differ in something without rows, in shapes, or in what is given at all.
     """
 
     def pick(parts: list) -> Any:
@@ -200,18 +207,20 @@ def mix(steps: list[DenoisingStep], choice: list[int], argument: TimestepArgumen
             return [parts[step][row] for row, step in enumerate(choice)]
         if not _has_rows(parts[0], len(choice)):
             if not all(_equal(part, parts[0]) for part in parts):
-                raise ConfigError(
-                    "Steps of a trajectory are mixed sample by sample, but this pipeline calls its denoiser with "
-                    "something that has no entry for each sample and changes from step to step: it cannot be a teacher."
-                )
+                raise _unmixable("something that has no entry for each sample and changes from step to step")
             return parts[0]
-        return torch.stack([parts[step][row] for row, step in enumerate(choice)])
+        rows = [parts[step][row] for row, step in enumerate(choice)]
+        if len({row.shape for row in rows}) > 1:
+            raise _unmixable("tensors whose shape changes from step to step")
+        return torch.stack(rows)
 
     is_list = _lists_of_samples(steps[0].args, steps[0].kwargs, len(choice))
     own = argument.given(steps[0].args, steps[0].kwargs)
     by_row = isinstance(own, Tensor) and own.ndim > 1 and _has_rows(own, len(choice))  # one for each token
     parts = [(step.args, step.kwargs) if by_row else argument.put(step.args, step.kwargs, 0) for step in steps]
     leaves = [tree_flatten(each, is_leaf=is_list) for each in parts]
+    if any(structure != leaves[0][1] for _, structure in leaves):
+        raise _unmixable("other arguments in some steps than in others")
     args, kwargs = tree_unflatten(
         [pick(list(each)) for each in zip(*(leaf for leaf, _ in leaves), strict=True)], leaves[0][1]
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..calibration.watch import watching_calls
 from ..compat.torch import tree_leaves
 from ..layers.split import whole_name
-from .denoisers import model_output
+from .denoisers import model_output, scheduler_of
 from .finite_steps import learns_variance
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -38,7 +38,7 @@ def used_part(pipe: DiffusionPipeline, output: Tensor, args: tuple, kwargs: Mapp
     half = output.shape[1] // 2
     sample = sample_of(args, kwargs)
     doubled = sample.ndim == output.ndim and sample.shape[1] == half and sample.shape[2:] == output.shape[2:]
-    return output[:, :half] if doubled or learns_variance(pipe.scheduler) else output
+    return output[:, :half] if doubled or learns_variance(scheduler_of(pipe)) else output
 
 
 @dataclass(frozen=True)

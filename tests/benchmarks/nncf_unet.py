@@ -11,10 +11,11 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from steps import PlainModel
 from torch import Tensor
 
+from diffusers_msfp.plugin.calibrate import DEFAULT_SAMPLES
 from diffusers_msfp.sampling.calls import call_arguments
 from diffusers_msfp.sampling.trajectory import rollout
 
-SAMPLES, STEPS = 16, 20  # of the trajectories on which ranges are set, as many as ours by default
+BATCH, STEPS = 16, 20  # of the trajectories on which ranges are set, as many as ours by default
 
 
 class NNCFUNet(UNet2DModel):
@@ -48,8 +49,8 @@ def quantized(pipe: DiffusionPipeline, keep: tuple[str, ...] = ()) -> NNCFUNet:
     import openvino
 
     unet, arguments = pipe.unet.float().eval(), call_arguments(pipe, None, STEPS, {})
-    steps = rollout(pipe, arguments, 0, SAMPLES, seed=0)
-    data = [feeds(*step.args[:2]) for step in steps]
+    batches = (rollout(pipe, arguments, first, BATCH, seed=0) for first in range(0, DEFAULT_SAMPLES, BATCH))
+    data = [feeds(*step.args[:2]) for steps in batches for step in steps]
     example = tuple(torch.from_numpy(each) for each in data[0])
     shapes = [(-1, *each.shape[1:]) for each in example]
     with torch.no_grad():

@@ -13,14 +13,13 @@ from types import MappingProxyType
 
 import torch
 from budget_tables import budget, budget_psnr, budget_steps, budget_sums
-from claims import claims, claims_shares
+from claims import claims, claims_shares, over_seeds
 from harness import ROOT, grouped, read_results
 from safetensors.torch import load_file
 from speed_tables import engines, engines_amx, openvino, openvino_quality, openvino_start, speed
 
 from diffusers_msfp import FORMATS
 from diffusers_msfp.assets import EMBEDDED_MODEL
-from diffusers_msfp.evaluation.images.distances import Estimate, mean_of
 from diffusers_msfp.exports import TARGETS
 from diffusers_msfp.recipes import RECIPES
 
@@ -184,16 +183,16 @@ def reads() -> Iterator[dict[str, str]]:
 
 
 def recipe() -> Iterator[dict[str, str]]:
-    """The recipe `msfp` with one part changed at a time; differences are paired over pictures of all seeds."""
+    """The recipe `msfp` with one part changed at a time; differences are paired over pictures, see `over_seeds`."""
     groups = grouped("recipe", "cell")
     base = {row["seed"]: torch.tensor(row["psnr_db_by_picture"]) for row in groups["as it is"]}
     for name, rows in groups.items():
-        each = torch.cat([torch.tensor(row["psnr_db_by_picture"]) for row in rows])
-        gain = mean_of(each - torch.cat([base[row["seed"]] for row in rows]))
+        each = torch.stack([torch.tensor(row["psnr_db_by_picture"]) for row in rows])
+        gain = over_seeds(each - torch.stack([base[row["seed"]] for row in rows]))
         yield {
             "recipe": name.replace("banks", "adapters"),
-            "PSNR (dB)": "{:.1f} ({:.1f} – {:.1f})".format(*ends(mean_of(each))),
-            "difference (dB)": "–" if name == "as it is" else "{:+.2f} ({:+.2f} – {:+.2f})".format(*ends(gain)),
+            "PSNR (dB)": "{:.1f} ({:.1f} – {:.1f})".format(*over_seeds(each)),
+            "difference (dB)": "–" if name == "as it is" else "{:+.2f} ({:+.2f} – {:+.2f})".format(*gain),
             "`traj_rel_l2`": f"{average(rows, 'traj_rel_l2'):.4f}",
             "`eps_rel_l2`": f"{average(rows, 'eps_rel_l2'):.4f}",
             "seconds": f"{average(rows, 'seconds'):.0f}",
@@ -214,11 +213,6 @@ def banks() -> Iterator[dict[str, str]]:
                 "timesteps of each adapter": ", ".join(f"{last} – {first}: {a + 1}" for first, last, a in runs),
                 "PSNR (dB)": "{:.1f} ({:.1f} – {:.1f})".format(*row["psnr_db"]),
             }
-
-
-def ends(figure: Estimate) -> tuple[float, float, float]:
-    """Value and interval."""
-    return figure.value, figure.low, figure.high
 
 
 def routing() -> Iterator[dict[str, str]]:
@@ -373,7 +367,7 @@ SHOWN = {
     "w4a8 + correction": "`w4a8`, `--correction`",
     "w4a8 msfp": "`w4a8`, recipe `msfp`, 1 100 updates",
     "w4g32a16 msfp": "`w4g32a16`, recipe `msfp`, 1 100 updates, float inputs",
-    "w8a8-wide ptq": "`w8a8-wide`, inputs in two bytes",
+    "w8a8-wide ptq": "`w8a8-wide`, slower products",
     "INT4 + correction": "`int-w4a4-pure`: uniform 4-bit grids throughout",
     "EfficientDM style + correction": "the same after EfficientDM, as reconstructed, 1 100 updates, some layers float",
     "SDNQ uint4 weights": "SDNQ `uint4`, float inputs",

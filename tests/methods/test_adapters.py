@@ -1,6 +1,7 @@
 """Low-rank pairs at a layer, trained and deployed."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from diffusers_msfp import export_adapter, import_adapter
 from diffusers_msfp.errors import CheckpointError, NonFiniteError, ShapeError, StateError
+from diffusers_msfp.formats import FORMATS
 from diffusers_msfp.layers import QUANT_LAYERS
 from diffusers_msfp.methods.talora import AdapterBank, FullUpdate, Gate, RoutingTable, Trainee, adapter_rank
 from diffusers_msfp.methods.talora.trainee import rounding_to_codes
@@ -107,6 +109,27 @@ def test_training_of_merged_weights_begins_with_the_codes_that_are_there(learned
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in (fresh.log_weight_scale,))
 
 
+@pytest.mark.parametrize("name", ["fp4_e1m2", "fp4_e2m1", "fp4_e3m0", "fp6_e2m3"])
+def test_a_code_is_kept_from_wherever_between_its_neighbours_the_float_weight_lies(name):
+    """Towards zero the next neighbour of a power of two is nearer than the other."""
+    fmt = FORMATS[name]
+    lattice = torch.tensor(sorted(value for value in fmt.lattice if value), dtype=torch.float32)
+    towards = torch.linspace(0.05, 0.95, 19)[:, None]
+    inner, between = lattice[1:-1], (lattice[:-2], lattice[2:])
+    original = torch.cat([inner + towards * (side - inner) for side in between])
+    codes = inner.expand_as(original)
+    ends = lattice[[0, -1]].expand(len(original), 2)  # what the scale follows
+    original, codes = (0.1 * torch.cat([part, ends], 1) for part in (original, codes))
+    module = nn.Linear(original.shape[1], original.shape[0], bias=False)
+    module.weight.data.copy_(original)
+    layer = QUANT_LAYERS[nn.Linear].from_float(module, "place", replace(SCHEMES["w4a16"].inner, weight=(name,)))
+    layer.weight_scale.fill_(0.1 / fmt.step)
+    layer.store_banks([codes])
+    assert torch.allclose(layer.dequantize_weight(), codes)
+    trainee = Trainee(layer, original, FullUpdate(layer.logical_shape, 1, "cpu"), "merged", Gate(), 0)
+    assert torch.equal(trainee.merged(torch.ones(1)), layer.dequantize_weight())
+
+
 @CASES
 def test_side_adapters_are_low_rank_convolutions_and_leave_the_base_alone(module, shape):
     trainee, x, base = made(module, shape, "side", scheme="w4a16")
@@ -132,6 +155,27 @@ def test_gradients_reach_adapters_ranges_and_router(kind):
     trained = [trainee.adapters.down, trainee.adapters.up, trainee.log_scale, trainee.relative_zero_point]
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
     assert trainee.gate.value.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("module", [LAYERS["3x3"][0], LAYERS["grouped"][0], LAYERS["linear"][0]], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_router_learns_from_each_samples_own_error(kind, module):
+    """Samples of one choice share a weight, and in training a batch: neither may mix their gradients."""
+    trainee, x, _ = made(module, (4, 4, 5, 5) if isinstance(module, nn.Conv2d) else (4, 8), kind)
+    error = torch.tensor([1.0, 0.0, -3.0, 0.5])  # the first and third have the same adapter
+
+    def gradient(rows: torch.Tensor) -> torch.Tensor:
+        gate = nn.functional.one_hot(TIMESTEPS[rows], ADAPTERS).float()[:, None].requires_grad_()
+        trainee.gate.set(gate)
+        (trainee(x[rows]).flatten(1).sum(1) * error[rows]).sum().backward()
+        return gate.grad
+
+    together = gradient(torch.arange(4))
+    apart = torch.cat([gradient(torch.tensor([row])) for row in range(4)])
+    assert torch.allclose(together, apart, atol=1e-5)
+    assert not together[1].any()
+    assert together[0].abs().sum() > 0
+    assert not torch.allclose(together[0], together[2])
 
 
 def test_trained_ranges_stay_on_the_lattice_and_belong_to_the_adapters_beside_the_weight():

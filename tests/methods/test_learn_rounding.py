@@ -23,7 +23,8 @@ from diffusers_msfp.errors import ConfigError, NonFiniteError, ShapeError, State
 from diffusers_msfp.evaluation import compare_pipelines
 from diffusers_msfp.layers import QuantLayer
 from diffusers_msfp.methods.blocks import reconstruction_units
-from diffusers_msfp.methods.rounding.parts import Examples, RoundedLayer
+from diffusers_msfp.methods.rounding.learn import Reconstructor
+from diffusers_msfp.methods.rounding.parts import Examples, RoundedLayer, RoundedPart
 from diffusers_msfp.numerics.rounding import local_step
 from diffusers_msfp.plugin.quantize import quantize_model
 from diffusers_msfp.sampling.calls import call_arguments
@@ -197,7 +198,7 @@ def test_examples_stay_within_the_memory_given(packed_pipe, teacher):
     trajectories = Trajectories(teacher, call_arguments(teacher, None, 4, {}), 4, seed=0)
     steps = [trajectories[number] for number in range(4)]
     arguments = packed_pipe.unet, teacher.unet, "mid_block.resnets.0", steps
-    every, few = Examples.collect(*arguments, 2**30), Examples.collect(*arguments, 1)
+    every, few = Examples.collect(*arguments, 4, 2**30), Examples.collect(*arguments, 4, 1)
     assert (len(every), len(few)) == (16, 4)
     (args, kwargs), targets, timesteps = every.batch(torch.tensor([9, 1]))
     block = teacher.unet.mid_block.resnets[0]
@@ -209,10 +210,36 @@ def test_examples_stay_within_the_memory_given(packed_pipe, teacher):
     assert 0 < error < 0.5  # the inputs are the quantized model's
 
 
+def test_what_judges_is_of_other_trajectories_than_what_teaches(packed_pipe, teacher, monkeypatch):
+    """A neighbour in time, or the other half of guidance, would teach the answer."""
+    judged, taught = set(), set()
+    loss = RoundedPart.loss
+
+    def watch(self, call, targets, timesteps):
+        seen = judged if next(iter(self.layers.values())).hardened else taught
+        seen.update(float(row.sum()) for row in targets[0])
+        return loss(self, call, targets, timesteps)
+
+    monkeypatch.setattr(RoundedPart, "loss", watch)
+    settings = {"num_samples": 12, "num_inference_steps": 4, "batch_size": 4, "iterations": 60}
+    exclude = ("down_blocks.*", "up_blocks.*", "mid_block.att*", "mid_block.resnets.1*", "time_embedding.*", "conv_*")
+    learner = Reconstructor(packed_pipe, teacher, RoundingConfig(**settings, exclude=exclude))
+    learner.run()
+    (name,) = learner.parts
+    examples = Examples.collect(packed_pipe.unet, teacher.unet, name, learner.steps, 4, 2**30)
+    sums = [float(row.sum()) for row in examples.targets[0]]
+    own = [
+        {int(sample) for sample, each in zip(examples.samples, sums, strict=True) if each in seen}
+        for seen in (judged, taught)
+    ]
+    assert own == [{0}, {1, 2, 3}]
+    assert len(judged) == 3
+
+
 def test_a_tensor_that_all_share_is_never_cut(packed_pipe, teacher):
     trajectories = Trajectories(teacher, call_arguments(teacher, None, 4, {}), 4, seed=0)
     steps = [trajectories[number] for number in range(4)]
-    examples = Examples.collect(packed_pipe.unet, teacher.unet, "mid_block.resnets.0", steps, 2**30)
+    examples = Examples.collect(packed_pipe.unet, teacher.unet, "mid_block.resnets.0", steps, 4, 2**30)
     shared = torch.arange(float(len(examples)))
     examples = dataclasses.replace(
         examples, leaves=[*examples.leaves[:-1], shared], per_example=[*examples.per_example[:-1], False]

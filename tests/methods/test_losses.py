@@ -15,10 +15,11 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
+from reference import ddim_factor, ddpm_factor
 
 from diffusers_msfp import denoising_factors
 from diffusers_msfp.errors import ConfigError
-from diffusers_msfp.methods.losses import ddim_factor, ddpm_factor, loss_weights, squared_error
+from diffusers_msfp.methods.losses import loss_weights, squared_error
 from diffusers_msfp.sampling.denoising_factor import RunFactors, clipped_factors, clips
 
 STEPS = 10

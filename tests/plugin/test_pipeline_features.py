@@ -14,6 +14,7 @@ from diffusers import LCMScheduler, ModularPipeline, StableDiffusionImg2ImgPipel
 from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from loras import ip_adapter
 from matrix import sample
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -55,24 +56,6 @@ def differs(a: np.ndarray, b: np.ndarray) -> bool:
 
 def processors(pipe) -> set[type]:
     return {type(processor) for processor in pipe.unet.attn_processors.values()}
-
-
-def ip_adapter(unet) -> dict:
-    """The weights of an untrained one, for image embeddings of 8 numbers."""
-    generator = torch.Generator().manual_seed(4)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    context = unet.config.cross_attention_dim
-    image = {"proj.weight": random(4 * context, 8), "proj.bias": random(4 * context)}
-    image |= {"norm.weight": torch.ones(context), "norm.bias": torch.zeros(context)}
-    layers = {}
-    crossing = [module for name, module in unet.named_modules() if name.endswith("attn2")]
-    for number, module in enumerate(crossing):
-        for which in ("to_k_ip", "to_v_ip"):
-            layers[f"{2 * number + 1}.{which}.weight"] = random(module.inner_dim, context)
-    return {"image_proj": image, "ip_adapter": layers}
 
 
 @pytest.mark.feature("IP-Adapter")

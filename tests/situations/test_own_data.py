@@ -19,7 +19,17 @@ from diffusers import (
 )
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
-from pipelines import make_controlnet, make_flux, make_inpainting, make_sd3, make_small_pipe, make_wan, picture, turned
+from pipelines import (
+    make_controlnet,
+    make_flux,
+    make_inpainting,
+    make_sd3,
+    make_small_pipe,
+    make_wan,
+    photographs,
+    picture,
+    turned,
+)
 from torch import nn
 
 import diffusers_msfp
@@ -31,12 +41,6 @@ from diffusers_msfp.sampling.denoisers import denoiser_of
 from diffusers_msfp.sampling.pictures import opened
 
 RUN = {"num_samples": 3, "num_inference_steps": 2}
-
-
-def photographs(number: int = 3, size: tuple[int, int] = (30, 20), channels: int = 3) -> list[Image.Image]:
-    """Of random colours, each of one."""
-    drawn = np.random.default_rng(0).integers(0, 255, (number, 1, 1, channels), dtype=np.uint8)
-    return [Image.fromarray(np.broadcast_to(each, (*size, channels)).copy()) for each in drawn]
 
 
 def ranges(model: nn.Module) -> list[torch.Tensor]:

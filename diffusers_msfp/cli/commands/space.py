@@ -23,7 +23,10 @@ Title = Annotated[str | None, typer.Option(help="Heading; the model's name by de
 @space.command()
 def run(
     source: Annotated[
-        str | None, typer.Argument(metavar="DIR", help="Quantized pipeline, folder or Hub id; else the embedded model.")
+        str | None,
+        typer.Argument(
+            metavar="DIR", help="Quantized pipeline, folder or Hub id; by default the embedded model, fine-tuned."
+        ),
     ] = None,
     reference: Reference = None,
     title: Title = None,

@@ -147,12 +147,14 @@ def load_pipeline(
         source (`str`): where it is.
         config (`str`, *optional*): folder or Hub id with the configs for a single file; found by diffusers if absent.
         variant (`str`, *optional*): read its weights where a model has them, like `"fp16"`; see `variant_of`.
-        **arguments: for `from_pretrained`.
+        **arguments: for `from_pretrained`; all parts are float32 unless they say otherwise, as transformers' parts
+            would not be by themselves.
 
     Raises:
         SourceError: there is no pipeline, or it cannot be read.
     """
     path = Path(source)
+    arguments["dtype"] = arguments.get("dtype") or torch.float32
     if path.is_file():
         return _from_single_file(path, config, **arguments)
     if not path.exists():

@@ -1,10 +1,12 @@
 """What of a folder or a single file is to be quantized: streams of weights still unread, and what is loaded first."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
 import diffusers
 from diffusers import ControlNetModel, DiffusionPipeline, ModelMixin
+from torch import nn
 
 from ...checkpoint.describe import read_config
 from ...checkpoint.tensor_files import TensorFile
@@ -14,10 +16,25 @@ from ...plugin.components import class_named
 from ...plugin.config import MSFPConfig
 from ...plugin.files.streaming import StreamedModel
 from ...plugin.quantize import refuse_several
-from .load import SourceError, open_component, reading_single_file
+from .load import SourceError, load_pipeline, open_component, reading_single_file
 
 Parts = tuple[dict[str, StreamedModel], list[str]]
 """Models of diffusers by name, a model on its own called `.`; and names of those that are quantized once loaded."""
+
+
+def teacher_beside(
+    loaded: DiffusionPipeline, quantized: Collection[str], source: str, config: str | None, variant: str | None
+) -> DiffusionPipeline:
+    """The float original of a quantized pipeline; what both leave alone, such as an autoencoder, is there once.
+
+    Args:
+        loaded (`DiffusionPipeline`): quantized.
+        quantized (`Collection[str]`): names of its quantized components.
+        source, config, variant: see `load_pipeline`.
+    """
+    models = {name: part for name, part in loaded.components.items() if isinstance(part, nn.Module)}
+    same = {name: part for name, part in models.items() if name not in quantized}
+    return load_pipeline(source, config=config, variant=variant, **same)
 
 
 def parts_of(

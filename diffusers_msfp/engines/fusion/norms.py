@@ -117,8 +117,8 @@ def _has_adapter(layer: nn.Module, x: Tensor) -> bool:
 def _affine(norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
     """Weight and bias, `(C,)`."""
     weight, bias = norm.weight, norm.bias
-    weight = torch.ones(norm.num_channels, device="cpu") if weight is None else weight
-    return weight, torch.zeros(norm.num_channels, device="cpu") if bias is None else bias
+    weight = torch.ones(norm.num_channels, dtype=torch.float32, device="cpu") if weight is None else weight
+    return weight, torch.zeros(norm.num_channels, dtype=torch.float32, device="cpu") if bias is None else bias
 
 
 def norm(

@@ -17,6 +17,9 @@ from ..engine import PreparedLayer, used_integers
 from ..grid import InputGrid, largest_byte, low_bits
 from .products import writes
 
+SHAPES = 8
+"""Of inputs, whose fastest ways are remembered."""
+
 _FEW = 2**16  # values that one thread quantizes before another is awake
 
 Planes = Callable[[Tensor, int | Tensor], list[Tensor]]
@@ -127,13 +130,16 @@ class Int8Layer(PreparedLayer):
         """`compute(way)` by what is the fastest of the ways for such codes; by the default where nothing is timed."""
         tuned = tuning.allowed()
         key = (codes[0].shape, dtype, tuning.threads_and_limit() if tuned else None)
-        if key not in self._chosen:
+        chosen = self._chosen.get(key)
+        if chosen is None:
             ways = self.ways(codes, dtype)
             asked = f"{self._about} {tuning.text_of(codes[0].shape, dtype)}"
-            self._chosen[key] = tuning.fastest(asked, {way: partial(compute, way) for way in ways})
+            chosen = tuning.fastest(asked, {way: partial(compute, way) for way in ways})
+            late = [*self._chosen.items()][1 - SHAPES :]  # weights laid out for the ways of others go
+            self._chosen = dict(late) | {key: chosen}
             used = set(self._chosen.values())
             self._weights = {key: weight for key, weight in self._weights.items() if key[1] in used}
-        return compute(self._chosen[key])
+        return compute(chosen)
 
     @abstractmethod
     def ways(self, codes: list[Tensor], dtype: torch.dtype) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ def products_are_exact(largest_input: int, largest_weight: int) -> bool:
     Processors without VNNI add pairs of products in 16 bits: exact for 4-bit formats, not for 8-bit ones.
     """
     x = torch.full((2, 64, 3, 3), largest_input, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-    ones, geometry = torch.ones(16), ((1, 1), (1, 1), (1, 1), 1)
+    ones, geometry = torch.ones(16, dtype=torch.float32), ((1, 1), (1, 1), (1, 1), 1)
     for value in (largest_weight, -largest_weight):
         weight = torch.full((16, 64, 1, 1), value, dtype=torch.int8)
         packed = pack_int8_conv(F.pad(weight, (1, 1, 1, 1)), ones, *geometry, x.shape)

@@ -17,7 +17,9 @@ _MANY = 2**21  # values that several threads share
 
 
 def _calls() -> dict[str, Callable[[], object]]:
-    one = InputGrid.of(QParams(FORMATS["fp4_e2m1"], torch.tensor(1.0), torch.tensor(0.0)))
+    one = InputGrid.of(
+        QParams(FORMATS["fp4_e2m1"], torch.tensor(1.0, dtype=torch.float32), torch.tensor(0.0, dtype=torch.float32))
+    )
     two = replace(one, low_bits=1)
     calls: dict[str, Callable[[], object]] = {}
     for dtype in (torch.bfloat16, torch.float32):

@@ -4,7 +4,7 @@
 Inner loops run over slices of contiguous memory and have no branches, so LLVM vectorises them for the processor at
 hand. A lattice step is a power of two, so rounding to it needs no division: adding `1.5 * 2^23 * step` leaves a sum
 whose last bit is worth `step`, rounded half to even by the hardware; subtracting it again gives the rounded value. That
-is bit for bit `numerics.round_to_lattice`. What computes codes may not be compiled with `fastmath`.
+is bit for bit `numerics.rounding.round_to_lattice`. What computes codes may not be compiled with `fastmath`.
 """
 
 import hashlib

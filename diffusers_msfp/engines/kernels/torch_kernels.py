@@ -13,7 +13,7 @@ _BLOCK = 2**15  # values worked on at once: the passes stay in the cache, and in
 
 
 def lattice_integers(x: Tensor, grid: InputGrid) -> Tensor:
-    """Lattice integers, float32, of values of any float dtype; see `numerics.round_to_lattice`."""
+    """Lattice integers, float32, of values of any float dtype; see `numerics.rounding.round_to_lattice`."""
     y = x.to(torch.float32).mul(grid.inverse).add_(float(grid.zero)).clamp_(grid.low, grid.high)
     return round_in_place(y, grid.mantissa_bits)
 

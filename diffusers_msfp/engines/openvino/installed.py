@@ -71,7 +71,7 @@ class _Product(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Of whole numbers from 0 to 255, float32."""
         x = torch.fake_quantize_per_tensor_affine(x, 1.0, 0, 0, UINT8_MAX)
-        weight = self.weight.to(torch.float32) * torch.ones(16, *[1] * (self.weight.ndim - 1))
+        weight = self.weight.to(torch.float32) * torch.ones(16, *[1] * (self.weight.ndim - 1), dtype=torch.float32)
         return self.operation(x, weight)
 
 
@@ -88,7 +88,7 @@ def products_are_exact(largest_input: int, largest_weight: int) -> bool:
     from ...compat.openvino import graph_of
 
     for operation, (shape, _) in _KINDS.items():
-        x = torch.full(shape, float(largest_input))
+        x = torch.full(shape, float(largest_input), dtype=torch.float32)
         for value in (largest_weight, -largest_weight):
             module = _Product(operation, value).eval()
             with warnings.catch_warnings():

@@ -12,6 +12,7 @@ from ...results import OnProgress
 from ...sampling.calls import batched_calls, call_arguments, counting_steps, quiet, require_positive
 from ...sampling.denoisers import denoisers_of
 from ...sampling.solvers import with_ddim
+from .samples import pictures_tensor
 
 MARGIN = 4
 LABEL_HEIGHT = 20
@@ -65,7 +66,7 @@ def sample_images(
         **arguments: passed on to the pipeline.
     """
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
-    if isinstance(pipe.scheduler, DDPMScheduler):
+    if isinstance(getattr(pipe, "scheduler", None), DDPMScheduler):
         pipe = with_ddim(pipe)
     denoisers = list(denoisers_of(pipe).values())
     calls = batched_calls(
@@ -75,4 +76,11 @@ def sample_images(
         seed,
     )
     with quiet(pipe), torch.no_grad(), counting_steps(denoisers, len(calls) * num_inference_steps, on_progress):
-        return np.concatenate([call.run(pipe).images for call in calls])
+        return np.concatenate([_pictures(call.run(pipe)) for call in calls])
+
+
+def _pictures(output: object) -> np.ndarray:
+    """Those of a call, of videos the first frames."""
+    pictures = pictures_tensor(output)
+    pictures = pictures[:, 0] if pictures.ndim == 5 else pictures
+    return pictures.movedim(-3, -1).numpy()

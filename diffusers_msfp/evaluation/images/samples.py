@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
-from ...errors import ConfigError
+from ...errors import ConfigError, UnsupportedError
 from ...methods.runs import inputs_digest, plain_config
 from ...results import OnProgress
 from ...sampling.calls import batch_size_for, call_arguments, counting_steps, quiet, require_positive, unseen
@@ -39,17 +39,25 @@ def arguments_of(
 
 
 def pictures_tensor(output: Any) -> Tensor:
-    """The pictures, or a video's, that a pipeline puts out for `pt`, or for `np` where it knows no other.
+    """The pictures, or videos, that a pipeline puts out for `pt`, or for `np` where it knows no other.
 
     Args:
         output (`BaseOutput` or `tuple`): `images`, `frames`, or else the first field.
 
     Returns:
         `Tensor`, `(N, channels, H, W)` or `(N, frames, channels, H, W)`, float32.
+
+    Raises:
+        UnsupportedError: sound, or something else that is no picture.
     """
     named = (getattr(output, name, None) for name in ("images", "frames"))
     images = next((images for images in named if images is not None), None)
     images = output[0] if images is None else images
+    if hasattr(output, "audios") or (hasattr(images, "ndim") and images.ndim not in (4, 5)):
+        raise UnsupportedError(
+            f"Pictures and videos can be compared, but the pipeline's {type(output).__name__} holds something else, "
+            f"such as sound. Compare its denoiser's outputs by your own calls."
+        )
     if isinstance(images, Tensor):
         return images.float().cpu()
     return torch.from_numpy(np.asarray(images, dtype=np.float32)).movedim(-1, -3)
@@ -107,6 +115,12 @@ def draw_pictures(
         for start, end in missing:
             noise = [noise_generator(seed, index) for index in range(start, end)]
             images = pictures_tensor(make(start, end - start, noise).run(pipe))
+            if len(images) != end - start:
+                raise ConfigError(
+                    f"A call must make as many pictures as it is given noises, but {type(pipe).__name__} made "
+                    f"{len(images)} of {end - start}: its number follows something else that is passed on, such as "
+                    f"embeddings. Pass on {end - start} rows of these, or prompts."
+                )
             kept[start, end] = made = images.numpy().astype(np.float16)
             if folder is not None:
                 _write(folder, (start, end), made)
@@ -125,7 +139,8 @@ def _identity(
         for module in model.modules()
     ]
     set_by_others = [_set_by_others(model) for model in models.values()]
-    scheduler = [type(pipe.scheduler).__name__, plain_config(pipe.scheduler)]
+    schedulers = [each for each in pipe.components.values() if isinstance(each, SchedulerMixin)]
+    scheduler = [[type(each).__name__, plain_config(each)] for each in schedulers]
     asked = [num_inference_steps, seed, prompts, inputs_digest(nn.Identity(), arguments), list(labels_of(pipe))]
     described = [type(pipe).__name__, parts, running, set_by_others, scheduler, *asked]
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=repr).encode()).hexdigest()[:20]

@@ -116,6 +116,7 @@ def _compare_two(a: Features, b: Features, paired: bool, seed: int) -> tuple[dic
         reason = f"needs {MIN_NEIGHBOURHOOD} pictures in each set for neighbourhoods, but got {number}"
         return figures, omitted | {"precision": reason, "recall": reason}
     left, right = _some(a.pooled, number, seed), _some(b.pooled, number, seed)
+    # a bootstrap of the manifold's own points would repeat some, and shrink their neighbourhoods
     figures["precision"] = mean_of(within_manifold(left, right), seed)
     figures["recall"] = mean_of(within_manifold(right, left), seed)
     return figures, omitted

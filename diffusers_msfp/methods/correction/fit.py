@@ -192,7 +192,7 @@ def _fit(
     def look(_model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         nonlocal done
         prediction = used_part(pipe, model_output(output), args, kwargs)
-        _require_channels(model, prediction)
+        require_channels(model, prediction)
         target = used_part(pipe, model_output(original(*args, **kwargs)), args, kwargs)
         sample, timestep = sample_of(args, kwargs), first_timestep(argument.of(args, kwargs))
         beside = config.with_sample and sample.shape == prediction.shape
@@ -232,13 +232,19 @@ def _fit(
     )
 
 
-def _require_channels(model: nn.Module, prediction: Tensor) -> None:
+def require_channels(model: nn.Module, prediction: Tensor) -> None:
     """Refuse an output whose channels are not where tables take them to be: frames or places would be corrected."""
     own, given = (getattr(getattr(model, "config", None), f"{name}_channels", None) for name in ("out", "in"))
     known = [size for size in (own, given) if isinstance(size, int)]
     halves = [own / 2] if isinstance(own, int) and prediction.ndim == 4 else []  # variances stand beside it
     axis = axis_of_channels(prediction)
     elsewhere = [size for index, size in enumerate(prediction.shape) if index not in (0, axis)]
+    if prediction.ndim == 5 and (not known or prediction.shape[1] == prediction.shape[2]):
+        raise UnsupportedError(
+            f"A video's output can be corrected whose channels can be told from its frames, but that of this "
+            f"{type(model).__name__} is {tuple(prediction.shape)}"
+            + (". Pass on another number of frames." if known else ", and its config names no `out_channels`.")
+        )
     if prediction.shape[axis] not in (*known, *halves) and not set(known).isdisjoint(elsewhere):
         raise UnsupportedError(
             f"An output can be corrected that has its channels ({' or '.join(map(str, known))}) in axis {axis}, but "
@@ -256,7 +262,6 @@ def _table(solved: dict[float, tuple[Tensor, Tensor]], device: torch.device) -> 
     timesteps = torch.tensor(list(solved), dtype=torch.float32, device=device)
     constants = torch.stack([constant for _, constant in solved.values()]).to(device, torch.float32)
     a, b = (
-        torch.tensor([float(part[i]) if i < len(part) else 0.0 for part, _ in solved.values()], device=device)
-        for i in (0, 1)
+        constants.new_tensor([float(part[i]) if i < len(part) else 0.0 for part, _ in solved.values()]) for i in (0, 1)
     )
     return timesteps, *(each[:, None].expand_as(constants).contiguous() for each in (a, b)), constants

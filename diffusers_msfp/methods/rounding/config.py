@@ -1,7 +1,7 @@
 """Settings of learned rounding.
 
-300 steps a block lower `eps_rel_l2` of the package's model at `w4a8` by a third in two minutes on one thread; learning
-rate, penalty and patience have not been tuned yet.
+300 steps a block lower `eps_rel_l2` of the package's model at `w4a8-wide` by a third in two minutes on one thread;
+learning rate, penalty and patience are not tuned.
 """
 
 from dataclasses import asdict, dataclass
@@ -21,7 +21,8 @@ class RoundingConfig:
         granularity (`str`): `"block"` rounds all layers of a resnet, attention or transformer block together,
             `"layer"` each by itself.
         exclude (`tuple[str, ...]`): patterns of layers that stay as they are.
-        num_samples (`int`): calibration examples, each one call of the denoiser for one sample at one timestep.
+        num_samples (`int`): calibration examples, each one call of the denoiser for one sample at one timestep. They
+            are of `batch_size` trajectories as long as these have steps enough, then of others.
         num_inference_steps (`int`): of the teacher's trajectories.
         iterations (`int`): optimizer steps of each part, at most.
         batch_size (`int`): examples of a step.

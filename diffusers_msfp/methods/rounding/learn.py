@@ -36,7 +36,7 @@ from .folder import RoundingFolder
 from .parts import Examples, RoundedPart
 
 EVALUATIONS = 10
-HELD_OUT = 8  # one of so many examples judges and does not teach
+HELD_OUT = 8  # one of so many trajectories judges and does not teach: its steps resemble each other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +103,9 @@ class Reconstructor:
         }
         self.folder = RoundingFolder(work_dir, self.model, teacher, config, prompts, arguments)
         make_arguments = call_arguments(teacher, prompts, config.num_inference_steps, arguments)
-        batch = min(config.batch_size, config.num_samples)
-        trajectories = Trajectories(teacher, make_arguments, batch, config.seed)
-        self.steps = [trajectories[number] for number in range(config.num_samples // batch)]
+        self.batch = min(config.batch_size, config.num_samples)
+        trajectories = Trajectories(teacher, make_arguments, self.batch, config.seed)
+        self.steps = [trajectories[number] for number in range(config.num_samples // self.batch)]
         self.used = used_channels(teacher, self.teacher, self.steps[0].args, self.steps[0].kwargs)
         found = reconstruction_units(self.model, self.steps[0], layerwise=config.granularity == "layer")
         chosen = {name: [key for key in inner if key in self.originals] for name, inner in found.items()}
@@ -161,11 +161,11 @@ class Reconstructor:
         part = RoundedPart(self.model, name, originals, scale_aware=config.scale_aware, used=self.used)
         try:
             memory = config.memory_mb * 2**20
-            examples = Examples.collect(self.model, self.teacher, name, self.steps, memory, self.used)
+            examples = Examples.collect(self.model, self.teacher, name, self.steps, self.batch, memory, self.used)
             generator = torch.Generator().manual_seed(config.seed + number)
             order = torch.randperm(len(examples), generator=generator)
-            held_out = max(1, len(order) // HELD_OUT)
-            judging, learning = order[:held_out].split(config.batch_size), order[held_out:]
+            judges = examples.samples[order] < max(1, self.batch // HELD_OUT)
+            judging, learning = order[judges].split(config.batch_size), order[~judges]
             learning = learning if len(learning) else order
             start = least = part.hard_loss(examples, judging)
             best, since, done = part.hard_weights(), 0, 0

@@ -126,6 +126,7 @@ class Examples:
         structure (`TreeSpec`): of the arguments.
         targets (`list[Tensor]`): the teacher's outputs, a row for each example.
         timesteps (`Tensor`, `(B,)`): of each example.
+        samples (`Tensor`, `(B,)`, int64): number of the trajectory that each example is of.
         per_example (`list[int]`): how many rows each leaf has for an example; 0 where all examples share it.
     """
 
@@ -133,6 +134,7 @@ class Examples:
     structure: Any
     targets: list[Tensor]
     timesteps: Tensor
+    samples: Tensor
     per_example: list[int]
 
     @classmethod
@@ -142,12 +144,14 @@ class Examples:
         teacher: nn.Module,
         name: str,
         steps: list[DenoisingStep],
+        batch: int,
         memory: int,
         used: UsedChannels | None = None,
     ) -> "Examples":
         """Run both models up to the part's end.
 
         Args:
+            batch (`int`): samples of each step; guidance calls with each of them twice.
             memory (`int`): bytes to stay below, but one step at least is taken.
             used (`UsedChannels`, *optional*): of the model.
 
@@ -178,9 +182,9 @@ class Examples:
         joined = [torch.cat(column) if each else column[0] for each, column in columns]
         told = [step.timesteps for step in steps[: len(parts)]]
         timesteps = torch.cat([each.repeat_interleave(rows // len(each)) for each in told])  # of frames, too
-        return cls(
-            joined, structure, [torch.cat(column) for column in zip(*targets, strict=True)], timesteps, per_example
-        )
+        samples = torch.cat([(torch.arange(len(each)) % batch).repeat_interleave(rows // len(each)) for each in told])
+        outputs = [torch.cat(column) for column in zip(*targets, strict=True)]
+        return cls(joined, structure, outputs, timesteps, samples, per_example)
 
     def __len__(self) -> int:
         return len(self.targets[0])

@@ -42,7 +42,7 @@ class FullUpdate(nn.Module):
     def __init__(self, weight_shape: tuple[int, ...], num_adapters: int, device: torch.device | str) -> None:
         super().__init__()
         self.num_adapters = num_adapters
-        self.delta = nn.Parameter(torch.zeros(num_adapters, *weight_shape, device=device))
+        self.delta = nn.Parameter(torch.zeros(num_adapters, *weight_shape, dtype=torch.float32, device=device))
 
     def update(self, gate: Tensor) -> Tensor:
         """See `AdapterBank.update`."""
@@ -99,7 +99,8 @@ class AdapterBank(StatefulModule):
         self.up = nn.Parameter(torch.empty(num_adapters, out, rank, dtype=dtype, device=device))
         self.input_scale = self.input_zero_point = None
         if quantized_input:
-            self.keep_input(torch.ones(num_adapters, device=device), torch.zeros(num_adapters, device=device))
+            ones = torch.ones(num_adapters, dtype=torch.float32, device=device)
+            self.keep_input(ones, torch.zeros_like(ones))
         self.reads_codes = reads == "codes"
         if self.reads_codes:
             self.register_buffer(CODES, torch.ones((), dtype=torch.uint8, device=device))

@@ -24,11 +24,13 @@ class FinetuneConfig:
 
     Args:
         num_adapters (`int`): of each layer; 1 is a single LoRA (EfficientDM), without a router.
-        rank (`int`, *optional*): largest rank; narrow layers get less, see `adapter_rank`. 8 beside the weights; merged
-            adapters, whose rank costs nothing at run time, update the whole weight by default, which is 0.
-        placement (`str`): `"side"`, the better one at equal bytes on the package's model, or `"merged"`.
-        reads (`str`, *optional*): what adapters beside the weights read, the layer's `"codes"` (as fast as without) or
-            its `"float"` input; codes by default.
+        rank (`int`, *optional*): largest rank; a layer gets at most half of its smaller channel count. 8
+            beside the weights; merged adapters, whose rank costs nothing at run time, update the whole weight by
+            default, which is 0.
+        placement (`str`): `"side"`, low-rank adapters beside one packed weight, which can be scaled, disabled and
+            exported; or `"merged"`, updated weights, packed, at no cost at run time (the recipe `msfp`, with one).
+        reads (`str`, *optional*): what adapters beside the weights read: the layer's quantized input, `"codes"` (3 to
+            10 % of a step), or its `"float"` input; codes by default.
         router_groups (`tuple[str, ...]`): glob patterns of layer groups that choose on their own.
         num_inference_steps (`int`): of the trajectories.
         batch_size (`int`): samples of a batch, over all processes, each at a timestep of its own.

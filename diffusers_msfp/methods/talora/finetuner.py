@@ -30,7 +30,7 @@ from ...sampling.timestep import check_timesteps
 from ...sampling.trajectory import DenoisingStep, Trajectories
 from ...sampling.used_output import counted, used_channels
 from ..blocks import block_outputs, trainable_blocks
-from ..losses import loss_weights, real_factors, squared_error, weighted_mean
+from ..losses import floats, loss_weights, real_factors, squared_error, weighted_mean
 from ..routes import routing_of
 from ..runs import Stop, deferred_signals, digests_of
 from . import Trainee
@@ -140,7 +140,7 @@ class Finetuner:
         if config.denoising_factor_exponent:
             answers = (student(step)[0][0] for step in self.trajectories.steps())
             factors = real_factors(self.sampler, self.trajectories, answers) or self.sampler.required(timesteps)
-            squares = torch.tensor([*factors.values()], device=self.accelerator.device).square()
+            squares = floats(factors.values(), self.accelerator.device).square()
             factors = dict(zip(factors, self.accelerator.reduce(squares, "mean").sqrt().tolist(), strict=True))
         self.weights = loss_weights(factors, config.denoising_factor_exponent, config.denoising_factor_floor)
         if config.num_adapters > 1:
@@ -166,7 +166,7 @@ class Finetuner:
     def _loads(self, steps: int) -> dict[float, float]:
         """Timestep → root of the weighted squared error before training, over one rollout and all processes."""
         errors = self.student.errors_by_timestep(self.trajectories[number] for number in range(steps))
-        sums = self.accelerator.reduce(torch.tensor(list(errors.values()), device=self.accelerator.device), "sum")
+        sums = self.accelerator.reduce(floats(errors.values(), self.accelerator.device), "sum")
         if not torch.isfinite(sums).all():
             raise NonFiniteError("The teacher's and the student's outputs must be finite, but got NaN or infinity.")
         means = (sums[:, 0] / sums[:, 1].clamp_min(1)).tolist()
@@ -241,7 +241,7 @@ class Finetuner:
         else:
             targets = block_outputs(denoiser_of(self.teacher), block, step, gradients=False)
             outputs, targets = (counted(self.used, block, each) for each in (outputs, targets))
-        weight = torch.tensor([self._weight(t) for t in step.timesteps.tolist()], device=step.output.device)
+        weight = floats(map(self._weight, step.timesteps.tolist()), step.output.device)
         loss = sum(
             (
                 weighted_mean(weight, squared_error(output, target, relative=block is not None))
@@ -274,8 +274,8 @@ class Finetuner:
             return
         rate = (progress.seconds - progress.first) / (progress.update - 1)
         left = 60 * cast(float, config.minutes) - progress.seconds
-        more = torch.tensor(left / rate, device=self.accelerator.device)
-        progress.total = progress.update + max(0, int(self.accelerator.gather(more[None]).min()))
+        more = floats([left / rate], self.accelerator.device)
+        progress.total = progress.update + max(0, int(self.accelerator.gather(more).min()))
 
     def _report(self, loss: float, factor: float) -> None:
         progress = self.progress

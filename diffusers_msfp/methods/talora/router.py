@@ -35,11 +35,17 @@ class TimestepRouter(nn.Module):
         self.num_timesteps, self.num_adapters, self.groups = num_timesteps, num_adapters, groups
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # that of the CPU alone
-            self.mlp = nn.Sequential(nn.Linear(EMBEDDING, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, groups * num_adapters))
+            self.mlp = nn.Sequential(
+                nn.Linear(EMBEDDING, HIDDEN, dtype=torch.float32),
+                nn.SiLU(),
+                nn.Linear(HIDDEN, groups * num_adapters, dtype=torch.float32),
+            )
 
     def embed(self, timestep: Tensor) -> Tensor:
         """Sinusoids of the relative timestep; `(B,)` → `(B, EMBEDDING)`."""
-        frequency = 2 * math.pi * torch.linspace(0.5, PERIODS, EMBEDDING // 2, device=timestep.device)
+        frequency = (
+            2 * math.pi * torch.linspace(0.5, PERIODS, EMBEDDING // 2, device=timestep.device, dtype=torch.float32)
+        )
         angle = timestep.to(torch.float32)[:, None] / self.num_timesteps * frequency
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
@@ -79,7 +85,7 @@ class TimestepRouter(nn.Module):
         middle = (load.cumsum(0) - load / 2) / load.sum().clamp_min(1e-30)
         share = (middle * self.num_adapters).long().clamp(0, self.num_adapters - 1)
         device = weight_of(self.mlp[0]).device
-        wanted = torch.tensor(timesteps, device=device)
+        wanted = torch.tensor(timesteps, dtype=torch.float32, device=device)
         target = F.one_hot(share, self.num_adapters).float()[:, None].expand(-1, self.groups, -1) * WARM_LOGIT
         optimizer = torch.optim.Adam(self.mlp.parameters(), lr=1e-2)
         for _ in range(WARM_UP_STEPS):
@@ -105,6 +111,6 @@ class TimestepRouter(nn.Module):
             trained (`Sequence[float]`): timesteps of training; each other one takes the choice of the nearest of them.
         """
         device = weight_of(self.mlp[0]).device
-        known = torch.tensor(sorted(set(trained)), device=device)
+        known = torch.tensor(sorted(set(trained)), dtype=torch.float32, device=device)
         distance = (torch.arange(self.num_timesteps, device=device)[:, None] - known).abs()
         return self.logits(known).argmax(-1)[distance.argmin(1)].T.to(torch.uint8).contiguous()

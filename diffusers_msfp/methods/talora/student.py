@@ -66,7 +66,7 @@ class Student(nn.Module):
         super().__init__()
         check_student(model, teacher, "talora")
         finite_set = finite_set_of(model)
-        block = set() if finite_set is None else set(finite_set.plan.block)
+        block = set(finite_set.plan.block) if finite_set is not None and finite_set.plan.keeps_block else set()
         layers = {name: each for name, each in layers_by_name(model).items() if name not in block}
         self.has_sets = any(layer.num_sets for layer in layers.values())
         if self.has_sets and (placement != "merged" or num_adapters > 1):

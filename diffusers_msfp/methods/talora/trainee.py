@@ -26,6 +26,8 @@ from .adapters import AdapterBank, FullUpdate
 PLACEMENTS = ("merged", "side")
 NEAR = 0.49
 """Of the grid's local step: what rounds to a value, clear of the border."""
+BELOW = 1 - 2**-12
+"""Of a code: what lies between it and its neighbour towards zero, in every format."""
 
 
 class Gate:
@@ -55,13 +57,15 @@ def rounding_to_codes(layer: QuantLayer, weight: Tensor) -> Tensor:
         weight (`Tensor`): of its `logical_shape`.
 
     Returns:
-        `Tensor`, float32: `Ŵ + clamp(W - Ŵ, ±0.49 s)` with the grid's local step `s`, in the unit of the weight.
+        `Tensor`, float32: `Ŵ + clamp(W - Ŵ, ±0.49 s)` with the grid's step `s` on that side of the code, in the unit of
+        the weight: below a power of two it may be half of what it is above.
     """
     qparams = layer.weight_qparams()
     codes = layer.dequantize_weight().reshape(layer.rows_shape)
-    step, _ = local_step(codes / qparams.unit, layer.weight_format)
-    reach = NEAR * step * qparams.unit
     apart = weight.to(torch.float32).reshape(layer.rows_shape) - codes
+    inwards = codes * apart < 0
+    beside = torch.where(inwards, codes * BELOW, codes) / qparams.unit
+    reach = NEAR * local_step(beside, layer.weight_format)[0] * qparams.unit
     return (codes + apart.clamp(-reach, reach)).view(layer.logical_shape)
 
 
@@ -156,14 +160,17 @@ class Trainee(nn.Module):
             elif qparams is not None:
                 one = QParams.unchecked(qparams.format, qparams.scale[adapter], qparams.zero_point[adapter])
                 quantized = fake_quantize(rows, one)
+            if base is not None and not (bank := cast(AdapterBank, self.adapters)).reads_codes:
+                down, up = bank.stacked()
+                return layer.compute(quantized, base, bias) + bank.low_rank(layer, rows, down, up, own)
+            chosen = own[0].detach()  # of all rows
             if base is None:
-                return layer.compute(quantized, self.merged(own.mean(0)), bias)
-            bank = cast(AdapterBank, self.adapters)
-            if bank.reads_codes:
-                weight = rounded_sum(base + bank.update(own.mean(0)), *layer.integer_unit())
-                return layer.compute(quantized, weight, bias)
-            down, up = bank.stacked()
-            return layer.compute(quantized, base, bias) + bank.low_rank(layer, rows, down, up, own)
+                weight = self.merged(chosen)
+            else:
+                weight = rounded_sum(base + self.adapters.update(chosen), *layer.integer_unit())
+            output = layer.compute(quantized, weight, bias)
+            routed = own.requires_grad and own.shape[1] > 1
+            return output + self._gradient_of_choice(quantized, own) if routed else output
 
         choice = [adapter for adapter in self.gate.choices[self.group] for _ in range(repeats)]
         used = sorted(set(choice))
@@ -174,6 +181,17 @@ class Trainee(nn.Module):
         rows = [torch.tensor([i for i, own in enumerate(choice) if own == k], device=x.device) for k in used]
         parts = [run(exact.index_select(0, i), gate[i], adapter) for i, adapter in zip(rows, used, strict=True)]
         return torch.cat(parts).index_select(0, torch.cat(rows).argsort()).to(x.dtype)
+
+    def _gradient_of_choice(self, x: Tensor, gate: Tensor) -> Tensor:
+        """Zeros that hand each row's gate `(rows, h)` the gradient of its own error, `⟨∂L_row / ∂W, U_k⟩`.
+
+        The weight that rows of one choice share could hand them the mean of theirs alone.
+        """
+        with torch.no_grad():
+            each = torch.eye(gate.shape[1], dtype=gate.dtype, device=gate.device)
+            outputs = [self.layer.compute(x, self.adapters.update(one), None) for one in each]
+        moved = (gate - gate.detach()).view(*gate.shape, *[1] * (x.ndim - 1))
+        return cast(Tensor, sum(moved[:, k] * output for k, output in enumerate(outputs)))
 
     def merged(self, gate: Tensor) -> Tensor:
         """The fake-quantized weight that a gate `(h,)` makes; `logical_shape`, float32."""
@@ -186,7 +204,7 @@ class Trainee(nn.Module):
     @torch.no_grad()
     def merged_weight(self, adapter: int) -> Tensor:
         """The float weight that one adapter makes of the teacher's; `logical_shape`, float32."""
-        gate = torch.zeros(self.adapters.num_adapters, device=self.layer.weight_scale.device)
+        gate = self.layer.weight_scale.new_zeros(self.adapters.num_adapters)
         gate[adapter] = 1
         return self.source.to(torch.float32) + self.adapters.update(gate)
 

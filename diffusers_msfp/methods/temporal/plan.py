@@ -21,7 +21,7 @@ class TemporalPlan:
         block (`tuple[str, ...]`): quantized layers that depend on the timestep alone.
         sets (`tuple[str, ...]`): layers whose input has a scale and zero point for each timestep of the set.
         cached (`Mapping[str, list[str]]`): dtype → layers whose outputs are stored for the set.
-        training (`Mapping`): how it was made; for people, not read.
+        training (`Mapping`): how it was made; see `keeps_block`.
         upstream (`tuple[str, ...]`): float modules that depend on the timestep alone, such as those before the block.
 
     Raises:
@@ -42,6 +42,8 @@ class TemporalPlan:
             problem = f"`num_timesteps` must lie in 1 … {MAX_TIMESTEPS}, but got {self.num_timesteps!r}"
         elif not (isinstance(self.cached, Mapping) and set(self.cached) <= CACHE_DTYPES.keys()):
             problem = f"`cached` must map {' or '.join(CACHE_DTYPES)} to names of layers, but got {self.cached!r}"
+        elif not isinstance(self.training, Mapping):
+            problem = f"`training` must hold settings by name, but got {self.training!r}"
         elif not all(map(_is_names, (self.block, self.sets, self.upstream, *self.cached.values()))):
             problem = "`block`, `sets`, `cached` and `upstream` must hold different names of layers, but they do not"
         elif not set(self.cached_layers()) <= set(self.block):
@@ -56,6 +58,11 @@ class TemporalPlan:
         """Names of the block, of what is before it, and of the containers around them, outer ones first."""
         names = (*self.block, *self.upstream)
         return tuple(sorted({name.rsplit(".", depth)[0] for name in names for depth in range(name.count(".") + 1)}))
+
+    @property
+    def keeps_block(self) -> bool:
+        """Whether the block's layers were made to give what full precision gives, and must stay as they are."""
+        return bool(self.cached) or self.training.get("iterations") != 0
 
     def to_dict(self) -> dict:
         """In types that JSON knows."""

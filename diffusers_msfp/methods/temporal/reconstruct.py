@@ -114,7 +114,7 @@ class StudentBlock:
         parameters = [rounding.logit for rounding in soft.values()]
         optimizer = torch.optim.Adam(parameters, lr=learning_rate)
         number = sum(parameter.numel() for parameter in parameters)
-        share = torch.tensor([1.0, *[NEIGHBOURS] * (2 * len(SHARES))], device=parameters[0].device)
+        share = parameters[0].new_tensor([1.0, *[NEIGHBOURS] * (2 * len(SHARES))], dtype=torch.float32)
         factors = {name: share / y.square().sum(-1).clamp_min(1e-30) for name, y in targets.items()}
         with torch.enable_grad():
             for iteration in range(iterations):

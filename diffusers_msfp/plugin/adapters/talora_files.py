@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...checkpoint.describe import WEIGHTS, read_config, weight_files
 from ...checkpoint.digest import Digest, checking
+from ...compat.diffusers import offloaded_groups
 from ...compat.torch import device_of
 from ...compat.wrappers import seen_through, sees_through
 from ...errors import CheckpointError, ConfigError, ShapeError, StateError
@@ -138,6 +139,9 @@ def _require_free(model: nn.Module) -> None:
     if routing_of(model) is not None:
         raise StateError("This model has timestep-aware adapters already. Call `unload_talora` first.")
     require_timesteps(model)
+    require_tensors(model, "given adapters")
+    if offloaded_groups(model) is not None:
+        raise StateError("Adapters must be loaded before a model is offloaded by groups, none of which has them.")
     if calibration_state(model) == "observing":
         raise StateError("Adapters need a calibrated model, but this one observes: call `calibrate(pipe)` first.")
 
@@ -213,7 +217,8 @@ def unload_talora(model: nn.Module) -> None:
         )
     disconnect(model)
     if base is not None:
-        attach_correction(model, base.to(device_of(model)))
+        device = device_of(model)
+        attach_correction(model, base if device.type == "meta" else base.to(device))  # offloaded: in its own time
 
 
 def _correction(tensors: Mapping[str, Tensor]) -> CorrectionTable | None:

@@ -1,0 +1,184 @@
+"""Pipelines that step in place, change what they give from step to step, or make no pictures; image prompts."""
+
+import copy
+
+import pytest
+import torch
+from conftest import make_dit_pipe, make_unet
+from diffusers import (
+    DanceDiffusionPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    IPNDMScheduler,
+    UNet1DModel,
+)
+from loras import ip_adapter
+from pipelines import make_small_pipe, photographs
+
+from diffusers_msfp import quantize_pipeline
+from diffusers_msfp.errors import ConfigError, StateError, UnsupportedError
+from diffusers_msfp.evaluation import compare_pipelines, sample_images
+from diffusers_msfp.methods.correction.fit import require_channels
+from diffusers_msfp.methods.losses import real_factors
+from diffusers_msfp.plugin.quantize import dequantize
+from diffusers_msfp.sampling.calls import call_arguments
+from diffusers_msfp.sampling.denoisers import denoiser_of, model_output
+from diffusers_msfp.sampling.denoising_factor import RunFactors
+from diffusers_msfp.sampling.timestep import timestep_argument
+from diffusers_msfp.sampling.trajectory import Trajectories, mix, rollout
+
+FAST = {"num_samples": 2, "num_inference_steps": 2}
+
+
+class SteppingInPlace(DDPMPipeline):
+    """As Kandinsky 5 does: the tensor that the denoiser was given becomes the next sample."""
+
+    @torch.no_grad()
+    def __call__(self, batch_size=1, generator=None, num_inference_steps=2, output_type="np"):
+        sample = torch.randn(batch_size, 3, 8, 8, generator=generator[0] if isinstance(generator, list) else generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for timestep in self.scheduler.timesteps:
+            output = self.unet(sample, timestep).sample
+            sample[:] = self.scheduler.step(output, timestep, sample).prev_sample
+            output += 1  # and what it was given is written over
+        return self.image_processor.postprocess(sample, output_type) if hasattr(self, "image_processor") else (sample,)
+
+
+@pytest.mark.situation("a pipeline that steps in place, while it teaches", "right")
+def test_steps_in_place():
+    teacher = SteppingInPlace(make_unet(), DDIMScheduler())
+    steps = rollout(teacher, call_arguments(teacher, None, 3, {}), 0, 2, 0)
+    with torch.no_grad():
+        for step in steps:
+            torch.testing.assert_close(model_output(step.run(teacher.unet)), step.output)
+    assert not torch.equal(steps[0].args[0], steps[-1].args[0])
+
+
+@pytest.mark.situation("a pipeline that gives its denoiser other things in some steps, as a teacher", "refused")
+def test_steps_of_other_kinds():
+    teacher = make_small_pipe()
+    teacher.set_progress_bar_config(disable=True)
+    steps = rollout(teacher, call_arguments(teacher, ["a hat"], 2, {"height": 16, "width": 16}), 0, 1, 0)
+    argument = timestep_argument(teacher.unet)
+    rows = len(steps[0].output)
+    steps[1].kwargs["down_intrablock_additional_residuals"] = [torch.zeros(rows, 8, 8, 8)]
+    with pytest.raises(ConfigError, match="other arguments in some steps than in others: with these arguments it"):
+        mix(steps, [0] + [1] * (rows - 1), argument)
+    for number, step in enumerate(steps):
+        step.kwargs["down_intrablock_additional_residuals"] = [torch.zeros(rows, 8, 8, 8 + number)]
+    with pytest.raises(ConfigError, match="tensors whose shape changes from step to step"):
+        mix(steps, [0] + [1] * (rows - 1), argument)
+
+
+@pytest.mark.situation("sound, compared or drawn as pictures", "refused")
+def test_sound():
+    config = {"sample_size": 64, "sample_rate": 64, "extra_in_channels": 64, "use_timestep_embedding": False}
+    config |= {"block_out_channels": (32, 32, 64), "time_embedding_type": "fourier", "flip_sin_to_cos": True}
+    down = ("DownBlock1DNoSkip", "DownBlock1D", "AttnDownBlock1D")
+    blocks = {"down_block_types": down, "up_block_types": ("AttnUpBlock1D", "UpBlock1D", "UpBlock1DNoSkip")}
+    pipe = DanceDiffusionPipeline(UNet1DModel(**config, **blocks), IPNDMScheduler())
+    for look in (lambda: compare_pipelines(pipe, pipe, **FAST), lambda: sample_images(pipe, **FAST)):
+        with pytest.raises(UnsupportedError, match="AudioPipelineOutput holds something else, such as sound"):
+            look()
+
+
+@pytest.mark.situation("float32 positions beside a bfloat16 model that is compared with itself", "right")
+def test_positions_keep_their_dtype():
+    class WithPositions(DDPMPipeline):
+        @torch.no_grad()
+        def __call__(self, batch_size=1, generator=None, num_inference_steps=2, output_type="np"):
+            sample = torch.randn(batch_size, 3, 8, 8, generator=generator).bfloat16()
+            self.scheduler.set_timesteps(num_inference_steps)
+            for timestep in self.scheduler.timesteps:
+                seen.append(torch.linspace(0, 1, 64).view(8, 8))
+                output = self.unet(sample, timestep, class_labels=seen[-1]).sample
+                sample = self.scheduler.step(output, timestep, sample).prev_sample
+            return (sample.float(),)
+
+    seen, read = [], []
+    unet = make_unet().bfloat16()
+    forward = type(unet).forward
+
+    def with_positions(sample, timestep, class_labels=None, return_dict=True):
+        read.append(class_labels.dtype)
+        return forward(unet, sample, timestep, return_dict=return_dict)
+
+    unet.forward = with_positions
+    pipe = WithPositions(unet, DDIMScheduler())
+    assert compare_pipelines(pipe, pipe, **FAST).eps_rel_l2 == 0
+    assert set(read) == {torch.float32}
+
+
+@pytest.mark.situation("a correction for a video whose channels and frames are as many", "refused")
+def test_channels_or_frames():
+    model = make_unet()
+    require_channels(model, torch.zeros(1, 3, 5, 8, 8))
+    with pytest.raises(UnsupportedError, match="can be told from its frames.* Pass on another number of frames"):
+        require_channels(model, torch.zeros(1, 3, 3, 8, 8))
+    with pytest.raises(UnsupportedError, match="its config names no `out_channels`"):
+        require_channels(torch.nn.Linear(1, 1), torch.zeros(1, 3, 5, 8, 8))
+
+
+@pytest.mark.situation("several pictures of a caption beside pictures of one's own", "refused")
+def test_captions_of_several_pictures():
+    pipe = make_small_pipe()
+    with pytest.raises(ConfigError, match="`num_images_per_prompt` must be 1 beside `images`, but got 2"):
+        quantize_pipeline(pipe, "w4a4", images=photographs(2), prompts=["a", "b"], num_images_per_prompt=2, **FAST)
+    assert not hasattr(pipe.unet, "hf_quantizer")
+
+
+@pytest.mark.situation("a trajectory that begins after its first step, while the sampler clips", "right")
+def test_trajectories_from_later_on():
+    teacher = DDPMPipeline(make_unet(), DDIMScheduler(clip_sample=True))
+    make = call_arguments(teacher, None, 4, {})
+    trajectories = Trajectories(teacher, make, 2, seed=0)
+    sampler = RunFactors(teacher.scheduler, 4)
+    answers = [step.output + 0.01 for step in trajectories.steps()]
+    assert real_factors(sampler, trajectories, answers)
+    del trajectories.steps()[0]
+    assert real_factors(sampler, trajectories, answers[1:]) is None
+
+
+@pytest.mark.situation("an IP-Adapter that is loaded before the model is quantized", "refused")
+def test_image_prompts_before():
+    pipe = make_small_pipe()
+    pipe.load_ip_adapter(ip_adapter(pipe.unet), subfolder="", weight_name="", image_encoder_folder=None)
+    with pytest.raises(StateError, match=r"before image prompts.*attn2\.processor.*`pipe.unload_ip_adapter\(\)`"):
+        quantize_pipeline(pipe, "w4a8", prompts=["a hat"], **FAST)
+    pipe.unload_ip_adapter()
+    quantize_pipeline(pipe, "w8a8-wide", prompts=["a hat"], **FAST)
+    pipe.load_ip_adapter(ip_adapter(pipe.unet), subfolder="", weight_name="", image_encoder_folder=None)
+    dequantize(pipe)
+    assert pipe.unet.config.encoder_hid_dim_type == "ip_image_proj"
+
+
+@pytest.mark.situation("first and last layers of models that name them in a way of their own", "right")
+@pytest.mark.parametrize("model", ["cascade", "dit"])
+def test_layers_that_read_the_sample(model):
+    from diffusers import StableCascadeUNet
+
+    if model == "cascade":
+        unet = StableCascadeUNet(
+            in_channels=4,
+            out_channels=4,
+            timestep_ratio_embedding_dim=4,
+            patch_size=1,
+            conditioning_dim=8,
+            block_out_channels=(8, 16),
+            num_attention_heads=(1, 1),
+            down_num_layers_per_block=(1, 1),
+            up_num_layers_per_block=(1, 1),
+            down_blocks_repeat_mappers=(1, 1),
+            up_blocks_repeat_mappers=(1, 1),
+            block_types_per_layer=(("SDCascadeResBlock",), ("SDCascadeResBlock",)),
+            clip_text_pooled_in_channels=8,
+        )
+        names = {"embedding.1": None, "clf.1": 8}
+    else:
+        unet, names = denoiser_of(make_dit_pipe()), {"pos_embed.proj": None, "proj_out_2": 8}
+    from diffusers_msfp.formats import FORMATS
+    from diffusers_msfp.plugin.config import MSFPConfig
+
+    layers = MSFPConfig("w4a4").plan(copy.deepcopy(unet)).layers
+    bits = {name: next((FORMATS[each].bits for each in layers[name].activation), None) for name in names}
+    assert bits == names
