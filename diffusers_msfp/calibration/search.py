@@ -181,7 +181,7 @@ def search_qparams(x: Tensor, formats: Sequence[str], *, per_channel: bool = Fal
     Args:
         x (`Tensor`, any shape, float32/bfloat16/float16): finite values; a sample of an activation, or a weight.
         formats (`Sequence[str]`): candidate names. Unsigned ones are tried, with a zero point, only where they can
-            win: with `per_channel` never, else if `is_skewed` holds for the smallest and largest value.
+            win: with `per_channel` never, else if the largest value exceeds 1.25 times the magnitude of the smallest.
         per_channel (`bool`): one scale per index of axis 0 instead of one per tensor.
 
     Returns:
@@ -191,6 +191,9 @@ def search_qparams(x: Tensor, formats: Sequence[str], *, per_channel: bool = Fal
         NonFiniteError: `x` holds NaN or infinity.
         ConfigError: no candidate that may be used for these values.
         ShapeError: `per_channel` for a tensor without axes.
+
+    Source:
+        arXiv 2505.21591 (mixup-sign search), as reconstructed; candidates and ranges are ours.
 
     Example:
         >>> search_qparams(torch.nn.functional.silu(torch.linspace(-5, 5, 999)), ["fp4_e2m1", "fp4_ue2m2"]).format.name

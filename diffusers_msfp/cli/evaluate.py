@@ -44,8 +44,8 @@ class CheckpointEvaluation(Evaluation):
 
 def evaluate(
     candidate: str,
-    reference: str,
     *,
+    reference: str,
     data: str | Path | None = None,
     num_samples: int = 2000,
     num_inference_steps: int = 20,

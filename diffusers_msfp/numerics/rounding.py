@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..compat.torch import assert_later
-from ..errors import NonFiniteError, ShapeError
+from ..errors import FormatError, NonFiniteError, ShapeError
 from ..formats import FPFormat
 from .qparams import QParams
 
@@ -139,7 +139,11 @@ def decode(codes: Tensor, qparams: QParams, dtype: torch.dtype = torch.float32) 
         qparams (`QParams`): broadcastable to `codes`.
         dtype (`torch.dtype`): of the result.
 
+    Returns:
+        `Tensor`, shape of `codes`.
+
     Raises:
+        FormatError: numbers of another type.
         ShapeError: `qparams` does not broadcast to `codes`.
 
     Example:
@@ -149,6 +153,8 @@ def decode(codes: Tensor, qparams: QParams, dtype: torch.dtype = torch.float32) 
         >>> decode(encode(torch.tensor([0.6, -5.0]), qparams), qparams).tolist()
         [0.5, -4.0]
     """
+    if codes.dtype != torch.uint8:
+        raise FormatError(f"Codes must be torch.uint8, as `encode` gives them, but got {codes.dtype}.")
     check_broadcast(codes, qparams)
     q = code_table(qparams.format, codes.device)[codes.to(torch.int32)]
     return ((q - zero_point_steps(qparams)) * qparams.unit).to(dtype)

@@ -1,4 +1,4 @@
-"""Calibration with the pipeline's own sampler."""
+"""Calibration on the pipeline's own samples, or on pictures."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack

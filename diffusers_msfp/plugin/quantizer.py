@@ -232,7 +232,7 @@ class MSFPQuantizer(DiffusersQuantizer):
                 raise CheckpointError(f"A checkpoint must hold `{key}`, but it does not: damaged or incomplete file.")
         for key in self._loaded_keys:
             if key.rpartition(".")[2] in ours and key not in known:
-                raise CheckpointError(f"config.json says nothing of `{key}`, but got it: not its weights.")
+                raise CheckpointError(f"config.json records no `{key}`, which the files hold: not its weights.")
         return missing_keys
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:  # noqa: ARG002

@@ -4,7 +4,8 @@ Such a sum grows with depth and has outliers, so 4-bit codes are too coarse for 
 for these layers (`schemes.LayerScheme.residual`). They are found in any architecture by following one call of the
 model: a sum of two tensors of one shape belongs to the stream, and so does whatever is made of it but for norms,
 products with weights and attention, which end it. What a layer gives begins a stream anew where another reads it as it
-is, only moved or joined with others: as a shortcut behind a downsampling convolution does.
+is, only moved or joined with others: as a shortcut behind a downsampling convolution does. A norm's output that is
+scaled and shifted is none, though its shift may have as many positions as it has itself.
 """
 
 import threading
@@ -24,10 +25,12 @@ from ..layers.convert import layers_by_name
 
 SUMS = frozenset({"add", "add_", "sub", "sub_", "__add__", "__radd__", "__iadd__", "__sub__", "__isub__"})
 LAYERS = frozenset({"linear"} | {f"conv{transposed}{n}d" for transposed in ("", "_transpose") for n in (1, 2, 3)})
+PRODUCTS = frozenset({"mul", "mul_", "__mul__", "__rmul__", "__imul__"})
+NORMS = frozenset({f"{kind}_norm" for kind in ("group", "layer", "rms", "batch", "instance")})
 ENDS = frozenset(
     {"bilinear", "embedding", "matmul", "__matmul__", "bmm", "baddbmm", "addmm", "einsum", "softmax"}
     | {"scaled_dot_product_attention", "multi_head_attention_forward"}
-    | {"group_norm", "layer_norm", "rms_norm", "batch_norm", "instance_norm", "local_response_norm", "normalize"}
+    | {"local_response_norm", "normalize"}
 )
 MOVES = frozenset(
     {"reshape", "view", "permute", "transpose", "movedim", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze"}
@@ -43,10 +46,12 @@ class _Following(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kinds: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor → "sum" or "layer"
+        self.kinds: WeakIdKeyDictionary = (
+            WeakIdKeyDictionary()
+        )  # tensor → "sum", "layer", "normed" or "scaled" after it
 
     def in_stream(self, value: object) -> bool:
-        return isinstance(value, Tensor) and value.ndim >= MIN_AXES and value in self.kinds
+        return isinstance(value, Tensor) and value.ndim >= MIN_AXES and self.kinds.get(value) in ("sum", "layer")
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # noqa: ARG002
         result = func(*args, **(kwargs or {}))
@@ -54,14 +59,21 @@ class _Following(TorchFunctionMode):
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         largest = max((leaf.numel() for leaf in read), default=0)  # a modulation's shift is added to all positions
         kinds = {self.kinds[leaf] for leaf in read if leaf in self.kinds and (name in MOVES or leaf.numel() == largest)}
+        kind = None
         if name in LAYERS:
             kind = "layer"
+        elif name in NORMS:
+            kind = "normed"
         elif name in ENDS:
-            kind = None
-        elif "sum" in kinds or name in SUMS and len(read) == 2 and read[0].shape == read[1].shape:
+            pass
+        elif "sum" in kinds:
             kind = "sum"
-        else:
-            kind = "layer" if kinds and name in MOVES else None
+        elif name in SUMS and len(read) == 2 and read[0].shape == read[1].shape:
+            kind = None if "scaled" in kinds else "sum"
+        elif name in PRODUCTS and not kinds.isdisjoint(("normed", "scaled")):
+            kind = "scaled"
+        elif name in MOVES:
+            kind = next((each for each in ("layer", "normed", "scaled") if each in kinds), None)
         for leaf in tree_leaves(result):
             self._note(leaf, kind)
         return result
@@ -73,9 +85,9 @@ class _Following(TorchFunctionMode):
             self.kinds.pop(leaf, None)
 
     def end(self, _module: nn.Module, _args: tuple, output: object) -> None:
-        """A forward hook: what this module gives is no residual sum."""
+        """A forward hook: what this module, a norm, gives is no residual sum."""
         for leaf in tree_leaves(output):
-            self._note(leaf, None)
+            self._note(leaf, "normed")
 
 
 class ResidualTrace:

@@ -30,7 +30,7 @@ def make(name: str, out: Path, data: str, parts: Collection[str]) -> Path:
     shutil.copytree(CHECKPOINTS[name], folder)
     measures = {
         "comparison": lambda: compare(str(EMBEDDED_MODEL), str(folder), num_samples=256),
-        "evaluation": lambda: evaluate(str(folder), str(EMBEDDED_MODEL), data=data, out=out / "evaluation"),
+        "evaluation": lambda: evaluate(str(folder), reference=str(EMBEDDED_MODEL), data=data, out=out / "evaluation"),
         "speed": lambda: bench(str(folder), batch=8),
     }
     before = ROOT / "model_cards" / name / "results"

@@ -159,7 +159,7 @@ def test_arguments_that_a_pipeline_does_not_take(option, what, tiny_dir, packed_
 
 @pytest.mark.situation("`evaluate` where the features that fit the pictures have no weights here", "right")
 def test_features_that_are_not_there(tiny_dir, packed_dir, tmp_path):
-    result = cli.evaluate(packed_dir, tiny_dir, num_samples=2, num_inference_steps=1, out=tmp_path / "out")
+    result = cli.evaluate(packed_dir, reference=tiny_dir, num_samples=2, num_inference_steps=1, out=tmp_path / "out")
     assert "psnr_db" in result.figures["candidate_to_reference"]
     assert "need the package torch-fidelity" in result.omitted["candidate_to_reference.frechet_distance"]
 
@@ -186,7 +186,7 @@ VERBS = {
     "finetune": lambda out: cli.finetune("nothing/here", "nothing/there", out),
     "sample": lambda out: cli.sample("nothing/here", out.with_suffix(".png")),
     "report": lambda out: cli.report("nothing/here", out.with_suffix(".html")),
-    "evaluate": lambda out: cli.evaluate("nothing/here", "nothing/there", out=out),
+    "evaluate": lambda out: cli.evaluate("nothing/here", reference="nothing/there", out=out),
     "demo": lambda out: cli.demo(out),
     "publish": lambda out: publish("nothing/here", "user/name", dry_run=out),
     "space create": lambda out: cli.space_create("nothing/here", out),

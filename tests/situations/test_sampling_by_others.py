@@ -10,17 +10,19 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     IPNDMScheduler,
+    LTXVideoTransformer3DModel,
     UNet1DModel,
 )
 from loras import ip_adapter
 from pipelines import make_small_pipe, photographs
 
-from diffusers_msfp import quantize_pipeline
+from diffusers_msfp import MSFPConfig, quantize_pipeline
 from diffusers_msfp.errors import ConfigError, StateError, UnsupportedError
 from diffusers_msfp.evaluation import compare_pipelines, sample_images
+from diffusers_msfp.layers.convert import quant_layers
 from diffusers_msfp.methods.correction.fit import require_channels
 from diffusers_msfp.methods.losses import real_factors
-from diffusers_msfp.plugin.quantize import dequantize
+from diffusers_msfp.plugin.quantize import dequantize, quantize_model
 from diffusers_msfp.sampling.calls import call_arguments
 from diffusers_msfp.sampling.denoisers import denoiser_of, model_output
 from diffusers_msfp.sampling.denoising_factor import RunFactors
@@ -109,6 +111,25 @@ def test_positions_keep_their_dtype():
     assert set(read) == {torch.float32}
 
 
+@pytest.mark.situation("timesteps by token, whose modulation has as many positions as the sample", "right")
+def test_modulation_by_token():
+    sizes = {"in_channels": 8, "out_channels": 8, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2}
+    torch.manual_seed(0)
+    model = LTXVideoTransformer3DModel(cross_attention_dim=16, caption_channels=8, **sizes).eval()
+    found = []
+    for timesteps in (torch.full((2,), 500.0), torch.full((2, 8), 500.0)):
+        pipe = copy.deepcopy(model)
+        quantize_model(pipe, MSFPConfig("w4a4"))
+        with torch.no_grad():
+            size = {"num_frames": 2, "height": 2, "width": 2}
+            text, mask = torch.randn(2, 3, 8), torch.ones(2, 3)
+            pipe(torch.randn(2, 8, 8), text, timesteps, mask, **size)
+        found.append({name for name, layer in quant_layers(pipe) if layer.input_is_sum})
+    assert found[0] == found[1]
+    assert "transformer_blocks.1.attn2.to_q" in found[0]  # it reads the stream, which no norm has scaled
+    assert "transformer_blocks.1.attn1.to_q" not in found[0]
+
+
 @pytest.mark.situation("a correction for a video whose channels and frames are as many", "refused")
 def test_channels_or_frames():
     model = make_unet()
@@ -177,7 +198,6 @@ def test_layers_that_read_the_sample(model):
     else:
         unet, names = denoiser_of(make_dit_pipe()), {"pos_embed.proj": None, "proj_out_2": 8}
     from diffusers_msfp.formats import FORMATS
-    from diffusers_msfp.plugin.config import MSFPConfig
 
     layers = MSFPConfig("w4a4").plan(copy.deepcopy(unet)).layers
     bits = {name: next((FORMATS[each].bits for each in layers[name].activation), None) for name in names}

@@ -65,7 +65,7 @@ def evaluate(
     """
     result = cli.evaluate(
         candidate,
-        reference,
+        reference=reference,
         data=data,
         num_samples=num_samples,
         num_inference_steps=num_inference_steps,

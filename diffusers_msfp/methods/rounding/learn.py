@@ -237,7 +237,10 @@ def learn_rounding(
         `LearnedRounding`; where several denoisers are quantized, a `ByDenoiser` of these.
 
     Raises:
-        ConfigError: settings or pipelines that do not fit; nothing is changed then.
+        ConfigError: settings or pipelines that do not fit.
+        StateError: the model is observing, offloaded, or has what this method forbids; the teacher is quantized.
+        ShapeError: the teacher is another model. Nothing is changed after these.
+        NonFiniteError: outputs that are not finite; the model is as it was.
 
     Source:
         arXiv 2408.06995 section V-B, as reconstructed; see `SoftRounding`.

@@ -103,8 +103,13 @@ def split_shortcuts(
         `ByDenoiser` of these.
 
     Raises:
-        ConfigError: pipelines that do not fit; nothing is changed then.
-        ShapeError: the teacher is another model.
+        ConfigError: pipelines that do not fit.
+        StateError: the model is observing, offloaded, or has what this method forbids; the teacher is quantized or has
+            adapters.
+        ShapeError: the teacher is another model. Nothing is changed after any of these.
+
+    Source:
+        arXiv 2302.04304, section 3.3.
 
     Example:
         ```py

@@ -27,7 +27,13 @@ def finetune(
         `Finetuned`; where several denoisers are quantized, which learn one after the other, a `ByDenoiser` of these.
 
     Raises:
-        MSFPError: settings or pipelines that do not fit; nothing is changed then.
+        ConfigError: settings or pipelines that do not fit.
+        StateError: the model is observing, offloaded, or has what this method forbids; the teacher is quantized.
+        ShapeError: the teacher is another model. Nothing is changed after these.
+        NonFiniteError: the loss is not finite; the model is as it was.
+
+    Source:
+        arXiv 2505.21591 (TALoRA and DFA) and 2310.03270 (distillation without data), as reconstructed.
 
     Example:
         ```py

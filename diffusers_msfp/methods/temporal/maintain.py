@@ -117,7 +117,7 @@ def maintain_temporal(
 
     No data are needed: the block's inputs are timesteps. Samplers with other timesteps work too: inputs take the
     parameters of the nearest timestep, and layers are computed where no output is stored. Fine-tuning afterwards leaves
-    the layers that depend on the timestep alone as they are; those with sets learn them beside one merged adapter.
+    layers that were reconstructed or stored as they are; those with sets learn them beside one merged adapter.
 
     Args:
         pipe (`DiffusionPipeline`): quantized and calibrated, without adapters.
@@ -130,9 +130,9 @@ def maintain_temporal(
         `TemporalMaintenance`; where several denoisers are quantized, a `ByDenoiser` of these.
 
     Raises:
-        ConfigError: pipelines that do not fit, or no quantized layer that depends on the timestep alone. Nothing is
-            changed then.
-        ShapeError: the teacher is another model.
+        ConfigError: pipelines that do not fit, or no quantized layer that depends on the timestep alone.
+        StateError: the model is observing, offloaded, or has what this method forbids; the teacher is quantized.
+        ShapeError: the teacher is another model. Nothing is changed after any of these.
 
     Source:
         arXiv 2311.16503, sections 4.2 (TIAR) and 4.3 (FSC); 2407.19547 (cache and selection), as reconstructed.
