@@ -5,7 +5,6 @@ by the reference engine, in which every layer sees floats. What cannot be had is
 """
 
 import datetime
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from ..budget.record import stored_plan
 from ..calibration import Observation
 from ..checkpoint.describe import describe_checkpoint
+from ..compat.processor import processor
 from ..compat.wrappers import sees_through
 from ..engines.choose import engine_set, set_engine
 from ..errors import StateError, UnsupportedError
@@ -155,7 +155,7 @@ def collect_report(
         config=config,
         calibration_state=described.get("calibration_state"),
         dtype=str(model.dtype).removeprefix("torch."),
-        origin=origin() | {"processor": _processor()},
+        origin=origin() | {"processor": processor()},
         date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         settings={
             "num_samples": num_samples,
@@ -194,13 +194,6 @@ def _quantization_config(model: nn.Module) -> dict:
     kinds = (str, bool, int, float, list, dict)
     plain = {key: getattr(value, "value", value) for key, value in config.items()}
     return {key: value for key, value in plain.items() if isinstance(value, kinds) and value not in ([], {})}
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def _compare(

@@ -1,4 +1,4 @@
-"""The CPU kernels in Numba, over both cores: see `numba_rows` for the arithmetic."""
+"""The CPU kernels in Numba, in parallel: see `numba_rows` for the arithmetic."""
 
 import functools
 import os

@@ -278,23 +278,23 @@ class Finetuner:
         progress.total = progress.update + max(0, int(self.accelerator.gather(more).min()))
 
     def _report(self, loss: float, factor: float) -> None:
-        progress = self.progress
         if self.folder.path is not None:
-            self.accelerator.log({"loss": loss, "learning_rate_factor": factor}, step=progress.update)
+            self.accelerator.log({"loss": loss, "learning_rate_factor": factor}, step=self.progress.update)
         if self.on_progress is not None:
-            self.on_progress(progress.update, progress.total, loss=loss)
+            self.on_progress(self.progress.update, self.progress.total, loss=loss)
         wanted = self.on_preview is not None and self.accelerator.is_main_process and self.folder.preview_due()
         if wanted and self._stop.asked is None:
             with self.folder.previewing():
-                cast(Callable, self.on_preview)(progress.update, self.preview())
+                cast(Callable, self.on_preview)(self.progress.update, self.preview())
         self.folder.keep(self._stop)
 
     @torch.no_grad()
     def preview(self, *, teacher: bool = False) -> np.ndarray:
         """Pictures of the student as it is, or of the teacher, for equal noise; `(8, H, W, C)` in [0, 1]."""
-        pipe = self.teacher if teacher else self._previewed
-        generators = [torch.Generator().manual_seed(self.config.seed + i) for i in range(PREVIEWS)]
-        with quiet(pipe), self.student.routed():
-            made = self.preview_arguments(0, PREVIEWS, generators).run(pipe)
-        pictures = np.asarray(made.images if hasattr(made, "images") else made.frames)
+        pipe, config = self.teacher if teacher else self._previewed, self.config
+        noise = [torch.Generator().manual_seed(config.seed + i) for i in range(PREVIEWS)]
+        parts = {i: noise[i : i + config.batch_size] for i in range(0, PREVIEWS, config.batch_size)}
+        with quiet(pipe), self.student.routed():  # as many at once as in training
+            made = [self.preview_arguments(start, len(own), own).run(pipe) for start, own in parts.items()]
+        pictures = np.concatenate([each.images if hasattr(each, "images") else each.frames for each in made])
         return pictures[:, 0] if pictures.ndim == 5 else pictures  # of a video its first frame

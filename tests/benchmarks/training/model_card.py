@@ -45,7 +45,7 @@ KINDS = {
     ),
     "cifar10-latent-dit": (
         "a class-conditional transformer on the latents of a small autoencoder",
-        "image-generation",
+        "unconditional-image-generation",
         'pipe(pipe.get_label_ids(["ship", "dog"]), {guidance}, noise, 50)',
     ),
     "cifar10-text": (
