@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors import SafetensorError, safe_open
-
 from ..engines import tuning
 from ..engines.choose import engine_named
 from ..errors import CheckpointError
@@ -16,6 +14,7 @@ from ..layers import QuantLayer
 from ..methods.method import parts
 from ..results import Result, plain
 from ..schemes import resolve
+from .opening import opened
 from .record import ModelRecord
 from .stored_layer import StoredLayer
 
@@ -265,13 +264,10 @@ def _small_tensors(folder: Path, variant: str | None) -> tuple[dict, dict]:
     """Scales, zero points and errors, and the shapes of the packed weights; packed weights are not read."""
     tensors, shapes = {}, {}
     for file in weight_files(folder, variant):
-        try:
-            with safe_open(file, framework="pt") as handle:
-                for key in handle.keys():  # noqa: SIM118
-                    if key.endswith(".weight"):
-                        shapes[key] = handle.get_slice(key).get_shape()
-                    elif key.rpartition(".")[2].startswith(("weight_", "input_", "table", "timesteps")):
-                        tensors[key] = handle.get_tensor(key)
-        except SafetensorError as error:
-            raise CheckpointError(f"{file} must be a safetensors file, but it is not ({error}).") from error
+        with opened(file) as handle:
+            for key in handle.keys():
+                if key.endswith(".weight"):
+                    shapes[key] = handle.get_slice(key).get_shape()
+                elif key.rpartition(".")[2].startswith(("weight_", "input_", "table", "timesteps")):
+                    tensors[key] = handle.get_tensor(key)
     return tensors, shapes

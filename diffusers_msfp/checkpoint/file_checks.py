@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
@@ -16,6 +15,7 @@ from ..layers import QuantLayer
 from ..layers.convert import quant_layers
 from ..layers.stored import FORMATS_TENSOR, same_formats, say_formats
 from .digest import Digest
+from .opening import opened
 
 _ENDING = f".{FORMATS_TENSOR}"
 
@@ -90,16 +90,13 @@ def check_files(files: Sequence[Path], digest: Digest | None, recorded: Mapping[
     check_places(files)
     names = set()
     for file in files:
-        try:
-            with safe_open(file, framework="pt", device="cpu") as handle:
-                for name in handle.keys():  # noqa: SIM118
-                    names.add(name)
-                    if digest is not None or name.endswith(_ENDING):
-                        tensor = handle.get_tensor(name)
-                        if digest is not None:
-                            digest.check({name: tensor})
-                        check_formats({name: tensor}, recorded)
-        except SafetensorError as error:
-            raise CheckpointError(f"{file} must be a safetensors file, but it is not ({error}).") from error
+        with opened(file) as handle:
+            for name in handle.keys():
+                names.add(name)
+                if digest is not None or name.endswith(_ENDING):
+                    tensor = handle.get_tensor(name)
+                    if digest is not None:
+                        digest.check({name: tensor})
+                    check_formats({name: tensor}, recorded)
     if digest is not None and files:
         digest.check_complete(names)

@@ -16,6 +16,7 @@ from ..compat.torch import tree_leaves
 from ..errors import CheckpointError, ConfigError
 from .describe import INDEX, WEIGHTS, weight_files, weights_by_variant
 from .digest import checksum
+from .opening import opened
 
 MAX_SHARD_SIZE = "10GB"
 """diffusers' own default."""
@@ -24,8 +25,8 @@ MAX_SHARD_SIZE = "10GB"
 def bytes_per_number(file: Path) -> float | None:
     """What a number takes in a weight file, on average; None where it cannot be read."""
     if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as handle:
-            numbers = sum(math.prod(handle.get_slice(name).get_shape()) for name in handle.keys())  # noqa: SIM118
+        with opened(file) as handle:
+            numbers = sum(math.prod(handle.get_slice(name).get_shape()) for name in handle.keys())
     else:
         try:
             state = torch.load(file, map_location="meta", mmap=True, weights_only=True)

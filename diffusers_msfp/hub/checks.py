@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 from diffusers import DiffusionPipeline, ModelMixin
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from ..checkpoint.describe import component_dirs, weights_by_variant
+from ..checkpoint.opening import opened
 from ..errors import CheckpointError, ConfigError, MSFPError
 from ..evaluation import sample_images
 from ..layers import QuantLayer
@@ -124,11 +125,8 @@ def _check_tensors(files: Sequence[Path], model: ModelMixin) -> None:
     known = {name_in_files(name) for name in model.state_dict()}
     seen: set[str] = set()
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as handle:
-                found = {key: handle.get_slice(key).get_dtype() for key in handle.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise CheckpointError(f"{file} must be a safetensors file, but it is not ({error}).") from error
+        with opened(file) as handle:
+            found = {key: handle.get_slice(key).get_dtype() for key in handle.keys()}
         for key, dtype in found.items():
             if key in seen or key not in known or (key in packed and dtype != "U8"):
                 raise CheckpointError(

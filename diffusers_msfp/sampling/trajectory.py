@@ -4,8 +4,7 @@ No data are needed: a pipeline samples from noise, and each call of its denoiser
 labels, guidance and any sampler are those of the pipeline. Each sample has a generator of its own, seeded by its
 number: how samples are shared out among processes changes nothing.
 
-A training batch holds all samples of a rollout, each at another step of its trajectory: on the package's model that
-lowers the error clearly more per update than one timestep for the whole batch.
+A training batch holds all samples of a rollout, each at another step: better, per update, than one timestep for all.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -231,7 +231,7 @@ def _read(folder: Path, prefix: str) -> tuple[dict[str, Tensor], dict]:
     head = PEFT_PREFIX if file == peft else f"{prefix}."
     try:
         with safe_open(file, framework="pt") as handle:
-            tensors = {key.removeprefix(head): handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+            tensors = {key.removeprefix(head): handle.get_tensor(key) for key in handle.keys()}
             metadata = handle.metadata() or {}
         if file == peft:
             return tensors, json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))

@@ -10,9 +10,9 @@ import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ...checkpoint.opening import opened
 from ...errors import CheckpointError, ConfigError, MSFPError, UnsupportedError, first_line
 from ...layers.convert import plain_name
 from .exchange import DIFFUSERS_FILE, METADATA, PEFT_CONFIG, PEFT_FILE, PEFT_PREFIX, require_pairs_alone
@@ -48,11 +48,8 @@ def place_of(lora: str | Path) -> Path:
             f"A LoRA must be a safetensors file, or a folder with one, but {lora} is none; pickles are not read. "
             f"Download it first, or convert it with `safetensors.torch.save_file`."
         )
-    try:
-        with safe_open(path, framework="pt") as handle:
-            keys = list(handle.keys())
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} must be a safetensors file, but it is not ({error}).") from error
+    with opened(path) as handle:
+        keys = list(handle.keys())
     if not any("lora" in name.lower() or kind_of(name) for name in keys):
         raise CheckpointError(f"{path} must hold pairs of factors, but none of its {len(keys)} tensors is of a LoRA.")
     return path
@@ -118,8 +115,8 @@ def _tensors_in_file(owner: Any, place: Path) -> Counter[str]:
         return Counter(part for pair in _pairs(place).values() for part in pair if part != "alpha")
     for key, value in _metadata(place).items():
         require_pairs_alone({key.rpartition(".")[2]: value}, allowed=_OF_PIPELINES)
-    with safe_open(place, framework="pt") as handle:
-        dropped = [key for key in handle.keys() if _DROPPED in key]  # noqa: SIM118
+    with opened(place) as handle:
+        dropped = [key for key in handle.keys() if _DROPPED in key]
     unet = getattr(owner, "unet", None)
     known = {} if unet is None else {"unet_config": unet.config}
     found = owner.lora_state_dict(str(place.parent), weight_name=place.name, use_safetensors=True, **known)
@@ -224,8 +221,8 @@ def _pairs(place: Path) -> dict[str, dict[str, Tensor]]:
         ".alpha": "alpha",
     }
     foreign = []
-    with safe_open(place, framework="pt") as handle:
-        for key in handle.keys():  # noqa: SIM118
+    with opened(place) as handle:
+        for key in handle.keys():
             end = next((end for end in ends if key.endswith(end)), None)
             if end is None:
                 foreign.append(key)
@@ -241,7 +238,7 @@ def _pairs(place: Path) -> dict[str, dict[str, Tensor]]:
 
 def _metadata(place: Path) -> dict[str, Any]:
     """What diffusers writes beside the tensors."""
-    with safe_open(place, framework="pt") as handle:
+    with opened(place) as handle:
         said = (handle.metadata() or {}).get(METADATA)
     return _object(said, place) if said else {}
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...checkpoint.describe import WEIGHTS, read_config, weight_files
 from ...checkpoint.digest import Digest, checking
+from ...checkpoint.opening import opened
 from ...compat.diffusers import offloaded_groups
 from ...compat.torch import device_of
 from ...compat.wrappers import seen_through, sees_through
@@ -289,11 +289,8 @@ def _read(folder: Path) -> tuple[AdapterPlan, dict[str, Tensor]]:
         raise CheckpointError(f"{CONFIG} must be a JSON object, but got {type(record).__name__}.")
     tensors: dict[str, Tensor] = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as handle:
-                tensors |= {key: handle.get_tensor(key) for key in handle.keys() if goes_with_adapters(key)}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} must be a safetensors file, but it is not ({error}).") from error
+        with opened(file) as handle:
+            tensors |= {key: handle.get_tensor(key) for key in handle.keys() if goes_with_adapters(key)}
     plan = read_part(AdapterPlan, "adapters", {key: value for key, value in record.items() if key != "digest"})
     if record.get("digest") is not None and checking():  # files of before version 2 have none
         Digest.from_dict(record["digest"]).check(tensors)

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diffusers import AutoModel
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ...checkpoint.describe import TRANSFORMERS_WEIGHTS, WEIGHTS, component_dirs, read_config
 from ...checkpoint.digest import Digest
+from ...checkpoint.opening import opened
 from ...checkpoint.version2 import FORMAT_VERSION
 from ...errors import CheckpointError, ConfigError
 from ...layers.skeleton import LayerGroup
@@ -109,12 +109,9 @@ def _said(weight: str) -> str:
 
 def _add_formats(path: Path, formats: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Replace a weight file by one that says the formats of its layers; all its tensors."""
-    try:
-        with safe_open(path, framework="pt") as handle:
-            metadata = dict(handle.metadata() or {}) | {"format_version": str(FORMAT_VERSION)}
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} must be a safetensors file, but it is not ({error}).") from error
+    with opened(path) as handle:
+        metadata = dict(handle.metadata() or {}) | {"format_version": str(FORMAT_VERSION)}
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}
     tensors |= {_said(name): formats[name].clone() for name in tensors.keys() & formats.keys()}
     part = path.with_name(f".{path.name}.part")
     save_file(tensors, part, metadata=metadata)

@@ -169,7 +169,7 @@ def digest_of_files(files: list[Path]) -> Digest:
     sums = {}
     for file in files:
         with safe_open(file, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118
+            for name in handle.keys():
                 tensor: Tensor = handle.get_tensor(name)
                 sums[name, dtype_name(tensor)] = checksum(name, tensor)
     return Digest(sums)
