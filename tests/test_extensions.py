@@ -29,12 +29,18 @@ print(NAME)
 USE = """
 import json, sys
 import torch
+from command_line import program
 from diffusers import DiffusionPipeline
 from diffusers_msfp import set_engine
 from diffusers_msfp.engines.choose import engines_of
 from diffusers_msfp.layers.convert import quant_layers
 
-original, packed = map(DiffusionPipeline.from_pretrained, sys.argv[1:])
+source, out = sys.argv[1:]
+short = ("--num-samples", 1, "--num-inference-steps", 2, "--json")
+done = program("quantize", source, "--scheme", "w5a8", "--recipe", "halved", "--out", out, *short)
+assert done.returncode == 0, done.stderr
+quantized = json.loads(done.stdout)
+original, packed = map(DiffusionPipeline.from_pretrained, (source, out))
 layers = dict(quant_layers(packed.unet))
 set_engine(packed, "plain")
 engines, errors = engines_of(packed.unet), []
@@ -49,7 +55,8 @@ biases = [
     for name, layer in layers.items() if layer.bias is not None
 ]
 bits = sorted({layer.weight_format.bits for layer in layers.values()})
-print(json.dumps({"engines": engines, "error": max(errors), "halved": biases, "bits": bits}))
+found = {"quantize": quantized, "engines": engines, "error": max(errors), "halved": biases, "bits": bits}
+print(json.dumps(found))
 """
 
 
@@ -96,22 +103,13 @@ def test_a_format_an_engine_and_a_method_are_added_as_the_pages_say(tiny_dir, tm
     for room in SECTIONS:
         for kind, text in blocks(room):
             apply(kind, text, package)
-    env = os.environ | {"PYTHONPATH": str(tmp_path)}
-
-    def run(*command: object) -> dict:
-        done = subprocess.run(
-            [sys.executable, *map(str, command)], env=env, cwd=tmp_path, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    out = tmp_path / "packed"
-    short = ("--num-samples", 1, "--num-inference-steps", 2, "--json")
-    made = run(
-        "-m", "diffusers_msfp", "quantize", tiny_dir, "--scheme", "w5a8", "--recipe", "halved", "--out", out, *short
-    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(PACKAGE.parent / "tests")])}
+    command = [sys.executable, "-c", USE, tiny_dir, tmp_path / "packed"]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    used = json.loads(done.stdout)
+    made = used["quantize"]
     assert [stage["stage"] for stage in made["stages"]] == ["biases"]
-    used = run("-c", USE, tiny_dir, out)
     assert made["stages"][0]["figures"] == {"halved": len(used["halved"])}
     assert used["halved"]
     assert all(used["halved"])

@@ -10,7 +10,8 @@ import torch
 from conftest import make_unet
 from diffusers import DDIMScheduler, DDPMPipeline
 
-from diffusers_msfp import quantize_pipeline
+from diffusers_msfp import FinetuneConfig, quantize_pipeline
+from diffusers_msfp.methods.talora.finetuner import Finetuner
 
 PACKAGE = Path(__file__).parents[1] / "diffusers_msfp"
 README = (PACKAGE / "README.md").read_text(encoding="utf-8")
@@ -55,7 +56,7 @@ def trace(call) -> tuple[list[str], set[tuple[str, str]]]:
     return [room for room in entered if room not in BASE], upward
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def pipe():
     pipe = DDPMPipeline(make_unet(), DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
@@ -81,8 +82,13 @@ def test_quantize_and_a_step(pipe):
     assert upward <= {("layers", "engines")}
 
 
-def test_an_update_is_written_down():
-    assert written("An update of fine-tuning")[0] == "methods"
+def test_an_update_is_written_down(pipe):
+    quantize_pipeline(pipe, "w4a4", num_samples=1, num_inference_steps=2)
+    config = FinetuneConfig(train_steps=1, num_inference_steps=2, batch_size=2, rank=2)
+    run = Finetuner(pipe, DDPMPipeline(make_unet(), DDIMScheduler()), config)
+    entered, upward = trace(run.run)
+    assert entered == written("An update of fine-tuning")
+    assert upward <= {("layers", "engines")}
 
 
 def test_upward_calls_are_found():

@@ -16,10 +16,10 @@ from matrix import PIPELINES  # noqa: E402
 from tables import PAGES, TABLES, filled  # noqa: E402
 
 SHORTENED = (
-    ("minutes=10", "train_steps=2"),
-    ("RoundingConfig()", "RoundingConfig(iterations=2, num_samples=8)"),
+    ("minutes=10", "train_steps=2, num_inference_steps=2, batch_size=2"),
+    ("RoundingConfig()", "RoundingConfig(iterations=2, num_samples=8, num_inference_steps=2, batch_size=4)"),
     ("TemporalConfig(num_inference_steps=20)", "TemporalConfig(num_inference_steps=2, iterations=2)"),
-    ("num_samples=16", "num_samples=2, num_inference_steps=4"),
+    ("num_samples=16", "num_samples=2, num_inference_steps=2"),
     ('"stable-diffusion-v1-5/stable-diffusion-v1-5"', '"tiny-sd"'),
     (', "w4a8")', ', "w4a8", num_samples=1, num_inference_steps=2)'),
     (', "w4a4")', ', "w4a4", num_samples=1, num_inference_steps=2)'),

@@ -3,9 +3,12 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +50,8 @@ def data(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture
-def _own_signals():
+@contextmanager
+def own_signals() -> Iterator[None]:
     """The trainer takes signals and accelerate's state for itself."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -56,6 +59,12 @@ def _own_signals():
     AcceleratorState._reset_state(reset_partial_state=True)
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def _own_signals():
+    with own_signals():
+        yield
 
 
 def train_two(name: str, data: Path, folder: Path, **arguments) -> Path:
@@ -66,9 +75,20 @@ def train_two(name: str, data: Path, folder: Path, **arguments) -> Path:
     return export
 
 
-@pytest.fixture
-def autoencoder(data, tmp_path, _own_signals) -> Path:
-    return train_two("cifar10-autoencoder", data, tmp_path / "autoencoder")
+@pytest.fixture(scope="module")
+def autoencoder(data, tmp_path_factory) -> Path:
+    """Not to be changed."""
+    with own_signals():
+        return train_two("cifar10-autoencoder", data, tmp_path_factory.mktemp("autoencoder"))
+
+
+@pytest.fixture(scope="module")
+def transformer(data, tmp_path_factory, autoencoder) -> Path:
+    """A folder with the export of a transformer's run, and with its runs; not to be changed."""
+    folder = tmp_path_factory.mktemp("transformer")
+    with own_signals():
+        train_two("cifar10-latent-dit", data, folder, autoencoder=autoencoder)
+    return folder
 
 
 def test_autoencoder(autoencoder):
@@ -89,12 +109,12 @@ def test_pixel(data, tmp_path):
     assert pipe(2, num_inference_steps=2, output_type="np").images.shape == (2, 32, 32, 3)
 
 
-def test_latent_transformer(data, tmp_path, autoencoder):
-    pipe = DiffusionPipeline.from_pretrained(train_two("cifar10-latent-dit", data, tmp_path, autoencoder=autoencoder))
+def test_latent_transformer(transformer, autoencoder):
+    pipe = DiffusionPipeline.from_pretrained(transformer / "export")
     assert pipe.get_label_ids(["ship", "dog"]) == [8, 5]
     exported = [file.read_text() for file in Path(pipe.config._name_or_path).rglob("config.json")]
     assert len(exported) == 2
-    assert str(tmp_path) not in "".join(exported)
+    assert not any(str(folder) in "".join(exported) for folder in (transformer, autoencoder))
     images = pipe([8, 5], num_inference_steps=2, output_type="np").images
     assert images.shape == (2, 32, 32, 3)
     table = pipe.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
@@ -104,6 +124,7 @@ def test_latent_transformer(data, tmp_path, autoencoder):
     assert table[1000].any()
 
 
+@pytest.mark.usefixtures("_own_signals")
 def test_text(data, tmp_path, autoencoder):
     export = train_two("cifar10-text", data, tmp_path, autoencoder=autoencoder)
     pipe = DiffusionPipeline.from_pretrained(export)
@@ -142,18 +163,23 @@ def make_card(name: str, data: Path, folder: Path, **arguments) -> tuple[str, di
     return text, results
 
 
-def test_card_of_a_conditional_model(data, tmp_path, autoencoder):
-    train_two("cifar10-latent-dit", data, tmp_path, autoencoder=autoencoder)
-    text, results = make_card("cifar10-latent-dit", data, tmp_path, autoencoder=autoencoder)
+@pytest.fixture(scope="module")
+def card(data, transformer, autoencoder) -> tuple[str, dict]:
+    """Of the transformer, beside its runs; not to be changed."""
+    with own_signals():
+        return make_card("cifar10-latent-dit", data, transformer, autoencoder=autoencoder)
+
+
+def test_card_of_a_conditional_model(card):
+    text, results = card
     assert 0 <= results["figures"]["class_agreement"]["value"] < 0.6
     assert "| class agreement |" in text
     assert "PSNR" in text
 
 
-def test_a_run_begins_with_published_weights(data, tmp_path, autoencoder):
-    train_two("cifar10-latent-dit", data, tmp_path, autoencoder=autoencoder)
-    make_card("cifar10-latent-dit", data, tmp_path, autoencoder=autoencoder)
-    published, out = tmp_path / "card", tmp_path / "again"
+@pytest.mark.usefixtures("_own_signals", "card")
+def test_a_run_begins_with_published_weights(data, tmp_path, transformer, autoencoder):
+    published, out = transformer / "card", tmp_path / "again"
     settings = {"updates": 100, "batch_size": 2, "autoencoder": autoencoder, "out": out, "begin_with": published}
     train.main("cifar10-latent-dit", data, stop_at=2, export=tmp_path / "same", **settings)
     file = Path("transformer") / "diffusion_pytorch_model.safetensors"
@@ -163,9 +189,10 @@ def test_a_run_begins_with_published_weights(data, tmp_path, autoencoder):
     assert (progress["update"], progress["begun"], len(progress["window"])) == (3, 2, 1)
 
 
-def test_a_run_keeps_its_autoencoder(data, tmp_path, autoencoder, capsys):
-    train_two("cifar10-latent-dit", data, tmp_path, autoencoder=autoencoder)
-    make_card("cifar10-latent-dit", data, tmp_path, autoencoder=autoencoder)
+@pytest.mark.usefixtures("_own_signals", "card")
+def test_a_run_keeps_its_autoencoder(data, tmp_path, transformer, autoencoder, capsys):
+    shutil.copytree(transformer, tmp_path, dirs_exist_ok=True)
+    autoencoder = Path(shutil.copytree(autoencoder, tmp_path / "autoencoder"))
     config = autoencoder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.5}))
     settings = {"updates": 100, "batch_size": 2, "autoencoder": autoencoder, "stop_at": 3}
@@ -176,7 +203,9 @@ def test_a_run_keeps_its_autoencoder(data, tmp_path, autoencoder, capsys):
 
 
 def test_cards_are_what_their_results_say():
-    for file in (TRAINING.parents[2] / "model_cards").glob(f"*/{model_card.RESULTS}"):
+    files = list((TRAINING.parents[2] / "model_cards").glob(f"*/{model_card.RESULTS}"))
+    assert files
+    for file in files:
         folder = file.parents[1]
         expected = model_card.card(folder.name, json.loads(file.read_text(encoding="utf-8")))
         assert (folder / "README.md").read_text(encoding="utf-8") == expected

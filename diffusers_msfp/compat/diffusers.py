@@ -182,8 +182,9 @@ def set_config(model: Any, config: Mapping) -> None:
     before = model._internal_dict
     model._internal_dict = type(before)(dict(config))
     for name in before.keys() & config.keys():
-        if (set_since := getattr(before, name)) is not before[name]:  # as IP-Adapters set attributes, not entries
-            setattr(model._internal_dict, name, set_since)
+        since = getattr(before, name, before[name])  # saving adds entries that are no attributes
+        if since is not before[name]:  # IP-Adapters set attributes that are no entries
+            setattr(model._internal_dict, name, since)
 
 
 def single_file_origin(path: Path) -> str:

@@ -6,10 +6,11 @@ from torch import Tensor, nn
 from ..compat.accelerate import device_of_calls
 from ..compat.peft import is_wrapped
 from ..compat.torch import weight_of
-from ..errors import ConfigError, ShapeError, StateError
+from ..errors import ConfigError, StateError
 from ..layers import QuantLayer
 from ..layers.convert import require_tensors
 from ..layers.split import whole_name
+from ..sampling.denoisers import require_same_class
 from ..sampling.observation import calibration_state
 from ..sampling.timestep import require_timesteps
 from .method import require_order
@@ -29,11 +30,7 @@ def check_student(model: nn.Module, teacher: nn.Module, method: str, *, learns: 
         StateError: it is still observing, offloaded, or has what the method forbids; the teacher is quantized.
         ShapeError: the teacher is another model.
     """
-    if type(model) is not type(teacher):
-        raise ShapeError(
-            f"The teacher must be the model that was quantized, a {type(model).__name__}, but got "
-            f"{type(teacher).__name__}."
-        )
+    require_same_class(model, teacher)
     if any(isinstance(module, QuantLayer) for module in teacher.modules()):
         raise StateError("The teacher must be the full-precision original, but got a quantized model.")
     require_timesteps(model)

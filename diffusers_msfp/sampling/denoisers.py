@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..compat.diffusers import Scheduler, labels_by_name
 from ..compat.wrappers import unwrap
-from ..errors import ConfigError
+from ..errors import ConfigError, ShapeError
 from ..layers import QuantLayer
 from ..results import Result, plain
 from .timestep import timestep_argument
@@ -89,11 +89,16 @@ def each_quantized(
 
     Returns:
         `dict`: name → the two pipelines; the first denoiser where none is quantized.
+
+    Raises:
+        ConfigError: the teacher lacks one.
+        ShapeError: it has another model there.
     """
     models = denoisers_of(pipe)
     named = labels_by_name(teacher) or labels_by_name(pipe)
     pipe, teacher = (labelled(each, named) for each in (pipe, teacher))
     if len(models) == len(denoisers_of(teacher)) == 1:
+        require_same_class(denoiser_of(pipe), denoiser_of(teacher))
         return {next(iter(models)): (pipe, teacher)}
     found = [name for name, model in models.items() if is_quantized(model)] or list(models)[:1]
     warn_of_float(type(pipe).__name__, [name for name in models if name not in found])
@@ -103,7 +108,22 @@ def each_quantized(
             f"The teacher must have the denoisers of the quantized pipeline, but {type(teacher).__name__} has no "
             f"`{missing[0]}`."
         )
+    for name in found:
+        require_same_class(models[name], denoisers_of(teacher)[name])
     return {name: (focus(pipe, name), focus(teacher, name)) for name in found}
+
+
+def require_same_class(model: nn.Module, teacher: nn.Module) -> None:
+    """Refuse a teacher that is another model than the one that was quantized, before it is called as if it were.
+
+    Raises:
+        ShapeError: its class is another one.
+    """
+    if type(model) is not type(teacher):
+        raise ShapeError(
+            f"The teacher must be the model that was quantized, a {type(model).__name__}, but got "
+            f"{type(teacher).__name__}."
+        )
 
 
 def num_classes_of(pipe: DiffusionPipeline) -> int | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import program
-from conftest import equal_state, make_unet
+from conftest import ONE_BLOCK, equal_state, make_unet
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, StableDiffusionPipeline
 from loras import ALPHA, RANK, write_lora
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
@@ -41,6 +41,7 @@ from diffusers_msfp.methods.correction.fit import CorrectionConfig
 from diffusers_msfp.schemes import resolve
 
 LINEARS, CONVOLUTIONS = ["to_q", "to_v", "ff.net.0.proj"], ["conv1", "conv_shortcut", "conv_in"]
+ATTENTION = ONE_BLOCK | {"block_out_channels": (32,), "down_block_types": ("AttnDownBlock2D",)}
 FEW = {"num_samples": 1, "num_inference_steps": 2}
 
 
@@ -238,8 +239,8 @@ def test_without_a_loader_of_diffusers(packed_pipe, embedded_lora, alone):
 
 @pytest.mark.parametrize("scheme", ["w4a4", "w4g16a8", "w4g32a16", "int-w4a8", "w6a8", "w8a8"])
 def test_schemes_of_every_kind_are_packed_anew(scheme, tmp_path):
-    file = write_lora(make_unet(), ["to_k", "conv2"], tmp_path / "unet.safetensors")
-    pipe = quantize_pipeline(DDPMPipeline(make_unet(), DDIMScheduler()), scheme, **FEW)
+    file = write_lora(make_unet(**ATTENTION), ["to_k", "conv2"], tmp_path / "unet.safetensors")
+    pipe = quantize_pipeline(DDPMPipeline(make_unet(**ATTENTION), DDIMScheduler()), scheme, **FEW)
     plain, state = copy.deepcopy(pipe), load_file(file)
     dequantize(plain)
     fuse_lora(pipe, file)
@@ -256,10 +257,12 @@ def without(file: Path, folder: Path, change) -> Path:
     return folder / "changed.safetensors"
 
 
+FINITE = "must be finite with the LoRA in it, but it is not: damaged file"
 CHANGES = {
     "another model's": (
         lambda state: {key.replace("unet.", "unet.elsewhere."): value for key, value in state.items()},
         ConfigError,
+        "cannot be put on it: Target modules|0 of its 12 layers fit one of",
     ),
     "one layer too many": (
         lambda state: (
@@ -270,24 +273,34 @@ CHANGES = {
             }
         ),
         ConfigError,
+        "(36 of its 37|12 of its 13) layers fit one of",
     ),
-    "another size": (lambda state: {key: value.repeat([2] * value.ndim) for key, value in state.items()}, ConfigError),
-    "NaN": (lambda state: {key: value * math.nan for key, value in state.items()}, NonFiniteError),
-    "infinite": (lambda state: {key: value + math.inf for key, value in state.items()}, NonFiniteError),
-    "no LoRA": (lambda state: {f"tensor{i}": value for i, value in enumerate(state.values())}, CheckpointError),
-    "empty": (lambda _: {}, CheckpointError),
+    "another size": (
+        lambda state: {key: value.repeat([2] * value.ndim) for key, value in state.items()},
+        ConfigError,
+        r"cannot be put on it: Error\(s\) in loading state_dict",
+    ),
+    "NaN": (lambda state: {key: value * math.nan for key, value in state.items()}, NonFiniteError, FINITE),
+    "infinite": (lambda state: {key: value + math.inf for key, value in state.items()}, NonFiniteError, FINITE),
+    "no LoRA": (
+        lambda state: {f"tensor{i}": value for i, value in enumerate(state.values())},
+        CheckpointError,
+        "none of its 72 tensors is of a LoRA",
+    ),
+    "empty": (lambda _: {}, CheckpointError, "none of its 0 tensors is of a LoRA"),
     "half a pair": (
         lambda state: {key: value for key, value in state.items() if "lora_B" not in key},
-        MSFPError,
+        ConfigError,
+        "must have a pair of factors for",
     ),
 }
 
 
 def assert_refused(pipe, file, folder, kind):
-    change, error = CHANGES[kind]
-    before = snapshot(pipe)
-    with pytest.raises(error):
-        fuse_lora(pipe, without(file, folder, change))
+    change, error, reason = CHANGES[kind]
+    before, made = snapshot(pipe), without(file, folder, change)
+    with pytest.raises(error, match=reason):
+        fuse_lora(pipe, made)
     assert same(before, snapshot(pipe))
 
 

@@ -118,7 +118,9 @@ def test_set_help_lists_every_setting(monkeypatch):
 def test_settings_of_the_correction(tiny_dir, tmp_path):
     run = {"num_samples": 2, "num_inference_steps": 2, "scheme": "w4a4"}
     result = cli.quantize(tiny_dir, tmp_path / "a", settings={"correction": {"num_samples": 1}}, **run)
-    assert result is not None
+    (stage,) = result.stages
+    assert stage["stage"] == "correction"
+    assert "correction: CorrectionConfig(num_samples=1, num_inference_steps=2, " in stage["settings"][0]
     with pytest.raises(ConfigError, match="but got 'correction'"):
         cli.quantize(tiny_dir, tmp_path / "b", settings={"correction": {"num_samples": 1}}, correction=False, **run)
     Image.new("L", (8, 8)).save(tmp_path / "picture.png")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from conftest import ONE_BLOCK, make_unet
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from PIL import Image
 from pipelines import make_small_pipe
 from single_files import write_original
@@ -112,11 +113,13 @@ def test_what_cannot_be_removed_costs_a_line(pipe, tmp_path, monkeypatch, capsys
     assert "is complete; what it replaces stays in" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_plan_that_is_made_anew_may_lie_in_what_is_replaced(tiny_dir, tmp_path):
-    out = tmp_path / "out"
+def test_a_plan_that_is_made_anew_may_lie_in_what_is_replaced(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    DDPMPipeline(make_unet(**ONE_BLOCK), DDPMScheduler()).save_pretrained(source)
+    settings = {"target_bytes": 1e9, "choices": ("w4a8", "w8a8"), "num_samples": 1, "num_calibration": 1}
     for _ in range(2):
-        request = BudgetRequest({"target_bytes": 1e9}, out / "plan.json", overwrite=True)
-        cli.quantize(str(tiny_dir), out, budget=request, overwrite=True, num_samples=1, num_inference_steps=2)
+        request = BudgetRequest(settings, out / "plan.json", overwrite=True)
+        cli.quantize(str(source), out, budget=request, overwrite=True, num_samples=1, num_inference_steps=2)
     assert (out / "plan.json").is_file()
 
 

@@ -2,7 +2,7 @@
 torch knows one such device for good."""
 
 import torch
-from conftest import make_condition_unet, make_unet
+from conftest import ONE_BLOCK, make_condition_unet, make_unet
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -12,6 +12,14 @@ from diffusers_msfp.layers.convert import Conversion, convert
 from diffusers_msfp.sampling.observation import freeze
 
 DEVICE = "npy"  # torch's own name for a device that is written in Python
+ONE_BLOCK_WITH_TEXT = {
+    "block_out_channels": (8,),
+    "norm_num_groups": 4,
+    "attention_head_dim": 2,
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
+"""Of `make_condition_unet`: as few layers as such a UNet can have."""
 HOST_READS = ("aten._local_scalar_dense", "aten.item", "aten.equal")
 
 
@@ -35,8 +43,9 @@ def elsewhere(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
 
 @torch.no_grad()
 def main() -> None:
-    with_text = make_condition_unet(), (torch.randn(2, 5, 16),)
-    for scheme, (model, conditions) in (("w4g16a8", (make_unet(), ())), ("w8a8-wide", with_text)):
+    attention = make_unet(**ONE_BLOCK | {"down_block_types": ("AttnDownBlock2D",)}), ()
+    with_text = make_condition_unet(**ONE_BLOCK_WITH_TEXT), (torch.randn(2, 5, 16),)
+    for scheme, (model, conditions) in (("w4g16a8", attention), ("w8a8-wide", with_text)):
         convert(model, Conversion.plan(model, scheme))
         x = torch.randn(2, model.config.in_channels, 8, 8)
         model(x, 10, *conditions)

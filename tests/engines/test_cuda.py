@@ -9,6 +9,8 @@ import pickle
 
 import pytest
 import torch
+from conftest import ONE_BLOCK, make_unet
+from diffusers import DDIMScheduler, DDPMPipeline
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,6 +19,7 @@ pytest.importorskip("triton")
 
 from interpreter import bfloat16_dots  # noqa: F401 – a fixture
 
+from diffusers_msfp import quantize_pipeline
 from diffusers_msfp.engines import ENGINES, cuda
 from diffusers_msfp.engines.choose import engine_named, set_engine
 from diffusers_msfp.engines.cuda import CudaEngine
@@ -45,6 +48,12 @@ LAYERS = {
     "no-linear": (nn.Linear(8, 4), (0, 8)),
     "no-conv": (nn.Conv2d(4, 4, 3, stride=2), (0, 4, 8, 8)),
 }
+
+
+@pytest.fixture(scope="module")
+def _packed() -> DDPMPipeline:
+    pipe = DDPMPipeline(make_unet(**ONE_BLOCK | {"down_block_types": ("AttnDownBlock2D",)}), DDIMScheduler())
+    return quantize_pipeline(pipe, "w4a4", num_samples=2, num_inference_steps=2)
 
 
 @pytest.fixture(autouse=True)

@@ -101,24 +101,36 @@ def test_other_architectures(build, arguments):
 
 def test_calibration_under_an_engine(unet, images):
     quantize_model(unet, MSFPConfig(scheme="w4a4"))
+    other = copy.deepcopy(unet)
+    set_engine(other, "reference")
     set_engine(unet, "auto")
-    run(unet, images)  # observes
+    for each in (unet, other):
+        run(each, images)  # observes
     assert engines_of(unet)["reference"] == sum(layer.observing for _, layer in quant_layers(unet)) > 0
-    freeze(unet)
-    assert relative(run(unet, images), run(unet, images)) == 0
+    for each in (unet, other):
+        freeze(each)
+    for (_, layer), (name, like) in zip(quant_layers(unet), quant_layers(other), strict=True):
+        assert layer.input_format == like.input_format, name
+        if like.input_format is not None:
+            torch.testing.assert_close(layer.input_scale, like.input_scale, rtol=1e-5, atol=0)
+            torch.testing.assert_close(layer.input_zero_point, like.input_zero_point, rtol=1e-5, atol=0)
+    assert relative(run(unet, images), run(other, images)) < 0.2
     assert any(getattr(layer, "prepared", None) is not None for _, layer in quant_layers(unet))
 
 
 def test_training_goes_by_the_reference(packed_pipe, images):
     unet = packed_pipe.unet
-    set_engine(unet, "reference")
-    expected = unet(images, 10).sample
-    set_engine(unet, "auto")
-    x = images.clone().requires_grad_(True)
-    y = unet(x, 10).sample
-    y.sum().backward()
+    results = []
+    for engine in ("reference", "auto"):
+        set_engine(unet, engine)
+        x = images.clone().requires_grad_(True)
+        y = unet(x, 10).sample
+        y.square().sum().backward()
+        results.append((y, x.grad))
+    (expected, gradient), (y, found) = results
     assert torch.allclose(y, expected, atol=1e-5)
-    assert x.grad.abs().sum() > 0
+    assert gradient.abs().sum() > 0
+    assert relative(found, gradient) <= 1e-5
 
 
 @pytest.mark.parametrize("trained", ["all", "first", "last"])

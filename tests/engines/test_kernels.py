@@ -1,5 +1,7 @@
 """The CPU kernels, both sets, against the definition of the codes."""
 
+import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -110,21 +112,51 @@ def test_norm_agrees_with_torch(kernels, shape, silu):
     assert torch.equal(half, whole.bfloat16())
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("shape", [(40, 61, 77), (128, 32, 32), (4, 1, 40000)], ids=str)
-def test_norm_does_not_depend_on_threads(shape, batch):
-    x = (torch.randn(batch, *shape) * 3 + 5).bfloat16().contiguous(memory_format=torch.channels_last)
-    grid, added = InputGrid.of(qparams_of("fp8_ue1m7")), torch.randn(batch, shape[0])
-    arguments = 4, torch.rand(shape[0]), torch.randn(shape[0]), 1e-5, True, grid, added
-    threads, found = torch.get_num_threads(), []
-    try:
+THREADED_SHAPES = [(40, 61, 77), (128, 32, 32), (4, 1, 40000)]
+
+
+def several_threads() -> dict:
+    """What kernels leave and give where there are three threads: torch's number of them, and by shape, whether a norm
+    gives with two and three what it gives with one."""
+    torch.set_num_threads(1)
+    numba_kernels.softmax_numerators(torch.zeros(64, 64, dtype=torch.bfloat16))
+    found = {"kernels": numba_kernels.numba.config.NUMBA_NUM_THREADS, "torch": torch.get_num_threads()}
+    grid = InputGrid.of(qparams_of("fp8_ue1m7"))
+    for batch, (channels, *size) in itertools.product((1, 2), THREADED_SHAPES):
+        x = (torch.randn(batch, channels, *size) * 3 + 5).bfloat16().contiguous(memory_format=torch.channels_last)
+        added = torch.randn(batch, channels)
+        arguments = 4, torch.rand(channels), torch.randn(channels), 1e-5, True, grid, added
+        norms = []
         for number in (1, 2, 3):
             torch.set_num_threads(number)
-            found.append(numba_kernels.norm(x, *arguments)[0])
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+            norms.append(numba_kernels.norm(x, *arguments)[0])
+        found[f"{(batch, channels, *size)}"] = [torch.equal(each, norms[0]) for each in norms[1:]]
+    return found
+
+
+@pytest.fixture(scope="module")
+def with_threads() -> dict:
+    """Of a process of its own, as the tests' may have one thread each."""
+    code = "import json, test_kernels; print(json.dumps(test_kernels.several_threads()))"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    path = os.pathsep.join([str(Path(__file__).parent), str(PACKAGE.parent)])
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | {"NUMBA_NUM_THREADS": "3", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["kernels"] > 1
+    return found
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("shape", THREADED_SHAPES, ids=str)
+def test_norm_does_not_depend_on_threads(shape, batch, with_threads):
+    assert with_threads[f"{(batch, *shape)}"] == [True, True]
 
 
 def test_tensors_whose_address_does_not_say_all():
@@ -181,15 +213,8 @@ def test_patches_multiply_like_a_convolution(kernels):
     assert torch.allclose(y.permute(0, 3, 1, 2), F.conv2d(codes.double() - 7, weight, None, *geometry))
 
 
-def test_torch_keeps_its_number_of_threads():
-    program = (
-        "import torch; torch.set_num_threads(1)\n"
-        "from diffusers_msfp.engines import kernels\n"
-        "kernels.softmax_numerators(torch.zeros(64, 64, dtype=torch.bfloat16))\n"
-        "print(torch.get_num_threads())"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "1"
+def test_torch_keeps_its_number_of_threads(with_threads):
+    assert with_threads["torch"] == 1
 
 
 def printed_by(code: str, package: Path, **environment: str) -> str:
@@ -234,9 +259,18 @@ def test_compiled_kernels_are_never_kept_beside_the_package(tmp_path, place):
 def test_kernels_are_compiled_anew_when_what_they_call_has_changed(tmp_path):
     package = tmp_path / "site" / "diffusers_msfp"
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
-    rows, places = package / "engines" / "kernels" / "numba_rows.py", []
-    code = "from diffusers_msfp.engines.kernels.numba_kernels import _quantize; print(_quantize.stats.cache_path)"
-    for _ in range(2):
-        places.append(printed_by(code, package, NUMBA_CACHE_DIR=str(tmp_path / "cache")))
-        rows.write_text(rows.read_text(encoding="utf-8").replace("(y + magic) - magic", "y"), encoding="utf-8")
-    assert places[0] != places[1]
+    rows = package / "engines" / "kernels" / "numba_rows.py"
+    assert "(y + magic) - magic" in rows.read_text(encoding="utf-8")
+    code = """
+import importlib
+from pathlib import Path
+from diffusers_msfp.engines.kernels import numba_kernels, numba_rows
+print(numba_kernels._quantize.stats.cache_path)
+rows = Path(numba_rows.__file__)
+rows.write_text(rows.read_text(encoding="utf-8").replace("(y + magic) - magic", "y"), encoding="utf-8")
+importlib.reload(numba_rows)
+print(importlib.reload(numba_kernels)._quantize.stats.cache_path)
+"""
+    first, second = printed_by(code, package, NUMBA_CACHE_DIR=str(tmp_path / "cache")).splitlines()
+    assert "(y + magic) - magic" not in rows.read_text(encoding="utf-8")
+    assert first != second

@@ -1,6 +1,7 @@
 """Calls of graphs that have once given another result than torch: what they were called with, and by whom."""
 
 import copy
+import functools
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
 from conftest import ONE_BLOCK, make_condition_unet, make_unet, run
+from elsewhere import ONE_BLOCK_WITH_TEXT
 
 from diffusers_msfp import set_engine
 from diffusers_msfp.engines.choose import engines_of
@@ -26,16 +28,42 @@ openvino = pytest.importorskip("openvino")
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.usefixtures("own_cache")]
 
 
-def packed(dtype: torch.dtype = torch.float32, scheme: str = "w4a8", **changes):
-    """A small calibrated model that runs as a graph."""
+@functools.cache
+def _calibrated(dtype: torch.dtype, scheme: str, **changes):
+    torch.manual_seed(0)
     unet = make_unet(**ONE_BLOCK | {"add_attention": True, **changes}).to(dtype)
     convert(unet, Conversion.plan(unet, scheme))
     labels = {"class_labels": torch.tensor([0, 1])} if changes.get("num_class_embeds") else {}
     with torch.no_grad():
         unet(torch.randn(2, 3, 8, 8).to(dtype), 10, **labels)
     freeze(unet)
+    return unet
+
+
+def packed(dtype: torch.dtype = torch.float32, scheme: str = "w4a8", **changes):
+    """A small calibrated model that runs as a graph."""
+    unet = copy.deepcopy(_calibrated(dtype, scheme, **changes))
     set_engine(unet, "openvino")
     return unet
+
+
+@functools.cache
+def _calibrated_with_text(dtype: torch.dtype):
+    torch.manual_seed(0)
+    unet = make_condition_unet(**ONE_BLOCK_WITH_TEXT).to(dtype)
+    convert(unet, Conversion.plan(unet, "w4a8"))
+    x, text = torch.randn(2, 4, 8, 8).to(dtype), torch.randn(2, 5, unet.config.cross_attention_dim).to(dtype)
+    with torch.no_grad():
+        unet(x, 10, text)
+    freeze(unet)
+    return unet, x, text
+
+
+def packed_with_text(dtype: torch.dtype):
+    """A small text-conditional one, and what it was calibrated on: a sample and a text."""
+    unet, x, text = copy.deepcopy(_calibrated_with_text(dtype))
+    set_engine(unet, "openvino")
+    return unet, x, text
 
 
 def by_layers(model):
@@ -169,13 +197,8 @@ def test_numbers_that_overflow_within_are_an_error(dtype):
 def test_graphs_find_what_is_not_finite_anywhere(value, dtype, monkeypatch):
     """One number of a text, as if nobody had looked at arguments."""
     monkeypatch.setattr(obstacles, "of_call", lambda *_: None)
-    model = make_condition_unet().to(dtype)
-    convert(model, Conversion.plan(model, "w4a8"))
-    x, text = torch.randn(2, 4, 8, 8).to(dtype), torch.randn(2, 5, model.config.cross_attention_dim).to(dtype)
+    model, x, text = packed_with_text(dtype)
     with torch.no_grad():
-        model(x, 10, text)
-        freeze(model)
-        set_engine(model, "openvino")
         model(x, 10, text)
         assert graph_forward_of(model).latest is None
         text[1, 2, 3] = value
@@ -189,16 +212,14 @@ def test_graphs_find_what_is_not_finite_anywhere(value, dtype, monkeypatch):
 def test_graphs_find_one_number_wherever_it_enters(value, dtype, monkeypatch):
     """In the sample, and in each of what a ControlNet adds to: norms read it, of which one value tells."""
     monkeypatch.setattr(obstacles, "of_call", lambda *_: None)
-    model = make_condition_unet().to(dtype)
-    convert(model, Conversion.plan(model, "w4a8"))
-    x, text = torch.randn(2, 4, 8, 8).to(dtype), torch.randn(2, 5, model.config.cross_attention_dim).to(dtype)
+    model, x, text = packed_with_text(dtype)
+    set_engine(model, "auto")
     skips, hooks = [], []
     for part in (model.conv_in, *model.down_blocks, model.mid_block):
         hooks.append(part.register_forward_hook(lambda _, __, y: skips.extend(y[1] if isinstance(y, tuple) else [y])))
     model(x, 10, text)
     for hook in hooks:
         hook.remove()
-    freeze(model)
     set_engine(model, "openvino")
     *down, middle = [torch.zeros_like(each) for each in skips]
     added = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}

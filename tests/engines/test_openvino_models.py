@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from collections import OrderedDict
+from importlib import import_module
 from unittest.mock import Mock
 
 import pytest
@@ -14,6 +15,7 @@ from command_line import program
 from conftest import ONE_BLOCK, make_condition_unet, make_unet, run
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor
+from elsewhere import ONE_BLOCK_WITH_TEXT
 from peft import LoraConfig
 
 from diffusers_msfp import (
@@ -229,7 +231,7 @@ def test_hooks_on_the_whole_model_stay(model, images):
 
 
 def test_a_model_that_is_still_calibrated_runs_in_torch(images, lines):
-    unet = make_unet()
+    unet = make_unet(**ONE_BLOCK)
     convert(unet, Conversion.plan(unet, "w4a8"))
     set_engine(unet, "openvino")
     run(unet, images)
@@ -288,7 +290,7 @@ def test_bad_numbers_are_not_hidden(model, images):
 
 
 def test_conditions_are_inputs(lines):
-    unet = make_condition_unet()
+    unet = make_condition_unet(**ONE_BLOCK_WITH_TEXT)
     convert(unet, Conversion.plan(unet, "w4a8"))
     x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, unet.config.cross_attention_dim)
     with torch.no_grad():
@@ -308,19 +310,19 @@ def test_conditions_are_inputs(lines):
         assert "has adapters" in lines()[-1]
 
 
-def test_the_error_of_whole_models_stays():
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
+def test_the_error_of_whole_models_stays(dtype):
     exact = DiffusionPipeline.from_pretrained(EMBEDDED_MODEL).unet
-    for dtype in (torch.float32, torch.bfloat16):
-        tuned = DiffusionPipeline.from_pretrained(TUNED_MODELS["w4a4"], dtype=dtype).unet
-        x = torch.randn(4, 1, 32, 32)
-        for timestep in (700, 10):
-            wanted = run(exact, x, timestep)
-            set_engine(tuned, "auto")
-            before = (run(tuned, x.to(dtype), timestep).float() - wanted).norm()
-            set_engine(tuned, "openvino")
-            after = (run(tuned, x.to(dtype), timestep).float() - wanted).norm()
-            assert abs(after / before - 1) < 0.05
-        assert engines_of(tuned).keys() == {"openvino"}
+    tuned = DiffusionPipeline.from_pretrained(TUNED_MODELS["w4a4"], dtype=dtype).unet
+    x = torch.randn(4, 1, 32, 32)
+    for timestep in (700, 10):
+        wanted = run(exact, x, timestep)
+        set_engine(tuned, "auto")
+        before = (run(tuned, x.to(dtype), timestep).float() - wanted).norm()
+        set_engine(tuned, "openvino")
+        after = (run(tuned, x.to(dtype), timestep).float() - wanted).norm()
+        assert abs(after / before - 1) < 0.05
+    assert engines_of(tuned).keys() == {"openvino"}
 
 
 def test_a_second_process_reads_the_graph(model, images, tmp_path):
@@ -392,6 +394,12 @@ def measuring(tmp_path, monkeypatch):
     tuning.forget()
 
 
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """`warmup` compiles no kernels."""
+    monkeypatch.setattr(import_module("diffusers_msfp.cli.bench"), "compile_kernels", lambda _report: {})
+
+
 def test_auto_takes_a_graph_where_it_was_measured_to_be_faster(made, measuring, lines):
     x, model = torch.randn(2, 3, 8, 8), copy.deepcopy(made)
     inputs = {"sample": x, "timestep": torch.tensor(10)}
@@ -439,6 +447,7 @@ def test_auto_takes_what_warmup_has_compiled_and_compiles_nothing_in_passing(mad
     assert len([line for line in lines() if "compiles a graph" in line]) == compiled
 
 
+@pytest.mark.usefixtures("without_kernels")
 def test_times_that_spread_are_not_kept_and_it_is_said(made, measuring, monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "time_ways", lambda ways: ({way: 1.0 for way in ways}, False))
     made.save_pretrained(tmp_path / "unet")
@@ -479,6 +488,7 @@ def test_what_no_graph_can_hold_is_not_compared(made):
         forward.compare(model, {"sample": torch.randn(2, 3, 8, 8), "timestep": torch.tensor(10)})
 
 
+@pytest.mark.usefixtures("without_kernels")
 def test_warmup_compares_a_models_step(made, measuring, tmp_path):
     measuring(layers=1.0, openvino=0.5)
     made.save_pretrained(tmp_path / "unet")
@@ -494,6 +504,7 @@ def test_warmup_compares_a_models_step(made, measuring, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_kernels")
 def test_warmup_compares_a_step_in_the_dtype_that_is_asked_for(made, measuring, tmp_path):
     measuring(layers=1.0, openvino=0.5)
     made.save_pretrained(tmp_path / "unet")
@@ -506,6 +517,7 @@ def test_warmup_compares_a_step_in_the_dtype_that_is_asked_for(made, measuring, 
     assert found == [False, True]
 
 
+@pytest.mark.usefixtures("without_kernels")
 def test_warmup_says_why_a_model_runs_layer_by_layer(made, measuring, tmp_path, monkeypatch):
     monkeypatch.setattr(engines.openvino, "compare", Mock(side_effect=UnsupportedError("adapters read floats")))
     made.save_pretrained(tmp_path / "unet")

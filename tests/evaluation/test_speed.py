@@ -189,7 +189,7 @@ def test_the_command_line(packed_dir):
     assert set(alone.rows[1].engines) == {"reference"}
     table = CliRunner().invoke(app, ["bench", "--model", packed_dir, "--repeats", "2"])
     assert "int8" in table.stdout
-    with pytest.raises(MSFPError):
+    with pytest.raises(MSFPError, match="no/such/place must be a folder, a file or a Hub id"):
         cli.bench("no/such/place")
 
 

@@ -1,6 +1,7 @@
 """Whole denoisers as files that other programs run, and what is refused."""
 
 import copy
+import functools
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import program
-from conftest import ONE_BLOCK, make_condition_unet, make_dit, make_unet, run
+from conftest import ONE_BLOCK, equal_state, make_condition_unet, make_dit, make_unet, run
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, DiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model
 
@@ -82,25 +83,35 @@ def pipe(made) -> DDPMPipeline:
     return copy.deepcopy(made)
 
 
+@pytest.fixture(scope="module")
+def written(made, tmp_path_factory):
+    """Target → a pipeline of its own, its file, alone in a folder, and what is said of it."""
+
+    @functools.cache
+    def write(to: str):
+        pipe, file = copy.deepcopy(made), file_for(to, tmp_path_factory.mktemp(to))
+        return pipe, file, export(pipe, file, to, batch=2)
+
+    return write
+
+
 @EACH_TARGET
-def test_a_file_gives_what_the_model_gives_at_every_timestep(to, pipe, tmp_path, images):
-    before = copy.deepcopy(pipe.unet.state_dict())
-    result = export(pipe, file_for(to, tmp_path), to, batch=2)
+def test_a_file_gives_what_the_model_gives_at_every_timestep(to, made, written, images):
+    pipe, file, result = written(to)
     assert result.to_dict()["inputs"] == {"sample": "float32 [2, 3, 8, 8]", "timestep": "int64 [1]"}
     assert result.outputs == ["out_sample"]
-    assert result.files == {each.name: each.stat().st_size for each in tmp_path.iterdir()}
-    assert all(torch.equal(tensor, before[name]) for name, tensor in pipe.unet.state_dict().items())
+    assert result.files == {each.name: each.stat().st_size for each in file.parent.iterdir()}
+    assert equal_state(pipe.unet, made.unet)
     set_engine(pipe, "reference")
     for timestep in (0, 400, 999):
         expected = run(pipe.unet, images, timestep)
-        assert near(run_file(to, file_for(to, tmp_path), sample=images, timestep=torch.tensor([timestep])), expected)
+        assert near(run_file(to, file, sample=images, timestep=torch.tensor([timestep])), expected)
     assert not near(run(pipe.unet, images, 0), expected, 1e-3)
 
 
 @EACH_TARGET
-def test_a_file_loads_without_this_package(to, pipe, tmp_path):
-    file = file_for(to, tmp_path)
-    export(pipe, file, to)
+def test_a_file_loads_without_this_package(to, written, tmp_path):
+    _, file, _ = written(to)
     load = {
         "torch-export": f"import torch; torch.export.load({str(file)!r}).module()",
         "onnx": f"import onnxruntime; onnxruntime.InferenceSession({str(file)!r}, providers=['CPUExecutionProvider'])",
@@ -139,7 +150,14 @@ def test_labels_are_inputs(tmp_path):
 
 def test_own_inputs_are_named_as_the_model_names_them(tmp_path):
     model = make_condition_unet(
-        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=64
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=64,
     )
     convert(model, Conversion.plan(model, "w4a8"))
     added = {"text_embeds": torch.randn(2, 16), "time_ids": torch.rand(2, 6)}

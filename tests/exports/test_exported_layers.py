@@ -23,15 +23,28 @@ def in_torch(layer, x):
     return program.module()(x)
 
 
-def in_onnxruntime(layer, x, tmp_path):
+class SideBySide(torch.nn.Module):
+    """Layers, each with an input and an output of its own."""
+
+    def __init__(self, layers) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(layers)
+
+    def forward(self, *inputs):
+        return tuple(layer(x) for layer, x in zip(self.layers, inputs, strict=True))
+
+
+def in_onnxruntime(cases, tmp_path):
+    """What each of the layers makes of its input; all of them in one file."""
     import onnxruntime
 
-    made = onnx_layer(layer, Inputs()).eval()
-    export_onnx(made, {"x": x}, ["y"], tmp_path / "layer.onnx")
+    made = SideBySide(onnx_layer(layer, Inputs()) for layer, _ in cases).eval()
+    inputs = {f"x{place}": x for place, (_, x) in enumerate(cases)}
+    export_onnx(made, inputs, [f"y{place}" for place in range(len(cases))], tmp_path / "layer.onnx")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(tmp_path / "layer.onnx", options, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+    return map(torch.from_numpy, session.run(None, {name: x.numpy() for name, x in inputs.items()}))
 
 
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "silu"])
@@ -57,9 +70,9 @@ def test_a_torch_program_computes_what_its_layer_does():
 @torch.no_grad()
 def test_layers_in_onnxruntime_equal_the_reference(scheme, tmp_path):
     names = FULL if scheme == "w4a8" else ("conv", "linear")
-    for index, name in enumerate(names):
-        layer, x = quantized(FULL[name][0], scheme, FULL[name][1], signed=index % 2 == 0)
-        assert_close(in_onnxruntime(layer, x, tmp_path), layer(x), 1e-5)
+    cases = [quantized(FULL[name][0], scheme, FULL[name][1], index % 2 == 0) for index, name in enumerate(names)]
+    for name, (layer, x), y in zip(names, cases, in_onnxruntime(cases, tmp_path), strict=True):
+        assert_close(y, layer(x), 1e-5)
         assert in_integers(layer) == (scheme in ("w4a4", "w4a8", "w6a6", "w4g16a4")), name
 
 

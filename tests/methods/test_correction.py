@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import make_dit_pipe, make_unet
+from conftest import ONE_BLOCK, make_dit_pipe, make_unet
 from diffusers import DanceDiffusionPipeline, DDIMScheduler, DDPMPipeline, UNet1DModel, UNet2DModel
 
 from diffusers_msfp import (
@@ -25,13 +25,17 @@ from diffusers_msfp.methods.correction.attach import attach_correction, correcti
 SMALL = CorrectionConfig(num_samples=8, num_inference_steps=4)
 
 
-def pair(**changes) -> tuple[DDPMPipeline, DDPMPipeline]:
-    teacher = DDPMPipeline(make_unet(**changes), DDIMScheduler())
-    pipe = copy.deepcopy(teacher)
-    for each in (pipe, teacher):
-        each.set_progress_bar_config(disable=True)
-    quantize_pipeline(pipe, "w4a4", num_samples=2, num_inference_steps=3)
-    return pipe, teacher
+@pytest.fixture(scope="module")
+def made() -> tuple[DDPMPipeline, DDPMPipeline]:
+    teacher = DDPMPipeline(make_unet(**ONE_BLOCK), DDIMScheduler())
+    teacher.set_progress_bar_config(disable=True)
+    return quantize_pipeline(copy.deepcopy(teacher), "w4a4", num_samples=2, num_inference_steps=3), teacher
+
+
+@pytest.fixture
+def pair(made) -> tuple[DDPMPipeline, DDPMPipeline]:
+    """A quantized pipeline and its original, of one's own."""
+    return copy.deepcopy(made)
 
 
 def hooks(pipe) -> list[CorrectionHook]:
@@ -43,8 +47,8 @@ def table_of(model, a: float = 1.0, b: float = 0.0, c: float = 0.0) -> Correctio
     return CorrectionTable(timesteps, *(torch.tensor([[x], [2 * x]]) for x in (a, b, c)))
 
 
-def test_a_known_distortion_is_found_and_undone():
-    pipe, teacher = pair()
+def test_a_known_distortion_is_found_and_undone(made):
+    teacher = made[1]
     wrong = copy.deepcopy(teacher)
     quantize_pipeline(wrong, "w8a8", num_samples=2, num_inference_steps=3)
     conv = wrong.unet.conv_out
@@ -71,8 +75,8 @@ def test_between_its_timesteps_it_is_linear_and_beyond_them_constant():
     assert single.coefficients(700).flatten().tolist() == [3.0, 0.0, 1.0]
 
 
-def test_it_is_applied_to_every_form_of_output_and_to_each_sample_at_its_timestep():
-    pipe, _ = pair()
+def test_it_is_applied_to_every_form_of_output_and_to_each_sample_at_its_timestep(pair):
+    pipe, _ = pair
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         plain = pipe.unet(x, torch.tensor([100, 500])).sample
@@ -101,8 +105,8 @@ def test_learned_variances_are_left_alone():
     assert not torch.equal(corrected[:, :half], plain[:, :half])
 
 
-def test_it_survives_saving_casting_and_copying_exactly(tmp_path):
-    pipe, teacher = pair()
+def test_it_survives_saving_casting_and_copying_exactly(pair, tmp_path):
+    pipe, teacher = pair
     correct_output(pipe, teacher, SMALL)
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
@@ -116,8 +120,8 @@ def test_it_survives_saving_casting_and_copying_exactly(tmp_path):
         assert half(x.bfloat16(), 321).sample.dtype == torch.bfloat16
 
 
-def test_other_ranges_and_other_weights_take_it_off_or_are_refused():
-    pipe, teacher = pair()
+def test_other_ranges_and_other_weights_take_it_off_or_are_refused(pair):
+    pipe, teacher = pair
     correct_output(pipe, teacher, SMALL)
     with pytest.raises(StateError, match="corrected for the weights that it has"):
         learn_rounding(pipe, teacher)
@@ -129,22 +133,22 @@ def test_other_ranges_and_other_weights_take_it_off_or_are_refused():
     assert correction_of(pipe.unet) is None
 
 
-def test_a_second_fit_replaces_the_first_and_equals_it():
-    pipe, teacher = pair()
+def test_a_second_fit_replaces_the_first_and_equals_it(pair):
+    pipe, teacher = pair
     first = correct_output(pipe, teacher, SMALL)
     assert correct_output(pipe, teacher, SMALL) == first
     assert len(hooks(pipe)) == 1
 
 
-def test_dequantized_models_have_none():
-    pipe, teacher = pair()
+def test_dequantized_models_have_none(pair):
+    pipe, teacher = pair
     correct_output(pipe, teacher, SMALL)
     pipe.unet.dequantize()
     assert not hasattr(pipe.unet, "output_correction")
 
 
-def test_version_1_becomes_version_2_and_cannot_claim_one(tmp_path):
-    pipe, teacher = pair()
+def test_version_1_becomes_version_2_and_cannot_claim_one(pair, tmp_path):
+    pipe, teacher = pair
     pipe.unet.config.quantization_config.format_version = 1
     pipe.unet.save_pretrained(tmp_path / "plain")
     assert MSFPConfig.from_dict(read_config(tmp_path / "plain")["quantization_config"]).format_version == 1

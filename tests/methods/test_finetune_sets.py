@@ -18,19 +18,24 @@ STEPS = 4
 MERGED = {"placement": "merged", "num_adapters": 1, "train_steps": 6, "num_inference_steps": STEPS, "batch_size": 4}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def teacher() -> DDPMPipeline:
     pipe = DDPMPipeline(make_unet(), DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-@pytest.fixture
-def pipe(teacher) -> DDPMPipeline:
+@pytest.fixture(scope="module")
+def _pipe(teacher) -> DDPMPipeline:
     pipe = quantize_pipeline(copy.deepcopy(teacher), "w4a4", num_samples=2, num_inference_steps=STEPS)
     config = TemporalConfig(num_inference_steps=STEPS, iterations=0, cache_above=None, fsc="all", num_samples=2)
     maintain_temporal(pipe, teacher, config)
     return pipe
+
+
+@pytest.fixture
+def pipe(_pipe) -> DDPMPipeline:
+    return copy.deepcopy(_pipe)
 
 
 def sets_of(pipe) -> dict[str, torch.Tensor]:
@@ -65,9 +70,9 @@ def test_scales_of_all_timesteps_learn_and_are_kept(pipe, teacher, tmp_path):
     assert result.usage == [[1.0]]
     after = sets_of(pipe)
     assert after.keys() == before.keys()
+    assert block
     for name, scale in after.items():
-        moved = (scale != before[name]).any()
-        assert moved == (name not in block), name
+        assert (scale != before[name]).any(), name  # nothing of the block was reconstructed or stored
         assert scale.shape == (STEPS,)
     assert any(len(set((after[name] / before[name]).tolist())) == STEPS for name in after), "each learns by itself"
     assert formats == {n: layer.input_format for n, layer in layers_by_name(pipe.unet).items()}

@@ -53,6 +53,39 @@ def quantized(teacher, scheme="w4a4", **overrides):
     return quantize_pipeline(copy.deepcopy(teacher), config, num_samples=2, num_inference_steps=3)
 
 
+@pytest.fixture(scope="module")
+def _packed() -> DDPMPipeline:
+    """What `packed_pipe` is a copy of."""
+    pipe = DDPMPipeline(make_unet(), DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return quantized(pipe)
+
+
+@pytest.fixture(scope="module")
+def _split(_packed) -> DDPMPipeline:
+    """With its shortcuts in parts."""
+    teacher, pipe = DDPMPipeline(make_unet(), DDIMScheduler()), copy.deepcopy(_packed)
+    teacher.set_progress_bar_config(disable=True)
+    split_shortcuts(pipe, teacher, SHORT)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def wider() -> DDPMPipeline:
+    """With 8 bits for what the parts of its shortcuts read."""
+    teacher = DDPMPipeline(make_unet(), DDIMScheduler())
+    teacher.set_progress_bar_config(disable=True)
+    pipe = quantized(teacher, **{"*conv_shortcut": "w4a8"})  # a glob that no part's name matches
+    split_shortcuts(pipe, teacher, SHORT)
+    return pipe
+
+
+@pytest.fixture
+def split_pipe(_split) -> DDPMPipeline:
+    """A pipeline of one's own whose shortcuts are in parts."""
+    return copy.deepcopy(_split)
+
+
 def predicted(pipe) -> torch.Tensor:
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
@@ -112,9 +145,8 @@ def test_only_the_shortcuts_change_and_get_better(teacher, engine):
     torch.testing.assert_close(predicted(pipe), first, rtol=0.02, atol=0.02)
 
 
-def test_checkpoint_holds_the_parts(teacher, tmp_path):
-    pipe = quantized(teacher, **{"*conv_shortcut": "w4a8"})  # a glob that no part's name matches
-    split_shortcuts(pipe, teacher, SHORT)
+def test_checkpoint_holds_the_parts(wider, tmp_path):
+    pipe = copy.deepcopy(wider)
     pipe.save_pretrained(tmp_path)
     loaded = DiffusionPipeline.from_pretrained(tmp_path)
     assert equal_state(loaded.unet, pipe.unet)
@@ -130,9 +162,8 @@ def test_checkpoint_holds_the_parts(teacher, tmp_path):
     assert torch.equal(whole.weight, decoded)
 
 
-def test_observing_parts_are_saved(teacher, tmp_path):
-    pipe = quantized(teacher, **{"*conv_shortcut": "w4a8"})
-    split_shortcuts(pipe, teacher, SHORT)
+def test_observing_parts_are_saved(wider, tmp_path):
+    pipe = copy.deepcopy(wider)
     restart_observation(pipe.unet)
     pipe.save_pretrained(tmp_path)
     loaded = DiffusionPipeline.from_pretrained(tmp_path)
@@ -144,9 +175,8 @@ def test_observing_parts_are_saved(teacher, tmp_path):
     assert all("8" in name.split("_")[0] for name in part.input_candidates)
 
 
-def test_all_later_stages_take_it(teacher, tmp_path):
-    pipe = quantized(teacher)
-    split_shortcuts(pipe, teacher, SHORT)
+def test_all_later_stages_take_it(teacher, split_pipe, tmp_path):
+    pipe = split_pipe
     maintain_temporal(pipe, teacher, TemporalConfig(iterations=1, num_inference_steps=3, fsc="block"))
     short = {"iterations": 2, "num_samples": 4, "num_inference_steps": 3, "batch_size": 2}
     for granularity in ("block", "layer"):
@@ -161,9 +191,8 @@ def test_all_later_stages_take_it(teacher, tmp_path):
         export_adapter(pipe.unet, 0, tmp_path / "lora")
 
 
-def test_users_adapters_stand_beside_all_parts(teacher, tmp_path):
-    plain, pipe = quantized(teacher), quantized(teacher)
-    split_shortcuts(pipe, teacher, SHORT)
+def test_users_adapters_stand_beside_all_parts(packed_pipe, split_pipe, tmp_path):
+    plain, pipe, untouched = packed_pipe, split_pipe, copy.deepcopy(split_pipe.unet)
     for each in (plain, pipe):
         torch.manual_seed(0)
         lora = LoraConfig(r=2, target_modules=["conv_shortcut", "to_q"], init_lora_weights=False)
@@ -174,17 +203,11 @@ def test_users_adapters_stand_beside_all_parts(teacher, tmp_path):
         assert len([name for name in added if "up_blocks.0.resnets.1.conv_shortcut" in name]) == 2
     assert added == {name: p.shape for name, p in plain.unet.named_parameters() if "lora" in name}
     pipe.unet.save_pretrained(tmp_path)
-    assert equal_state(type(pipe.unet).from_pretrained(tmp_path), split_again(teacher))
+    assert equal_state(type(pipe.unet).from_pretrained(tmp_path), untouched)
 
 
-def split_again(teacher):
-    pipe = quantized(teacher)
-    split_shortcuts(pipe, teacher, SHORT)
-    return pipe.unet
-
-
-def test_adapters_on_one_part_are_in_the_way_of_joining_them(teacher):
-    model = split_again(teacher)
+def test_adapters_on_one_part_are_in_the_way_of_joining_them(split_pipe):
+    model = split_pipe.unet
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["conv_shortcut.0"]), model)
     before = model.state_dict()
     with pytest.raises(UnsupportedError, match="unload these first"):
@@ -192,8 +215,8 @@ def test_adapters_on_one_part_are_in_the_way_of_joining_them(teacher):
     assert before.keys() == model.state_dict().keys()
 
 
-def test_a_used_config_quantizes_another_model(teacher, tmp_path):
-    config = split_again(teacher).config.quantization_config
+def test_a_used_config_quantizes_another_model(teacher, split_pipe, tmp_path):
+    config = split_pipe.unet.config.quantization_config
     pipe = quantize_pipeline(copy.deepcopy(teacher), config, num_samples=2, num_inference_steps=3)
     assert split_of(pipe.unet) is None
     pipe.save_pretrained(tmp_path)
@@ -224,8 +247,8 @@ def test_nothing_to_split(caplog):
     assert equal_state(before, pipe.transformer)
 
 
-def test_refusals(teacher):
-    pipe = quantized(teacher)
+def test_refusals(teacher, packed_pipe):
+    pipe = packed_pipe
     broken = copy.deepcopy(teacher)
     broken.unet.up_blocks[1].resnets[0].conv_shortcut.weight.data[0, 0] = torch.nan
     before = copy.deepcopy(pipe.unet)
@@ -233,7 +256,7 @@ def test_refusals(teacher):
         split_shortcuts(pipe, broken, SHORT)
     assert equal_state(before, pipe.unet)
     with pytest.raises(StateError, match="full-precision original, but got a quantized model"):
-        split_shortcuts(pipe, quantized(teacher), SHORT)
+        split_shortcuts(pipe, copy.deepcopy(packed_pipe), SHORT)
     adapted = copy.deepcopy(teacher)
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["conv_shortcut"]), adapted.unet)
     with pytest.raises(StateError, match="without adapters"):
@@ -264,9 +287,8 @@ def test_skeletons_of_others_are_refused(split):
         split_skeleton(make_unet(), split)
 
 
-def test_observing_parts_of_a_layer_that_should_stay_float_are_refused(teacher, tmp_path):
-    pipe = quantized(teacher)
-    split_shortcuts(pipe, teacher, SHORT)
+def test_observing_parts_of_a_layer_that_should_stay_float_are_refused(split_pipe, tmp_path):
+    pipe = split_pipe
     restart_observation(pipe.unet)
     pipe.unet.config.quantization_config.modules_to_not_convert = ["up_blocks.0"]
     pipe.save_pretrained(tmp_path)

@@ -11,6 +11,7 @@ from conftest import ONE_BLOCK, make_unet
 from diffusers import DDIMScheduler, DDPMPipeline
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusers_msfp import FinetuneConfig, MSFPConfig, finetune, quantize_pipeline
@@ -98,7 +99,7 @@ def test_weights_by_themselves_are_not_trained(unet):
 def test_a_default_device_watches_nothing():
     with torch.device("cpu"):
         assert not has_dispatch_modes()
-    with torch.utils.flop_counter.FlopCounterMode(display=False):
+    with FlopCounterMode(display=False):
         assert has_dispatch_modes()
 
 

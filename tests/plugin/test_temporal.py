@@ -7,8 +7,8 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
-from conftest import equal_state, inputs_of_layers, make_dit_pipe, make_unet, run
-from diffusers import DDPMPipeline, DiffusionPipeline, EulerDiscreteScheduler, UNet2DModel
+from conftest import ONE_BLOCK, equal_state, inputs_of_layers, make_dit_pipe, make_unet, run
+from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, EulerDiscreteScheduler, UNet2DModel
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -285,8 +285,11 @@ def test_float_modules_before_the_block_count(teacher, images, tmp_path):
 
 
 @pytest.mark.parametrize("name", [pytest.param("cache", marks=pytest.mark.slow), "all"])
-def test_compiles_without_breaks(made, images, name):
-    unet = copy.deepcopy(made[name][0].unet)
+def test_compiles_without_breaks(images, name):
+    teacher = DDPMPipeline(make_unet(**ONE_BLOCK | {"down_block_types": ("AttnDownBlock2D",)}), DDIMScheduler())
+    pipe = quantize_pipeline(copy.deepcopy(teacher), "w4a4", **STEPS)
+    maintain_temporal(pipe, teacher, TemporalConfig(**STEPS, **VARIANTS[name]))
+    unet = pipe.unet
     torch._dynamo.reset()  # it counts compilations of the class, not of the model
     compiled = torch.compile(unet, backend="eager", fullgraph=True)
     for timestep in (torch.tensor(800), torch.tensor(123), MIXED):

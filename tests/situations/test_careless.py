@@ -1,8 +1,10 @@
 """Careless arguments, and ways to save, trace or change a model that have no meaning for packed weights."""
 
+import copy
+
 import pytest
 import torch
-from conftest import make_dit_pipe, make_unet, run
+from conftest import ONE_BLOCK, equal_state, make_dit_pipe, make_unet, run
 from diffusers import DDIMScheduler, DDPMPipeline
 from pipelines import make_clip, make_small_pipe
 from torch import nn
@@ -47,13 +49,13 @@ def test_tracing(packed_pipe, images):
 
 
 @pytest.mark.situation("`torch.export` of a quantized model", "right")
-def test_exporting(packed_pipe, images):
-    program = torch.export.export(Traced(packed_pipe.unet).eval(), (images, torch.tensor(10)))
-    float_model = make_unet()
+def test_exporting(images):
+    float_model = make_unet(**ONE_BLOCK | {"down_block_types": ("AttnDownBlock2D",)})
+    pipe = DDPMPipeline(copy.deepcopy(float_model), DDIMScheduler())
+    unet = quantize_pipeline(pipe, "w4a4", **RUN).unet
+    program = torch.export.export(Traced(unet).eval(), (images, torch.tensor(10)))
     expected = run(float_model, images)
-    errors = [
-        (each - expected).norm() for each in (program.module()(images, torch.tensor(10)), run(packed_pipe.unet, images))
-    ]
+    errors = [(each - expected).norm() for each in (program.module()(images, torch.tensor(10)), run(unet, images))]
     assert errors[0] < 1.2 * errors[1]
 
 
@@ -135,10 +137,15 @@ def test_interrupted_calibration():
 
 
 @pytest.mark.situation("one denoiser in two pipelines, calibrated in one of them", "right")
-def test_one_denoiser_in_two_pipelines(packed_pipe):
+def test_one_denoiser_in_two_pipelines(packed_pipe, images):
+    before, alone = copy.deepcopy(packed_pipe), copy.deepcopy(packed_pipe)
     other = DDPMPipeline(packed_pipe.unet, DDIMScheduler())
-    calibrate(other, **RUN, seed=3)
+    for pipe in (other, alone):
+        calibrate(pipe, **RUN, seed=3)
     assert calibration_state(packed_pipe) == calibration_state(other) == "frozen"
+    assert not equal_state(packed_pipe.unet, before.unet)
+    assert equal_state(packed_pipe.unet, alone.unet)
+    assert torch.equal(run(packed_pipe.unet, images), run(alone.unet, images))
 
 
 @pytest.mark.situation("a checkpoint is loaded while torch's default dtype is another", "right")

@@ -139,10 +139,9 @@ def test_all_are_trained(made, verb):
         return
     result = run(student, pipe, config, **arguments)
     assert list(result.denoisers) == NAMES[kind]
-    assert all(hasattr(figures, key) for figures in result.denoisers.values())
+    assert all(len(getattr(figures, key)) > 0 for figures in result.denoisers.values())
     assert list(result.to_dict()) == NAMES[kind]
-    if verb != "rounding":
-        assert changed(student, before) == NAMES[kind]
+    assert changed(student, before) == NAMES[kind]
 
 
 @pytest.mark.situation("`Finetuner` with two denoisers", "refused")

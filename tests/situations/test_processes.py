@@ -7,10 +7,12 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_unet, run
+from diffusers import UNet2DModel
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.data import DataLoader, Dataset
 
@@ -71,11 +73,30 @@ def in_a_child(model, noise) -> torch.Tensor:
 
 
 @pytest.mark.situation("a quantized model runs in a process that was forked after it had run in the parent", "right")
-def test_fork_after_a_parallel_kernel(model, images):
+def test_fork_after_a_parallel_kernel(packed_dir):
+    """In a process of its own: kernels have one thread in each of those that run the tests."""
+    code = "import sys, test_processes; test_processes.fork_after_a_parallel_kernel(sys.argv[1])"
+    here = Path(__file__).parent
+    environment = os.environ | {
+        "NUMBA_NUM_THREADS": "3",
+        "PYTHONPATH": os.pathsep.join([*map(str, (here, *here.parents[:2])), os.environ.get("PYTHONPATH", "")]),
+    }
+    for name in ("OMP_NUM_THREADS", "PYTEST_XDIST_WORKER_COUNT"):
+        environment.pop(name, None)
+    command = [sys.executable, "-c", code, packed_dir]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3 * SECONDS, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def fork_after_a_parallel_kernel(folder: str) -> None:
+    torch.set_num_threads(1)
+    model, images = UNet2DModel.from_pretrained(folder, subfolder="unet"), torch.randn(2, 3, 8, 8)
+    set_engine(model, "auto", memory="low")
     expected = run(model, images)
     if NAME == "numba":
-        from diffusers_msfp.engines.kernels.numba_kernels import _Pool
+        from diffusers_msfp.engines.kernels.numba_kernels import _Pool, numba
 
+        assert numba.config.NUMBA_NUM_THREADS > 1
         assert _Pool.started
     assert torch.equal(in_a_child(model, images), expected)
     assert torch.equal(run(model, images), expected)  # the parent goes on with its threads

@@ -189,9 +189,18 @@ def test_learned_variance_in_losses(make, last):
     config = RoundingConfig(iterations=10, penalty=0, num_samples=2, num_inference_steps=2, batch_size=2)
     learn_rounding(pipe, teacher, config)
     assert torch.equal(layer.dequantize_weight()[rows], before[rows])
-    for blockwise in (False, True):
+
+    def losses(shifted: torch.Tensor, blockwise: bool) -> list[float]:
+        student = copy.deepcopy(pipe)
+        with torch.no_grad():
+            layer_at(student, last).bias[shifted] += 0.3
         config = FinetuneConfig(train_steps=1, num_inference_steps=2, batch_size=2, rank=2, blockwise=blockwise)
-        assert finetune(copy.deepcopy(pipe), teacher, config).losses[0] >= 0
+        return finetune(student, teacher, config).losses
+
+    none, predicted = rows[:0], rows.min() - 1
+    for blockwise in (False, True):
+        assert losses(rows, blockwise) == losses(none, blockwise)
+    assert losses(predicted, blockwise=False) != losses(none, blockwise=False)
 
 
 @pytest.mark.situation("the denoising factor of a sampler with learned variances", "right")

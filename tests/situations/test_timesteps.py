@@ -155,8 +155,8 @@ def turbo():
 ONE_STEP = {
     "LCM": (lcm, {"prompts": ["a hat"]}),
     "turbo": (turbo, {"prompts": ["a hat"], "guidance_scale": 0.0}),
-    "consistency": (lambda: ConsistencyModelPipeline(make_unet(), CMStochasticIterativeScheduler()), {}),
-    "a single step of DDIM": (lambda: DDPMPipeline(make_unet(), pipelines.DDIMScheduler()), {}),
+    "consistency": (lambda: ConsistencyModelPipeline(make_unet(**ONE_BLOCK), CMStochasticIterativeScheduler()), {}),
+    "a single step of DDIM": (lambda: DDPMPipeline(make_unet(**ONE_BLOCK), pipelines.DDIMScheduler()), {}),
 }
 
 

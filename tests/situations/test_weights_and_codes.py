@@ -25,6 +25,17 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).dequantize()
 
 
+@pytest.fixture(scope="module")
+def _with_codes() -> DDPMPipeline:
+    return quantize_pipeline(DDPMPipeline(make_unet(), DDIMScheduler()), "w4a8", num_samples=2, num_inference_steps=3)
+
+
+@pytest.fixture
+def pipe(_with_codes) -> DDPMPipeline:
+    """Calibrated, w4a8."""
+    return copy.deepcopy(_with_codes)
+
+
 def first_layer(model: nn.Module, kind: type) -> QuantLayer:
     return next(m for m in model.modules() if isinstance(m, QuantLayer) and isinstance(m, kind))
 
@@ -250,9 +261,7 @@ def test_tensors_that_are_written_to_reach_the_engine(packed_pipe, images, way):
 
 @pytest.mark.situation("somebody's own block around the norms and layers of a residual block", "right")
 @pytest.mark.parametrize("way", ["module", "class", "wraps"])
-def test_blocks_of_ones_own(images, way, monkeypatch):
-    pipe = quantize_pipeline(DDPMPipeline(make_unet(), DDIMScheduler()), "w4a8", num_samples=2, num_inference_steps=3)
-
+def test_blocks_of_ones_own(pipe, images, way, monkeypatch):
     def forward(block, x, temb, *_, **__):
         y = block.conv1(nn.functional.relu(block.norm1(x)))
         y = y + block.time_emb_proj(nn.functional.silu(temb))[:, :, None, None]
@@ -280,12 +289,11 @@ def test_blocks_of_ones_own(images, way, monkeypatch):
 
 @pytest.mark.situation("a hook writes into what a quantized layer reads, in place", "right")
 @pytest.mark.parametrize("name", ["conv1", "conv2", "dropout"])
-def test_hooks_that_write_in_place(images, name):
+def test_hooks_that_write_in_place(pipe, images, name):
     def write(_module, args):
         args[0].data[0] *= 0.5
         args[0][:, 1] = 0
 
-    pipe = quantize_pipeline(DDPMPipeline(make_unet(), DDIMScheduler()), "w4a8", num_samples=2, num_inference_steps=3)
     before, found = run(pipe.unet, images), {}
     for engine in ("auto", "reference"):
         set_engine(pipe, engine)

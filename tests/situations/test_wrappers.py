@@ -90,6 +90,7 @@ SMALL = {
     "up_block_types": ("UpBlock2D",),
     "norm_num_groups": 4,
     "attention_head_dim": 4,
+    "add_attention": False,
 }
 
 
@@ -198,6 +199,7 @@ def test_compiled_regions(packed_pipe, images):
     set_engine(model, "bf16")
     set_engine(packed_pipe, "bf16")
     assert engines_of(model) == engines_of(packed_pipe.unet)
+    assert torch.allclose(run(model, images), run(packed_pipe.unet, images), atol=0.02)
 
 
 @pytest.mark.situation("a model in shards (FSDP)", "refused")

@@ -127,6 +127,7 @@ def _plain(setting: Setting, value: Any) -> Any:
 def print_json(result: Result) -> None:
     """One object on standard output: exactly what its `to_dict` gives."""
     sys.stdout.write(json.dumps(result.to_dict()) + "\n")
+    sys.stdout.flush()  # a verb may wait after it
 
 
 _WORDS = {"True": True, "False": False, "None": None}
