@@ -6,12 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from diffusers import DDPMPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import DDPMPipeline, DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from hub_server import rehearse
 from huggingface_hub import ModelCard
 
 from diffusers_msfp import FinetuneConfig, finetune, publish
 from diffusers_msfp.assets import TUNED_MODELS
+from diffusers_msfp.checkpoint.digest import fingerprint
 from diffusers_msfp.errors import ConfigError
 from diffusers_msfp.hub import render_card
 from diffusers_msfp.hub.plots import plot_router, plot_timesteps
@@ -261,7 +262,11 @@ def test_plots_are_pictures():
 
 def test_results_beside_a_checkpoint_are_published_with_its_card(packed_dir, tmp_path):
     folder = Path(shutil.copytree(packed_dir, tmp_path / "packed"))
+    model = DiffusionPipeline.from_pretrained(folder).unet
     write(folder / "results" / "evaluation.json", EVALUATION)
+    with pytest.raises(ConfigError, match="was measured with a float model"):
+        rehearse(folder, tmp_path / "out")
+    write(folder / "results" / "evaluation.json", EVALUATION | {"checkpoint": fingerprint([model])})
     write(folder / "notes.txt", "mine")
     report = rehearse(folder, tmp_path / "out")
     assert report.left_out == ["notes.txt"]

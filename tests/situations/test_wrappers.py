@@ -90,7 +90,6 @@ SMALL = {
     "up_block_types": ("UpBlock2D",),
     "norm_num_groups": 4,
     "attention_head_dim": 4,
-    "add_attention": False,
 }
 
 

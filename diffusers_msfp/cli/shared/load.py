@@ -240,15 +240,15 @@ def _from_single_file(path: Path, config: str | None, **given: Any) -> Diffusion
             raise SourceError(f"{where} must name a pipeline that loads single files, but got {name}.")
         while True:
             try:
-                return cls.from_single_file(str(path), config=where, dtype=torch.float32, **given)
+                return cls.from_single_file(str(path), config=where, **given)
             except Exception as error:
                 part = single_file_part(error)
                 if part is None or part in given:
                     raise
-                given[part] = _beside_configs(path, Path(where), part, index[part])
+                given[part] = _beside_configs(path, Path(where), part, index[part], given["dtype"])
 
 
-def _beside_configs(path: Path, folder: Path, name: str, entry: list) -> nn.Module:
+def _beside_configs(path: Path, folder: Path, name: str, entry: list, dtype: torch.dtype) -> nn.Module:
     """A component that a single file lacks, from a pipeline's folder."""
     if not any(True for _ in (folder / name).glob("*.safetensors")):
         raise SourceError(
@@ -257,7 +257,7 @@ def _beside_configs(path: Path, folder: Path, name: str, entry: list) -> nn.Modu
         )
     stderr.print(f"{path} lacks {name}, which is read from {folder / name}.", soft_wrap=True, highlight=False)
     cls = getattr(importlib.import_module(entry[0]), entry[1])
-    return cls.from_pretrained(folder / name, dtype=torch.float32)
+    return cls.from_pretrained(folder / name, dtype=dtype)
 
 
 def components_on_disk(folder: Path) -> list[Path]:
