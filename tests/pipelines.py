@@ -27,6 +27,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UnCLIPScheduler,
+    UNet1DModel,
     UNet2DModel,
     VQModel,
     WanPipeline,
@@ -368,3 +369,12 @@ def photographs(number: int = 3, size: tuple[int, int] = (30, 20), channels: int
     """Of random colours, each of one."""
     drawn = np.random.default_rng(0).integers(0, 255, (number, 1, 1, channels), dtype=np.uint8)
     return [Image.fromarray(np.broadcast_to(each, (*size, channels)).copy()) for each in drawn]
+
+
+def make_unet_1d() -> UNet1DModel:
+    """Of sound, as DanceDiffusionPipeline takes it."""
+    config = {"sample_size": 64, "sample_rate": 64, "extra_in_channels": 64, "use_timestep_embedding": False}
+    config |= {"block_out_channels": (32, 32, 64), "time_embedding_type": "fourier", "flip_sin_to_cos": True}
+    down = ("DownBlock1DNoSkip", "DownBlock1D", "AttnDownBlock1D")
+    blocks = {"down_block_types": down, "up_block_types": ("AttnUpBlock1D", "UpBlock1D", "UpBlock1DNoSkip")}
+    return UNet1DModel(**config, **blocks)

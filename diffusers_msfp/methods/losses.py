@@ -90,8 +90,9 @@ def real_factors(
         len(step.output) == trajectories.share and step.output.shape == sample.shape
         for step, sample in zip(steps, samples, strict=True)
     )
-    whole = len(steps) == len(probe_of(scheduler, sampler.num_inference_steps).timesteps)  # not from a picture on
-    if not (clips(scheduler) and as_it_is and whole) or learns_variance(scheduler):
+    if not clips(scheduler) or learns_variance(scheduler) or not as_it_is:
+        return None
+    if len(steps) != len(probe_of(scheduler, sampler.num_inference_steps).timesteps):  # from a picture on
         return None
     calls = [
         (float(step.timesteps[0]), sample, step.output, answer - step.output)

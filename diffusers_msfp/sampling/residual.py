@@ -46,9 +46,7 @@ class _Following(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kinds: WeakIdKeyDictionary = (
-            WeakIdKeyDictionary()
-        )  # tensor → "sum", "layer", "normed" or "scaled" after it
+        self.kinds: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor → "sum", "layer", "normed", then "scaled"
 
     def in_stream(self, value: object) -> bool:
         return isinstance(value, Tensor) and value.ndim >= MIN_AXES and self.kinds.get(value) in ("sum", "layer")

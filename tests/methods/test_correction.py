@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from conftest import ONE_BLOCK, make_dit_pipe, make_unet
-from diffusers import DanceDiffusionPipeline, DDIMScheduler, DDPMPipeline, UNet1DModel, UNet2DModel
+from diffusers import DanceDiffusionPipeline, DDIMScheduler, DDPMPipeline, UNet2DModel
+from pipelines import make_unet_1d
 
 from diffusers_msfp import (
     CorrectionConfig,
@@ -178,11 +179,7 @@ def test_damaged_tables_are_refused(table):
 
 
 def test_channels_elsewhere_are_refused():
-    config = {"sample_size": 64, "sample_rate": 64, "extra_in_channels": 64, "use_timestep_embedding": False}
-    config |= {"block_out_channels": (32, 32, 64), "time_embedding_type": "fourier", "flip_sin_to_cos": True}
-    down = ("DownBlock1DNoSkip", "DownBlock1D", "AttnDownBlock1D")
-    blocks = {"down_block_types": down, "up_block_types": ("AttnUpBlock1D", "UpBlock1D", "UpBlock1DNoSkip")}
-    teacher = DanceDiffusionPipeline(UNet1DModel(**config, **blocks), DDIMScheduler())
+    teacher = DanceDiffusionPipeline(make_unet_1d(), DDIMScheduler())
     pipe = copy.deepcopy(teacher)
     quantize_pipeline(pipe, "w4a16")
     config = CorrectionConfig(num_samples=1, num_inference_steps=2)

@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ assert not weights, weights
 
 def test_default_dtype_where_nothing_ran_before():
     """What torch makes without being told a dtype, such as candidates of a search and a router, follows the default."""
-    folder = str(__import__("pathlib").Path(__file__).parents[1])
+    folder = str(Path(__file__).parents[1])
     subprocess.run([sys.executable, "-c", DEFAULTS, folder], check=True)
 
 

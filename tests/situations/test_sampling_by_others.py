@@ -11,14 +11,14 @@ from diffusers import (
     DDPMPipeline,
     IPNDMScheduler,
     LTXVideoTransformer3DModel,
-    UNet1DModel,
 )
 from loras import ip_adapter
-from pipelines import make_small_pipe, photographs
+from pipelines import make_cascade, make_small_pipe, make_unet_1d, photographs
 
 from diffusers_msfp import MSFPConfig, quantize_pipeline
 from diffusers_msfp.errors import ConfigError, StateError, UnsupportedError
 from diffusers_msfp.evaluation import compare_pipelines, sample_images
+from diffusers_msfp.formats import FORMATS
 from diffusers_msfp.layers.convert import quant_layers
 from diffusers_msfp.methods.correction.fit import require_channels
 from diffusers_msfp.methods.losses import real_factors
@@ -74,11 +74,7 @@ def test_steps_of_other_kinds():
 
 @pytest.mark.situation("sound, compared or drawn as pictures", "refused")
 def test_sound():
-    config = {"sample_size": 64, "sample_rate": 64, "extra_in_channels": 64, "use_timestep_embedding": False}
-    config |= {"block_out_channels": (32, 32, 64), "time_embedding_type": "fourier", "flip_sin_to_cos": True}
-    down = ("DownBlock1DNoSkip", "DownBlock1D", "AttnDownBlock1D")
-    blocks = {"down_block_types": down, "up_block_types": ("AttnUpBlock1D", "UpBlock1D", "UpBlock1DNoSkip")}
-    pipe = DanceDiffusionPipeline(UNet1DModel(**config, **blocks), IPNDMScheduler())
+    pipe = DanceDiffusionPipeline(make_unet_1d(), IPNDMScheduler())
     for look in (lambda: compare_pipelines(pipe, pipe, **FAST), lambda: sample_images(pipe, **FAST)):
         with pytest.raises(UnsupportedError, match="AudioPipelineOutput holds something else, such as sound"):
             look()
@@ -173,32 +169,16 @@ def test_image_prompts_before():
     assert pipe.unet.config.encoder_hid_dim_type == "ip_image_proj"
 
 
+FACES = {  # bits of the inputs of a first and a last layer
+    "Stable Cascade": (lambda: make_cascade().decoder, {"embedding.1": None, "clf.1": 8}),
+    "DiT": (lambda: denoiser_of(make_dit_pipe()), {"pos_embed.proj": None, "proj_out_2": 8}),
+}
+
+
 @pytest.mark.situation("first and last layers of models that name them in a way of their own", "right")
-@pytest.mark.parametrize("model", ["cascade", "dit"])
+@pytest.mark.parametrize("model", FACES)
 def test_layers_that_read_the_sample(model):
-    from diffusers import StableCascadeUNet
-
-    if model == "cascade":
-        unet = StableCascadeUNet(
-            in_channels=4,
-            out_channels=4,
-            timestep_ratio_embedding_dim=4,
-            patch_size=1,
-            conditioning_dim=8,
-            block_out_channels=(8, 16),
-            num_attention_heads=(1, 1),
-            down_num_layers_per_block=(1, 1),
-            up_num_layers_per_block=(1, 1),
-            down_blocks_repeat_mappers=(1, 1),
-            up_blocks_repeat_mappers=(1, 1),
-            block_types_per_layer=(("SDCascadeResBlock",), ("SDCascadeResBlock",)),
-            clip_text_pooled_in_channels=8,
-        )
-        names = {"embedding.1": None, "clf.1": 8}
-    else:
-        unet, names = denoiser_of(make_dit_pipe()), {"pos_embed.proj": None, "proj_out_2": 8}
-    from diffusers_msfp.formats import FORMATS
-
-    layers = MSFPConfig("w4a4").plan(copy.deepcopy(unet)).layers
-    bits = {name: next((FORMATS[each].bits for each in layers[name].activation), None) for name in names}
-    assert bits == names
+    make, expected = FACES[model]
+    layers = MSFPConfig("w4a4").plan(make()).layers
+    bits = {name: next((FORMATS[each].bits for each in layers[name].activation), None) for name in expected}
+    assert bits == expected

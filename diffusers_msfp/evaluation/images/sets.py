@@ -14,13 +14,13 @@ from .features import Features
 PAIRS = (("candidate", "reference"), ("candidate", "real"), ("reference", "real"))
 OF_FEATURES = ("frechet_distance", "spatial_frechet_distance", "precision", "recall")
 _SSIM_WINDOW = 11
-_PART = 100, 2**25  # pictures in float32 at once, and their numbers
+_PART = 100  # pictures in float32 at once, at most
+_NUMBERS = 2**25  # in these
 
 
 def by_parts(function: Callable[..., Tensor], *sets: Tensor) -> Tensor:
     """One value for each picture, or pair of pictures, of float16 sets."""
-    number, values = _PART
-    size = max(1, min(number, values // max(1, sets[0][:1].numel())))
+    size = max(1, min(_PART, _NUMBERS // max(1, sets[0][:1].numel())))
     parts = zip(*(images.split(size) for images in sets), strict=True)
     return torch.cat([function(*(part.float() for part in together)) for together in parts])
 
