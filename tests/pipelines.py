@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import make_condition_unet, make_vae
+from conftest import ONE_BLOCK, make_condition_unet, make_unet, make_vae
 from diffusers import (
     AutoencoderKLWan,
     ControlNetModel,
     DDIMScheduler,
+    DDPMPipeline,
     DDPMWuerstchenScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -378,3 +379,14 @@ def make_unet_1d() -> UNet1DModel:
     down = ("DownBlock1DNoSkip", "DownBlock1D", "AttnDownBlock1D")
     blocks = {"down_block_types": down, "up_block_types": ("AttnUpBlock1D", "UpBlock1D", "UpBlock1DNoSkip")}
     return UNet1DModel(**config, **blocks)
+
+
+ATTENDING = ONE_BLOCK | {"down_block_types": ("AttnDownBlock2D",)}
+"""Of `make_unet`: one block, with attention."""
+
+
+def make_teacher() -> DDPMPipeline:
+    """Small and quick to train after."""
+    pipe = DDPMPipeline(make_unet(**ATTENDING), DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -8,8 +8,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from conftest import ONE_BLOCK, equal_state, make_condition_unet, make_dit_pipe, make_unet, run
+from conftest import equal_state, make_condition_unet, make_dit_pipe, make_unet, run
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DModel
+from pipelines import ATTENDING, make_teacher
 
 from diffusers_msfp import FinetuneConfig, MSFPConfig, calibrate, finetune, freeze, quantize_pipeline
 from diffusers_msfp.checkpoint.record import ModelRecord
@@ -27,13 +28,6 @@ from diffusers_msfp.sampling.trajectory import Trajectories
 
 SHORT = {"train_steps": 2, "num_inference_steps": 4, "batch_size": 4, "rank": 4}
 ONE = SHORT | {"train_steps": 1}
-SMALL = ONE_BLOCK | {"down_block_types": ("AttnDownBlock2D",)}
-
-
-def make_teacher() -> DDPMPipeline:
-    pipe = DDPMPipeline(make_unet(**SMALL), DDIMScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture
@@ -233,7 +227,7 @@ def test_a_failure_at_either_end_leaves_the_model_as_it_was(packed_pipe, teacher
 
 def test_bad_requests_are_refused_before_anything_is_changed(packed_pipe, teacher):
     state = state_of(packed_pipe.unet)
-    other = DDPMPipeline(make_unet(**SMALL | {"block_out_channels": (16,)}), DDIMScheduler())
+    other = DDPMPipeline(make_unet(**ATTENDING | {"block_out_channels": (16,)}), DDIMScheduler())
     with pytest.raises(ShapeError, match=r"The teacher's `.*` must have shape"):
         finetune(packed_pipe, other, FinetuneConfig(**SHORT))
     conditional = DDPMPipeline(make_condition_unet(), DDIMScheduler())

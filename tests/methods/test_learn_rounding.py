@@ -5,8 +5,9 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import ONE_BLOCK, equal_state, make_condition_unet, make_dit, make_dit_pipe, make_unet, run
+from conftest import equal_state, make_condition_unet, make_dit, make_dit_pipe, make_unet, run
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline
+from pipelines import ATTENDING, make_teacher
 
 from diffusers_msfp import (
     FinetuneConfig,
@@ -32,13 +33,6 @@ from diffusers_msfp.sampling.solvers import with_ddim
 from diffusers_msfp.sampling.trajectory import DenoisingStep, Trajectories
 
 SHORT = {"iterations": 10, "num_samples": 8, "num_inference_steps": 4, "batch_size": 4, "learning_rate": 0.1}
-SMALL = ONE_BLOCK | {"down_block_types": ("AttnDownBlock2D",)}
-
-
-def make_teacher() -> DDPMPipeline:
-    pipe = DDPMPipeline(make_unet(**SMALL), DDIMScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture
@@ -311,7 +305,7 @@ def test_bad_input_is_refused(packed_pipe, teacher, tmp_path):
     config = RoundingConfig(**SHORT)
     with pytest.raises(ConfigError, match="Every pattern in `exclude` must match"):
         learn_rounding(packed_pipe, teacher, RoundingConfig(exclude=("nothing",)))
-    wider = DDPMPipeline(make_unet(**SMALL | {"block_out_channels": (16,)}), DDIMScheduler())
+    wider = DDPMPipeline(make_unet(**ATTENDING | {"block_out_channels": (16,)}), DDIMScheduler())
     with pytest.raises(ShapeError, match="not the model that was quantized"):
         learn_rounding(packed_pipe, wider, config)
     broken = copy.deepcopy(teacher)
