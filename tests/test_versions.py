@@ -1,5 +1,6 @@
 """The oldest supported libraries, in environments of their own; needs an index of packages."""
 
+import ast
 import os
 import re
 import subprocess
@@ -19,6 +20,15 @@ def test_every_dependency_has_a_range():
     listed = re.findall(r'"([^"]+)"', text[text.index("dependencies = [") : text.index("[project.scripts]")])
     bare = [entry for entry in listed if not re.match(r"[\w.-]+>=[\d.]+,<[\d.]+", entry)]
     assert all(entry.startswith("diffusers-msfp[") for entry in bare), bare
+
+
+def test_what_diffusers_0_40_cannot_do_says_so_in_its_name():
+    """`-k` leaves these out there, a function of tests and of what their parameters are alike."""
+    for file in (ROOT / "tests").rglob("*.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            attributes = {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute)}
+            if isinstance(node, ast.FunctionDef) and "enable_group_offload" in attributes:
+                assert "group_offload" in node.name, f"{file.name}: {node.name}"
 
 
 @pytest.mark.slow

@@ -31,11 +31,11 @@ CPU = torch.device("cpu")
 SHORT = SplitConfig(num_samples=2, num_inference_steps=3)
 
 
-def group_offload(model: nn.Module) -> None:
+def leaf_group_offload(model: nn.Module) -> None:
     model.enable_group_offload(CPU, CPU, offload_type="leaf_level")
 
 
-def block_offload(model: nn.Module) -> None:
+def block_group_offload(model: nn.Module) -> None:
     model.enable_group_offload(CPU, CPU, offload_type="block_level", num_blocks_per_group=1)
 
 
@@ -57,7 +57,7 @@ def tile(model: nn.Module) -> None:
     model.conv_in._conv_forward = lambda x, weight, bias: nn.functional.conv2d(x, weight, bias, padding=1)
 
 
-@pytest.mark.parametrize("exchange", [group_offload, block_offload, sequential_offload, wrap, cast, tile])
+@pytest.mark.parametrize("exchange", [leaf_group_offload, block_group_offload, sequential_offload, wrap, cast, tile])
 def test_a_model_whose_layers_run_something_else_is_not_quantized(unet, exchange):
     exchange(unet)
     before = [vars(module).copy() for module in unet.modules()]
@@ -66,7 +66,7 @@ def test_a_model_whose_layers_run_something_else_is_not_quantized(unet, exchange
     assert [vars(module) for module in unet.modules()] == before
 
 
-@pytest.mark.parametrize("exchange", [group_offload, block_offload, sequential_offload, wrap])
+@pytest.mark.parametrize("exchange", [leaf_group_offload, block_group_offload, sequential_offload, wrap])
 def test_a_model_whose_layers_run_something_else_is_not_made_float(packed_pipe, images, exchange):
     unet = packed_pipe.unet
     exchange(unet)

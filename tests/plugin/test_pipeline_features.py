@@ -261,7 +261,7 @@ def test_group_offload(pipe):
 
 
 @pytest.mark.feature("`set_engine` while a model is offloaded (hooks, on a CPU)")
-def test_another_engine_under_offloading(pipe):
+def test_another_engine_under_group_offload(pipe):
     hooked = copy.deepcopy(pipe)
     cpu = torch.device("cpu")
     hooked.enable_group_offload(cpu, cpu, offload_type="leaf_level")
