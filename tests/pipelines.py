@@ -12,6 +12,7 @@ from diffusers import (
     DDPMPipeline,
     DDPMWuerstchenScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     KandinskyV22CombinedPipeline,
@@ -218,6 +219,16 @@ def make_flux() -> FluxPipeline:
         text_encoder_2=make_t5(),
         **{name: make_tokenizer() for name in ("tokenizer", "tokenizer_2")},
     )
+
+
+def make_kontext() -> FluxKontextPipeline:
+    """Reads a picture to be edited beside its sample, and throws away what it puts out in its place."""
+    return FluxKontextPipeline(**{name: part for name, part in make_flux().components.items() if part is not None})
+
+
+def kontext_call() -> dict:
+    """Arguments for `make_kontext`: a picture of 16 tokens beside a sample of 64."""
+    return {"image": picture(), "height": 16, "width": 16, "max_area": 256, "_auto_resize": False}
 
 
 def make_cascade() -> StableCascadeCombinedPipeline:

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_dit_pipe, make_unet
 from diffusers import DDIMScheduler, DDPMPipeline
 
@@ -14,7 +15,7 @@ from diffusers_msfp.schemes import SCHEMES
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 import bench_claims  # noqa: E402
-from claims import FULL_PRECISION, Claim, found  # noqa: E402
+from claims import FULL_PRECISION, Claim, found, over_seeds  # noqa: E402
 
 
 @pytest.mark.parametrize(("kind", "places"), [("UNet", {"SiLU"}), ("DiT", {"SiLU", "GELU"})])
@@ -64,3 +65,9 @@ def test_three_seeds_have_the_interval_of_three_numbers(gains, verdict):
     rows = [{"variant": "nearest", "psnr_db_by_picture": [20.0] * 64} for _ in gains]
     rows += [{"variant": name, "psnr_db_by_picture": [20.0 + gain] * 64} for gain in gains]
     assert found(claim, rows)[0] == verdict
+
+
+def test_more_seeds_than_have_a_quantile_are_refused():
+    assert over_seeds(torch.ones(6, 4)) == (1, 1, 1)
+    with pytest.raises(ValueError, match="over at most 10 seeds, but got 11"):
+        over_seeds(torch.ones(11, 4))

@@ -26,6 +26,7 @@ TRAINING = Path(__file__).parent / "benchmarks" / "training"
 sys.path.insert(0, str(TRAINING))
 
 import captions  # noqa: E402
+import loop  # noqa: E402
 import model_card  # noqa: E402
 import train  # noqa: E402
 
@@ -51,19 +52,18 @@ def data(tmp_path_factory) -> Path:
 
 
 @contextmanager
-def own_signals() -> Iterator[None]:
-    """The trainer takes signals and accelerate's state for itself."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def own_state() -> Iterator[None]:
+    """The trainer takes accelerate's state for itself, and gives signals back."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 @pytest.fixture
-def _own_signals():
-    with own_signals():
+def _own_state():
+    with own_state():
         yield
 
 
@@ -78,7 +78,7 @@ def train_two(name: str, data: Path, folder: Path, **arguments) -> Path:
 @pytest.fixture(scope="module")
 def autoencoder(data, tmp_path_factory) -> Path:
     """Not to be changed."""
-    with own_signals():
+    with own_state():
         return train_two("cifar10-autoencoder", data, tmp_path_factory.mktemp("autoencoder"))
 
 
@@ -86,7 +86,7 @@ def autoencoder(data, tmp_path_factory) -> Path:
 def transformer(data, tmp_path_factory, autoencoder) -> Path:
     """A folder with the export of a transformer's run, and with its runs; not to be changed."""
     folder = tmp_path_factory.mktemp("transformer")
-    with own_signals():
+    with own_state():
         train_two("cifar10-latent-dit", data, folder, autoencoder=autoencoder)
     return folder
 
@@ -103,18 +103,22 @@ def test_autoencoder(autoencoder):
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
 
 
-@pytest.mark.usefixtures("_own_signals")
+@pytest.mark.usefixtures("_own_state")
 def test_pixel(data, tmp_path):
     pipe = DiffusionPipeline.from_pretrained(train_two("cifar10-pixel", data, tmp_path))
     assert pipe(2, num_inference_steps=2, output_type="np").images.shape == (2, 32, 32, 3)
 
 
+def assert_names_no_folder(export: Path, number: int, *folders: Path) -> None:
+    exported = [file.read_text() for file in export.rglob("config.json")]
+    assert len(exported) == number
+    assert not any(str(folder) in "".join(exported) for folder in folders)
+
+
 def test_latent_transformer(transformer, autoencoder):
     pipe = DiffusionPipeline.from_pretrained(transformer / "export")
     assert pipe.get_label_ids(["ship", "dog"]) == [8, 5]
-    exported = [file.read_text() for file in Path(pipe.config._name_or_path).rglob("config.json")]
-    assert len(exported) == 2
-    assert not any(str(folder) in "".join(exported) for folder in (transformer, autoencoder))
+    assert_names_no_folder(transformer / "export", 2, transformer, autoencoder)
     images = pipe([8, 5], num_inference_steps=2, output_type="np").images
     assert images.shape == (2, 32, 32, 3)
     table = pipe.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
@@ -124,10 +128,18 @@ def test_latent_transformer(transformer, autoencoder):
     assert table[1000].any()
 
 
-@pytest.mark.usefixtures("_own_signals")
+@pytest.mark.usefixtures("_own_state")
 def test_text(data, tmp_path, autoencoder):
     export = train_two("cifar10-text", data, tmp_path, autoencoder=autoencoder)
+    assert_names_no_folder(export, 3, tmp_path, autoencoder)
     pipe = DiffusionPipeline.from_pretrained(export)
+    assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float32}
+    text, results = make_card("cifar10-text", data, tmp_path, autoencoder=autoencoder)
+    assert results["sampling"]["prompts"] == [captions.captions(name)[0] for name in captions.CIFAR10_CLASSES]
+    assert "*a photo of a ship*" in " ".join(text.split())
+    assert "Of the 10 captions of a class that it was trained with, the others are not measured." in " ".join(
+        text.split()
+    )
     images = pipe(["a photo of a ship", "a frog"], num_inference_steps=2, output_type="np").images
     assert images.shape == (2, 32, 32, 3)
     tokenizer = CLIPTokenizer.from_pretrained(export / "tokenizer")
@@ -157,6 +169,9 @@ def make_card(name: str, data: Path, folder: Path, **arguments) -> tuple[str, di
     with Image.open(out / "samples.png") as samples:
         assert samples.size == (3 * 256, 3 * 256)
     assert results["training"]["updates"] == 2
+    (precision,) = results["training"]["precisions"]
+    assert results["training"]["precisions"] == {precision: 2}
+    assert f"clipped at 1, {precision}, moving average" in " ".join(text.split())
     for part in ("**Weak**: ", "not selected", "JPEG CIFAR-10", "*not* FID", "its training stopped after 2 updates"):
         assert part in " ".join(text.split())
     DiffusionPipeline.from_pretrained(out)
@@ -166,7 +181,7 @@ def make_card(name: str, data: Path, folder: Path, **arguments) -> tuple[str, di
 @pytest.fixture(scope="module")
 def card(data, transformer, autoencoder) -> tuple[str, dict]:
     """Of the transformer, beside its runs; not to be changed."""
-    with own_signals():
+    with own_state():
         return make_card("cifar10-latent-dit", data, transformer, autoencoder=autoencoder)
 
 
@@ -177,7 +192,7 @@ def test_card_of_a_conditional_model(card):
     assert "PSNR" in text
 
 
-@pytest.mark.usefixtures("_own_signals", "card")
+@pytest.mark.usefixtures("_own_state", "card")
 def test_a_run_begins_with_published_weights(data, tmp_path, transformer, autoencoder):
     published, out = transformer / "card", tmp_path / "again"
     settings = {"updates": 100, "batch_size": 2, "autoencoder": autoencoder, "out": out, "begin_with": published}
@@ -187,19 +202,54 @@ def test_a_run_begins_with_published_weights(data, tmp_path, transformer, autoen
     train.main("cifar10-latent-dit", data, stop_at=3, **settings)
     progress = json.loads((out / "progress.json").read_text())
     assert (progress["update"], progress["begun"], len(progress["window"])) == (3, 2, 1)
+    assert list(progress["precisions"].values()) == [3]
 
 
-@pytest.mark.usefixtures("_own_signals", "card")
+@pytest.mark.usefixtures("_own_state", "card")
 def test_a_run_keeps_its_autoencoder(data, tmp_path, transformer, autoencoder, capsys):
     shutil.copytree(transformer, tmp_path, dirs_exist_ok=True)
     autoencoder = Path(shutil.copytree(autoencoder, tmp_path / "autoencoder"))
     config = autoencoder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.5}))
     settings = {"updates": 100, "batch_size": 2, "autoencoder": autoencoder, "stop_at": 3}
-    for more in ({"out": tmp_path / "runs" / "cifar10-latent-dit"}, {"begin_with": tmp_path / "card"}):
+    for more, says in (
+        (
+            {"out": tmp_path / "runs" / "cifar10-latent-dit"},
+            "A run must go on with the settings that it was begun with",
+        ),
+        ({"begin_with": tmp_path / "card"}, "A run must begin with weights that were trained with its settings"),
+    ):
         with pytest.raises(typer.Exit):
             train.main("cifar10-latent-dit", data, **({"out": tmp_path / "other"} | settings | more))
-        assert "'made_of'" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert says in said
+        assert "'made_of'" in said
+    assert not (tmp_path / "other").exists(), "so that the right call is not refused afterwards"
+
+
+@pytest.mark.usefixtures("_own_state")
+def test_processes_share_a_batch_equally_or_not_at_all(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop.Accelerator, "num_processes", property(lambda _: 3))
+    with pytest.raises(typer.Exit):
+        train.main("cifar10-pixel", data, out=tmp_path / "run", batch_size=4, stop_at=1)
+    assert "got 4 pictures for 3 processes" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_runs_that_did_not_write_down_their_precision_go_on():
+    progress = loop.Progress()
+    progress.load_state_dict({"update": 100, "begun": 0, "seconds": 1.0, "curve": [], "window": []})
+    for precision in (loop.BFLOAT16, loop.FLOAT32, loop.FLOAT32):
+        progress.add(1.0, precision)
+    results = json.loads((TRAINING.parents[2] / "model_cards" / "cifar10-pixel" / model_card.RESULTS).read_text())
+    assert "bfloat16 autocast where the processor had it (not recorded)" in " ".join(
+        model_card.card("cifar10-pixel", results).split()
+    )
+    results["training"] |= {"updates": progress.update, "precisions": progress.precisions}
+    assert (
+        "precision: bfloat16 autocast in 1 updates, float32 in 2 updates, not recorded in 100, moving average"
+        in " ".join(model_card.card("cifar10-pixel", results).split())
+    )
 
 
 def test_cards_are_what_their_results_say():

@@ -102,7 +102,7 @@ def plan_budget(
     require_positive(num_inference_steps=num_inference_steps)
     choices = check_choices(choices or (STEP_CHOICES if target == "step" else CHOICES))
     model = _denoiser(pipe)
-    pipe = with_sampler(pipe, sampler)
+    pipe = with_sampler(pipe, sampler, arguments=arguments)
     calling = {"num_inference_steps": num_inference_steps, "prompts": prompts} | arguments
     samples = Samples.of(pipe, num_samples=num_samples, seed=seed + 1, **calling)
     palette = make_palette(

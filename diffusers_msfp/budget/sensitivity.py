@@ -25,7 +25,6 @@ from ..sampling.calls import call_arguments
 from ..sampling.denoisers import denoiser_of, model_output, scheduler_of
 from ..sampling.denoising_factor import RunFactors
 from ..sampling.trajectory import DenoisingStep, rollout
-from ..sampling.used_output import used_part
 from .palette import Palette, scheme_for
 
 
@@ -85,7 +84,7 @@ class Samples:
         """
         found = 0.0
         for step, factor in zip(self.steps, self.factors, strict=True):
-            output = used_part(self.pipe, model_output(step.run(model)), step.args, step.kwargs)
+            output = step.counted(model_output(step.run(model)))
             found += factor * factor * (output.double() - step.output.double()).square().sum().item()
         if not math.isfinite(found):
             raise NonFiniteError(

@@ -29,9 +29,11 @@ class Observation:
         range (`Tensor`, `(2,)`, float32): smallest and largest of *all* values.
     """
 
-    sample: Tensor = field(default_factory=lambda: torch.zeros(CAPACITY, dtype=torch.float32))
-    count: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
-    range: Tensor = field(default_factory=lambda: torch.tensor([torch.inf, -torch.inf], dtype=torch.float32))
+    sample: Tensor = field(default_factory=lambda: torch.zeros(CAPACITY, dtype=torch.float32, device="cpu"))
+    count: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64, device="cpu"))
+    range: Tensor = field(
+        default_factory=lambda: torch.tensor([torch.inf, -torch.inf], dtype=torch.float32, device="cpu")
+    )
 
     def drawn(self) -> Tensor:
         """The valid part of the sample, float32."""
@@ -75,12 +77,12 @@ def _take(x: Tensor, sample: Tensor, count: Tensor, seen_range: Tensor, module_n
     drawn = min(x.numel(), DRAWN_PER_CALL)
     new = x.flatten()
     if drawn < x.numel():  # of few values all are taken: the search would clip extremes that the sample has not got
-        new = new[torch.randint(x.numel(), (drawn,), generator=generator).to(x.device)]
+        new = new[torch.randint(x.numel(), (drawn,), generator=generator, device="cpu").to(x.device)]
     new = new.to("cpu", torch.float32)
     fits = max(0, min(CAPACITY - seen, drawn))
     sample[seen : seen + fits] = new[:fits]
-    position = torch.arange(seen + fits, seen + drawn, dtype=torch.float64)  # of the rest in the stream of all drawn
-    slot = (torch.rand(drawn - fits, generator=generator, dtype=torch.float64) * (position + 1)).long()
+    position = torch.arange(seen + fits, seen + drawn, dtype=torch.float64, device="cpu")  # of the rest in the stream
+    slot = (torch.rand(drawn - fits, generator=generator, dtype=torch.float64, device="cpu") * (position + 1)).long()
     kept = slot < CAPACITY
     sample.numpy()[slot[kept].numpy()] = new[fits:][kept].numpy()  # of two in one slot the later wins, unlike in torch
     count.add_(drawn)

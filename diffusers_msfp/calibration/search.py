@@ -272,6 +272,6 @@ def _tensor_candidates(fmt: FPFormat, low: float, high: float, ratios: Tensor) -
 def _zero_point_picks(reach: int) -> Tensor:
     """Indices of the magnitudes to try as zero points, out of `reach`."""
     if reach <= MAX_ZERO_POINTS:
-        return torch.arange(reach)
-    upper = torch.linspace((reach - 1) / 2, reach - 1, MAX_ZERO_POINTS - 1, dtype=torch.float32).round().long()
-    return torch.cat([torch.zeros(1, dtype=torch.long), upper])
+        return torch.arange(reach, device="cpu")
+    upper = torch.linspace((reach - 1) / 2, reach - 1, MAX_ZERO_POINTS - 1, dtype=torch.float32, device="cpu")
+    return torch.cat([torch.zeros(1, dtype=torch.long, device="cpu"), upper.round().long()])

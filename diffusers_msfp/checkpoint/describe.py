@@ -167,7 +167,8 @@ def weight_files(folder: Path, variant: str | None = None, *, variants: bool = T
         return own
     for stem in (WEIGHTS, TRANSFORMERS_WEIGHTS):
         index = folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
+        whole = stem == TRANSFORMERS_WEIGHTS and (folder / f"{stem}.safetensors").is_file()  # read before an index
+        if index.is_file() and not whole:
             try:
                 names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
                 files = sorted(folder / name for name in names)

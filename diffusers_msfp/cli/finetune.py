@@ -17,9 +17,10 @@ from ..errors import StateError
 from ..evaluation import compare_pipelines, image_grid
 from ..methods.correction.fit import CorrectionConfig
 from ..methods.correction.table import correction_of
+from ..methods.previews import PREVIEWS
 from ..methods.routes import routing_of
 from ..methods.talora.config import FinetuneConfig
-from ..methods.talora.finetuner import PREVIEWS, Finetuner
+from ..methods.talora.finetuner import Finetuner
 from ..methods.talora.folder import checkpoints_in
 from ..outputs import png_of, require_writable_folder, write_whole
 from ..results import Result

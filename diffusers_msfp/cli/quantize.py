@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.quantizers import PipelineQuantizationConfig
 
 from ..budget import PLAN_FILE
+from ..calibration.pictures import picture_files
 from ..checkpoint.describe import file_bytes
 from ..checkpoint.tensor_files import MAX_SHARD_SIZE
 from ..errors import ConfigError
@@ -23,7 +24,6 @@ from ..recipes import CORRECTION, DEFAULT_RECIPE
 from ..results import Result
 from ..sampling.calls import require_positive
 from ..sampling.observation import calibration_state
-from ..sampling.pictures import picture_files
 from ..sampling.solvers import exchange_parts
 from ..schemes import DEFAULT_SCHEME, input_bits
 from .shared.budget import BudgetRequest
@@ -101,7 +101,8 @@ def quantize(
 
     Weights go from file to file layer by layer, so a float model need not fit into memory; then the pipeline's own
     sampler sets the activation ranges. Before all that a call of the pipeline is tried, as far as its denoiser. Of text
-    encoders weights alone are quantized. A component on its own cannot be sampled: it observes its first run.
+    encoders weights alone are quantized. A component on its own cannot be sampled: it observes its first run. All is
+    computed in float32; parts that stay float and came in half precision are stored so.
 
     Until all is done, packed weights lie in the hidden folder `.<out>.part` beside `out`. After an interruption the
     same call goes on with the layer it had come to; other arguments or changed source files begin anew.

@@ -6,7 +6,7 @@ from types import FrameType
 
 from peft.utils.other import get_pattern_key  # which key of `rank_pattern` or `alpha_pattern` fits a module
 
-__all__ = ["asked_by_peft", "has_adapters", "is_wrapped", "name_inside", "pattern_value"]
+__all__ = ["asked_by_peft", "asked_to_average", "has_adapters", "is_wrapped", "name_inside", "pattern_value"]
 
 _BASE = ".base_layer"
 _OWN = ("diffusers_msfp.layers.logical", "diffusers_msfp.layers.quant_layer", "diffusers_msfp.layers.split")
@@ -33,10 +33,20 @@ def asked_by_peft() -> bool:
     PEFT trains copies of layers (`modules_to_save`), and makes a convolution's LoRA of layers of its class
     (`type(base_layer)(…)`); it has no hook for either.
     """
-    frame: FrameType | None = sys._getframe(2)
+    return _asking().startswith("peft.")
+
+
+def asked_to_average() -> bool:
+    """Whether `torch.optim.swa_utils.AveragedModel` copies a layer by `copy.deepcopy`, which asks this."""
+    return _asking() == "torch.optim.swa_utils"
+
+
+def _asking() -> str:
+    """The module whose code made the call that asks, two calls from here, but for `copy` and this package."""
+    frame: FrameType | None = sys._getframe(3)
     while frame is not None and frame.f_globals.get("__name__", "") in ("copy", *_OWN):
         frame = frame.f_back
-    return frame is not None and (frame.f_globals.get("__name__") or "").startswith("peft.")
+    return "" if frame is None else frame.f_globals.get("__name__") or ""
 
 
 def pattern_value(patterns: Mapping[str, float], name: str, default: float) -> float:

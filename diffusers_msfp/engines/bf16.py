@@ -48,7 +48,7 @@ def multiplies_bfloat16(x: Tensor) -> bool:
 
 @lru_cache(maxsize=256)
 def _fits_bfloat16(fmt: FPFormat, zero: int) -> bool:
-    values = torch.tensor(fmt.lattice, dtype=torch.float32) - zero
+    values = torch.tensor(fmt.lattice, dtype=torch.float32, device="cpu") - zero
     return torch.equal(values.to(torch.bfloat16).to(torch.float32), values)
 
 
@@ -58,7 +58,8 @@ class BF16Layer(PreparedLayer):
     def __init__(self, layer: QuantLayer, keep: bool) -> None:
         super().__init__(layer, keep)
         values = layer.weight_format.code_values
-        self._table = torch.tensor(values, dtype=torch.int32 if max(values) < 2**31 else torch.float32)
+        dtype = torch.int32 if max(values) < 2**31 else torch.float32
+        self._table = torch.tensor(values, dtype=dtype, device="cpu")
 
     def expand(self, bank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Integers as floats, which are exact in either dtype, channels last for images; the unit of each channel."""

@@ -1,5 +1,6 @@
 """Choose the engine that runs a model's quantized layers."""
 
+import logging
 import os
 from collections import Counter
 from typing import cast
@@ -15,6 +16,8 @@ from ..sampling.observation import quantized_models
 from . import ENGINES, MEMORY_MODES, AutoEngine, openvino, tuning
 from .fusion.fuse import fuse, undo
 from .fusion.processors import use_engine_attention
+
+logger = logging.getLogger(__name__)
 
 ENGINE_VARIABLE = "MSFP_ENGINE"
 DEFAULT_ENGINE = "auto"
@@ -47,6 +50,21 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
         set_engine(pipe, "auto", memory="low")  # weights stay packed
         ```
     """
+    _set_engine(model, engine, memory, required=True)
+
+
+def set_engine_of_environment(model: nn.Module) -> None:
+    """Run a quantized model's layers by the engine that `MSFP_ENGINE` names, which is for all models of a process.
+
+    One that can run no layer of this model, or none until it is moved to another device, is named in a warning.
+
+    Raises:
+        ConfigError, StateError: see `set_engine`.
+    """
+    _set_engine(model, engine_from_environment(), "fast", required=False)
+
+
+def _set_engine(model: nn.Module | DiffusionPipeline, engine: str, memory: str, *, required: bool) -> None:
     _check_name(engine)
     if memory not in MEMORY_MODES:
         raise ConfigError(f"`memory` must be one of {', '.join(MEMORY_MODES)}, but got {memory!r}.")
@@ -60,7 +78,11 @@ def set_engine(model: nn.Module | DiffusionPipeline, engine: str = "auto", *, me
     in_graphs, asked = engine == openvino.NAME, (engine, memory)
     engine = AutoEngine.name if in_graphs else engine
     chosen = engine_named(engine, memory)
-    _require_use(engine, chosen, layers)
+    useless = _why_useless(engine, chosen, layers)
+    if useless and required:
+        raise ConfigError(useless)
+    if useless:
+        logger.warning("%s: %s Until one can, layers run by `reference`.", ENGINE_VARIABLE, useless)
     if engine != "reference":
         tuning.from_environment()
     for part in models:
@@ -142,16 +164,16 @@ def _check_name(name: str) -> None:
         ENGINES[name]
 
 
-def _require_use(name: str, chosen: AutoEngine, layers: list[QuantLayer]) -> None:
-    """Refuse an engine that can run no layer, and say which can."""
+def _why_useless(name: str, chosen: AutoEngine, layers: list[QuantLayer]) -> str | None:
+    """Why an engine can run no layer, and which can; None where it can run some, or may once ranges are known."""
     if name in (AutoEngine.name, "reference") or any(layer.observing for layer in layers):
-        return
+        return None
     reasons = Counter(chosen.engines[0].refusal(layer) for layer in layers)
     if None in reasons:
-        return
+        return None
     able = [other for other, cls in ENGINES.items() if any(cls().refusal(layer) is None for layer in layers)]
     (usual, _), *_ = reasons.most_common(1)
-    raise ConfigError(
+    return (
         f"Engine {name!r} must be able to run a layer of this model here, but it can run none: of most, {usual}. "
         f"Engines that can: {', '.join(able)}; `auto` takes the fastest of them. {SEE_DOCTOR}"
     )

@@ -71,10 +71,11 @@ def call_layer(x: Tensor, reference: LayerReference, bank: int | Tensor, adapter
 @torch.library.custom_op("diffusers_msfp::run_layer", mutates_args=())
 def run_layer(x: Tensor, reference: LayerReference, bank: int, adapter: int, index: Tensor | None) -> Tensor:
     """A prepared layer as an operator; where `bank` or `adapter` is -1, `index` says it; `(B,)` for rows."""
-    prepared = reference.prepared()
+    prepared = reference.prepared().current()
 
     def run(rows: Tensor, index: Tensor | int | None) -> Tensor:
-        return prepared.run(rows, *(cast("int | Tensor", index) if each < 0 else each for each in (bank, adapter)))
+        choice = (cast("int | Tensor", index) if each < 0 else each for each in (bank, adapter))
+        return prepared.run_without_autocast(rows, *choice)
 
     y = Route(index).apply(run, x, 0) if index is not None and index.ndim else run(x, index)
     return y.contiguous(memory_format=_memory_format(x))

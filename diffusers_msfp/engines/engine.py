@@ -75,9 +75,13 @@ class PreparedLayer(ABC):
         """The layer's output for a float input, in its dtype, with one bank and the input's grid of one adapter."""
         if torch.compiler.is_compiling():
             return call_layer(x, self._reference, bank, adapter)
+        return self.run_without_autocast(x, bank, adapter)
+
+    def run_without_autocast(self, x: Tensor, bank: int | Tensor, adapter: int | Tensor) -> Tensor:
+        """As `run`, also under autocast, which would cast whole numbers."""
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):  # whole numbers stay whole
+            with torch.autocast(device, enabled=False):
                 return self.run(x, bank, adapter)
         return self.run(x, bank, adapter)
 
@@ -88,6 +92,16 @@ class PreparedLayer(ABC):
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
         self._reference = LayerReference(self)
+
+    def current(self) -> "PreparedLayer":
+        """This, or what the engine makes now of a layer whose tensors were written to or exchanged since.
+
+        Layers look for that in each call, compiled graphs of them do not.
+        """
+        if self.made_of == tensors_state(self.layer):
+            return self
+        self.layer.prepare()
+        return cast(PreparedLayer, self.layer.prepared)
 
     @property
     def reads_codes(self) -> bool:

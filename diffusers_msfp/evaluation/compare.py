@@ -1,9 +1,12 @@
 """A quantized pipeline against its full-precision original.
 
-Both see the same noise. The denoiser's error is taken on the *reference's* trajectory: whatever the reference denoiser
-is called with, the candidate is called with too, in every stock pipeline. Pictures come from each pipeline's own run.
+Both see the same noise, and both are led by the *reference's* schedulers. The denoiser's error is taken on the
+reference's trajectory: whatever the reference denoiser is called with, the candidate is called with too, in every stock
+pipeline; a cache of keys that an earlier step has filled is a part of that. Pictures come from each pipeline's own run.
 """
 
+import copy
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -11,11 +14,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from torch import Tensor, nn
 
 from ..compat.diffusers import labels_by_name
-from ..compat.torch import tree_map
 from ..compat.wrappers import sees_through
 from ..errors import ConfigError
 from ..results import OPTIONAL, OnProgress
@@ -33,12 +35,13 @@ from ..sampling.denoisers import (
 from ..sampling.denoising_factor import RunFactors
 from ..sampling.solvers import with_parts, with_sampler
 from ..sampling.timestep import first_timestep, timestep_argument
-from ..sampling.trajectory import after_calls
 from ..sampling.trial import describe
-from ..sampling.used_output import used_part
+from ..sampling.used_output import after_calls, fresh, place_of, sample_of, used_part, watching_samples
 from .images.distances import mean_of
-from .images.samples import pictures_tensor
+from .images.samples import pictures_of, require_one_a_prompt, settings_of
 from .output_errors import ComparedDenoiser, DenoiserError, OutputErrors
+
+logger = logging.getLogger(__name__)
 
 MAX_PSNR_DB = 100.0
 
@@ -84,10 +87,12 @@ def compare_pipelines(
 ) -> Comparison:
     """Error of the denoiser and of the pictures for equal noise, on DDIM where it can take the scheduler's place.
 
-    Variances that a model puts out beside its prediction are not counted.
+    Variances that a model puts out beside its prediction are not counted, nor what it puts out in the place of a
+    picture that is to be edited.
 
     Args:
-        reference (`DiffusionPipeline`): full precision; not changed.
+        reference (`DiffusionPipeline`): full precision; not changed. Its schedulers lead both, as the figures would
+            else be those of two samplers.
         candidate (`DiffusionPipeline` or `ModelMixin`): of the same architecture, not changed; a denoiser alone takes
             the place of the reference's.
         num_samples, num_inference_steps, eta: of both runs.
@@ -100,12 +105,13 @@ def compare_pipelines(
         **arguments: passed on to both pipelines.
 
     Raises:
-        ConfigError: a reference that is no pipeline, other denoisers, outputs of different shapes, numbers below 1, or
-            a sampler or an `eta` that the pipeline cannot be sampled with.
+        ConfigError: a reference that is no pipeline, other denoisers, outputs of different shapes, numbers below 1,
+            other numbers of pictures than asked for, or a sampler or an `eta` that the pipeline cannot be sampled with.
     """
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
-    quantized = with_sampler(in_place_of(reference, candidate), sampler, eta)
-    reference = with_sampler(reference, sampler, eta)
+    require_one_a_prompt(arguments)
+    quantized = with_sampler(in_place_of(reference, candidate), sampler, eta, arguments)
+    reference = with_sampler(reference, sampler, eta, arguments)
     originals, students = paired_denoisers(reference, quantized)
     make_arguments = call_arguments(reference, prompts, num_inference_steps, {"output_type": "pt"} | arguments)
     models = list(students.values())
@@ -115,6 +121,7 @@ def compare_pipelines(
     errors = {name: OutputErrors(RunFactors(each, num_inference_steps)) for name, each in schedulers.items()}
     done = 0
     asking = False  # the candidate may be the reference itself
+    waiting: list[tuple[OutputErrors, float, Tensor, Tensor, Tensor]] = []  # for the step that says what counts
     total = len(calls) * num_inference_steps
 
     def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, name: str) -> None:
@@ -123,16 +130,19 @@ def compare_pipelines(
             return
         student = students[name]
 
-        told = timestep_argument(module).given(args, kwargs)
+        told, rows = timestep_argument(module).given(args, kwargs), len(sample_of(args, kwargs))
+        listed = any(isinstance(each, list) for each in (*args, *kwargs.values()))  # a tensor for each sample
 
         def as_candidate(value: Any) -> Any:
             is_data = isinstance(value, Tensor) and value.dtype == module.dtype and value.ndim > 1 and value is not told
-            return value.to(student.dtype) if is_data else value  # positions keep a dtype of their own
+            is_table = is_data and value.ndim == 2 and len(value) != rows and not listed  # such as positions
+            return value.to(student.dtype) if is_data and not is_table else value
 
         asking = True
         errors[name].sampler.look()
         timestep = timestep_argument(module).of(args, kwargs)
-        args, kwargs = tree_map(as_candidate, (args, kwargs))
+        args, kwargs = fresh((args, kwargs), as_candidate)
+        read = sample_of(args, kwargs)
         try:
             expected, actual = model_output(output).double(), model_output(student(*args, **kwargs)).double()
         except (RuntimeError, TypeError) as error:
@@ -148,10 +158,16 @@ def compare_pipelines(
                 f"the candidate is not a quantized version of the reference."
             )
         expected, actual = (used_part(reference, each, args, kwargs) for each in (expected, actual))
-        errors[name].add(first_timestep(timestep), expected, actual)
+        waiting.append((errors[name], first_timestep(timestep), expected, actual, read))
         done += 1
         if on_progress is not None:
             on_progress(done, max(done, total))
+
+    def count(sample: Tensor | None = None) -> None:
+        for own, timestep, expected, actual, read in waiting:
+            place = () if sample is None else place_of(sample, read, expected)
+            own.add(timestep, expected[place], actual[place])
+        waiting.clear()
 
     ratios = []
     with quiet(reference), quiet(quantized), torch.no_grad():
@@ -159,8 +175,11 @@ def compare_pipelines(
             with ExitStack() as watching:
                 for name, model in originals.items():
                     watching.enter_context(after_calls(model, partial(watch, name=name)))
-                expected = pictures_tensor(call.run(reference))
-            actual = pictures_tensor(same.run(quantized))
+                for scheduler in {id(each): each for each in schedulers.values()}.values():
+                    watching.enter_context(watching_samples(scheduler, count))
+                expected = pictures_of(reference, call)
+            count()
+            actual = pictures_of(quantized, same)
             ratios.append(psnr_db(expected, actual))
             if on_pictures is not None:
                 on_pictures(expected, actual, call.arguments)
@@ -173,13 +192,13 @@ def compare_pipelines(
         **OutputErrors.pooled(errors.values()),
         denoisers=own if len(own) > 1 else None,
         image_psnr_db=psnr.value,
-        image_psnr_db_interval=(psnr.low, psnr.high) if num_samples > 1 else None,
+        image_psnr_db_interval=(psnr.low, psnr.high) if sum(map(len, ratios)) > 1 else None,
         sampler=type(scheduler_of(reference)).__name__,
     )
 
 
 def in_place_of(reference: DiffusionPipeline, candidate: DiffusionPipeline | ModelMixin) -> DiffusionPipeline:
-    """The candidate as a pipeline: itself, or the reference with another denoiser.
+    """The candidate as a pipeline led by the reference's schedulers: itself, or the reference with another denoiser.
 
     Args:
         reference (`DiffusionPipeline`): whose pictures are the measure.
@@ -194,7 +213,7 @@ def in_place_of(reference: DiffusionPipeline, candidate: DiffusionPipeline | Mod
             f"pipeline that it belongs to; the candidate may be a model alone."
         )
     if not isinstance(candidate, nn.Module):
-        return labelled(candidate, labels_by_name(reference))  # both are asked for the same classes
+        return labelled(_led_alike(reference, candidate), labels_by_name(reference))  # asked for the same classes
     original = denoiser_of(reference)
     if type(candidate) is not type(original):
         raise ConfigError(
@@ -202,6 +221,26 @@ def in_place_of(reference: DiffusionPipeline, candidate: DiffusionPipeline | Mod
             f"{type(candidate).__name__}. Name the pipeline that it was made from."
         )
     return with_parts(reference, **{denoiser_name(reference): candidate})
+
+
+def _led_alike(reference: DiffusionPipeline, candidate: DiffusionPipeline) -> DiffusionPipeline:
+    """A pipeline with the schedulers of another: itself where its own are set alike."""
+    own = candidate.components
+    others = {
+        name: copy.deepcopy(scheduler)
+        for name, scheduler in reference.components.items()
+        if isinstance(scheduler, SchedulerMixin)
+        and own.get(name) is not None
+        and settings_of(own[name]) != settings_of(scheduler)
+    }
+    for name, scheduler in others.items():
+        logger.warning(
+            "The candidate's `%s`, a %s, is set otherwise than the reference's %s, by which both are sampled here.",
+            name,
+            type(own[name]).__name__,
+            type(scheduler).__name__,
+        )
+    return with_parts(candidate, **others) if others else candidate
 
 
 def paired_denoisers(

@@ -116,21 +116,41 @@ def evaluate_pipelines(
             )
     require_ssim()
     process = process or PartialState(cpu=not torch.accelerator.is_available())
-    shape = _shape(reference, candidate, prompts, arguments)
+    run: dict[str, Any] = {
+        "num_inference_steps": num_inference_steps,
+        "seed": seed,
+        "sampler": sampler,
+        "prompts": prompts,
+    }
+    shape = _shape(reference, candidate, run | arguments)
     features, network, lacking = _features(features, shape)
     real, adapted = load_real(data, shape) if data is not None else (None, None)
+    if process.is_main_process:  # first, as it may refuse what the pictures, which take longest, do not show
+        compared = compare_pipelines(
+            reference,
+            candidate,
+            num_samples=COMPARED,
+            on_progress=in_stage(on_progress, "denoisers"),
+            **run,
+            **arguments,
+        )
+        layers = layer_snr(
+            reference,
+            candidate,
+            num_samples=COMPARED // 4,
+            on_progress=in_stage(on_progress, "layers"),
+            **run,
+            **arguments,
+        )
     sets = {}
     for name, pipe in pipes.items():
         draw = partial(
             draw_pictures,
             pipe,
             num_samples=num_samples,
-            num_inference_steps=num_inference_steps,
-            seed=seed,
-            sampler=sampler,
-            prompts=prompts,
             folder=Path(folder) if folder is not None else None,
             on_progress=in_stage(on_progress, f"pictures of the {name}"),
+            **run,
             **arguments,
         )
         if process.num_processes > 1:
@@ -156,13 +176,6 @@ def evaluate_pipelines(
     own, missing = compare_pictures(sets["reference"], sets["candidate"], seed)
     figures["candidate_to_reference"] |= own
     omitted |= {f"candidate_to_reference.{name}": reason for name, reason in missing.items()}
-    run = {"num_inference_steps": num_inference_steps, "seed": seed, "sampler": sampler, "prompts": prompts}
-    compared = compare_pipelines(
-        reference, candidate, num_samples=COMPARED, on_progress=in_stage(on_progress, "denoisers"), **run, **arguments
-    )
-    layers = layer_snr(
-        reference, candidate, num_samples=COMPARED // 4, on_progress=in_stage(on_progress, "layers"), **run, **arguments
-    )
     return Evaluation(
         traj_rel_l2=compared.traj_rel_l2,
         eps_mse=compared.eps_mse,
@@ -211,14 +224,9 @@ def _features(name: str | None, shape: tuple[int, ...]) -> tuple[str | None, Fea
         return None, None, str(error).rstrip(".")
 
 
-def _shape(
-    reference: DiffusionPipeline, candidate: DiffusionPipeline, prompts: list[str] | None, arguments: dict
-) -> tuple[int, ...]:
-    """Of the pictures of both, from one step of each."""
-    one, other = (
-        tuple(draw_pictures(pipe, num_samples=1, num_inference_steps=1, prompts=prompts, **arguments).shape[1:])
-        for pipe in (reference, candidate)
-    )
+def _shape(reference: DiffusionPipeline, candidate: DiffusionPipeline, run: dict) -> tuple[int, ...]:
+    """Of the pictures of both, from one of each: pipelines that begin at a picture may have no run of fewer steps."""
+    one, other = (tuple(draw_pictures(pipe, num_samples=1, **run).shape[1:]) for pipe in (reference, candidate))
     if one != other:
         raise ConfigError(
             f"Both pipelines must make pictures of one shape, but got {one} and {other}: the candidate is not a "

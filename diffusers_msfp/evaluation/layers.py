@@ -79,7 +79,7 @@ def layer_snr(
         ConfigError: no layer of the reference has a counterpart of its name.
     """
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
-    candidate, reference = in_place_of(reference, candidate), with_sampler(reference, sampler)
+    candidate, reference = in_place_of(reference, candidate), with_sampler(reference, sampler, arguments=arguments)
     originals, students = paired_denoisers(reference, candidate)
     make_arguments = call_arguments(reference, prompts, num_inference_steps, {"output_type": "pt"} | arguments)
     calls = batched_calls(make_arguments, list(students.values()), num_samples, unseen(seed))

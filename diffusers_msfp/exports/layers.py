@@ -127,11 +127,11 @@ def packed_layer(layer: QuantLayer, inputs: Inputs, kinds: Kinds = KINDS) -> Any
     )
     bias = None if layer.bias is None else layer.bias.detach().to(torch.float32, copy=True)
     made.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-    table: Tensor | None = torch.tensor(fmt.code_values, dtype=torch.float32)
+    table: Tensor | None = torch.tensor(fmt.code_values, dtype=torch.float32, device="cpu")
     if packed:
         stored = layer.packed_bank(0).detach().clone()
     elif in_bytes:
-        stored, table = weight_integers(layer, 0, torch.tensor(fmt.code_values, dtype=torch.int8)), None
+        stored, table = weight_integers(layer, 0, torch.tensor(fmt.code_values, dtype=torch.int8, device="cpu")), None
     else:
         stored = unpack(layer.packed_bank(0), fmt.bits, layer.matrix_shape[1]).view(shape)
     made.register_buffer("stored", stored)

@@ -124,5 +124,5 @@ def onnx_layer(layer: QuantLayer, inputs: Inputs) -> OnnxLayer:
     if made.in_integers:
         made.table = None if made.table is None else made.table.to(torch.int8)
         grid = cast(Grid, made.grid)
-        made.register_buffer("zero", torch.tensor(grid.zero + grid.offset, dtype=torch.uint8))
+        made.register_buffer("zero", torch.tensor(grid.zero + grid.offset, dtype=torch.uint8, device="cpu"))
     return made

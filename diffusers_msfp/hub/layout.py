@@ -106,7 +106,8 @@ def pipeline_index(folder: Path) -> dict:
     if not (isinstance(cls, type) and issubclass(cls, DiffusionPipeline)):
         raise ConfigError(f"{MODEL_INDEX} must name one of diffusers' own pipelines, but got {name!r}.")
     for part, (library, class_name) in components(index).items():
-        if library not in LIBRARIES:
+        beside_pipelines = getattr(diffusers.pipelines, library, None)  # such as Stable Diffusion's safety checker
+        if library not in LIBRARIES and not hasattr(beside_pipelines, class_name):
             raise ConfigError(
                 f"Components must be classes of {' or '.join(LIBRARIES)}, but `{part}` is {library}.{class_name}: a "
                 f"plain download refuses it."

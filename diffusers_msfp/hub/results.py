@@ -60,11 +60,14 @@ class Results:
             ConfigError: a file names another.
         """
         for kind, file in self.files.items():
-            named = (getattr(self, kind) or {}).get("checkpoint")
+            found = getattr(self, kind) or {}
+            named = found.get("checkpoint")
             if named != checkpoint:
+                float_model = "checkpoint" in found
+                other = f"was measured with {named or 'a float model'}" if float_model else "names no checkpoint"
                 raise ConfigError(
-                    f"A card's figures must be of the checkpoint that is published, {checkpoint}, but {file} was "
-                    f"measured with {named or 'a float model'}. Measure this one, or remove the file."
+                    f"A card's figures must be of the checkpoint that is published, {checkpoint}, but {file} {other}. "
+                    f"Measure this one, or remove the file."
                 )
 
     def missing(self, base: str) -> dict[str, str]:

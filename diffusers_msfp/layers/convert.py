@@ -5,14 +5,16 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from accelerate.utils import CustomDtype
 from torch import nn
 
 from ..compat.diffusers import kept_in_float32, offloaded_groups
 from ..compat.modules import exchanged_methods
 from ..compat.peft import is_wrapped, name_inside
-from ..compat.torch import is_hooked, replace_children, weight_of
+from ..compat.torch import StatefulModule, is_hooked, replace_children, tensors_of, weight_of
 from ..compat.wrappers import own_name
 from ..errors import ConfigError, StateError
 from ..formats import FORMATS
@@ -38,14 +40,24 @@ class Conversion:
     layers: Mapping[str, LayerScheme]
     skipped: Mapping[str, str]
 
-    @property
-    def weight_bits(self) -> int:
-        """Those of the widest weight that may be chosen."""
-        return max(FORMATS[name].bits for scheme in self.layers.values() for name in scheme.weight)
+    def stored_dtypes(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+        """What accelerate is to count each tensor of a model as that has no weights yet; packed ones count as they are.
 
-    def float_parameters(self, model: nn.Module) -> list[str]:
-        """Names of the parameters of a model that stay float."""
-        return [name for name, _ in model.named_parameters() if name.removesuffix(".weight") not in self.layers]
+        Args:
+            model (`nn.Module`): float, or with quantized layers already.
+            dtype (`torch.dtype`): of what stays float.
+        """
+        found: dict[str, Any] = {}
+        for module_name, module in model.named_modules():
+            exact = dict(module.exact_tensors()) if isinstance(module, StatefulModule) else {}
+            for tensor_name, tensor in tensors_of(module).items():
+                name = f"{module_name}.{tensor_name}".removeprefix(".")
+                if tensor_name == "weight" and module_name in self.layers and not isinstance(module, QuantLayer):
+                    widest = max(FORMATS[fmt].bits for fmt in self.layers[module_name].weight)
+                    found[name] = CustomDtype.INT4 if widest <= 4 else torch.int8
+                elif tensor.is_floating_point():
+                    found[name] = tensor.dtype if tensor_name in exact else dtype
+        return found
 
     @classmethod
     def plan(
@@ -88,10 +100,11 @@ class Conversion:
             )
         loaded = next((name for name in weighted if "processor" in name.split(".")), None)
         if loaded is not None:
+            way = "pipe.unload_ip_adapter()" if "_ip." in loaded else "model.set_attn_processor(AttnProcessor())"
             raise StateError(
                 f"A model must be quantized before image prompts and the like are loaded, but its attention has layers "
-                f"of such ({loaded}, …), which no checkpoint of it has. Unload them (`pipe.unload_ip_adapter()`), "
-                f"quantize, and load them again."
+                f"of such ({loaded}, …), which no checkpoint of it has. Unload them (`{way}`), quantize, and load them "
+                f"again."
             )
         check_patterns([*overrides], list(weighted), "scheme_overrides")
         check_patterns(list(keep), [name for name, _ in model.named_modules() if name], "modules_to_not_convert")

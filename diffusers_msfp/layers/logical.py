@@ -9,6 +9,7 @@ counts or saves parameters would have to go through it, while plain bytes pass t
 """
 
 import copy
+import weakref
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..compat.peft import asked_by_peft
+from ..compat.peft import asked_by_peft, asked_to_average
 from ..compat.torch import bias_of, empty_shell, shares_memory, tree_map, written_arguments
 from ..errors import UnsupportedError
 
@@ -222,6 +223,11 @@ class PackedLayer(nn.Module, ABC):
     def __deepcopy__(self, memo: dict) -> nn.Module:
         if asked_by_peft():
             return self.float_copy()
+        if asked_to_average():
+            raise UnsupportedError(
+                f"An `AveragedModel` averages all parameters, but the packed weight of `{self.module_name}` is codes, "
+                f"averages of which are others. Average what is trained alone: `EMAModel(parameters)` of diffusers."
+            )
         layer = memo[id(self)] = type(self).__new__(type(self))
         layer.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return layer
@@ -245,19 +251,21 @@ class ReadableState(OrderedDict[str, Any]):
 
     Args:
         state (`Mapping[str, Tensor]`): of the model.
-        model (`nn.Module`, *optional*): whose weights are read; None for what others make of such a state dict.
+        model (`nn.Module`, *optional*): whose weights are read while it lives; None for what others make of such a
+            state dict.
     """
 
     def __init__(
         self, state: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), model: nn.Module | None = None
     ) -> None:
         super().__init__(state)
-        self._metadata, self._model = getattr(state, "_metadata", OrderedDict()), model
+        self._metadata = getattr(state, "_metadata", OrderedDict())
+        self._model = None if model is None else weakref.ref(model)  # a state dict keeps no model
 
     def __missing__(self, key: str) -> Tensor:
         module_name, _, tensor = key.rpartition(".")
         try:
-            asked = self._model if tensor == "weight" else None
+            asked = self._model() if tensor == "weight" and self._model is not None else None
             weight = None if asked is None else asked.get_submodule(module_name).weight
         except AttributeError:
             weight = None

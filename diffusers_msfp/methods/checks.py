@@ -11,7 +11,7 @@ from ..layers import QuantLayer
 from ..layers.convert import require_tensors
 from ..layers.split import whole_name
 from ..sampling.denoisers import require_same_class
-from ..sampling.observation import calibration_state
+from ..sampling.observation import calibration_state, require_finished
 from ..sampling.timestep import require_timesteps
 from .method import require_order
 
@@ -27,13 +27,15 @@ def check_student(model: nn.Module, teacher: nn.Module, method: str, *, learns: 
 
     Raises:
         ConfigError: the model is float16, or cannot take what the teacher takes.
-        StateError: it is still observing, offloaded, or has what the method forbids; the teacher is quantized.
+        StateError: quantizing it was stopped, or it is still observing, offloaded, or has what the method forbids; the
+            teacher is quantized.
         ShapeError: the teacher is another model.
     """
     require_same_class(model, teacher)
     if any(isinstance(module, QuantLayer) for module in teacher.modules()):
         raise StateError("The teacher must be the full-precision original, but got a quantized model.")
     require_timesteps(model)
+    require_finished(model, "improved")
     require_tensors(model, "improved")
     where = [device_of_calls(each) for each in (model, teacher)]
     if learns and where[0] != where[1]:

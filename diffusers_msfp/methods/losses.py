@@ -41,7 +41,7 @@ def loss_weights(factors: Mapping[float, float], exponent: float = 1.0, floor: f
     """
     if exponent < 0 or floor < 0:
         raise ConfigError(f"Exponent and floor of the denoising factor must be ≥ 0, but got {exponent} and {floor}.")
-    values = torch.tensor(list(factors.values()), dtype=torch.float64)
+    values = torch.tensor(list(factors.values()), dtype=torch.float64, device="cpu")
     if not len(values) or not torch.isfinite(values).all() or values.sum() <= 0:
         raise ConfigError(f"Denoising factors must be finite and positive somewhere, but got {dict(factors)}.")
     weights = (values / values.mean()).clamp_min(floor) ** exponent

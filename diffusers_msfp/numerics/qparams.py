@@ -49,7 +49,7 @@ class QParams:
     def __init__(self, format: FPFormat | str, scale: Tensor | float, zero_point: Tensor | float = 0.0) -> None:
         object.__setattr__(self, "format", FORMATS[format] if isinstance(format, str) else format)
         for name, given in (("scale", scale), ("zero_point", zero_point)):
-            value = torch.as_tensor(given)
+            value = given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
             object.__setattr__(self, name, value if value.dtype == torch.float32 else value.to(torch.float32))
         self._check()
 

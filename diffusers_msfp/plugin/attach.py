@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..engines.choose import engine_from_environment, set_engine
+from ..engines.choose import set_engine, set_engine_of_environment
 from ..layers.convert import decoded_layers, require_revertible, revert
 from ..layers.incoming import unwatch_states, watch_states
 from ..methods.method import parts
@@ -32,7 +32,7 @@ def attach(model: nn.Module, quantizer: Any, calibration: Calibration | None = N
             part.loaded(model)
     watch_states(model)
     track(model, calibration)
-    set_engine(model, engine_from_environment())
+    set_engine_of_environment(model)
 
 
 def detach(model: nn.Module, dtype: torch.dtype) -> None:

@@ -15,7 +15,15 @@ from ..methods.method import parts
 from ..results import OnProgress
 from ..sampling.calls import batched_calls, call_arguments, counting_steps, quiet, require_positive
 from ..sampling.denoisers import denoisers_of, is_quantized
-from ..sampling.observation import RunTracker, freeze, quantized_models, require_in_memory, track, tracker
+from ..sampling.observation import (
+    RunTracker,
+    freeze,
+    quantized_models,
+    require_finished,
+    require_in_memory,
+    track,
+    tracker,
+)
 from ..sampling.pictures import Images, NoisedPictures, showing, taken
 from ..sampling.trial import describe, refuse_upcast, try_calls
 from ..schemes import LayerScheme
@@ -64,7 +72,8 @@ def calibrate(
         ConfigError: a model alone, numbers below 1, pictures that cannot be read or shown to this pipeline, or
             arguments with which it does not run; nothing is changed then. If the run fails later on, the error says how
             to go on.
-        StateError: nothing to calibrate, or adapters beside the weights, which were trained for the ranges.
+        StateError: nothing to calibrate, quantizing was stopped, or adapters beside the weights, which were trained for
+            the ranges.
         NonFiniteError: samples become infinite or NaN.
         UnsupportedError: pictures for a scheduler that noises in a way of its own.
 
@@ -87,6 +96,7 @@ def calibrate(
             f"`quantization_config=MSFPConfig()` or call `quantize_pipeline(pipe, scheme)`."
         )
     for model in models.values():
+        require_finished(model, "calibrated")
         require_in_memory(model)
     given: dict[str, Any] = {"prompts": prompts, "images": taken(images, num_samples)} | arguments
     counts: dict[str, Any] = {

@@ -5,9 +5,11 @@ The class of the model stays the stock one, so that its name in a checkpoint is 
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from diffusers import ModelMixin
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,6 +21,7 @@ from ..layers.convert import quant_layers
 from ..layers.logical import ReadableState
 from .adapters.attaching import all_or_nothing, leave_out_parts, refuse_widened
 from .adapters.versions import require_peft
+from .config import MSFPMethod
 from .copies import dtype_among, require_dtype
 from .files import saving
 
@@ -56,21 +59,33 @@ def _num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embe
     return count
 
 
-def _to(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-    """As `ModelMixin.to`; the dtype that the model has is for what was added to it, another one is refused."""
+def _to(stock: Callable[..., nn.Module], model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """As the class's own; the dtype that the model has is for what was added to it, another one is refused."""
     dtype = dtype_among(args, kwargs)
     require_dtype(model, dtype)
-    if dtype is not None and not kept_in_float32(model):
-        nn.Module.to(model, dtype)  # what came after loading, such as an IP-Adapter's layers
     kwargs.pop("dtype", None)
     args = tuple(arg for arg in args if not isinstance(arg, torch.dtype) and arg is not None)
-    if not args and not {key: value for key, value in kwargs.items() if value is not None}:
-        return model
+    with _ready_again(model):
+        if dtype is not None and not kept_in_float32(model):
+            nn.Module.to(model, dtype)  # what came after loading, such as an IP-Adapter's layers
+        if not args and not {key: value for key, value in kwargs.items() if value is not None}:
+            return model
+        return stock(model, *args, **kwargs)
+
+
+def _move(stock: Callable[..., nn.Module], model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """As the class's own method, one of those that move a model to a device."""
+    with _ready_again(model):
+        return stock(model, *args, **kwargs)
+
+
+@contextmanager
+def _ready_again(model: nn.Module) -> Iterator[None]:
+    """Let layers that are ready be so after their tensors are moved, too: what is compiled next cannot do it."""
     ready = [layer for _, layer in quant_layers(model) if layer.prepared is not None]
-    moved = type(model).to(model, *args, **kwargs)
-    for layer in ready:  # again: what is compiled next cannot do it
+    yield
+    for layer in ready:
         layer.prepare()
-    return moved
 
 
 def _set_default_attn_processor(model: nn.Module) -> None:
@@ -131,7 +146,6 @@ def _with_packed(model: nn.Module) -> Iterator[nn.Module]:
 _ANSWERS: dict[str, Callable[..., Any]] = {
     "state_dict": _state_dict,
     "num_parameters": _num_parameters,
-    "to": _to,
     "set_default_attn_processor": _set_default_attn_processor,
     "save_config": saving.save_config,
     "save_pretrained": saving.save_pretrained,
@@ -140,16 +154,53 @@ _ANSWERS: dict[str, Callable[..., Any]] = {
 }
 
 
+class _Bound(functools.partial):
+    """An answer for one object; accelerate's `compile_regions` binds it to the copy that it makes, as methods are."""
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        return functools.partial(self.func, **self.keywords)
+
+    @property
+    def __self__(self) -> nn.Module:
+        return self.args[0]
+
+
 def install(model: nn.Module) -> None:
     """Set the answers on the model object."""
     for method, answer in _ANSWERS.items():
         if hasattr(type(model), method):
-            bound: Any = functools.partial(answer, model)
+            bound: Any = _Bound(answer, model)
             if method.startswith("save"):
                 bound.__wrapped__ = getattr(type(model), method)  # for those who look which arguments there are
             setattr(model, method, bound)
     for module in _with_packed(model):
-        vars(module)["requires_grad_"] = functools.partial(_require_no_gradients, module)
+        vars(module)["requires_grad_"] = _Bound(_require_no_gradients, module)
+
+
+def install_on_classes() -> None:
+    """Let diffusers' and transformers' bases move quantized models as these need it, once.
+
+    On the classes, since accelerate puts `to` and its like on model objects, and takes away whatever stands there.
+    """
+    for base in (ModelMixin, PreTrainedModel):
+        for method, answer in _MOVES.items():
+            stock = getattr(base, method, None)
+            if stock is not None and getattr(stock, "func", None) not in _MOVES.values():
+                setattr(base, method, _answered(stock, answer))
+
+
+def _answered(stock: Callable[..., nn.Module], answer: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    @functools.wraps(stock)
+    def method(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        ours = getattr(model, "quantization_method", None) == MSFPMethod.MSFP
+        return answer(stock, model, *args, **kwargs) if ours else stock(model, *args, **kwargs)
+
+    method.func = answer  # type: ignore[attr-defined]
+    return method
+
+
+_MOVES = {"to": _to, **dict.fromkeys(("cpu", "cuda", "ipu", "mtia", "xpu"), _move)}
 
 
 def remove(model: nn.Module) -> None:

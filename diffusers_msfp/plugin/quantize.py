@@ -1,6 +1,6 @@
 """Quantize a pipeline that is already in memory."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, cast
 
 import torch
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ..compat.wrappers import seen_through, sees_through, unwrap
 from ..engines.choose import check_environment
 from ..errors import ConfigError, StateError
+from ..layers import QuantLayer
 from ..layers.convert import Conversion, convert, quant_layers
 from ..methods.method import parts
 from ..results import OnProgress, in_stage
@@ -38,18 +39,23 @@ def quantize_model(
         config (`MSFPConfig`): not changed; the model gets a copy with its record.
         on_progress (`OnProgress`, *optional*): called with (done, total) after each layer.
     """
-    _quantize(model, *_planned(model, config), on_progress)
+    _quantize(model, *_planned(model, config, begun=_is_open(model)), on_progress)
 
 
 Quantizer = MSFPQuantizer | MSFPTransformersQuantizer
 
 
-def _planned(model: ModelMixin | PreTrainedModel, config: MSFPConfig) -> tuple[Quantizer, Conversion]:
-    """What is to be done with a model, everything checked that can fail."""
+def _planned(model: ModelMixin | PreTrainedModel, config: MSFPConfig, *, begun: bool) -> tuple[Quantizer, Conversion]:
+    """What is to be done with a model, everything checked that can fail.
+
+    Args:
+        begun (`bool`): an earlier call with the same config may have quantized some of its layers, or all.
+    """
     kind = MSFPQuantizer if isinstance(model, ModelMixin) else MSFPTransformersQuantizer
     check_environment()
     quantizer = kind(config.without_record(), pre_quantized=True)
-    plan = quantizer.quantization_config.plan(model, begun=_is_left(model, config))
+    config = quantizer.quantization_config  # of text encoders without activations
+    plan = config.plan(model, begun=begun and _was_asked_for(model, config))
     plan.check(model)
     return quantizer, plan
 
@@ -67,7 +73,7 @@ def _quantize(
     except BaseException:
         if any(True for _ in quant_layers(model)):
             _mark(model, quantizer, dtype)
-            quantizer.unfinished = True
+            quantizer.unfinished = sum(not isinstance(model.get_submodule(name), QuantLayer) for name in plan.layers)
         raise
     _mark(model, quantizer, dtype)
     plan.report(model)
@@ -89,10 +95,10 @@ def quantize_pipeline(
     """Quantize a float pipeline in place: weights, then activation ranges from its own samples or from pictures.
 
     All arguments are checked, and a first step of the float pipeline is tried, before a weight is replaced. Where the
-    calibration fails all the same, the same call with corrected arguments goes on with it.
+    call is stopped, or the calibration fails all the same, the same call with corrected arguments goes on.
 
     Args:
-        pipe (`DiffusionPipeline`): float, or left by a call whose calibration failed.
+        pipe (`DiffusionPipeline`): float, or left by a call that came to no end.
         scheme (`str` or `MSFPConfig`): a name in `SCHEMES`, or a config for more say.
         on_progress (`OnProgress`, *optional*): called with (done, total, stage=what is being done): after each layer of
             a component, then after each denoising step, there instead of the progress bar.
@@ -132,29 +138,41 @@ def _quantize_components(
         images = taken(calibration["images"], calibration.get("num_samples", DEFAULT_SAMPLES))
         calibration = calibration | {"images": images}
     models = components_of(pipe, config)
-    plans = {name: _planned(model, config) for name, model in models.items()}
+    begun = any(map(_is_open, models.values()))
+    plans = {name: _planned(model, config, begun=begun) for name, model in models.items()}
     plans = {name: planned for name, planned in plans.items() if planned[1].layers}  # the others are left
     refuse_upcast(pipe, models)
-    observing = [model for name, model in models.items() if name not in plans]
-    if observing or any(scheme.activation for _, plan in plans.values() for scheme in plan.layers.values()):
+    schemes = [scheme for _, plan in plans.values() for scheme in plan.layers.values()]
+    if _any_observes(models.values()) or any(scheme.activation for scheme in schemes):
         check_calibration(pipe, models, **calibration)
     else:
         refuse_images(calibration.get("images"), config.scheme)
         known_arguments(pipe, {name: value for name, value in calibration.items() if name not in OF_CALIBRATION})
     for name, (quantizer, plan) in plans.items():
         _quantize(models[name], quantizer, plan, in_stage(on_progress, f"weights of {name}"))
-    if any(calibration_state(model) == "observing" for model in models.values()):
+    for name in models.keys() - plans.keys():
+        cast(Any, models[name]).hf_quantizer.unfinished = None
+    if _any_observes(models.values()):
         observe_ranges(pipe, on_progress=in_stage(on_progress, "calibration"), **calibration)
 
 
-def _is_left(model: ModelMixin | PreTrainedModel, config: MSFPConfig) -> bool:
-    """Whether an earlier call with the same config has quantized weights of a model and not come to its end."""
-    if not list(quantized_models(model)):
-        return False
-    wanted, done = config.without_record(), config_of(model)
-    if any(getattr(wanted, key) != getattr(done, key) for key in _REQUEST):
-        return False
-    return calibration_state(model) == "observing" or cast(Any, unwrap(model)).hf_quantizer.unfinished
+def _any_observes(models: Iterable[nn.Module]) -> bool:
+    """Whether any of these models, of which some may be float, observes its inputs."""
+    return any(calibration_state(each) == "observing" for model in models for each in quantized_models(model))
+
+
+def _is_open(model: nn.Module) -> bool:
+    """Whether a model is float, or an earlier call has not come to its end with it."""
+    quantized = list(quantized_models(model))
+    return not quantized or _any_observes(quantized) or cast(Any, quantized[0]).hf_quantizer.unfinished is not None
+
+
+def _was_asked_for(model: nn.Module, config: MSFPConfig) -> bool:
+    """Whether a model has quantized layers, and by the same request."""
+    return any(
+        all(getattr(config, key) == getattr(config_of(each), key) for key in _REQUEST)
+        for each in quantized_models(model)
+    )
 
 
 _REQUEST = ("scheme", "modules_to_not_convert", "scheme_overrides")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import CustomDtype
 from diffusers import ModelMixin
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
@@ -56,7 +55,7 @@ class MSFPQuantizer(DiffusersQuantizer):
 
     use_keep_in_fp32_modules = True
     requires_calibration = False
-    unfinished = False  # whether quantizing its model was stopped on the way
+    unfinished: int | None = None  # layers still float where quantizing its model was stopped on the way
     quantization_config: MSFPConfig
 
     def __init__(self, quantization_config: MSFPConfig, **kwargs: Any) -> None:
@@ -64,6 +63,7 @@ class MSFPQuantizer(DiffusersQuantizer):
         self._plan: Conversion | None = None
         self._dtype = torch.float32
         self._loaded_keys: list[str] = []
+        self._read: set[str] = set()
         self._record: ModelRecord | None = quantization_config.record if self.pre_quantized else None
         self._packed = frozenset() if self._record is None else self._record.names()
         self._formats: dict[str, torch.Tensor] = {}
@@ -93,13 +93,9 @@ class MSFPQuantizer(DiffusersQuantizer):
                 f"`dtype` out, or offload to the CPU."
             )
 
-    def adjust_target_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:  # noqa: ARG002
-        """Size of the widest weight when devices are shared out."""
-        return CustomDtype.INT4 if cast(Conversion, self._plan).weight_bits <= 4 else torch.int8
-
     def get_special_dtypes_update(self, model: nn.Module, torch_dtype: torch.dtype) -> dict[str, torch.dtype]:
-        """What stays float, for the same."""
-        return dict.fromkeys(cast(Conversion, self._plan).float_parameters(model), torch_dtype)
+        """What each tensor will take when devices are shared out; packed ones take what they are."""
+        return cast(Conversion, self._plan).stored_dtypes(model, torch_dtype)
 
     def get_cuda_warm_up_factor(self) -> int:
         """Four-bit weights take an eighth of the allocation that float weights would."""
@@ -152,6 +148,7 @@ class MSFPQuantizer(DiffusersQuantizer):
         if self.pre_quantized:
             if self._record is not None and (digest := self._record.digest_to_check()) is not None:
                 digest.check(state_dict)
+            self._read |= state_dict.keys()
             self._formats |= check_formats(state_dict, self._formats)
             names = without_formats(state_dict, self.quantization_config)
             return {name_in_state(name, self._packed): state_dict[name] for name in names}
@@ -243,6 +240,8 @@ class MSFPQuantizer(DiffusersQuantizer):
             elif hasattr(module, "check") and self._stored(module):
                 module.check(name)
         if self.pre_quantized:
+            if self._record is not None and (digest := self._record.digest_to_check()) is not None:
+                digest.check_complete(self._read)  # what `update_missing_keys` is told of shards is their index
             check_floats(model)
         on_the_fly = not self.pre_quantized
         self.attach(model)

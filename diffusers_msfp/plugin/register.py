@@ -3,7 +3,7 @@
 from ..compat import diffusers as diffusers_tables
 from ..compat import transformers as transformers_tables
 from ..errors import ConfigError
-from . import copies
+from . import copies, overrides
 from .config import MSFPConfig, MSFPMethod
 from .quantizer import MSFPQuantizer
 from .transformers_quantizer import MSFPTransformersQuantizer
@@ -31,3 +31,4 @@ def register() -> None:
         table.setdefault(METHOD, cls)
     transformers_tables.register(METHOD, *ours[transformers_tables])
     copies.install()
+    overrides.install_on_classes()

@@ -42,7 +42,7 @@ class MSFPTransformersQuantizer(HfQuantizer):
     """
 
     requires_calibration = False
-    unfinished = False  # whether quantizing its model was stopped on the way
+    unfinished: int | None = None  # layers still float where quantizing its model was stopped on the way
     quantization_config: MSFPConfig
 
     def __init__(self, quantization_config: MSFPConfig, **kwargs: Any) -> None:

@@ -29,10 +29,9 @@ from ..evaluation.images.samples import arguments_of, draw_pictures
 from ..evaluation.timing.providers import BASELINE, provide
 from ..evaluation.timing.speed import example_inputs, step_of, take_turns
 from ..results import OnProgress, Result, in_stage, plain
-from ..sampling.calls import asked_for
-from ..sampling.denoisers import denoiser_name, denoiser_of, denoisers_of
+from ..sampling.denoisers import asked_for, denoiser_name, denoiser_of, denoisers_of
 from ..sampling.observation import calibration_state, quantized_models
-from ..sampling.solvers import with_ddim
+from ..sampling.solvers import with_sampler
 from .layers import layer_rows, watching_inputs
 from .pictures import QUANTIZED, REFERENCE, picture_rows
 
@@ -160,7 +159,7 @@ def collect_report(
         settings={
             "num_samples": num_samples,
             **run,
-            "scheduler": None if pipe is None else type(with_ddim(pipe).scheduler).__name__,
+            "scheduler": None if pipe is None else _sampler(pipe, **arguments),
         },
         comparison=comparison,
         pictures=pictures,
@@ -171,6 +170,10 @@ def collect_report(
         speed=_speed(model, reference, missing) if with_speed else None,
         missing=missing if with_speed else missing | {"speed": "Not measured, as asked for."},
     )
+
+
+def _sampler(pipe: DiffusionPipeline, sampler: str | None = None, **arguments: Any) -> str:
+    return type(with_sampler(pipe, sampler, arguments=arguments).scheduler).__name__
 
 
 def _budget(folder: Path | None) -> dict[str, Any] | None:

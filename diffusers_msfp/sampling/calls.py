@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
 
 from ..compat.diffusers import (
     execution_device,
@@ -24,7 +24,7 @@ from ..compat.diffusers import (
 )
 from ..errors import ConfigError
 from ..results import OnProgress
-from .denoisers import attention_kept, labels_of, say_unnamed
+from .denoisers import attention_kept, batch_size_for, labels_of, say_unnamed
 from .finite_steps import require_finite_steps
 from .observation import quantized_models
 
@@ -40,8 +40,6 @@ DEFAULT_PROMPTS = (
 )
 """Used where a pipeline needs prompts and none are given; own prompts fit own data better."""
 
-PIXELS_PER_BATCH = 2**14
-
 
 def require_positive(**numbers: int) -> None:
     """Refuse counts below 1, and what is no whole number, by name."""
@@ -50,16 +48,6 @@ def require_positive(**numbers: int) -> None:
             raise ConfigError(f"`{name}` must be a whole number, but got {value!r}.")
         if value < 1:
             raise ConfigError(f"`{name}` must be at least 1, but got {value}.")
-
-
-def batch_size_for(models: Sequence[nn.Module], num_samples: int) -> int:
-    """As many samples at once as keep the latents near 16 000 positions."""
-    for model in models:
-        size = getattr(model.config, "sample_size", None)
-        if size:
-            height, width = size if isinstance(size, Sequence) else (size, size)
-            return max(1, min(16, num_samples, PIXELS_PER_BATCH // (height * width)))
-    return 1
 
 
 Generators = torch.Generator | list[torch.Generator]
@@ -178,30 +166,55 @@ def call_arguments(
             require_finite_steps(pipe.scheduler, num_inference_steps)
     decoder = getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
     skip_decoding = decoder is not None and decoder not in list(quantized_models(pipe))
+    skip_decoding &= "output_latent" not in parameters  # which of Marigold's say beside the type of the rest
 
     def draw_labels(size: int, generator: Generators) -> list[int]:
         if isinstance(generator, list):
             return [label for one in generator for label in draw_labels(1, one)]
         drawer = torch.Generator().manual_seed(generator.initial_seed())
-        return [labels[i] for i in torch.randint(len(labels), (size,), generator=drawer)]
+        return [labels[i] for i in torch.randint(len(labels), (size,), generator=drawer, device="cpu")]
 
     def make(start: int, size: int, generator: Generators) -> Call:
-        arguments: dict[str, Any] = {
-            "generator": generator,
-            "num_inference_steps": num_inference_steps,
-            "batch_size": size,
-        }
-        arguments["prior_num_inference_steps"] = num_inference_steps  # of pipelines with a prior of their own
+        arguments: dict[str, Any] = {"generator": generator, "batch_size": size}
+        steps = ("num_inference_steps", "prior_num_inference_steps")  # of pipelines with a prior of their own
+        arguments |= dict.fromkeys(steps, num_inference_steps)
         arguments["output_type"] = "latent" if skip_decoding else "np"
         if "prompt" in parameters:
-            arguments["prompt"] = [prompts[(start + i) % len(prompts)] for i in range(size)]
+            arguments["prompt"] = _in_turn(prompts, start, size)
             del arguments["batch_size"]
         if "class_labels" in parameters and labels:
             arguments["class_labels"] = draw_labels(size, generator)
         seed = (generator[0] if isinstance(generator, list) else generator).initial_seed()
-        return Call({key: value for key, value in arguments.items() if key in parameters} | given, seed, start, size)
+        arguments = {key: value for key, value in arguments.items() if key in parameters} | given
+        return Call(arguments | _by_picture(arguments, parameters, start, size), seed, start, size)
 
     return make
+
+
+_EMBEDDED = re.compile(r"(negative_|pooled_)*((prompt|image)_embeds|(prompt_|text_|encoder_)?attention_mask)(_\w+)?")
+_TEXTS = re.compile(r"(negative_)?prompt(_\d)?")
+
+
+def _by_picture(arguments: Mapping[str, Any], parameters: Mapping[str, Any], start: int, size: int) -> dict[str, Any]:
+    """Those of a call's arguments that say something of each picture: taken in turn, as prompts are."""
+    if arguments.get("prompt") is not None:
+        others = {name: value for name, value in arguments.items() if name != "prompt" and _TEXTS.fullmatch(name)}
+        listed = {name: [value] if isinstance(value, str) else value for name, value in others.items() if value}
+        takes = {name: "list" in str(parameters[name].annotation).lower() for name in listed if name in parameters}
+        return {name: _in_turn(listed[name], start, size) for name in takes if takes[name]}
+    rows = {
+        name: value
+        for name, value in arguments.items()
+        if _EMBEDDED.fullmatch(name) and isinstance(value, Tensor | list)
+    }
+    numbers = [len(value) for name, value in rows.items() if not name.startswith("negative")]
+    return {name: _in_turn(value, start, size) for name, value in rows.items() if len(value) == min(numbers, default=0)}
+
+
+def _in_turn(values: Any, start: int, size: int) -> Any:
+    """Entries of a list, or rows of a tensor, for so many pictures from one on."""
+    order = [(start + i) % len(values) for i in range(size)]
+    return values[order] if isinstance(values, Tensor) else [values[i] for i in order]
 
 
 def known_arguments(pipe: DiffusionPipeline, given: dict) -> dict:
@@ -222,21 +235,9 @@ def known_arguments(pipe: DiffusionPipeline, given: dict) -> dict:
     return {name: value for name, value in given.items() if name in parameters or name in more - {"output_type"}}
 
 
-def asked_for(pipe: DiffusionPipeline, arguments: Mapping[str, Any], size: int) -> list[str]:
-    """What each picture of a call was asked to be, by its prompt or the name of its class; empty where nothing was.
-
-    Args:
-        pipe (`DiffusionPipeline`): that was called.
-        arguments (`Mapping[str, Any]`): with these.
-        size (`int`): pictures that it made.
-    """
-    names: dict[int, str] = {}
-    for name, label in labels_by_name(pipe).items():
-        names.setdefault(label, name)
-    given = next((arguments[name] for name in ("prompt", "class_labels") if arguments.get(name) is not None), ())
-    each = [given] * size if isinstance(given, (str, int)) else list(given)
-    asked = [names.get(one, f"class {one}") if isinstance(one, int) else str(one) for one in each]
-    return asked if len(asked) == size else []
+def _require_whole(seed: int) -> None:
+    if not isinstance(seed, Integral):
+        raise ConfigError(f"`seed` must be a whole number, but got {seed!r}.")
 
 
 def unseen(seed: int) -> int:
@@ -245,8 +246,7 @@ def unseen(seed: int) -> int:
     A checkpoint is so not measured on the noise that it was calibrated or trained on, with equal `seed`s as with
     defaults.
     """
-    if not isinstance(seed, Integral):
-        raise ConfigError(f"`seed` must be a whole number, but got {seed!r}.")
+    _require_whole(seed)
     return int(np.random.SeedSequence(int(seed) % 2**64).generate_state(1)[0])
 
 
@@ -257,8 +257,7 @@ def batched_calls(make: Callable, models: Sequence[nn.Module], num_samples: int,
         make (`Callable`): see `call_arguments`.
         models (`Sequence[nn.Module]`): as for `batch_size_for`.
     """
-    if not isinstance(seed, Integral):
-        raise ConfigError(f"`seed` must be a whole number, but got {seed!r}.")
+    _require_whole(seed)
     size = batch_size_for(models, num_samples)
     return [
         make(start, min(size, num_samples - start), torch.Generator().manual_seed(seed + start))

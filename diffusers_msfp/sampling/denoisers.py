@@ -38,6 +38,7 @@ DENOISERS = (
 """Names of such models in pipelines; under another than the first three only what takes a timestep is one."""
 
 _FOCUS = "_denoiser_in_view"
+PIXELS_PER_BATCH = 2**14
 
 
 def is_denoiser(name: str, kind: type | None) -> bool:
@@ -126,6 +127,16 @@ def require_same_class(model: nn.Module, teacher: nn.Module) -> None:
         )
 
 
+def batch_size_for(models: Sequence[nn.Module], num_samples: int) -> int:
+    """As many samples at once as keep the latents near 16 000 positions."""
+    for model in models:
+        size = getattr(model.config, "sample_size", None)
+        if size:
+            height, width = size if isinstance(size, Sequence) else (size, size)
+            return max(1, min(16, num_samples, PIXELS_PER_BATCH // (height * width)))
+    return 1
+
+
 def num_classes_of(pipe: DiffusionPipeline) -> int | None:
     """How many class labels a pipeline's models know; None where they take none."""
     models = [m for m in pipe.components.values() if isinstance(m, nn.Module) and hasattr(m, "config")]
@@ -140,6 +151,23 @@ def labels_of(pipe: DiffusionPipeline) -> Sequence[int]:
     """
     named = labels_by_name(pipe)
     return sorted(set(named.values())) if named else range(num_classes_of(pipe) or 0)
+
+
+def asked_for(pipe: DiffusionPipeline, arguments: Mapping[str, Any], size: int) -> list[str]:
+    """What each picture of a call was asked to be, by its prompt or the name of its class; empty where nothing was.
+
+    Args:
+        pipe (`DiffusionPipeline`): that was called.
+        arguments (`Mapping[str, Any]`): with these.
+        size (`int`): pictures that it made.
+    """
+    names: dict[int, str] = {}
+    for name, label in labels_by_name(pipe).items():
+        names.setdefault(label, name)
+    given = next((arguments[name] for name in ("prompt", "class_labels") if arguments.get(name) is not None), ())
+    each = [given] * size if isinstance(given, (str, int)) else list(given)
+    asked = [names.get(one, f"class {one}") if isinstance(one, int) else str(one) for one in each]
+    return asked if len(asked) == size else []
 
 
 @cache

@@ -68,7 +68,7 @@ def _made_linear(scheduler: Scheduler) -> dict[str, Any]:
 
 def _factors(probe: Scheduler, step_arguments: dict[str, Any]) -> dict[float, float]:
     """`denoising_factors` of a scheduler that is ready to step, which is used up."""
-    sample = torch.zeros(SHAPE, dtype=torch.float32)
+    sample = torch.zeros(SHAPE, dtype=torch.float32, device="cpu")
     found: dict[float, list[float]] = {}
     timesteps = list(probe.timesteps)[getattr(probe, "begin_index", None) or 0 :]
     for timestep, following in zip(timesteps, [*timesteps[1:], None], strict=True):

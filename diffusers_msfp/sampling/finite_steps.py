@@ -48,14 +48,15 @@ def require_finite_steps(scheduler: Scheduler, num_inference_steps: int) -> None
         return torch.randn((SHAPE[0], number, *SHAPE[2:]), generator=generator)
 
     try:
-        probe = probe_of(scheduler, num_inference_steps)
-        more = {"generator": generator} if "generator" in inspect.signature(probe.step).parameters else {}
-        for timestep in list(probe.timesteps):
-            sample = noise(1)
-            if hasattr(probe, "scale_model_input"):
-                probe.scale_model_input(sample, timestep)
-            if not probe.step(noise(channels), timestep, sample, **more)[0].isfinite().all():
-                raise NonFiniteError(no_finite_step(scheduler, float(timestep)))
+        with torch.device("cpu"):  # where the generator is, whatever the user's default
+            probe = probe_of(scheduler, num_inference_steps)
+            more = {"generator": generator} if "generator" in inspect.signature(probe.step).parameters else {}
+            for timestep in list(probe.timesteps):
+                sample = noise(1)
+                if hasattr(probe, "scale_model_input"):
+                    probe.scale_model_input(sample, timestep)
+                if not probe.step(noise(channels), timestep, sample, **more)[0].isfinite().all():
+                    raise NonFiniteError(no_finite_step(scheduler, float(timestep)))
     except NonFiniteError:
         raise
     except Exception:  # noqa: BLE001 – schedulers fail in their own ways where a pipeline has to prepare them

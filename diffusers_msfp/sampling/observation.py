@@ -107,7 +107,7 @@ class RunTracker:
         timestep = timestep_argument(model).of(args, kwargs)
         if self.paused or timestep is None:
             return
-        now, thread = float(torch.as_tensor(timestep).max()), threading.get_ident()
+        now, thread = float(torch.as_tensor(timestep, device="cpu").max()), threading.get_ident()
         run = self._runs.pop(None, None) or self._runs.get(thread) or Run()
         others = [] if run.last is not None else list(self._runs.values())
         if run.is_over(now) or any(other.is_over(now, stopped=False) for other in others):
@@ -208,7 +208,7 @@ def freeze(model: nn.Module) -> None:
         model (`nn.Module` or pipeline): with quantized layers; nothing happens if it is already frozen.
 
     Raises:
-        StateError: it has no quantized layers, or no input was ever seen.
+        StateError: it has no quantized layers, quantizing it was stopped, or no input was ever seen.
 
     Example:
         ```py
@@ -229,8 +229,30 @@ def require_in_memory(model: nn.Module) -> None:
         raise StateError(f"Ranges are set in memory, but `{away[0]}` is offloaded. Calibrate first, and offload then.")
 
 
+def require_finished(model: nn.Module, done: str) -> None:
+    """Refuse a model of which some layers are still float because quantizing it was stopped.
+
+    Args:
+        done (`str`): what is to be done with the model, for the message.
+
+    Raises:
+        StateError: see above.
+    """
+    left = getattr(getattr(model, "hf_quantizer", None), "unfinished", None)
+    if left:
+        number = len(dict(quant_layers(model)))
+        raise StateError(
+            f"All layers of a {type(model).__name__} must have quantized weights for it to be {done}, but "
+            f"{number} of {number + left} have: quantizing it was stopped. Call `quantize_pipeline` again with the "
+            f"same scheme, which goes on, or `dequantize(pipe)`."
+        )
+
+
 def _freeze(model: nn.Module | DiffusionPipeline) -> None:
-    for m in _require_quantized(model):
+    models = _require_quantized(model)
+    for m in models:
+        require_finished(m, "frozen")
+    for m in models:
         observing = [(name, layer) for name, layer in quant_layers(m) if layer.observing]
         if not observing:
             continue

@@ -14,37 +14,20 @@ from typing import Any, cast
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 
+from ..calibration.pictures import fitted, opened, picture_files
 from ..compat.accelerate import device_of_calls
 from ..errors import ConfigError, NonFiniteError, UnsupportedError
 from .calls import Call, require_positive
 from .denoisers import denoiser_name, denoisers_of, scheduler_of
 from .solvers import OTHER_EQUATIONS
-from .timestep import Telling, require_timesteps, tellings
+from .timestep import Telling, require_timesteps, telling_of
+from .used_output import place_of, watching_samples
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 FLOWS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
 Images = str | Path | Iterable[Image.Image | np.ndarray | Tensor | str | Path]
-
-
-def picture_files(folder: str | Path, argument: str = "images") -> list[Path]:
-    """The pictures of a folder and of those below it, sorted.
-
-    Args:
-        folder (`str` or `Path`): where they are.
-        argument (`str`): what the user calls it, for messages.
-
-    Raises:
-        ConfigError: it is no folder, or holds none.
-    """
-    found = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in SUFFIXES)
-    if not found:
-        what = "there are none" if Path(folder).is_dir() else "it is no folder"
-        kinds = ", ".join(SUFFIXES)
-        raise ConfigError(f"`{argument}` must be a folder with pictures ({kinds}), but {folder}: {what}.")
-    return found
 
 
 def taken(images: Images | None, num_samples: int) -> list | None:
@@ -64,67 +47,6 @@ def taken(images: Images | None, num_samples: int) -> list | None:
     if not found:
         raise ConfigError("`images` must hold a picture at least, but there is none.")
     return found
-
-
-def opened(image: Image.Image | np.ndarray | Tensor | str | Path) -> Image.Image:
-    """One picture, whatever it came as, upright: as a camera's EXIF data say that it was held.
-
-    Args:
-        image: a PIL image, a file's path, an array `(H, W)` or `(H, W, channels)` or a tensor `(channels, H, W)`; these
-            are 8-bit, or float in [0, 1]. Pillow's images of 16-bit greys are scaled to 8 bits.
-
-    Raises:
-        ConfigError: it is something else, or cannot be read.
-    """
-    if isinstance(image, Image.Image):
-        return _in_bytes(ImageOps.exif_transpose(image), "A picture")
-    if isinstance(image, str | Path):
-        try:
-            with Image.open(image) as file:
-                return _in_bytes(ImageOps.exif_transpose(file), str(image))
-        except (UnidentifiedImageError, OSError) as error:
-            raise ConfigError(f"{image} must be a picture, but it cannot be read ({error}).") from error
-    if isinstance(image, Tensor) and image.ndim == 3:
-        last = image.detach().cpu().movedim(0, -1)
-        image = (last.float() if last.is_floating_point() else last).numpy()
-    if not isinstance(image, np.ndarray) or image.ndim not in (2, 3) or not image.size:
-        shape = f" of shape {tuple(image.shape)}" if hasattr(image, "shape") else ""
-        raise ConfigError(
-            f"Each of `images` must be a PIL image, a file, an array (H, W) or (H, W, channels) or a tensor (channels, "
-            f"H, W), but got {type(image).__name__}{shape}."
-        )
-    if image.dtype.kind == "f" and image.min() >= 0 and image.max() <= 1:
-        image = np.round(255 * image).astype(np.uint8)
-    if image.dtype != np.uint8 or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
-        raise ConfigError(
-            f"Arrays among `images` must be 8-bit, or float in [0, 1], with 1, 3 or 4 channels, but got {image.dtype} "
-            f"of shape {image.shape}, or values beyond."
-        )
-    return Image.fromarray(image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image)
-
-
-def _in_bytes(image: Image.Image, name: str) -> Image.Image:
-    """An image whose channels are 8-bit; Pillow's own conversion would clip wider greys at 255."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ConfigError(
-            f"{name} must be 8-bit, or 16-bit grey, but got Pillow's mode {image.mode!r}, whose white is not known. "
-            f"Scale it to 8 bits first."
-        )
-    return image
-
-
-def fitted(image: Image.Image, shape: tuple[int, ...]) -> Tensor:
-    """A picture scaled (Lanczos) so that it covers a size, and cropped in its middle; `shape`, uint8.
-
-    Args:
-        image (`PIL.Image.Image`): of any size and mode.
-        shape (`tuple`): channels (1 or 3), height, width.
-    """
-    channels, height, width = shape
-    image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).reshape(height, width, channels).permute(2, 0, 1)
 
 
 def _as_inputs(images: list[Image.Image], shape: tuple[int, ...]) -> Tensor:
@@ -180,6 +102,7 @@ class NoisedPictures:
         self.generator = torch.Generator().manual_seed(seed)
         self.first, self.size, self._encoded = 0, 0, cast("tuple[tuple, Tensor] | None", None)
         self.telling: Telling | None = None
+        self._read: Tensor | None = None
 
     def show(self, call: Call) -> None:
         """Take the pictures of a call of the pipeline, which is to run next."""
@@ -190,45 +113,59 @@ class NoisedPictures:
         """Of a call of the denoiser, as a forward pre-hook; what is beside the sample stays as it is."""
         _, name, *_ = inspect.signature(type(self.model).forward).parameters
         sample = kwargs[name] if name in kwargs else args[0]
-        pictures = self._pictures(sample)
+        pictures, self._read = self._pictures(sample), sample
         kept, added, timestep = self._draw(self.argument.given(args, kwargs))
-        noise = torch.randn(pictures.shape, generator=self.generator)
+        noise = torch.randn(pictures.shape, generator=self.generator, device="cpu")
         noised = (kept * pictures + added * noise).to(sample.device, sample.dtype)
         noised = noised.repeat(len(sample) // len(noised), *[1] * (noised.ndim - 1))
         noised = torch.cat([noised, sample[:, noised.shape[1] :]], 1)  # a mask, a picture to be edited
         args, kwargs = self.argument.put(args, kwargs, timestep)
         return (args, kwargs | {name: noised}) if name in kwargs else ((noised, *args[1:]), kwargs)
 
+    def check_place(self, sample: Tensor) -> None:
+        """Refuse a pipeline that joins something before its sampler's sample, or beside it: pictures would go there.
+
+        Args:
+            sample (`Tensor`): that the sampler steps from, after a call whose sample was exchanged.
+
+        Raises:
+            UnsupportedError: it does.
+        """
+        read = self._read
+        place = () if read is None else place_of(sample, read, read)
+        if place and (len(place) != 2 or place[1].start is not None):
+            raise UnsupportedError(
+                f"Pictures take the place of the sampler's sample, the first channels that a denoiser reads, but "
+                f"{type(self.pipe).__name__} has it elsewhere. Leave `images` out: its own samples set the ranges."
+            )
+
     def _draw(self, current: Any) -> tuple[float, float, Any]:
         """Shares of picture and noise, and the timestep as the model takes it."""
         trained = self.scheduler.config.num_train_timesteps
         if self.telling is None:
-            self.telling = self._told(float(torch.as_tensor(current).max()), trained)
+            self.telling = self._told(float(torch.as_tensor(current, device="cpu").max()), trained)
         scale, start, _ = self.telling
         if self.flows:
-            sigma = 1 - torch.rand((), generator=self.generator).item()  # in (0, 1]
+            sigma = 1 - torch.rand((), generator=self.generator, device="cpu").item()  # in (0, 1]
             own = trained * (1 - sigma if self.scheduler.config.get("invert_sigmas") else sigma)
             kept, added, timestep = 1 - sigma, sigma, (own - start) / scale
         else:
-            drawn = int(torch.randint(trained, (), generator=self.generator))
+            drawn = int(torch.randint(trained, (), generator=self.generator, device="cpu"))
             share = self.scheduler.alphas_cumprod[drawn].item()
             kept, added, timestep = share**0.5, (1 - share) ** 0.5, drawn if scale == 1 else (drawn - start) / scale
         return kept, added, torch.full_like(current, timestep) if isinstance(current, Tensor) else timestep
 
     def _told(self, given: float, trained: int) -> Telling:
         """How the pipeline tells its denoiser the timestep, by what it gives in its first call."""
-        own = torch.as_tensor(self.scheduler.timesteps).double().flatten()
-        first = own[getattr(self.scheduler, "begin_index", None) or 0 :][:1]
-        for telling in tellings(trained):
-            meant = telling.start + telling.scale * given
-            if bool(((first - meant).abs() <= telling.lost + 0.01 * abs(meant)).any()):
-                return telling
-        if bool(((own - given).abs() <= 0.01 * abs(given)).any()):  # a pipeline may begin at a later one
-            return tellings(trained)[0]
-        raise UnsupportedError(
-            f"Pictures are noised as much as the denoiser is told, but {type(self.pipe).__name__} tells it {given:g} "
-            f"at the timestep {first.tolist()} of its scheduler. Leave `images` out: its own samples set the ranges."
-        )
+        telling = telling_of(self.scheduler, given, trained)
+        if telling is None:
+            begun = getattr(self.scheduler, "begin_index", None) or 0
+            raise UnsupportedError(
+                f"Pictures are noised as much as the denoiser is told, but {type(self.pipe).__name__} tells it "
+                f"{given:g} at the timestep {self.scheduler.timesteps[begun : begun + 1].tolist()} of its scheduler. "
+                f"Leave `images` out: its own samples set the ranges."
+            )
+        return telling
 
     def _pictures(self, sample: Tensor) -> Tensor:
         """The call's pictures as the denoiser reads them, float32 on the CPU, once for all its steps."""
@@ -279,7 +216,9 @@ class NoisedPictures:
         mean, std = (getattr(config, f"latents_{name}", None) for name in ("mean", "std"))
         shift, factor = getattr(config, "shift_factor", None) or 0.0, getattr(config, "scaling_factor", None) or 1.0
         if mean is not None and std is not None:
-            mean, std = (torch.tensor(each, dtype=torch.float32).view(1, -1, 1, 1) for each in (mean, std))
+            mean, std = (
+                torch.tensor(each, dtype=torch.float32, device="cpu").view(1, -1, 1, 1) for each in (mean, std)
+            )
             return (latents - mean) * factor / std
         return (latents - shift) * factor
 
@@ -294,6 +233,7 @@ def showing(pipe: DiffusionPipeline, pictures: NoisedPictures | None) -> Iterato
     pictures.scheduler, pictures.telling = scheduler_of(pipe), None  # a trial has a scheduler of its own
     handle = model.register_forward_pre_hook(pictures.exchange, prepend=True, with_kwargs=True)
     try:
-        yield
+        with watching_samples(pictures.scheduler, pictures.check_place):
+            yield
     finally:
         handle.remove()

@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -95,7 +96,9 @@ def takes_ddim(scheduler: Scheduler) -> bool:
     return ddim_for(scheduler) is not None
 
 
-def with_sampler(pipe: Any, sampler: str | None = None, eta: float = 0.0) -> Any:
+def with_sampler(
+    pipe: Any, sampler: str | None = None, eta: float = 0.0, arguments: Mapping[str, Any] | None = None
+) -> Any:
     """A copy of a pipeline on another sampler.
 
     Args:
@@ -103,10 +106,23 @@ def with_sampler(pipe: Any, sampler: str | None = None, eta: float = 0.0) -> Any
         sampler (`str`, *optional*): one of `SAMPLERS`, or `"own"` for the pipeline itself; None is DDIM where that can
             take the scheduler's place, and else its own.
         eta (`float`): of DDIM, see `with_ddim`.
+        arguments (`Mapping[str, Any]`, *optional*): that the pipeline will be called with. `timesteps` and `sigmas` are
+            for its own scheduler where DDIM takes none.
 
     Raises:
-        ConfigError: an unknown sampler, one that does not solve the pipeline's equation, or an `eta` without DDIM.
+        ConfigError: an unknown sampler, one that does not solve the pipeline's equation or takes none of the
+            `timesteps` or `sigmas` that are given, or an `eta` without DDIM.
     """
+    steps = [name for name in ("timesteps", "sigmas") if (arguments or {}).get(name) is not None]
+    cls: Any = SAMPLERS.get(sampler or "ddim")
+    unknown = [name for name in steps if cls and name not in inspect.signature(cls.set_timesteps).parameters]
+    if unknown and (sampler or eta):
+        raise ConfigError(
+            f"`{unknown[0]}` need a scheduler that takes them, but {cls.__name__} does not. Leave them out, or use the "
+            f"sampler `own`" + (" without `eta`." if eta else ".")
+        )
+    if sampler is None and unknown:
+        return pipe
     if sampler is None:
         return with_ddim(pipe, eta)
     if sampler not in (*SAMPLERS, "own"):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
+from ..compat.diffusers import Scheduler
 from ..errors import ConfigError, UnsupportedError
 
 NAMES = ("timestep", "timesteps", "timestep_ratio", "t", "r")
@@ -110,9 +111,27 @@ def tellings(trained: float) -> Sequence[Telling]:
     )
 
 
+def telling_of(scheduler: Scheduler, given: float, trained: float) -> Telling | None:
+    """How a pipeline tells its denoiser the timestep, by what it gives in its first call; None for no known way.
+
+    Args:
+        scheduler (`SchedulerMixin`): as the pipeline has set it.
+        given (`float`): to the denoiser.
+        trained (`float`): timesteps of the training.
+    """
+    own = torch.as_tensor(scheduler.timesteps, device="cpu").double().flatten()
+    first = own[getattr(scheduler, "begin_index", None) or 0 :][:1]
+    for telling in tellings(trained):
+        meant = telling.start + telling.scale * given
+        if bool(((first - meant).abs() <= telling.lost + 0.01 * abs(meant)).any()):
+            return telling
+    later = bool(((own - given).abs() <= 0.01 * abs(given)).any())  # a pipeline may begin there
+    return tellings(trained)[0] if later else None
+
+
 def first_timestep(timestep: Timestep | None) -> float:
     """Of a call with one for all its samples; NaN where it has none."""
-    return math.nan if timestep is None else float(torch.as_tensor(timestep).flatten()[0])
+    return math.nan if timestep is None else float(torch.as_tensor(timestep, device="cpu").flatten()[0])
 
 
 @dataclass
@@ -173,6 +192,6 @@ def check_timesteps(timesteps: list[float], num_timesteps: int) -> None:
     if outside or len({round(t) for t in timesteps}) < len(set(timesteps)):
         raise ConfigError(
             f"The router's table has one entry for each of {num_timesteps} training timesteps, but this sampler calls "
-            f"the model with {timesteps[0]:g} … {timesteps[-1]:g}, which it cannot tell apart. Use fewer steps, or a "
-            f"scheduler with discrete timesteps."
+            f"the model with {timesteps[0]:g} … {timesteps[-1]:g}, which it cannot tell apart. Use fewer steps, a "
+            f"scheduler with discrete timesteps, or `num_adapters=1`, which needs no table."
         )

@@ -7,9 +7,8 @@ number: how samples are shared out among processes changes nothing.
 A training batch holds all samples of a rollout, each at another step: better, per update, than one timestep for all.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,12 +16,12 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..compat.torch import tree_flatten, tree_map, tree_unflatten
-from ..errors import ConfigError, UnsupportedError
+from ..errors import ConfigError
 from .calls import quiet
-from .denoisers import attention_of, denoiser_name, denoiser_of, model_output
+from .denoisers import denoiser_name, denoiser_of, model_output, scheduler_of
 from .denoising_factor import RunFactors
 from .timestep import TimestepArgument, require_timesteps, timestep_argument
-from .used_output import sample_of, used_part
+from .used_output import Index, after_calls, fresh, place_of, sample_of, used_index, watching_samples
 
 
 @dataclass(frozen=True)
@@ -32,13 +31,16 @@ class DenoisingStep:
     Args:
         timesteps (`Tensor`, `(R,)`): of its rows.
         args (`tuple`), kwargs (`dict`): of the call.
-        output (`Tensor`, `(R, …)`): what the teacher predicts, without variances that it may put out beside it.
+        output (`Tensor`, `(R, …)`): what the teacher predicts, without variances that it may put out beside it, and
+            without what its pipeline throws away.
+        used (`Index`): where that stands in what the teacher puts out.
     """
 
     timesteps: Tensor
     args: tuple
     kwargs: dict[str, Any]
     output: Tensor
+    used: Index = ()
 
     def rows(self, order: Tensor) -> "DenoisingStep":
         """The same call with its rows in another order."""
@@ -50,7 +52,7 @@ class DenoisingStep:
             return leaf[order] if _has_rows(leaf, len(order)) else leaf
 
         args, kwargs = tree_map(arrange, (self.args, self.kwargs), is_leaf=is_list)
-        return DenoisingStep(arrange(self.timesteps), args, kwargs, arrange(self.output))
+        return DenoisingStep(arrange(self.timesteps), args, kwargs, arrange(self.output), self.used)
 
     @property
     def is_by_row(self) -> bool:
@@ -63,55 +65,12 @@ class DenoisingStep:
 
     def run(self, model: nn.Module) -> Any:
         """What a model gives in this call; it may take the lists among its arguments apart."""
-        args, kwargs = _fresh((self.args, self.kwargs))
+        args, kwargs = fresh((self.args, self.kwargs))
         return model(*args, **kwargs)
 
-
-@contextmanager
-def after_calls(model: nn.Module, look: Callable) -> Iterator[None]:
-    """Within the block, `look(model, args, kwargs, output)` follows each call of a denoiser by its pipeline.
-
-    The arguments are those that were given: what takes its lists apart (`UNet2DConditionModel` those of a T2I-Adapter)
-    leaves a forward hook empty ones.
-
-    Raises:
-        UnsupportedError: in the first call, where the pipeline perturbs attention: a call outside of it would not.
-    """
-    given: list[tuple] = []
-    outside = attention_of(model)
-
-    def before(_model: nn.Module, args: tuple, kwargs: dict) -> None:
-        nonlocal outside
-        if outside is not None and _perturbs(outside, attention_of(model) or {}):
-            raise UnsupportedError(
-                f"A pipeline must call its {type(model).__name__} with the attention that it has outside of the call, "
-                f"but perturbed-attention guidance exchanges it while the pipeline runs. Give `pag_scale=0`."
-            )
-        outside = None
-        given.append(_fresh((args, kwargs)))
-
-    def after(_model: nn.Module, _args: tuple, _kwargs: dict, output: Any) -> Any:
-        return look(model, *given.pop(), output)
-
-    handles = [
-        model.register_forward_pre_hook(before, with_kwargs=True),
-        model.register_forward_hook(after, with_kwargs=True),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _perturbs(outside: Mapping[str, Any], inside: Mapping[str, Any]) -> bool:
-    """Whether processors are others than outside of the call, and compute something else: some only store attention."""
-    return any("PAG" in type(each).__name__ and outside.get(name) is not each for name, each in inside.items())
-
-
-def _fresh(arguments: Any) -> Any:
-    """The same leaves in containers of their own."""
-    return tree_map(lambda leaf: leaf, arguments)
+    def counted(self, output: Tensor) -> Tensor:
+        """What counts of a model's output in this call, as `output` has it of the teacher's."""
+        return output[self.used] if self.used else output
 
 
 def _has_rows(leaf: Any, number: int) -> bool:
@@ -161,18 +120,29 @@ def rollout(
     denoiser = denoiser_of(pipe)
     argument = require_timesteps(denoiser)
     steps: list[DenoisingStep] = []
+    done = 0
 
     def keep(_module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if factors is not None:
             factors.look()
-        predicted = used_part(pipe, model_output(output), args, kwargs)
+        answer = model_output(output)
+        used = used_index(pipe, answer, args, kwargs)
+        predicted = answer[used]
         timesteps = torch.as_tensor(argument.of(args, kwargs), device=predicted.device).flatten()
         sample = sample_of(args, kwargs)  # cloned: some pipelines step in place
         args, kwargs = tree_map(lambda leaf: leaf.clone() if leaf is sample else leaf, (args, kwargs))
-        steps.append(DenoisingStep(timesteps.expand(len(predicted)), args, kwargs, predicted.clone()))
+        steps.append(DenoisingStep(timesteps.expand(len(predicted)), args, kwargs, predicted.clone(), used))
+
+    def cut(sample: Tensor) -> None:
+        nonlocal done
+        for number in range(done, len(steps)):
+            step = steps[number]
+            if place := place_of(sample, sample_of(step.args, step.kwargs), step.output):
+                steps[number] = replace(step, output=step.output[place].clone(), used=place)
+        done = len(steps)
 
     generators = [torch.Generator().manual_seed(seed + first + i) for i in range(size)]
-    with after_calls(denoiser, keep), quiet(pipe), torch.no_grad():
+    with after_calls(denoiser, keep), watching_samples(scheduler_of(pipe), cut), quiet(pipe), torch.no_grad():
         make_arguments(first, size, generators if size > 1 else generators[0]).run(pipe)
     if not steps:
         raise ConfigError(
@@ -220,13 +190,19 @@ def mix(steps: list[DenoisingStep], choice: list[int], argument: TimestepArgumen
     leaves = [tree_flatten(each, is_leaf=is_list) for each in parts]
     if any(structure != leaves[0][1] for _, structure in leaves):
         raise _unmixable("other arguments in some steps than in others")
+    if any(step.used != steps[0].used for step in steps):
+        raise _unmixable("pictures beside the sample in some steps and not in others")
     args, kwargs = tree_unflatten(
         [pick(list(each)) for each in zip(*(leaf for leaf, _ in leaves), strict=True)], leaves[0][1]
     )
     timesteps = torch.stack([steps[step].timesteps[row] for row, step in enumerate(choice)])
     if not by_row:
         args, kwargs = argument.put(args, kwargs, timesteps)
-    return DenoisingStep(timesteps, args, kwargs, pick([step.output for step in steps]))
+    return DenoisingStep(timesteps, args, kwargs, pick([step.output for step in steps]), steps[0].used)
+
+
+def _order(length: int, seed: int) -> Tensor:
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed), device="cpu")
 
 
 class Trajectories:
@@ -269,10 +245,7 @@ class Trajectories:
         rollout_number, position = divmod(number, length)
         if rollout_number != self._number:
             self._roll(rollout_number)
-        order = [
-            int(torch.randperm(length, generator=torch.Generator().manual_seed(self.seed + self._first + i))[position])
-            for i in range(self.share)
-        ]
+        order = [int(_order(length, self.seed + self._first + i)[position]) for i in range(self.share)]
         rows = len(self._steps[0].output)  # guidance calls the denoiser with every sample twice
         choice = [order[row % self.share] for row in range(rows)]
         return mix(self._steps, choice, timestep_argument(denoiser_of(self.pipe)))

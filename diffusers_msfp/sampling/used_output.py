@@ -1,23 +1,157 @@
-"""The part of a denoiser's output that is its prediction, where a variance stands beside it.
+"""Calls of a denoiser by its pipeline: what it is given, and which part of its output is its prediction.
 
 Models that learn variances put out twice as many channels. What a sampler or a pipeline makes of the second half is
-not what the model is compared or trained by: errors and losses count the first half.
+not what the model is compared or trained by: errors and losses count the first half. Nor do they count what a pipeline
+throws away: a model that reads a picture to be edited beside the sample puts out something in that picture's place.
 """
 
-from collections.abc import Iterator, Mapping
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..calibration.watch import watching_calls
-from ..compat.torch import tree_leaves
+from ..compat.diffusers import Scheduler
+from ..compat.torch import tree_leaves, tree_map
+from ..errors import UnsupportedError
 from ..layers.split import whole_name
-from .denoisers import model_output, scheduler_of
+from .denoisers import attention_of, model_output, scheduler_of
 from .finite_steps import learns_variance
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+Index = tuple[slice, ...]
+"""Of a part of a tensor: `tensor[index]`; `()` is all of it."""
+
+
+@contextmanager
+def after_calls(model: nn.Module, look: Callable) -> Iterator[None]:
+    """Within the block, `look(model, args, kwargs, output)` follows each call of a denoiser by its pipeline.
+
+    The arguments are those that were given, see `fresh`: what takes its lists apart (`UNet2DConditionModel` those of a
+    T2I-Adapter) leaves a forward hook empty ones.
+
+    Raises:
+        UnsupportedError: in the first call, where the pipeline perturbs attention: a call outside of it would not.
+    """
+    given: list[tuple] = []
+    outside = attention_of(model)
+
+    def before(_model: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal outside
+        if outside is not None and _perturbs(outside, attention_of(model) or {}):
+            raise UnsupportedError(
+                f"A pipeline must call its {type(model).__name__} with the attention that it has outside of the call, "
+                f"but perturbed-attention guidance exchanges it while the pipeline runs. Give `pag_scale=0`."
+            )
+        outside = None
+        given.append(fresh((args, kwargs)))
+
+    def after(_model: nn.Module, _args: tuple, _kwargs: dict, output: Any) -> Any:
+        return look(model, *given.pop(), output)
+
+    handles = [
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(after, with_kwargs=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _perturbs(outside: Mapping[str, Any], inside: Mapping[str, Any]) -> bool:
+    """Whether processors are others than outside of the call, and compute something else: some only store attention."""
+    return any("PAG" in type(each).__name__ and outside.get(name) is not each for name, each in inside.items())
+
+
+def fresh(arguments: Any, change: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
+    """The same leaves in containers of their own, so that another model may be given them.
+
+    Objects with a state are containers too: a cache of keys and values, which a model fills in the first step of a run
+    and reads in those that follow, would else hold those of whichever model was called last.
+
+    Args:
+        arguments (`Any`): of a call.
+        change (`Callable`, *optional*): what becomes of each leaf.
+    """
+    known: dict[int, Any] = {}
+
+    def own(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) or callable(leaf) or not hasattr(leaf, "__dict__"):
+            return change(leaf)
+        if id(leaf) not in known:
+            known[id(leaf)] = made = copy.copy(leaf)
+            vars(made).update(tree_map(own, vars(leaf)))
+        return known[id(leaf)]
+
+    return tree_map(own, arguments)
+
+
+@contextmanager
+def watching_samples(scheduler: Scheduler, look: Callable[[Tensor], None]) -> Iterator[None]:
+    """Within the block, `look` gets the sample that a scheduler is to step from, before each of its steps.
+
+    The class is exchanged and not the method, as pipelines copy schedulers: a copy would step in the original's place.
+    """
+    kind, state = type(scheduler), cast("dict[str, Any]", scheduler.__dict__)
+    own = state.get("step")  # a copy may have been given one
+    signature = inspect.signature(scheduler.step)
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        sample = signature.bind(*args, **kwargs).arguments.get("sample")
+        if self is scheduler and isinstance(sample, Tensor):
+            look(sample)
+        return kind.step(self, *args, **kwargs) if own is None else own(*args, **kwargs)
+
+    if own is None:  # wrapped, as pipelines look at the signature for what they may pass
+        scheduler.__class__ = type(kind.__name__, (kind,), {"step": functools.update_wrapper(step, kind.step)})
+    else:
+        state["step"] = functools.update_wrapper(functools.partial(step, scheduler), own)
+    try:
+        yield
+    finally:
+        scheduler.__class__ = kind
+        state.update({} if own is None else {"step": own})
+
+
+def place_of(sample: Tensor, read: Tensor, output: Tensor) -> Index:
+    """Where a sampler's sample stands in what a denoiser has read, which is where its prediction is in the output.
+
+    Args:
+        sample (`Tensor`, `(B, …)`): that the sampler steps from.
+        read (`Tensor`, `(k B, …)`): by the denoiser, the sample perhaps scaled, and on one axis something beside it.
+        output (`Tensor`, `(k B, …)`): of the denoiser, as long on this axis as what was read.
+
+    Returns:
+        `Index`: the beginning or the end of an axis; `()` where nothing stands beside the sample.
+    """
+    if not sample.ndim == read.ndim == output.ndim or len(sample) > len(read):
+        return ()
+    axis, *others = [each for each in range(1, sample.ndim) if sample.shape[each] != output.shape[each]] or [0]
+    size = sample.shape[axis]
+    if not axis or others or not size < output.shape[axis] == read.shape[axis]:
+        return ()
+    for part in (slice(None, size), slice(-size, None)):
+        index = (*[slice(None)] * axis, part)
+        there = read[: len(sample)][index]
+        if there.shape == sample.shape and _proportional(there, sample):
+            return index
+    return ()
+
+
+def _proportional(a: Tensor, b: Tensor) -> bool:
+    """Whether they are the same but for a factor and the rounding of a narrower dtype."""
+    return bool(nn.functional.cosine_similarity(a.float().flatten(), b.to(a.device).float().flatten(), 0) > 0.999)
 
 
 def sample_of(args: tuple, kwargs: Mapping) -> Tensor:
@@ -33,12 +167,17 @@ def used_part(pipe: DiffusionPipeline, output: Tensor, args: tuple, kwargs: Mapp
         output (`Tensor`): see `model_output`.
         args (`tuple`), kwargs (`Mapping`): of the denoiser's call.
     """
+    return output[index] if (index := used_index(pipe, output, args, kwargs)) else output
+
+
+def used_index(pipe: DiffusionPipeline, output: Tensor, args: tuple, kwargs: Mapping) -> Index:
+    """Which part of an output `used_part` takes."""
     if output.ndim < 3 or output.shape[1] % 2:
-        return output
+        return ()
     half = output.shape[1] // 2
     sample = sample_of(args, kwargs)
     doubled = sample.ndim == output.ndim and sample.shape[1] == half and sample.shape[2:] == output.shape[2:]
-    return output[:, :half] if doubled or learns_variance(scheduler_of(pipe)) else output
+    return (slice(None), slice(half)) if doubled or learns_variance(scheduler_of(pipe)) else ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +226,7 @@ def used_channels(pipe: DiffusionPipeline, model: nn.Module, args: tuple, kwargs
         order[name] = None
 
     with watching_calls(layers, look):
-        output = model_output(model(*args, **kwargs))
+        output = model_output(_called(model, args, kwargs))
     if used_part(pipe, output, args, kwargs) is output:
         return None
     last = next(reversed(order))
@@ -104,13 +243,19 @@ def used_channels(pipe: DiffusionPipeline, model: nn.Module, args: tuple, kwargs
 
     handle = layers[last].register_forward_hook(tell)
     try:
-        labelled = model_output(model(*args, **kwargs))
+        labelled = model_output(_called(model, args, kwargs))
     finally:
         handle.remove()
     found = used_part(pipe, labelled, args, kwargs).unique()
     rounded = found.round().long()
     arrived = torch.equal(rounded.to(found.dtype), found) and len(found) * 2 == number
     return UsedChannels(last, axis, rounded) if arrived else None
+
+
+def _called(model: nn.Module, args: tuple, kwargs: dict) -> Any:
+    """What a model gives; it may take the lists among its arguments apart."""
+    args, kwargs = fresh((args, kwargs))
+    return model(*args, **kwargs)
 
 
 def _whole_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

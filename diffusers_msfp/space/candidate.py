@@ -1,9 +1,9 @@
 """A pipeline on the page: what it takes, what it is called, what it weighs, which adapter it uses when."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
-from inspect import signature
+from inspect import signature, unwrap
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,7 @@ from diffusers import (
     ModelMixin,
     UniPCMultistepScheduler,
 )
+from diffusers.utils import BaseOutput
 
 from ..compat.diffusers import labels_by_name
 from ..engines.choose import resident_bytes
@@ -44,12 +45,19 @@ class Candidate:
         pipe (`DiffusionPipeline`): shared by all visitors, never changed.
 
     Raises:
-        ConfigError: a pipeline that needs more than noise, a prompt or a class, such as one for inpainting.
+        ConfigError: a pipeline that needs more than noise, a prompt or a class, such as one for inpainting, or that
+            makes no pictures.
     """
 
     pipe: DiffusionPipeline
 
     def __post_init__(self) -> None:
+        made = _outputs(type(self.pipe))
+        if made and not any("images" in names for names in made.values()):
+            raise ConfigError(
+                f"The page shows pictures, but {type(self.pipe).__name__} puts out a {' or a '.join(made)}, which "
+                f"holds none. Draw by `diffusers-msfp sample`, which takes the first frames of videos."
+            )
         call_arguments(self.pipe, None, 1, {})
 
     @property
@@ -72,9 +80,10 @@ class Candidate:
 
     @cached_property
     def guidance_scale(self) -> float | None:
-        """Its default; None where the pipeline takes none."""
+        """Its default; None where the pipeline takes none, or finds its own."""
         parameter = signature(cast(Any, self.pipe).__call__).parameters.get("guidance_scale")
-        return None if parameter is None else float(parameter.default)
+        default = None if parameter is None else parameter.default
+        return float(default) if isinstance(default, int | float) else None
 
     @cached_property
     def classes(self) -> list[tuple[str, int]]:
@@ -145,6 +154,16 @@ class Candidate:
             given["guidance_scale"] = guidance_scale
         make = call_arguments(self.pipe, [prompt] if prompt else None, num_inference_steps, given)
         return lambda: make(0, 1, torch.Generator().manual_seed(unseen(int(seed)))).arguments
+
+
+def _outputs(kind: type) -> dict[str, list[str]]:
+    """What a class of pipelines may put out by its code: class → its fields."""
+    call = unwrap(cast(Any, kind).__call__)
+    found = {name: getattr(call, "__globals__", {}).get(name) for name in call.__code__.co_names}
+    outputs = {name: cls for name, cls in found.items() if isinstance(cls, type) and issubclass(cls, BaseOutput)}
+    return {
+        name: [field.name for field in fields(cast(Any, cls))] for name, cls in outputs.items() if is_dataclass(cls)
+    }
 
 
 def require_comparable(quantized: Candidate, reference: Candidate) -> None:

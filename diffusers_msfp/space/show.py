@@ -14,7 +14,8 @@ from PIL import Image
 
 from ..errors import ConfigError
 from ..evaluation.compare import psnr_db
-from ..sampling.calls import DEFAULT_PROMPTS, asked_for
+from ..sampling.calls import DEFAULT_PROMPTS
+from ..sampling.denoisers import asked_for
 from .candidate import Candidate
 from .denoise import Step, side_by_side
 from .markup import adapter_at, adapter_strip, beside, enlarge, figures_table, progress_line

@@ -5,14 +5,14 @@
 
 The embedded model or another pipeline's folder, 20 DDIM steps, one seed; of conditional models the rows of
 `CONDITIONAL` alone. Rows that are there for these weights are not made again, so that a run that was stopped, as
-`--hours` stops it between two rows, goes on; `--only` makes its rows anew. Baselines are a scheme and a recipe, as
-reconstructed, not their authors' code; layers that that code leaves float stay float here, and their output is
-corrected as ours is. Fine-tuning stages get 200 updates of 16 samples each, EfficientDM's 1100, temporal ones 1000; the
-recipe `msfp` is evaluated on the checkpoints that the package brings (`diffusers_msfp/assets/README.md` has the
-commands, which with other schemes and models make others of 1100 updates, one `--tuned DIR` for each; without one such
-a row is left out). Rows are written as they come, each with the commit that it was made with, so several processes may
-share the work with `--only`. Fréchet distances are between features of a classifier, *not* FID. Writes
-`model_cards/results/baselines.json`.
+`--hours` stops it between two rows, goes on; `--only` makes its rows anew. Pictures are kept for each commit. Baselines
+are a scheme and a recipe, as reconstructed, not their authors' code; layers that that code leaves float stay float
+here, and their output is corrected as ours is. Fine-tuning stages get 200 updates of 16 samples each, EfficientDM's and
+those of the recipe `msfp` 1100, temporal ones 1000; where the package brings a checkpoint of `msfp`, that is evaluated
+(`diffusers_msfp/assets/README.md` has the commands). Rows are written as they come, each with the commit that it was
+made with, so several processes may share the work with `--only`. `bytes` are of the tensors as they ran,
+`bytes_float16` with two bytes for weights, biases and what else is as in the float model. Fréchet distances are between
+features of a classifier, *not* FID. Writes `model_cards/results/baselines.json`.
 """
 
 import copy
@@ -29,8 +29,9 @@ import nncf_unet
 import torch
 import typer
 from diffusers import DiffusionPipeline
-from harness import keep_rows, origin, read_results
+from harness import CODE, keep_rows, of_this_code, read_results
 from real_models import asked_of, real_pictures
+from torch import nn
 
 from diffusers_msfp import MSFPConfig, quantize_pipeline
 from diffusers_msfp.assets import EMBEDDED_MODEL, TUNED_MODELS
@@ -45,6 +46,7 @@ from diffusers_msfp.plugin.recipe import plan_stages
 from diffusers_msfp.recipes import RECIPES
 from diffusers_msfp.sampling.denoisers import denoiser_name, denoiser_of, labels_of
 from diffusers_msfp.sampling.solvers import with_ddim
+from diffusers_msfp.schemes import matches
 
 COMMAND = "python tests/benchmarks/bench_baselines.py --data fashion_mnist.npz"
 MSFP = ("talora", "correction")
@@ -61,7 +63,7 @@ class Cell:
     Args:
         scheme (`str`): or an installed peer's name.
         recipe (`str`, *optional*): None for peers.
-        keep (`tuple[str, ...]`): layers that stay float.
+        keep (`tuple[str, ...]`): layers that stay float, where a model has such.
         zero_points (`bool`): inputs have 16 levels with a zero point wherever they may, not only where values are
             skewed.
         updates (`int`): of fine-tuning.
@@ -77,16 +79,16 @@ class Cell:
 CELLS = {
     f"w4a4{CORRECTED}": Cell("w4a4"),
     f"w4a4 rounded{CORRECTED}": Cell("w4a4", "rounded"),
-    f"w4a4 msfp{CORRECTED}": Cell("w4a4", "msfp"),
+    f"w4a4 msfp{CORRECTED}": Cell("w4a4", "msfp", updates=1100),
     f"w4a8{CORRECTED}": Cell("w4a8"),
-    "w4a8 msfp": Cell("w4a8", "msfp"),
+    "w4a8 msfp": Cell("w4a8", "msfp", updates=1100),
     f"w4a16{CORRECTED}": Cell("w4a16"),
     f"w4g32a4{CORRECTED}": Cell("w4g32a4"),
-    f"w4g32a4 msfp{CORRECTED}": Cell("w4g32a4", "msfp"),
+    f"w4g32a4 msfp{CORRECTED}": Cell("w4g32a4", "msfp", updates=1100),
     f"w4g32a8{CORRECTED}": Cell("w4g32a8"),
     f"w4g32a16{CORRECTED}": Cell("w4g32a16"),
     f"w4g32a16 rounded{CORRECTED}": Cell("w4g32a16", "rounded"),
-    "w4g32a16 msfp": Cell("w4g32a16", "msfp"),
+    "w4g32a16 msfp": Cell("w4g32a16", "msfp", updates=1100),
 }
 PURE = ("ptq", "tfmq", "rounded", "full", "split", "split-rounded", "split-full")
 CELLS |= {f"w4a4-pure {recipe}": Cell("w4a4-pure", recipe) for recipe in PURE}
@@ -127,33 +129,61 @@ CONDITIONAL = (
 """Cells of models with classes or prompts."""
 
 
-def by_scheme(tuned: list[Path]) -> dict[str, Path]:
-    """Fine-tuned checkpoints by what they are quantized with."""
-    denoisers = {each: denoiser_of(DiffusionPipeline.from_pretrained(each)) for each in tuned}
-    return {denoiser.config.quantization_config.scheme: each for each, denoiser in denoisers.items()}
+def brought(model: Path, cell: Cell) -> Path | None:
+    """The checkpoint that the package brings of a model's cell, if it does."""
+    return (
+        TUNED_MODELS.get(cell.scheme) if cell.recipe == "msfp" and model.resolve() == EMBEDDED_MODEL.resolve() else None
+    )
+
+
+def identity(about: dict, folder: Path | None) -> dict:
+    """What a row must say to be of this model, and of the checkpoint that the package brings, if it is of one."""
+    if folder is None:
+        return about
+    return about | {"checkpoint": fingerprint([denoiser_of(DiffusionPipeline.from_pretrained(folder))])}
 
 
 def made(reference, cell: Cell, correction: bool, tuned: Path | None, asked: dict) -> tuple[DiffusionPipeline, dict]:
-    """A quantized pipeline, and what making it took."""
+    """A quantized pipeline, or one that is fine-tuned already, and what making it took."""
     pipe, started, stages = copy.deepcopy(reference), time.perf_counter(), {}
-    if cell.recipe == "msfp":
+    if tuned is not None:
         stages = dict.fromkeys(MSFP if correction else MSFP[:1])
-        return DiffusionPipeline.from_pretrained(tuned), {"minutes": None, "stages": stages}
-    name = denoiser_name(pipe)
+        return DiffusionPipeline.from_pretrained(tuned), {"float": [], "minutes": None, "stages": stages}
+    name, keep = denoiser_name(pipe), kept_float(denoiser_of(pipe), cell)
     if cell.scheme == "nncf:int8":
         require_packages(cell.scheme, "nncf", "openvino")
-        setattr(pipe, name, nncf_unet.quantized(pipe, cell.keep))
+        setattr(pipe, name, nncf_unet.quantized(pipe, keep))
     elif cell.recipe is None:
         setattr(pipe, name, provide(cell.scheme, denoiser_of(pipe), lambda _model: None))  # peers need no ranges
         pipe.to(torch.bfloat16)  # what reads and decodes, too: peers are used so
     else:
         with mock.patch.object(search, "is_skewed", return_value=True) if cell.zero_points else nullcontext():
-            quantize_pipeline(pipe, MSFPConfig(cell.scheme, modules_to_not_convert=cell.keep), **asked)
+            quantize_pipeline(pipe, MSFPConfig(cell.scheme, modules_to_not_convert=keep), **asked)
         for stage, config in plan_stages(cell.recipe, settings_for(cell), correction=64 if correction else 0):
             began = time.perf_counter()
             METHODS[stage].run(pipe, reference, config, **asked)
             stages[stage] = round(time.perf_counter() - began, 1)
-    return pipe, {"minutes": round((time.perf_counter() - started) / 60, 2), "stages": stages}
+    return pipe, {"float": list(keep), "minutes": round((time.perf_counter() - started) / 60, 2), "stages": stages}
+
+
+def kept_float(model: nn.Module, cell: Cell) -> tuple[str, ...]:
+    """A cell's patterns that fit something in a model: a transformer has no shortcuts."""
+    names = [name for name, _ in model.named_modules() if name]
+    return tuple(pattern for pattern in cell.keep if any(matches(pattern, name) for name in names))
+
+
+def bytes_float16(model: nn.Module, reference: nn.Module) -> int:
+    """Of a model's tensors: floats of a kind that the float model has, too, take two bytes, others what they take."""
+    kinds = {kind_of(name) for name, _ in (*reference.named_parameters(), *reference.named_buffers())}
+    return sum(
+        tensor.numel() * (2 if kind_of(name) in kinds and tensor.is_floating_point() else tensor.element_size())
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    )
+
+
+def kind_of(name: str) -> str:
+    """Of a tensor, like `bias`."""
+    return name.rpartition(".")[2]
 
 
 def settings_for(cell: Cell) -> dict[str, dict]:
@@ -168,7 +198,6 @@ def main(
     only: Annotated[str, typer.Option(help="names of cells separated by commas; what is missing if left out")] = "",
     num_samples: Annotated[int, typer.Option(help="pictures of a cell")] = 2000,
     model: Annotated[Path, typer.Option(help="a float pipeline")] = EMBEDDED_MODEL,
-    tuned: Annotated[list[Path], typer.Option(help="made by `quantize --scheme w4a8 --recipe msfp`; repeat")] = (),
     hours: Annotated[float | None, typer.Option(help="begin no cell later than that")] = None,
     work: Annotated[Path | None, typer.Option(help="keeps pictures, so that a cell that was killed goes on")] = None,
 ) -> None:
@@ -178,41 +207,38 @@ def main(
     reference.set_progress_bar_config(disable=True)
     about = {"model": model.name, "weights": fingerprint([denoiser_of(reference)]), "num_samples": num_samples}
     asked = asked_of(model, reference)
-    tuned_for = by_scheme(tuned) | (TUNED_MODELS if model == EMBEDDED_MODEL else {})
-    pictures = work or Path(tempfile.gettempdir()) / "baseline-pictures"
-    real = real_pictures(data, pictures)
+    work = work or Path(tempfile.gettempdir()) / "baseline-pictures"
+    pictures, real = of_this_code(work), real_pictures(data, work)
 
     def stays(row: dict) -> bool:
         return row["cell"] in CELLS and (row["model"] != model.name or about.items() <= row.items())
 
     everything = CONDITIONAL if asked or labels_of(reference) else CELLS
-    for name in only.split(",") if only else missing(about, everything):
-        cell = CELLS[name]
-        own = tuned_for.get(cell.scheme)
-        if cell.recipe == "msfp" and own is None:
-            typer.echo(f"{name}: left out, `--tuned` says where `quantize --scheme {cell.scheme} --recipe msfp` put it")
-            continue
+    for name in only.split(",") if only else missing(about, model, everything):
+        cell, tuned = CELLS[name], brought(model, CELLS[name])
         if hours is not None and time.monotonic() - started > 3600 * hours:
             typer.echo(f"{name}: not begun, {hours:g} hours are over")
             return
         try:
-            pipe, cost = made(reference, cell, name.endswith(CORRECTED), own, asked)
+            pipe, cost = made(reference, cell, name.endswith(CORRECTED), tuned, asked)
         except UnsupportedError as error:
             if cell.recipe is not None:
                 raise
             typer.echo(f"{name}: left out. {error}")
             continue
         result = evaluate_pipelines(reference, pipe, data=real, num_samples=num_samples, folder=pictures, **asked)
-        row = about | {
+        row = identity(about, tuned) | {
             "cell": name,
             "scheme": cell.scheme,
             "recipe": cell.recipe,
-            "float": list(cell.keep),
-            "git": origin()["git"],
+            "git": CODE["git"],
             "traj_rel_l2": result.traj_rel_l2,
             "eps_rel_l2": result.eps_rel_l2,
         }
-        row |= cost | {"bytes": denoiser_of(pipe).get_memory_footprint()}
+        own = denoiser_of(pipe)
+        size = own.get_memory_footprint()  # peers have 16 bits for what is float
+        row |= cost | {"bytes": size}
+        row["bytes_float16"] = size if cell.recipe is None else bytes_float16(own, denoiser_of(reference))
         row |= {
             f"{pair}.{figure}": [getattr(value, end) for end in ("value", "low", "high")]
             for pair, figures in result.figures.items()
@@ -222,10 +248,11 @@ def main(
         typer.echo(f"{name}: eps_rel_l2 {row['eps_rel_l2']:.4f}, {cost}", err=True)
 
 
-def missing(about: dict, cells: Iterable[str]) -> list[str]:
+def missing(about: dict, model: Path, cells: Iterable[str]) -> list[str]:
     """Those of some cells without a row of these weights."""
-    there = {row["cell"] for row in read_results("baselines")["rows"] if about.items() <= row.items()}
-    return [name for name in cells if name not in there]
+    rows = read_results("baselines")["rows"]
+    wanted = {name: identity(about, brought(model, CELLS[name])) | {"cell": name} for name in cells}
+    return [name for name, own in wanted.items() if not any(own.items() <= row.items() for row in rows)]
 
 
 def rounded(value: object) -> object:

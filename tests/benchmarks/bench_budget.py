@@ -7,7 +7,7 @@ alone. `sizes` are those of the uniform schemes and the means of neighbours; int
 pictures. `steps` takes plans for the time of each uniform scheme's step, which needs a machine that nothing else uses;
 what was chosen is timed in turns with the scheme. `sums` says how well errors of single layers add up to the model's,
 measured with all others float and with all others at 8 bits, on fewer calls. `--work` keeps what was measured, and a
-later run goes on with it. Writes `model_cards/results/budget.json`, each row when it is finished.
+later run of the same commit goes on with it. Writes `model_cards/results/budget.json`, each row when it is finished.
 """
 
 import copy
@@ -25,7 +25,8 @@ from typing import Annotated
 import torch
 import typer
 from diffusers import DiffusionPipeline
-from harness import keep_rows
+from harness import keep_rows, of_this_code
+from real_models import asked_of
 from steps import timed_on
 from torch import Tensor
 
@@ -85,7 +86,7 @@ def by_weight_error(palette: Palette, table: Table, *, relative: bool) -> Table:
 
 
 def sizes(
-    pipe: DiffusionPipeline, palette: Palette, table: Table, num_samples: int, only: str, write: Callable[[dict], None]
+    pipe: DiffusionPipeline, palette: Palette, table: Table, draw: dict, only: str, write: Callable[[dict], None]
 ) -> None:
     """Rows at the sizes of uniform schemes and between them."""
     uniform = {scheme: scheme_choice(palette, scheme) for scheme in CHOICES}
@@ -100,7 +101,6 @@ def sizes(
         "relative weight error": by_weight_error(palette, table, relative=True),
         "absolute weight error": by_weight_error(palette, table, relative=False),
     }
-    draw = {"num_samples": num_samples, "num_inference_steps": STEPS, "seed": FRESH, "sampler": "own"}
     expected = draw_pictures(pipe, **draw)
     for size, limit in sorted((limits | halves).items(), key=lambda item: item[1]):
         if only and size != only:
@@ -115,7 +115,7 @@ def sizes(
             size_of, error, _ = table.sums(choice)
             write(
                 {"part": "sizes", "size": size, "limit_bytes": limit, "choice": kind, "bytes": size_of}
-                | {"predicted_traj_rel_l2": rounded(sqrt(error)), "num_samples": num_samples}
+                | {"predicted_traj_rel_l2": rounded(sqrt(error)), "num_samples": draw["num_samples"]}
                 | compared(found["plan"], found[kind], kind)
                 | {"schemes": dict(sorted(Counter(choice.values()).items()))}
             )
@@ -141,16 +141,15 @@ def compared(planned: Tensor, found: Tensor, kind: str) -> dict:
 
 @torch.no_grad()
 def steps(
-    pipe: DiffusionPipeline, samples: Samples, num_samples: int, work: Path, write: Callable[[dict], None]
+    pipe: DiffusionPipeline, samples: Samples, draw: dict, asked: dict, work: Path, write: Callable[[dict], None]
 ) -> None:
     """Rows of plans for the time of each uniform scheme's step."""
-    palette = make_palette(pipe, STEP_CHOICES, num_samples=16, num_inference_steps=STEPS, seed=0)
+    palette = make_palette(pipe, STEP_CHOICES, num_samples=16, num_inference_steps=STEPS, seed=0, **asked)
     errors = measure(samples, palette, journal=work / "errors-steps.jsonl", settings={"choices": list(STEP_CHOICES)})
     model = denoiser_of(pipe)
     rest, layers = layer_bytes(model, palette)
     around, times = step_seconds(samples, palette)
     table = Table(errors, layers, rest, times, around)
-    draw = {"num_samples": num_samples, "num_inference_steps": STEPS, "seed": FRESH, "sampler": "own"}
     expected, call = draw_pictures(pipe, **draw), samples.steps[0]
     for scheme in STEP_CHOICES:
         uniform = scheme_choice(palette, scheme)
@@ -171,7 +170,7 @@ def steps(
                 {"part": "steps", "size": scheme, "choice": kind, "limit_seconds": rounded(limit), "bytes": size_of}
                 | {"predicted_seconds": rounded(predicted), "seconds": rounded(median(seconds[kind]))}
                 | {"spread_seconds": [rounded(min(seconds[kind])), rounded(max(seconds[kind]))]}
-                | {"predicted_traj_rel_l2": rounded(sqrt(error)), "num_samples": num_samples}
+                | {"predicted_traj_rel_l2": rounded(sqrt(error)), "num_samples": draw["num_samples"]}
                 | compared(found["plan"], found[kind], kind)
                 | {"schemes": dict(sorted(Counter(choice.values()).items())), "batch": len(call.output)}
                 | timed_on()
@@ -179,12 +178,11 @@ def steps(
 
 
 def psnr(
-    pipe: DiffusionPipeline, palette: Palette, table: Table, num_samples: int, write: Callable[[dict], None]
+    pipe: DiffusionPipeline, palette: Palette, table: Table, draw: dict, asked: dict, write: Callable[[dict], None]
 ) -> None:
     """Rows of targets for PSNR: what was asked for, and what a real checkpoint gives on fresh noise."""
-    draw = {"num_samples": num_samples, "num_inference_steps": STEPS, "seed": FRESH, "sampler": "own"}
     expected, sampled = None, {}
-    pictures = Pictures(pipe, palette, num_samples=PLANNING, num_inference_steps=STEPS, seed=2)
+    pictures = Pictures(pipe, palette, num_samples=PLANNING, num_inference_steps=STEPS, seed=2, **asked)
 
     def once(choice: dict[str, str]) -> float:
         key = tuple(choice.items())
@@ -197,7 +195,7 @@ def psnr(
         choice = table.choice(for_psnr(table, target, once, runs).options)
         made = copy.deepcopy(pipe)
         config = MSFPConfig("w8a8", scheme_overrides=dict(sorted(choice.items(), key=lambda item: len(item[0]))))
-        quantize_pipeline(made, config, num_samples=16, num_inference_steps=STEPS)
+        quantize_pipeline(made, config, num_samples=16, num_inference_steps=STEPS, **asked)
         expected = draw_pictures(pipe, **draw) if expected is None else expected
         own, (size, error, _) = mean_of(psnr_db(expected, draw_pictures(made, **draw))), table.sums(choice)
         write(
@@ -207,7 +205,7 @@ def psnr(
                 "predicted_psnr_db": rounded(psnr_of(error, runs)),
                 "image_psnr_db": rounded(own.value),
                 "image_psnr_db_interval": [rounded(own.low), rounded(own.high)],
-                "num_samples": num_samples,
+                "num_samples": draw["num_samples"],
                 "bytes": size,
                 "runs": [[rounded(error), rounded(found)] for error, found in runs],
                 "pictures_of_a_run": PLANNING,
@@ -215,9 +213,9 @@ def psnr(
         )
 
 
-def sums(pipe: DiffusionPipeline, palette: Palette, work: Path, write: Callable[[dict], None]) -> None:
+def sums(pipe: DiffusionPipeline, palette: Palette, asked: dict, work: Path, write: Callable[[dict], None]) -> None:
     """Rows of mixes of 4 and 8 bits: their error, and what errors of single layers say of it."""
-    whole = Samples.of(pipe, num_samples=1, num_inference_steps=STEPS, seed=500)
+    whole = Samples.of(pipe, num_samples=1, num_inference_steps=STEPS, seed=500, **asked)
     steps, factors = whole.steps[::2], whole.factors[::2]
     energy = sum(f * f * step.output.double().square().sum().item() for f, step in zip(factors, steps, strict=True))
     few, model = replace(whole, steps=steps, factors=factors, energy=energy), denoiser_of(pipe)
@@ -268,7 +266,8 @@ def main(
 ) -> None:
     """Measure, choose, sample, write rows."""
     parts, pipe = part.split(","), float_pipe(model)
-    weights = fingerprint([denoiser_of(pipe)])
+    weights, asked = fingerprint([denoiser_of(pipe)]), asked_of(model, pipe)
+    draw = {"num_samples": num_samples, "num_inference_steps": STEPS, "seed": FRESH, "sampler": "own"} | asked
 
     def write(row: dict) -> None:
         row = {"model": model.name, "weights": weights} | row
@@ -276,24 +275,24 @@ def main(
         typer.echo(str({key: value for key, value in row.items() if key != "schemes"}), err=True)
 
     with tempfile.TemporaryDirectory() as scratch:
-        work = work or Path(scratch)
-        work.mkdir(exist_ok=True)
-        samples = Samples.of(pipe, num_samples=2, num_inference_steps=STEPS, seed=500)
+        work = of_this_code(work or Path(scratch))
+        work.mkdir(parents=True, exist_ok=True)
+        samples = Samples.of(pipe, num_samples=2, num_inference_steps=STEPS, seed=500, **asked)
         if "steps" in parts:
-            steps(pipe, samples, num_samples, work, write)
+            steps(pipe, samples, draw, asked, work, write)
         if {"sizes", "psnr", "sums"}.isdisjoint(parts):
             return
-        palette = make_palette(pipe, CHOICES, num_samples=16, num_inference_steps=STEPS, seed=0)
+        palette = make_palette(pipe, CHOICES, num_samples=16, num_inference_steps=STEPS, seed=0, **asked)
         if "sizes" in parts or "psnr" in parts:
             errors = measure(samples, palette, journal=work / "errors.jsonl", settings={})
             rest, layers = layer_bytes(denoiser_of(pipe), palette)
             table = Table(errors, layers, rest)
         if "sizes" in parts:
-            sizes(pipe, palette, table, num_samples, only, write)
+            sizes(pipe, palette, table, draw, only, write)
         if "psnr" in parts:
-            psnr(pipe, palette, table, num_samples, write)
+            psnr(pipe, palette, table, draw, asked, write)
         if "sums" in parts:
-            sums(pipe, palette, work, write)
+            sums(pipe, palette, asked, work, write)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ precision's pictures of equal noise, or that a variant is as good as full precis
 pictures to real ones. Variants of which a claim trains something are made with three seeds of calibration, training and
 noise, the others with one. What is there for these weights and lengths is not made again, and takes the place of what
 is there for others; `--hours` stops between two variants, `--only` makes its variants anew, so that several processes
-may share the work. `claims.py` turns rows into verdicts.
+may share the work. Pictures are kept for each commit. `claims.py` turns rows into verdicts.
 Writes `model_cards/results/claims.json`.
 """
 
@@ -24,7 +24,7 @@ import typer
 from claims import CLAIMS, FULL_PRECISION, seeds_of
 from diffusers import DiffusionPipeline
 from diffusers.models.activations import GEGLU, GELU, ApproximateGELU
-from harness import RESULTS, keep_rows, read_results
+from harness import RESULTS, keep_rows, of_this_code, read_results
 from real_models import asked_of, real_pictures
 from torch import Tensor, nn
 
@@ -225,7 +225,7 @@ def main(
     started = time.monotonic()
     reference = with_ddim(DiffusionPipeline.from_pretrained(model, dtype=torch.float32))
     reference.set_progress_bar_config(disable=True)
-    asked = asked_of(model, reference)
+    asked, pictures = asked_of(model, reference), of_this_code(work)
     about = {"model": model.name, "weights": fingerprint(list(denoisers_of(reference).values())), "updates": updates}
     about |= {"num_samples": num_samples}
     rows = read_results("claims")["rows"] if (RESULTS / "claims.json").exists() else []
@@ -248,7 +248,7 @@ def main(
         if found is not None:
             pipe, said = found
             row |= said | {"seconds": round(time.perf_counter() - began, 1)}
-            draw = DRAW | asked | {"num_samples": num_samples, "seed": 1000 + seed, "folder": work}
+            draw = DRAW | asked | {"num_samples": num_samples, "seed": 1000 + seed, "folder": pictures}
             values = psnr_db(*(draw_pictures(each, **draw).float() for each in (reference, pipe)))
             compared = compare_pipelines(reference, pipe, num_samples=32, seed=2000 + seed, **asked)
             row |= {"traj_rel_l2": float(f"{compared.traj_rel_l2:.5g}")}

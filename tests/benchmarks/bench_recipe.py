@@ -3,8 +3,9 @@
     python tests/benchmarks/bench_recipe.py [--cells "as it is,low rank" --seeds 0,1,2]
 
 The embedded model, 20 DDIM steps; updates have 16 samples, as always. Each row is written when it is finished, and rows
-that are there are not made again, so that a run that was stopped goes on; `--cells` makes its rows anew. The seed is
-that of calibration, fine-tuning and pictures, whose noise cells share, so that differences are paired. Writes
+that are there for these weights, updates and pictures are not made again, so that a run that was stopped goes on;
+`--cells` makes its rows anew. What is there for others gives way: differences are paired, over pictures whose noise
+cells share. The seed is that of calibration, fine-tuning and pictures. Writes
 `model_cards/results/recipe.json`.
 """
 
@@ -13,6 +14,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated
 from unittest import mock
 
@@ -33,6 +35,7 @@ from diffusers_msfp import (
     quantize_pipeline,
 )
 from diffusers_msfp.assets import EMBEDDED_MODEL
+from diffusers_msfp.checkpoint.digest import fingerprint
 from diffusers_msfp.evaluation import compare_pipelines
 from diffusers_msfp.evaluation.compare import psnr_db
 from diffusers_msfp.evaluation.images.distances import mean_of
@@ -127,19 +130,20 @@ def main(
     """Quantize, fine-tune, compare, write rows."""
     reference = with_ddim(DiffusionPipeline.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32))
     reference.set_progress_bar_config(disable=True)
+    about = {"weights": fingerprint([reference.unet]), "updates": updates, "num_samples": num_samples}
     rows = read_results("recipe")["rows"] if (RESULTS / "recipe.json").exists() else []
     for seed in map(int, seeds.split(",")):
         expected = None
         for name in cells.split(";") if cells else CELLS:
-            key = {"updates": updates, "cell": name, "seed": seed}
-            if not cells and any(key.items() <= row.items() for row in rows):
+            key = about | {"cell": name, "seed": seed}
+            if not cells and any(is_of(key, row) for row in rows):
                 continue
             pipe, seconds = made(reference, CELLS[name], updates, seed)
             draw = DRAW | {"num_samples": num_samples, "seed": 1000 + seed}
             expected = draw_pictures(reference, **draw) if expected is None else expected
             found = psnr_db(expected, draw_pictures(pipe, **draw))
             compared = compare_pipelines(reference, pipe, num_samples=64, seed=2000 + seed)
-            row = key | {"seconds": round(seconds, 1), "num_samples": num_samples, "psnr_db": digits(mean_of(found))}
+            row = key | {"seconds": round(seconds, 1), "psnr_db": digits(mean_of(found))}
             row |= {figure: float(f"{getattr(compared, figure):.5g}") for figure in ("traj_rel_l2", "eps_rel_l2")}
             routing = routing_of(pipe.unet)
             row |= {
@@ -147,13 +151,18 @@ def main(
                 "intervals": None if routing is None else routing.intervals(),
                 "psnr_db_by_picture": [round(p, 2) for p in found.tolist()],
             }
-            keep_rows("recipe", COMMAND, [row], by=tuple(key), order=place)
+            keep_rows("recipe", COMMAND, [row], by=tuple(key), order=place, stays=partial(is_of, about))
             typer.echo(f"{name:32} seed {seed}  PSNR {row['psnr_db'][0]:.2f} dB  {seconds:.0f} s", err=True)
 
 
-def place(row: dict) -> tuple[int, int, int]:
+def is_of(about: Mapping, row: Mapping) -> bool:
+    """Whether a row is of these weights and lengths."""
+    return about.items() <= row.items()
+
+
+def place(row: dict) -> tuple[int, int]:
     """Of a row in the file."""
-    return row["updates"], list(CELLS).index(row["cell"]), row["seed"]
+    return list(CELLS).index(row["cell"]), row["seed"]
 
 
 def digits(figure) -> list[float]:

@@ -1,7 +1,7 @@
 """Fine-tuning at `w4a4` on a real model: signs, one LoRA, TALoRA, DFA, placements; three seeds each.
 
     python tests/benchmarks/bench_talora.py --data fashion_mnist.npz [--cells "ptq,talora" --seeds "0"]
-    python tests/benchmarks/bench_talora.py --data fashion_mnist.npz --name talora-reads --seeds 0 --pictures 64
+    python tests/benchmarks/bench_talora.py --data fashion_mnist.npz --name talora-reads --seeds 0
 
 Every cell of a kind gets the same number of updates. Each row is written as soon as it is measured; with `--cells` or
 `--seeds` only these rows are made anew. Distances are between features of the `fashion` network, on pictures of 20 DDIM
@@ -66,7 +66,7 @@ def main(
     data: Annotated[str, typer.Option(help="fashion_mnist.npz, for real test images")],
     cells: Annotated[str, typer.Option(help="comma-separated; all if left out")] = "",
     seeds: Annotated[str, typer.Option(help="comma-separated")] = "0,1,2",
-    pictures: Annotated[int, typer.Option(help="for the Fréchet distances")] = 384,
+    pictures: Annotated[int, typer.Option(help="for the Fréchet distances, more than 64")] = 384,
     name: Annotated[str, typer.Option(help="of the results file: talora or talora-reads")] = "talora",
 ) -> None:
     """Quantize, fine-tune, compare, sample, write rows."""
@@ -121,7 +121,7 @@ def pictures_of(pipe, number: int, seed: int) -> torch.Tensor:
 def keep(name: str, row: dict) -> None:
     """Put a row into the results file, in the order of the cells."""
     cells = ["full precision", *FILES[name]]
-    more = "" if name == "talora" else f" --name {name} --seeds 0 --pictures 64"
+    more = "" if name == "talora" else f" --name {name} --seeds 0"
     keep_rows(
         name, COMMAND + more, [row], by=("cell", "seed"), order=lambda each: (cells.index(each["cell"]), each["seed"])
     )

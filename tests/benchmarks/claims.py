@@ -12,7 +12,7 @@ from diffusers_msfp.evaluation.images.distances import mean_of
 FULL_PRECISION = "full precision"
 TRAINED = frozenset({"learned rounding", "one LoRA", "TALoRA", "TALoRA + DFA", "W4A4, recipe msfp"})
 SEEDS = (0, 1, 2)
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Seeds → 97.5 % quantile of Student's t with one degree of freedom less."""
 MODELS = {
     "ddpm-fashion-mnist-32": "embedded",
@@ -79,11 +79,18 @@ def over_seeds(each: Tensor) -> tuple[float, float, float]:
     """Mean of `(seeds, pictures)` and its 95 % interval: over pictures; of several seeds, Student's over their means.
 
     Pictures of a seed have what it calibrated and trained in common, so that only seeds tell how much that varies.
+
+    Raises:
+        ValueError: more seeds than `STUDENT` has.
     """
     seeds = len(each)
     if seeds == 1:
         own = mean_of(each[0])
         return own.value, own.low, own.high
+    if seeds not in STUDENT:
+        raise ValueError(
+            f"Intervals must be over at most {max(STUDENT)} seeds, but got {seeds}: add theirs to `STUDENT`."
+        )
     means = each.double().mean(1)
     reach = STUDENT[seeds] * (means.std() / seeds**0.5).item()
     value = means.mean().item()

@@ -30,7 +30,17 @@ def load_images(data: str, split: str) -> tuple[Tensor, Tensor]:
 
 
 def fashion_distance(real: Tensor, fake: Tensor) -> float:
-    """Fréchet distance of the features of two sets of images `(N, 1, 32, 32)` in [0, 1]."""
+    """Fréchet distance of the features of two sets of images `(N, 1, 32, 32)` in [0, 1].
+
+    Raises:
+        ValueError: a set has not more images than there are features, so that its covariance is singular.
+    """
+    few = min(len(real), len(fake))
+    if few <= FashionFeatures.width:
+        raise ValueError(
+            f"A Fréchet distance must be of more pictures than there are features, {FashionFeatures.width}, but got "
+            f"{few}: draw more."
+        )
     network = feature_network("fashion")
     return frechet_distance(extract(network, real).pooled, extract(network, fake).pooled)
 

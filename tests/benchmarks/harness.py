@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import tempfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,34 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "model_cards" / "results"
 
 
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
+CODE = {
+    "git": _git("rev-parse", "--short", "HEAD"),
+    "dirty": bool(_git("status", "--porcelain", "--", "diffusers_msfp", "tests")),
+}
+"""The commit that this process runs; others may be made while it does."""
+
+
 def origin() -> dict:
     """Machine, versions and commit of a result."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-
     return {
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
-        "git": git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--", "diffusers_msfp", "tests")),
+        **CODE,
     }
+
+
+def of_this_code(folder: Path) -> Path:
+    """Where a folder keeps what this code has made: another commit, or other changes to one, may make something else.
+
+    Read it once, when a program starts.
+    """
+    changes = zlib.crc32(_git("diff", "HEAD", "--", "diffusers_msfp", "tests").encode())
+    return folder / (f"{CODE['git']}-{changes:08x}" if CODE["dirty"] else CODE["git"])
 
 
 def write_results(name: str, command: str, rows: list[dict]) -> None:

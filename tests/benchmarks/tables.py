@@ -79,15 +79,21 @@ def formats() -> Iterator[dict[str, str]]:
         }
 
 
+def psnr_of(rows: list[dict], suffix: str = "") -> tuple[float, float, float]:
+    """Mean over seeds and its 95 % interval, see `over_seeds`; rows have figures of all their pictures."""
+    if len(rows) == 1:
+        value, low, high = (rows[0][f"image_psnr_db{end}{suffix}"] for end in ("", "_low", "_high"))
+        return value, low, high
+    return over_seeds(torch.tensor([row[f"image_psnr_db{suffix}"] for row in rows])[:, None])
+
+
 def schemes() -> Iterator[dict[str, str]]:
     """Every scheme on the embedded model, mean over seeds."""
     for name, rows in grouped("ddpm-fashion-mnist-32", "scheme").items():
         yield {
             "scheme": f"`{name}`",
-            "PSNR (dB)": f"{average(rows, 'image_psnr_db_20'):.1f}",
+            "PSNR (dB)": "{:.1f} ({:.1f} – {:.1f})".format(*psnr_of(rows, "_20")),
             "seeds × pictures": f"{len(rows)} × {rows[0]['num_samples']}",
-            "95 %, all seeds": f"{min(row['image_psnr_db_low_20'] for row in rows):.1f} – "
-            f"{max(row['image_psnr_db_high_20'] for row in rows):.1f}",
             "`traj_rel_l2`": f"{average(rows, 'traj_rel_l2_20'):.4f}",
             "`eps_rel_l2`": f"{average(rows, 'eps_rel_l2_20'):.4f}",
             "50 steps (dB)": f"{average(rows, 'image_psnr_db_50'):.1f}",
@@ -102,11 +108,10 @@ def search() -> Iterator[dict[str, str]]:
     """The search beside what it was and what was left out, mean over seeds."""
     for model, label in SEARCHED.items():
         for name, rows in grouped(f"{model}-search", "variant").items():
-            low, high = (min(row["image_psnr_db_low"] for row in rows), max(row["image_psnr_db_high"] for row in rows))
             yield {
                 "search": name,
                 "model": label,
-                "PSNR (dB)": f"{average(rows, 'image_psnr_db'):.1f} ({low:.1f} – {high:.1f})",
+                "PSNR (dB)": "{:.1f} ({:.1f} – {:.1f})".format(*psnr_of(rows)),
                 "`traj_rel_l2`": f"{average(rows, 'traj_rel_l2'):.4f}",
                 "`eps_rel_l2`": f"{average(rows, 'eps_rel_l2'):.4f}",
                 "pictures": str(sum(row["num_samples"] for row in rows)),
@@ -178,17 +183,40 @@ def reads() -> Iterator[dict[str, str]]:
                 "`eps_rel_l2`": f"{row['eps_rel_l2_20']:.4f}",
                 "PSNR (dB)": f"{row['image_psnr_db_20']:.1f}",
                 "50 steps (dB)": f"{row['image_psnr_db_50']:.1f}",
-                "Fréchet to full precision": f"{row['frechet_reference']:.2f}",
             }
+
+
+ALIKE = ("weights", "updates", "num_samples")
+"""What rows of `recipe` must have in common."""
+
+
+def recipe_rows() -> dict[str, list[dict]]:
+    """Rows of `recipe` by cell.
+
+    Raises:
+        ValueError: they are of several lengths, numbers of pictures or weights.
+    """
+    groups = grouped("recipe", "cell")
+    kinds = {tuple(row[key] for key in ALIKE) for rows in groups.values() for row in rows}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"Rows of `recipe` must have equal {', '.join(ALIKE)}, but got {sorted(kinds)}: keep one kind."
+        )
+    return groups
+
+
+def gains_of(rows: list[dict], base: list[dict]) -> torch.Tensor:
+    """Differences of PSNR `(seeds, pictures)`, paired, on the seeds of `rows`."""
+    by_seed = {row["seed"]: torch.tensor(row["psnr_db_by_picture"]) for row in base}
+    return torch.stack([torch.tensor(row["psnr_db_by_picture"]) - by_seed[row["seed"]] for row in rows])
 
 
 def recipe() -> Iterator[dict[str, str]]:
     """The recipe `msfp` with one part changed at a time; differences are paired over pictures, see `over_seeds`."""
-    groups = grouped("recipe", "cell")
-    base = {row["seed"]: torch.tensor(row["psnr_db_by_picture"]) for row in groups["as it is"]}
+    groups = recipe_rows()
     for name, rows in groups.items():
         each = torch.stack([torch.tensor(row["psnr_db_by_picture"]) for row in rows])
-        gain = over_seeds(each - torch.stack([base[row["seed"]] for row in rows]))
+        gain = over_seeds(gains_of(rows, groups["as it is"]))
         yield {
             "recipe": name.replace("banks", "adapters"),
             "PSNR (dB)": "{:.1f} ({:.1f} – {:.1f})".format(*over_seeds(each)),
@@ -201,9 +229,38 @@ def recipe() -> Iterator[dict[str, str]]:
         }
 
 
+SIGNED, MIXED, TWO, BOTH = (
+    "paper: signed formats",
+    "paper: + mixed sign",
+    "paper: + TALoRA, two banks",
+    "paper: + DFA",
+)
+PARTS = {
+    "mixed signs": (MIXED, SIGNED),
+    "two adapters (TALoRA)": (TWO, MIXED),
+    "DFA on top of them": (BOTH, TWO),
+    "DFA with one adapter, the recipe as it is": ("as it is", MIXED),
+    "two adapters and DFA": (BOTH, MIXED),
+}
+"""Part of the paper → cells of `recipe` with it and without."""
+
+
+def paper() -> Iterator[dict[str, str]]:
+    """What each of the paper's parts brings, paired by seed."""
+    groups = recipe_rows()
+    for label, (cell, without) in PARTS.items():
+        gain = gains_of(groups[cell], groups[without])
+        yield {
+            "part": label,
+            "on top of": without.removeprefix("paper: ").removeprefix("+ ").replace("banks", "adapters"),
+            "gain (dB)": "{:+.2f} ({:+.2f} – {:+.2f})".format(*over_seeds(gain)),
+            "by seed": ", ".join(f"{seed:+.2f}" for seed in gain.mean(1).tolist()),
+        }
+
+
 def banks() -> Iterator[dict[str, str]]:
     """Which adapter serves which timesteps, by how routers begin."""
-    for row in read_results("recipe")["rows"]:
+    for row in (row for rows in recipe_rows().values() for row in rows):
         if "banks" in row["cell"]:
             (group,) = row["intervals"]
             runs = reversed(group)  # as the sampler goes
@@ -383,15 +440,21 @@ def quality() -> Iterator[dict[str, str]]:
             "": label,
             "PSNR (dB)": interval(rows[cell], "candidate_to_reference.psnr_db", 1),
             "Fréchet distance": interval(rows[cell], "candidate_to_reference.frechet_distance", 2),
-            "tensors": f"{rows[cell]['bytes'] / 1e6:.2f} MB",
+            "tensors": megabytes(rows[cell]["bytes_float16"]),
         }
-    yield {"": "full precision, float16", "PSNR (dB)": "–", "Fréchet distance": "0", "tensors": full_precision_size()}
+    full = megabytes(full_precision_size())
+    yield {"": "full precision, float16", "PSNR (dB)": "–", "Fréchet distance": "0", "tensors": full}
 
 
-def full_precision_size() -> str:
-    """Of the embedded model's tensors."""
+def full_precision_size() -> int:
+    """Bytes of the embedded model's tensors."""
     tensors = load_file(EMBEDDED_MODEL / "unet" / "diffusion_pytorch_model.safetensors")
-    return f"{sum(tensor.nbytes for tensor in tensors.values()) / 1e6:.2f} MB"
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def megabytes(size: int) -> str:
+    """With two digits."""
+    return f"{size / 1e6:.2f} MB"
 
 
 def sizes() -> Iterator[dict[str, str]]:
@@ -431,7 +494,7 @@ def cells(rows: list[dict]) -> Iterator[dict[str, str]]:
             "PSNR (dB)": interval(row, "candidate_to_reference.psnr_db", 1),
             "Fréchet to full precision": interval(row, "candidate_to_reference.frechet_distance", 2),
             "to real pictures": interval(row, "candidate_to_real.frechet_distance", 2),
-            "tensors": f"{row['bytes'] / 1e6:.2f} MB",
+            "tensors": megabytes(row["bytes_float16"]),
             "minutes": "–" if row["minutes"] is None else f"{row['minutes']:.1f}",
         }
         yield table_row
@@ -464,6 +527,7 @@ MAKERS = (
     talora,
     reads,
     recipe,
+    paper,
     banks,
     routing,
     temporal,

@@ -23,6 +23,17 @@ def test_memory_is_bounded_and_the_range_exact():
     assert ((counts - expected).abs() < 6 * expected**0.5).all()  # uniform over calls
 
 
+def test_a_default_device_is_not_where_samples_lie():
+    x, found = torch.randn(2 * CAPACITY), []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            found.append(Observation())
+            for _ in range(CAPACITY // DRAWN_PER_CALL + 2):
+                observe(found[-1], x, "a")
+    assert torch.equal(found[0].sample, found[1].sample)
+    assert torch.equal(found[0].range, found[1].range)
+
+
 def test_small_inputs_are_kept_whole_and_empty_ones_ignored():
     observation = Observation()
     observe(observation, torch.zeros(0), "a")

@@ -75,6 +75,21 @@ def test_a_calibrated_file_is_calibrated(folders, tmp_path):
     assert DiffusionPipeline.from_pretrained(tmp_path / "out")("a", num_inference_steps=1, output_type="latent")
 
 
+def test_what_stays_float_is_stored_as_it_came(tmp_path):
+    pipe = make_small_pipe()
+    pipe.text_encoder.bfloat16()
+    pipe.save_pretrained(tmp_path / "source")
+    cli.quantize(str(tmp_path / "source"), tmp_path / "out", scheme="w4a16", **FEW)
+    before, after = (tmp_path / each / "text_encoder" / "model.safetensors" for each in ("source", "out"))
+    assert after.stat().st_size <= before.stat().st_size
+    made = DiffusionPipeline.from_pretrained(tmp_path / "out")  # in one dtype
+    assert {each.dtype for part in (made.text_encoder, made.vae) for each in part.parameters()} == {torch.float32}
+    assert equal_state(made.text_encoder, pipe.text_encoder.float())
+    assert equal_state(made.vae, pipe.vae)
+    stored = load_file(tmp_path / "out" / "vae" / "diffusion_pytorch_model.safetensors")
+    assert {each.dtype for each in stored.values()} == {torch.float32}
+
+
 def test_what_a_file_lacks_comes_from_beside_its_configs(folders, tmp_path, capfd):
     """The text encoders of SDXL are told by sizes that no tiny model has; a file may have no VAE."""
     for kind in ("SD", "SDXL"):

@@ -142,6 +142,35 @@ def test_compiled_graphs_keep_no_layer(compiler):
     assert layer() is None
 
 
+@pytest.mark.parametrize("way", ["in place", "data", "module"])
+@torch.no_grad()
+def test_tensors_that_are_written_to_or_exchanged_reach_the_graph(compiler, way):
+    block, expected = Block(0), Block(0)
+    call = compiler.compiled(block)
+    before = call(images())
+    for layer in (block.layer, expected.layer):
+        larger = 1.5 * layer.weight_scale
+        if way == "in place":
+            layer.weight_scale.copy_(larger)
+        elif way == "data":
+            layer.weight_scale.data = larger
+        else:
+            layer._buffers["weight_scale"] = larger
+    found = call(images())
+    assert torch.equal(found, expected(images()))
+    assert not torch.equal(found, before)
+    assert len(compiler.graphs) == 1
+
+
+@torch.no_grad()
+def test_whole_numbers_stay_whole_in_graphs_under_autocast(compiler):
+    block = Block(0, engine="bf16")
+    expected = block(images())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = compiler.compiled(block)(images())
+    torch.testing.assert_close(found, expected.to(found.dtype))
+
+
 @torch.no_grad()
 def test_what_is_gone_is_an_error(compiler):
     block = Block(0)

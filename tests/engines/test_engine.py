@@ -229,10 +229,14 @@ def test_what_is_asked_for_must_exist(packed_pipe, unet):
     assert run(model, torch.randn(1, 3, 8, 8)).isfinite().all()
 
 
-def test_the_environment_chooses(packed_dir, monkeypatch):
+def test_the_environment_chooses(packed_dir, monkeypatch, caplog):
     monkeypatch.setenv("MSFP_ENGINE", "bf16")
     layers = quant_layers(DDPMPipeline.from_pretrained(packed_dir).unet)
     assert {layer.engine.engines[0].name for _, layer in layers} == {"bf16"}
+    monkeypatch.setenv("MSFP_ENGINE", "cuda")  # to be moved there
+    unet = DDPMPipeline.from_pretrained(packed_dir).unet
+    assert engines_of(unet).keys() == {"reference"}
+    assert "MSFP_ENGINE: Engine 'cuda' must be able to run a layer of this model here" in caplog.text
     monkeypatch.setenv("MSFP_ENGINE", "fastest")
     with pytest.raises(ConfigError, match="Unknown engine 'fastest'"):
         DDPMPipeline.from_pretrained(packed_dir)

@@ -12,6 +12,7 @@ from torch import nn
 from diffusers_msfp.engines import ENGINES, bf16
 from diffusers_msfp.engines.engine import weight_unit
 from diffusers_msfp.engines.int8 import Int8Engine, products_are_exact
+from diffusers_msfp.engines.integers import products
 from diffusers_msfp.errors import NonFiniteError
 from diffusers_msfp.numerics.rounding import quantize_to_lattice
 from diffusers_msfp.schemes import SCHEMES
@@ -34,6 +35,14 @@ def test_every_engine_equals_the_reference(name, scheme, signed):
             assert_close(layer(x), expected, 1e-5)
             assert_close(layer(x), expected, 1e-5)  # with what the first call has made
             assert_close(layer(x.bfloat16()), rounded, ROUNDED_TWICE)
+
+
+def test_a_default_device_is_not_asked_for_products():
+    products.products_are_exact.cache_clear()
+    products._zeros.cache_clear()
+    with torch.device("meta"):
+        assert products_are_exact(15, 7)
+    assert products._zeros(16).device.type == "cpu"
 
 
 @torch.no_grad()

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_unet
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, StableDiffusionPAGPipeline
+from pipelines import make_img2img, make_small_pipe, picture
 
 from diffusers_msfp.errors import ConfigError, NonFiniteError, ShapeError, StateError, UnsupportedError
 from diffusers_msfp.evaluation import Features, compare_pipelines, evaluate_pipelines
@@ -158,3 +159,27 @@ def test_bad_requests_are_refused(tiny_pipe, reference, packed_pipe, monkeypatch
     monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
     with pytest.raises(UnsupportedError, match=r'pip install "diffusers-msfp\[eval\]"'):
         evaluate_pipelines(tiny_pipe, tiny_pipe, **RUN)
+
+
+def test_pipelines_that_begin_at_a_picture():
+    pipe = make_img2img()
+    run = {"num_samples": 2, "num_inference_steps": 4, "features": RUN["features"], "prompts": ["a hat"]}
+    result = evaluate_pipelines(pipe, pipe, image=picture(), strength=0.5, **run)
+    assert result.eps_mse == 0
+    assert len(result.eps_rel_l2_by_timestep) == 2
+
+
+def test_what_cannot_be_compared_is_refused_before_pictures_are_drawn():
+    parts = make_small_pipe().components
+    pipe = StableDiffusionPAGPipeline(**parts, requires_safety_checker=False, pag_applied_layers=["mid"])
+    stages = set()
+    with pytest.raises(UnsupportedError, match="perturbed-attention guidance"):
+        evaluate_pipelines(
+            pipe,
+            pipe,
+            num_samples=60,
+            on_progress=lambda *_, stage: stages.add(stage),
+            prompts=["a hat"],
+            **RUN,
+        )
+    assert not any(stage.startswith("pictures") for stage in stages)

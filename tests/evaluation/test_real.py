@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 from pipelines import turned
 
+from diffusers_msfp.calibration.pictures import fitted, opened
 from diffusers_msfp.errors import ConfigError, ShapeError
 from diffusers_msfp.evaluation.images.real import load_real
-from diffusers_msfp.sampling.pictures import fitted, opened
 
 
 def archive(folder, **arrays) -> str:

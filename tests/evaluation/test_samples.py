@@ -10,8 +10,10 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
+from pipelines import make_sdxl, make_small_pipe, make_small_wan, small_wan
 
 from diffusers_msfp import set_engine
+from diffusers_msfp.errors import ConfigError, StateError
 from diffusers_msfp.evaluation.images import samples
 from diffusers_msfp.evaluation.images.samples import draw_pictures, noise_generator
 
@@ -131,6 +133,38 @@ def test_other_arguments_and_changed_checkpoints_begin_anew(pipe, tmp_path, pack
     set_engine(packed_pipe, "reference")
     assert calls(packed_pipe, folder=tmp_path)[1] == 9
     assert len(list(tmp_path.iterdir())) == 7
+
+
+def test_the_pipelines_config_and_versions_count(pipe, tmp_path, monkeypatch):
+    sdxl, found = make_sdxl(), set()
+    for forced in (True, False, True):
+        sdxl.register_to_config(force_zeros_for_empty_prompt=forced)
+        found.add(samples._identity(sdxl, 2, 0, None, {}))
+    assert len(found) == 2
+    calls(pipe, folder=tmp_path)
+    monkeypatch.setattr(samples, "version", lambda _: "another")
+    assert calls(pipe, folder=tmp_path)[1] == 9
+
+
+def test_what_no_name_can_tell_is_not_kept(tmp_path):
+    run = {"num_samples": 2, "num_inference_steps": 1, "folder": tmp_path}
+    with pytest.raises(ConfigError, match="but `callback_on_step_end` is a function"):
+        draw_pictures(make_small_pipe(), **run, callback_on_step_end=lambda *_: {})
+    with pytest.raises(StateError, match="but those of `unet` are not in memory. Leave `folder` out"):
+        draw_pictures(DDPMPipeline(make_unet().to("meta"), DDIMScheduler()), **run)
+    assert not list(tmp_path.iterdir())
+
+
+def test_videos_are_kept_too(tmp_path):
+    wan = make_small_wan()
+    wan.set_progress_bar_config(disable=True)
+    run = {"num_samples": 1, "num_inference_steps": 2, "folder": tmp_path, **small_wan()}
+    videos, steps = calls(wan, **run)
+    assert videos.ndim == 5
+    assert steps
+    again, steps = calls(wan, **run)
+    assert steps == 0
+    assert torch.equal(again, videos)
 
 
 def test_a_full_disk_leaves_nothing_half_written(pipe, tmp_path, monkeypatch):

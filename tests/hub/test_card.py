@@ -264,6 +264,9 @@ def test_results_beside_a_checkpoint_are_published_with_its_card(packed_dir, tmp
     folder = Path(shutil.copytree(packed_dir, tmp_path / "packed"))
     model = DiffusionPipeline.from_pretrained(folder).unet
     write(folder / "results" / "evaluation.json", EVALUATION)
+    with pytest.raises(ConfigError, match="names no checkpoint"):
+        rehearse(folder, tmp_path / "out")
+    write(folder / "results" / "evaluation.json", EVALUATION | {"checkpoint": None})
     with pytest.raises(ConfigError, match="was measured with a float model"):
         rehearse(folder, tmp_path / "out")
     write(folder / "results" / "evaluation.json", EVALUATION | {"checkpoint": fingerprint([model])})

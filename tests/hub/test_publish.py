@@ -7,6 +7,7 @@ from pathlib import Path
 
 import hub_server
 import huggingface_hub
+import pipelines
 import pytest
 import torch
 from conftest import equal_state
@@ -16,8 +17,10 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from diffusers_msfp import cli, publish, quantize_pipeline
+from diffusers_msfp import MSFPConfig, cli, publish, quantize_pipeline
 from diffusers_msfp.errors import CheckpointError, ConfigError, HubError, MSFPError
+from diffusers_msfp.hub.layout import components, pipeline_index
+from diffusers_msfp.plugin.quantize import quantize_model
 
 hub, online = hub_server.hub, hub_server.online
 
@@ -187,6 +190,30 @@ def test_variants(hub, folder, packed_pipe, tmp_path):
     assert report.snippet.endswith('"user/tiny", variant="w4")')
     there = download(hub, tmp_path / "cache")
     assert equal_state(DiffusionPipeline.from_pretrained(there, variant="w4").unet, packed_pipe.unet)
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_text_encoders_are_pushed_as_they_were_saved(hub, sharded, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    model = pipelines.make_clip()
+    quantize_model(model, MSFPConfig("w4a16"))
+    told = {"repo_id": "user/text", "push_to_hub": True, "token": hub_server.TOKEN}
+    (tmp_path / "mine.txt").write_text("no part of the model")
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, variant="fp16", max_shard_size="10KB" if sharded else "1GB", **told)
+    there = {name: data for name, data in hub.files("user/text").items() if name != ".gitattributes"}
+    here = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert there == {name: here[name] for name in here.keys() - {"mine.txt", "model.safetensors"}}
+    assert (sum(name.endswith(".safetensors") for name in there) > 1) == sharded
+    assert equal_state(type(model).from_pretrained(tmp_path, variant="fp16"), model)
+
+
+def test_arguments_by_their_places_are_those_of_the_text_encoder_s_own_method(tmp_path):
+    model = pipelines.make_clip()
+    quantize_model(model, MSFPConfig("w4a16"))
+    model.save_pretrained(tmp_path, True, None, False, "5GB", "fp16")
+    assert (tmp_path / "model.fp16.safetensors").is_file()
+    assert equal_state(type(model).from_pretrained(tmp_path, variant="fp16"), model)
 
 
 def test_on_the_command_line(folder):
@@ -429,6 +456,20 @@ def test_uncalibrated_and_damaged_and_float(folder, tiny_dir, tmp_path):
     refuse(Path(shutil.copytree(tiny_dir, tmp_path / "float")), "MSFP-quantized pipeline")
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
     refuse(folder, "must load, but")
+
+
+def test_parts_of_diffusers_own_pipelines(tmp_path):
+    """Stable Diffusion's safety checker, whose library is the pipeline's own package."""
+    pipe = quantize_pipeline(pipelines.make_small_pipe(), "w4a16")
+    pipe.save_pretrained(tmp_path)
+    file = tmp_path / "model_index.json"
+    index = json.loads(file.read_text())
+    file.write_text(json.dumps(index | {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}))
+    assert "safety_checker" in components(pipeline_index(tmp_path))
+    for library, name in (("stable_diffusion", "SomebodysChecker"), ("somebody", "StableDiffusionSafetyChecker")):
+        file.write_text(json.dumps(index | {"safety_checker": [library, name]}))
+        with pytest.raises(ConfigError, match=f"`safety_checker` is {library}.{name}: a plain download refuses it"):
+            pipeline_index(tmp_path)
 
 
 def test_indices_that_plain_diffusers_would_not_open(folder):

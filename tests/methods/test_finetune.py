@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from dataclasses import make_dataclass
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from conftest import equal_state, make_condition_unet, make_dit_pipe, make_unet, run
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DModel
-from pipelines import ATTENDING, make_teacher
+from diffusers.utils import BaseOutput
+from pipelines import ATTENDING, make_small_pipe, make_teacher
 
 from diffusers_msfp import FinetuneConfig, MSFPConfig, calibrate, finetune, freeze, quantize_pipeline
 from diffusers_msfp.checkpoint.record import ModelRecord
@@ -301,6 +303,40 @@ def test_preview_shows_the_student(packed_pipe, teacher):
     assert [update for update, _ in shown] == [1, 2]
     assert shown[0][1].shape == (8, 8, 8, 3)
     assert not np.array_equal(shown[0][1], shown[1][1])
+
+
+@pytest.mark.parametrize("field", ["image", "audios"])
+def test_previews_of_pipelines_that_put_out_other_fields(packed_pipe, teacher, caplog, field):
+    class Other(DDPMPipeline):
+        @torch.no_grad()
+        def __call__(self, batch_size=1, generator=None, num_inference_steps=2, output_type="np"):
+            made = super().__call__(batch_size, generator, num_inference_steps, output_type)
+            return make_dataclass(field, [(field, np.ndarray)], bases=(BaseOutput,))(made.images)
+
+    pipe, original = (Other(each.unet, each.scheduler) for each in (packed_pipe, teacher))
+    for each in (pipe, original):
+        each.set_progress_bar_config(disable=True)
+    shown = []
+    config = FinetuneConfig(**SHORT, preview_every=1)
+    result = finetune(pipe, original, config, on_preview=lambda *preview: shown.append(preview))
+    assert result.updates == 2
+    if field == "image":
+        assert [pictures.shape for _, pictures in shown] == [(8, 8, 8, 3)] * 2
+    else:
+        assert not shown
+        assert caplog.text.count("goes on without previews") == 1
+
+
+@pytest.mark.parametrize("size", [3, 16])
+def test_previews_beside_arguments_with_a_row_for_each_sample(size):
+    teacher = make_small_pipe()
+    teacher.set_progress_bar_config(disable=True)
+    pipe = quantize_pipeline(copy.deepcopy(teacher), "w4a8", prompts=["a hat"], num_samples=2, num_inference_steps=2)
+    rows = {"prompt": None, "prompt_embeds": torch.randn(size, 8, 16), "guidance_scale": 1.0}
+    config = FinetuneConfig(train_steps=1, num_inference_steps=2, batch_size=size, rank=2, preview_every=1)
+    shown = []
+    finetune(pipe, teacher, config, on_preview=lambda *preview: shown.append(preview), **rows)
+    assert [pictures.shape for _, pictures in shown] == [(8, 8, 8, 3)]
 
 
 def test_schedules():

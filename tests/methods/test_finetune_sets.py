@@ -106,3 +106,22 @@ def test_other_adapters_are_refused_and_nothing_is_changed(pipe, teacher, settin
     now = pipe.unet.state_dict()
     assert now.keys() == state.keys()
     assert all(torch.equal(now[key], state[key]) for key in state)
+
+
+def test_adapters_of_any_kind_learn_beside_a_block_that_alone_has_sets(teacher):
+    pipe = quantize_pipeline(copy.deepcopy(teacher), "w4a4", num_samples=2, num_inference_steps=STEPS)
+    settings = {"num_inference_steps": STEPS, "iterations": 0, "cache_above": None, "num_samples": 2}
+    maintain_temporal(pipe, teacher, TemporalConfig(**settings))
+    before, block = sets_of(pipe), set(pipe.unet.temporal_set.plan.block)
+    assert set(before) <= block
+    finetune(pipe, teacher, FinetuneConfig(train_steps=1, num_inference_steps=STEPS, batch_size=2, rank=2))
+    after = sets_of(pipe)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert ModelRecord.of(pipe.unet, 2).parts["adapters"]
+    merged = FinetuneConfig(**MERGED | {"train_steps": 1})
+    other = quantize_pipeline(copy.deepcopy(teacher), "w4a4", num_samples=2, num_inference_steps=STEPS)
+    maintain_temporal(other, teacher, TemporalConfig(**settings))
+    finetune(other, teacher, merged)
+    learned = sets_of(other)
+    assert any(not torch.equal(learned[name], before[name]) for name in learned)

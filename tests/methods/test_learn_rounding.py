@@ -226,8 +226,17 @@ def test_examples_stay_within_the_memory_given(packed_pipe, teacher):
     assert 0 < error < 0.5  # the inputs are the quantized model's
 
 
-def test_what_judges_is_of_other_trajectories_than_what_teaches(packed_pipe, teacher, monkeypatch):
+JUDGES = {  # samples, batch size, which trajectories judge, and by how many examples
+    "one rollout": (12, 4, {0}, {1, 2, 3}, 3),
+    "a sample at a time": (40, 1, {0}, set(range(1, 10)), 4),
+    "one trajectory": (4, 1, {0}, {1, 2, 3}, 1),  # of which steps judge
+}
+
+
+@pytest.mark.parametrize("kind", JUDGES)
+def test_what_judges_is_of_other_trajectories_than_what_teaches(packed_pipe, teacher, monkeypatch, kind):
     """A neighbour in time, or the other half of guidance, would teach the answer."""
+    number, batch, *expected, judges = JUDGES[kind]
     judged, taught = set(), set()
     loss = RoundedPart.loss
 
@@ -237,19 +246,19 @@ def test_what_judges_is_of_other_trajectories_than_what_teaches(packed_pipe, tea
         return loss(self, call, targets, timesteps)
 
     monkeypatch.setattr(RoundedPart, "loss", watch)
-    settings = {"num_samples": 12, "num_inference_steps": 4, "batch_size": 4, "iterations": 60}
+    settings = {"num_samples": number, "num_inference_steps": 4, "batch_size": batch, "iterations": 240 // batch}
     exclude = ("down_blocks.*", "up_blocks.*", "mid_block.resnets.1*", "time_embedding.*", "conv_*")
     learner = Reconstructor(packed_pipe, teacher, RoundingConfig(**settings, exclude=exclude))
     learner.run()
     (name,) = learner.parts
-    examples = Examples.collect(packed_pipe.unet, teacher.unet, name, learner.steps, 4, 2**30)
+    examples = Examples.collect(packed_pipe.unet, teacher.unet, name, learner.steps, batch, 2**30, length=4)
     sums = [float(row.sum()) for row in examples.targets[0]]
     own = [
         {int(sample) for sample, each in zip(examples.samples, sums, strict=True) if each in seen}
         for seen in (judged, taught)
     ]
-    assert own == [{0}, {1, 2, 3}]
-    assert len(judged) == 3
+    assert own == expected
+    assert len(judged) == judges
 
 
 def test_a_tensor_that_all_share_is_never_cut(packed_pipe, teacher):

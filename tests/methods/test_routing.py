@@ -7,11 +7,22 @@ import pytest
 import torch
 
 from diffusers_msfp.errors import CheckpointError, ConfigError, UnsupportedError
-from diffusers_msfp.methods.talora import Route, RoutingTable, TimestepRouter
+from diffusers_msfp.methods.talora import AdapterBank, Route, RoutingTable, TimestepRouter
 
 
 def table(*rows: list[int], adapters: int = 3) -> RoutingTable:
     return RoutingTable(torch.tensor(rows, dtype=torch.uint8), adapters)
+
+
+def test_a_default_device_is_not_where_random_numbers_are_drawn():
+    bank, found = AdapterBank((4, 3), 2, 2, device="cpu"), []
+    router = TimestepRouter(10, 2)
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            generator = torch.Generator("cpu").manual_seed(0)
+            bank.initialise(generator)
+            found.append([bank.down.clone(), router.gumbel(3, generator)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("kind", [int, float, torch.tensor, lambda t: torch.tensor([t, t, t])])

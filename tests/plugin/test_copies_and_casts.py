@@ -8,20 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ONE_BLOCK, make_unet
+from conftest import ONE_BLOCK, equal_state, make_unet
 from diffusers import DDIMScheduler, DDPMPipeline
+from pipelines import make_small_pipe, make_wan, small_wan
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from diffusers_msfp import FinetuneConfig, MSFPConfig, finetune, quantize_pipeline
+from diffusers_msfp import FinetuneConfig, MSFPConfig, calibrate, finetune, freeze, quantize_pipeline
 from diffusers_msfp.compat.hooks import has_dispatch_modes
-from diffusers_msfp.errors import UnsupportedError
+from diffusers_msfp.errors import StateError, UnsupportedError
 from diffusers_msfp.layers.convert import quant_layers
 from diffusers_msfp.plugin.attach import detach
 from diffusers_msfp.plugin.quantize import dequantize, quantize_model
-from diffusers_msfp.sampling.observation import calibration_state
+from diffusers_msfp.sampling.observation import calibration_state, quantized_models
 
 FAST = {"num_samples": 2, "num_inference_steps": 2}
 
@@ -70,10 +71,19 @@ def test_layouts(images):
     torch.testing.assert_close(output(pipe.unet, images), before)
 
 
-def test_what_was_ready_is_ready_again_once_moved(unet, images):
+MOVES = {
+    "to a device": lambda unet: unet.to("cpu"),
+    "to its dtype": lambda unet: unet.to(unet.dtype),
+    "to both": lambda unet: unet.to("cpu", unet.dtype),
+    "cpu()": lambda unet: unet.cpu(),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_what_was_ready_is_ready_again_once_moved(unet, images, move):
     output(unet, images)
     ready = [name for name, layer in quant_layers(unet) if layer.prepared is not None]
-    unet.to("cpu")
+    assert MOVES[move](unet) is unet
     assert ready
     assert [name for name, layer in quant_layers(unet) if layer.prepared is not None] == ready
 
@@ -155,6 +165,61 @@ def test_what_was_stopped_goes_on(scheme):
     assert all(torch.equal(found[key], whole[key]) for key in whole)
     dequantize(stopped)  # the other way out
     assert not list(quant_layers(stopped.unet))
+
+
+ONE_HAT = {"prompts": ["a hat"]}
+SEVERAL = {
+    "a text encoder": (make_small_pipe, "w4a8", ["unet", "text_encoder"], ONE_HAT, "weights of text_encoder"),
+    "the calibration beside one": (make_small_pipe, "w4a8", ["unet", "text_encoder"], ONE_HAT, "calibration"),
+    "a second denoiser": (make_wan, "w4a16", None, small_wan(), "weights of transformer_2"),
+}
+
+
+@pytest.mark.parametrize("stopped", SEVERAL)
+def test_of_several_components_the_one_that_was_stopped_goes_on(stopped):
+    make, scheme, components, arguments, last = SEVERAL[stopped]
+    config = MSFPConfig(scheme, components_to_quantize=components)
+
+    def stop(_done: int, _total: int, stage: str = "", **_: object) -> None:
+        if stage == last:
+            raise KeyboardInterrupt
+
+    pipes = [make(), make()]
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_pipeline(pipes[0], config, on_progress=stop, **FAST, **arguments)
+    models = [list(quantized_models(quantize_pipeline(pipe, config, **FAST, **arguments))) for pipe in pipes]
+    assert len(models[0]) == 2
+    assert all(equal_state(one, other) for one, other in zip(*models, strict=True))
+    with pytest.raises(StateError, match="can be quantized once"):
+        quantize_pipeline(pipes[0], config, **FAST, **arguments)
+
+
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a16"])
+def test_what_was_stopped_is_not_taken_for_whole(scheme, tmp_path):
+    pipe = small_pipe()
+
+    def stop(done: int, _total: int, **_: object) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_pipeline(pipe, scheme, on_progress=stop, **FAST)
+    pipe(1, num_inference_steps=2)
+    before = copy.deepcopy(pipe.unet)
+    tries = {
+        "calibrated": lambda: calibrate(pipe, **FAST),
+        "frozen": lambda: freeze(pipe),
+        "saved": lambda: pipe.save_pretrained(tmp_path / "pipe"),
+    }
+    for done, attempt in tries.items():
+        with pytest.raises(StateError, match=rf"for it to be {done}, but 2 of \d+ have: quantizing it was stopped"):
+            attempt()
+    assert equal_state(pipe.unet, before)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    quantize_pipeline(pipe, scheme, **FAST)
+    pipe.save_pretrained(tmp_path / "pipe")
 
 
 def test_a_layer_with_a_pruned_bias_stays_float():

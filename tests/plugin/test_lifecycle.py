@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import compute_module_sizes
 from conftest import equal_state, make_condition_unet, make_dit, make_unet, make_vae, run
 from diffusers import (
     DDIMPipeline,
@@ -24,6 +25,7 @@ from diffusers_msfp import MSFPConfig, MSFPPipelineMixin, calibration_state, fre
 from diffusers_msfp.errors import CheckpointError, ConfigError, MSFPError, NonFiniteError, StateError, UnsupportedError
 from diffusers_msfp.layers import QuantLayer
 from diffusers_msfp.plugin.quantize import quantize_model
+from diffusers_msfp.plugin.quantizer import MSFPQuantizer
 
 
 def quant_layer_names(model) -> set[str]:
@@ -210,6 +212,28 @@ def test_device_map_auto(condition_unet, tmp_path):
         tmp_path, quantization_config=MSFPConfig(scheme="w4a16"), device_map="auto"
     )
     assert model.conv_in.weight.device.type == "cpu"
+
+
+def counted(model: UNet2DModel, quantizer: MSFPQuantizer, dtype: torch.dtype) -> int:
+    """Bytes that accelerate counts of a model without weights, when it shares out devices."""
+    quantizer.update_torch_dtype(dtype)
+    quantizer.preprocess_model(model)
+    special = quantizer.get_special_dtypes_update(model, dtype)
+    return compute_module_sizes(model, dtype=quantizer.adjust_target_dtype(dtype), special_dtypes=special)[""]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_device_maps_count_what_is_stored(packed_dir, float_dir, dtype):
+    folder = Path(packed_dir) / "unet"
+    record = MSFPConfig.from_dict(UNet2DModel.load_config(folder)["quantization_config"])
+    asked = MSFPConfig("w4a16", scheme_overrides={"conv1": "w8a16"})
+    with torch.device("meta"):
+        packed, floats = UNet2DModel.from_config(UNet2DModel.load_config(folder)), make_unet()
+    packed_bytes = counted(packed, MSFPQuantizer(record, pre_quantized=True), dtype)
+    assert packed_bytes == load(folder, dtype=dtype).get_memory_footprint()
+    wanted = load(float_dir, quantization_config=asked, dtype=dtype).get_memory_footprint()
+    found = counted(floats, MSFPQuantizer(asked, pre_quantized=False), dtype)
+    assert found == pytest.approx(wanted, rel=0.05)  # scales come with the weights
 
 
 def test_config_json_is_plain_and_says_what_was_done(packed_dir):

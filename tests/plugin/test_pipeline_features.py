@@ -254,6 +254,19 @@ def test_model_offload(pipe):
     agrees_under(lambda pipe: pipe.enable_model_cpu_offload(device="cpu"), pipe)
 
 
+@pytest.mark.feature("an IP-Adapter, casts and moves after `enable_model_cpu_offload`")
+def test_what_accelerate_has_taken_away(pipe):
+    """Its hooks put `to` and its like on the models, and take away what stands there after each run."""
+    assert not {"to", "cuda", "cpu"} & vars(pipe.unet).keys()
+    pipe.enable_model_cpu_offload(device="cpu")
+    sample(pipe)
+    assert pipe.unet.to("cpu", pipe.unet.dtype) is pipe.unet
+    with pytest.raises(UnsupportedError, match="cannot be cast"):
+        pipe.unet.to(torch.float16)
+    pipe.load_ip_adapter(ip_adapter(pipe.unet), subfolder="", weight_name="", image_encoder_folder=None)
+    assert any("IPAdapter" in each.__name__ for each in processors(pipe))
+
+
 @pytest.mark.feature("`enable_group_offload` (its hooks, on a CPU)")
 def test_group_offload(pipe):
     cpu = torch.device("cpu")

@@ -317,3 +317,12 @@ def test_gradients_recomputed_in_another_thread_find_their_adapter(pipes, images
     with ThreadPoolExecutor(1) as pool:
         pool.submit(loss.backward).result()
     assert x.grad.abs().sum() > 0
+
+
+def test_adapters_are_not_loaded_onto_a_model_that_is_moved_by_groups(pipes, tmp_path):
+    pipes["side"].save_talora(tmp_path)
+    unet, cpu = pipes["base"].unet, torch.device("cpu")
+    unet.enable_group_offload(cpu, cpu, offload_type="leaf_level")
+    with pytest.raises(StateError, match="but this UNet2DModel is. Load it anew; it can be offloaded afterwards"):
+        pipes["base"].load_talora(tmp_path)
+    assert not hasattr(unet, "timestep_router")

@@ -10,7 +10,7 @@ from conftest import equal_state
 from diffusers import DiffusionPipeline
 from huggingface_hub.utils import filter_repo_objects
 
-from diffusers_msfp import MSFPConfig, MSFPPipelineMixin, StateError, quantize_pipeline
+from diffusers_msfp import FinetuneConfig, MSFPConfig, MSFPPipelineMixin, StateError, finetune, quantize_pipeline
 from diffusers_msfp.errors import CheckpointError, ConfigError, UnsupportedError
 from diffusers_msfp.layers.convert import base_fingerprint, layers_by_name
 from diffusers_msfp.methods.talora import AdapterBank, AdapterPlan, adapter_rank
@@ -183,3 +183,20 @@ def test_every_kind_of_repository_is_fetched_as_far_as_it_is_needed(two, text, m
     assert torch.equal(sampled(other), expected)
     assert not (tmp_path / "cache" / "training.bin").exists()
     json.dumps(other.talora_summary())
+
+
+def test_one_adapter_where_the_denoiser_is_told_shares_of_the_timesteps(tmp_path):
+    teacher = pipelines.make_flux()
+    teacher.set_progress_bar_config(disable=True)
+    run = {"prompts": ["a hat"], "height": 16, "width": 16}
+    pipe = quantize_pipeline(copy.deepcopy(teacher), "w4a8", num_samples=1, num_inference_steps=4, **run)
+    settings = {"train_steps": 1, "num_inference_steps": 4, "batch_size": 1, "placement": "merged"}
+    with pytest.raises(ConfigError, match="cannot tell apart.*or `num_adapters=1`, which needs no table"):
+        finetune(pipe, teacher, FinetuneConfig(num_adapters=2, rank=2, **settings), **run)
+    finetune(pipe, teacher, FinetuneConfig(num_adapters=1, **settings), **run)
+    pipe.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    call = {"prompt": "a hat", "height": 16, "width": 16, "num_inference_steps": 3, "output_type": "latent"}
+    before, after = (each(generator=torch.Generator().manual_seed(0), **call).images for each in (pipe, loaded))
+    assert torch.equal(before, after)

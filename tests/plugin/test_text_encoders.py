@@ -259,3 +259,13 @@ def test_on_the_command_line(float_dir, tmp_path):
     assert alone.components == ["text_encoder"]
     with pytest.raises(MSFPError, match="already quantized"):
         cli.quantize(str(tmp_path / "alone"), tmp_path / "twice", scheme="w4a16")
+
+
+def test_an_engine_of_the_environment_that_runs_no_layer(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("MSFP_ENGINE", "int8")
+    model = pipelines.make_clip()
+    quantize_model(model, MSFPConfig("w4a16"))
+    expected = output(model)
+    assert "MSFP_ENGINE: Engine 'int8' must be able to run a layer" in caplog.text
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output(CLIPTextModel.from_pretrained(tmp_path)), expected)

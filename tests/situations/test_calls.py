@@ -4,17 +4,22 @@ import copy
 
 import pytest
 import torch
+from conftest import ONE_BLOCK, make_dit_pipe, make_unet
 from diffusers import (
     AnimateDiffPipeline,
     DDIMScheduler,
+    DDPMPipeline,
+    ImagePipelineOutput,
     ModularPipeline,
     MotionAdapter,
     StableDiffusionAdapterPipeline,
     StableDiffusionPAGPipeline,
     StableDiffusionSAGPipeline,
     T2IAdapter,
+    UNet2DModel,
 )
-from pipelines import make_small_pipe, make_small_wan
+from diffusers.utils.torch_utils import randn_tensor
+from pipelines import kontext_call, make_kontext, make_small_pipe, make_small_wan
 
 from diffusers_msfp import (
     CorrectionConfig,
@@ -26,13 +31,17 @@ from diffusers_msfp import (
     learn_rounding,
     quantize_pipeline,
 )
-from diffusers_msfp.errors import NothingToDoError, UnsupportedError
+from diffusers_msfp.budget.sensitivity import Samples
+from diffusers_msfp.errors import ConfigError, NothingToDoError, UnsupportedError
 from diffusers_msfp.evaluation import compare_pipelines
+from diffusers_msfp.evaluation.images.samples import draw_pictures
+from diffusers_msfp.evaluation.layers import layer_snr
 from diffusers_msfp.methods.talora.finetuner import Finetuner
-from diffusers_msfp.sampling.calls import call_arguments
+from diffusers_msfp.sampling.calls import batched_calls, call_arguments
 from diffusers_msfp.sampling.denoisers import model_output
 from diffusers_msfp.sampling.timestep import TimestepArgument, timestep_argument
 from diffusers_msfp.sampling.trajectory import DenoisingStep, mix, rollout
+from diffusers_msfp.sampling.used_output import place_of
 
 FAST = {"num_samples": 1, "num_inference_steps": 2}
 SIZE = {"height": 16, "width": 16}
@@ -182,3 +191,156 @@ def test_modular_pipelines(monkeypatch):
     for names in ("unet", ["unet"]):
         pipe.load_components(names=names, quantization_config=config)
     pipe.load_components(names=["vae"], quantization_config={"unet": config})
+
+
+class Keys:
+    """What the first step of a run leaves to the others."""
+
+    def __init__(self):
+        self.layers = [None]
+
+
+class Caching(UNet2DModel):
+    def forward(self, sample, timestep, extract=False, keys=None):
+        output = super().forward(sample, timestep).sample
+        if extract:
+            keys.layers[0] = output.mean()
+        return (output + keys.layers[0],)
+
+
+class CachingPipeline(DDPMPipeline):
+    @torch.no_grad()
+    def __call__(self, batch_size=1, generator=None, num_inference_steps=2, output_type="np", return_dict=True):  # noqa: ARG002
+        sample, keys = randn_tensor((batch_size, 3, 8, 8), generator=generator), Keys()
+        self.scheduler.set_timesteps(num_inference_steps)
+        for number, timestep in enumerate(self.scheduler.timesteps):
+            (output,) = self.unet(sample, timestep, extract=number == 0, keys=keys)
+            sample = self.scheduler.step(output, timestep, sample).prev_sample
+        return ImagePipelineOutput(sample.clamp(0, 1).movedim(1, -1).numpy())
+
+
+@pytest.mark.situation("a cache of keys that a run's first step fills: each model's own, however often", "right")
+def test_caches_of_keys():
+    torch.manual_seed(0)
+    teacher = CachingPipeline(Caching.from_config(make_unet(**ONE_BLOCK).config).eval(), DDIMScheduler())
+    other, said = copy.deepcopy(teacher), []
+    other.unet.conv_out.bias.data += 1
+    for watched in (teacher, other):
+        watched.unet.register_forward_hook(lambda model, _args, output: said.append((model, output[0])))
+    make = call_arguments(teacher, None, 2, {})
+    alone = {pipe: [step.output for step in rollout(pipe, make, 0, 1, 0)] for pipe in (teacher, other)}
+    steps = rollout(teacher, make, 0, 1, 0)
+    for _ in range(2):
+        steps[0].run(other.unet)
+        assert torch.equal(steps[1].run(teacher.unet)[0], alone[teacher][1])
+    said.clear()
+    result = compare_pipelines(teacher, other, num_samples=1, num_inference_steps=2)
+    found = {pipe: [output for model, output in said if model is pipe.unet] for pipe in (teacher, other)}
+    said.clear()
+    compare_pipelines(teacher, teacher, num_samples=1, num_inference_steps=2)
+    undisturbed = [output for _, output in said]
+    assert torch.equal(found[teacher][0], undisturbed[0])
+    assert torch.equal(found[teacher][1], undisturbed[2])  # after the student's own first step
+    assert result.eps_mse == pytest.approx((4 + 1) / 2, rel=1e-4)  # its own keys, then those that it is called with
+
+
+@pytest.mark.filterwarnings("ignore:The decode_latents method:FutureWarning")
+@pytest.mark.situation("a T2I-Adapter's features while layers are measured: the float model keeps them", "right")
+def test_layers_are_measured_on_the_pipelines_own_calls():
+    teacher = make_t2i()
+    teacher.set_progress_bar_config(disable=True)
+    arguments = {"prompts": ["a hat"], "image": torch.rand(1, 3, 16, 16), **FAST, **SIZE}
+    said = []
+    teacher.unet.register_forward_hook(lambda _model, _args, output: said.append(model_output(output)))
+    compare_pipelines(teacher, copy.deepcopy(teacher), **arguments)
+    (alone, _), _ = said[:2], said.clear()
+    layer_snr(teacher, teacher, **arguments)
+    assert torch.equal(said[-2], alone)
+
+
+@pytest.mark.situation("a picture to be edited stands beside the sample: what becomes of it counts nowhere", "right")
+def test_parts_of_the_output_that_pipelines_throw_away():
+    teacher = make_kontext()
+    teacher.set_progress_bar_config(disable=True)
+    arguments, given = {"prompts": ["a hat"], **FAST}, kontext_call()
+    step = rollout(teacher, call_arguments(teacher, ["a hat"], 2, given), 0, 1, 0)[0]
+    places = step.output.shape[1]
+    assert model_output(step.run(teacher.transformer)).shape[1] > places
+
+    def wrong(pipe):
+        def distort(_model, _args, output):
+            output[0][:, places:] += 1
+
+        other = copy.deepcopy(pipe)
+        other.transformer.register_forward_hook(distort)
+        return other
+
+    assert compare_pipelines(teacher, wrong(teacher), **arguments, **given).eps_mse == 0
+    assert Samples.of(teacher, seed=0, **arguments, **given).error(wrong(teacher).transformer) == 0
+    pipe = quantize_pipeline(copy.deepcopy(teacher), "w4a8", **arguments, **given)
+    config = CorrectionConfig(num_samples=1, num_inference_steps=2)
+    found = [correct_output(each, teacher, config, prompts=["a hat"], **given) for each in (pipe, wrong(pipe))]
+    assert found[0] == found[1]
+    finetuning = FinetuneConfig(train_steps=1, num_inference_steps=2, batch_size=1, placement="side", num_adapters=1)
+    losses = [finetune(each, teacher, finetuning, prompts=["a hat"], **given).losses for each in (wrong(pipe), pipe)]
+    assert losses[0] == losses[1]
+
+
+def test_where_a_sample_stands():
+    read, noise = torch.randn(4, 10, 6), torch.randn(2, 4, 6)
+    for start, index in ((0, slice(None, 4)), (6, slice(-4, None))):
+        beside = read.clone()
+        beside[:2, start : start + 4] = 0.3 * noise
+        assert place_of(noise, beside.bfloat16(), read) == (slice(None), index)
+    assert place_of(noise, read, read) == place_of(read[:2], read, read) == ()
+    wide = torch.cat([noise, torch.randn(2, 4, 3)], -1)
+    assert place_of(noise, wide, wide) == (slice(None), slice(None), slice(None, 6))
+    assert place_of(noise, noise, torch.cat([noise, noise], 1)) == ()  # a variance beside it
+
+
+def rows(pipe, given: dict, num_samples: int, name: str) -> list:
+    calls = batched_calls(call_arguments(pipe, given.pop("prompts", None), 1, given), [pipe.unet], num_samples, 0)
+    return [row for call in calls for row in call.arguments[name]]
+
+
+@pytest.mark.situation("embeddings instead of prompts: taken in turn, for as many pictures as asked for", "right")
+def test_embeddings():
+    pipe = make_small_pipe()
+    pipe.set_progress_bar_config(disable=True)
+    embeddings = torch.randn(2, 77, 16)
+    given = {"prompt": None, "prompt_embeds": embeddings, "negative_prompt_embeds": embeddings.flip(0)}
+    for name, order in (("prompt_embeds", [0, 1, 0, 1, 0]), ("negative_prompt_embeds", [1, 0, 1, 0, 1])):
+        found = rows(pipe, dict(given), 5, name)
+        assert all(torch.equal(row, embeddings[i]) for row, i in zip(found, order, strict=True))
+    shown = []
+    compare_pipelines(
+        pipe,
+        pipe,
+        num_samples=5,
+        num_inference_steps=1,
+        on_pictures=lambda expected, *_: shown.extend(expected),
+        **given,
+    )
+    assert len(shown) == 5
+    assert len(draw_pictures(pipe, num_samples=5, num_inference_steps=1, **given)) == 5
+
+
+@pytest.mark.situation("more or fewer pictures than samples, by labels or several of a prompt at once", "refused")
+def test_other_numbers_of_pictures_than_samples():
+    run = {"num_samples": 2, "num_inference_steps": 1}
+    pipe, labelled = make_small_pipe(), make_dit_pipe()
+    with pytest.raises(ConfigError, match="`num_images_per_prompt` must be 1, but got 2"):
+        compare_pipelines(pipe, pipe, num_images_per_prompt=2, **run)
+    with pytest.raises(ConfigError, match="made 1 where 2 were to come"):
+        compare_pipelines(labelled, labelled, class_labels=[3], **run)
+
+
+@pytest.mark.situation("one negative prompt for all, or a list of them, taken in turn as prompts are", "right")
+def test_negative_prompts():
+    pipe = make_small_pipe()
+    pipe.set_progress_bar_config(disable=True)
+    for negative, expected in (("blurry", ["blurry"] * 6), (["a", "b"], ["a", "b"] * 3)):
+        given = {"negative_prompt": negative, "guidance_scale": 4.0}
+        assert rows(pipe, {"prompts": ["a hat"], **given}, 6, "negative_prompt") == expected
+        made = draw_pictures(pipe, num_samples=6, num_inference_steps=1, prompts=["a hat"], **given)
+        assert len(made) == 6

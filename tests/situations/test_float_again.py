@@ -19,6 +19,7 @@ from diffusers import (
 )
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
+from torch.optim.swa_utils import AveragedModel
 
 from diffusers_msfp import MSFPConfig, register
 from diffusers_msfp.errors import UnsupportedError
@@ -129,6 +130,14 @@ def test_moving_average_saved_as_a_model(model, tmp_path):
     with pytest.raises(UnsupportedError, match=r"saves averages as a float UNet2DConditionModel, .* `model.dequan"):
         average.save_pretrained(tmp_path / "average")
     assert not (tmp_path / "average").exists()
+
+
+@pytest.mark.situation("`AveragedModel` of `torch.optim.swa_utils` around a quantized model", "refused")
+def test_averaged_model(model):
+    before = copy.deepcopy(model)
+    with pytest.raises(UnsupportedError, match=r"An `AveragedModel` averages all parameters, .* `EMAModel"):
+        AveragedModel(model)
+    assert equal_state(model, before)
 
 
 PARTS = {

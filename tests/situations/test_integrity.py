@@ -34,6 +34,7 @@ from diffusers_msfp import (
     quantize_pipeline,
     split_shortcuts,
 )
+from diffusers_msfp.checkpoint.describe import describe_checkpoint
 from diffusers_msfp.errors import CheckpointError
 from diffusers_msfp.layers.convert import quant_layers
 from diffusers_msfp.plugin.quantize import quantize_model
@@ -158,6 +159,31 @@ def test_variants_share_a_folder(small, folder):
     with pytest.raises(CheckpointError, match="the digest in config.json knows"):  # of a model that is gone
         UNet2DModel.from_pretrained(folder, variant="fp16")
     assert equal_state(UNet2DModel.from_pretrained(folder), changed)
+
+
+@pytest.mark.situation("a shard without a tensor that the index says it has", "refused")
+def test_a_tensor_missing_in_a_shard(small, tmp_path):
+    small.unet.save_pretrained(tmp_path, max_shard_size="10KB")
+    name = "conv_norm_out.bias"
+    file = next(file for file in tmp_path.glob("*.safetensors") if name in load_file(file))
+    save_file({key: value for key, value in load_file(file).items() if key != name}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"must hold `{name}`"):
+        UNet2DModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.situation("weights saved in shards over whole ones, and whole ones over shards", "right")
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("first", ["10KB", "1GB"])
+@pytest.mark.parametrize("kind", ["diffusers", "transformers"])
+def test_saved_over_in_other_files(kind, first, variant, tmp_path):
+    model = make_unet(**SMALL) if kind == "diffusers" else pipelines.make_clip()
+    quantize_model(model, MSFPConfig("w4a16"))
+    for size in (first, *({"10KB", "1GB"} - {first})):
+        with torch.no_grad():
+            next(parameter for name, parameter in model.named_parameters() if name.endswith("bias")).add_(1)
+        model.save_pretrained(tmp_path, max_shard_size=size, variant=variant)
+    assert equal_state(type(model).from_pretrained(tmp_path, variant=variant), model)
+    assert describe_checkpoint(tmp_path, variant)
 
 
 @pytest.mark.situation("a damaged text encoder, through transformers", "refused")

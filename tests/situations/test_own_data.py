@@ -15,14 +15,17 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     ImagePipelineOutput,
+    MarigoldDepthPipeline,
     UniPCMultistepScheduler,
 )
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from pipelines import (
+    SMALL,
     make_controlnet,
     make_flux,
     make_inpainting,
+    make_pipe,
     make_sd3,
     make_small_pipe,
     make_wan,
@@ -33,12 +36,15 @@ from pipelines import (
 from torch import nn
 
 import diffusers_msfp
-from diffusers_msfp import MSFPConfig, calibrate, calibration_state, cli, quantize_pipeline
+from diffusers_msfp import MSFPConfig, calibrate, calibration_state, cli, freeze, quantize_pipeline, set_engine
+from diffusers_msfp.calibration.pictures import opened
 from diffusers_msfp.errors import ConfigError, NonFiniteError, UnsupportedError
 from diffusers_msfp.layers.convert import quant_layers
-from diffusers_msfp.sampling.calls import DEFAULT_PROMPTS
+from diffusers_msfp.plugin.quantize import quantize_model
+from diffusers_msfp.sampling.calls import DEFAULT_PROMPTS, Call, call_arguments
 from diffusers_msfp.sampling.denoisers import denoiser_of
-from diffusers_msfp.sampling.pictures import opened
+from diffusers_msfp.sampling.pictures import NoisedPictures
+from diffusers_msfp.sampling.trajectory import Trajectories
 
 RUN = {"num_samples": 3, "num_inference_steps": 2}
 
@@ -177,6 +183,39 @@ def test_flow_matching():
         assert torch.equal(*sample.chunk(2))
 
 
+@pytest.mark.situation("pictures and seeds where torch's default device is another one", "right")
+def test_default_devices():
+    pipe, sample = quietly(make_small_pipe()), torch.zeros(1, 4, 8, 8)
+    pictures = NoisedPictures(pipe, photographs(1), None, 1, 0)
+    labelled = make_dit_pipe()
+    trajectories = Trajectories(pipe, call_arguments(pipe, ["a hat"], 2, {}), 1, seed=0)
+    with torch.device("meta"):
+        pictures.show(Call({}, 0))
+        (noised, _), _ = pictures.exchange(pipe.unet, (sample, torch.tensor(501, device="cpu")), {})
+        call = call_arguments(labelled, None, 2, {})(0, 2, torch.Generator().manual_seed(0))
+        step = trajectories[1]
+    assert noised.device == step.output.device == sample.device
+    assert noised.any()
+    assert len(call.arguments["class_labels"]) == 2
+
+
+@pytest.mark.situation("a model is quantized and run where torch's default device is another one", "right")
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a8", "w8a8-wide"])
+def test_engines_on_another_default_device(scheme):
+    x, found = torch.randn(1, 3, 8, 8), []
+    for device in ("cpu", "meta"):
+        unet = make_unet()
+        quantize_model(unet, MSFPConfig(scheme))
+        with torch.no_grad(), torch.device(device):
+            unet(x, 500)
+            freeze(unet)
+            for engine in ("reference", "auto", "bf16"):
+                set_engine(unet, engine)
+                found.append(unet(x, 500).sample)
+    for one, other in zip(found[:3], found[3:], strict=True):
+        assert torch.equal(one, other)
+
+
 class Told(DDPMPipeline):
     """Tells its denoiser the timestep in a way of its own."""
 
@@ -268,6 +307,22 @@ def test_classes():
     assert calibration_state(pipe) == "frozen"
 
 
+def make_marigold() -> MarigoldDepthPipeline:
+    """Joins the picture that it is given before its sample."""
+    parts = make_pipe(SMALL | {"in_channels": 8}).components
+    parts = {name: parts[name] for name in ("unet", "vae", "text_encoder", "tokenizer")}
+    return MarigoldDepthPipeline(**parts, scheduler=DDIMScheduler(), prediction_type="depth")
+
+
+MARIGOLD = {"image": picture(), "processing_resolution": 0}
+
+
+@pytest.mark.situation("a pipeline that knows no latent output (Marigold) is calibrated", "right")
+def test_pipelines_without_latent_outputs():
+    pipe = quantize_pipeline(quietly(make_marigold()), "w4a8", **RUN, **MARIGOLD)
+    assert calibration_state(pipe) == "frozen"
+
+
 def no_pictures(tmp_path):
     return make_small_pipe(), {"images": tmp_path}
 
@@ -297,6 +352,11 @@ REFUSED = {
         lambda _: (make_controlnet(), {"images": photographs(), "image": picture()}),
         ConfigError,
         "has several networks",
+    ),
+    "a sample that is not the first": (
+        lambda _: (make_marigold(), {"images": photographs(1), "num_samples": 1, **MARIGOLD}),
+        UnsupportedError,
+        "but MarigoldDepthPipeline has it elsewhere",
     ),
     "two denoisers": (lambda _: (make_wan(), {"images": photographs()}), ConfigError, "has several networks"),
 }

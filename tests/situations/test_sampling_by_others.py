@@ -9,11 +9,17 @@ from diffusers import (
     DanceDiffusionPipeline,
     DDIMScheduler,
     DDPMPipeline,
+    HiDreamImageTransformer2DModel,
     IPNDMScheduler,
+    Kandinsky5Transformer3DModel,
+    LTX2VideoTransformer3DModel,
     LTXVideoTransformer3DModel,
+    Lumina2Transformer2DModel,
+    LuminaNextDiT2DModel,
 )
+from diffusers.models.attention_processor import AttnProcessor, CustomDiffusionAttnProcessor
 from loras import ip_adapter
-from pipelines import make_cascade, make_small_pipe, make_unet_1d, photographs
+from pipelines import make_cascade, make_kandinsky, make_small_pipe, make_unet_1d, photographs
 
 from diffusers_msfp import MSFPConfig, quantize_pipeline
 from diffusers_msfp.errors import ConfigError, StateError, UnsupportedError
@@ -85,7 +91,7 @@ def test_positions_keep_their_dtype():
     class WithPositions(DDPMPipeline):
         @torch.no_grad()
         def __call__(self, batch_size=1, generator=None, num_inference_steps=2, output_type="np"):
-            sample = torch.randn(batch_size, 3, 8, 8, generator=generator).bfloat16()
+            sample = torch.randn(batch_size, 3, 8, 8, generator=generator).to(self.unet.dtype)
             self.scheduler.set_timesteps(num_inference_steps)
             for timestep in self.scheduler.timesteps:
                 seen.append(torch.linspace(0, 1, 64).view(8, 8))
@@ -104,6 +110,11 @@ def test_positions_keep_their_dtype():
     unet.forward = with_positions
     pipe = WithPositions(unet, DDIMScheduler())
     assert compare_pipelines(pipe, pipe, **FAST).eps_rel_l2 == 0
+    assert set(read) == {torch.float32}
+    reference = WithPositions(make_unet(), DDIMScheduler())
+    wide = reference.unet.forward
+    reference.unet.forward = lambda sample, timestep, class_labels=None: wide(sample, timestep)  # noqa: ARG005
+    assert compare_pipelines(reference, pipe, **FAST).eps_rel_l2 < 0.1
     assert set(read) == {torch.float32}
 
 
@@ -134,6 +145,14 @@ def test_channels_or_frames():
         require_channels(model, torch.zeros(1, 3, 3, 8, 8))
     with pytest.raises(UnsupportedError, match="its config names no `out_channels`"):
         require_channels(torch.nn.Linear(1, 1), torch.zeros(1, 3, 5, 8, 8))
+    conditioned = make_unet(in_channels=8, out_channels=4)  # as Stable Video Diffusion is, whose frames come first
+    require_channels(conditioned, torch.zeros(1, 4, 8, 8, 8))
+    with pytest.raises(UnsupportedError, match=r"has its channels \(4\) in axis 1"):
+        require_channels(conditioned, torch.zeros(1, 8, 4, 8, 8))
+    with_variance = make_unet(in_channels=4, out_channels=8)
+    require_channels(with_variance, torch.zeros(1, 4, 9, 8, 8))
+    with pytest.raises(UnsupportedError, match="can be told from its frames"):
+        require_channels(with_variance, torch.zeros(1, 4, 8, 8, 8))
 
 
 @pytest.mark.situation("several pictures of a caption beside pictures of one's own", "refused")
@@ -169,7 +188,55 @@ def test_image_prompts_before():
     assert pipe.unet.config.encoder_hid_dim_type == "ip_image_proj"
 
 
+def test_layers_of_other_attention_processors():
+    unet = make_small_pipe().unet
+    sizes = {"hidden_size": 8, "cross_attention_dim": 16}
+    own = {name: CustomDiffusionAttnProcessor(**sizes) for name in unet.attn_processors if "attn2" in name}
+    unet.set_attn_processor(unet.attn_processors | own)
+    with pytest.raises(StateError, match=r"attn2\.processor.*`model\.set_attn_processor\(AttnProcessor\(\)\)`"):
+        quantize_model(unet, MSFPConfig("w4a16"))
+    unet.set_attn_processor(AttnProcessor())
+    quantize_model(unet, MSFPConfig("w4a16"))
+
+
+def tiny(cls: type, **sizes):
+    """Without weights, of two heads of eight channels."""
+    with torch.device("meta"):
+        return cls(**sizes)
+
+
+LUMINA = {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2, "num_kv_heads": 2, "multiple_of": 16}
+KANDINSKY = {"model_dim": 16, "ff_dim": 16, "time_dim": 8, "axes_dims": (4, 2, 2)}
+KANDINSKY |= dict.fromkeys(("in_text_dim", "in_text_dim2"), 8) | dict.fromkeys(
+    ("num_text_blocks", "num_visual_blocks"), 1
+)
+HIDREAM = {"patch_size": 2, "in_channels": 4, "attention_head_dim": 8, "num_attention_heads": 2, "text_emb_dim": 8}
+HIDREAM |= {"num_layers": 1, "num_single_layers": 1, "caption_channels": [8, 8], "llama_layers": [0, 0]}
+LTX2 = {"in_channels": 8, "out_channels": 8, "num_attention_heads": 2, "attention_head_dim": 8}
+LTX2 |= {"cross_attention_dim": 16, "caption_channels": 8}
+LTX2 |= {f"audio_{key}": value for key, value in LTX2.items() if key != "caption_channels"} | {"num_layers": 1}
 FACES = {  # bits of the inputs of a first and a last layer
+    "Lumina-Next": (
+        lambda: tiny(LuminaNextDiT2DModel, **LUMINA, cross_attention_dim=16),
+        {"patch_embedder.proj": None, "norm_out.linear_2": 8},
+    ),
+    "Lumina 2": (
+        lambda: tiny(Lumina2Transformer2DModel, **LUMINA, axes_dim_rope=(4, 2, 2), cap_feat_dim=16),
+        {"x_embedder": None, "norm_out.linear_2": 8},
+    ),
+    "Kandinsky 5": (
+        lambda: tiny(Kandinsky5Transformer3DModel, **KANDINSKY),
+        {"visual_embeddings.in_layer": None, "out_layer.out_layer": 8},
+    ),
+    "HiDream": (
+        lambda: tiny(HiDreamImageTransformer2DModel, **HIDREAM),
+        {"x_embedder.proj": None, "final_layer.linear": 8},
+    ),
+    "LTX-2": (
+        lambda: tiny(LTX2VideoTransformer3DModel, **LTX2),
+        {"proj_in": None, "audio_proj_in": None, "proj_out": 8, "audio_proj_out": 8},
+    ),
+    "a prior": (lambda: make_kandinsky().prior_prior, {"proj_in": None, "proj_to_clip_embeddings": 8}),
     "Stable Cascade": (lambda: make_cascade().decoder, {"embedding.1": None, "clf.1": 8}),
     "DiT": (lambda: denoiser_of(make_dit_pipe()), {"pos_embed.proj": None, "proj_out_2": 8}),
 }

@@ -16,13 +16,14 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
 )
-from pipelines import make_sdxl, make_small_pipe
+from pipelines import make_sd3, make_sdxl, make_small_pipe
 
 from diffusers_msfp import quantize_pipeline
 from diffusers_msfp.errors import ConfigError, NonFiniteError
 from diffusers_msfp.evaluation import compare_pipelines
 from diffusers_msfp.evaluation.layers import layer_snr
 from diffusers_msfp.layers import QuantLayer
+from diffusers_msfp.methods.correction.fit import CorrectionConfig, correct_output
 from diffusers_msfp.methods.rounding.config import RoundingConfig
 from diffusers_msfp.methods.rounding.learn import learn_rounding
 from diffusers_msfp.methods.talora.config import FinetuneConfig
@@ -30,7 +31,8 @@ from diffusers_msfp.methods.talora.finetune import finetune
 from diffusers_msfp.methods.talora.finetuner import Finetuner
 from diffusers_msfp.sampling.calls import call_arguments
 from diffusers_msfp.sampling.denoising_factor import denoising_factors
-from diffusers_msfp.sampling.solvers import with_ddim
+from diffusers_msfp.sampling.finite_steps import require_finite_steps
+from diffusers_msfp.sampling.solvers import with_ddim, with_parts, with_sampler
 from diffusers_msfp.sampling.trajectory import rollout
 from diffusers_msfp.sampling.used_output import used_channels
 
@@ -212,6 +214,54 @@ def test_factor_of_learned_variance():
 def zero_snr(cls: type = DDIMScheduler, **changes):
     settings = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}
     return cls(**settings | changes)
+
+
+@pytest.mark.situation("a candidate whose scheduler is set otherwise is compared on the reference's", "right")
+def test_both_are_led_by_one_scheduler(caplog):
+    pipe = make_sd3()
+    pipe.set_progress_bar_config(disable=True)
+    other, same = (copy.deepcopy(pipe) for _ in range(2))
+    other.scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
+    same.scheduler.register_to_config(_use_default_values=["in", "any", "order"])
+    arguments = {"num_samples": 1, "num_inference_steps": 2, "prompts": ["a hat"]}
+    assert compare_pipelines(pipe, same, **arguments).image_psnr_db == 100
+    assert not caplog.records
+    for candidate in (other, with_parts(pipe, scheduler=LCMScheduler())):
+        assert compare_pipelines(pipe, candidate, **arguments).image_psnr_db == 100
+        assert "is set otherwise than the reference's FlowMatchEulerDiscreteScheduler" in caplog.text
+        caplog.clear()
+    assert other.scheduler.config.shift == 6
+
+
+@pytest.mark.situation("timesteps of a user's own: on the pipeline's scheduler, which takes them", "right")
+def test_own_timesteps():
+    pipe = make_sdxl()
+    pipe.scheduler = EulerDiscreteScheduler()
+    pipe.set_progress_bar_config(disable=True)
+    run = {"num_samples": 1, "num_inference_steps": 2, "prompts": ["a hat"], "timesteps": [900, 300]}
+    result = compare_pipelines(pipe, pipe, **run)
+    assert result.sampler == "EulerDiscreteScheduler"
+    assert list(result.eps_rel_l2_by_timestep) == ["900", "300"]
+    assert with_sampler(pipe, arguments={"sigmas": [1.0, 0.5]}) is pipe
+    assert type(with_sampler(pipe, arguments={"sigmas": None}).scheduler) is DDIMScheduler
+    corrected = quantize_pipeline(copy.deepcopy(pipe), "w4a8", **run)
+    config = CorrectionConfig(num_samples=1, num_inference_steps=2)
+    found = correct_output(corrected, pipe, config, prompts=["a hat"], timesteps=[900, 300])
+    assert found.timesteps == [300, 900]
+
+
+@pytest.mark.parametrize("more", [{"sampler": "ddim"}, {"eta": 1.0}])
+@pytest.mark.situation("timesteps of a user's own for DDIM, which takes none", "refused")
+def test_own_timesteps_for_ddim(more):
+    pipe = make_sdxl()
+    with pytest.raises(ConfigError, match="`timesteps` need a scheduler that takes them, but DDIMScheduler does not"):
+        compare_pipelines(pipe, pipe, num_samples=1, timesteps=[900, 300], **more)
+
+
+@pytest.mark.situation("zero terminal SNR where torch's default device is another one", "refused")
+def test_zero_snr_on_another_default_device():
+    with torch.device("meta"), pytest.raises(NonFiniteError, match="at timestep 999 it divides by zero"):
+        require_finite_steps(zero_snr(), 3)
 
 
 @pytest.mark.parametrize("cls", [DDIMScheduler, DDPMScheduler])

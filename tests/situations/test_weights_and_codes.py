@@ -2,10 +2,12 @@
 
 import copy
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
-from conftest import call_in_its_block, make_condition_unet, make_unet, run
+from conftest import ONE_BLOCK, call_in_its_block, make_condition_unet, make_unet, run
 from diffusers import DDIMScheduler, DDPMPipeline
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
@@ -234,6 +236,19 @@ def test_text_pipeline_keeps_its_dtype():
     pipe = make_small_pipe().to(torch.bfloat16)
     quantize_pipeline(pipe, "w4a8", num_samples=1, num_inference_steps=2)
     assert {layer.weight.dtype for layer in pipe.unet.modules() if isinstance(layer, QuantLayer)} == {torch.bfloat16}
+
+
+def test_a_state_dict_keeps_no_model():
+    unet = make_unet(**ONE_BLOCK)
+    quantize_model(unet, MSFPConfig("w4a16"))
+    state, known = unet.state_dict(), weakref.ref(unet)
+    assert state["conv_in.weight"].shape == unet.conv_in.weight.shape
+    del unet
+    gc.collect()
+    assert known() is None
+    assert state["conv_in.packed_weight"].dtype == torch.uint8
+    with pytest.raises(KeyError):
+        state["conv_in.weight"]
 
 
 @pytest.mark.situation("tensors of a quantized model that has run are written to, or exchanged, one by one", "right")

@@ -1,6 +1,7 @@
 """Models in wrappers: `torch.compile`, data parallelism, accelerate's, PEFT's. Verbs see the model inside."""
 
 import copy
+import pickle
 
 import peft
 import pytest
@@ -10,6 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import compile_regions
 from conftest import equal_state, make_unet, run
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+from peft import LoraConfig
+from pipelines import make_flux
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -30,6 +33,7 @@ from diffusers_msfp import (
     split_shortcuts,
 )
 from diffusers_msfp.checkpoint.record import ModelRecord
+from diffusers_msfp.compat.peft import has_adapters
 from diffusers_msfp.compat.wrappers import unwrap
 from diffusers_msfp.engines.choose import engines_of
 from diffusers_msfp.errors import UnsupportedError
@@ -199,6 +203,28 @@ def test_compiled_regions(packed_pipe, images):
     set_engine(packed_pipe, "bf16")
     assert engines_of(model) == engines_of(packed_pipe.unet)
     assert torch.allclose(run(model, images), run(packed_pipe.unet, images), atol=0.02)
+
+
+@pytest.mark.situation("a model of `compile_regions` is moved, and gets an adapter", "right")
+@torch.no_grad()
+def test_compiled_regions_answer_for_themselves():
+    def sample():
+        generator = torch.Generator().manual_seed(0)
+        size = {"height": 16, "width": 16, "num_inference_steps": 1}
+        return pipe("a hat", **size, generator=generator, output_type="latent").images
+
+    pipe = make_flux()
+    quantize_pipeline(pipe, "w4a16")
+    original = pipe.transformer
+    pipe.transformer = compile_regions(original, backend="eager")
+    assert pipe.transformer.to("cpu") is pipe.transformer
+    before = sample()
+    with pytest.raises(ValueError, match="Target module OptimizedModule"):  # as PEFT says of any compiled layer
+        pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["x_embedder"], init_lora_weights=False))
+    assert not has_adapters(original)
+    assert not has_adapters(pipe.transformer)
+    assert torch.equal(sample(), before)
+    assert pickle.loads(pickle.dumps(original)).num_parameters() == original.num_parameters()
 
 
 @pytest.mark.situation("a model in shards (FSDP)", "refused")

@@ -18,7 +18,7 @@ from diffusers import DDIMScheduler, DiTPipeline
 from gradio_client import Client
 from huggingface_hub import ModelCard
 from PIL import Image
-from pipelines import make_small_pipe
+from pipelines import make_small_pipe, make_small_wan
 
 from diffusers_msfp import FinetuneConfig, cli, finetune
 from diffusers_msfp.cli.app import main
@@ -307,3 +307,21 @@ def test_a_space_has_the_licence_of_its_model(said_by, packed_dir, tiny_dir, tmp
     cli.space_create(packed_dir, tmp_path / "without")
     assert ModelCard.load(tmp_path / "without" / "README.md").data.license is None
     assert "The model's licence is not known, so the Space names none" in capsys.readouterr().err
+
+
+def test_pipelines_that_find_their_own_guidance():
+    class Guided(type(make_small_pipe())):
+        def __call__(self, prompt=None, guidance_scale=None, **others):
+            return super().__call__(prompt, guidance_scale=guidance_scale or 1.0, **others)
+
+    pipe = Guided(**make_small_pipe().components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    candidate = Candidate(pipe)
+    assert candidate.guidance_scale is None
+    *_, end = Show([candidate]).frames([], "DDIM", 1, {"seed": 0, "prompt": "a hat"})
+    assert end.pictures is not None
+
+
+def test_videos_are_refused():
+    with pytest.raises(ConfigError, match="WanPipeline puts out a WanPipelineOutput, which holds none"):
+        Candidate(make_small_wan())

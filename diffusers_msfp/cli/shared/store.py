@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from filelock import FileLock, Timeout
+from torch import nn
 
+from ...checkpoint.describe import read_config
 from ...checkpoint.tensor_files import MAX_SHARD_SIZE
 from ...compat.diffusers import keep_labels
 from ...errors import ConfigError, NonFiniteError, first_line
@@ -80,6 +83,8 @@ def write_checkpoint(
 ) -> None:
     """Save to `folder`, or beside `out`, and move into place in one step: nothing half-written looks finished.
 
+    What was stored in half precision is so again, and loads in float32 as everything else does.
+
     Args:
         more (`Mapping[str, str]`, *optional*): text files beside the pipeline's own, by name.
     """
@@ -88,10 +93,39 @@ def write_checkpoint(
         with scratch_folder(out, folder) as scratch:
             made = Path(scratch) / "made"
             keep_labels(loaded)
-            loaded.save_pretrained(made, max_shard_size=max_shard_size)
+            with _in_half_precision(loaded) as halved:
+                loaded.save_pretrained(made, max_shard_size=max_shard_size)
+            for name in halved:  # transformers would follow its config, and denoisers meet tensors of two dtypes
+                if "dtype" in (config := read_config(made / name)):
+                    write_json(config | {"dtype": "float32"}, made / name / "config.json")
             for name, text in (more or {}).items():
                 (made / name).write_text(text, encoding="utf-8")
             publish(made, out)
+
+
+@contextmanager
+def _in_half_precision(loaded: Any) -> Iterator[list[str]]:
+    """While this lasts, float32 parts whose every value a half-precision dtype holds are of that dtype; their names."""
+    parts = {name: part for name, part in getattr(loaded, "components", {}).items() if isinstance(part, nn.Module)}
+    changed: dict[str, list[torch.Tensor]] = {}
+    try:
+        for name, part in parts.items():
+            stored = [each for each in part.state_dict(keep_vars=True).values() if each.is_floating_point()]
+            is_float32 = bool(stored) and all(each.dtype == torch.float32 for each in stored)
+            if getattr(part, "hf_quantizer", None) is None and is_float32 and (dtype := _half_of(stored)) is not None:
+                changed[name] = stored
+                for each in stored:
+                    each.data = each.data.to(dtype)
+        yield list(changed)
+    finally:
+        for each in (tensor for tensors in changed.values() for tensor in tensors):
+            each.data = each.data.float()
+
+
+def _half_of(tensors: list[torch.Tensor]) -> torch.dtype | None:
+    """The half-precision dtype that holds every value of these; None where there is none."""
+    halves = (torch.bfloat16, torch.float16)
+    return next((d for d in halves if all(torch.equal(each.data.to(d).float(), each) for each in tensors)), None)
 
 
 def scratch_folder(out: Path, folder: Path | None = None) -> tempfile.TemporaryDirectory:

@@ -51,7 +51,7 @@ class Int8Layer(PreparedLayer):
 
     def __init__(self, layer: QuantLayer, keep: bool) -> None:
         super().__init__(layer, keep)
-        self._table = torch.tensor(layer.weight_format.code_values, dtype=torch.int8)
+        self._table = torch.tensor(layer.weight_format.code_values, dtype=torch.int8, device="cpu")
         self._chosen: dict[tuple, str] = {}
         about = tuning.about(layer.matrix_shape, layer.weight_format, layer.input_format, layer.group_size)
         sums = "" if self._adapters is None else " sums"

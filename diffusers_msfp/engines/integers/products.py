@@ -22,10 +22,12 @@ def products_are_exact(largest_input: int, largest_weight: int) -> bool:
 
     Processors without VNNI add pairs of products in 16 bits: exact for 4-bit formats, not for 8-bit ones.
     """
-    x = torch.full((2, 64, 3, 3), largest_input, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-    ones, geometry = torch.ones(16, dtype=torch.float32), ((1, 1), (1, 1), (1, 1), 1)
+    cpu = torch.device("cpu")  # whatever the default device is
+    x = torch.full((2, 64, 3, 3), largest_input, dtype=torch.uint8, device=cpu)
+    x = x.contiguous(memory_format=torch.channels_last)
+    ones, geometry = torch.ones(16, dtype=torch.float32, device=cpu), ((1, 1), (1, 1), (1, 1), 1)
     for value in (largest_weight, -largest_weight):
-        weight = torch.full((16, 64, 1, 1), value, dtype=torch.int8)
+        weight = torch.full((16, 64, 1, 1), value, dtype=torch.int8, device=cpu)
         packed = pack_int8_conv(F.pad(weight, (1, 1, 1, 1)), ones, *geometry, x.shape)
         convolved = convolution(x, 1.0, 0, packed, ones, None, *geometry)
         multiplied = linear(x[:, :, 0, 0].contiguous(), 1.0, 0, pack_int8_linear(weight[:, :, 0, 0]), ones, None)
@@ -37,7 +39,7 @@ def products_are_exact(largest_input: int, largest_weight: int) -> bool:
 
 @lru_cache(maxsize=256)
 def _zeros(size: int) -> Tensor:
-    return torch.zeros(size, dtype=torch.int64)
+    return torch.zeros(size, dtype=torch.int64, device="cpu")
 
 
 def linear(

@@ -249,7 +249,7 @@ def expand(packed: Tensor, bits: int, length: int, table: Tensor) -> Tensor:
     if bits != 4:
         return torch_kernels.expand(packed, bits, length, table)
     pairs = torch.stack((table.repeat(16), table.repeat_interleave(16)), dim=1)  # low nibble first
-    out = torch.empty(packed.shape[0], length, dtype=table.dtype)
+    out = torch.empty(packed.shape[0], length, dtype=table.dtype, device="cpu")
     _run(_expand_pairs, packed.numpy(), pairs.numpy(), out.numpy())
     return out
 
@@ -276,6 +276,6 @@ def columns(
 def softmax_numerators(scores: Tensor) -> Tensor:
     """See `kernels.softmax_numerators`."""
     rows = scores.view(-1, scores.shape[-1])
-    sums = torch.empty(len(rows), dtype=torch.float32)
+    sums = torch.empty(len(rows), dtype=torch.float32, device="cpu")
     _run(_softmax, _array(rows), sums.numpy())
     return sums.view(*scores.shape[:-1], 1)

@@ -91,7 +91,7 @@ def backward(
         border (`Tensor`, `(R,)`): what the scale gets for each unit of gradient outside the range.
     """
     out, rows = torch.empty_like(x), len(inverse)
-    sums = torch.zeros(rows, -(-(x.numel() // rows) // _CHUNK), 2, dtype=torch.float32)
+    sums = torch.zeros(rows, -(-(x.numel() // rows) // _CHUNK), 2, dtype=torch.float32, device="cpu")
     parameters = (each.numpy() for each in (inverse, zero, border))
     flat = (_flat(each) for each in (grad, x, values, out))
     low, high, *_ = lattice_numbers(fmt.lattice[0], fmt.lattice_max, fmt.mantissa_bits)

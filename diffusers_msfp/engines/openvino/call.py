@@ -71,7 +71,7 @@ class GraphCall:
         as_tuple = usual.get("return_dict") is True and not given.pop("return_dict", True)
         when = timestep_argument(model).name
         if isinstance(given.get(when), (int, float)):  # type: ignore[arg-type]
-            given[when] = torch.tensor(given[when])  # type: ignore[index]
+            given[when] = torch.tensor(given[when], device="cpu")  # type: ignore[index]
         told = given.get(when)  # type: ignore[arg-type]
         if float_times and isinstance(told, Tensor) and isinstance(model, _FLOAT_TIMES):
             given[when] = told.to(torch.float32)  # type: ignore[index]

@@ -90,4 +90,4 @@ def _output(layer: QuantLayer, index: int) -> Tensor:
 
 def _grid(layer: QuantLayer, index: int) -> Tensor:
     grid = Grid.of(layer.input_qparams(index))
-    return torch.tensor([grid.inverse, float(grid.zero), grid.unit], dtype=torch.float32)
+    return torch.tensor([grid.inverse, float(grid.zero), grid.unit], dtype=torch.float32, device="cpu")

@@ -66,12 +66,13 @@ class _Product(nn.Module):
     def __init__(self, operation: Callable[..., Tensor], value: int) -> None:
         super().__init__()
         self.operation = operation
-        self.register_buffer("weight", torch.full(_KINDS[operation][1], value, dtype=torch.int8))
+        self.register_buffer("weight", torch.full(_KINDS[operation][1], value, dtype=torch.int8, device="cpu"))
 
     def forward(self, x: Tensor) -> Tensor:
         """Of whole numbers from 0 to 255, float32."""
         x = torch.fake_quantize_per_tensor_affine(x, 1.0, 0, 0, UINT8_MAX)
-        weight = self.weight.to(torch.float32) * torch.ones(16, *[1] * (self.weight.ndim - 1), dtype=torch.float32)
+        ones = torch.ones(16, *[1] * (self.weight.ndim - 1), dtype=torch.float32, device="cpu")
+        weight = self.weight.to(torch.float32) * ones
         return self.operation(x, weight)
 
 
@@ -88,7 +89,7 @@ def products_are_exact(largest_input: int, largest_weight: int) -> bool:
     from ...compat.openvino import graph_of
 
     for operation, (shape, _) in _KINDS.items():
-        x = torch.full(shape, float(largest_input), dtype=torch.float32)
+        x = torch.full(shape, float(largest_input), dtype=torch.float32, device="cpu")
         for value in (largest_weight, -largest_weight):
             module = _Product(operation, value).eval()
             with warnings.catch_warnings():

@@ -182,7 +182,8 @@ def _is_bounded(layer: GraphLayer) -> bool:
 
 def _integers(layer: QuantLayer, bank: int) -> Tensor:
     """A bank's weight in lattice steps of its channels, `logical_shape`, int8."""
-    return weight_integers(layer, bank, torch.tensor(layer.weight_format.code_values, dtype=torch.int8))
+    table = torch.tensor(layer.weight_format.code_values, dtype=torch.int8, device="cpu")
+    return weight_integers(layer, bank, table)
 
 
 def runs_in_bytes(layer: QuantLayer) -> bool:
@@ -207,7 +208,7 @@ def why_not(layer: QuantLayer, dtype: torch.dtype) -> str | None:
         return f"no graph is known for `{layer.module_name}`, a {type(layer).__name__}"
     if dtype == torch.bfloat16 and fmt is not None and not runs_in_bytes(layer):
         zeros = {Grid.of(layer.input_qparams(each)).zero for each in range(layer.num_sets or layer.num_banks)}
-        values = torch.cat([torch.tensor(fmt.lattice, dtype=torch.float32) - zero for zero in zeros])
+        values = torch.cat([torch.tensor(fmt.lattice, dtype=torch.float32, device="cpu") - zero for zero in zeros])
         if not torch.equal(values.to(torch.bfloat16).to(torch.float32), values):
             return f"`{layer.module_name}` reads {fmt}, whose integers fit neither a byte nor bfloat16"
     return None

@@ -76,9 +76,9 @@ def lattice_integers(x: Tensor, fmt: FPFormat, inverse: float | Tensor, zero: fl
     """
     low, high = lattice_range(fmt)
     has_zero = isinstance(zero, Tensor) or bool(zero)
-    y = torch.maximum(x * inverse, torch.as_tensor(low) - zero)
+    y = torch.maximum(x * inverse, torch.as_tensor(low, device="cpu") - zero)
     rounded = round_in_graph(y + zero if has_zero else y, fmt)
-    return torch.minimum(rounded - zero if has_zero else rounded, high - torch.as_tensor(zero))
+    return torch.minimum(rounded - zero if has_zero else rounded, high - torch.as_tensor(zero, device="cpu"))
 
 
 def quantize_as_byte(x: Tensor, grid: Grid) -> Tensor:

@@ -55,9 +55,9 @@ class Soundness:
         kept in float32."""
         sums = [total for state, (_, total) in self._watched.items() if state not in self._trusted]
         if not (signs := [*self._signs, *sums]):
-            return torch.zeros(1, 1, dtype=torch.float32)
+            return torch.zeros(1, 1, dtype=torch.float32, device="cpu")
         together = torch.cat(signs)[None]
-        return together @ torch.ones(together.shape[1], 1, dtype=torch.float32)
+        return together @ torch.ones(together.shape[1], 1, dtype=torch.float32, device="cpu")
 
     # ── hooks ────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -58,7 +58,7 @@ def bootstrap(
     generator = torch.Generator().manual_seed(seed)
 
     def resampled(size: int) -> Tensor:
-        drawn = torch.randint(size, (size,), generator=generator)
+        drawn = torch.randint(size, (size,), generator=generator, device="cpu")
         return torch.bincount(drawn, minlength=size).double()
 
     draws = torch.tensor([statistic(*map(resampled, sizes)) for _ in range(resamples)], dtype=torch.float64)

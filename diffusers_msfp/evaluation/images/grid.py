@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from ...results import OnProgress
 from ...sampling.calls import batched_calls, call_arguments, counting_steps, quiet, require_positive
 from ...sampling.denoisers import denoisers_of
-from ...sampling.solvers import with_ddim
+from ...sampling.solvers import with_sampler
 from .samples import pictures_tensor
 
 MARGIN = 4
@@ -67,7 +67,7 @@ def sample_images(
     """
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
     if isinstance(getattr(pipe, "scheduler", None), DDPMScheduler):
-        pipe = with_ddim(pipe)
+        pipe = with_sampler(pipe, arguments=arguments)
     denoisers = list(denoisers_of(pipe).values())
     calls = batched_calls(
         call_arguments(pipe, prompts, num_inference_steps, {"output_type": "np"} | arguments),

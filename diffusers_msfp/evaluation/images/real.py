@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...calibration.pictures import fitted, opened, picture_files
 from ...errors import ConfigError, ShapeError
-from ...sampling.pictures import fitted, opened, picture_files
 
 KEYS = ("x_test", "images")
 _MAX_BORDER = 8  # a side may lack one part in so many

@@ -8,19 +8,24 @@ float32 and 2.1 ms at `w4a4` in groups of 32; 2.4 ms in 16, 3.3 ms in 128.
 import hashlib
 import json
 import os
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
-from ...errors import ConfigError, UnsupportedError
+from ...compat.torch import tree_leaves
+from ...errors import ConfigError, StateError
+from ...methods.previews import pictures_tensor
 from ...methods.runs import inputs_digest, plain_config
 from ...results import OnProgress
-from ...sampling.calls import batch_size_for, call_arguments, counting_steps, quiet, require_positive, unseen
-from ...sampling.denoisers import denoisers_of, labels_of
+from ...sampling.calls import Call, call_arguments, counting_steps, quiet, require_positive, unseen
+from ...sampling.denoisers import batch_size_for, denoisers_of, labels_of
 from ...sampling.observation import quantized_models
 from ...sampling.solvers import with_sampler
 
@@ -38,29 +43,29 @@ def arguments_of(
     return call_arguments(pipe, prompts, 1, arguments)(0, num_samples, noise).arguments
 
 
-def pictures_tensor(output: Any) -> Tensor:
-    """The pictures, or videos, that a pipeline puts out for `pt`, or for `np` where it knows no other.
-
-    Args:
-        output (`BaseOutput` or `tuple`): `images`, `frames`, or else the first field.
-
-    Returns:
-        `Tensor`, `(N, channels, H, W)` or `(N, frames, channels, H, W)`, float32.
+def pictures_of(pipe: DiffusionPipeline, call: Call) -> Tensor:
+    """Those that a pipeline makes in a call, see `pictures_tensor`.
 
     Raises:
-        UnsupportedError: sound, or something else that is no picture.
+        ConfigError: they are more or fewer than asked for.
     """
-    named = (getattr(output, name, None) for name in ("images", "frames"))
-    images = next((images for images in named if images is not None), None)
-    images = output[0] if images is None else images
-    if hasattr(output, "audios") or (hasattr(images, "ndim") and images.ndim not in (4, 5)):
-        raise UnsupportedError(
-            f"Pictures and videos can be compared, but the pipeline's {type(output).__name__} holds something else, "
-            f"such as sound. Compare its denoiser's outputs by your own calls."
+    images = pictures_tensor(call.run(pipe))
+    if len(images) != call.size:
+        raise ConfigError(
+            f"A call must make as many pictures as it is asked for, but {type(pipe).__name__} made {len(images)} "
+            f"where {call.size} were to come: their number follows something else that is passed on, such as labels "
+            f"or embeddings. Leave it out, or pass on {call.size} of each, or prompts."
         )
-    if isinstance(images, Tensor):
-        return images.float().cpu()
-    return torch.from_numpy(np.asarray(images, dtype=np.float32)).movedim(-1, -3)
+    return images
+
+
+def require_one_a_prompt(arguments: Mapping[str, Any]) -> None:
+    """Refuse several pictures of a prompt at once: prompts are taken in turn, and each sample is one picture."""
+    for name in (name for name in arguments if name.endswith("_per_prompt") and arguments[name] not in (None, 1)):
+        raise ConfigError(
+            f"Each picture must have noise of its own, so `{name}` must be 1, but got {arguments[name]}. Leave it out "
+            f"and raise `num_samples`: prompts are taken in turn."
+        )
 
 
 def draw_pictures(
@@ -93,15 +98,13 @@ def draw_pictures(
         `Tensor`, `(n, channels, H, W)`, float16, in [0, 1] but for NaN: this share's groups in order.
 
     Raises:
-        ConfigError: numbers below 1, several pictures of a prompt at once, or see `call_arguments`.
+        ConfigError: numbers below 1, several pictures of a prompt at once, a function beside `folder`, or see
+            `call_arguments`.
+        StateError: a `folder` for models whose weights are not in memory.
     """
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
-    for name in (name for name in arguments if name.endswith("_per_prompt") and arguments[name] not in (None, 1)):
-        raise ConfigError(
-            f"Each picture must have noise of its own, so `{name}` must be 1, but got {arguments[name]}. Leave it out "
-            f"and raise `num_samples`: prompts are taken in turn."
-        )
-    pipe = with_sampler(pipe, sampler)
+    require_one_a_prompt(arguments)
+    pipe = with_sampler(pipe, sampler, arguments=arguments)
     denoisers = list(denoisers_of(pipe).values())
     make = call_arguments(pipe, prompts, num_inference_steps, {"output_type": "pt"} | arguments)
     size = min(num_samples, 2 * batch_size_for(denoisers, num_samples))
@@ -114,24 +117,38 @@ def draw_pictures(
     with quiet(pipe), torch.no_grad(), counting_steps(denoisers, len(missing) * num_inference_steps, on_progress):
         for start, end in missing:
             noise = [noise_generator(seed, index) for index in range(start, end)]
-            images = pictures_tensor(make(start, end - start, noise).run(pipe))
-            if len(images) != end - start:
-                raise ConfigError(
-                    f"A call must make as many pictures as it is given noises, but {type(pipe).__name__} made "
-                    f"{len(images)} of {end - start}: its number follows something else that is passed on, such as "
-                    f"embeddings. Pass on {end - start} rows of these, or prompts."
-                )
+            images = pictures_of(pipe, make(start, end - start, noise))
             kept[start, end] = made = images.numpy().astype(np.float16)
             if folder is not None:
                 _write(folder, (start, end), made)
     return torch.from_numpy(np.concatenate([kept[group] for group in groups])) if groups else torch.empty(0)
 
 
+def settings_of(scheduler: SchedulerMixin) -> str:
+    """Class and config as text, in which equal ones are alike wherever they were read from."""
+    return json.dumps([type(scheduler).__name__, plain_config(scheduler)], sort_keys=True, default=repr)
+
+
 def _identity(
     pipe: DiffusionPipeline, num_inference_steps: int, seed: int, prompts: list[str] | None, arguments: dict
 ) -> str:
-    """A name for all that pictures depend on, beside their number."""
+    """A name for all that pictures depend on, beside their number.
+
+    Raises:
+        ConfigError: a function is passed on, which no name can tell from another.
+        StateError: a model's weights are not in memory.
+    """
+    for name in (name for name, value in arguments.items() if any(map(callable, tree_leaves(value)))):
+        raise ConfigError(
+            f"`folder` keeps pictures under a name that says what they depend on, but `{name}` is a function, which "
+            f"may do anything. Leave one of them out."
+        )
     models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    for name in (name for name, part in models.items() if any(each.is_meta for each in part.state_dict().values())):
+        raise StateError(
+            f"`folder` keeps pictures under a name made from all weights, but those of `{name}` are not in memory. "
+            f"Leave `folder` out, or run the pipeline without offloading."
+        )
     parts = {name: inputs_digest(model, repr(model), plain_config(model)) for name, model in models.items()}
     running = [
         (getattr(getattr(module, "engine", None), "name", None), getattr(module, "strength", None))
@@ -140,9 +157,10 @@ def _identity(
     ]
     set_by_others = [_set_by_others(model) for model in models.values()]
     schedulers = [each for each in pipe.components.values() if isinstance(each, SchedulerMixin)]
-    scheduler = [[type(each).__name__, plain_config(each)] for each in schedulers]
+    scheduler = [settings_of(each) for each in schedulers]
     asked = [num_inference_steps, seed, prompts, inputs_digest(nn.Identity(), arguments), list(labels_of(pipe))]
-    described = [type(pipe).__name__, parts, running, set_by_others, scheduler, *asked]
+    versions = [version("diffusers-msfp"), diffusers.__version__, torch.__version__]
+    described = [type(pipe).__name__, plain_config(pipe), parts, running, set_by_others, scheduler, versions, *asked]
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=repr).encode()).hexdigest()[:20]
 
 
@@ -171,7 +189,7 @@ def _read(folder: Path | None, group: tuple[int, int]) -> np.ndarray | None:
         images = np.load(_file(folder, group))
     except (ValueError, EOFError):  # damaged: made again
         return None
-    return images if images.ndim == 4 and len(images) == group[1] - group[0] else None
+    return images if images.ndim in (4, 5) and len(images) == group[1] - group[0] else None  # pictures, or videos
 
 
 def _write(folder: Path, group: tuple[int, int], images: np.ndarray) -> None:

@@ -128,4 +128,4 @@ def _some(points: Tensor, number: int, seed: int) -> Tensor:
     """Equal numbers, since a manifold grows with its points; all in their order where there are no more."""
     if len(points) == number:
         return points
-    return points[torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:number]]
+    return points[torch.randperm(len(points), generator=torch.Generator().manual_seed(seed), device="cpu")[:number]]

@@ -73,7 +73,7 @@ def example_inputs(model: ModelMixin, batch: int, size: int | None = None) -> di
     height, width = own if isinstance(own, list | tuple) and len(own) == 2 else (own, own)
 
     def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, device="cpu")
 
     timestep = torch.full((batch,), 500)
     plain = config.get("addition_embed_type") is None and isinstance(config.get("cross_attention_dim"), int)

@@ -17,11 +17,10 @@ from ...compat.wrappers import sees_through
 from ...errors import ConfigError, NonFiniteError, NothingToDoError, UnsupportedError
 from ...results import OnProgress, Result
 from ...sampling.calls import batched_calls, call_arguments, quiet, require_positive
-from ...sampling.denoisers import ByDenoiser, by_denoiser, denoiser_of, each_quantized, model_output
-from ...sampling.solvers import with_ddim
+from ...sampling.denoisers import ByDenoiser, by_denoiser, denoiser_of, each_quantized, model_output, scheduler_of
+from ...sampling.solvers import with_sampler
 from ...sampling.timestep import first_timestep, require_timesteps
-from ...sampling.trajectory import after_calls
-from ...sampling.used_output import sample_of, used_part
+from ...sampling.used_output import Index, after_calls, place_of, sample_of, used_part, watching_samples
 from ..checks import check_student, require_takes
 from ..routes import require_full_strength
 from .attach import attach_correction, without_correction
@@ -57,11 +56,19 @@ class CorrectionConfig:
         require_positive(num_samples=self.num_samples, num_inference_steps=self.num_inference_steps)
 
 
+class _PartUsed(Exception):
+    """The pipeline throws a part of the output away, which its first step has shown: what was fitted on all is void."""
+
+
 class _Sums:
     """Sums over samples of what least squares needs, by channel, float64 on the CPU."""
 
     def __init__(self) -> None:
-        self.count, self.mean, self.products = 0, torch.zeros((), dtype=torch.float64), torch.zeros(())
+        self.count, self.mean, self.products = (
+            0,
+            torch.zeros((), dtype=torch.float64, device="cpu"),
+            torch.zeros((), device="cpu"),
+        )
 
     def add(self, columns: Tensor) -> None:
         """Take `(K, C, n)`: outputs, samples where they count, and targets."""
@@ -88,11 +95,11 @@ class _Sums:
 
     def errors(self, coefficients: Tensor) -> tuple[float, float]:
         """Squared error as the model is, and with these coefficients and the best constants."""
-        ends = torch.zeros(len(self.products), dtype=torch.float64)
+        ends = torch.zeros(len(self.products), dtype=torch.float64, device="cpu")
         ends[0], ends[-1] = 1.0, -1.0
         apart = self.mean[0] - self.mean[-1]
         before = ends @ self.products @ ends + self.count * apart.square().sum()
-        solved = torch.cat([coefficients, torch.tensor([-1.0], dtype=torch.float64)])
+        solved = torch.cat([coefficients, torch.tensor([-1.0], dtype=torch.float64, device="cpu")])
         return before.item(), (solved @ self.products @ solved).clamp_min(0).item()
 
 
@@ -183,20 +190,22 @@ def _fit(
 ) -> tuple[CorrectionTable, OutputCorrection]:
     model, original = denoiser_of(pipe), denoiser_of(teacher)
     argument = require_timesteps(model)
-    runner = with_ddim(pipe)
+    runner = with_sampler(pipe, arguments=arguments)
     make_arguments = call_arguments(runner, prompts, config.num_inference_steps, arguments)
-    calls = batched_calls(make_arguments, [model], config.num_samples, config.seed)
     sums: dict[float, _Sums] = {}
-    done, total = 0, len(calls) * config.num_inference_steps
+    done, total = 0, 0
+    used: Index = ()
+    last: tuple[Tensor, Tensor] | None = None
 
     def look(_model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        nonlocal done
+        nonlocal done, last
         prediction = used_part(pipe, model_output(output), args, kwargs)
         require_channels(model, prediction)
         target = used_part(pipe, model_output(original(*args, **kwargs)), args, kwargs)
         sample, timestep = sample_of(args, kwargs), first_timestep(argument.of(args, kwargs))
         beside = config.with_sample and sample.shape == prediction.shape
-        columns = [prediction, sample, target] if beside else [prediction, target]
+        last = sample, prediction
+        columns = [each[used] for each in ([prediction, sample, target] if beside else [prediction, target])]
         known = sums.setdefault(timestep, _Sums())
         known.add(torch.stack([_by_channel(each) for each in columns]))
         solved = known.solve()
@@ -207,10 +216,27 @@ def _fit(
             on_progress(done, max(done, total), note=f"error × {(after / before) ** 0.5 if before else 1:.3f}")
         return map_prediction(output, channels_of(prediction), lambda each: table.correct(each, sample, timestep))
 
-    with without_correction(model), quiet(runner), after_calls(model, look):
+    def learn(sample: Tensor) -> None:
+        nonlocal used
+        if last and not used and (found := place_of(sample, *last)):
+            used = found
+            raise _PartUsed
+
+    def run() -> None:
+        nonlocal done, total
+        calls = batched_calls(make_arguments, [model], config.num_samples, config.seed)
+        done, total = 0, len(calls) * config.num_inference_steps
+        for call in calls:
+            call.run(runner)
+
+    watched = watching_samples(scheduler_of(runner), learn)
+    with without_correction(model), quiet(runner), after_calls(model, look), watched:
         try:
-            for call in calls:
-                call.run(runner)
+            try:
+                run()
+            except _PartUsed:
+                sums.clear()
+                run()
         except UnsupportedError as error:
             raise NothingToDoError(f"{error} Leave the correction out.") from error
     if not sums:
@@ -236,16 +262,20 @@ def require_channels(model: nn.Module, prediction: Tensor) -> None:
     """Refuse an output whose channels are not where tables take them to be: frames or places would be corrected."""
     own, given = (getattr(getattr(model, "config", None), f"{name}_channels", None) for name in ("out", "in"))
     known = [size for size in (own, given) if isinstance(size, int)]
-    halves = [own / 2] if isinstance(own, int) and prediction.ndim == 4 else []  # variances stand beside it
+    if prediction.ndim == 5:
+        known = known[:1]  # frames may be as many as `in_channels`, which of a video count conditions beside it
+    halves = [own / 2] if isinstance(own, int) and prediction.ndim > 3 else []  # variances stand beside it
     axis = axis_of_channels(prediction)
     elsewhere = [size for index, size in enumerate(prediction.shape) if index not in (0, axis)]
-    if prediction.ndim == 5 and (not known or prediction.shape[1] == prediction.shape[2]):
+    channels, next_to_them = prediction.shape[axis], elsewhere[0]
+    unclear = not known or channels == next_to_them or (channels in halves and next_to_them in known)
+    if prediction.ndim == 5 and unclear:
         raise UnsupportedError(
             f"A video's output can be corrected whose channels can be told from its frames, but that of this "
             f"{type(model).__name__} is {tuple(prediction.shape)}"
             + (". Pass on another number of frames." if known else ", and its config names no `out_channels`.")
         )
-    if prediction.shape[axis] not in (*known, *halves) and not set(known).isdisjoint(elsewhere):
+    if channels not in (*known, *halves) and not set(known).isdisjoint(elsewhere):
         raise UnsupportedError(
             f"An output can be corrected that has its channels ({' or '.join(map(str, known))}) in axis {axis}, but "
             f"that of this {type(model).__name__} is {tuple(prediction.shape)}."

@@ -6,6 +6,7 @@ with many timesteps in a batch. The hardened weight with the least error on exam
 never gets worse there than nearest rounding.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -105,6 +106,7 @@ class Reconstructor:
         make_arguments = call_arguments(teacher, prompts, config.num_inference_steps, arguments)
         self.batch = min(config.batch_size, config.num_samples)
         trajectories = Trajectories(teacher, make_arguments, self.batch, config.seed)
+        self.length = len(trajectories.steps())
         self.steps = [trajectories[number] for number in range(config.num_samples // self.batch)]
         self.used = used_channels(teacher, self.teacher, self.steps[0].args, self.steps[0].kwargs)
         found = reconstruction_units(self.model, self.steps[0], layerwise=config.granularity == "layer")
@@ -161,10 +163,11 @@ class Reconstructor:
         part = RoundedPart(self.model, name, originals, scale_aware=config.scale_aware, used=self.used)
         try:
             memory = config.memory_mb * 2**20
-            examples = Examples.collect(self.model, self.teacher, name, self.steps, self.batch, memory, self.used)
+            steps, used = self.steps, self.used
+            examples = Examples.collect(self.model, self.teacher, name, steps, self.batch, memory, used, self.length)
             generator = torch.Generator().manual_seed(config.seed + number)
-            order = torch.randperm(len(examples), generator=generator)
-            judges = examples.samples[order] < max(1, self.batch // HELD_OUT)
+            order = torch.randperm(len(examples), generator=generator, device="cpu")
+            judges = examples.samples[order] < max(1, int(examples.samples.max() + 1) // HELD_OUT)
             judging, learning = order[judges].split(config.batch_size), order[~judges]
             learning = learning if len(learning) else order
             start = least = part.hard_loss(examples, judging)
@@ -172,7 +175,7 @@ class Reconstructor:
             optimizer = torch.optim.Adam(part.logits(), lr=config.learning_rate)
             every = max(1, config.iterations // EVALUATIONS)
             while done < config.iterations and since < config.patience and start > 0:
-                rows = learning[torch.randint(len(learning), (config.batch_size,), generator=generator)]
+                rows = learning[torch.randint(len(learning), (config.batch_size,), generator=generator, device="cpu")]
                 loss = part.loss(*examples.batch(rows)) / start
                 exponent = annealed_exponent(done / config.iterations)
                 if exponent is not None and config.penalty:
@@ -187,7 +190,7 @@ class Reconstructor:
                         least, best, since = error, part.hard_weights(), 0
         finally:
             part.close()
-        if not all(torch.isfinite(torch.tensor([start, least]))):
+        if not (math.isfinite(start) and math.isfinite(least)):
             raise NonFiniteError(f"The outputs of `{name}` must be finite, but got NaN or infinity.")
         counts = {"layers": len(inner), "examples": len(examples), "iterations": done}
         return best, {"part": name, **counts, "before": start, "after": least}

@@ -126,7 +126,7 @@ class Examples:
         structure (`TreeSpec`): of the arguments.
         targets (`list[Tensor]`): the teacher's outputs, a row for each example.
         timesteps (`Tensor`, `(B,)`): of each example.
-        samples (`Tensor`, `(B,)`, int64): number of the trajectory that each example is of.
+        samples (`Tensor`, `(B,)`, int64): number of the trajectory of each example; of a single one that of the step.
         per_example (`list[int]`): how many rows each leaf has for an example; 0 where all examples share it.
     """
 
@@ -147,6 +147,7 @@ class Examples:
         batch: int,
         memory: int,
         used: UsedChannels | None = None,
+        length: int | None = None,
     ) -> "Examples":
         """Run both models up to the part's end.
 
@@ -154,6 +155,7 @@ class Examples:
             batch (`int`): samples of each step; guidance calls with each of them twice.
             memory (`int`): bytes to stay below, but one step at least is taken.
             used (`UsedChannels`, *optional*): of the model.
+            length (`int`, *optional*): so many steps are of the same trajectories; by default all.
 
         Raises:
             ConfigError: steps call the part with something that differs and cannot be told from example to example.
@@ -182,7 +184,11 @@ class Examples:
         joined = [torch.cat(column) if each else column[0] for each, column in columns]
         told = [step.timesteps for step in steps[: len(parts)]]
         timesteps = torch.cat([each.repeat_interleave(rows // len(each)) for each in told])  # of frames, too
-        samples = torch.cat([(torch.arange(len(each)) % batch).repeat_interleave(rows // len(each)) for each in told])
+        row = torch.arange(len(told[0]), device="cpu") % batch
+        length = length or len(steps)
+        each = 1 if batch == 1 and len(told) <= length else length  # of one trajectory the steps are told apart
+        numbers = [number // each * batch + row for number in range(len(told))]
+        samples = torch.cat([number.repeat_interleave(rows // len(row)) for number in numbers])
         outputs = [torch.cat(column) for column in zip(*targets, strict=True)]
         return cls(joined, structure, outputs, timesteps, samples, per_example)
 

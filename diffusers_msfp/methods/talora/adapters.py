@@ -122,7 +122,7 @@ class AdapterBank(StatefulModule):
     def initialise(self, generator: torch.Generator) -> None:
         """Random `down`, zero `up`: the layer is unchanged at first."""
         bound = 1 / math.sqrt(math.prod(self.weight_shape[1:]))
-        drawn = torch.rand(self.down.shape, generator=generator, dtype=torch.float32)
+        drawn = torch.rand(self.down.shape, generator=generator, dtype=torch.float32, device="cpu")
         self.down.copy_((2 * drawn - 1) * bound * math.sqrt(3))
         self.up.zero_()
 

@@ -4,6 +4,7 @@ EfficientDM's data-free distillation (arXiv 2310.03270) with several adapters an
 `losses.py` (DFA); as reconstructed from summaries of arXiv 2505.21591. Processes are accelerate's.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -20,9 +21,9 @@ from torch import Tensor
 
 from ...compat.accelerate import own_states
 from ...compat.wrappers import seen_through, sees_through
-from ...errors import ConfigError, NonFiniteError
+from ...errors import ConfigError, NonFiniteError, UnsupportedError
 from ...results import OnProgress
-from ...sampling.calls import call_arguments, quiet
+from ...sampling.calls import call_arguments
 from ...sampling.denoisers import denoiser_of, denoisers_of, each_quantized, scheduler_of
 from ...sampling.denoising_factor import RunFactors, at_timestep, step_arguments
 from ...sampling.solvers import with_parts
@@ -31,6 +32,7 @@ from ...sampling.trajectory import DenoisingStep, Trajectories
 from ...sampling.used_output import counted, used_channels
 from ..blocks import block_outputs, trainable_blocks
 from ..losses import floats, loss_weights, real_factors, squared_error, weighted_mean
+from ..previews import preview
 from ..routes import routing_of
 from ..runs import Stop, deferred_signals, digests_of
 from . import Trainee
@@ -47,8 +49,7 @@ from .config import (
 from .folder import Progress, TrainingFolder, optimizer_for
 from .student import Student
 
-TIMED_UPDATES = 6  # before the length of a run of so many minutes is set; the first is not counted
-PREVIEWS = 8
+logger = logging.getLogger(__name__)
 
 
 class Finetuner:
@@ -113,7 +114,8 @@ class Finetuner:
         self.trajectories = Trajectories(teacher, make_arguments, *batches, self.sampler)
         timesteps = self.trajectories.timesteps()
         num_timesteps = max(int(scheduler.config.get("num_train_timesteps") or 1), 1 + math.ceil(max(timesteps)))
-        check_timesteps(timesteps, num_timesteps)
+        if config.num_adapters > 1:  # one needs no table
+            check_timesteps(timesteps, num_timesteps)
         digests = digests_of(teacher, model, prompts, arguments) if work_dir else {}  # before layers are replaced
         self.student = Student(
             model,
@@ -228,7 +230,7 @@ class Finetuner:
         progress.update += 1
         progress.seconds += time.perf_counter() - started
         progress.losses.append(loss)
-        self._set_length()
+        progress.set_length(config.minutes, self.accelerator)
         self._report(loss, factor)
 
     def _backward(self, number: int, turn: Turn) -> Tensor:
@@ -265,18 +267,6 @@ class Finetuner:
         """The loss weight of the sampler's nearest timestep."""
         return at_timestep(self.weights, timestep)
 
-    def _set_length(self) -> None:
-        """Fix the number of updates that fit into the minutes asked for, once their speed is known."""
-        progress, config = self.progress, self.config
-        if progress.update == 1:
-            progress.first = progress.seconds
-        if progress.total or progress.update < TIMED_UPDATES:
-            return
-        rate = (progress.seconds - progress.first) / (progress.update - 1)
-        left = 60 * cast(float, config.minutes) - progress.seconds
-        more = floats([left / rate], self.accelerator.device)
-        progress.total = progress.update + max(0, int(self.accelerator.gather(more).min()))
-
     def _report(self, loss: float, factor: float) -> None:
         if self.folder.path is not None:
             self.accelerator.log({"loss": loss, "learning_rate_factor": factor}, step=self.progress.update)
@@ -285,16 +275,21 @@ class Finetuner:
         wanted = self.on_preview is not None and self.accelerator.is_main_process and self.folder.preview_due()
         if wanted and self._stop.asked is None:
             with self.folder.previewing():
-                cast(Callable, self.on_preview)(self.progress.update, self.preview())
+                self._show()
         self.folder.keep(self._stop)
 
-    @torch.no_grad()
+    def _show(self) -> None:
+        """Hand on a preview; a run that can have none goes on without."""
+        try:
+            pictures = self.preview()
+        except UnsupportedError as error:
+            self.on_preview = None
+            logger.warning("Fine-tuning goes on without previews. %s", error)
+        else:
+            cast(Callable, self.on_preview)(self.progress.update, pictures)
+
     def preview(self, *, teacher: bool = False) -> np.ndarray:
-        """Pictures of the student as it is, or of the teacher, for equal noise; `(8, H, W, C)` in [0, 1]."""
-        pipe, config = self.teacher if teacher else self._previewed, self.config
-        noise = [torch.Generator().manual_seed(config.seed + i) for i in range(PREVIEWS)]
-        parts = {i: noise[i : i + config.batch_size] for i in range(0, PREVIEWS, config.batch_size)}
-        with quiet(pipe), self.student.routed():  # as many at once as in training
-            made = [self.preview_arguments(start, len(own), own).run(pipe) for start, own in parts.items()]
-        pictures = np.concatenate([each.images if hasattr(each, "images") else each.frames for each in made])
-        return pictures[:, 0] if pictures.ndim == 5 else pictures  # of a video its first frame
+        """See `methods.previews.preview`: of the student as it is, or of the teacher."""
+        pipe = self.teacher if teacher else self._previewed
+        with self.student.routed():
+            return preview(pipe, self.preview_arguments, self.trajectories.share, self.config.seed)

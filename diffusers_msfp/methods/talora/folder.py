@@ -13,11 +13,13 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from ...sampling.calls import drawing_from
+from ..losses import floats
 from ..runs import SETTINGS, Stop, check_settings, write_settings
 from .config import FinetuneConfig
 from .student import Student
 
 PREFIX = "checkpoint-"
+TIMED_UPDATES = 6  # before the length of a run of so many minutes is set; the first is not counted
 
 
 def checkpoints_in(path: Path) -> list[Path]:
@@ -41,6 +43,17 @@ class Progress:
         self.seconds = 0.0
         self.first = 0.0  # seconds of the first update, which warms up
         self.losses: list[float] = []
+
+    def set_length(self, minutes: float | None, accelerator: Accelerator) -> None:
+        """Fix the number of updates that fit into the minutes asked for, once their speed is known."""
+        if self.update == 1:
+            self.first = self.seconds
+        if self.total or self.update < TIMED_UPDATES:
+            return
+        rate = (self.seconds - self.first) / (self.update - 1)
+        left = 60 * cast(float, minutes) - self.seconds
+        more = floats([left / rate], accelerator.device)
+        self.total = self.update + max(0, int(accelerator.gather(more).min()))
 
     def state_dict(self) -> dict:
         """Tensors and plain numbers."""

@@ -71,7 +71,8 @@ class TimestepRouter(nn.Module):
 
     def gumbel(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """Noise that turns the most likely choice into a draw; `(batch_size, groups, num_adapters)`."""
-        uniform = torch.rand(batch_size, self.groups, self.num_adapters, generator=generator).clamp(1e-6, 1 - 1e-6)
+        shape = batch_size, self.groups, self.num_adapters
+        uniform = torch.rand(shape, generator=generator, device="cpu").clamp(1e-6, 1 - 1e-6)
         return -(-uniform.log()).log()
 
     def warm_start(self, loads: Mapping[float, float]) -> None:
@@ -81,7 +82,7 @@ class TimestepRouter(nn.Module):
             loads (`Mapping[float, float]`): timestep → load ≥ 0.
         """
         timesteps = sorted(loads, reverse=True)
-        load = torch.tensor([loads[t] for t in timesteps], dtype=torch.float64)
+        load = torch.tensor([loads[t] for t in timesteps], dtype=torch.float64, device="cpu")
         middle = (load.cumsum(0) - load / 2) / load.sum().clamp_min(1e-30)
         share = (middle * self.num_adapters).long().clamp(0, self.num_adapters - 1)
         device = weight_of(self.mlp[0]).device

@@ -75,7 +75,7 @@ class RoutingTable(ByTimestep, nn.Module):
             assert_later(self._inside(wanted), "A timestep lies outside the router's table.")
             index = self.table.index_select(1, self._nearest(wanted)).to(torch.int64)  # (groups, B)
             return [Route(row.reshape(()) if row.numel() == 1 else row) for row in index]
-        wanted = torch.as_tensor(timestep).detach().reshape(-1).to("cpu")
+        wanted = torch.as_tensor(timestep, device="cpu").detach().reshape(-1)
         if not bool(self._inside(wanted)):
             raise ConfigError(
                 f"Timesteps must lie within 0 … {self.num_timesteps - 1}, where this router was trained, but got "

@@ -66,10 +66,14 @@ class Student(nn.Module):
         super().__init__()
         check_student(model, teacher, "talora")
         finite_set = finite_set_of(model)
-        block = set(finite_set.plan.block) if finite_set is not None and finite_set.plan.keeps_block else set()
-        layers = {name: each for name, each in layers_by_name(model).items() if name not in block}
+        layers, beside_sets = layers_by_name(model), placement == "merged" and num_adapters == 1
+        if finite_set is not None:
+            block = set(finite_set.plan.block)
+            elsewhere = any(layer.num_sets for name, layer in layers.items() if name not in block)
+            if finite_set.plan.keeps_block or not (beside_sets or elsewhere):
+                layers = {name: layer for name, layer in layers.items() if name not in block}
         self.has_sets = any(layer.num_sets for layer in layers.values())
-        if self.has_sets and (placement != "merged" or num_adapters > 1):
+        if self.has_sets and not beside_sets:
             raise ConfigError(
                 f"Layers with input parameters for each timestep learn with `placement='merged'` and "
                 f"`num_adapters=1`, since they follow the timestep already, but got {placement!r} and {num_adapters}. "
@@ -144,7 +148,7 @@ class Student(nn.Module):
             self.gate.set(self.gate.value[order], None if self.gate.entries is None else self.gate.entries[order])
             step = step.rows(order)
         if block is None:
-            outputs = [model_output(step.run(self.model))[:, : step.output.shape[1]]]
+            outputs = [step.counted(model_output(step.run(self.model)))]
         else:
             outputs = block_outputs(self.model, block, step, gradients=True)
         back = order.argsort()
@@ -156,7 +160,7 @@ class Student(nn.Module):
         argument = timestep_argument(self.model)
 
         def choose(_model: nn.Module, args: tuple, kwargs: dict) -> None:
-            self.choose(torch.as_tensor(argument.of(args, kwargs)).reshape(-1)[:1])
+            self.choose(torch.as_tensor(argument.of(args, kwargs), device="cpu").reshape(-1)[:1])
 
         handle = self.model.register_forward_pre_hook(choose, with_kwargs=True)
         try:

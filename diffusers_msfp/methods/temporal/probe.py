@@ -37,7 +37,7 @@ class TemporalProbe:
         self.model = denoiser_of(teacher)
         self._timestep = timestep_argument(self.model)
         steps = {step.timesteps[0].float().item(): step for step in rollout(teacher, make_arguments, 0, 1, seed)}
-        self.timesteps = torch.tensor(sorted(steps), dtype=torch.float32)
+        self.timesteps = torch.tensor(sorted(steps), dtype=torch.float32, device="cpu")
         first, last = steps[float(self.timesteps[0])], steps[float(self.timesteps[-1])]
         self._step = last
         if len(steps) == 1:  # a sampler of one step: what depends on the timestep is told from another one
@@ -68,7 +68,7 @@ class TemporalProbe:
             if not isinstance(leaf, Tensor):
                 return leaf
             if leaf.is_floating_point():
-                noise = torch.randn(leaf.shape, generator=generator).to(leaf)
+                noise = torch.randn(leaf.shape, generator=generator, device="cpu").to(leaf)
                 return leaf + noise * (1 + leaf.abs().mean())
             return leaf if leaf.dtype == torch.bool else (leaf == 0).to(leaf.dtype)
 

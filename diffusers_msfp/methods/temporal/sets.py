@@ -12,8 +12,7 @@ from ...formats import FPFormat
 from ...layers import QuantLayer
 from ...layers.convert import prepare_layers, quant_layers
 from ...numerics import QParams
-from ...sampling.calls import batch_size_for
-from ...sampling.denoisers import denoiser_of
+from ...sampling.denoisers import batch_size_for, denoiser_of
 from ...sampling.trajectory import rollout
 from . import finite_set_search
 from .reconstruct import Sets

@@ -141,7 +141,10 @@ def _require_free(model: nn.Module) -> None:
     require_timesteps(model)
     require_tensors(model, "given adapters")
     if offloaded_groups(model) is not None:
-        raise StateError("Adapters must be loaded before a model is offloaded by groups, none of which has them.")
+        raise StateError(
+            f"Adapters must be loaded before a model is offloaded by groups, none of which has them, but this "
+            f"{type(model).__name__} is. Load it anew; it can be offloaded afterwards."
+        )
     if calibration_state(model) == "observing":
         raise StateError("Adapters need a calibrated model, but this one observes: call `calibrate(pipe)` first.")
 

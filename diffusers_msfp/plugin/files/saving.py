@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+from huggingface_hub import HfApi
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ...checkpoint.describe import TRANSFORMERS_WEIGHTS
+from ...checkpoint.describe import TRANSFORMERS_WEIGHTS, WEIGHTS
 from ...checkpoint.digest import Digest, checksum, dtype_name, recorded_digest
 from ...checkpoint.record import ModelRecord
 from ...compat.peft import has_adapters
@@ -22,6 +23,7 @@ from ...layers.stored import FORMATS_TENSOR, name_in_files
 from ...methods.correction.table import base_correction_of
 from ...methods.method import parts
 from ...outputs import write_whole
+from ...sampling.observation import require_finished
 from ..config import MSFPConfig, config_of
 
 logger = logging.getLogger(__name__)
@@ -109,11 +111,12 @@ def save_pretrained(model: nn.Module, save_directory: str | Path, *args: Any, **
 
     Raises:
         UnsupportedError: other files than safetensors are asked for; nothing is written then.
-        StateError: something on the model would not be as it is after loading; nor then.
+        StateError: quantizing it was stopped, or something on it would not be as it is after loading; nor then.
     """
     for part in parts():
         if part.require_whole is not None:
             part.require_whole(model)
+    require_finished(model, "saved")
     require_tensors(model, "saved", changes=False)
     own: Any = type(model)
     given = inspect.signature(own.save_pretrained).bind(model, save_directory, *args, **kwargs).arguments
@@ -130,32 +133,72 @@ def save_pretrained(model: nn.Module, save_directory: str | Path, *args: Any, **
             "unloaded from what is saved, `correct_output` fits it again.",
             type(model).__name__,
         )
-    save = own.save_pretrained if hasattr(own, "save_config") else _save_transformer
-    save(model, save_directory, *args, **kwargs)  # diffusers' own calls `save_config`
+    if hasattr(own, "save_config"):
+        own.save_pretrained(model, save_directory, *args, **kwargs)  # diffusers' own calls `save_config`
+        if given.get("is_main_process", True):
+            _remove_former(Path(save_directory), WEIGHTS, given.get("variant"))
+    else:
+        _save_transformer(
+            model,
+            Path(save_directory),
+            {key: given[key] for key in given if key not in ("self", "save_directory", "kwargs")},
+        )
 
 
-def _save_transformer(
-    model: nn.Module, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **kwargs: Any
-) -> None:
+def _save_transformer(model: nn.Module, folder: Path, arguments: dict[str, Any]) -> None:
     """As `PreTrainedModel.save_pretrained`, which may give tensors other names: digested as they lie in the files.
 
     Until config.json has the digest, the folder counts as one that was not saved to its end.
+
+    Args:
+        arguments (`dict[str, Any]`): of that method but for the folder, by their names.
     """
-    before = recorded_digest(save_directory)
+    before = recorded_digest(folder)
     _raise_version(model)
-    names = ("repo_id", "commit_message", "private", "create_pr")
-    hub: dict[str, Any] = {key: kwargs.pop(key) for key in names if key in kwargs}
-    hub |= {"token": kwargs["token"]} if "token" in kwargs else {}
+    upload = arguments.pop("push_to_hub", False)
+    hub = {key: arguments.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr") if key in arguments}
+    times = _times(folder)
     with recorded(model, ModelRecord.of(model, config_of(model).format_version)):
-        cast(Any, type(model)).save_pretrained(model, save_directory, *args, **kwargs)
-    adapters_alone = has_adapters(model)
-    writes = kwargs.get("is_main_process", args[0] if args else True) and not adapters_alone
-    if writes and config_of(model).format_version > 1:
-        files = files_of(Path(save_directory), TRANSFORMERS_WEIGHTS, kwargs.get("variant"))
-        write_digest(Path(save_directory), digest_of_files(files).joined(before))
-    if push_to_hub:
-        repo_id = hub.pop("repo_id", Path(save_directory).name)
-        cast(Any, model).push_to_hub(repo_id, **hub)  # saves anew, by this function, and uploads that
+        cast(Any, type(model)).save_pretrained(model, folder, **arguments)
+    if not arguments.get("is_main_process", True):
+        return
+    removed: list[str] = []
+    if not has_adapters(model):  # then these alone are saved
+        variant = arguments.get("variant")
+        removed = _remove_former(folder, TRANSFORMERS_WEIGHTS, variant)
+        if config_of(model).format_version > 1:
+            files = files_of(folder, TRANSFORMERS_WEIGHTS, variant)
+            write_digest(folder, digest_of_files(files).joined(before))
+    if upload:
+        changed = [name for name, time in _times(folder).items() if times.get(name) != time]
+        api = HfApi(token=arguments.get("token"))
+        name, private = hub.pop("repo_id", folder.name), hub.pop("private", None)
+        repo_id = api.create_repo(name, private=private, exist_ok=True).repo_id
+        api.upload_folder(
+            repo_id=repo_id, folder_path=folder, allow_patterns=changed, delete_patterns=removed or None, **hub
+        )
+
+
+def _times(folder: Path) -> dict[str, int]:
+    """When each file of a folder was written; none of one that is not there yet."""
+    return {file.name: file.stat().st_mtime_ns for file in folder.glob("*") if file.is_file()}
+
+
+def _remove_former(folder: Path, stem: str, variant: str | None) -> list[str]:
+    """Of weights in one file and in shards, keep the newest: libraries leave a file, or an index, and then load that.
+
+    Returns:
+        `list[str]`: names of what is gone. Former shards are taken away by the libraries themselves.
+    """
+    between = f".{variant}" if variant else ""
+    whole = f"{stem}{between}.safetensors"
+    indices = {f"{stem}.safetensors.index{between}.json", f"{stem}.safetensors{between}.index.json"}
+    files = {file.name for file in files_of(folder, stem, variant)}
+    former = indices if files == {whole} else {whole}
+    removed = sorted(name for name in former if (folder / name).is_file())
+    for name in removed:
+        (folder / name).unlink()
+    return removed
 
 
 def files_of(folder: Path, stem: str, variant: str | None = None) -> list[Path]:

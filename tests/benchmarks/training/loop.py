@@ -22,6 +22,8 @@ from diffusers_msfp.checkpoint.describe import config_of_origin
 
 RESULTS = "results/training.json"
 """In a folder of `model_cards`: how its weights were trained."""
+BFLOAT16, FLOAT32 = "bfloat16 autocast", "float32"
+"""What updates are computed in, as cards say it."""
 WINDOW = 50
 """Updates whose mean loss is one point of the curve."""
 
@@ -59,8 +61,8 @@ class Settings:
         return self.learning_rate * min(1.0, (update - begun + 1) / self.warmup, max(0.0, remaining))
 
 
-class OtherSettingsError(ValueError):
-    """A run was begun with other settings."""
+class SettingsError(ValueError):
+    """A run cannot begin, or go on, with these settings."""
 
 
 @dataclass
@@ -71,6 +73,7 @@ class Progress:
         update (`int`): updates made.
         begun (`int`): those of them that published weights had, with which it began.
         seconds (`float`): of training, over all sessions.
+        precisions (`dict[str, int]`): in what updates were computed → how many; runs of before do not say.
         curve (`list[float]`): mean loss of each `WINDOW` updates.
         window (`list[float]`): losses since the curve's last point.
     """
@@ -78,12 +81,14 @@ class Progress:
     update: int = 0
     begun: int = 0
     seconds: float = 0.0
+    precisions: dict[str, int] = field(default_factory=dict)
     curve: list[float] = field(default_factory=list)
     window: list[float] = field(default_factory=list)
 
-    def add(self, loss: float) -> None:
+    def add(self, loss: float, precision: str) -> None:
         """Count an update."""
         self.update += 1
+        self.precisions[precision] = self.precisions.get(precision, 0) + 1
         self.window.append(loss)
         if len(self.window) == WINDOW:
             self.curve.append(sum(self.window) / WINDOW)
@@ -138,9 +143,13 @@ class Task(nn.Module):
             if isinstance(network, nn.Module):
                 network.load_state_dict(stored.components[name].state_dict())
 
+    def cast(self) -> None:
+        """To the dtypes in which the networks are published: float16."""
+        self.half()
+
     def export(self, folder: Path) -> None:
-        """Write the weights that the networks have now, in float16; the networks are cast."""
-        self.half().eval()
+        """Write the weights that the networks have now; the networks are cast."""
+        self.eval().cast()
         self.pipeline().save_pretrained(folder)
         for file in folder.rglob("config.json"):
             file.write_bytes(config_of_origin(file, None))  # the autoencoder remembers where it was loaded from
@@ -172,21 +181,20 @@ def train(
         `Progress`: of the run; the task's networks have the averaged weights.
 
     Raises:
-        OtherSettingsError: the run of this folder was begun with other settings; only `updates` may change.
+        SettingsError: the run of this folder, or the published weights, have other settings, of which only `updates`
+            may change; or processes cannot share a batch equally. `out` is as it was.
     """
     settings = task.settings
     bf16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    precision = BFLOAT16 if bf16 else FLOAT32
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not torch.cuda.is_available())
-    out.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
-        _keep_settings(task, out / "settings.json")
+    share, rank = _share(settings.batch_size, accelerator.num_processes), accelerator.process_index
     progress = Progress()
     if begin_with is not None and latest_checkpoint(out) is None:
-        before = json.loads((begin_with / RESULTS).read_text(encoding="utf-8"))["training"]
-        _require_equal(_identity(task), _identity_of(before), begin_with / RESULTS)
-        task.begin_with(begin_with)
-        progress = Progress(before["updates"], before["updates"], 3600 * before["hours"])
+        progress = _begin(task, begin_with)
         say(f"{task.name}: begins with the weights of update {progress.update}")
+    if accelerator.is_main_process:
+        _keep_settings(task, out / "settings.json")
     task.to(memory_format=torch.channels_last)
     if not torch.cuda.is_available():
         _plain_attention(task)
@@ -201,8 +209,6 @@ def train(
         accelerator.load_state(str(latest))
         ema.to(accelerator.device)  # accelerate loads it on the CPU
         say(f"{task.name}: goes on at update {progress.update}")
-    stopping = _stop_on_signals()
-    share, rank = settings.batch_size // accelerator.num_processes, accelerator.process_index
     begun, saved, first = time.monotonic() - progress.seconds, time.monotonic(), progress.update
     started = time.monotonic()
     end = settings.end(stop_at)
@@ -211,37 +217,38 @@ def train(
         progress.seconds = time.monotonic() - begun
         _save(accelerator, out, progress)
 
-    while progress.update < end and not stopping:
-        batch = task.draw(settings.batch_size, batch_generator(settings.seed, progress.update))
-        mine = [part[rank * share : (rank + 1) * share].to(accelerator.device) for part in batch]
-        for group in optimizer.param_groups:
-            group["lr"] = settings.rate(progress.update, progress.begun)
-        with accelerator.autocast():
-            loss = model(*mine)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(trained, settings.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.step(trained)
-        progress.add(accelerator.reduce(loss.detach().float(), "mean").item())
-        last = progress.update == end
-        sampled = progress.update % sample_every == 0 or progress.update == settings.updates
-        if last or sampled or time.monotonic() - saved > save_every:
+    with _stop_on_signals() as stopping:
+        while progress.update < end and not stopping:
+            batch = task.draw(settings.batch_size, batch_generator(settings.seed, progress.update))
+            mine = [part[rank * share : (rank + 1) * share].to(accelerator.device) for part in batch]
+            for group in optimizer.param_groups:
+                group["lr"] = settings.rate(progress.update, progress.begun)
+            with accelerator.autocast():
+                loss = model(*mine)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(trained, settings.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.step(trained)
+            progress.add(accelerator.reduce(loss.detach().float(), "mean").item(), precision)
+            last = progress.update == end
+            sampled = progress.update % sample_every == 0 or progress.update == settings.updates
+            if last or sampled or time.monotonic() - saved > save_every:
+                save()
+                speed = (time.monotonic() - started) / (progress.update - first)
+                hours = speed * (settings.updates - progress.update) / 3600
+                recent = (progress.window or progress.curve[-1:])[-WINDOW:]
+                say(
+                    f"{task.name}: update {progress.update}/{settings.updates}, loss {sum(recent) / len(recent):.4f}, "
+                    f"{speed:.2f} s an update, {hours:.1f} h left"
+                )
+                if sampled and accelerator.is_main_process:
+                    with _average(ema, trained):
+                        save_grid(task.sample_grid(), out / f"samples-{progress.update:06d}.png")
+                saved = time.monotonic()
+        if stopping:  # wherever the signal came
             save()
-            speed = (time.monotonic() - started) / (progress.update - first)
-            hours = speed * (settings.updates - progress.update) / 3600
-            recent = (progress.window or progress.curve[-1:])[-WINDOW:]
-            say(
-                f"{task.name}: update {progress.update}/{settings.updates}, loss {sum(recent) / len(recent):.4f}, "
-                f"{speed:.2f} s an update, {hours:.1f} h left"
-            )
-            if sampled and accelerator.is_main_process:
-                with _average(ema, trained):
-                    save_grid(task.sample_grid(), out / f"samples-{progress.update:06d}.png")
-            saved = time.monotonic()
-    if stopping:  # wherever the signal came
-        save()
-        say(f"{task.name}: stopped at update {progress.update}")
+            say(f"{task.name}: stopped at update {progress.update}")
     ema.copy_to(trained)
     return progress
 
@@ -266,20 +273,45 @@ def _identity_of(training: Mapping) -> dict:
 def _keep_settings(task: Task, file: Path) -> None:
     """Write what a run is begun with; a run that goes on must have the same."""
     asked = _identity(task)
-    if file.is_file():
-        _require_equal(asked, json.loads(file.read_text(encoding="utf-8")), file)
-    _write(file, json.dumps(asked, indent=1) + "\n")
-
-
-def _require_equal(asked: Mapping, before: Mapping, file: Path) -> None:
-    """Refuse to go on with other settings; only `updates` may change."""
-    changed = [name for name in asked if asked[name] != before.get(name) and name != "updates"]
-    if changed:
-        then, now = ({name: values.get(name) for name in changed} for values in (before, asked))
-        raise OtherSettingsError(
+    if file.is_file() and (other := _differing(asked, json.loads(file.read_text(encoding="utf-8")))):
+        then, now = other
+        raise SettingsError(
             f"A run must go on with the settings that it was begun with, {then} in {file}, but got {now}. Give these "
             f"again, or begin another run: `--out`."
         )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _write(file, json.dumps(asked, indent=1) + "\n")
+
+
+def _begin(task: Task, folder: Path) -> Progress:
+    """Take published weights, which must be of the same settings, and what is known of their training."""
+    file = folder / RESULTS
+    before = json.loads(file.read_text(encoding="utf-8"))["training"]
+    if other := _differing(_identity(task), _identity_of(before)):
+        then, now = other
+        raise SettingsError(
+            f"A run must begin with weights that were trained with its settings, {then} in {file}, but got {now}. Give "
+            f"those of the file, or begin without `--begin-with`."
+        )
+    task.begin_with(folder)
+    done, hours, precisions = before["updates"], before["hours"], dict(before.get("precisions", {}))
+    return Progress(done, done, 3600 * hours, precisions)
+
+
+def _differing(asked: Mapping, before: Mapping) -> tuple[dict, dict] | None:
+    """What another run had, and what is asked, where these differ; only `updates` may."""
+    changed = [name for name in asked if asked[name] != before.get(name) and name != "updates"]
+    return tuple({name: values.get(name) for name in changed} for values in (before, asked)) if changed else None
+
+
+def _share(batch_size: int, processes: int) -> int:
+    """Pictures of a batch for each process."""
+    if batch_size % processes:
+        raise SettingsError(
+            f"Processes must share a batch equally, but got {batch_size} pictures for {processes} processes. Give a "
+            f"`--batch-size` that {processes} divides."
+        )
+    return batch_size // processes
 
 
 @contextmanager
@@ -340,9 +372,16 @@ def save_grid(images: Tensor, file: Path, columns: int = 8, zoom: int = 3) -> No
     picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(file)
 
 
-def _stop_on_signals() -> list[int]:
-    """Filled when the run is asked to end; it then saves and returns."""
+@contextmanager
+def _stop_on_signals() -> Iterator[list[int]]:
+    """Filled when the run is asked to end; it then saves and returns, and signals take their effect again."""
     asked: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, _frame: asked.append(received))
-    return asked
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        for number in numbers:
+            signal.signal(number, lambda received, _frame: asked.append(received))
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

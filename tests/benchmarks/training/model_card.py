@@ -10,7 +10,7 @@ there. Models on latents need `--autoencoder AUTOENCODER`, as in their training.
 import json
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -18,10 +18,10 @@ from typing import Annotated
 import torch
 import typer
 from autoencoder import FIGURES
-from captions import prompts_for
+from captions import TEMPLATES, prompts_for
 from data import load_cifar10
 from diffusers import DiffusionPipeline
-from loop import RESULTS, Progress, Settings, Task, latest_checkpoint, save_grid, train
+from loop import BFLOAT16, RESULTS, Progress, Settings, Task, latest_checkpoint, save_grid, train
 from train import make_task
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
@@ -92,6 +92,7 @@ def measure(pipe: DiffusionPipeline, guidance: float | None, data: Path, num: in
         figures["class_agreement"] = shares["made"].to_dict()
     sampling = {"pictures": num, "steps": steps, "scheduler": "DDIMScheduler", "guidance_scale": guidance, "seed": 0}
     sampling |= {"test_pictures": len(real), "training_pictures": len(chosen)}
+    sampling |= {} if prompts is None else {"prompts": prompts}
     return figures, sampling, images[:SAMPLES].float()
 
 
@@ -106,6 +107,7 @@ def describe(task: Task, progress: Progress, pipe: DiffusionPipeline) -> dict:
         "settings": asdict(task.settings),
         "made_of": task.made_of,
         "begun": progress.begun,
+        "precisions": progress.precisions,
         "pipeline": type(pipe).__name__,
         "denoiser": type(denoiser).__name__,
         "parameters": {
@@ -172,7 +174,7 @@ def card(name: str, results: Mapping) -> str:
         "![samples](samples.png)",
         fill(
             f"The first {SAMPLES} of {sampling['pictures']:,} pictures in {sampling['steps']} DDIM steps, seed 0, not "
-            f"selected{guided}."
+            f"selected{guided}." + _prompts(sampling.get("prompts", ()))
         ),
         "## Data",
         fill(
@@ -208,6 +210,28 @@ def card(name: str, results: Mapping) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _prompts(prompts: Sequence[str]) -> str:
+    """What was asked for, of which figures are."""
+    if not prompts:
+        return ""
+    asked = ", ".join(f"*{prompt}*" for prompt in prompts)
+    return (
+        f" Prompts, of these and of all figures, in turn: {asked}. Of the {len(TEMPLATES)} captions of a class that it "
+        f"was trained with, the others are not measured."
+    )
+
+
+def _precision(training: Mapping) -> str:
+    """What updates were computed in, as far as runs have written it down."""
+    known = training.get("precisions", {})
+    unknown = training["updates"] - sum(known.values())
+    if not known:
+        return f"{BFLOAT16} where the processor had it (not recorded)"
+    parts = [f"{precision} in {count:,} updates" for precision, count in known.items()]
+    parts += [f"not recorded in {unknown:,}"] if unknown else []
+    return f"precision: {', '.join(parts)}" if len(parts) > 1 else next(iter(known))
+
+
 def _recipe(name: str, training: Mapping) -> str:
     settings = training["settings"]
     own = {key: value for key, value in settings.items() if key not in asdict(Settings())}
@@ -220,8 +244,8 @@ def _recipe(name: str, training: Mapping) -> str:
         f"{settings['seed']}. Mean squared error of the predicted noise, timesteps uniform. AdamW, "
         f"learning rate {settings['learning_rate']:g} after {settings['warmup']} updates, linear to zero over the last "
         f"{settings['cooldown']:.0%} of {settings['updates']:,}; weight decay {settings['weight_decay']:g}, gradients "
-        f"clipped at {settings['clip']:g}, bfloat16 autocast, moving average {settings['ema_decay']}, which these "
-        f"weights are. " + restarted + (f"Further settings: `{json.dumps(own)}`. " if own else "") + f"Made by "
+        f"clipped at {settings['clip']:g}, {_precision(training)}, moving average {settings['ema_decay']}, which "
+        f"these weights are. " + restarted + (f"Further settings: `{json.dumps(own)}`. " if own else "") + f"Made by "
         f"`tests/benchmarks/training/train.py {name}`."
     )
 

@@ -1,7 +1,6 @@
 """`cifar10-text`: captions to pictures on the autoencoder's latents, in a stock `StableDiffusionPipeline`."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from captions import TOKENS, captions, make_tokenizer
@@ -110,14 +109,13 @@ class TextTask(Task):
             requires_safety_checker=False,
         )
 
-    def export(self, folder: Path) -> None:
+    def cast(self) -> None:
         """The text encoder stays in float32, the dtype in which diffusers opens the other parts unless it is told one.
 
         transformers opens a model in the dtype of its file.
         """
-        self.half().eval()
+        super().cast()
         self.text_encoder.float()
-        self.pipeline().save_pretrained(folder)
 
     def sample_grid(self, num: int = 64, steps: int = 50) -> Tensor:
         """The classes in turn."""

@@ -22,7 +22,7 @@ from autoencoder import AutoencoderTask
 from data import load_cifar10
 from dit import DiTTask
 from latents import load_autoencoder, make_latents
-from loop import OtherSettingsError, Task, train
+from loop import SettingsError, Task, train
 from pixel import PixelTask
 from text import TextTask
 
@@ -89,7 +89,7 @@ def main(
             begin_with=begin_with,
             say=_say,
         )
-    except OtherSettingsError as error:
+    except SettingsError as error:
         _say(str(error))
         raise typer.Exit(1) from error
     if export is not None and progress.update >= task.settings.end(stop_at):  # not where a signal ended it
