@@ -95,9 +95,14 @@ def test_pictures_of_other_code_are_not_found(monkeypatch, tmp_path):
     for code in ({"git": "abc", "dirty": False}, {"git": "def", "dirty": False}, {"git": "def", "dirty": True}):
         for changes in ("one", "other"):
             monkeypatch.setattr(harness, "CODE", code)
-            monkeypatch.setattr(harness, "_git", lambda *_, changes=changes: changes)
+            monkeypatch.setattr(harness, "_git", lambda word, *_, changes=changes: changes if word == "diff" else "")
             folders.add(harness.of_this_code(tmp_path))
-    assert len(folders) == 4
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setattr(harness, "_git", lambda word, *_: "new.py" if word == "ls-files" else "")
+    for text in ("one", "other"):  # of a file that git does not know yet
+        (tmp_path / "new.py").write_text(text)
+        folders.add(harness.of_this_code(tmp_path))
+    assert len(folders) == 6
     assert all(folder.parent == tmp_path for folder in folders)
 
 

@@ -37,8 +37,12 @@ class LayerReference(Opaque):
 
     def __init__(self, prepared: "PreparedLayer") -> None:
         layer = prepared.layer
-        self._prepared = weakref.ref(prepared)
+        self.refer(prepared)
         self.sizes = f"{type(layer).__name__}({layer.float_class.extra_repr(layer)})"
+
+    def refer(self, prepared: "PreparedLayer") -> None:
+        """Stand for a layer, which may be another one made of the same `QuantLayer`."""
+        self._prepared = weakref.ref(prepared)
 
     def prepared(self) -> "PreparedLayer":
         """The layer.

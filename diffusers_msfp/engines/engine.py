@@ -1,5 +1,6 @@
 """What every engine is: a name, the layers it refuses and why, and a way to make the others ready."""
 
+import threading
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, cast
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from ..compat.modules import tensors_state
 from ..compat.torch import tree_leaves
-from ..errors import NonFiniteError
+from ..errors import NonFiniteError, UnsupportedError
 from ..layers import QuantLayer
 from ..numerics import Codes, QParams
 from ..numerics.groups import multiply_groups_
@@ -19,6 +20,8 @@ from .grid import InputGrid
 from .kernels import torch_kernels
 
 MEMORY_MODES = ("fast", "low")
+
+_MAKING = threading.Lock()
 
 
 class Engine(ABC):
@@ -100,8 +103,20 @@ class PreparedLayer(ABC):
         """
         if self.made_of == tensors_state(self.layer):
             return self
-        self.layer.prepare()
-        return cast(PreparedLayer, self.layer.prepared)
+        with _MAKING:  # a graph may have been called in several threads
+            made = self.layer.prepared
+            if made is None or made is self:
+                self.layer.prepare()
+                made = self.layer.prepared
+        if made is None:
+            raise UnsupportedError(
+                f"A compiled graph must be given layers that an engine can run, but no engine can run what "
+                f"`{self.layer.module_name}` has become since. Compile the model again."
+            )
+        anew = cast(PreparedLayer, made)
+        self._reference.refer(anew)  # a graph may have more calls of the layer, and reads its references once
+        anew._reference = self._reference
+        return anew
 
     @property
     def reads_codes(self) -> bool:

@@ -125,23 +125,7 @@ def evaluate_pipelines(
     shape = _shape(reference, candidate, run | arguments)
     features, network, lacking = _features(features, shape)
     real, adapted = load_real(data, shape) if data is not None else (None, None)
-    if process.is_main_process:  # first, as it may refuse what the pictures, which take longest, do not show
-        compared = compare_pipelines(
-            reference,
-            candidate,
-            num_samples=COMPARED,
-            on_progress=in_stage(on_progress, "denoisers"),
-            **run,
-            **arguments,
-        )
-        layers = layer_snr(
-            reference,
-            candidate,
-            num_samples=COMPARED // 4,
-            on_progress=in_stage(on_progress, "layers"),
-            **run,
-            **arguments,
-        )
+    compare_pipelines(reference, candidate, num_samples=1, **run, **arguments)  # refuses what drawing does not show
     sets = {}
     for name, pipe in pipes.items():
         draw = partial(
@@ -176,6 +160,13 @@ def evaluate_pipelines(
     own, missing = compare_pictures(sets["reference"], sets["candidate"], seed)
     figures["candidate_to_reference"] |= own
     omitted |= {f"candidate_to_reference.{name}": reason for name, reason in missing.items()}
+    run |= arguments
+    compared = compare_pipelines(
+        reference, candidate, num_samples=COMPARED, on_progress=in_stage(on_progress, "denoisers"), **run
+    )
+    layers = layer_snr(
+        reference, candidate, num_samples=COMPARED // 4, on_progress=in_stage(on_progress, "layers"), **run
+    )
     return Evaluation(
         traj_rel_l2=compared.traj_rel_l2,
         eps_mse=compared.eps_mse,

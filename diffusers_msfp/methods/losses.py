@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, NonFiniteError
 from ..sampling.denoising_factor import RunFactors, clipped_factors, clips
-from ..sampling.finite_steps import learns_variance, probe_of
+from ..sampling.solvers import learns_variance, probe_of
 from ..sampling.trajectory import Trajectories
 from ..sampling.used_output import sample_of
 

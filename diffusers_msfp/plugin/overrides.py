@@ -159,7 +159,9 @@ class _Bound(functools.partial):
 
     @property
     def __func__(self) -> Callable[..., Any]:
-        return functools.partial(self.func, **self.keywords)
+        unbound: Any = functools.partial(self.func, **self.keywords)
+        vars(unbound).update(vars(self))  # what it wraps, for those who look which arguments there are
+        return unbound
 
     @property
     def __self__(self) -> nn.Module:
@@ -185,18 +187,23 @@ def install_on_classes() -> None:
     """
     for base in (ModelMixin, PreTrainedModel):
         for method, answer in _MOVES.items():
-            stock = getattr(base, method, None)
-            if stock is not None and getattr(stock, "func", None) not in _MOVES.values():
-                setattr(base, method, _answered(stock, answer))
+            stock = vars(base).get(method, functools.partial(_next, base, method))
+            if hasattr(base, method) and getattr(stock, "answer", None) is not answer:
+                setattr(base, method, _answered(getattr(base, method), stock, answer))
 
 
-def _answered(stock: Callable[..., nn.Module], answer: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    @functools.wraps(stock)
+def _next(base: type, method: str, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """As the class that follows this base among the model's, for methods that the base does not have itself."""
+    return getattr(super(base, model), method)(*args, **kwargs)
+
+
+def _answered(known: Callable, stock: Callable, answer: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    @functools.wraps(known)
     def method(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         ours = getattr(model, "quantization_method", None) == MSFPMethod.MSFP
         return answer(stock, model, *args, **kwargs) if ours else stock(model, *args, **kwargs)
 
-    method.func = answer  # type: ignore[attr-defined]
+    method.answer = answer  # type: ignore[attr-defined]
     return method
 
 

@@ -19,7 +19,7 @@ from ..methods import METHODS
 from ..methods.correction.fit import CorrectionConfig
 from ..recipes import CORRECTION, RECIPES
 from ..results import OnProgress, plain
-from ..sampling.solvers import with_ddim
+from ..sampling.solvers import with_sampler
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +87,13 @@ def _require_types(stage: str, config: type, wanted: Mapping[str, object]) -> No
             raise ConfigError(f"`{stage}.{key}` must be {names}, but got {value!r}.")
 
 
-def teacher_of(original: DiffusionPipeline) -> DiffusionPipeline:
-    """The float pipeline as a teacher; on DDIM instead of ancestral sampling, which needs all its steps."""
-    return with_ddim(original) if isinstance(original.scheduler, DDPMScheduler) else original
+def teacher_of(original: DiffusionPipeline, arguments: Mapping[str, Any] | None = None) -> DiffusionPipeline:
+    """The float pipeline as a teacher; on DDIM instead of ancestral sampling, which needs all its steps.
+
+    Args:
+        arguments (`Mapping[str, Any]`, *optional*): see `with_sampler`.
+    """
+    return with_sampler(original, arguments=arguments) if isinstance(original.scheduler, DDPMScheduler) else original
 
 
 class RecipeRun:
@@ -156,7 +160,7 @@ class RecipeRun:
             progress (`Callable`): a bar with a title; gives an `OnProgress`.
             arguments (`Mapping[str, object]`, *optional*): passed on to the pipelines, like `guidance_scale`.
         """
-        teacher = teacher_of(original)
+        teacher = teacher_of(original, arguments)
         for index, (name, config) in list(enumerate(self.plan))[len(self.figures) :]:
             kind, started = METHODS[name], time.perf_counter()
             digest = hashlib.sha256("".join(self._settings(index)).encode()).hexdigest()[:8]

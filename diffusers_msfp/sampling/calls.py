@@ -3,7 +3,7 @@
 import inspect
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import nn
 
 from ..compat.diffusers import (
     execution_device,
@@ -25,8 +25,9 @@ from ..compat.diffusers import (
 from ..errors import ConfigError
 from ..results import OnProgress
 from .denoisers import attention_kept, batch_size_for, labels_of, say_unnamed
-from .finite_steps import require_finite_steps
 from .observation import quantized_models
+from .rows import by_picture, in_turn
+from .solvers import require_finite_steps
 
 DEFAULT_PROMPTS = (
     "a photograph of an old fisherman mending a net",
@@ -180,41 +181,15 @@ def call_arguments(
         arguments |= dict.fromkeys(steps, num_inference_steps)
         arguments["output_type"] = "latent" if skip_decoding else "np"
         if "prompt" in parameters:
-            arguments["prompt"] = _in_turn(prompts, start, size)
+            arguments["prompt"] = in_turn(prompts, start, size)
             del arguments["batch_size"]
         if "class_labels" in parameters and labels:
             arguments["class_labels"] = draw_labels(size, generator)
         seed = (generator[0] if isinstance(generator, list) else generator).initial_seed()
         arguments = {key: value for key, value in arguments.items() if key in parameters} | given
-        return Call(arguments | _by_picture(arguments, parameters, start, size), seed, start, size)
+        return Call(arguments | by_picture(arguments, parameters, start, size), seed, start, size)
 
     return make
-
-
-_EMBEDDED = re.compile(r"(negative_|pooled_)*((prompt|image)_embeds|(prompt_|text_|encoder_)?attention_mask)(_\w+)?")
-_TEXTS = re.compile(r"(negative_)?prompt(_\d)?")
-
-
-def _by_picture(arguments: Mapping[str, Any], parameters: Mapping[str, Any], start: int, size: int) -> dict[str, Any]:
-    """Those of a call's arguments that say something of each picture: taken in turn, as prompts are."""
-    if arguments.get("prompt") is not None:
-        others = {name: value for name, value in arguments.items() if name != "prompt" and _TEXTS.fullmatch(name)}
-        listed = {name: [value] if isinstance(value, str) else value for name, value in others.items() if value}
-        takes = {name: "list" in str(parameters[name].annotation).lower() for name in listed if name in parameters}
-        return {name: _in_turn(listed[name], start, size) for name in takes if takes[name]}
-    rows = {
-        name: value
-        for name, value in arguments.items()
-        if _EMBEDDED.fullmatch(name) and isinstance(value, Tensor | list)
-    }
-    numbers = [len(value) for name, value in rows.items() if not name.startswith("negative")]
-    return {name: _in_turn(value, start, size) for name, value in rows.items() if len(value) == min(numbers, default=0)}
-
-
-def _in_turn(values: Any, start: int, size: int) -> Any:
-    """Entries of a list, or rows of a tensor, for so many pictures from one on."""
-    order = [(start + i) % len(values) for i in range(size)]
-    return values[order] if isinstance(values, Tensor) else [values[i] for i in order]
 
 
 def known_arguments(pipe: DiffusionPipeline, given: dict) -> dict:

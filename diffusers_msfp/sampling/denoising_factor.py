@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..compat.diffusers import Scheduler, scheduler_as_set
 from ..errors import ConfigError, NonFiniteError
-from .finite_steps import SHAPE, learns_variance, no_finite_step, probe_of
+from .solvers import SHAPE, learns_variance, no_finite_step, probe_of
 from .timestep import tellings
 
 NONLINEAR = ("clip_sample", "thresholding", "use_dynamic_thresholding")

@@ -8,6 +8,7 @@ throws away: a model that reads a picture to be edited beside the sample puts ou
 import copy
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from ..compat.torch import tree_leaves, tree_map
 from ..errors import UnsupportedError
 from ..layers.split import whole_name
 from .denoisers import attention_of, model_output, scheduler_of
-from .finite_steps import learns_variance
+from .solvers import learns_variance
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -91,37 +92,73 @@ def fresh(arguments: Any, change: Callable[[Any], Any] = lambda leaf: leaf) -> A
             return change(leaf)
         if id(leaf) not in known:
             known[id(leaf)] = made = copy.copy(leaf)
-            vars(made).update(tree_map(own, vars(leaf)))
+            vars(made).update(tree_map(inside, vars(leaf)))
         return known[id(leaf)]
 
+    def inside(leaf: Any) -> Any:
+        return change(leaf.clone()) if isinstance(leaf, Tensor) else own(leaf)  # some are written in place
+
     return tree_map(own, arguments)
+
+
+_LOCK = threading.Lock()
+_watched: dict[type, list[tuple[Scheduler, Callable[[Tensor], None]]]] = {}  # by class
 
 
 @contextmanager
 def watching_samples(scheduler: Scheduler, look: Callable[[Tensor], None]) -> Iterator[None]:
     """Within the block, `look` gets the sample that a scheduler is to step from, before each of its steps.
 
-    The class is exchanged and not the method, as pipelines copy schedulers: a copy would step in the original's place.
+    The class is told so and not the scheduler, as pipelines copy those: a copy would step in the original's place.
     """
-    kind, state = type(scheduler), cast("dict[str, Any]", scheduler.__dict__)
-    own = state.get("step")  # a copy may have been given one
-    signature = inspect.signature(scheduler.step)
-
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        sample = signature.bind(*args, **kwargs).arguments.get("sample")
-        if self is scheduler and isinstance(sample, Tensor):
-            look(sample)
-        return kind.step(self, *args, **kwargs) if own is None else own(*args, **kwargs)
-
-    if own is None:  # wrapped, as pipelines look at the signature for what they may pass
-        scheduler.__class__ = type(kind.__name__, (kind,), {"step": functools.update_wrapper(step, kind.step)})
-    else:
-        state["step"] = functools.update_wrapper(functools.partial(step, scheduler), own)
+    if getattr(scheduler, "step", None) is None:  # one that is stepped otherwise
+        return (yield)
+    kind, entry = type(scheduler), (scheduler, look)
+    own = cast("dict[str, Any]", scheduler.__dict__).get("step")  # a copy may have been given one
+    with _LOCK:
+        if own is not None:
+            scheduler.__dict__["step"] = functools.wraps(own)(functools.partial(_step, own, kind, scheduler))
+        elif kind not in _watched:
+            _tell(kind)
+        _watched.setdefault(kind, []).append(entry)
     try:
         yield
     finally:
-        scheduler.__class__ = kind
-        state.update({} if own is None else {"step": own})
+        with _LOCK:
+            _watched[kind] = [each for each in _watched[kind] if each is not entry]
+            if own is not None:
+                scheduler.__dict__["step"] = own
+            if not _watched[kind] and not _watched.pop(kind):
+                _leave(kind)
+
+
+def _tell(kind: type) -> None:
+    """Let a class's `step` tell of its samples; wrapped, as pipelines look at the signature for what they may pass."""
+    stock = cast(Any, kind).step
+
+    @functools.wraps(stock)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _step(functools.partial(stock, self), kind, self, *args, **kwargs)
+
+    cast(Any, step).before, cast(Any, kind).step = vars(kind).get("step"), step
+
+
+def _leave(kind: Any) -> None:
+    """Let a class be as it was."""
+    before = getattr(vars(kind).get("step"), "before", ())
+    if before is None:
+        del kind.step
+    elif before:
+        kind.step = before
+
+
+def _step(stock: Callable, kind: type, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    looks = [look for each, look in _watched.get(kind, ()) if each is scheduler]
+    sample = inspect.signature(stock).bind(*args, **kwargs).arguments.get("sample") if looks else None
+    if isinstance(sample, Tensor):
+        for look in looks:
+            look(sample)
+    return stock(*args, **kwargs)
 
 
 def place_of(sample: Tensor, read: Tensor, output: Tensor) -> Index:

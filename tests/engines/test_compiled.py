@@ -162,6 +162,31 @@ def test_tensors_that_are_written_to_or_exchanged_reach_the_graph(compiler, way)
     assert len(compiler.graphs) == 1
 
 
+class Twice(Block):
+    """Calls its layer twice, as blocks with chunks do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + self.layer(2 * x)
+
+
+@torch.no_grad()
+def test_written_tensors_of_a_layer_that_is_called_often(compiler):
+    block, other = Twice(0), Twice(0)
+    call = compiler.compiled(block)
+    call(images())
+
+    def called(_: int) -> torch.Tensor:
+        with torch.no_grad():
+            return call(images())
+
+    for factor in (1.5, 0.5):
+        for layer in (block.layer, other.layer):
+            layer.weight_scale.mul_(factor)
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(called, range(8)))
+        assert all(torch.equal(each, other(images())) for each in found)
+
+
 @torch.no_grad()
 def test_whole_numbers_stay_whole_in_graphs_under_autocast(compiler):
     block = Block(0, engine="bf16")

@@ -10,10 +10,10 @@ import huggingface_hub
 import pipelines
 import pytest
 import torch
-from conftest import equal_state
+from conftest import ONE_BLOCK, equal_state, make_unet
 from diffusers import DiffusionPipeline
 from hub_server import WEIGHTS, Hub, rehearse, send
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -41,6 +41,13 @@ def digests(folder: Path) -> dict[str, str]:
 
 def download(server: Hub, into: Path, **arguments) -> Path:
     return Path(huggingface_hub.snapshot_download("user/tiny", endpoint=server.url, cache_dir=into, **arguments))
+
+
+def as_the_hub(server: Hub, monkeypatch) -> None:
+    """For those who do not ask for another endpoint."""
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
 
 
 # ── what arrives ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -194,18 +201,35 @@ def test_variants(hub, folder, packed_pipe, tmp_path):
 
 @pytest.mark.parametrize("sharded", [True, False])
 def test_text_encoders_are_pushed_as_they_were_saved(hub, sharded, monkeypatch, tmp_path):
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    as_the_hub(hub, monkeypatch)
+    folder = tmp_path / "model"
     model = pipelines.make_clip()
     quantize_model(model, MSFPConfig("w4a16"))
+    hub.add("user/text", {"README.md": hub_server.BASE_CARD})
     told = {"repo_id": "user/text", "push_to_hub": True, "token": hub_server.TOKEN}
-    (tmp_path / "mine.txt").write_text("no part of the model")
-    model.save_pretrained(tmp_path)
-    model.save_pretrained(tmp_path, variant="fp16", max_shard_size="10KB" if sharded else "1GB", **told)
+    model.save_pretrained(folder)
+    (folder / "mine.txt").write_text("no part of the model")
+    model.save_pretrained(folder, variant="fp16", max_shard_size="10KB" if sharded else "1GB", **told)
     there = {name: data for name, data in hub.files("user/text").items() if name != ".gitattributes"}
-    here = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert "README.md" in there
+    here = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert there == {name: here[name] for name in here.keys() - {"mine.txt", "model.safetensors"}}
     assert (sum(name.endswith(".safetensors") for name in there) > 1) == sharded
-    assert equal_state(type(model).from_pretrained(tmp_path, variant="fp16"), model)
+    assert equal_state(type(model).from_pretrained(folder, variant="fp16"), model)
+
+
+def test_denoisers_are_pushed_without_a_former_index(hub, monkeypatch, tmp_path):
+    as_the_hub(hub, monkeypatch)
+    folder = tmp_path / "model"
+    unet = make_unet(**ONE_BLOCK)
+    quantize_model(unet, MSFPConfig("w4a16"))
+    unet.save_pretrained(folder, max_shard_size="10KB")
+    monkeypatch.setattr("diffusers.utils.hub_utils.upload_folder", HfApi(endpoint=hub.url).upload_folder)
+    monkeypatch.setattr("diffusers.models.modeling_utils.create_repo", HfApi(endpoint=hub.url).create_repo)
+    hub.add("user/unet", {"README.md": hub_server.BASE_CARD})
+    unet.save_pretrained(folder, push_to_hub=True, repo_id="user/unet", token=hub_server.TOKEN)
+    there = {name for name in hub.files("user/unet") if not name.startswith((".", "README"))}
+    assert there == {"config.json", "diffusion_pytorch_model.safetensors"}
 
 
 def test_arguments_by_their_places_are_those_of_the_text_encoder_s_own_method(tmp_path):

@@ -229,7 +229,9 @@ def test_examples_stay_within_the_memory_given(packed_pipe, teacher):
 JUDGES = {  # samples, batch size, which trajectories judge, and by how many examples
     "one rollout": (12, 4, {0}, {1, 2, 3}, 3),
     "a sample at a time": (40, 1, {0}, set(range(1, 10)), 4),
-    "one trajectory": (4, 1, {0}, {1, 2, 3}, 1),  # of which steps judge
+    "one trajectory": (4, 1, {0}, {0}, 1),  # of which steps judge, as of few
+    "few trajectories": (20, 1, {0}, {0, 1, 2, 3, 4}, 4),
+    "two at a time": (8, 2, {0, 1}, {0, 1}, 1),
 }
 
 

@@ -10,7 +10,13 @@ import pipelines
 import pytest
 import torch
 from conftest import make_vae
-from diffusers import LCMScheduler, ModularPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import (
+    LCMScheduler,
+    ModelMixin,
+    ModularPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
 from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
@@ -265,6 +271,22 @@ def test_what_accelerate_has_taken_away(pipe):
         pipe.unet.to(torch.float16)
     pipe.load_ip_adapter(ip_adapter(pipe.unet), subfolder="", weight_name="", image_encoder_folder=None)
     assert any("IPAdapter" in each.__name__ for each in processors(pipe))
+
+
+def test_methods_of_mixins_behind_a_base_are_called():
+    class Counting(torch.nn.Module):
+        calls = 0
+
+        def cpu(self):
+            Counting.calls += 1
+            return super().cpu()
+
+    class Net(ModelMixin, Counting):
+        pass
+
+    net = Net()
+    assert net.cpu() is net
+    assert Counting.calls == 1
 
 
 @pytest.mark.feature("`enable_group_offload` (its hooks, on a CPU)")

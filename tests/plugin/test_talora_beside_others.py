@@ -319,7 +319,7 @@ def test_gradients_recomputed_in_another_thread_find_their_adapter(pipes, images
     assert x.grad.abs().sum() > 0
 
 
-def test_adapters_are_not_loaded_onto_a_model_that_is_moved_by_groups(pipes, tmp_path):
+def test_adapters_are_not_loaded_under_group_offload(pipes, tmp_path):
     pipes["side"].save_talora(tmp_path)
     unet, cpu = pipes["base"].unet, torch.device("cpu")
     unet.enable_group_offload(cpu, cpu, offload_type="leaf_level")

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from diffusers_msfp import MSFPConfig, calibrate, calibration_state, cli, publish, quantize_pipeline
-from diffusers_msfp.errors import CheckpointError, ConfigError, MSFPError, NonFiniteError
+from diffusers_msfp.errors import CheckpointError, ConfigError, MSFPError, NonFiniteError, UnsupportedError
 from diffusers_msfp.layers import QuantLayer
 from diffusers_msfp.layers.convert import Conversion, quant_layers
 from diffusers_msfp.plugin import register
@@ -213,6 +213,14 @@ def test_impossible_records_and_weights_are_refused(packed_dir, float_dir, tmp_p
         ConfigError, match="models of diffusers and transformers only, but `tokenizer` is CLIPTokenizer"
     ):
         quantize_pipeline(pipelines.make_small_pipe(), MSFPConfig(components_to_quantize=["tokenizer"]))
+
+
+@pytest.mark.parametrize("asked", [{"safe_serialization": False}, {"distributed_checkpoint": True}])
+def test_other_files_than_safetensors_are_refused(asked, packed_dir, tmp_path):
+    model = AutoModel.from_pretrained(packed_dir)
+    with pytest.raises(UnsupportedError, match="Packed weights are stored as safetensors"):
+        model.save_pretrained(tmp_path / "out", **asked)
+    assert not (tmp_path / "out").exists()
 
 
 def test_registration_is_idempotent_and_never_over_a_foreign_entry(monkeypatch):

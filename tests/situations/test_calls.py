@@ -1,6 +1,9 @@
 """What pipelines do with their denoiser's arguments, and to the denoiser itself, while they run."""
 
 import copy
+import inspect
+import pickle
+from contextlib import suppress
 
 import pytest
 import torch
@@ -39,9 +42,10 @@ from diffusers_msfp.evaluation.layers import layer_snr
 from diffusers_msfp.methods.talora.finetuner import Finetuner
 from diffusers_msfp.sampling.calls import batched_calls, call_arguments
 from diffusers_msfp.sampling.denoisers import model_output
+from diffusers_msfp.sampling.rows import by_picture
 from diffusers_msfp.sampling.timestep import TimestepArgument, timestep_argument
 from diffusers_msfp.sampling.trajectory import DenoisingStep, mix, rollout
-from diffusers_msfp.sampling.used_output import place_of
+from diffusers_msfp.sampling.used_output import fresh, place_of, watching_samples
 
 FAST = {"num_samples": 1, "num_inference_steps": 2}
 SIZE = {"height": 16, "width": 16}
@@ -75,6 +79,59 @@ def test_lists_that_a_denoiser_takes_apart():
     assert max(correct_output(pipe, teacher, config, prompts=["a hat"], **arguments).error_before) < 0.1
 
 
+@pytest.mark.parametrize("leave", [lambda: None, lambda: 1 / 0])
+def test_watched_schedulers_stay_what_they_are(leave):
+    """Some pipelines ask for the exact class, and others step copies."""
+    scheduler, seen = DDIMScheduler(), []
+    scheduler.set_timesteps(2)
+    other, stock = copy.deepcopy(scheduler), DDIMScheduler.step
+    x = torch.ones(1, 1, 2, 2)
+    with suppress(ZeroDivisionError), watching_samples(scheduler, seen.append):
+        with watching_samples(scheduler, seen.append):
+            assert type(scheduler) is DDIMScheduler
+            copied = copy.deepcopy(scheduler)
+            for each in (copied, other, pickle.loads(pickle.dumps(scheduler))):
+                each.step(x, 500, x)
+            assert not seen
+            assert inspect.signature(scheduler.step) == inspect.signature(other.step)
+            scheduler.step(x, 500, x)
+            assert len(seen) == 2
+        scheduler.step(x, 500, sample=2 * x)
+        assert [each.max() for each in seen] == [1, 1, 2]
+        leave()
+    assert DDIMScheduler.step is stock
+    assert "step" not in vars(scheduler)
+
+
+class PredictingScheduler(DDIMScheduler):
+    """As score-based ones, which step in parts of other names."""
+
+    step = None
+
+
+def test_schedulers_without_a_step_are_left_alone():
+    with watching_samples(PredictingScheduler(), pytest.fail):
+        pass
+
+
+ROWS = {  # arguments, and for each the rows that pictures 1 to 3 get; embeddings have two
+    "AudioLDM2": {"prompt_embeds": [1, 0, 1], "generated_prompt_embeds": [1, 0, 1]},
+    "HiDream": {"prompt_embeds_t5": [1, 0, 1], "pooled_prompt_embeds": [1, 0, 1], "prompt_embeds_llama3": [1, 0, 1]},
+    "pictures": {"prompt_embeds": [1, 0, 1], "image": [1, 0, 1], "negative_prompt_embeds": [1, 0, 1]},
+    "one picture": {"prompt_embeds": [1, 0, 1], "image_embeds": None},
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_what_stands_beside_embeddings_is_taken_in_turn(kind):
+    arguments = {name: torch.arange(1 if rows is None else 2) for name, rows in ROWS[kind].items()}
+    if kind == "HiDream":
+        arguments["prompt_embeds_llama3"] = torch.arange(2).expand(4, 2)
+    found = by_picture(arguments, {}, 1, 3)
+    expected = {name: rows for name, rows in ROWS[kind].items() if rows is not None}
+    assert {name: (rows[0] if rows.ndim > 1 else rows).tolist() for name, rows in found.items()} == expected
+
+
 @pytest.mark.situation("a timestep for each token, as Wan 2.2 5B and LTX tell their denoisers", "right")
 def test_timesteps_by_token():
     teacher = make_small_wan()
@@ -105,7 +162,8 @@ def make_animation() -> AnimateDiffPipeline:
 
 
 @pytest.mark.situation("a video model, whose text has a row for each frame, is fine-tuned and rounded", "right")
-def test_rows_of_frames():
+def test_rows_of_frames(monkeypatch):
+    monkeypatch.setattr("diffusers_msfp.methods.previews.PREVIEWS", 1)
     teacher = make_animation()
     teacher.set_progress_bar_config(disable=True)
     given = {"num_frames": 2, "height": 16, "width": 16}
@@ -128,7 +186,8 @@ def test_rows_of_frames():
     assert shown[0][1].shape[1:] == (16, 16, 3)
     rounded = copy.deepcopy(teacher)
     quantize_pipeline(rounded, "w4a8", prompts=texts, **FAST, **given)
-    settings = RoundingConfig(num_samples=2, num_inference_steps=2, iterations=1, batch_size=2)
+    exclude = ("down_blocks.*", "up_blocks.*", "time_embedding.*", "conv_*")
+    settings = RoundingConfig(num_samples=2, num_inference_steps=2, iterations=1, batch_size=2, exclude=exclude)
     assert learn_rounding(rounded, teacher, settings, prompts=texts, **given).seconds > 0
 
 
@@ -244,6 +303,18 @@ def test_caches_of_keys():
     assert result.eps_mse == pytest.approx((4 + 1) / 2, rel=1e-4)  # its own keys, then those that it is called with
 
 
+def test_caches_that_are_written_in_place():
+    class Cache:
+        def __init__(self):
+            self.keys = [torch.zeros(2)]
+
+    given, x = Cache(), torch.zeros(2)
+    (copied, same), _ = fresh(((given, x), {}))
+    copied.keys[0].add_(1)
+    assert not given.keys[0].any()
+    assert same is x
+
+
 @pytest.mark.filterwarnings("ignore:The decode_latents method:FutureWarning")
 @pytest.mark.situation("a T2I-Adapter's features while layers are measured: the float model keeps them", "right")
 def test_layers_are_measured_on_the_pipelines_own_calls():
@@ -339,7 +410,7 @@ def test_other_numbers_of_pictures_than_samples():
 def test_negative_prompts():
     pipe = make_small_pipe()
     pipe.set_progress_bar_config(disable=True)
-    for negative, expected in (("blurry", ["blurry"] * 6), (["a", "b"], ["a", "b"] * 3)):
+    for negative, expected in (("blurry", ["blurry"] * 6), ("", [""] * 6), (["a", "b"], ["a", "b"] * 3)):
         given = {"negative_prompt": negative, "guidance_scale": 4.0}
         assert rows(pipe, {"prompts": ["a hat"], **given}, 6, "negative_prompt") == expected
         made = draw_pictures(pipe, num_samples=6, num_inference_steps=1, prompts=["a hat"], **given)

@@ -31,8 +31,7 @@ from diffusers_msfp.methods.talora.finetune import finetune
 from diffusers_msfp.methods.talora.finetuner import Finetuner
 from diffusers_msfp.sampling.calls import call_arguments
 from diffusers_msfp.sampling.denoising_factor import denoising_factors
-from diffusers_msfp.sampling.finite_steps import require_finite_steps
-from diffusers_msfp.sampling.solvers import with_ddim, with_parts, with_sampler
+from diffusers_msfp.sampling.solvers import require_finite_steps, with_ddim, with_parts, with_sampler
 from diffusers_msfp.sampling.trajectory import rollout
 from diffusers_msfp.sampling.used_output import used_channels
 

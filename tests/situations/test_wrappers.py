@@ -1,6 +1,7 @@
 """Models in wrappers: `torch.compile`, data parallelism, accelerate's, PEFT's. Verbs see the model inside."""
 
 import copy
+import inspect
 import pickle
 
 import peft
@@ -224,6 +225,7 @@ def test_compiled_regions_answer_for_themselves():
     assert not has_adapters(original)
     assert not has_adapters(pipe.transformer)
     assert torch.equal(sample(), before)
+    assert {"variant", "max_shard_size"} <= inspect.signature(pipe.transformer.save_pretrained).parameters.keys()
     assert pickle.loads(pickle.dumps(original)).num_parameters() == original.num_parameters()
 
 

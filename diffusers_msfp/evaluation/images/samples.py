@@ -43,18 +43,21 @@ def arguments_of(
     return call_arguments(pipe, prompts, 1, arguments)(0, num_samples, noise).arguments
 
 
-def pictures_of(pipe: DiffusionPipeline, call: Call) -> Tensor:
+def pictures_of(pipe: DiffusionPipeline, call: Call, *, several: bool = False) -> Tensor:
     """Those that a pipeline makes in a call, see `pictures_tensor`.
+
+    Args:
+        several (`bool`): it may make more than one for each that it is asked for.
 
     Raises:
         ConfigError: they are more or fewer than asked for.
     """
     images = pictures_tensor(call.run(pipe))
-    if len(images) != call.size:
+    if len(images) != call.size and not (several and len(images) and len(images) % call.size == 0):
         raise ConfigError(
             f"A call must make as many pictures as it is asked for, but {type(pipe).__name__} made {len(images)} "
-            f"where {call.size} were to come: their number follows something else that is passed on, such as labels "
-            f"or embeddings. Leave it out, or pass on {call.size} of each, or prompts."
+            f"where {call.size} were to come: their number follows something else that is passed on, such as labels, "
+            f"embeddings or a picture. Leave it out, or pass on {call.size} of each, or prompts, or ask for one sample."
         )
     return images
 

@@ -168,6 +168,8 @@ class Reconstructor:
             generator = torch.Generator().manual_seed(config.seed + number)
             order = torch.randperm(len(examples), generator=generator, device="cpu")
             judges = examples.samples[order] < max(1, int(examples.samples.max() + 1) // HELD_OUT)
+            if judges.sum() > len(order) // 4:  # too few trajectories: single examples judge
+                judges = torch.arange(len(order), device="cpu") < max(1, len(order) // HELD_OUT)
             judging, learning = order[judges].split(config.batch_size), order[~judges]
             learning = learning if len(learning) else order
             start = least = part.hard_loss(examples, judging)

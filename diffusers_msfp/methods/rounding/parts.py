@@ -186,8 +186,7 @@ class Examples:
         timesteps = torch.cat([each.repeat_interleave(rows // len(each)) for each in told])  # of frames, too
         row = torch.arange(len(told[0]), device="cpu") % batch
         length = length or len(steps)
-        each = 1 if batch == 1 and len(told) <= length else length  # of one trajectory the steps are told apart
-        numbers = [number // each * batch + row for number in range(len(told))]
+        numbers = [number // length * batch + row for number in range(len(told))]
         samples = torch.cat([number.repeat_interleave(rows // len(row)) for number in numbers])
         outputs = [torch.cat(column) for column in zip(*targets, strict=True)]
         return cls(joined, structure, outputs, timesteps, samples, per_example)

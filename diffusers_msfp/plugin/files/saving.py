@@ -12,6 +12,7 @@ from typing import Any, cast
 from huggingface_hub import HfApi
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers.utils.hub import create_and_tag_model_card
 
 from ...checkpoint.describe import TRANSFORMERS_WEIGHTS, WEIGHTS
 from ...checkpoint.digest import Digest, checksum, dtype_name, recorded_digest
@@ -121,11 +122,12 @@ def save_pretrained(model: nn.Module, save_directory: str | Path, *args: Any, **
     own: Any = type(model)
     given = inspect.signature(own.save_pretrained).bind(model, save_directory, *args, **kwargs).arguments
     given |= given.get("kwargs", {})
-    if given.get("safe_serialization") is False or given.get("use_flashpack"):
+    others = [name for name in ("use_flashpack", "distributed_checkpoint") if given.get(name)]
+    if given.get("safe_serialization") is False or others:
         raise UnsupportedError(
             f"Packed weights are stored as safetensors, which can be checked when they are loaded, but the quantized "
-            f"{type(model).__name__} was to be saved as something else. Leave `safe_serialization` and `use_flashpack` "
-            f"out."
+            f"{type(model).__name__} was to be saved as something else. Leave `safe_serialization`, `use_flashpack` "
+            f"and `distributed_checkpoint` out."
         )
     if base_correction_of(model) is not None:
         logger.warning(
@@ -133,16 +135,14 @@ def save_pretrained(model: nn.Module, save_directory: str | Path, *args: Any, **
             "unloaded from what is saved, `correct_output` fits it again.",
             type(model).__name__,
         )
-    if hasattr(own, "save_config"):
-        own.save_pretrained(model, save_directory, *args, **kwargs)  # diffusers' own calls `save_config`
+    arguments = {key: value for key, value in given.items() if key not in ("self", "save_directory", "kwargs")}
+    if not hasattr(own, "save_config"):
+        _save_transformer(model, Path(save_directory), arguments)
+        return
+    for upload in (False, True) if given.get("push_to_hub") else (False,):  # which uploads all that lies there
+        own.save_pretrained(model, str(save_directory), **arguments | {"push_to_hub": upload})  # calls our `save_config`
         if given.get("is_main_process", True):
             _remove_former(Path(save_directory), WEIGHTS, given.get("variant"))
-    else:
-        _save_transformer(
-            model,
-            Path(save_directory),
-            {key: given[key] for key in given if key not in ("self", "save_directory", "kwargs")},
-        )
 
 
 def _save_transformer(model: nn.Module, folder: Path, arguments: dict[str, Any]) -> None:
@@ -170,10 +170,12 @@ def _save_transformer(model: nn.Module, folder: Path, arguments: dict[str, Any])
             files = files_of(folder, TRANSFORMERS_WEIGHTS, variant)
             write_digest(folder, digest_of_files(files).joined(before))
     if upload:
-        changed = [name for name, time in _times(folder).items() if times.get(name) != time]
-        api = HfApi(token=arguments.get("token"))
-        name, private = hub.pop("repo_id", folder.name), hub.pop("private", None)
+        token = arguments.get("token")
+        api, name, private = HfApi(token=token), hub.pop("repo_id", folder.name), hub.pop("private", None)
         repo_id = api.create_repo(name, private=private, exist_ok=True).repo_id
+        create_and_tag_model_card(repo_id, cast(Any, model).model_tags, token=token).save(folder / "README.md")
+        changed = [name for name, time in _times(folder).items() if times.get(name) != time]
+        hub["commit_message"] = hub.get("commit_message") or f"Upload {type(model).__name__}"
         api.upload_folder(
             repo_id=repo_id, folder_path=folder, allow_patterns=changed, delete_patterns=removed or None, **hub
         )
