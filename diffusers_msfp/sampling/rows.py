@@ -24,7 +24,7 @@ def by_picture(arguments: Mapping[str, Any], parameters: Mapping[str, Any], star
     given = {name: value for name, value in arguments.items() if isinstance(value, Tensor | list)}
     rows = {name: value for name, value in given.items() if _EMBEDDED.fullmatch(name)}
     axes = {name: int("llama3" in name) for name in rows}  # HiDream's, of which the first axis is of layers
-    counts = {name: value.shape[1] if axes[name] else len(value) for name, value in rows.items()}
+    counts = {name: _number(value, axes[name]) for name, value in rows.items()}
     own = [counts[name] for kind in ("prompt_embeds", "image_embeds") for name in rows if name.startswith(kind)]
     if own and own[0] > 1 and "controlnet_conditioning_scale" not in parameters:  # of some a list is of networks
         rows |= {name: value for name, value in given.items() if _PICTURES.fullmatch(name)}
@@ -37,8 +37,11 @@ def by_picture(arguments: Mapping[str, Any], parameters: Mapping[str, Any], star
 
 def in_turn(values: Any, start: int, size: int, axis: int = 0) -> Any:
     """Entries of a list, or rows of a tensor on an axis, for so many pictures from one on."""
-    number = values.shape[axis] if isinstance(values, Tensor) else len(values)
-    order = [(start + i) % number for i in range(size)]
+    order = [(start + i) % _number(values, axis) for i in range(size)]
     if isinstance(values, Tensor):
         return values.index_select(axis, torch.tensor(order, device=values.device))
     return [values[i] for i in order]
+
+
+def _number(values: Any, axis: int = 0) -> int:
+    return values.shape[axis] if isinstance(values, Tensor) else len(values)

@@ -139,8 +139,9 @@ def save_pretrained(model: nn.Module, save_directory: str | Path, *args: Any, **
     if not hasattr(own, "save_config"):
         _save_transformer(model, Path(save_directory), arguments)
         return
+    folder = str(save_directory)  # diffusers cannot push from a `Path`
     for upload in (False, True) if given.get("push_to_hub") else (False,):  # which uploads all that lies there
-        own.save_pretrained(model, str(save_directory), **arguments | {"push_to_hub": upload})  # calls our `save_config`
+        own.save_pretrained(model, folder, **arguments | {"push_to_hub": upload})  # calls our `save_config`
         if given.get("is_main_process", True):
             _remove_former(Path(save_directory), WEIGHTS, given.get("variant"))
 
