@@ -46,6 +46,7 @@ from diffusers.utils import logging
 
 from diffusers_msfp import quantize_pipeline
 from diffusers_msfp.assets import EMBEDDED_MODEL
+from diffusers_msfp.layers import QuantLayer
 from diffusers_msfp.layers.execution import Execution
 
 logging.disable_progress_bar()
@@ -130,6 +131,21 @@ def make_dit(**changes) -> DiTTransformer2DModel:
 def make_dit_pipe(**changes) -> DiTPipeline:
     """With class labels and guidance."""
     return DiTPipeline(make_dit(**changes), make_vae(), DDIMScheduler())
+
+
+WAYS = ("in place", "data", "module")
+
+
+@torch.no_grad()
+def change_scale(layer: QuantLayer, way: str) -> None:
+    """Make the scale of a layer's weight larger in one of `WAYS`, as foreign code writes to or exchanges tensors."""
+    larger = 1.5 * layer.weight_scale
+    if way == "in place":
+        layer.weight_scale.copy_(larger)
+    elif way == "data":
+        layer.weight_scale.data = larger
+    else:
+        layer._buffers["weight_scale"] = larger
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import PartialState
-from diffusers import DDPMScheduler
 
 from ..compat.accelerate import leave_process_group
 from ..errors import StateError
@@ -26,7 +25,7 @@ from ..outputs import png_of, require_writable_folder, write_whole
 from ..results import Result
 from ..sampling.denoisers import denoiser_name, denoiser_of
 from ..sampling.observation import quantized_models
-from ..sampling.solvers import with_ddim
+from ..sampling.solvers import without_ancestral
 from .shared.calls import call_settings, correct
 from .shared.interrupts import NOTHING, keeping
 from .shared.load import SourceError, load_pipeline, model_bytes, require_variant
@@ -126,8 +125,7 @@ def finetune(
     arguments = call_settings(original, prompts, guidance_scale)
     for part in (pipe, original):
         part.to(process.device)
-    if isinstance(original.scheduler, DDPMScheduler):  # ancestral sampling needs all its steps
-        original = with_ddim(original)
+    original = without_ancestral(original, arguments)
 
     shared = {"num_samples": COMPARED, "num_inference_steps": config.num_inference_steps}
 

@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from ..checkpoint.journal import Journal
 from ..errors import ConfigError, NonFiniteError, NothingToDoError
@@ -19,7 +19,7 @@ from ..methods import METHODS
 from ..methods.correction.fit import CorrectionConfig
 from ..recipes import CORRECTION, RECIPES
 from ..results import OnProgress, plain
-from ..sampling.solvers import with_sampler
+from ..sampling.solvers import without_ancestral
 
 logger = logging.getLogger(__name__)
 
@@ -87,15 +87,6 @@ def _require_types(stage: str, config: type, wanted: Mapping[str, object]) -> No
             raise ConfigError(f"`{stage}.{key}` must be {names}, but got {value!r}.")
 
 
-def teacher_of(original: DiffusionPipeline, arguments: Mapping[str, Any] | None = None) -> DiffusionPipeline:
-    """The float pipeline as a teacher; on DDIM instead of ancestral sampling, which needs all its steps.
-
-    Args:
-        arguments (`Mapping[str, Any]`, *optional*): see `with_sampler`.
-    """
-    return with_sampler(original, arguments=arguments) if isinstance(original.scheduler, DDPMScheduler) else original
-
-
 class RecipeRun:
     """A recipe at work in a folder, which keeps the pipeline after each stage and where a killed run goes on.
 
@@ -160,7 +151,7 @@ class RecipeRun:
             progress (`Callable`): a bar with a title; gives an `OnProgress`.
             arguments (`Mapping[str, object]`, *optional*): passed on to the pipelines, like `guidance_scale`.
         """
-        teacher = teacher_of(original, arguments)
+        teacher = without_ancestral(original, arguments)
         for index, (name, config) in list(enumerate(self.plan))[len(self.figures) :]:
             kind, started = METHODS[name], time.perf_counter()
             digest = hashlib.sha256("".join(self._settings(index)).encode()).hexdigest()[:8]

@@ -10,6 +10,7 @@ import torch
 from diffusers import (
     DDIMInverseScheduler,
     DDIMScheduler,
+    DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -140,6 +141,16 @@ def with_sampler(
     if sampler == "ddim":
         return with_ddim(pipe, eta)
     return with_parts(pipe, scheduler=solver_from(SAMPLERS[sampler], pipe.scheduler))
+
+
+def without_ancestral(pipe: DiffusionPipeline, arguments: Mapping[str, Any] | None = None) -> DiffusionPipeline:
+    """A pipeline on DDIM instead of ancestral sampling, which needs all its steps; others as they are.
+
+    Args:
+        arguments (`Mapping[str, Any]`, *optional*): see `with_sampler`.
+    """
+    ancestral = isinstance(getattr(pipe, "scheduler", None), DDPMScheduler)
+    return with_sampler(pipe, arguments=arguments) if ancestral else pipe
 
 
 def with_ddim(pipe: DiffusionPipeline, eta: float = 0.0) -> DiffusionPipeline:

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "model_cards" / "results"
-PARTS = ("diffusers_msfp", "tests")
+SOURCES = ("diffusers_msfp", "tests")
 """What a result depends on."""
 
 
@@ -25,7 +25,7 @@ def _git(*words: str) -> str:
 
 CODE = {
     "git": _git("rev-parse", "--short", "HEAD"),
-    "dirty": bool(_git("status", "--porcelain", "--", *PARTS)),
+    "dirty": bool(_git("status", "--porcelain", "--", *SOURCES)),
 }
 """The commit that this process runs; others may be made while it does."""
 
@@ -45,8 +45,8 @@ def of_this_code(folder: Path) -> Path:
 
     Read it once, when a program starts.
     """
-    changes = zlib.crc32(_git("diff", "HEAD", "--", *PARTS).encode())
-    for name in _git("ls-files", "--others", "--exclude-standard", "--full-name", "--", *PARTS).splitlines():
+    changes = zlib.crc32(_git("diff", "HEAD", "--", *SOURCES).encode())
+    for name in _git("ls-files", "--others", "--exclude-standard", "--full-name", "--", *SOURCES).splitlines():
         changes = zlib.crc32(name.encode() + (ROOT / name).read_bytes(), changes)  # `diff` does not know these
     return folder / (f"{CODE['git']}-{changes:08x}" if CODE["dirty"] else CODE["git"])
 

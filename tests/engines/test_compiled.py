@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import WAYS, change_scale
 from torch import nn
 
 from diffusers_msfp.engines import ENGINES
@@ -142,20 +143,14 @@ def test_compiled_graphs_keep_no_layer(compiler):
     assert layer() is None
 
 
-@pytest.mark.parametrize("way", ["in place", "data", "module"])
+@pytest.mark.parametrize("way", WAYS)
 @torch.no_grad()
 def test_tensors_that_are_written_to_or_exchanged_reach_the_graph(compiler, way):
     block, expected = Block(0), Block(0)
     call = compiler.compiled(block)
     before = call(images())
     for layer in (block.layer, expected.layer):
-        larger = 1.5 * layer.weight_scale
-        if way == "in place":
-            layer.weight_scale.copy_(larger)
-        elif way == "data":
-            layer.weight_scale.data = larger
-        else:
-            layer._buffers["weight_scale"] = larger
+        change_scale(layer, way)
     found = call(images())
     assert torch.equal(found, expected(images()))
     assert not torch.equal(found, before)

@@ -145,17 +145,23 @@ def test_default_dtype_where_nothing_ran_before():
     subprocess.run([sys.executable, "-c", DEFAULTS, folder], check=True)
 
 
-@pytest.mark.parametrize("scheme", ["w4a4", "w4a16"])
-def test_what_was_stopped_goes_on(scheme):
-    whole = quantize_pipeline(small_pipe(), scheme, **FAST).unet.state_dict()
-    pipe = small_pipe()
+def stopped_pipe(scheme: str) -> DDPMPipeline:
+    """Of which two layers are quantized."""
 
     def stop(done: int, _total: int, **_: object) -> None:
         if done == 2:
             raise KeyboardInterrupt
 
+    pipe = small_pipe()
     with pytest.raises(KeyboardInterrupt):
         quantize_pipeline(pipe, scheme, on_progress=stop, **FAST)
+    return pipe
+
+
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a16"])
+def test_what_was_stopped_goes_on(scheme):
+    whole = quantize_pipeline(small_pipe(), scheme, **FAST).unet.state_dict()
+    pipe = stopped_pipe(scheme)
     assert len(list(quant_layers(pipe.unet))) == 2
     stopped = copy.deepcopy(pipe)
     quantize_pipeline(pipe, scheme, **FAST)
@@ -198,14 +204,7 @@ def test_of_several_components_the_one_that_was_stopped_goes_on(stopped):
 
 @pytest.mark.parametrize("scheme", ["w4a4", "w4a16"])
 def test_what_was_stopped_is_not_taken_for_whole(scheme, tmp_path):
-    pipe = small_pipe()
-
-    def stop(done: int, _total: int, **_: object) -> None:
-        if done == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize_pipeline(pipe, scheme, on_progress=stop, **FAST)
+    pipe = stopped_pipe(scheme)
     pipe(1, num_inference_steps=2)
     before = copy.deepcopy(pipe.unet)
     tries = {

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import ONE_BLOCK, call_in_its_block, make_condition_unet, make_unet, run
+from conftest import ONE_BLOCK, WAYS, call_in_its_block, change_scale, make_condition_unet, make_unet, run
 from diffusers import DDIMScheduler, DDPMPipeline
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
@@ -252,23 +252,13 @@ def test_a_state_dict_keeps_no_model():
 
 
 @pytest.mark.situation("tensors of a quantized model that has run are written to, or exchanged, one by one", "right")
-@pytest.mark.parametrize("way", ["in place", "data", "module"])
+@pytest.mark.parametrize("way", WAYS)
 def test_tensors_that_are_written_to_reach_the_engine(packed_pipe, images, way):
-    def change(unet):
-        with torch.no_grad():
-            for _, layer in quant_layers(unet):
-                larger = 1.5 * layer.weight_scale
-                if way == "in place":
-                    layer.weight_scale.copy_(larger)
-                elif way == "data":
-                    layer.weight_scale.data = larger
-                else:
-                    layer._buffers["weight_scale"] = larger
-
     fresh = copy.deepcopy(packed_pipe.unet)  # without what an engine made ready
     before = run(packed_pipe.unet, images)
     for unet in (fresh, packed_pipe.unet):
-        change(unet)
+        for _, layer in quant_layers(unet):
+            change_scale(layer, way)
     found = run(packed_pipe.unet, images)
     assert torch.equal(found, run(fresh, images))
     assert not torch.equal(found, before)

@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
 
 from ...results import OnProgress
 from ...sampling.calls import batched_calls, call_arguments, counting_steps, quiet, require_positive
 from ...sampling.denoisers import denoisers_of
-from ...sampling.solvers import with_sampler
+from ...sampling.solvers import without_ancestral
 from .samples import pictures_tensor
 
 MARGIN = 4
@@ -66,8 +66,7 @@ def sample_images(
         **arguments: passed on to the pipeline.
     """
     require_positive(num_samples=num_samples, num_inference_steps=num_inference_steps)
-    if isinstance(getattr(pipe, "scheduler", None), DDPMScheduler):
-        pipe = with_sampler(pipe, arguments=arguments)
+    pipe = without_ancestral(pipe, arguments)
     denoisers = list(denoisers_of(pipe).values())
     calls = batched_calls(
         call_arguments(pipe, prompts, num_inference_steps, {"output_type": "np"} | arguments),

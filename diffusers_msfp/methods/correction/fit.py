@@ -64,11 +64,8 @@ class _Sums:
     """Sums over samples of what least squares needs, by channel, float64 on the CPU."""
 
     def __init__(self) -> None:
-        self.count, self.mean, self.products = (
-            0,
-            torch.zeros((), dtype=torch.float64, device="cpu"),
-            torch.zeros((), device="cpu"),
-        )
+        self.count = 0
+        self.mean = self.products = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def add(self, columns: Tensor) -> None:
         """Take `(K, C, n)`: outputs, samples where they count, and targets."""
